@@ -1,0 +1,61 @@
+"""Pyramid Attention Broadcast for diffusion transformers: attention outputs reused over neighbouring sampling steps.
+
+>>> from pab_kernels import PABConfig, plan
+>>> print(plan(PABConfig(spatial=2, temporal=4, cross=6), num_steps=10))
+10 steps, 7 patterns   # computed  S computed and stored  . reused
+spatial  ##S.S.S.##  7 computed, 3 reused
+temporal #S..S...##  5 computed, 5 reused
+cross    #S....S..#  4 computed, 6 reused
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import context, disable, enable, generation, sublayers, summary
+    from .broadcast.config import Broadcast, PABConfig
+    from .broadcast.plan import Plan, plan
+
+_HOMES = {
+    "enable": "api",
+    "disable": "api",
+    "generation": "api",
+    "context": "api",
+    "sublayers": "api",
+    "summary": "api",
+    "plan": "broadcast.plan",
+    "Plan": "broadcast.plan",
+    "Broadcast": "broadcast.config",
+    "PABConfig": "broadcast.config",
+}
+
+__all__ = [
+    "Broadcast",
+    "PABConfig",
+    "Plan",
+    "context",
+    "disable",
+    "enable",
+    "generation",
+    "plan",
+    "sublayers",
+    "summary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("pab-kernels")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,25 @@
+"""Adapters: how the blocks of a family of models become chains of sublayers. One file a family."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..broadcast.broadcaster import Adapter
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of a model's family.
+
+    Raises:
+        TypeError: there is none.
+    """
+    from . import latte, modules
+
+    if latte.handles(model):
+        return latte.LatteAdapter(model)
+    if modules.handles(model):
+        return modules.ModulesAdapter(model)
+    raise TypeError(
+        f"{type(model).__name__} has no adapter; supported are LatteTransformer3DModel and models whose attention modules are wrapped in "
+        "pab_kernels.nn.BroadcastModule"
+    )

@@ -1,0 +1,275 @@
+"""Latte (diffusers' `LatteTransformer3DModel`): spatial blocks with cross attention, alternating with temporal blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..broadcast.attach import Attached, attach_forward
+from ..broadcast.broadcaster import Broadcaster
+from ..broadcast.generation import Call, Store, is_plain
+from ..broadcast.plan import Cost, Sublayer
+from ..broadcast.slots import slot_bytes
+from ..broadcast.stream import ResidualStream
+from ..ops.flops import attention_flops, linear_flops
+
+
+def handles(model: nn.Module) -> bool:
+    """Whether `model` is a Latte transformer whose blocks have adaLN-single."""
+    return any(c.__name__ == "LatteTransformer3DModel" for c in type(model).__mro__)
+
+
+class LatteAdapter:
+    """Latte's blocks on the residual stream.
+
+    On a reuse the whole sublayer is skipped: norm, modulate, projections, attention, output projection.
+
+    Raises:
+        ValueError: the model's norms are not adaLN-single.
+    """
+
+    cache_points = ("pre_gate", "post_gate")
+
+    def __init__(self, model: Any) -> None:
+        if model.config.norm_type != "ada_norm_single":
+            raise ValueError(f"LatteTransformer3DModel with norm_type={model.config.norm_type!r}; supported is 'ada_norm_single'")
+        self.model = model
+        self.blocks = [
+            LatteBlock(block, f"{group}.{i}", i, kind)
+            for group, kind, blocks in (
+                ("transformer_blocks", "spatial", model.transformer_blocks),
+                ("temporal_transformer_blocks", "temporal", model.temporal_transformer_blocks),
+            )
+            for i, block in enumerate(blocks)
+        ]
+
+    @property
+    def sublayers(self) -> Sequence[Sublayer]:
+        """All sublayers, block by block."""
+        return [s for block in self.blocks for s in block.sublayers]
+
+    def attach(self, broadcaster: Broadcaster) -> list[Attached]:
+        """Replace the blocks' `forward`."""
+        return [attach_forward(block.module, block.forward(broadcaster)) for block in self.blocks]
+
+    def timestep(self, hidden_states: Any, timestep: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The timestep among the arguments of the model's `forward`."""
+        return timestep
+
+    def rest_flops(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: Any = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """FLOPs of embeddings, adaLN, caption projection and output projection, of a call with these arguments."""
+        model = self.model
+        batch, channels, frames, height, width = hidden_states.shape
+        patch = model.config.patch_size
+        tokens = batch * frames * (height // patch) * (width // patch)
+        embedder = model.adaln_single.emb.timestep_embedder
+        total = linear_flops(tokens, channels * patch * patch, model.pos_embed.proj.out_channels) + _linears(tokens, model.proj_out)
+        total += _linears(batch, embedder.linear_1, embedder.linear_2, model.adaln_single.linear)
+        if encoder_hidden_states is not None:
+            caption = model.caption_projection
+            total += _linears(encoder_hidden_states.shape[:-1].numel(), caption.linear_1, caption.linear_2)
+        return total
+
+    def costs(
+        self, *, batch: int, frames: int, height: int, width: int, text: int, dtype: torch.dtype, cache_dtype: str | None = None
+    ) -> tuple[dict[str, Cost], int]:
+        """What each sublayer costs in one call, and the FLOPs of the rest, from shapes alone.
+
+        Args:
+            batch: of the call; with batched classifier-free guidance twice the clips.
+            frames, height, width: of the latents.
+            text: tokens of the prompt.
+            dtype: of the model.
+            cache_dtype: as in `PABConfig`.
+        """
+        patch = self.model.config.patch_size
+        space = (height // patch) * (width // patch)
+        costs: dict[str, Cost] = {}
+        for block in self.blocks:
+            rows, tokens = (batch * frames, space) if block.kind == "spatial" else (batch * space, frames)
+            held = slot_bytes((rows, tokens, block.channels), dtype, cache_dtype)
+            for sublayer in block.sublayers:
+                costs[sublayer.name] = Cost(block.flops(sublayer, rows, tokens, (batch * frames, text)), held)
+        x = torch.empty(batch, self.model.config.in_channels, frames, height, width, device="meta")
+        prompt = torch.empty(batch, text, self.model.config.caption_channels, device="meta")
+        return costs, self.rest_flops(x, encoder_hidden_states=prompt)
+
+
+class LatteBlock:
+    """One block: its sublayers, what they cost, and its `forward` under PAB."""
+
+    def __init__(self, module: Any, name: str, layer: int, kind: str) -> None:
+        self.module = module
+        self.kind = kind
+        self.channels = module.dim
+        self.whole = Sublayer(name, "block", layer, "fused")
+        self.attention = Sublayer(f"{name}.attn1", kind, layer, "fused", block=name)
+        self.cross = None if module.attn2 is None else Sublayer(f"{name}.attn2", "cross", layer, "fused", block=name)
+        self.mlp = Sublayer(f"{name}.ff", "mlp", layer, "fused", block=name)
+        self.sublayers = [s for s in (self.attention, self.cross, self.mlp, self.whole) if s is not None]
+
+    def flops(self, sublayer: Sublayer, rows: int, tokens: int, text: tuple[int, int]) -> int:
+        """FLOPs of computing a sublayer on `[rows, tokens, C]`, with prompt `text` as `[rows, tokens]`; of the block, 0."""
+        if sublayer is self.mlp:
+            return _linears(rows * tokens, *(m for m in self.module.ff.modules() if hasattr(m, "in_features")))
+        if sublayer is self.whole:
+            return 0
+        attn = self.module.attn1 if sublayer is self.attention else self.module.attn2
+        keys = tokens if sublayer is self.attention else text[1]
+        key_tokens = rows * tokens if sublayer is self.attention else text[0] * text[1]
+        projections = _linears(rows * tokens, attn.to_q, attn.to_out[0]) + _linears(key_tokens, attn.to_k, attn.to_v)
+        return projections + attention_flops(rows, attn.heads, tokens, keys, attn.inner_dim // attn.heads)
+
+    def forward(self, broadcaster: Broadcaster) -> Any:
+        """The stand-in for the block's `forward`; plain where the model is not called under PAB."""
+
+        def forward(
+            original: Any,
+            hidden_states: torch.Tensor,
+            attention_mask: torch.Tensor | None = None,
+            encoder_hidden_states: torch.Tensor | None = None,
+            encoder_attention_mask: torch.Tensor | None = None,
+            timestep: torch.Tensor | None = None,
+            cross_attention_kwargs: dict[str, Any] | None = None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            call = broadcaster.call
+            if call is None or timestep is None or cross_attention_kwargs:
+                return original(
+                    hidden_states,
+                    attention_mask,
+                    encoder_hidden_states,
+                    encoder_attention_mask,
+                    timestep,
+                    cross_attention_kwargs,
+                    *args,
+                    **kwargs,
+                )
+            turn = call.turn(self.whole, hidden_states)
+            stream = ResidualStream(hidden_states, call)
+            if turn.slot is not None:
+                self._count_saved(call, hidden_states, encoder_hidden_states)
+                stream.reuse(turn.slot)
+                return stream.read()
+            self._run(call, stream, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep)
+            out = stream.read()
+            if turn.store is not None:
+                turn.store.put(out - hidden_states)
+            return out
+
+        return forward
+
+    def _run(
+        self,
+        call: Call,
+        stream: ResidualStream,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        text: torch.Tensor | None,
+        text_mask: torch.Tensor | None,
+        timestep: torch.Tensor,
+    ) -> None:
+        """Self attention, cross attention, MLP. `x` is the block's input; only its shape, dtype and device are used."""
+        block = self.module
+        rows, tokens = x.shape[0], x.shape[1]
+        text_shape = (0, 0) if text is None else (text.shape[0], text.shape[1])
+        chunks = timestep.reshape(rows, 6, -1)
+        gated_at_reuse = call.generation.config.cache_point == "pre_gate"
+
+        def modulation(i: int) -> torch.Tensor:  # [rows, 1, C]
+            return block.scale_shift_table[None, i : i + 1] + chunks[:, i : i + 1]
+
+        turn = call.turn(self.attention, x, self.flops(self.attention, rows, tokens, text_shape))
+        if turn.slot is not None:
+            stream.reuse(turn.slot, modulation(2) if gated_at_reuse else None)
+        else:
+            y = stream.norm_modulate(block.norm1, modulation(0), modulation(1))
+            _attend(stream, block.attn1, y, None, mask, modulation(2), turn.store)
+
+        if self.cross is not None:
+            turn = call.turn(self.cross, x, self.flops(self.cross, rows, tokens, text_shape))
+            if turn.slot is not None:
+                stream.reuse(turn.slot)
+            else:
+                _attend(stream, block.attn2, stream.read(), text, text_mask, None, turn.store)
+
+        turn = call.turn(self.mlp, x, self.flops(self.mlp, rows, tokens, text_shape))
+        if turn.slot is not None:
+            stream.reuse(turn.slot, modulation(5) if gated_at_reuse else None)
+        else:
+            y = stream.norm_modulate(block.norm2, modulation(3), modulation(4))
+            _feed_forward(stream, block, y, modulation(5), turn.store)
+
+    def _count_saved(self, call: Call, x: torch.Tensor, text: torch.Tensor | None) -> None:
+        text_shape = (0, 0) if text is None else (text.shape[0], text.shape[1])
+        call.context.count(sum(self.flops(s, x.shape[0], x.shape[1], text_shape) for s in self.sublayers), run=False)
+
+
+def _attend(
+    stream: ResidualStream,
+    attn: Any,
+    y: torch.Tensor,
+    text: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    store: Store | None,
+) -> None:
+    """Add attention of `y` to itself or to `text`; the module is called as it is where anybody has changed it."""
+    if mask is not None or not _stock_attention(attn):
+        stream.add(attn(y, encoder_hidden_states=text, attention_mask=mask), gate, store)
+        return
+    q, k, v = attn.to_q(y), *(projection(y if text is None else text) for projection in (attn.to_k, attn.to_v))
+    q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))  # [rows, tokens, H, D]
+    out, _ = ops.attention(q, k, v)
+    stream.project(out.flatten(-2), attn.to_out[0], gate, store)
+
+
+def _stock_attention(attn: Any) -> bool:
+    """Whether the module is diffusers' plain `Attention`: q, k, v projections, scaled dot product, output projection."""
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+    head_dim = attn.inner_dim // attn.heads
+    return (
+        is_plain(attn, Attention)
+        and type(attn.processor) is AttnProcessor2_0
+        and all(getattr(attn, n) is None for n in ("norm_q", "norm_k", "spatial_norm", "group_norm"))
+        and not attn.norm_cross
+        and not attn.residual_connection
+        and attn.rescale_output_factor == 1
+        and 32 <= head_dim <= 128
+        and _inactive(attn.to_out[1])
+    )
+
+
+def _feed_forward(stream: ResidualStream, block: Any, y: torch.Tensor, gate: torch.Tensor, store: Store | None) -> None:
+    """Add the MLP of `y`; its last linear layer is the projection."""
+    from diffusers.models.attention import FeedForward, _chunked_feed_forward
+
+    if block._chunk_size is not None:
+        stream.add(_chunked_feed_forward(block.ff, y, block._chunk_dim, block._chunk_size), gate, store)
+        return
+    net = block.ff.net
+    if not is_plain(block.ff, FeedForward) or len(net) != 3 or not _inactive(net[1]):
+        stream.add(block.ff(y), gate, store)
+        return
+    stream.project(net[0](y), net[2], gate, store)
+
+
+def _inactive(dropout: Any) -> bool:
+    return is_plain(dropout, nn.Dropout) and (not dropout.training or dropout.p == 0)
+
+
+def _linears(tokens: int, *modules: Any) -> int:
+    return sum(linear_flops(tokens, m.in_features, m.out_features) for m in modules)

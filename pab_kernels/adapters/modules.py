@@ -1,0 +1,39 @@
+"""Any model whose attention modules were wrapped in `nn.BroadcastModule`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..broadcast.broadcaster import Broadcaster, Detachable
+from ..broadcast.plan import Sublayer
+from ..nn import BroadcastModule
+
+
+def handles(model: nn.Module) -> bool:
+    """Whether `model` has a `BroadcastModule` in it."""
+    return any(isinstance(m, BroadcastModule) for m in model.modules())
+
+
+class ModulesAdapter:
+    """The `BroadcastModule`s of a model. FLOPs are not known here: `summary` counts sublayers, not FLOPs."""
+
+    cache_points = ("pre_gate",)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = {name: m for name, m in model.named_modules() if isinstance(m, BroadcastModule)}
+        self.sublayers: Sequence[Sublayer] = [Sublayer(name, m.kind, m.layer, "module") for name, m in self._modules.items()]
+
+    def attach(self, broadcaster: Broadcaster) -> list[Detachable]:
+        """Let the modules ask `broadcaster`."""
+        return [m.join(broadcaster, sublayer) for m, sublayer in zip(self._modules.values(), self.sublayers, strict=True)]
+
+    def rest_flops(self, *args: Any, **kwargs: Any) -> int:
+        """Not known: 0."""
+        return 0
+
+    def timestep(self, *args: Any, **kwargs: Any) -> Any:
+        """Found by name only."""
+        return kwargs.get("timestep")

@@ -1,0 +1,159 @@
+"""Switching PAB on and off, and asking what it did: the functions of `import pab_kernels`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from .adapters import adapter_for
+from .broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
+from .broadcast.config import PABConfig
+from .broadcast.generation import Generation
+from .broadcast.plan import Sublayer
+from .broadcast.presets import preset_for
+from .broadcast.summary import Summary, summarise
+
+
+def _resolve(model_or_pipe: Any) -> tuple[nn.Module, Any]:
+    """The DiT, and the pipeline around it or None."""
+    if isinstance(model_or_pipe, nn.Module):
+        return getattr(model_or_pipe, "_orig_mod", model_or_pipe), None
+    model = getattr(model_or_pipe, "transformer", None)
+    if isinstance(model, nn.Module) and hasattr(getattr(model_or_pipe, "scheduler", None), "set_timesteps"):
+        return getattr(model, "_orig_mod", model), model_or_pipe
+    raise TypeError(
+        f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer` and a `scheduler`: "
+        "pass the DiT itself"
+    )
+
+
+def _enabled(model_or_pipe: Any) -> Broadcaster:
+    model, _ = _resolve(model_or_pipe)
+    broadcaster = broadcaster_of(model)
+    if broadcaster is None:
+        raise RuntimeError(f"PAB is not enabled on this {type(model).__name__}; call pab.enable first")
+    return broadcaster
+
+
+def enable(
+    model_or_pipe: Any,
+    config: PABConfig | None = None,
+    *,
+    num_steps: int | None = None,
+    timesteps: Sequence[float] | None = None,
+) -> None:
+    """Switch PAB on.
+
+    On a pipeline, `set_timesteps` on the scheduler that it holds begins each generation. On a bare module `num_steps` or `timesteps` begins
+    the first; `generation` begins every further one. On a model that is enabled already, `config` is taken from the next generation on, and
+    a further pipeline that shares the model is followed too.
+
+    Args:
+        model_or_pipe: a diffusers pipeline, or a DiT.
+        config: default the published preset of the model's class, else the ranges 2/4/6 in the middle of the schedule.
+        num_steps: steps of a bare module's first generation.
+        timesteps: its timesteps, where the config counts in them.
+
+    Raises:
+        TypeError: the model has no adapter.
+        ValueError: the config does not suit the model or the schedule.
+    """
+    model, pipe = _resolve(model_or_pipe)
+    if pipe is not None and (num_steps is not None or timesteps is not None):
+        raise ValueError("a pipeline's scheduler gives the steps; leave num_steps and timesteps out, or pass the bare model")
+    if config is not None and not isinstance(config, PABConfig):
+        raise TypeError(f"config must be a PABConfig, got {type(config).__name__}; PABConfig.preset(name) gives a named one")
+    broadcaster = broadcaster_of(model)
+    chosen = config
+    if chosen is None:
+        known = pipe is not None or timesteps is not None
+        chosen = broadcaster.config if broadcaster else preset_for(model, timesteps_known=known)
+    adapter = broadcaster.adapter if broadcaster else adapter_for(model)
+    if chosen.cache_point not in adapter.cache_points:
+        if config is not None:
+            supported = ", ".join(map(repr, adapter.cache_points))
+            raise ValueError(f"cache_point {chosen.cache_point!r} does not suit {type(model).__name__}; supported are {supported}")
+        raise AssertionError("a preset names a cache point that its model lacks")
+    if broadcaster is None:
+        broadcaster = Broadcaster(model, adapter, chosen)
+        setattr(model, ATTRIBUTE, broadcaster)
+    broadcaster.configure(chosen)
+    if pipe is not None:
+        broadcaster.watch(pipe)
+    if num_steps is not None or timesteps is not None:
+        try:
+            broadcaster.prepare(num_steps=num_steps, timesteps=timesteps)
+        except ValueError:
+            disable(model)
+            raise
+
+
+def disable(model_or_pipe: Any) -> None:
+    """Switch PAB off: the model, and the schedulers that were followed, are what they were. Does nothing where PAB is not enabled."""
+    model, _ = _resolve(model_or_pipe)
+    broadcaster = broadcaster_of(model)
+    if broadcaster is not None:
+        broadcaster.detach()
+        delattr(model, ATTRIBUTE)
+
+
+@contextlib.contextmanager
+def generation(model: Any, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Iterator[Generation]:
+    """A further generation on a bare module: the calls of the model inside belong to it, and its slots are let go at the end.
+
+    Args:
+        model: a DiT on which PAB is enabled.
+        num_steps: steps of the schedule.
+        timesteps: its timesteps, where the config counts in them.
+
+    Raises:
+        RuntimeError: PAB is not enabled.
+        ValueError: neither is given.
+    """
+    broadcaster = _enabled(model)
+    begun = broadcaster.begin(num_steps=num_steps, timesteps=timesteps)
+    try:
+        yield begun
+    finally:
+        broadcaster.end(begun)
+
+
+@contextlib.contextmanager
+def context(model: Any, name: str, step: int | None = None) -> Iterator[None]:
+    """Name the context of the calls inside, such as "cond" and "uncond" where a pipeline calls the model once for each.
+
+    Args:
+        model: a DiT, or its pipeline, on which PAB is enabled.
+        name: of the context; each has its own slots.
+        step: of the full schedule, where a bare module's calls do not tell it.
+
+    Raises:
+        RuntimeError: PAB is not enabled.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a context needs a name, got {name!r}")
+    with _enabled(model).context(name, step):
+        yield
+
+
+def sublayers(model: Any) -> list[Sublayer]:
+    """The sublayers that PAB sees in a model: module name, kind, how they are run.
+
+    Raises:
+        TypeError: the model has no adapter.
+    """
+    module, _ = _resolve(model)
+    broadcaster = broadcaster_of(module)
+    return list((broadcaster.adapter if broadcaster else adapter_for(module)).sublayers)
+
+
+def summary(model_or_pipe: Any) -> Summary:
+    """What was computed, reused and stored in the generation begun last; bytes; FLOPs.
+
+    Raises:
+        RuntimeError: PAB is not enabled.
+    """
+    return summarise(_enabled(model_or_pipe).latest)

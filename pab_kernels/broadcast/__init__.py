@@ -1,0 +1,1 @@
+"""PAB itself: rules, plan, slots, residual stream, generations and contexts."""

@@ -1,0 +1,219 @@
+"""Rules: which sublayers are broadcast, how long and where in the sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .schedule import Schedule
+
+Kind = Literal["spatial", "temporal", "cross", "mlp", "block"]
+Unit = Literal["fraction", "step", "timestep"]
+CachePoint = Literal["pre_gate", "post_gate", "unprojected"]
+CacheDtype = Literal["float8_e4m3fn", "int8"]
+
+KINDS: tuple[str, ...] = get_args(Kind)
+DEFAULT_WINDOW = (0.15, 0.85)
+"""The stable middle of the sampling, as fractions of the schedule (PAB, section 3.1: the first and last 15 % change fast)."""
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_member(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what} {value!r} is not known; supported are {', '.join(map(repr, allowed))}")
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """One kind's rule: compute once, then reuse.
+
+    Step i is reused iff `i % range != 0`, counted from the generation's first call, and i lies in the window:
+    `lo <= i / N < hi` (unit "fraction", of the full schedule of N steps), `lo <= i < hi` ("step"), or `lo < int(t) < hi`
+    ("timestep", as VideoSys has it). With explicit steps `at` there is no window: each point of `at` that occurs in the schedule is
+    computed and the `range - 1` steps after it are reused, up to the next point.
+
+    Args:
+        range: steps from one compute to the next, at least 1; 1 computes always.
+        window: `(lo, hi)`; default (0.15, 0.85) for fractions, and to be given for the other units.
+        unit: what `window` or `at` counts.
+        reuse: "hold", the last output.
+        layers: block indices to which the rule is restricted; default all.
+        at: explicit points in `unit` "step" or "timestep".
+
+    Raises:
+        ValueError: a value is out of bounds; the message says what is supported.
+    """
+
+    range: int
+    window: tuple[float, float] | None = None
+    unit: Unit = "fraction"
+    reuse: Literal["hold"] = "hold"
+    layers: tuple[int, ...] | None = None
+    at: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not _whole(self.range) or self.range < 1:
+            raise ValueError(f"range must be a whole number of at least 1, got {self.range!r}; 1 computes at every step")
+        _check_member("unit", self.unit, get_args(Unit))
+        _check_member("reuse", self.reuse, ("hold",))
+        for name in ("layers", "at"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            values = tuple(sorted(set(values))) if isinstance(values, Iterable) and not isinstance(values, str) else None
+            if not values or not all(_whole(v) and v >= 0 for v in values):
+                raise ValueError(f"{name} must be a non-empty list of whole numbers from 0, got {getattr(self, name)!r}; None means all")
+            object.__setattr__(self, name, values)
+        if self.at is not None:
+            if self.window is not None:
+                raise ValueError(f"explicit steps at={self.at} take no window, got {self.window}; leave one of the two out")
+            if self.unit == "fraction":
+                raise ValueError("explicit steps `at` need unit='step' or unit='timestep', got 'fraction'")
+            return
+        window = DEFAULT_WINDOW if self.window is None and self.unit == "fraction" else self.window
+        if window is None:
+            raise ValueError(f"unit {self.unit!r} needs a window (lo, hi) in {self.unit}s")
+        if not isinstance(window, Iterable) or isinstance(window, str) or len(tuple(window)) != 2:
+            raise ValueError(f"window must be a pair (lo, hi), got {window!r}")
+        lo, hi = window
+        if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (lo, hi)) or not lo < hi:
+            raise ValueError(f"window must be two numbers with lo < hi, got {window!r}")
+        if lo < 0 or (self.unit == "fraction" and hi > 1):
+            bounds = "0 <= lo < hi <= 1" if self.unit == "fraction" else "0 <= lo < hi"
+            raise ValueError(f"window {window!r} is out of bounds; unit {self.unit!r} supports {bounds}")
+        object.__setattr__(self, "window", (lo, hi))
+
+    def applies_to(self, layer: int) -> bool:
+        """Whether block `layer` is under this rule."""
+        return self.layers is None or layer in self.layers
+
+    def points(self, schedule: Schedule) -> tuple[int, ...]:
+        """The steps of `schedule` that `at` names; empty without `at`."""
+        if self.at is None:
+            return ()
+        if self.unit == "step":
+            return tuple(i for i in self.at if schedule.begin <= i < schedule.num_steps)
+        host = schedule.require_timesteps(f"explicit steps at={self.at}")
+        return tuple(i for i in range(schedule.begin, schedule.num_steps) if int(host[i]) in self.at)
+
+    def reused(self, schedule: Schedule) -> frozenset[int]:
+        """The steps at which the rule asks for reuse."""
+        if self.at is not None:
+            points = self.points(schedule)
+            ends = (*points, schedule.num_steps)[1:]
+            runs = zip(points, ends, strict=True)
+            return frozenset(i for start, end in runs for i in range(start + 1, min(start + self.range, end)))
+        assert self.window is not None
+        lo, hi = self.window
+        if self.unit == "fraction":
+            inside = [lo <= i / schedule.num_steps < hi for i in range(schedule.num_steps)]
+        elif self.unit == "step":
+            inside = [lo <= i < hi for i in range(schedule.num_steps)]
+        else:
+            inside = [lo < int(t) < hi for t in schedule.require_timesteps(f"the window {self.window}")]
+        return frozenset(i for i in range(schedule.begin, schedule.num_steps) if (i - schedule.begin) % self.range and inside[i])
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; `from_dict` gives the rule back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Broadcast:
+        """The rule that `to_dict` wrote."""
+        return cls(**_known_fields(cls, data))
+
+
+def _known_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(set(data) - set(names))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}; it has {', '.join(names)}")
+    return dict(data)
+
+
+@dataclass(frozen=True)
+class PABConfig:
+    """Rules for every kind, and how outputs are kept.
+
+    Args:
+        spatial, temporal, cross, mlp, block: a `Broadcast`, a range (shorthand for `Broadcast(range)`), or None: always computed.
+        rules: further `(kind, Broadcast)` pairs for some layers; later ones win over earlier ones and over the five fields.
+        cache_dtype: None keeps the model's dtype; "float8_e4m3fn" or "int8" keep 8 bits with a scale per 1 x 128 channels.
+        cache_point: "pre_gate" (projected, gate applied at reuse), "post_gate" (gated) or "unprojected".
+
+    Raises:
+        ValueError: a value is not supported.
+
+    >>> PABConfig(spatial=2, temporal=4, cross=6).rule("cross", layer=0).range
+    6
+    """
+
+    spatial: Broadcast | int | None = None
+    temporal: Broadcast | int | None = None
+    cross: Broadcast | int | None = None
+    mlp: Broadcast | int | None = None
+    block: Broadcast | int | None = None
+    rules: tuple[tuple[Kind, Broadcast], ...] = ()
+    cache_dtype: CacheDtype | None = None
+    cache_point: CachePoint = "pre_gate"
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            value = getattr(self, kind)
+            if _whole(value):
+                object.__setattr__(self, kind, Broadcast(value))
+            elif value is not None and not isinstance(value, Broadcast):
+                raise ValueError(f"{kind} must be a Broadcast, a range or None, got {value!r}")
+        rules = []
+        for rule in self.rules:
+            kind, broadcast = rule if isinstance(rule, (tuple, list)) and len(rule) == 2 else (None, None)
+            if not isinstance(broadcast, Broadcast):
+                raise ValueError(f"rules must be (kind, Broadcast) pairs, got {rule!r}")
+            _check_member("kind", kind, KINDS)
+            rules.append((kind, broadcast))
+        object.__setattr__(self, "rules", tuple(rules))
+        _check_member("cache_dtype", self.cache_dtype, (None, *get_args(CacheDtype)))
+        _check_member("cache_point", self.cache_point, get_args(CachePoint))
+
+    def rule(self, kind: str, layer: int) -> Broadcast | None:
+        """The rule of one sublayer: the last that applies, or None."""
+        _check_member("kind", kind, KINDS)
+        found = None
+        for rule_kind, broadcast in ((kind, getattr(self, kind)), *self.rules):
+            if rule_kind == kind and broadcast is not None and broadcast.applies_to(layer):
+                found = broadcast
+        return found
+
+    def broadcasts(self) -> list[tuple[str, Broadcast]]:
+        """All (kind, rule) pairs, in the order in which later ones win."""
+        fields = [(kind, getattr(self, kind)) for kind in KINDS if getattr(self, kind) is not None]
+        return [*fields, *self.rules]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; `from_dict` gives the config back."""
+        data: dict[str, Any] = {kind: getattr(self, kind).to_dict() for kind in KINDS if getattr(self, kind) is not None}
+        if self.rules:
+            data["rules"] = [[kind, broadcast.to_dict()] for kind, broadcast in self.rules]
+        return data | {"cache_dtype": self.cache_dtype, "cache_point": self.cache_point}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PABConfig:
+        """The config that `to_dict` wrote."""
+        fields = _known_fields(cls, data)
+        for kind in KINDS:
+            if isinstance(fields.get(kind), Mapping):
+                fields[kind] = Broadcast.from_dict(fields[kind])
+        fields["rules"] = tuple((kind, Broadcast.from_dict(rule)) for kind, rule in fields.get("rules", ()))
+        return cls(**fields)
+
+    @staticmethod
+    def preset(name: str) -> PABConfig:
+        """A named config: see `presets()`."""
+        from .presets import preset
+
+        return preset(name)

@@ -1,0 +1,309 @@
+"""The plan: for each step and sublayer of a generation, what is done, as host data made before the first step."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from .config import KINDS, PABConfig
+from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Action(enum.Enum):
+    """What a sublayer does at a step. The value is the mark in the printed plan."""
+
+    COMPUTE = "#"
+    STORE = "S"  # compute, and keep the output because a later step reads it
+    REUSE = "."
+    SKIP = " "  # not run at all: the block around it is reused
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One sublayer of a model.
+
+    Args:
+        name: the module's name in the model.
+        kind: one of `KINDS`.
+        layer: index of its block, for rules restricted to some layers.
+        how: how it is run under PAB: "fused" (on the residual stream) or "module" (called as it is).
+        block: name of the `block` sublayer around it, if there is one.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    how: str = "module"
+    block: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One cell of the plan.
+
+    Args:
+        action: what is done.
+        source: for a reuse, the step whose output is read.
+        last: for a reuse, whether no later step reads the slot.
+    """
+
+    action: Action
+    source: int | None = None
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Cells of a plan, or of what was run, by action; `computed` includes those `stored`."""
+
+    computed: int = 0
+    stored: int = 0
+    reused: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sublayer costs in one call, from shapes alone.
+
+    Args:
+        flops: floating-point operations of computing it; for a `block`, 0: its sublayers have their own.
+        slot_bytes: bytes of its slot.
+    """
+
+    flops: int
+    slot_bytes: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """FLOPs and cache bytes of a whole generation, for one context.
+
+    Args:
+        flops: with the plan.
+        flops_without: with every sublayer computed at every step.
+        flops_by_step: with the plan, step by step.
+        cache_bytes: bytes of slots held after each step.
+    """
+
+    flops: int
+    flops_without: int
+    flops_by_step: tuple[int, ...]
+    cache_bytes: tuple[int, ...]
+
+    @property
+    def share(self) -> float:
+        """FLOPs with the plan as a share of those without."""
+        return self.flops / self.flops_without
+
+    @property
+    def peak_cache_bytes(self) -> int:
+        """The most bytes that slots hold at any step."""
+        return max(self.cache_bytes)
+
+
+def _row(reused: frozenset[int], block: Sequence[Decision] | None, schedule: Schedule) -> tuple[Decision, ...]:
+    """The decisions of one sublayer, for steps `begin` to `N - 1`."""
+    steps = range(schedule.begin, schedule.num_steps)
+    runs = [i for i in steps if block is None or block[i - schedule.begin].action is not Action.REUSE]
+    reuses = {i for i in runs[1:] if i in reused}
+    cells: dict[int, Decision] = {}
+    source = schedule.begin
+    for i, following in zip(runs, [*runs[1:], None], strict=True):
+        continued = following in reuses
+        if i in reuses:
+            cells[i] = Decision(Action.REUSE, source, last=not continued)
+        else:
+            source = i
+            cells[i] = Decision(Action.STORE if continued else Action.COMPUTE)
+    return tuple(cells.get(i, Decision(Action.SKIP)) for i in steps)
+
+
+def generic_sublayers(config: PABConfig) -> list[Sublayer]:
+    """One sublayer a kind that the config names, or, where rules are restricted to layers, one for each group of layers."""
+    found = []
+    for kind in KINDS:
+        rules = [rule for rule_kind, rule in config.broadcasts() if rule_kind == kind]
+        listed = sorted({layer for rule in rules for layer in rule.layers or ()})
+        for layer in [*listed, (listed[-1] + 1 if listed else 0)] if rules else []:
+            found.append(Sublayer(f"{kind}.{layer}" if listed else kind, kind, layer))
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole schedule of one generation.
+
+    Args:
+        config: the rules.
+        schedule: the steps.
+        sublayers: the model's sublayers, of which blocks without a rule are left out; default one for each kind of `config`.
+
+    `str(plan)` draws it; `plan.plot()` makes a picture.
+    """
+
+    config: PABConfig
+    schedule: Schedule
+    sublayers: tuple[Sublayer, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not self.sublayers:
+            object.__setattr__(self, "sublayers", tuple(generic_sublayers(self.config)))
+        ruled = tuple(s for s in self.sublayers if s.kind != "block" or self.config.rule("block", s.layer))
+        object.__setattr__(self, "sublayers", ruled)
+        names = [s.name for s in self.sublayers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"sublayer names must differ, got {names}")
+        self.rows  # noqa: B018  a rule that the schedule cannot serve is refused here
+
+    @cached_property
+    def rows(self) -> dict[str, tuple[Decision, ...]]:
+        """The decisions of each sublayer, for steps `begin` to `N - 1`."""
+        made: dict[Any, tuple[Decision, ...]] = {}
+        rows: dict[str, tuple[Decision, ...]] = {}
+        for sublayer in sorted(self.sublayers, key=lambda s: s.kind != "block"):
+            rule = self.config.rule(sublayer.kind, sublayer.layer)
+            block = rows.get(sublayer.block) if sublayer.block else None
+            if (rule, block) not in made:
+                made[rule, block] = _row(rule.reused(self.schedule) if rule else frozenset(), block, self.schedule)
+            rows[sublayer.name] = made[rule, block]
+        return {s.name: rows[s.name] for s in self.sublayers}
+
+    @property
+    def steps(self) -> range:
+        """The steps that are run."""
+        return range(self.schedule.begin, self.schedule.num_steps)
+
+    def decision(self, name: str, step: int) -> Decision:
+        """The cell of sublayer `name` at `step`."""
+        return self.rows[name][step - self.schedule.begin]
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What in the config has no effect on this schedule."""
+        present = {s.kind for s in self.sublayers}
+        notes = [f"{kind}: this model has no such sublayers" for kind, _ in self.config.broadcasts() if kind not in present]
+        for kind, rule in self.config.broadcasts():
+            if rule.at is not None:
+                found = {int((self.schedule.timesteps or ())[i]) if rule.unit == "timestep" else i for i in rule.points(self.schedule)}
+                missing = [p for p in rule.at if p not in found]
+                if missing:
+                    notes.append(f"{kind}: {rule.unit}s {', '.join(map(str, missing))} do not occur in this schedule and have no effect")
+            elif rule.range > 1 and not rule.reused(self.schedule):
+                notes.append(f"{kind}: no step of this schedule lies in the window {rule.window} ({rule.unit}s); nothing is reused")
+        return tuple(notes)
+
+    def counts(self) -> dict[str, Counts]:
+        """Cells by kind and action, over all sublayers and steps."""
+        return {kind: self._count(row for s in self.sublayers if s.kind == kind for row in [self.rows[s.name]]) for kind in self._kinds()}
+
+    def step_counts(self) -> dict[str, Counts]:
+        """Steps by kind and action, for the first sublayer of each kind that is not restricted further than its kind."""
+        result = {}
+        for kind in self._kinds():
+            rows = [self.rows[s.name] for s in self.sublayers if s.kind == kind]
+            result[kind] = self._count([max(rows, key=lambda r: sum(d.action is Action.REUSE for d in r))])
+        return result
+
+    def _kinds(self) -> list[str]:
+        present = {s.kind for s in self.sublayers}
+        return [kind for kind in KINDS if kind in present]
+
+    @staticmethod
+    def _count(rows: Iterable[Sequence[Decision]]) -> Counts:
+        actions = [d.action for row in rows for d in row]
+        stored = actions.count(Action.STORE)
+        return Counts(actions.count(Action.COMPUTE) + stored, stored, actions.count(Action.REUSE), actions.count(Action.SKIP))
+
+    def alive(self, step: int) -> tuple[str, ...]:
+        """Names of the sublayers whose slot is held after `step`."""
+        return tuple(name for name, row in self.rows.items() if self._held(row)[step - self.schedule.begin])
+
+    @staticmethod
+    def _held(row: Sequence[Decision]) -> list[bool]:
+        held, result = False, []
+        for d in row:
+            held = d.action is Action.STORE or (held and not (d.action is Action.REUSE and d.last))
+            result.append(held)
+        return result
+
+    @cached_property
+    def patterns(self) -> int:
+        """How many different columns the plan has: the graphs that a compiler makes of it."""
+        return len({tuple(row[i].action for row in self.rows.values()) for i in range(len(self.steps))})
+
+    def forecast(self, costs: Mapping[str, Cost], rest_flops: int = 0) -> Forecast:
+        """FLOPs and cache bytes of a generation, without running it.
+
+        Args:
+            costs: of each sublayer for one call, by name (an adapter's `costs`).
+            rest_flops: FLOPs of one call outside of the sublayers.
+        """
+        columns = range(len(self.steps))
+        done = (Action.COMPUTE, Action.STORE)
+        flops = [rest_flops + sum(costs[n].flops for n, row in self.rows.items() if row[i].action in done) for i in columns]
+        held = {name: self._held(row) for name, row in self.rows.items()}
+        cache = [sum(costs[name].slot_bytes for name in self.rows if held[name][i]) for i in columns]
+        full = len(self.steps) * (rest_flops + sum(costs[name].flops for name in self.rows))
+        return Forecast(sum(flops), full, tuple(flops), tuple(cache))
+
+    def grouped(self) -> list[tuple[str, tuple[Decision, ...]]]:
+        """Rows with a label, sublayers of one kind and equal rows taken together: what the drawings show."""
+        groups: dict[tuple[str, tuple[Decision, ...]], list[int]] = {}
+        for s in self.sublayers:
+            groups.setdefault((s.kind, self.rows[s.name]), []).append(s.layer)
+        several = {kind for kind, _ in groups if sum(k == kind for k, _ in groups) > 1}
+        labelled = []
+        for kind, row in sorted(groups, key=lambda g: KINDS.index(g[0])):
+            layers = sorted(set(groups[kind, row]))
+            labelled.append((f"{kind} {_spans(layers)}" if kind in several else kind, row))
+        return labelled
+
+    def __str__(self) -> str:
+        begin = f", entered at {self.schedule.begin}" if self.schedule.begin else ""
+        lines = [f"{self.schedule.num_steps} steps{begin}, {self.patterns} patterns   # computed  S computed and stored  . reused"]
+        groups = self.grouped()
+        width = max((len(label) for label, _ in groups), default=0)
+        for label, row in groups:
+            c = self._count([row])
+            lines.append(f"{label:<{width}} {''.join(d.action.value for d in row)}  {c.computed} computed, {c.reused} reused")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def plot(self, path: str | None = None) -> Figure:
+        """Draw the plan as a pyramid, steps by kind; saved to `path` if given. Needs matplotlib."""
+        from .plot import plot_plan
+
+        return plot_plan(self, path)
+
+
+def _spans(layers: Sequence[int]) -> str:
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def plan(config: PABConfig, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Plan:
+    """The plan of `config` for a schedule, by kind, without a model.
+
+    Args:
+        config: the rules.
+        num_steps: steps of the schedule.
+        timesteps: its timesteps, where rules count in them.
+
+    Raises:
+        ValueError: neither is given, or a rule needs timesteps.
+
+    >>> print(plan(PABConfig(spatial=2, temporal=4, cross=6), num_steps=20).rows["cross"][6].action)
+    Action.STORE
+    """
+    return Plan(config, Schedule.of(num_steps, timesteps))

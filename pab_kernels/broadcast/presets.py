@@ -1,0 +1,67 @@
+"""Published settings, and settings for everything else.
+
+The published ones are those of VideoSys (commit 4cce477), with its timestep windows, MLP tables and cache points. An MLP table names
+timesteps of one schedule (model, size and number of steps): elsewhere its points may not occur, which `Plan.notes` then says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import Broadcast, PABConfig
+
+
+def _timesteps(lo: int, hi: int, **ranges: int) -> dict[str, Any]:
+    return {kind: Broadcast(reach, (lo, hi), "timestep") for kind, reach in ranges.items()}
+
+
+def _mlp(points: tuple[int, ...], layers: int) -> Broadcast:
+    return Broadcast(3, unit="timestep", at=points, layers=tuple(range(layers)))
+
+
+_PRESETS: dict[str, PABConfig] = {
+    "open-sora-1.2": PABConfig(
+        **_timesteps(450, 930, spatial=2, temporal=4, cross=6), mlp=_mlp((676, 788, 864), 5), cache_point="post_gate"
+    ),
+    "open-sora-plan-1.1": PABConfig(**_timesteps(100, 850, spatial=2, temporal=4, cross=6), mlp=_mlp(tuple(range(738, 425, -24)), 7)),
+    "open-sora-plan-1.2": PABConfig(**_timesteps(100, 850, spatial=2, cross=6)),
+    "latte": PABConfig(
+        **_timesteps(100, 800, spatial=2, temporal=3, cross=6), mlp=_mlp((720, 640, 560, 480, 400), 5), cache_point="post_gate"
+    ),
+    "cogvideox": PABConfig(**_timesteps(100, 850, spatial=2)),
+    "vchitect": PABConfig(**_timesteps(100, 800, spatial=2, temporal=4, cross=6)),
+    "pab246": PABConfig(spatial=2, temporal=4, cross=6),
+    "pab357": PABConfig(spatial=3, temporal=5, cross=7),
+    "pab579": PABConfig(spatial=5, temporal=7, cross=9),
+}
+
+_BY_CLASS = {
+    "LatteTransformer3DModel": "latte",
+    "CogVideoXTransformer3DModel": "cogvideox",
+    "STDiT3": "open-sora-1.2",
+}
+
+DEFAULT = "pab246"
+"""The preset of classes without a published one: the paper's ranges, the window in fractions."""
+
+
+def presets() -> dict[str, PABConfig]:
+    """All named configs."""
+    return dict(_PRESETS)
+
+
+def preset(name: str) -> PABConfig:
+    """A named config.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in _PRESETS:
+        raise ValueError(f"there is no preset {name!r}; there are {', '.join(sorted(_PRESETS))}")
+    return _PRESETS[name]
+
+
+def preset_for(model: object, *, timesteps_known: bool) -> PABConfig:
+    """The preset of a model's class; `DEFAULT` where its windows count in timesteps that are not known."""
+    name = next((_BY_CLASS[c.__name__] for c in type(model).__mro__ if c.__name__ in _BY_CLASS), DEFAULT)
+    return _PRESETS[name if timesteps_known else DEFAULT]

@@ -1,0 +1,51 @@
+"""The steps of one generation, as host data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The full schedule of a generation and where it is entered.
+
+    Args:
+        num_steps: N, the steps of the full schedule.
+        timesteps: the timestep of each step, descending, or None where they are not known.
+        begin: the first step that is run; above 0 in image-to-image.
+    """
+
+    num_steps: int
+    timesteps: tuple[float, ...] | None = None
+    begin: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise ValueError(f"num_steps must be a whole number of at least 1, got {self.num_steps!r}")
+        if self.timesteps is not None and len(self.timesteps) != self.num_steps:
+            raise ValueError(f"num_steps={self.num_steps} does not fit {len(self.timesteps)} timesteps; pass one of the two")
+        if not 0 <= self.begin < self.num_steps:
+            raise ValueError(f"begin must lie in 0..{self.num_steps - 1}, got {self.begin}")
+
+    @classmethod
+    def of(cls, num_steps: int | None = None, timesteps: Sequence[float] | None = None, begin: int = 0) -> Schedule:
+        """From a number of steps, or from timesteps (any sequence or tensor; read to the host here, once).
+
+        Raises:
+            ValueError: neither is given, or they contradict each other.
+        """
+        if timesteps is not None:
+            host = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
+            return cls(num_steps if num_steps is not None else len(host), tuple(float(t) for t in host), begin)
+        if num_steps is None:
+            raise ValueError("a plan needs num_steps= or timesteps=; got neither")
+        return cls(num_steps, None, begin)
+
+    def require_timesteps(self, what: str) -> tuple[float, ...]:
+        """The timesteps, for a rule that counts in them."""
+        if self.timesteps is None:
+            raise ValueError(
+                f"{what} counts in timesteps, but only num_steps={self.num_steps} is known; pass timesteps=, or a window in fractions"
+            )
+        return self.timesteps

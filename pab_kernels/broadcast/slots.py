@@ -1,0 +1,129 @@
+"""Slots: the kept outputs of sublayers, and the arena that holds those of one context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..ops.quantize import Quantized, dequantize, quantize
+
+CACHE_DTYPES = {None: None, "float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
+GROUP = 128
+"""Channels that share one scale of an 8-bit slot."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a slot's reader must have in common with its writer: the sublayer's input, but for its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> Key:
+        """The key of a sublayer whose input is `x`."""
+        return cls(tuple(x.shape), x.dtype, x.device)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One sublayer's kept output.
+
+    Args:
+        value: a tensor, a `Quantized`, or any nest of them.
+        key: of the input that it was computed from.
+        source: the step that wrote it.
+        nbytes: its size.
+    """
+
+    value: Any
+    key: Key
+    source: int
+    nbytes: int
+
+    def serves(self, key: Key, source: int) -> bool:
+        """Whether a reuse planned from step `source` may read it: same input key, and not older."""
+        return self.key == key and self.source >= source
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, Quantized)
+
+
+def pack(value: Any, dtype: torch.dtype | None) -> Any:
+    """`value` as it is kept: floating-point tensors in it quantised to `dtype`, if one is given."""
+    if dtype is None:
+        return value
+    return pytree.tree_map(
+        lambda v: quantize(v, dtype, GROUP) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, value, is_leaf=_is_leaf
+    )
+
+
+def unpack(value: Any, dtype: torch.dtype) -> Any:
+    """What `pack` was given, in `dtype` where it was quantised."""
+    return pytree.tree_map(lambda v: dequantize(v, dtype) if isinstance(v, Quantized) else v, value, is_leaf=_is_leaf)
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of all tensors in `value`."""
+    return sum(v.nbytes for v in pytree.tree_leaves(value, is_leaf=_is_leaf) if isinstance(v, (torch.Tensor, Quantized)))
+
+
+def slot_bytes(shape: tuple[int, ...], dtype: torch.dtype, cache_dtype: str | None) -> int:
+    """Bytes of a slot of `shape` `[..., C]`, from its shape alone."""
+    rows = 1
+    for n in shape[:-1]:
+        rows *= n
+    if cache_dtype is None:
+        return rows * shape[-1] * dtype.itemsize
+    return rows * (shape[-1] + 4 * -(-shape[-1] // GROUP))
+
+
+class Meter:
+    """Bytes held now and at the peak, over the contexts of a generation."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.peak = 0
+
+    def add(self, count: int) -> None:
+        """Count bytes in, or out where `count` is negative."""
+        self.now += count
+        self.peak = max(self.peak, self.now)
+
+
+class Arena:
+    """The slots of one context of one generation, by sublayer name."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._slots: dict[str, Slot] = {}
+
+    def put(self, name: str, value: Any, key: Key, source: int) -> None:
+        """Keep `value` for sublayer `name`; what it held is let go first."""
+        self.release(name)
+        slot = Slot(value, key, source, nbytes(value))
+        self._slots[name] = slot
+        self._meter.add(slot.nbytes)
+
+    def get(self, name: str) -> Slot | None:
+        """The slot of sublayer `name`, if it holds anything."""
+        return self._slots.get(name)
+
+    def release(self, name: str) -> None:
+        """Let go of the slot of sublayer `name`."""
+        slot = self._slots.pop(name, None)
+        if slot is not None:
+            self._meter.add(-slot.nbytes)
+
+    def clear(self) -> None:
+        """Let go of every slot."""
+        for name in list(self._slots):
+            self.release(name)
+
+    def __len__(self) -> int:
+        return len(self._slots)

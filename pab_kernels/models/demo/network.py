@@ -1,0 +1,64 @@
+"""The demo model's networks: a small `LatteTransformer3DModel` and the table that turns captions into prompt embeddings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .shapes import FRAMES, SIZE, VOCABULARY, Caption
+
+if TYPE_CHECKING:
+    from diffusers import LatteTransformer3DModel
+
+CHANNELS = 144
+CAPTION_CHANNELS = 72
+
+TRANSFORMER_CONFIG = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 72,
+    "in_channels": 3,
+    "out_channels": 6,  # LattePipeline reads the first half, as of a model that also predicts a variance
+    "num_layers": 4,
+    "cross_attention_dim": CHANNELS,
+    "attention_bias": True,
+    "sample_size": SIZE,
+    "patch_size": 4,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "caption_channels": CAPTION_CHANNELS,
+    "video_length": FRAMES,
+}
+"""Heads of 72, as Latte and Open-Sora have them."""
+
+SCHEDULER_CONFIG = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+"""The noise schedule of training: Latte's own. The model predicts `v = sqrt(a) noise - sqrt(1 - a) x`."""
+
+
+def build_transformer() -> LatteTransformer3DModel:
+    """The demo's transformer with fresh weights."""
+    from diffusers import LatteTransformer3DModel
+
+    return LatteTransformer3DModel(**TRANSFORMER_CONFIG)
+
+
+class PromptTable(nn.Module):
+    """A learned vector for every word and, for every slot, one for "not named": `[batch, slots, CAPTION_CHANNELS]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = nn.ModuleDict({slot: nn.Embedding(len(words) + 1, CAPTION_CHANNELS) for slot, words in VOCABULARY.items()})
+
+    def indices(self, captions: list[Caption]) -> torch.Tensor:
+        """Row of each word in its slot's table, 0 where the slot is open: `[batch, slots]`, int64."""
+        return torch.tensor(
+            [[1 + words.index(word) if (word := getattr(c, slot)) else 0 for slot, words in VOCABULARY.items()] for c in captions]
+        )
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        """Embed `indices` `[batch, slots]` as `[batch, slots, CAPTION_CHANNELS]`."""
+        return torch.stack([table(indices[:, i]) for i, table in enumerate(self.slots.values())], dim=1)

@@ -1,0 +1,206 @@
+"""Captioned moving shapes: the data that the demo model is trained on, and the checker that reads a clip back into words.
+
+A caption has one word for each slot of `VOCABULARY` ("a red circle moves right at night"). A clip shows one anti-aliased shape that
+crosses the frame at constant velocity before a plain background.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from dataclasses import dataclass
+
+import torch
+
+SIZE = 32
+"""Height and width of a clip in pixels."""
+FRAMES = 8
+"""Frames of a clip."""
+
+COLOURS = {
+    "red": (0.90, 0.12, 0.12),
+    "green": (0.10, 0.65, 0.20),
+    "blue": (0.15, 0.25, 0.95),
+    "yellow": (0.98, 0.88, 0.10),
+    "purple": (0.60, 0.15, 0.80),
+    "white": (1.00, 1.00, 1.00),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+BACKGROUNDS = {"night": (0.05, 0.05, 0.15), "day": (0.55, 0.78, 0.92), "dawn": (0.95, 0.66, 0.58)}
+
+VOCABULARY: dict[str, tuple[str, ...]] = {
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "direction": tuple(DIRECTIONS),
+    "background": tuple(BACKGROUNDS),
+}
+"""The words of a caption, by slot; a caption names at most one word of each."""
+
+_FILLERS = frozenset({"a", "an", "the", "moves", "moving", "at", "in", "to", "is", "goes", "and"})
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One word for each slot; `None` leaves the slot open."""
+
+    colour: str | None = None
+    shape: str | None = None
+    direction: str | None = None
+    background: str | None = None
+
+    def words(self) -> dict[str, str]:
+        """The slots that are named, with their word."""
+        return {slot: getattr(self, slot) for slot in VOCABULARY if getattr(self, slot) is not None}
+
+    def __str__(self) -> str:
+        text = " ".join(word for word in ("a", self.colour, self.shape or "shape") if word)
+        if self.direction:
+            text += f" moves {self.direction}"
+        return text + (f" at {self.background}" if self.background else "")
+
+
+def parse(prompt: str) -> Caption:
+    """Read a prompt into a `Caption`.
+
+    Raises:
+        ValueError: a word is not in the vocabulary, or a slot is named twice.
+    """
+    slots: dict[str, str] = {}
+    for word in re.findall(r"[a-z]+", prompt.lower()):
+        slot = next((slot for slot, words in VOCABULARY.items() if word in words), None)
+        if slot is None:
+            if word in _FILLERS or word == "shape":
+                continue
+            known = "; ".join(f"{slot}: {', '.join(words)}" for slot, words in VOCABULARY.items())
+            raise ValueError(f"the demo model does not know the word {word!r}; it knows {known}")
+        if slot in slots:
+            raise ValueError(f"the prompt names two words for {slot}, {slots[slot]!r} and {word!r}; name one")
+        slots[slot] = word
+    return Caption(**slots)
+
+
+def captions() -> list[Caption]:
+    """All complete captions."""
+    return [Caption(*words) for words in itertools.product(*VOCABULARY.values())]
+
+
+def held_out(count: int = 100) -> list[Caption]:
+    """`count` captions that training never sees, the same ones every time."""
+    return random.Random(0).sample(captions(), count)
+
+
+def shape_coverage(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """Share of each pixel that the shape covers, from its signed distance: `clamp(1/2 - d, 0, 1)`.
+
+    Args:
+        shape: a word of `SHAPES`. The three have about the same area at the same `radius`.
+        x: horizontal offset of pixel centres from the shape's centre, in pixels.
+        y: vertical offset, downwards.
+        radius: in pixels; broadcasts with `x` and `y`.
+    """
+    if shape == "circle":
+        distance = torch.sqrt(x * x + y * y) - radius
+    elif shape == "square":
+        distance = torch.maximum(x.abs(), y.abs()) - 0.89 * radius
+    elif shape == "triangle":
+        inner = 0.78 * radius  # of the inscribed circle; the centroid is its centre
+        slope = 0.5 * y - (math.sqrt(3) / 2) * x.abs()
+        distance = torch.maximum(y - inner, -(slope + inner))
+    else:
+        raise ValueError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}")
+    return (0.5 - distance).clamp(0, 1)
+
+
+def _grid(device: torch.device | str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    axis = torch.arange(SIZE, dtype=torch.float32, device=device) + 0.5
+    return axis[None, :], axis[:, None]
+
+
+def render(caption: Caption, generator: torch.Generator, frames: int = FRAMES) -> torch.Tensor:
+    """Draw one clip of a complete caption; radius, path and colours vary with `generator`.
+
+    Returns:
+        `[frames, 3, SIZE, SIZE]`, float32 in [0, 1].
+    """
+    return render_batch([caption], generator, frames)[0]
+
+
+def render_batch(batch: list[Caption], generator: torch.Generator, frames: int = FRAMES) -> torch.Tensor:
+    """Draw a clip for each complete caption of `batch`: `[len(batch), frames, 3, SIZE, SIZE]`, float32 in [0, 1]."""
+    n = len(batch)
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return low + (high - low) * torch.rand(n, generator=generator)
+
+    radius = uniform(5.0, 6.5)
+    travel = uniform(14.0, SIZE - 2 * 7.5)
+    along, across = uniform(-1.0, 1.0), uniform(-7.0, 7.0)
+    progress = torch.linspace(-0.5, 0.5, frames) if frames > 1 else torch.zeros(1)
+    direction = torch.tensor([DIRECTIONS[c.direction or ""] for c in batch])  # [n, 2]
+    if frames == 1:  # a still: anywhere on the path
+        progress = uniform(-0.5, 0.5)[:, None]
+    offset = along[:, None] + travel[:, None] * progress  # [n, frames]
+    sideways = direction.flip(1).abs()
+    centre = SIZE / 2 + direction[:, None] * offset[..., None] + sideways[:, None] * across[:, None, None]  # [n, frames, 2]
+    px, py = _grid()
+    coverage = torch.empty(n, frames, SIZE, SIZE)
+    for shape in SHAPES:
+        rows = torch.tensor([i for i, c in enumerate(batch) if c.shape == shape], dtype=torch.long)
+        if len(rows):
+            x, y = px - centre[rows, :, 0, None, None], py - centre[rows, :, 1, None, None]
+            coverage[rows] = shape_coverage(shape, x, y, radius[rows, None, None, None])
+    jitter = 0.03 * torch.randn(n, 2, 3, generator=generator)
+    colour = (torch.tensor([COLOURS[c.colour or ""] for c in batch]) + jitter[:, 0]).clamp(0, 1)
+    ground = (torch.tensor([BACKGROUNDS[c.background or ""] for c in batch]) + jitter[:, 1]).clamp(0, 1)
+    colour, ground = colour[:, None, :, None, None], ground[:, None, :, None, None]
+    return ground + coverage[:, :, None] * (colour - ground)
+
+
+def _nearest(value: torch.Tensor, table: dict[str, tuple[float, float, float]]) -> str:
+    return min(table, key=lambda word: float((value - torch.tensor(table[word])).square().sum()))
+
+
+def read_clip(clip: torch.Tensor) -> Caption:
+    """Read a clip back into the caption that it shows: the checker of the demo model.
+
+    The background is the median colour of the frame's border; coverage is a pixel's projection on the line from the background to the
+    shape's colour; the direction is the larger component of the path's slope, at least a quarter of a pixel a frame; the shape is the
+    one whose drawing, at the coverage's own centre and area, agrees best in all frames. A slot that cannot be read is `None`.
+
+    Args:
+        clip: `[frames, 3, SIZE, SIZE]` in [0, 1].
+    """
+    clip = clip.float().cpu()
+    border = torch.cat([clip[:, :, 0], clip[:, :, -1], clip[:, :, :, 0], clip[:, :, :, -1]], dim=-1)  # [frames, 3, 4 * SIZE]
+    ground = border.transpose(0, 1).flatten(1).median(dim=1).values  # [3]
+    background = _nearest(ground, BACKGROUNDS)
+    contrast = (clip - ground[:, None, None]).square().sum(1).sqrt()  # [frames, SIZE, SIZE]
+    inside = contrast > 0.7 * contrast.flatten().topk(20 * clip.shape[0]).values.median()
+    if contrast.max() < 0.15 or not inside.any():
+        return Caption(background=background)
+    colour_value = clip.permute(1, 0, 2, 3)[:, inside].median(dim=1).values  # [3]
+    towards = colour_value - ground
+    coverage = ((clip - ground[:, None, None]) * towards[:, None, None]).sum(1) / towards.square().sum()
+    coverage = torch.where(coverage < 0.2, 0.0, coverage.clamp(0, 1))  # [frames, SIZE, SIZE]
+    area = coverage.sum((1, 2)).clamp(min=1e-3)
+    px, py = _grid()
+    cx, cy = (coverage * px).sum((1, 2)) / area, (coverage * py).sum((1, 2)) / area  # [frames]
+    time = torch.arange(len(clip), dtype=torch.float32) - (len(clip) - 1) / 2
+    slope = torch.stack([(time * cx).sum(), (time * cy).sum()]) / time.square().sum().clamp(min=1e-6)
+    direction = None
+    if slope.abs().max() > 0.25:
+        horizontal = bool(slope[0].abs() >= slope[1].abs())
+        direction = ("right" if slope[0] > 0 else "left") if horizontal else ("down" if slope[1] > 0 else "up")
+    errors = {}
+    for shape in SHAPES:
+        drawn = []
+        for factor in (0.92, 1.0, 1.08):
+            radius = factor * torch.sqrt(area / math.pi)[:, None, None]
+            for dy in (-0.5, 0.0, 0.5):
+                cover = shape_coverage(shape, px - cx[:, None, None], py - cy[:, None, None] - dy, radius)
+                drawn.append((cover - coverage).square().sum((1, 2)))
+        errors[shape] = float(torch.stack(drawn).min(0).values.median())
+    return Caption(_nearest(colour_value, COLOURS), min(errors, key=errors.__getitem__), direction, background)

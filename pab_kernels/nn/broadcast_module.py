@@ -1,0 +1,95 @@
+"""`BroadcastModule`: any attention module under a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..broadcast.config import KINDS
+from ..broadcast.slots import unpack
+
+if TYPE_CHECKING:
+    from ..broadcast.broadcaster import Broadcaster
+    from ..broadcast.plan import Sublayer
+
+_PREFIX = "module."
+
+
+class BroadcastModule(nn.Module):
+    """Wraps an attention module (or an MLP): computed as it is, or its last output given back, as the plan says.
+
+    The output may be a tensor or any nest of tensors, and is kept whole. Where it is used as `x + gate * module(...)`, the gate stays
+    outside and fresh. `state_dict` has the names of the wrapped module. Without `enable`, it is the wrapped module.
+
+    Args:
+        module: what is wrapped.
+        kind: "spatial", "temporal", "cross" or "mlp".
+        layer: index of its block, for rules restricted to some layers.
+
+    Raises:
+        ValueError: the kind is not known.
+    """
+
+    def __init__(self, module: nn.Module, kind: str, layer: int = 0) -> None:
+        super().__init__()
+        if kind not in KINDS or kind == "block":
+            raise ValueError(f"kind {kind!r} is not known; supported are 'spatial', 'temporal', 'cross', 'mlp'")
+        self.module = module
+        self.kind = kind
+        self.layer = layer
+        self._member: Membership | None = None
+        self.register_state_dict_post_hook(_strip)
+        self.register_load_state_dict_pre_hook(_restore)
+
+    def join(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Membership:
+        """Follow `broadcaster` until the membership is detached."""
+        self._member = Membership(self, broadcaster, sublayer)
+        return self._member
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, computed or broadcast."""
+        call = None if self._member is None else self._member.broadcaster.call
+        if call is None or self._member is None:
+            return self.module(*args, **kwargs)
+        x = next((v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)), None)
+        if x is None:
+            raise TypeError(f"{self._member.sublayer.name}: no tensor among the inputs; a BroadcastModule needs at least one")
+        turn = call.turn(self._member.sublayer, x)
+        if turn.slot is not None:
+            return unpack(turn.slot.value, x.dtype)
+        out = self.module(*args, **kwargs)
+        if turn.store is not None:
+            turn.store.put(out)
+        return out
+
+
+class Membership:
+    """A module's tie to the broadcaster of the model that it is in."""
+
+    def __init__(self, module: BroadcastModule, broadcaster: Broadcaster, sublayer: Sublayer) -> None:
+        self.module = module
+        self.broadcaster = broadcaster
+        self.sublayer = sublayer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # a copy of the model is a plain model
+
+    def detach(self) -> None:
+        """Be the wrapped module again."""
+        if self.module._member is self:
+            self.module._member = None
+
+
+def _strip(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in [n for n in state if n.startswith(prefix + _PREFIX)]:
+        state[prefix + name[len(prefix + _PREFIX) :]] = state.pop(name)
+
+
+def _restore(module: nn.Module, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    assert isinstance(state, dict)
+    for name in [n for n in state if n.startswith(prefix) and not n.startswith(prefix + _PREFIX)]:
+        state[prefix + _PREFIX + name[len(prefix) :]] = state.pop(name)
