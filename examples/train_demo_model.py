@@ -4,9 +4,9 @@
     python examples/train_demo_model.py --out runs/demo --resume      # go on after an interruption
     python examples/train_demo_model.py --out runs/demo --export pab_kernels/models/demo   # write the package's weights
 
-Stills first (the temporal blocks off), then clips. Muon for the blocks' matrices, AdamW for the rest, a constant rate that falls to zero
-over the last third, and an exponential moving average of the weights. `--export` checks every word on held-out captions, says which are
-followed, and puts the figures into the model card.
+Stills first (the temporal blocks off), then clips and stills in turn. Muon for the blocks' matrices, AdamW for the rest, a rate that
+falls to zero over the second half, and an exponential moving average of the weights. `--export` checks every word on held-out captions,
+says which are followed, and puts the figures into the model card.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ def batch_of(step: int, rank: int, size: int, frames: int, pool: list[shapes.Cap
     return clips, words, generator
 
 
-def optimisers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+def optimisers(model: nn.Module, rate: float, matrix_rate: float) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in model.named_parameters() if "blocks" in n and p.ndim == 2 and "table" not in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -109,7 +109,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
     model.initialise()
     ema = {n: p.detach().clone().float() for n, p in model.named_parameters()}
     model.to(device)
-    opts = optimisers(model, args.rate)
+    opts = optimisers(model, args.rate, args.matrix_rate)
+    rates = [args.matrix_rate, args.rate]
     total = args.stills + args.clips
     start = 0
     checkpoint = Path(args.out) / "checkpoint.pt"
@@ -140,10 +141,14 @@ def train(rank: int, args: argparse.Namespace) -> None:
     average, saved_at = None, time.monotonic()
     try:
         for step in range(start, total):
-            stills = step < args.stills
+            stills = step < args.stills or step % 2 == 1
             size, frames = (args.batch * 4, 1) if stills else (args.batch, shapes.FRAMES)
             x, words, generator = batch_of(step, rank, size // world, frames, pool, model.prompts)
             t = (torch.rand(len(x), generator=generator) + torch.arange(len(x))) / len(x)  # stratified
+            if step < args.stills + 0.35 * args.clips:
+                t = torch.where(t < 0.25, 2 * t, (t + 0.5) / 1.5)  # three quarters in the noisier half: there the direction is decided
+            else:
+                t = torch.where(t < 0.4, t / 0.4, 0.2 + (t - 0.4) * (0.65 / 0.6))  # then more in the middle: there the shape is
             t = (t * len(kept)).long().clamp(max=len(kept) - 1)
             noise = torch.randn(x.shape, generator=generator)
             a = kept[t].view(-1, 1, 1, 1, 1)
@@ -154,10 +159,10 @@ def train(rank: int, args: argparse.Namespace) -> None:
             loss.backward()
             if world > 1:
                 average_gradients(model, world)
-            left = (total - step) / (total / 3)
-            for opt in opts:
+            left = 2 * (total - step) / total
+            for opt, rate in zip(opts, rates, strict=True):
                 for group in opt.param_groups:
-                    group["lr"] = args.rate * min(1.0, (step + 1) / 50, left)
+                    group["lr"] = rate * min(1.0, (step + 1) / 50, left)
                 opt.step()
             model.zero_grad(set_to_none=True)
             decay = min(args.ema, (step + 1) / (step + 10))
@@ -222,9 +227,10 @@ def main() -> None:
     parser.add_argument("--check-steps", type=int, default=check.CHECK_STEPS, help="sampling steps of the check after --export")
     parser.add_argument("--check-guidance", type=float, default=GUIDANCE, help="its scale of classifier-free guidance")
     parser.add_argument("--stills", type=int, default=1500, help="steps on single frames")
-    parser.add_argument("--clips", type=int, default=6000, help="steps on clips")
+    parser.add_argument("--clips", type=int, default=6800, help="further steps, on clips and stills in turn")
     parser.add_argument("--batch", type=int, default=16, help="clips a step (four times as many stills)")
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of AdamW")
+    parser.add_argument("--matrix-rate", type=float, default=2.5e-3, help="learning rate of Muon")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 1))

@@ -22,7 +22,8 @@ def _resolve(model_or_pipe: Any) -> tuple[nn.Module, Any]:
     if isinstance(model_or_pipe, nn.Module):
         return getattr(model_or_pipe, "_orig_mod", model_or_pipe), None
     model = getattr(model_or_pipe, "transformer", None)
-    if isinstance(model, nn.Module) and hasattr(getattr(model_or_pipe, "scheduler", None), "set_timesteps"):
+    scheduler = getattr(model_or_pipe, "scheduler", None)
+    if isinstance(model, nn.Module) and hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step"):
         return getattr(model, "_orig_mod", model), model_or_pipe
     raise TypeError(
         f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer` and a `scheduler`: "
@@ -77,18 +78,22 @@ def enable(
             supported = ", ".join(map(repr, adapter.cache_points))
             raise ValueError(f"cache_point {chosen.cache_point!r} does not suit {type(model).__name__}; supported are {supported}")
         raise AssertionError("a preset names a cache point that its model lacks")
+    before = None if broadcaster is None else broadcaster.config
     if broadcaster is None:
         broadcaster = Broadcaster(model, adapter, chosen)
         setattr(model, ATTRIBUTE, broadcaster)
     broadcaster.configure(chosen)
-    if pipe is not None:
-        broadcaster.watch(pipe)
-    if num_steps is not None or timesteps is not None:
-        try:
+    try:
+        if pipe is not None:
+            broadcaster.watch(pipe)
+        if num_steps is not None or timesteps is not None:
             broadcaster.prepare(num_steps=num_steps, timesteps=timesteps)
-        except ValueError:
+    except BaseException:
+        if before is None:
             disable(model)
-            raise
+        else:
+            broadcaster.configure(before)
+        raise
 
 
 def disable(model_or_pipe: Any) -> None:
@@ -132,9 +137,12 @@ def context(model: Any, name: str, step: int | None = None) -> Iterator[None]:
 
     Raises:
         RuntimeError: PAB is not enabled.
+        ValueError: the name is empty, or the step is no whole number.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"a context needs a name, got {name!r}")
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+        raise ValueError(f"step must be a whole number from 0, got {step!r}; leave it out where the calls tell it")
     with _enabled(model).context(name, step):
         yield
 

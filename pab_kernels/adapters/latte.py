@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,21 +40,19 @@ class LatteAdapter:
         self.model = model
         self.blocks = [
             LatteBlock(block, f"{group}.{i}", i, kind)
-            for group, kind, blocks in (
-                ("transformer_blocks", "spatial", model.transformer_blocks),
-                ("temporal_transformer_blocks", "temporal", model.temporal_transformer_blocks),
-            )
-            for i, block in enumerate(blocks)
+            for i, pair in enumerate(zip(model.transformer_blocks, model.temporal_transformer_blocks, strict=True))
+            for group, kind, block in zip(("transformer_blocks", "temporal_transformer_blocks"), ("spatial", "temporal"), pair, strict=True)
         ]
 
     @property
     def sublayers(self) -> Sequence[Sublayer]:
-        """All sublayers, block by block."""
+        """All sublayers, in the order in which they run."""
         return [s for block in self.blocks for s in block.sublayers]
 
-    def attach(self, broadcaster: Broadcaster) -> list[Attached]:
+    def attach(self, broadcaster: Broadcaster) -> Iterator[Attached]:
         """Replace the blocks' `forward`."""
-        return [attach_forward(block.module, block.forward(broadcaster)) for block in self.blocks]
+        for block in self.blocks:
+            yield attach_forward(block.module, block.forward(broadcaster))
 
     def timestep(self, hidden_states: Any, timestep: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The timestep among the arguments of the model's `forward`."""
@@ -122,10 +120,12 @@ class LatteBlock:
     def flops(self, sublayer: Sublayer, rows: int, tokens: int, text: tuple[int, int]) -> int:
         """FLOPs of computing a sublayer on `[rows, tokens, C]`, with prompt `text` as `[rows, tokens]`; of the block, 0."""
         if sublayer is self.mlp:
-            return _linears(rows * tokens, *(m for m in self.module.ff.modules() if hasattr(m, "in_features")))
+            return _linears(rows * tokens, self.module.ff)
         if sublayer is self.whole:
             return 0
         attn = self.module.attn1 if sublayer is self.attention else self.module.attn2
+        if not all(hasattr(attn, name) for name in ("to_q", "to_k", "to_v", "to_out", "heads", "inner_dim")):
+            return 0  # somebody's own: what it computes is not known
         keys = tokens if sublayer is self.attention else text[1]
         key_tokens = rows * tokens if sublayer is self.attention else text[0] * text[1]
         projections = _linears(rows * tokens, attn.to_q, attn.to_out[0]) + _linears(key_tokens, attn.to_k, attn.to_v)
@@ -240,7 +240,6 @@ def _stock_attention(attn: Any) -> bool:
     """Whether the module is diffusers' plain `Attention`: q, k, v projections, scaled dot product, output projection."""
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-    head_dim = attn.inner_dim // attn.heads
     return (
         is_plain(attn, Attention)
         and type(attn.processor) is AttnProcessor2_0
@@ -248,7 +247,7 @@ def _stock_attention(attn: Any) -> bool:
         and not attn.norm_cross
         and not attn.residual_connection
         and attn.rescale_output_factor == 1
-        and 32 <= head_dim <= 128
+        and 32 <= attn.inner_dim // attn.heads <= 128
         and _inactive(attn.to_out[1])
     )
 
@@ -260,16 +259,18 @@ def _feed_forward(stream: ResidualStream, block: Any, y: torch.Tensor, gate: tor
     if block._chunk_size is not None:
         stream.add(_chunked_feed_forward(block.ff, y, block._chunk_dim, block._chunk_size), gate, store)
         return
-    net = block.ff.net
-    if not is_plain(block.ff, FeedForward) or len(net) != 3 or not _inactive(net[1]):
-        stream.add(block.ff(y), gate, store)
+    ff = block.ff
+    if not is_plain(ff, FeedForward) or len(ff.net) != 3 or not _inactive(ff.net[1]):
+        stream.add(ff(y), gate, store)
         return
-    stream.project(net[0](y), net[2], gate, store)
+    stream.project(ff.net[0](y), ff.net[2], gate, store)
 
 
 def _inactive(dropout: Any) -> bool:
     return is_plain(dropout, nn.Dropout) and (not dropout.training or dropout.p == 0)
 
 
-def _linears(tokens: int, *modules: Any) -> int:
-    return sum(linear_flops(tokens, m.in_features, m.out_features) for m in modules)
+def _linears(tokens: int, *modules: nn.Module) -> int:
+    """FLOPs of all linear layers in `modules`, those of a LoRA included."""
+    linears = [m for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
+    return sum(linear_flops(tokens, m.in_features, m.out_features) for m in linears)

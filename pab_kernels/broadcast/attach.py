@@ -11,16 +11,21 @@ from torch import nn
 class Attached:
     """Stands in for the method `name` of `owner`, calling `replacement(original, *args, **kwargs)`.
 
-    `detach` gives the object back as it was. If somebody else has wrapped the method since, the stand-in passes through to the original.
-    A deep copy of the owner has its own plain method.
+    `detach` gives the object back as it was, also where hooks put around it since (or taken off) have moved the stand-in elsewhere on
+    `module`. If somebody else has wrapped the method since, the stand-in passes through to the original. A deep copy of the owner, and a
+    pickled one, has its own plain method.
     """
 
-    def __init__(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    # Slots: functools.update_wrapper, which hooks use, copies a wrapped object's __dict__ into the wrapper, and would keep all this alive.
+    __slots__ = ("owner", "name", "original", "replacement", "__wrapped__", "_was_own", "_module")
+
+    def __init__(self, owner: Any, name: str, replacement: Callable[..., Any], module: nn.Module | None = None) -> None:
         self.owner, self.name = owner, name
         self.original = getattr(owner, name)
         self.replacement: Callable[..., Any] | None = replacement
         self.__wrapped__ = self.original  # for inspect.signature
         self._was_own = name in vars(owner)
+        self._module = module
         setattr(owner, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -28,28 +33,34 @@ class Attached:
             return self.original(*args, **kwargs)
         return self.replacement(self.original, *args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copy = memo[id(self.owner)]
-        return getattr(type(copy), self.name).__get__(copy)
+    def __reduce__(self) -> Any:
+        return _as_it_was, (self.original,)
 
     def detach(self) -> None:
         """Put back what was there."""
         self.replacement = None
-        if vars(self.owner).get(self.name) is self:
-            if self._was_own:
-                setattr(self.owner, self.name, self.original)
-            else:
-                delattr(self.owner, self.name)
+        for holder in (self.owner, self._module, *_hooks(self._module)):
+            for name in [name for name, held in vars(holder).items() if held is self] if holder is not None else ():
+                at_home = holder is self.owner and name == self.name
+                of_class = getattr(self.original, "__func__", None) is getattr(type(holder), name, self)
+                if (not self._was_own) if at_home else of_class:
+                    delattr(holder, name)
+                else:
+                    setattr(holder, name, self.original)
+
+
+def _as_it_was(original: Any) -> Any:
+    return original
+
+
+def _hooks(module: nn.Module | None) -> list[Any]:
+    """What diffusers' hooks on a module hold its `forward` in, the innermost first."""
+    return list(getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ()))
 
 
 def attach_forward(module: nn.Module, replacement: Callable[..., Any]) -> Attached:
     """Replace a module's `forward`, inside of the hooks that diffusers and accelerate have put around it (offloading, casting)."""
-    owner: Any = module
-    name = "forward"
-    registry = getattr(module, "_diffusers_hook", None)
-    if registry is not None and registry._fn_refs:
-        owner = registry._fn_refs[0]
-        name = "forward" if owner.original_forward is None else "original_forward"
-    elif "_old_forward" in vars(module):
-        name = "_old_forward"
-    return Attached(owner, name, replacement)
+    places: list[tuple[Any, str]] = [(h, "forward" if h.original_forward is None else "original_forward") for h in _hooks(module)]
+    places += [(module, name) for name in ("_old_forward", "forward") if hasattr(module, name)]
+    innermost = next((place for place in places if getattr(getattr(*place), "__self__", None) is module), places[0])
+    return Attached(*innermost, replacement, module)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from .attach import Attached, attach_forward
 from .config import PABConfig
 from .generation import Call, Generation
 from .plan import Sublayer
+from .slots import Key
 from .scheduler import SchedulerWatch
 
 logger = logging.getLogger("pab_kernels")
@@ -42,14 +43,33 @@ class Adapter(Protocol):
     def cache_points(self) -> Sequence[str]:
         """The cache points that it supports."""
 
-    def attach(self, broadcaster: Broadcaster) -> Sequence[Detachable]:
-        """Make the model's blocks ask `broadcaster.call` what to do."""
+    def attach(self, broadcaster: Broadcaster) -> Iterable[Detachable]:
+        """Make the model's blocks ask `broadcaster.call` what to do; one by one, so that what was done can be undone if one fails."""
 
     def rest_flops(self, *args: Any, **kwargs: Any) -> int:
         """FLOPs outside of the sublayers, of a call with these arguments."""
 
     def timestep(self, *args: Any, **kwargs: Any) -> torch.Tensor | float | None:
         """The timestep among these arguments."""
+
+
+class _Follower:
+    """The broadcaster as a scheduler knows it: weakly, so that a scheduler in use elsewhere keeps no model alive."""
+
+    def __init__(self, broadcaster: Broadcaster) -> None:
+        self._broadcaster = weakref.ref(broadcaster)
+
+    def scheduler_begins(self, scheduler: Any) -> None:
+        """`set_timesteps` was called."""
+        broadcaster = self._broadcaster()
+        if broadcaster is not None:
+            broadcaster.scheduler_begins(scheduler)
+
+    def scheduler_steps(self, scheduler: Any) -> None:
+        """`step` was called."""
+        broadcaster = self._broadcaster()
+        if broadcaster is not None:
+            broadcaster.scheduler_steps(scheduler)
 
 
 class _Thread(threading.local):
@@ -72,14 +92,24 @@ class Broadcaster:
         self.adapter = adapter
         self.config = config
         self._thread = _Thread()
-        self._waiting: Generation | None = None
+        self._waiting: list[Generation] = []
         self._latest: Generation | None = None
         self._pipes: list[weakref.ref[Any]] = []
+        self._follower = _Follower(self)
+        self._following = threading.Lock()
         self._watches: list[SchedulerWatch] = []
         self._said: set[str] = set()
-        self._attached: list[Detachable] = [attach_forward(model, self._run), *adapter.attach(self)]
-        if hasattr(model, "cache_context"):
-            self._attached.append(Attached(model, "cache_context", self._cache_context))
+        self._attached: list[Detachable] = []
+        try:
+            for attached in adapter.attach(self):
+                self._attached.append(attached)
+            self._attached.append(attach_forward(model, self._run))
+            for name, replacement in (("cache_context", self._cache_context), ("_reset_stateful_cache", self._reset)):
+                if hasattr(model, name):
+                    self._attached.append(Attached(model, name, replacement))
+        except BaseException:
+            self.detach()
+            raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copy of the model is a plain model
@@ -106,25 +136,26 @@ class Broadcaster:
         for attached in reversed(self._attached):
             attached.detach()
         for watch in self._watches:
-            watch.remove(self)
+            watch.remove(self._follower)
         if self._latest is not None:
             self._latest.release()
-        self._attached, self._watches, self._pipes = [], [], []
-        self._thread, self._waiting, self._latest = _Thread(), None, None
+        self._attached, self._watches, self._pipes, self._waiting = [], [], [], []
+        self._thread, self._latest = _Thread(), None
 
     # Generations
 
     def begin(self, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Generation:
         """Begin a generation on the bare model, in this thread."""
-        generation = self._begin(num_steps=num_steps, timesteps=timesteps)
+        generation = Generation(self.config, self.adapter.sublayers, num_steps=num_steps, timesteps=timesteps)
         generation.start()
         self._say(generation)
-        self._thread.generation = generation
+        self._latest = self._thread.generation = generation
         return generation
 
     def prepare(self, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> None:
         """Begin the first generation on the bare model, for whichever thread calls it first."""
-        self._waiting, self._thread.generation = self.begin(num_steps=num_steps, timesteps=timesteps), None
+        self._waiting = [self.begin(num_steps=num_steps, timesteps=timesteps)]
+        self._thread.generation = None
 
     def end(self, generation: Generation) -> None:
         """End a generation: its slots are let go and no call belongs to it any more."""
@@ -138,16 +169,21 @@ class Broadcaster:
             self._pipes.append(weakref.ref(pipe))
         self._follow(pipe.scheduler)
 
-    def _follow(self, scheduler: Any) -> None:
-        if not any(watch.scheduler is scheduler for watch in self._watches):
-            self._watches.append(SchedulerWatch.add(scheduler, self))
+    def _follow(self, scheduler: Any) -> bool:
+        """Follow `scheduler`; whether it was not followed before."""
+        with self._following:
+            if any(watch.scheduler is scheduler for watch in self._watches):
+                return False
+            self._watches.append(SchedulerWatch.add(scheduler, self._follower))
+            return True
 
     def scheduler_begins(self, scheduler: Any) -> None:
         """`set_timesteps` was called."""
         previous = self._thread.generation
         if previous is not None:
             previous.release()
-        self._thread.generation = self._begin(timesteps=scheduler.timesteps, scheduler=scheduler)
+        generation = Generation(self.config, self.adapter.sublayers, timesteps=scheduler.timesteps, scheduler=scheduler)
+        self._latest = self._thread.generation = generation
 
     def scheduler_steps(self, scheduler: Any) -> None:
         """`step` was called."""
@@ -155,21 +191,18 @@ class Broadcaster:
         if generation is not None and generation.started and generation.scheduler is scheduler:
             generation.advance()
 
-    def _begin(self, **schedule: Any) -> Generation:
-        self._latest = Generation(self.config, self.adapter.sublayers, **schedule)
-        return self._latest
-
     def _current(self) -> Generation:
-        schedulers = [pipe.scheduler for pipe in (ref() for ref in self._pipes) if pipe is not None]
-        for scheduler in schedulers:  # exchanged since?
-            if not any(watch.scheduler is scheduler for watch in self._watches):
-                self._follow(scheduler)
-                self.scheduler_begins(scheduler)
         thread = self._thread
-        if thread.generation is None and self._waiting is not None:
-            thread.generation, self._waiting = self._waiting, None
+        held = [pipe.scheduler for pipe in (ref() for ref in self._pipes) if pipe is not None]
+        exchanged = [scheduler for scheduler in held if self._follow(scheduler)]
+        if thread.generation is not None and not self._goes_on(thread.generation, held):
+            for scheduler in filter(_has_begun, exchanged):
+                self.scheduler_begins(scheduler)
+        if self._waiting and (thread.generation is None or thread.generation.used_up):
+            with contextlib.suppress(IndexError):  # another thread was faster
+                thread.generation = self._waiting.pop()
         if thread.generation is None:
-            begun = [s for s in schedulers if getattr(s, "timesteps", None) is not None]
+            begun = list(filter(_has_begun, held))
             if not begun:
                 raise RuntimeError(
                     "no generation has begun: call the model inside `with pab.generation(model, num_steps=...):`, or give num_steps to "
@@ -178,6 +211,12 @@ class Broadcaster:
             self.scheduler_begins(begun[-1])
         assert thread.generation is not None
         return thread.generation
+
+    @staticmethod
+    def _goes_on(generation: Generation, held: Sequence[Any]) -> bool:
+        """Whether a further call can belong to `generation`: steps are left, and a pipeline still holds its scheduler."""
+        scheduler = generation.scheduler
+        return not generation.used_up and (scheduler is None or any(scheduler is other for other in held))
 
     # Calls of the model
 
@@ -196,20 +235,30 @@ class Broadcaster:
         with original(name, *args, **kwargs), self.context(name):
             yield
 
+    def _reset(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """diffusers' pipelines end with this, also those that were interrupted."""
+        if self._thread.generation is not None:
+            self._thread.generation.release()
+        return original(*args, **kwargs)
+
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        thread = self._thread
-        outer, thread.call = thread.call, None
         generation = self._current()
         if not generation.started:
             generation.start(self._entered_at(generation, args, kwargs))
             self._say(generation)
-        call = generation.open(*thread.context)
-        if self._records_gradients(args, kwargs):
+        thread = self._thread
+        name, step = thread.context
+        call = generation.open(name, step)
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        plain = self._records_gradients(tensors)
+        if plain:
             generation.plain_calls += 1
             self._once("gradients are recorded: the model runs plainly; call it under torch.no_grad() for PAB")
         else:
+            prompt = kwargs.get("encoder_hidden_states")
+            call.context.enter(tuple(map(Key.of, tensors)), prompt if name is None and isinstance(prompt, torch.Tensor) else None)
             call.context.count(self.adapter.rest_flops(*args, **kwargs), run=True)
-            thread.call = call
+        outer, thread.call = thread.call, None if plain else call
         try:
             return forward(*args, **kwargs)
         except BaseException:
@@ -220,22 +269,25 @@ class Broadcaster:
 
     def _entered_at(self, generation: Generation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """The step of the full schedule at which the model is called first."""
-        begin = getattr(generation.scheduler, "begin_index", None)
-        if begin is not None:
-            return int(begin)
-        timestep = self.adapter.timestep(*args, **kwargs)
+        scheduler = generation.scheduler
+        for name in ("step_index", "begin_index"):
+            index = getattr(scheduler, name, None)
+            if index is not None:
+                return int(index)
+        timestep, schedule = self.adapter.timestep(*args, **kwargs), generation.schedule.timesteps or ()
         if isinstance(timestep, torch.Tensor):
             if timestep.is_meta:
                 return 0
+            schedule = tuple(torch.tensor(schedule, dtype=torch.float64).to(timestep.dtype).tolist())
             timestep = float(timestep.flatten()[0])  # the one read of a timestep to the host in a generation
-        schedule = generation.schedule.timesteps or ()
-        return schedule.index(timestep) if timestep in schedule else 0
+        places = [i for i, t in enumerate(schedule) if t == timestep]
+        # Schedulers of second order have timesteps twice, and take a run that is entered at one to be entered at its second place.
+        return places[min(len(places) - 1, int(hasattr(scheduler, "index_for_timestep")))] if places else 0
 
-    def _records_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _records_gradients(self, tensors: Sequence[torch.Tensor]) -> bool:
         if not torch.is_grad_enabled():
             return False
         model = self._model()
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
         return any(t.requires_grad for t in tensors) or (model is not None and any(p.requires_grad for p in model.parameters()))
 
     def _say(self, generation: Generation) -> None:
@@ -246,6 +298,11 @@ class Broadcaster:
         if message not in self._said:
             self._said.add(message)
             logger.warning(message)
+
+
+def _has_begun(scheduler: Any) -> bool:
+    """Whether `set_timesteps` was called; the timesteps that a new scheduler has are those of training."""
+    return getattr(scheduler, "num_inference_steps", None) is not None
 
 
 def broadcaster_of(model: nn.Module) -> Broadcaster | None:

@@ -61,14 +61,14 @@ class Broadcast:
             raise ValueError(f"range must be a whole number of at least 1, got {self.range!r}; 1 computes at every step")
         _check_member("unit", self.unit, get_args(Unit))
         _check_member("reuse", self.reuse, ("hold",))
-        for name in ("layers", "at"):
-            values = getattr(self, name)
-            if values is None:
+        for name, without in (("layers", "for all layers"), ("at", "for a window")):
+            given = getattr(self, name)
+            if given is None:
                 continue
-            values = tuple(sorted(set(values))) if isinstance(values, Iterable) and not isinstance(values, str) else None
+            values = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else ()
             if not values or not all(_whole(v) and v >= 0 for v in values):
-                raise ValueError(f"{name} must be a non-empty list of whole numbers from 0, got {getattr(self, name)!r}; None means all")
-            object.__setattr__(self, name, values)
+                raise ValueError(f"{name} must be a non-empty list of whole numbers from 0, got {given!r}; leave it out {without}")
+            object.__setattr__(self, name, tuple(sorted(set(values))))
         if self.at is not None:
             if self.window is not None:
                 raise ValueError(f"explicit steps at={self.at} take no window, got {self.window}; leave one of the two out")
@@ -78,13 +78,14 @@ class Broadcast:
         window = DEFAULT_WINDOW if self.window is None and self.unit == "fraction" else self.window
         if window is None:
             raise ValueError(f"unit {self.unit!r} needs a window (lo, hi) in {self.unit}s")
-        if not isinstance(window, Iterable) or isinstance(window, str) or len(tuple(window)) != 2:
+        pair = tuple(window) if isinstance(window, Iterable) and not isinstance(window, str) else ()
+        if len(pair) != 2:
             raise ValueError(f"window must be a pair (lo, hi), got {window!r}")
-        lo, hi = window
+        lo, hi = pair
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (lo, hi)) or not lo < hi:
             raise ValueError(f"window must be two numbers with lo < hi, got {window!r}")
         if lo < 0 or (self.unit == "fraction" and hi > 1):
-            bounds = "0 <= lo < hi <= 1" if self.unit == "fraction" else "0 <= lo < hi"
+            bounds = "0 <= lo < hi <= 1; for steps or timesteps pass that unit" if self.unit == "fraction" else "0 <= lo < hi"
             raise ValueError(f"window {window!r} is out of bounds; unit {self.unit!r} supports {bounds}")
         object.__setattr__(self, "window", (lo, hi))
 
@@ -129,11 +130,23 @@ class Broadcast:
 
 
 def _known_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{cls.__name__} is read from a dict, got {data!r}")
     names = [f.name for f in dataclasses.fields(cls)]
-    unknown = sorted(set(data) - set(names))
+    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in data]
+    if missing:
+        raise ValueError(f"{cls.__name__} needs {', '.join(map(repr, missing))}, got {dict(data)!r}")
+    unknown = [name for name in data if name not in names]
     if unknown:
         raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}; it has {', '.join(names)}")
     return dict(data)
+
+
+def _rule_from(pair: Any) -> Any:
+    """A (kind, dict) pair as (kind, Broadcast); anything else as it is, for `PABConfig` to refuse."""
+    if isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[1], Mapping):
+        return pair[0], Broadcast.from_dict(pair[1])
+    return pair
 
 
 @dataclass(frozen=True)
@@ -169,6 +182,8 @@ class PABConfig:
                 object.__setattr__(self, kind, Broadcast(value))
             elif value is not None and not isinstance(value, Broadcast):
                 raise ValueError(f"{kind} must be a Broadcast, a range or None, got {value!r}")
+        if not isinstance(self.rules, (tuple, list)):
+            raise ValueError(f"rules must be a list of (kind, Broadcast) pairs, got {self.rules!r}")
         rules = []
         for rule in self.rules:
             kind, broadcast = rule if isinstance(rule, (tuple, list)) and len(rule) == 2 else (None, None)
@@ -208,7 +223,8 @@ class PABConfig:
         for kind in KINDS:
             if isinstance(fields.get(kind), Mapping):
                 fields[kind] = Broadcast.from_dict(fields[kind])
-        fields["rules"] = tuple((kind, Broadcast.from_dict(rule)) for kind, rule in fields.get("rules", ()))
+        if isinstance(fields.get("rules"), (tuple, list)):
+            fields["rules"] = tuple(map(_rule_from, fields["rules"]))
         return cls(**fields)
 
     @staticmethod

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from ..ops.quantize import Quantized
 from .config import PABConfig
 from .plan import Action, Plan, Sublayer
 from .schedule import Schedule
@@ -41,6 +43,23 @@ class Context:
         self.tallies: dict[str, Tally] = {}
         self.flops = 0
         self.flops_without = 0
+        self._inputs: Hashable = None
+        self._condition: weakref.ref[torch.Tensor] | None = None
+
+    def enter(self, inputs: Hashable, condition: torch.Tensor | None) -> None:
+        """A call of the model begins. Where it does not continue the last one, every slot is let go.
+
+        Args:
+            inputs: shapes, dtypes and devices of the model's inputs.
+            condition: the prompt's tensor, if the context has only the order of the calls for a name: another one than in the last call
+                tells that a branch came or went. One made anew for each call is gone by then, and tells nothing.
+        """
+        last = None if self._condition is None else self._condition()
+        changed = condition is not None and last is not None and condition is not last
+        if changed or self._inputs not in (None, inputs):
+            self.arena.clear()
+        self._inputs = inputs
+        self._condition = None if condition is None else weakref.ref(condition)
 
     def count(self, flops: int, *, run: bool) -> None:
         """Count FLOPs of the model, run or saved."""
@@ -67,7 +86,8 @@ class Store:
 
     def put(self, value: Any) -> None:
         """Keep `value`, quantised if it is not yet."""
-        self._arena.put(self._name, pack(value, self.dtype), self._key, self._step)
+        own = value.dtype if isinstance(value, torch.Tensor) else self._key.dtype if isinstance(value, Quantized) else None
+        self._arena.put(self._name, pack(value, self.dtype), self._key, self._step, own)
 
 
 @dataclass(frozen=True)
@@ -85,9 +105,12 @@ class Call:
         self.generation = generation
         self.context = context
         self.step = step
+        self._had_turn: set[str] = set()
 
     def turn(self, sublayer: Sublayer, x: torch.Tensor, flops: int = 0) -> Turn:
         """What `sublayer`, with input `x`, is to do now; counted, and a slot read for the last time is let go.
+
+        A sublayer that runs several times in one call (chunks, layers that share a module) has its slot for the first time only.
 
         Args:
             sublayer: one of the plan's.
@@ -102,9 +125,16 @@ class Call:
         tally = self.context.tallies.setdefault(sublayer.kind, Tally())
         arena, key = self.context.arena, Key.of(x)
         action = decision.action
+        if sublayer.name in self._had_turn:
+            tally.computed += 1
+            tally.forced += action is Action.REUSE
+            self.context.count(flops, run=True)
+            return Turn()
+        self._had_turn.add(sublayer.name)
         if action is Action.REUSE:
             slot = arena.get(sublayer.name)
-            if slot is not None and decision.source is not None and slot.serves(key, decision.source):
+            earlier = slot is not None and slot.source < self.step  # steps that are given may go back
+            if slot is not None and earlier and decision.source is not None and slot.serves(key, decision.source):
                 tally.reused += 1
                 self.context.count(flops, run=False)
                 if decision.last:
@@ -164,6 +194,11 @@ class Generation:
         """Whether the model was called."""
         return self.plan is not None
 
+    @property
+    def used_up(self) -> bool:
+        """Whether every step of the schedule was taken."""
+        return self.step >= self.schedule.num_steps
+
     def start(self, begin: int = 0) -> Plan:
         """Make the plan, for a schedule entered at step `begin`."""
         self.schedule = Schedule(self.schedule.num_steps, self.schedule.timesteps, begin)
@@ -179,18 +214,23 @@ class Generation:
         """
         if self.plan is None:
             self.start()
-        label = name or ""
-        if step is not None:
-            if step != self.step:
-                self._called.clear()
-            self.step = step
-        elif self.scheduler is None and label in self._called:
+        label = (name or "").replace("#", "##")  # a single # parts a name from the order of the call
+        if step is None and self.scheduler is None and label in self._called:
             self.advance()
-        if not self.schedule.begin <= self.step < self.schedule.num_steps:
-            way = "with pab.generation(model, num_steps=...):" if self.scheduler is None else "set_timesteps on the pipeline's scheduler"
-            raise RuntimeError(
-                f"the plan has {self.schedule.num_steps} steps and this call would be step {self.step}; begin a further generation: {way}"
+        at = self.step if step is None else step
+        if not self.schedule.begin <= at < self.schedule.num_steps:
+            first = f" from {self.schedule.begin} on" if self.schedule.begin else ""
+            way = (
+                "with pab.generation(model, num_steps=...):"
+                if self.scheduler is None
+                else "set_timesteps on the scheduler of an enabled pipeline; pab.enable every pipeline that shares the model"
             )
+            raise RuntimeError(
+                f"the plan has {self.schedule.num_steps} steps{first} and this call would be step {at}; begin a further generation: {way}"
+            )
+        if at != self.step:
+            self._called.clear()
+            self.step = at
         order = self._called.get(label, 0)
         self._called[label] = order + 1
         key = f"{label}#{order}" if order or not label else label
@@ -202,7 +242,7 @@ class Generation:
         """End the step; after the last one every slot is let go."""
         self.step += 1
         self._called.clear()
-        if self.step >= self.schedule.num_steps:
+        if self.used_up:
             self.release()
 
     def release(self) -> None:
@@ -215,7 +255,7 @@ class Generation:
         key = (module, Key((x.shape[-1],), x.dtype, x.device))
         if key not in self._fuses:
             self._fuses[key] = is_plain(module, nn.Linear, nn.LayerNorm, nn.RMSNorm) and all(
-                p.device == x.device and p.dtype == x.dtype for p in module.parameters()
+                type(p) is nn.Parameter and p.device == x.device and p.dtype == x.dtype and p.stride(-1) == 1 for p in module.parameters()
             )
         return self._fuses[key] and not _autocast(x)
 

@@ -90,22 +90,19 @@ class Forecast:
         flops_without: with every sublayer computed at every step.
         flops_by_step: with the plan, step by step.
         cache_bytes: bytes of slots held after each step.
+        peak_cache_bytes: the most that are held, also within a step, where one sublayer stores before another one reads its slot last.
     """
 
     flops: int
     flops_without: int
     flops_by_step: tuple[int, ...]
     cache_bytes: tuple[int, ...]
+    peak_cache_bytes: int
 
     @property
     def share(self) -> float:
-        """FLOPs with the plan as a share of those without."""
-        return self.flops / self.flops_without
-
-    @property
-    def peak_cache_bytes(self) -> int:
-        """The most bytes that slots hold at any step."""
-        return max(self.cache_bytes)
+        """FLOPs with the plan as a share of those without; 1 where none are counted."""
+        return self.flops / self.flops_without if self.flops_without else 1.0
 
 
 def _row(reused: frozenset[int], block: Sequence[Decision] | None, schedule: Schedule) -> tuple[Decision, ...]:
@@ -126,13 +123,20 @@ def _row(reused: frozenset[int], block: Sequence[Decision] | None, schedule: Sch
 
 
 def generic_sublayers(config: PABConfig) -> list[Sublayer]:
-    """One sublayer a kind that the config names, or, where rules are restricted to layers, one for each group of layers."""
+    """One sublayer a kind that the config names; where rules are restricted to layers, one a listed layer and one for all others.
+
+    Where the config has a rule for blocks, the other sublayers lie in them, as in any model.
+    """
+    rules = config.broadcasts()
+    named = {kind for kind, _ in rules}
     found = []
     for kind in KINDS:
-        rules = [rule for rule_kind, rule in config.broadcasts() if rule_kind == kind]
-        listed = sorted({layer for rule in rules for layer in rule.layers or ()})
-        for layer in [*listed, (listed[-1] + 1 if listed else 0)] if rules else []:
-            found.append(Sublayer(f"{kind}.{layer}" if listed else kind, kind, layer))
+        related = named if "block" in named else {kind}
+        listed = sorted({layer for rule_kind, rule in rules if rule_kind in related for layer in rule.layers or ()})
+        for layer in [*listed, (listed[-1] + 1 if listed else 0)] if kind in named else []:
+            suffix = f".{layer}" if listed else ""
+            block = f"block{suffix}" if "block" in named and kind != "block" else None
+            found.append(Sublayer(kind + suffix, kind, layer, block=block))
     return found
 
 
@@ -143,7 +147,7 @@ class Plan:
     Args:
         config: the rules.
         schedule: the steps.
-        sublayers: the model's sublayers, of which blocks without a rule are left out; default one for each kind of `config`.
+        sublayers: the model's sublayers in the order in which they run, a block after those in it, of which blocks without a rule are left out; default one for each kind of `config`.
 
     `str(plan)` draws it; `plan.plot()` makes a picture.
     """
@@ -188,23 +192,30 @@ class Plan:
     def notes(self) -> tuple[str, ...]:
         """What in the config has no effect on this schedule."""
         present = {s.kind for s in self.sublayers}
-        notes = [f"{kind}: this model has no such sublayers" for kind, _ in self.config.broadcasts() if kind not in present]
+        in_effect = {(s.kind, self.config.rule(s.kind, s.layer)) for s in self.sublayers}
+        notes = []
         for kind, rule in self.config.broadcasts():
-            if rule.at is not None:
+            if kind not in present:
+                notes.append(f"{kind}: this model has no such sublayers")
+            elif rule.layers is not None and not any(s.kind == kind and rule.applies_to(s.layer) for s in self.sublayers):
+                notes.append(f"{kind}: this model has no layers {_spans(rule.layers)}")
+            elif (kind, rule) not in in_effect:  # a later rule wins
+                continue
+            elif rule.at is not None:
                 found = {int((self.schedule.timesteps or ())[i]) if rule.unit == "timestep" else i for i in rule.points(self.schedule)}
                 missing = [p for p in rule.at if p not in found]
                 if missing:
                     notes.append(f"{kind}: {rule.unit}s {', '.join(map(str, missing))} do not occur in this schedule and have no effect")
             elif rule.range > 1 and not rule.reused(self.schedule):
-                notes.append(f"{kind}: no step of this schedule lies in the window {rule.window} ({rule.unit}s); nothing is reused")
-        return tuple(notes)
+                notes.append(f"{kind}: range {rule.range} in the window {rule.window} ({rule.unit}s) reuses no step of this schedule")
+        return tuple(dict.fromkeys(notes))
 
     def counts(self) -> dict[str, Counts]:
         """Cells by kind and action, over all sublayers and steps."""
         return {kind: self._count(row for s in self.sublayers if s.kind == kind for row in [self.rows[s.name]]) for kind in self._kinds()}
 
     def step_counts(self) -> dict[str, Counts]:
-        """Steps by kind and action, for the first sublayer of each kind that is not restricted further than its kind."""
+        """Steps by kind and action, for the sublayer of each kind that is reused most."""
         result = {}
         for kind in self._kinds():
             rows = [self.rows[s.name] for s in self.sublayers if s.kind == kind]
@@ -248,10 +259,14 @@ class Plan:
         columns = range(len(self.steps))
         done = (Action.COMPUTE, Action.STORE)
         flops = [rest_flops + sum(costs[n].flops for n, row in self.rows.items() if row[i].action in done) for i in columns]
-        held = {name: self._held(row) for name, row in self.rows.items()}
-        cache = [sum(costs[name].slot_bytes for name in self.rows if held[name][i]) for i in columns]
+        held, peak, cache = 0, 0, []
+        for i in columns:
+            for name, row in self.rows.items():  # in the order in which they run
+                held += costs[name].slot_bytes * ((row[i].action is Action.STORE) - row[i].last)
+                peak = max(peak, held)
+            cache.append(held)
         full = len(self.steps) * (rest_flops + sum(costs[name].flops for name in self.rows))
-        return Forecast(sum(flops), full, tuple(flops), tuple(cache))
+        return Forecast(sum(flops), full, tuple(flops), tuple(cache), peak)
 
     def grouped(self) -> list[tuple[str, tuple[Decision, ...]]]:
         """Rows with a label, sublayers of one kind and equal rows taken together: what the drawings show."""
@@ -259,6 +274,8 @@ class Plan:
         for s in self.sublayers:
             groups.setdefault((s.kind, self.rows[s.name]), []).append(s.layer)
         several = {kind for kind, _ in groups if sum(k == kind for k, _ in groups) > 1}
+        if any(kind == "block" and rule.layers is not None for kind, rule in self.config.broadcasts()):
+            several.add("block")  # those without a rule are left out
         labelled = []
         for kind, row in sorted(groups, key=lambda g: KINDS.index(g[0])):
             layers = sorted(set(groups[kind, row]))
@@ -272,7 +289,8 @@ class Plan:
         width = max((len(label) for label, _ in groups), default=0)
         for label, row in groups:
             c = self._count([row])
-            lines.append(f"{label:<{width}} {''.join(d.action.value for d in row)}  {c.computed} computed, {c.reused} reused")
+            skipped = f", {c.skipped} skipped" if c.skipped else ""
+            lines.append(f"{label:<{width}} {''.join(d.action.value for d in row)}  {c.computed} computed, {c.reused} reused{skipped}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def plot(self, path: str | None = None) -> Figure:

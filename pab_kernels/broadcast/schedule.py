@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,19 +28,19 @@ class Schedule:
             raise ValueError(f"num_steps must be a whole number of at least 1, got {self.num_steps!r}")
         if self.timesteps is not None and len(self.timesteps) != self.num_steps:
             raise ValueError(f"num_steps={self.num_steps} does not fit {len(self.timesteps)} timesteps; pass one of the two")
-        if not 0 <= self.begin < self.num_steps:
-            raise ValueError(f"begin must lie in 0..{self.num_steps - 1}, got {self.begin}")
+        if isinstance(self.begin, bool) or not isinstance(self.begin, int) or not 0 <= self.begin < self.num_steps:
+            raise ValueError(f"begin must be a whole number in 0..{self.num_steps - 1}, got {self.begin!r}")
 
     @classmethod
     def of(cls, num_steps: int | None = None, timesteps: Sequence[float] | None = None, begin: int = 0) -> Schedule:
         """From a number of steps, or from timesteps (any sequence or tensor; read to the host here, once).
 
         Raises:
-            ValueError: neither is given, or they contradict each other.
+            ValueError: neither is given, they contradict each other, or the timesteps are no row of numbers.
         """
         if timesteps is not None:
-            host = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
-            return cls(num_steps if num_steps is not None else len(host), tuple(float(t) for t in host), begin)
+            host = _row_of_numbers(timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps)
+            return cls(num_steps if num_steps is not None else len(host), host, begin)
         if num_steps is None:
             raise ValueError("a plan needs num_steps= or timesteps=; got neither")
         return cls(num_steps, None, begin)
@@ -49,3 +52,13 @@ class Schedule:
                 f"{what} counts in timesteps, but only num_steps={self.num_steps} is known; pass timesteps=, or a window in fractions"
             )
         return self.timesteps
+
+
+def _row_of_numbers(values: Any) -> tuple[float, ...]:
+    try:
+        host = tuple(map(float, values))
+    except (TypeError, ValueError):
+        host = ()
+    if not host or not all(map(math.isfinite, host)):
+        raise ValueError(f"timesteps must be a row of finite numbers, got {reprlib.repr(values)}; a scheduler's `timesteps` are one")
+    return host

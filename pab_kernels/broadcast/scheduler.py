@@ -49,12 +49,12 @@ class SchedulerWatch:
 
     def _set_timesteps(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        for listener in self._listeners:
+        for listener in tuple(self._listeners):
             listener.scheduler_begins(self.scheduler)
         return result
 
     def _step(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        for listener in self._listeners:
+        for listener in tuple(self._listeners):
             listener.scheduler_steps(self.scheduler)
         return result

@@ -38,12 +38,14 @@ class Slot:
         key: of the input that it was computed from.
         source: the step that wrote it.
         nbytes: its size.
+        dtype: of the tensor that `value` was before it was quantised; None if it is a nest.
     """
 
     value: Any
     key: Key
     source: int
     nbytes: int
+    dtype: torch.dtype | None = None
 
     def serves(self, key: Key, source: int) -> bool:
         """Whether a reuse planned from step `source` may read it: same input key, and not older."""
@@ -55,11 +57,13 @@ def _is_leaf(value: Any) -> bool:
 
 
 def pack(value: Any, dtype: torch.dtype | None) -> Any:
-    """`value` as it is kept: floating-point tensors in it quantised to `dtype`, if one is given."""
+    """`value` as it is kept: floating-point tensors `[..., C]` in it quantised to `dtype`, if one is given."""
     if dtype is None:
         return value
     return pytree.tree_map(
-        lambda v: quantize(v, dtype, GROUP) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, value, is_leaf=_is_leaf
+        lambda v: quantize(v, dtype, GROUP) if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim else v,
+        value,
+        is_leaf=_is_leaf,
     )
 
 
@@ -103,10 +107,10 @@ class Arena:
         self._meter = meter
         self._slots: dict[str, Slot] = {}
 
-    def put(self, name: str, value: Any, key: Key, source: int) -> None:
+    def put(self, name: str, value: Any, key: Key, source: int, dtype: torch.dtype | None = None) -> None:
         """Keep `value` for sublayer `name`; what it held is let go first."""
         self.release(name)
-        slot = Slot(value, key, source, nbytes(value))
+        slot = Slot(value, key, source, nbytes(value), dtype)
         self._slots[name] = slot
         self._meter.add(slot.nbytes)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import ops
 from .generation import Call, Store
-from .slots import Slot
+from .slots import Slot, unpack
 
 MOST_PENDING = 3
 """Additions that one `broadcast_residual` takes."""
@@ -28,7 +28,7 @@ class ResidualStream:
     """
 
     def __init__(self, x: torch.Tensor, call: Call) -> None:
-        self._x = x if x.stride(-1) == 1 else x.contiguous()
+        self._x = _dense(x)
         self._call = call
         self._projection: tuple[torch.Tensor, nn.Linear, torch.Tensor | None, Store | None] | None = None
         self._pending: list[tuple[Any, torch.Tensor | None]] = []
@@ -39,21 +39,22 @@ class ResidualStream:
         return self._x
 
     def norm_modulate(self, norm: nn.Module, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """`norm(x) * (1 + scale) + shift`, after all additions; one kernel where `norm` is a plain LayerNorm or RMSNorm."""
+        """`norm(x) * (1 + scale) + shift`, after all additions; one kernel where `norm` is a plain LayerNorm or RMSNorm over C."""
         if self._projection is not None:
             self._flush()
-        if not self._call.fuses(norm, self._x):
+        form = _norm_of(norm, self._x) if self._call.fuses(norm, self._x) else None
+        if form is None or not (_fits(shift, self._x) and _fits(scale, self._x)):
             y = norm(self.read())
             y = y if scale is None else y * (1 + scale)
             return y if shift is None else y + shift
         values, gates = self._take()
-        self._x, y = ops.broadcast_residual(self._x, values, gates=gates, norm=_norm_of(norm, self._x), shift=shift, scale=scale)
+        self._x, y = ops.broadcast_residual(self._x, values, gates=gates, norm=form, shift=shift, scale=scale)
         assert y is not None
         return y
 
     def project(self, a: torch.Tensor, linear: nn.Module, gate: torch.Tensor | None = None, store: Store | None = None) -> None:
         """Add `gate * linear(a)`, and keep the projection in `store`."""
-        if not self._call.fuses(linear, a) or a.dtype != self._x.dtype:
+        if not self._call.fuses(linear, a) or a.dtype != self._x.dtype or a.stride(-1) != 1 or not _fits(gate, self._x):
             self.add(linear(a), gate, store)
             return
         assert isinstance(linear, nn.Linear)
@@ -64,19 +65,22 @@ class ResidualStream:
         """Add `gate * out`, an output that was projected elsewhere, and keep it in `store`."""
         if store is not None and store.point == "post_gate" and gate is not None:
             out, gate = gate * out, None
+        out = _dense(out)
         if store is not None:
-            store.put(out)
+            store.put(out.clone() if _share_memory(out, self._x) else out)
         self._hold(out, gate)
 
     def reuse(self, slot: Slot, gate: torch.Tensor | None = None) -> None:
         """Add `gate * slot`: nothing runs until the stream is read. Leave `gate` out where the slot was kept after it."""
-        self._hold(slot.value, gate)
+        other_dtype = slot.dtype not in (None, self._x.dtype)  # autocast: dequantised to it, the sum is promoted as it was when computed
+        self._hold(unpack(slot.value, slot.dtype) if other_dtype else slot.value, gate)
 
     def _hold(self, value: Any, gate: torch.Tensor | None) -> None:
-        dtypes = {t.dtype for t in (value, gate) if isinstance(t, torch.Tensor)}
-        if dtypes - {self._x.dtype}:  # autocast: the terms have other dtypes than the stream
+        mixed = isinstance(value, torch.Tensor) and value.dtype != self._x.dtype  # autocast, or a module that computes in float32
+        if mixed or value.shape != self._x.shape or not _fits(gate, self._x):
             self._flush()
-            self._x = (value if gate is None else gate * value) + self._x
+            value = unpack(value, self._x.dtype)
+            self._x = _dense((value if gate is None else gate * value) + self._x)
             return
         if len(self._pending) == (MOST_PENDING - 1 if self._projection is not None else MOST_PENDING):
             self._flush()
@@ -109,8 +113,27 @@ class ResidualStream:
             self._x, _ = ops.broadcast_residual(self._x, values, gates=gates)
 
 
-def _norm_of(norm: nn.Module, x: torch.Tensor) -> ops.Norm:
+def _norm_of(norm: nn.Module, x: torch.Tensor) -> ops.Norm | None:
+    """A plain LayerNorm or RMSNorm as the operations take it; None where it is over more than the channels."""
+    assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
+    if tuple(norm.normalized_shape) != tuple(x.shape[-1:]):
+        return None
     if isinstance(norm, nn.LayerNorm):
         return ops.Norm("layer", norm.weight, norm.bias, norm.eps)
-    assert isinstance(norm, nn.RMSNorm)
-    return ops.Norm("rms", norm.weight, None, torch.finfo(x.dtype).eps if norm.eps is None else norm.eps)
+    computed = torch.float64 if x.dtype == torch.float64 else torch.float32  # torch takes the eps of the dtype that it computes in
+    return ops.Norm("rms", norm.weight, None, torch.finfo(computed).eps if norm.eps is None else norm.eps)
+
+
+def _fits(t: torch.Tensor | None, x: torch.Tensor) -> bool:
+    """Whether the operations take `t` as a gate, scale or shift on `x`; otherwise the expression is run as it stands."""
+    return t is None or (t.dtype == x.dtype and t.ndim <= x.ndim and t.shape[-1:] == x.shape[-1:] and t.stride(-1) == 1)
+
+
+def _dense(t: torch.Tensor) -> torch.Tensor:
+    """`t` with its channels side by side."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether writing one may change the other. Not asked in a compiled graph, where it cannot be known."""
+    return not torch.compiler.is_compiling() and a.untyped_storage()._cdata == b.untyped_storage()._cdata

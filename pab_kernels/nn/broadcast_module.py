@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..broadcast.config import KINDS
 from ..broadcast.slots import unpack
+from ..ops.quantize import Quantized
 
 if TYPE_CHECKING:
     from ..broadcast.broadcaster import Broadcaster
@@ -60,10 +61,10 @@ class BroadcastModule(nn.Module):
             raise TypeError(f"{self._member.sublayer.name}: no tensor among the inputs; a BroadcastModule needs at least one")
         turn = call.turn(self._member.sublayer, x)
         if turn.slot is not None:
-            return unpack(turn.slot.value, x.dtype)
+            return _handed_out(*turn.slot.value)
         out = self.module(*args, **kwargs)
         if turn.store is not None:
-            turn.store.put(out)
+            turn.store.put(_kept(out))
         return out
 
 
@@ -75,8 +76,8 @@ class Membership:
         self.broadcaster = broadcaster
         self.sublayer = sublayer
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None  # a copy of the model is a plain model
+    def __reduce__(self) -> Any:
+        return (type(None), ())  # a copy of the model is a plain model
 
     def detach(self) -> None:
         """Be the wrapped module again."""
@@ -84,12 +85,32 @@ class Membership:
             self.module._member = None
 
 
+def _kept(out: Any) -> tuple[Any, list[torch.dtype | None]]:
+    """What a slot keeps of an output: tensors of its own, as whoever gets the output may write to it, and their dtypes."""
+    leaves, nest = pytree.tree_flatten(out)
+    return pytree.tree_unflatten(list(map(_cloned, leaves)), nest), [v.dtype if isinstance(v, torch.Tensor) else None for v in leaves]
+
+
+def _handed_out(kept: Any, dtypes: list[torch.dtype | None]) -> Any:
+    """The output again, in tensors that may be written to."""
+    leaves, nest = pytree.tree_flatten(kept)
+    pairs = zip(leaves, dtypes, strict=True)
+    return pytree.tree_unflatten([unpack(v, d) if d and isinstance(v, Quantized) else _cloned(v) for v, d in pairs], nest)
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
 def _strip(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in [n for n in state if n.startswith(prefix + _PREFIX)]:
-        state[prefix + name[len(prefix + _PREFIX) :]] = state.pop(name)
+    _rename(state, prefix + _PREFIX, prefix)
 
 
 def _restore(module: nn.Module, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
     assert isinstance(state, dict)
-    for name in [n for n in state if n.startswith(prefix) and not n.startswith(prefix + _PREFIX)]:
-        state[prefix + _PREFIX + name[len(prefix) :]] = state.pop(name)
+    _rename(state, prefix, prefix + _PREFIX)
+
+
+def _rename(state: dict[str, Any], prefix: str, other: str) -> None:
+    """Names that start with `prefix` start with `other` instead; all are taken out first, as the wrapped module may have a `module` too."""
+    state.update([(other + name[len(prefix) :], state.pop(name)) for name in [n for n in state if n.startswith(prefix)]])

@@ -27,7 +27,7 @@ COLOURS = {
     "purple": (0.60, 0.15, 0.80),
     "white": (1.00, 1.00, 1.00),
 }
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("circle", "bar", "column")
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 BACKGROUNDS = {"night": (0.05, 0.05, 0.15), "day": (0.55, 0.78, 0.92), "dawn": (0.95, 0.66, 0.58)}
 
@@ -96,19 +96,17 @@ def shape_coverage(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.T
     """Share of each pixel that the shape covers, from its signed distance: `clamp(1/2 - d, 0, 1)`.
 
     Args:
-        shape: a word of `SHAPES`. The three have about the same area at the same `radius`.
+        shape: a word of `SHAPES`: a disc, a lying and a standing rectangle, of the same area at the same `radius`.
         x: horizontal offset of pixel centres from the shape's centre, in pixels.
         y: vertical offset, downwards.
         radius: in pixels; broadcasts with `x` and `y`.
     """
     if shape == "circle":
         distance = torch.sqrt(x * x + y * y) - radius
-    elif shape == "square":
-        distance = torch.maximum(x.abs(), y.abs()) - 0.89 * radius
-    elif shape == "triangle":
-        inner = 0.78 * radius  # of the inscribed circle; the centroid is its centre
-        slope = 0.5 * y - (math.sqrt(3) / 2) * x.abs()
-        distance = torch.maximum(y - inner, -(slope + inner))
+    elif shape in ("bar", "column"):
+        long, short = 1.4 * radius, (math.pi / 5.6) * radius
+        across, along = (y, x) if shape == "bar" else (x, y)
+        distance = torch.maximum(along.abs() - long, across.abs() - short)
     else:
         raise ValueError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}")
     return (0.5 - distance).clamp(0, 1)
@@ -135,9 +133,9 @@ def render_batch(batch: list[Caption], generator: torch.Generator, frames: int =
     def uniform(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(n, generator=generator)
 
-    radius = uniform(5.0, 6.5)
-    travel = uniform(14.0, SIZE - 2 * 7.5)
-    along, across = uniform(-1.0, 1.0), uniform(-7.0, 7.0)
+    radius = uniform(5.25, 6.25)
+    travel = uniform(13.0, 15.0)
+    along, across = uniform(-1.0, 1.0), uniform(-5.0, 5.0)
     progress = torch.linspace(-0.5, 0.5, frames) if frames > 1 else torch.zeros(1)
     direction = torch.tensor([DIRECTIONS[c.direction or ""] for c in batch])  # [n, 2]
     if frames == 1:  # a still: anywhere on the path

@@ -1,0 +1,1 @@
+"""What broadcasting costs in quality, measured and shown."""

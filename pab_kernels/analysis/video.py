@@ -1,0 +1,107 @@
+"""Clips side by side, labelled, as GIF and MP4."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..extras import require
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.ImageFont import FreeTypeFont
+
+_PAPER, _INK, _FAINT = (250, 250, 248), (28, 30, 34), (110, 114, 122)
+_GAP = 8
+
+
+def _font(size: int) -> FreeTypeFont:
+    return require("PIL.ImageFont", "labelling clips").load_default(size=size)
+
+
+def _wrap(text: str, font: FreeTypeFont, width: int) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def side_by_side(columns: Sequence[tuple[str, str, torch.Tensor]], captions: Sequence[str], scale: int = 4) -> np.ndarray:
+    """Lay clips out in a table: a column for each run, a row for each caption.
+
+    Args:
+        columns: title, a line below it, and the run's clips `[clips, frames, 3, height, width]` in [0, 1].
+        captions: one a clip, written above its row.
+        scale: whole factor by which pixels are enlarged, without smoothing.
+
+    Returns:
+        `[frames, height, width, 3]`, uint8; height and width are multiples of 16, as video codecs like them.
+
+    Raises:
+        ValueError: there are no columns, or their shapes or the captions do not fit together.
+    """
+    shapes = {tuple(clips.shape) for _, _, clips in columns}
+    if len(shapes) != 1 or len(shape := next(iter(shapes))) != 5 or shape[2] != 3:
+        raise ValueError(f"columns must all be [clips, frames, 3, height, width], got {sorted(shapes) or 'none'}")
+    count, frames, _, height, width = shape
+    if len(captions) != count or scale < 1:
+        raise ValueError(f"{count} clips need {count} captions and a scale of at least 1, got {len(captions)} captions and scale {scale}")
+    image, draw_on = require("PIL.Image", "labelling clips"), require("PIL.ImageDraw", "labelling clips")
+    title_font, font = _font(15), _font(12)
+    cell_h, cell_w = height * scale, width * scale
+    titles = [_wrap(title, title_font, cell_w) for title, _, _ in columns]
+    below = [_wrap(text, font, cell_w) for _, text, _ in columns]
+    title_height = 18 * max(map(len, titles))
+    top = _GAP + title_height + 15 * max(map(len, below)) + 2
+    row_height = 20 + cell_h + _GAP
+    full_h = -(-(top + count * row_height + _GAP) // 16) * 16
+    full_w = -(-(_GAP + len(columns) * (cell_w + _GAP)) // 16) * 16
+
+    page = image.new("RGB", (full_w, full_h), _PAPER)
+    draw = draw_on.Draw(page)
+    for c in range(len(columns)):
+        x = _GAP + c * (cell_w + _GAP)
+        for i, line in enumerate(titles[c]):
+            draw.text((x, _GAP + 18 * (i + max(map(len, titles)) - len(titles[c]))), line, _INK, title_font)
+        for i, line in enumerate(below[c]):
+            draw.text((x, _GAP + title_height + 15 * i), line, _FAINT, font)
+    for row, caption in enumerate(captions):
+        draw.text((_GAP, top + row * row_height + 3), caption, _INK, font)
+
+    film = np.repeat(np.asarray(page)[None], frames, axis=0)
+    for c, (_, _, clips) in enumerate(columns):
+        pixels = (clips.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
+        large = pixels.repeat(scale, axis=2).repeat(scale, axis=3)  # [clips, frames, cell_h, cell_w, 3]
+        x = _GAP + c * (cell_w + _GAP)
+        for row in range(count):
+            y = top + row * row_height + 20
+            film[:, y : y + cell_h, x : x + cell_w] = large[row]
+    return film
+
+
+def write_gif(path: str | Path, film: np.ndarray, fps: float = 6) -> Path:
+    """Write `film` `[frames, height, width, 3]` uint8 as a GIF that repeats for ever."""
+    imageio: Any = require("imageio.v3", "writing clips")
+    imageio.imwrite(path, film, extension=".gif", duration=1000 / fps, loop=0)
+    return Path(path)
+
+
+def write_mp4(path: str | Path, film: np.ndarray, fps: float = 6, repeats: int = 4) -> Path:
+    """Write `film` `[frames, height, width, 3]` uint8 as H.264 that any player shows, `repeats` times in a row."""
+    require("imageio_ffmpeg", "writing MP4 files")
+    imageio: Any = require("imageio.v2", "writing clips")
+    with contextlib.closing(
+        imageio.get_writer(str(path), format="FFMPEG", mode="I", fps=fps, codec="libx264", pixelformat="yuv420p", quality=8)
+    ) as writer:
+        for _ in range(repeats):
+            for frame in film:
+                writer.append_data(frame)
+    return Path(path)

@@ -1,0 +1,103 @@
+"""A plan as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..extras import require
+from .plan import Action, Decision, Plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {Action.COMPUTE: "#a7b0ba", Action.STORE: "#0072b2", Action.REUSE: "#f5c242", Action.SKIP: "#ffffff"}
+"""Fill of a cell, by action: apart from each other in lightness too, for readers who do not see the hues."""
+NAMES = {Action.COMPUTE: "computed", Action.STORE: "computed and stored", Action.REUSE: "reused", Action.SKIP: "inside a reused block"}
+_WINDOW, _INK, _FAINT = "#d5e6f2", "#1c1e22", "#6e727a"
+_ARROW = {"arrowstyle": "-|>,head_width=0.16,head_length=0.28", "color": "#6b4100", "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
+_ORDER = ("cross", "temporal", "spatial", "mlp", "block")
+_ROW, _CELL = 1.0, 0.62  # height of a row and of its cells
+_MOST_ARROWS = 120  # columns above which a cell is too narrow for an arrow
+
+
+def _window(plan: Plan, label: str, row: tuple[Decision, ...]) -> tuple[int, int] | None:
+    """First and last step of the window of a row, or None where its rule has none."""
+    kind = label.split()[0]
+    layer = next(s.layer for s in plan.sublayers if s.kind == kind and plan.rows[s.name] == row)
+    rule = plan.config.rule(kind, layer)
+    if rule is None or rule.window is None or rule.range == 1:
+        return None
+    (lo, hi), n = rule.window, plan.schedule.num_steps
+    if rule.unit == "fraction":
+        inside = [i for i in plan.steps if lo <= i / n < hi]
+    elif rule.unit == "step":
+        inside = [i for i in plan.steps if lo <= i < hi]
+    else:
+        timesteps = plan.schedule.require_timesteps("the window")
+        inside = [i for i in plan.steps if lo < int(timesteps[i]) < hi]
+    return (inside[0], inside[-1]) if inside else None
+
+
+def _draw_row(ax: Axes, y: float, label: str, row: tuple[Decision, ...], begin: int, arrows: bool) -> None:
+    patches = require("matplotlib.patches", "drawing a plan")
+    for step, cell in enumerate(row, begin):
+        edge = "#c4c8ce" if cell.action is Action.SKIP else "white"
+        fill = COLOURS[cell.action]
+        corner = (step - 0.5, y - _CELL / 2)
+        ax.add_patch(patches.Rectangle(corner, 1, _CELL, facecolor=fill, edgecolor=edge, linewidth=0.8, gid=f"{label} at {step}"))
+        if arrows and cell.action is Action.REUSE and cell.last and cell.source is not None:
+            ax.annotate("", (step + 0.36, y), (cell.source + 0.5, y), arrowprops=_ARROW)
+
+
+def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:
+    """Draw a plan as a pyramid: a row for each kind, a column for each step, an arrow from each stored output over its reuses.
+
+    Args:
+        plan: the plan.
+        path: where to save the picture; the format is that of its suffix.
+
+    Returns:
+        The figure, apart from pyplot's global state. Each cell is a rectangle with the fill `COLOURS[action]`.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message says how to install it.
+    """
+    figure_class = require("matplotlib.figure", "drawing a plan").Figure
+    canvas = require("matplotlib.backends.backend_agg", "drawing a plan").FigureCanvasAgg
+    patches = require("matplotlib.patches", "drawing a plan")
+    groups = sorted(plan.grouped(), key=lambda g: _ORDER.index(g[0].split()[0]))
+    steps = plan.steps
+    width = min(18.0, max(6.5, 2.6 + 0.2 * len(steps)))
+    figure = figure_class(figsize=(width, 1.35 + 0.42 * len(groups)), dpi=160, facecolor="white", layout="constrained")
+    canvas(figure)
+    ax = figure.add_subplot()
+    for index, (label, row) in enumerate(groups):
+        y = (len(groups) - 1 - index) * _ROW
+        window = _window(plan, label, row)
+        if window:
+            corner, length = (window[0] - 0.5, y - _ROW / 2), window[1] - window[0] + 1
+            ax.add_patch(patches.Rectangle(corner, length, _ROW, facecolor=_WINDOW, edgecolor="none", zorder=0, gid=f"window of {label}"))
+        _draw_row(ax, y, label, row, steps.start, arrows=len(steps) <= _MOST_ARROWS)
+        computed = sum(d.action in (Action.COMPUTE, Action.STORE) for d in row)
+        reused = sum(d.action is Action.REUSE for d in row)
+        counts, right = f"{computed} computed, {reused} reused", (steps.stop - 0.5, y)
+        ax.annotate(counts, right, (8, 0), textcoords="offset points", va="center", fontsize=8.5, color=_INK)
+    ax.set_yticks([(len(groups) - 1 - i) * _ROW for i in range(len(groups))], [label for label, _ in groups], fontsize=10, color=_INK)
+    ax.set_xlim(steps.start - 0.7, steps.stop - 0.5)
+    ax.set_ylim(-0.55, len(groups) - 0.45)
+    ax.set_xlabel("sampling step", fontsize=9, color=_FAINT)
+    ax.tick_params(length=0, labelcolor=_INK)
+    ax.tick_params(axis="x", labelsize=8.5, labelcolor=_FAINT)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.spines[:].set_visible(False)
+    present = {d.action for _, row in groups for d in row}
+    handles = [patches.Patch(facecolor=COLOURS[a], edgecolor="#c4c8ce", linewidth=0.5, label=NAMES[a]) for a in Action if a in present]
+    if any(_window(plan, *group) for group in groups):
+        handles.append(patches.Patch(facecolor=_WINDOW, label="window"))
+    style = {"frameon": False, "fontsize": 9, "handlelength": 1.1, "columnspacing": 1.4}
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), **style)
+    if path is not None:
+        figure.savefig(path)
+    return figure

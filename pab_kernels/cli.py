@@ -1,0 +1,206 @@
+"""The command line: `pab demo`, `pab --version`."""
+
+# No `from __future__ import annotations` here: typer reads the commands' annotations at run time, and typer itself is imported late.
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+from .extras import require
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .demo import Result, Run
+
+
+def _fail(error: object, code: int = 2) -> NoReturn:
+    """End with one line."""
+    print(f"pab: {error}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _ranges(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--ranges takes spatial,temporal,cross[,mlp] as whole numbers such as 2,4,6, got {text!r}") from None
+
+
+def _spread_over(prompts: tuple[str, ...], clips: int | None) -> tuple[str, ...]:
+    """`clips` prompts: the given ones in turn. By default one clip each."""
+    count = len(prompts) if clips is None else clips
+    if count < 1:
+        raise ValueError(f"--clips must be at least 1, got {clips}")
+    return tuple(prompts[i % len(prompts)] for i in range(count))
+
+
+def _measured(spread: tuple[float, float], digits: int, clips: int) -> str:
+    mean, deviation = spread
+    if not math.isfinite(mean):
+        return "" if math.isnan(mean) else "same"
+    return f"{mean:.{digits}f}" + (f"±{deviation:.{digits}f}" if clips > 1 else "")
+
+
+HEADINGS = ("run", "spatial", "temporal", "cross", "mlp", "seconds", "speed-up", "FLOPs", "PSNR, dB", "SSIM", "shown", "MiB kept")
+WIDE = 122
+"""Columns of a terminal that the table needs; in a narrower one it is turned on its side."""
+
+
+def _row(run: "Run", reference: "Run") -> list[str]:
+    from .demo import KINDS
+
+    counts = [run.counts[kind] for kind in KINDS]
+    return [
+        run.title,
+        *(f"{c.computed}+{c.reused}" if c.reused else f"{c.computed}" for c in counts),
+        f"{run.seconds:.2f}",
+        f"{reference.seconds / run.seconds:.2f}x",
+        f"{run.flops / reference.flops:.1%}",
+        _measured(run.psnr, 1, len(run.quality)),
+        _measured(run.ssim, 3, len(run.quality)).replace("0.", "."),
+        f"{run.shown}/{len(run.clips)}",
+        f"{run.cache_bytes / 2**20:.1f}" if run.cache_bytes else "",
+    ]
+
+
+def results_table(result: "Result", width: int = WIDE) -> "Table":
+    """All runs as one rich table: a row for each run, or a column for each where `width` is less than `WIDE`."""
+    settings = result.settings
+    table: Table = require("rich.table", "the table of results").Table(
+        title=f"{len(settings.prompts)} clip(s), {settings.scheduler}, {settings.steps} steps, {result.device}",
+        caption="Calls computed+reused. PSNR and SSIM: against the run without PAB, mean±deviation over the clips. Shown: clips that show "
+        "their caption. Fewer steps: all computed, at no fewer FLOPs than the PAB run named.",
+        title_justify="left",
+        caption_justify="left",
+        box=require("rich.box", "the table of results").SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    lines = [list(HEADINGS), *(_row(run, result.runs[0]) for run in result.runs)]
+    if width < WIDE:
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    for i, heading in enumerate(lines[0]):
+        table.add_column(heading, justify="right" if i else "left", overflow="fold")
+    for line in lines[1:]:
+        table.add_row(*line)
+    return table
+
+
+def build_app() -> Any:
+    """The typer application.
+
+    Raises:
+        ModuleNotFoundError: typer is not installed; the message says how to install it.
+    """
+    require("typer", "the command line")
+    import typer
+
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        help="Pyramid Attention Broadcast for diffusion transformers.",
+    )
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            from . import __version__
+
+            print(f"pab-kernels {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def root(
+        version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=show_version)] = False,
+    ) -> None:
+        pass
+
+    @app.command(
+        help="Generate clips with and without PAB, from the same noise, and compare time, work and pictures.\n\n"
+        "A small video model that comes with the package runs without PAB, with the demo's preset, with the paper's ranges 2/4/6, with "
+        "diffusers' own PAB, and with fewer sampling steps at the FLOPs of the PAB runs. It takes about a minute on two CPU cores. "
+        "Ctrl-C stops it and reports the runs that are finished."
+    )
+    def demo(
+        prompt: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="What to draw; repeat for several clips. Words: red green blue yellow purple white; circle bar column; "
+                "left right up down; night day dawn. A word left out is up to the noise. Default: four captions that training never saw."
+            ),
+        ] = None,
+        clips: Annotated[int | None, typer.Option(help="How many clips; prompts are taken in turn, each clip has its own noise.")] = None,
+        seed: Annotated[int, typer.Option(help="Of the first clip's noise; the next clips have the next seeds.")] = 0,
+        steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
+        ranges: Annotated[
+            str | None,
+            typer.Option(metavar="S,T,C[,M]", help="One more run with these spatial, temporal, cross (and MLP) ranges, such as 3,5,7."),
+        ] = None,
+        scheduler: Annotated[str, typer.Option(help="ddim, dpm++, pndm, heun, euler or unipc.")] = "ddim",
+        device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where there is one.")] = None,
+        out: Annotated[Path, typer.Option(help="Folder of the clips, schedules and results.json.")] = Path("pab-demo"),
+        as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
+    ) -> None:
+        try:
+            run_and_report(prompt, clips, seed, steps, ranges, scheduler, device, out, as_json)
+        except (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError, PermissionError) as error:
+            _fail(error)
+        except ModuleNotFoundError as error:
+            _fail(error, 1)
+
+    return app
+
+
+def run_and_report(
+    prompt: list[str] | None,
+    clips: int | None,
+    seed: int,
+    steps: int,
+    ranges: str | None,
+    scheduler: str,
+    device: str | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """`pab demo`: its options are the arguments."""
+    for package in ("rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "matplotlib", "safetensors", "PIL"):
+        require(package, "pab demo")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .demo import PROMPTS, Settings, run_demo, write
+
+    prompts = _spread_over(tuple(prompt or PROMPTS), clips)
+    settings = Settings(prompts, seed, steps, _ranges(ranges), scheduler, device=device)
+    out.mkdir(parents=True, exist_ok=True)
+    notes = Console(stderr=True)
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    with Progress(*columns, console=notes, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        result = run_demo(settings, lambda title, done, todo: bar.update(task, description=title, completed=done, total=todo))
+    if result.interrupted:
+        notes.print(f"interrupted: {len(result.runs)} of the runs are finished" + ("" if result.runs else ", nothing to report"))
+    if result.runs:
+        written = write(result, out)
+        if as_json:
+            print(json.dumps(result.to_dict(), indent=1))
+        else:
+            console = Console() if sys.stdout.isatty() else Console(width=WIDE)
+            console.print(results_table(result, console.width))
+        for path in written:
+            print(path, file=sys.stderr if as_json else sys.stdout)
+    if result.interrupted:
+        raise SystemExit(130)
+
+
+def main() -> None:
+    """The console script `pab`."""
+    try:
+        app = build_app()
+    except ModuleNotFoundError as error:
+        _fail(error, 1)
+    app(prog_name="pab")

@@ -1,0 +1,127 @@
+"""What attention does to q and k first, per-head norms and rotary embedding: options, checks, schema, and their definition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..checks import check_activation, check_operand, check_shape
+from ..norm import NORM_SCHEMA, Norm, apply_norm, check_norm, check_norm_type, flatten_norm
+
+MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 128
+
+
+@dataclass(frozen=True, eq=False)
+class QKNorm(Norm):
+    """A norm of q or k: over the D channels of a head, or across heads with its reciprocal root given.
+
+    Args:
+        kind, weight, bias, eps: as `Norm`, with weight and bias `[D]`.
+        rstd: None, or the reciprocal root mean square over all heads, `[*batch, N]` float32 of any strides (kind "rms", weight `[H, D]` or
+            None): the norm is then `q * rstd * weight` in float32, rounded once; eps is already in rstd.
+    """
+
+    kind: Literal["layer", "rms"] = "rms"
+    rstd: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """Rotary embedding of the first R <= D channels of a head.
+
+    Args:
+        cos, sin: `[N, R / 2]`, float32; one row per position, for all batch rows and heads.
+        interleaved: the pairs that rotate are channels (2i, 2i + 1); otherwise (i, i + R / 2).
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+
+_QK_NORM_SCHEMA = f"{NORM_SCHEMA}, Tensor? {{0}}_rstd"
+OPTIONS_SCHEMA = (
+    f"float? softmax_scale, {_QK_NORM_SCHEMA.format('q_norm')}, {_QK_NORM_SCHEMA.format('k_norm')}, "
+    "Tensor? cos, Tensor? sin, bool interleaved"
+)
+
+
+def check_qkv(op: str, q: Any, k: Any, v: Any) -> None:
+    """q `[*batch, N, H, D]`, k and v `[*batch, M, H, D]`: one or two batch dimensions, at least one key."""
+    check_activation(op, "q", q)
+    if q.ndim not in (4, 5):
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; [*batch, N, H, D] with one or two batch dimensions is supported: reshape it")
+    head_dim = q.shape[-1]
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{op}: q has head dimension {head_dim}; {MIN_HEAD_DIM} to {MAX_HEAD_DIM} are supported: "
+            "call F.scaled_dot_product_attention for others"
+        )
+    check_activation(op, "k", k)
+    keys = k.shape[-3] if k.ndim == q.ndim else q.shape[-3]
+    for name, t in (("k", k), ("v", v)):
+        check_operand(op, name, t, (*q.shape[:-3], keys, *q.shape[-2:]), q.dtype, q.device)
+    if keys == 0:
+        raise ValueError(f"{op}: k has no keys; at least one is supported: give rows without keys a key_lengths of 0")
+
+
+def check_options(op: str, q: Tensor, k: Tensor, softmax_scale: Any, q_norm: Any, k_norm: Any, rope: Any) -> None:
+    if softmax_scale is not None and not isinstance(softmax_scale, (int, float)):
+        raise TypeError(
+            f"{op}: softmax_scale is a {type(softmax_scale).__name__}; a number is supported: pass a float or None for D ** -0.5"
+        )
+    for name, norm, t in (("q_norm", q_norm, q), ("k_norm", k_norm, k)):
+        if norm is None:
+            continue
+        check_norm_type(op, name, norm, QKNorm)
+        across = norm.rstd is not None
+        check_norm(op, name, norm, t.shape[-2:] if across else t.shape[-1:], t.dtype, t.device)
+        if norm.rstd is not None:
+            if norm.kind != "rms":
+                raise ValueError(f"{op}: {name}.rstd is given with kind {norm.kind!r}; it is supported with 'rms' only: pass kind='rms'")
+            check_shape(op, f"{name}.rstd", norm.rstd, t.shape[:-2], torch.float32, t.device)
+    if rope is None:
+        return
+    if not isinstance(rope, Rope):
+        raise TypeError(f"{op}: rope is a {type(rope).__name__}; pab_kernels.ops.Rope is supported: pass one or None")
+    check_activation(op, "rope.cos", rope.cos)
+    half = rope.cos.shape[-1]
+    for name, table in (("cos", rope.cos), ("sin", rope.sin)):
+        check_operand(op, f"rope.{name}", table, (q.shape[-3], half), torch.float32, q.device)
+    if 2 * half > q.shape[-1]:
+        raise ValueError(
+            f"{op}: rope rotates {2 * half} channels; up to the head dimension {q.shape[-1]} are supported: pass [N, R / 2] tables"
+        )
+
+
+def flatten_options(softmax_scale: float | None, q_norm: QKNorm | None, k_norm: QKNorm | None, rope: Rope | None) -> tuple[Any, ...]:
+    """The options as `OPTIONS_SCHEMA` has them."""
+    norms = [t for norm in (q_norm, k_norm) for t in (*flatten_norm(norm), None if norm is None else norm.rstd)]
+    return (softmax_scale, *norms, *((None, None, False) if rope is None else (rope.cos, rope.sin, rope.interleaved)))
+
+
+def unflatten_options(softmax_scale: float | None, *flat: Any) -> tuple[float | None, QKNorm | None, QKNorm | None, Rope | None]:
+    q_norm, k_norm = (None if norm[0] is None else QKNorm(*norm) for norm in (flat[:5], flat[5:10]))
+    return softmax_scale, q_norm, k_norm, None if flat[10] is None else Rope(*flat[10:])
+
+
+def normalise(x: Tensor, norm: QKNorm) -> Tensor:
+    """The norm of q or k; rounds once to x's dtype."""
+    if norm.rstd is None:
+        return apply_norm(x, norm)
+    y = x.to(torch.promote_types(x.dtype, torch.float32)) * norm.rstd[..., None, None]
+    return (y if norm.weight is None else y * norm.weight).to(x.dtype)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """The rotary embedding, `(a cos - b sin, b cos + a sin)` for every pair (a, b), in float32; rounds once to x's dtype."""
+    channels = 2 * rope.cos.shape[-1]
+    rotary = x[..., :channels].to(torch.promote_types(x.dtype, torch.float32))
+    a, b = (rotary[..., 0::2], rotary[..., 1::2]) if rope.interleaved else rotary.chunk(2, -1)
+    cos, sin = rope.cos.unsqueeze(1), rope.sin.unsqueeze(1)  # [N, 1, R / 2]
+    pair = (a * cos - b * sin, b * cos + a * sin)
+    rotated = torch.stack(pair, -1).flatten(-2) if rope.interleaved else torch.cat(pair, -1)
+    return torch.cat((rotated.to(x.dtype), x[..., channels:]), -1)

@@ -1,0 +1,78 @@
+"""Checks that the operations share. Each error is one line: what came, what is supported, what to do. None reads device data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(op: str, name: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(t).__name__}; a torch.Tensor is supported: pass a tensor")
+
+
+def check_last_stride(op: str, name: str, t: Tensor) -> None:
+    if t.stride(-1) != 1 and t.shape[-1] != 1:
+        raise ValueError(f"{op}: {name} has stride {t.stride(-1)} in its last dimension; stride 1 is supported: call .contiguous() on it")
+
+
+def check_float(op: str, name: str, t: Any) -> None:
+    """A float tensor of at least one dimension."""
+    check_tensor(op, name, t)
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} has dtype {t.dtype}; float16, bfloat16, float32 and float64 are supported: convert it")
+    if t.ndim == 0:
+        raise ValueError(f"{op}: {name} has no dimensions; [..., channels] is supported: reshape it")
+
+
+def check_activation(op: str, name: str, t: Any) -> None:
+    """A float tensor of at least one dimension, the last contiguous."""
+    check_float(op, name, t)
+    check_last_stride(op, name, t)
+
+
+def check_kind(op: str, name: str, t: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """A tensor of this dtype on this device."""
+    check_tensor(op, name, t)
+    if t.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {t.dtype}; {dtype} is supported here: convert it")
+    if t.device != device:
+        raise ValueError(f"{op}: {name} is on {t.device}; the operation runs on {device}: move it there")
+
+
+def check_shape(op: str, name: str, t: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """A tensor of exactly this shape, dtype and device, of any strides."""
+    check_kind(op, name, t, dtype, device)
+    if t.shape != tuple(shape):
+        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; {tuple(shape)} is supported here: reshape it")
+
+
+def check_operand(op: str, name: str, t: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """A tensor of exactly this shape, dtype and device, last dimension contiguous."""
+    check_shape(op, name, t, shape, dtype, device)
+    check_last_stride(op, name, t)
+
+
+def check_output(op: str, name: str, t: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """An operand that is written: no two of its elements share memory."""
+    check_operand(op, name, t, shape, dtype, device)
+    if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True)):
+        raise ValueError(f"{op}: {name} has strides {t.stride()}; an output whose elements do not overlap is supported: pass a real tensor")
+
+
+def check_broadcasts(op: str, name: str, t: Any, x: Tensor) -> None:
+    """A tensor of x's dtype and device that broadcasts to x and has all of x's channels."""
+    check_kind(op, name, t, x.dtype, x.device)
+    shape, full = t.shape, x.shape
+    fits = 0 < len(shape) <= len(full) and shape[-1] == full[-1]
+    if not fits or any(n != 1 and n != m for n, m in zip(shape[::-1], full[::-1], strict=False)):
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(shape)}; what broadcasts to {tuple(full)} and has its {full[-1]} channels is supported: "
+            "unsqueeze the missing dimensions"
+        )
+    check_last_stride(op, name, t)

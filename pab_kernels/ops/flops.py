@@ -1,0 +1,32 @@
+"""FLOPs: `2 M N K` for a GEMM, `4 B H N M D` for attention, 0 for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def linear_flops(tokens: int, c_in: int, c_out: int) -> int:
+    """FLOPs of a linear layer `[tokens, c_in] -> [tokens, c_out]`."""
+    return 2 * tokens * c_in * c_out
+
+
+def attention_flops(batch: int, heads: int, queries: int, keys: int, head_dim: int) -> int:
+    """FLOPs of the two GEMMs of attention, over all keys whether masked or not."""
+    return 4 * batch * heads * queries * keys * head_dim
+
+
+def _cpu_sdpa_flops(query: Sequence[int], key: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    batch, heads, queries, head_dim = query
+    return attention_flops(batch, heads, queries, key[2], head_dim)
+
+
+def flop_counter() -> FlopCounterMode:
+    """A silent `FlopCounterMode` that counts the operations of this package and, unlike torch's own, SDPA's kernel for CPUs.
+
+    The totals are the same on the CPU and on the meta device, for the public functions in eager and for the registered operations.
+    """
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_sdpa_flops})

@@ -1,0 +1,50 @@
+"""The definition of `project_residual` in pure torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cached_outputs import CachedOutput, add_cached_outputs
+from ..quantize import Quantized, quantize
+from ..stored import copy_stored
+
+
+def project_residual(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    gate: Tensor | None,
+    store: str | None,
+    store_dtype: torch.dtype,
+    cached: Sequence[CachedOutput],
+) -> tuple[Tensor, Tensor | Quantized | None]:
+    p = F.linear(a, weight, bias)
+    gated = p if gate is None else gate * p
+    x_new = add_cached_outputs(gated + x, cached).contiguous()
+    if store is None:
+        return x_new, None
+    stored = p if store == "pre_gate" else gated
+    return x_new, stored.contiguous() if store_dtype == x.dtype else quantize(stored, store_dtype)
+
+
+@torch.no_grad()
+def project_residual_out(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    gate: Tensor | None,
+    store: str | None,
+    store_dtype: torch.dtype,
+    cached: Sequence[CachedOutput],
+    x_out: Tensor,
+    stored_out: Tensor | Quantized | None,
+) -> None:
+    x_new, stored = project_residual(a, weight, bias, x, gate, store, store_dtype, cached)
+    x_out.copy_(x_new)
+    copy_stored(stored, stored_out)

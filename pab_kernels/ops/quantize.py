@@ -1,0 +1,123 @@
+"""8-bit slots: symmetric quantisation with one float32 scale for each group of neighbouring channels of a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import check_float, check_operand, check_output, check_tensor
+
+GROUP = 128
+"""Channels that share a scale in a slot of the residual stream."""
+
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""The largest magnitude that is used of each 8-bit dtype."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """An 8-bit tensor and its scales: `value = data * scale`, a scale for each `group` channels of a token.
+
+    Args:
+        data: `[..., C]`, int8 or float8_e4m3fn.
+        scale: `[..., ceil(C / group)]`, float32; the last group may be shorter than the others.
+        group: channels to a scale.
+    """
+
+    data: Tensor
+    scale: Tensor
+    group: int = GROUP
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the values, `[..., C]`."""
+        return self.data.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where data and scales lie."""
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data and scales."""
+        return self.data.nbytes + self.scale.nbytes
+
+
+def check_quantized_dtype(op: str, name: str, dtype: Any) -> None:
+    if dtype not in LIMITS:
+        raise TypeError(f"{op}: {name} is {dtype}; torch.int8 and torch.float8_e4m3fn are supported: pass one of these")
+
+
+def check_group(op: str, group: Any) -> None:
+    if not isinstance(group, int) or group < 1:
+        raise ValueError(f"{op}: group is {group!r}; a positive number of channels is supported: pass {GROUP} or the head dimension")
+
+
+def check_quantized(
+    op: str, name: str, q: Quantized, shape: Sequence[int], group: int, device: torch.device, *, output: bool = False
+) -> None:
+    """A `Quantized` of this shape, group and device, with scales to match."""
+    check_tensor(op, f"{name}.data", q.data)
+    check_quantized_dtype(op, f"{name}.data's dtype", q.data.dtype)
+    if q.group != group:
+        raise ValueError(f"{op}: {name} has groups of {q.group} channels; {group} is supported here: quantise it with group={group}")
+    check = check_output if output else check_operand
+    check(op, f"{name}.data", q.data, shape, q.data.dtype, device)
+    check(op, f"{name}.scale", q.scale, (*shape[:-1], -(-shape[-1] // group)), torch.float32, device)
+
+
+def empty_quantized(shape: Sequence[int], dtype: torch.dtype, group: int = GROUP, device: torch.device | str | None = None) -> Quantized:
+    """An uninitialised `Quantized` of this shape, for the `_out` operations to write."""
+    check_quantized_dtype("empty_quantized", "dtype", dtype)
+    check_group("empty_quantized", group)
+    return Quantized(
+        torch.empty(tuple(shape), dtype=dtype, device=device),
+        torch.empty((*shape[:-1], -(-shape[-1] // group)), dtype=torch.float32, device=device),
+        group,
+    )
+
+
+def quantize(x: Tensor, dtype: torch.dtype, group: int = GROUP) -> Quantized:
+    """Quantise each group of `group` channels of a token by its largest magnitude.
+
+        1. scale = max |x| / 127 (int8) or / 448 (float8_e4m3fn), over the group
+        2. data = round(x / scale), 0 where scale is 0
+
+    In float32; rounds once, to nearest even. A group that holds an infinity or NaN dequantises to NaN.
+
+    Args:
+        x: `[..., C]`, float, any strides.
+        dtype: torch.int8 or torch.float8_e4m3fn.
+        group: channels to a scale; the last group may be shorter.
+
+    Returns:
+        Contiguous data `[..., C]` and scale `[..., ceil(C / group)]`.
+
+    Raises:
+        TypeError, ValueError: an argument is not of this kind.
+    """
+    check_float("quantize", "x", x)
+    check_quantized_dtype("quantize", "dtype", dtype)
+    check_group("quantize", group)
+    limit, channels = LIMITS[dtype], x.shape[-1]
+    groups = -(-channels // group)
+    grouped = F.pad(x.float(), (0, groups * group - channels)).unflatten(-1, (groups, group))  # [..., groups, group]
+    scale = grouped.abs().amax(-1) / limit
+    data = grouped / scale.masked_fill(scale == 0, 1).unsqueeze(-1)
+    if dtype == torch.int8:
+        data = data.round()
+    # Where scale is subnormal the quotient can pass the limit, and a cast to int8 wraps around.
+    data = data.clamp(-limit, limit).flatten(-2)[..., :channels]
+    return Quantized(data.to(dtype).contiguous(), scale, group)
+
+
+def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
+    """`data * scale` in float32, rounded once to `dtype`: `[..., C]`."""
+    scale = q.scale.unsqueeze(-1).expand(*q.scale.shape, q.group).flatten(-2)[..., : q.shape[-1]]
+    return (q.data.float() * scale).to(dtype)

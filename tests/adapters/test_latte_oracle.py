@@ -1,0 +1,165 @@
+"""Latte under PAB is what the oracle says, for every kind, cache point, context and cache dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+import pab_kernels as pab
+from pab_kernels import Broadcast, PABConfig
+from tests.adapters.tiny_latte import noise, prompt, run_model, tiny_latte
+from tests.oracle import Oracle, Rule
+
+TIMESTEPS = list(range(950, -1, -100))  # 10 steps
+TEXTS = {"cond": prompt(1), "uncond": prompt(2)}
+
+pytestmark = pytest.mark.usefixtures("_no_grad")
+
+
+@pytest.fixture
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def broadcast(rule: Rule) -> Broadcast:
+    return Broadcast(rule.range, rule.window, rule.unit, layers=rule.layers)
+
+
+def config_of(rules: dict[str, Rule | list[Rule]], **kwargs: Any) -> PABConfig:
+    pairs = [(kind, broadcast(rule)) for kind, listed in rules.items() for rule in ([listed] if isinstance(listed, Rule) else listed)]
+    return PABConfig(rules=tuple(pairs), **kwargs)
+
+
+def both(
+    rules: dict[str, Any], *, batch: int = 1, texts: dict[str, torch.Tensor] = TEXTS, dtype: str | None = None, post_gate: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """The adapter's result, the oracle's, and the summary."""
+    model = tiny_latte()
+    x = noise(batch=batch)
+    texts = {name: text.expand(batch, -1, -1) if len(text) == 1 else text for name, text in texts.items()}
+    kept = None if dtype is None else getattr(torch, dtype)
+    oracle = Oracle(model, rules, TIMESTEPS, post_gate=post_gate, dtype=kept)
+    expected = run_model(oracle, TIMESTEPS, x, texts)
+
+    pab.enable(model, config_of(rules, cache_dtype=dtype, cache_point="post_gate" if post_gate else "pre_gate"))
+
+    def call(name: str, step: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with pab.context(model, name):
+            return model(*args, **kwargs, return_dict=False)[0]
+
+    with pab.generation(model, timesteps=TIMESTEPS):
+        got = run_model(call, TIMESTEPS, x, texts)
+        summary = pab.summary(model)
+    computed = {name: len(calls) for name, calls in oracle.computed.items()}
+    for kind, group, part in (
+        ("spatial", "transformer_blocks", ".attn1"),
+        ("temporal", "temporal_transformer_blocks", ".attn1"),
+        ("cross", "transformer_blocks", ".attn2"),
+        ("mlp", "", ".ff"),
+    ):
+        in_oracle = sum(n for name, n in computed.items() if name.startswith(group) and name.endswith(part))
+        assert sum(kinds[kind].computed for kinds in summary.contexts.values()) == in_oracle, kind
+    return got, expected, summary
+
+
+WIDE = (0.1, 0.95)
+CASES: dict[str, dict[str, Any]] = {
+    "spatial": {"spatial": Rule(2, WIDE)},
+    "temporal": {"temporal": Rule(3, WIDE)},
+    "cross": {"cross": Rule(4, WIDE)},
+    "mlp": {"mlp": Rule(3, WIDE)},
+    "block": {"block": Rule(2, WIDE)},
+    "pyramid": {"spatial": Rule(2), "temporal": Rule(3), "cross": Rule(4)},
+    "everything": {"spatial": Rule(2), "temporal": Rule(4), "cross": Rule(6, WIDE), "mlp": Rule(3)},
+    "all but spatial": {"temporal": Rule(4, WIDE), "cross": Rule(5, WIDE), "mlp": Rule(6, WIDE)},
+    "sublayers of blocks that are reused": {"block": Rule(3, WIDE), "spatial": Rule(2, WIDE), "cross": Rule(5, WIDE), "mlp": Rule(4)},
+    "some blocks": {"block": Rule(2, WIDE, layers=(1,)), "spatial": Rule(3, WIDE, layers=(0,)), "mlp": Rule(2, layers=(1,))},
+    "one layer apart from the others": {"spatial": [Rule(2, WIDE), Rule(5, WIDE, layers=(1,))], "cross": Rule(3, WIDE, layers=(0,))},
+    "windows in steps": {"spatial": Rule(3, (1, 9), "step"), "cross": Rule(2, (4, 7), "step")},
+    "windows in timesteps": {"temporal": Rule(2, (100, 800), "timestep"), "cross": Rule(5, (70, 951), "timestep")},
+    "from the first step to the last": {"spatial": Rule(2, (0, 1)), "cross": Rule(100, (0, 1)), "mlp": Rule(100, (0, 1))},
+}
+
+
+@pytest.mark.parametrize("post_gate", [False, True], ids=["pre-gate", "post-gate"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_contexts_are_bit_identical_to_the_oracle(case: str, post_gate: bool) -> None:
+    got, expected, summary = both(CASES[case], post_gate=post_gate)
+    assert torch.equal(got, expected)
+    assert summary.forced == 0
+    assert sum(t.reused for kinds in summary.contexts.values() for t in kinds.values()) > 0
+
+
+@pytest.mark.parametrize("post_gate", [False, True], ids=["pre-gate", "post-gate"])
+def test_batched_guidance_is_bit_identical_to_the_oracle(post_gate: bool) -> None:
+    texts = {"": torch.cat([prompt(2), prompt(1)])}
+    model = tiny_latte()
+    rules = CASES["everything"]
+    x = noise(batch=1).expand(2, -1, -1, -1, -1)
+    expected = run_model(Oracle(model, rules, TIMESTEPS, post_gate=post_gate), TIMESTEPS, x, texts)
+    pab.enable(model, config_of(rules, cache_point="post_gate" if post_gate else "pre_gate"), timesteps=TIMESTEPS)
+    got = run_model(lambda name, step, *a, **k: model(*a, **k).sample, TIMESTEPS, x, texts)
+    assert torch.equal(got, expected)
+    assert len(pab.summary(model).contexts) == 1
+
+
+@pytest.mark.parametrize("cache_point", ["pre_gate", "post_gate"])
+def test_batched_and_separate_guidance_give_the_same(cache_point: str) -> None:
+    rules = CASES["everything"]
+    separate, _, _ = both(rules, post_gate=cache_point == "post_gate")
+    model = tiny_latte()
+    pab.enable(model, config_of(rules, cache_point=cache_point), timesteps=TIMESTEPS)
+    texts = torch.cat(list(TEXTS.values()))
+    x = noise()
+    for t in TIMESTEPS:
+        out = model(torch.cat([x, x]), timestep=torch.tensor([t, t]), encoder_hidden_states=texts).sample[:, :4]
+        x = x - 0.1 * out.sum(0, keepdim=True)
+    assert (x - separate).norm() < 1e-4 * separate.norm()  # a GEMM of two rows may add up in another order than two of one
+
+
+@pytest.mark.parametrize("post_gate", [False, True], ids=["pre-gate", "post-gate"])
+@pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.01), ("float8_e4m3fn", 0.04)])
+@pytest.mark.parametrize("case", ["everything", "block", "sublayers of blocks that are reused"])
+def test_8_bit_slots_round_as_the_oracle_does_and_change_little(case: str, dtype: str, bound: float, post_gate: bool) -> None:
+    got, expected, summary = both(CASES[case], dtype=dtype, post_gate=post_gate)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    exact, _, wide = both(CASES[case], post_gate=post_gate)
+    error = (got - exact).norm() / exact.norm()
+    assert 0 < error < bound
+    assert summary.peak_cache_bytes < 0.3 * wide.peak_cache_bytes
+
+
+def test_the_oracle_is_not_the_plain_model() -> None:
+    """What the comparisons above compare is not nothing: each kind's reuse changes the result."""
+    model = tiny_latte()
+    plain = run_model(Oracle(model, {}, TIMESTEPS), TIMESTEPS, noise(), TEXTS)
+    direct = run_model(lambda name, step, *a, **k: model(*a, **k).sample, TIMESTEPS, noise(), TEXTS)
+    assert torch.equal(plain, direct)
+    for kind in ("spatial", "temporal", "cross", "mlp", "block"):
+        changed = run_model(Oracle(model, CASES[kind], TIMESTEPS), TIMESTEPS, noise(), TEXTS)
+        assert (changed - plain).norm() > 1e-3 * plain.norm(), kind
+
+
+@st.composite
+def rule_sets(draw: st.DrawFn) -> dict[str, list[Rule]]:
+    rules: dict[str, list[Rule]] = {}
+    for kind in draw(st.lists(st.sampled_from(["spatial", "temporal", "cross", "mlp", "block"]), min_size=1, unique=True)):
+        lo, hi = sorted(draw(st.lists(st.integers(0, 10), min_size=2, max_size=2, unique=True)))
+        layers = draw(st.sampled_from([None, (0,), (1,)]))
+        rules[kind] = [Rule(draw(st.integers(1, 7)), (lo, hi), "step", layers)]
+    return rules
+
+
+@settings(max_examples=15)
+@given(rules=rule_sets(), post_gate=st.booleans())
+def test_any_rules_are_bit_identical_to_the_oracle(rules: dict[str, list[Rule]], post_gate: bool) -> None:
+    with torch.no_grad():
+        got, expected, summary = both(rules, post_gate=post_gate)
+    assert torch.equal(got, expected)
+    assert summary.forced == 0
+    assert summary.cache_bytes == 0

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("imageio")
+pytest.importorskip("imageio_ffmpeg")
+pytest.importorskip("PIL")
+
+from pab_kernels.analysis.video import side_by_side, write_gif, write_mp4
+
+
+def clips(count: int = 2, frames: int = 3, height: int = 8, width: int = 40) -> torch.Tensor:
+    return torch.rand(count, frames, 3, height, width, generator=torch.Generator().manual_seed(count))
+
+
+def test_every_clip_is_in_the_film_enlarged_and_unchanged():
+    first, second = clips(), 1 - clips()
+    film = side_by_side([("one", "", first), ("two", "below", second)], ["a", "b"], scale=2)
+    assert film.dtype == np.uint8 and film.shape[0] == 3 and film.shape[1] % 16 == 0 and film.shape[2] % 16 == 0
+    for column in (first, second):
+        for clip in column:
+            wanted = (clip * 255).round().byte().permute(0, 2, 3, 1).numpy().repeat(2, 1).repeat(2, 2)  # [frames, 16, 80, 3]
+            windows = np.lib.stride_tricks.sliding_window_view(film[0], (16, 80, 3))[:, :, 0]
+            found = np.argwhere((windows == wanted[0]).all(axis=(2, 3, 4)))
+            assert len(found) == 1
+            y, x = found[0]
+            assert np.array_equal(film[:, y : y + 16, x : x + 80], wanted)
+
+
+def test_titles_and_captions_are_drawn():
+    bare = side_by_side([("", "", clips())], ["", ""])
+    labelled = side_by_side([("title", "below", clips())], ["caption", "another"])
+    assert not np.array_equal(bare[:, : labelled.shape[1]], labelled[:, : bare.shape[1]])
+
+
+def test_a_long_title_wraps_and_moves_the_clips_down():
+    short = side_by_side([("a", "", clips())], ["", ""], scale=4)
+    long = side_by_side([("a title of very many words that one line cannot hold", "", clips())], ["", ""], scale=4)
+    assert long.shape[1] > short.shape[1] and long.shape[2] == short.shape[2]
+
+
+@pytest.mark.parametrize(
+    ("columns", "captions", "message"),
+    [
+        ([], [], "got none"),
+        ([("a", "", clips()), ("b", "", clips(frames=4))], ["x", "y"], r"must all be \[clips, frames, 3, height, width\]"),
+        ([("a", "", clips()[0])], ["x", "y"], "must all be"),
+        ([("a", "", clips())], ["x"], "2 clips need 2 captions"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(columns, captions, message):
+    with pytest.raises(ValueError, match=message):
+        side_by_side(columns, captions)
+
+
+def test_a_gif_holds_every_frame_and_repeats(tmp_path):
+    import PIL.Image
+
+    film = side_by_side([("one", "", clips())], ["a", "b"])
+    with PIL.Image.open(write_gif(tmp_path / "film.gif", film, fps=5)) as image:
+        assert image.n_frames == 3 and image.size == film.shape[2:0:-1] and image.info["duration"] == 200 and image.info["loop"] == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # imageio's reader leaves a pipe to the collector
+def test_an_mp4_repeats_the_clip_at_full_size(tmp_path):
+    import imageio.v2 as imageio
+
+    film = np.full((3, 48, 64, 3), 128, np.uint8)
+    film[1] = 250
+    reader = imageio.get_reader(str(write_mp4(tmp_path / "film.mp4", film, repeats=2)))
+    frames = [np.asarray(frame) for frame in reader]
+    reader.close()
+    assert len(frames) == 6 and frames[0].shape == film.shape[1:]
+    assert [round(float(frame.mean()) / 10) for frame in frames] == [13, 25, 13, 13, 25, 13]

@@ -1,0 +1,319 @@
+"""Replaced methods: what they call, and that everything is given back, whatever others have done to the object meanwhile."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pab_kernels.broadcast.attach import Attached, attach_forward
+
+
+class Counter:
+    """Something with a method and a state."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def add(self, amount: int, times: int = 1) -> int:
+        """Add to the total."""
+        self.total += amount * times
+        return self.total
+
+
+class Inc(nn.Module):
+    def forward(self, x: Tensor, by: int = 1) -> Tensor:
+        return x + by
+
+
+def _doubled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return 2 * original(*args, **kwargs)
+
+
+class Owner:
+    """As the broadcaster: not to be copied with the model, and its bound method is the replacement."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return (type(None), ())
+
+    def run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return _doubled(original, *args, **kwargs)
+
+
+def _out(module: nn.Module) -> float:
+    return module(torch.zeros(1)).item()
+
+
+# Replacing and giving back
+
+
+def test_a_replaced_method_gets_the_original_and_all_arguments() -> None:
+    counter, seen = Counter(), []
+
+    def replacement(original: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((args, kwargs))
+        return -original(*args, **kwargs)
+
+    attached = Attached(counter, "add", replacement)
+    assert counter.add(2, times=3) == -6 and counter.total == 6
+    assert seen == [((2,), {"times": 3})]
+    attached.detach()
+    assert counter.add(1) == 7
+    assert vars(counter) == {"total": 7}
+
+
+def test_a_method_of_the_object_itself_is_given_back_as_such() -> None:
+    counter = Counter()
+    counter.add = own = lambda amount: 100 + amount  # type: ignore[method-assign]
+    attached = Attached(counter, "add", _doubled)
+    assert counter.add(1) == 202
+    attached.detach()
+    assert vars(counter)["add"] is own
+
+
+def test_detaching_twice_does_nothing_more() -> None:
+    counter = Counter()
+    attached = Attached(counter, "add", _doubled)
+    attached.detach()
+    counter.add = own = lambda amount: amount  # type: ignore[method-assign]
+    attached.detach()
+    assert vars(counter)["add"] is own
+
+
+def test_an_error_in_the_original_comes_through() -> None:
+    attached = Attached(Counter(), "add", _doubled)
+    with pytest.raises(TypeError, match="amount"):
+        attached()
+
+
+def test_a_method_that_others_wrapped_since_passes_through_to_the_original() -> None:
+    counter = Counter()
+    attached = Attached(counter, "add", _doubled)
+    inner = counter.add
+    counter.add = wrapper = lambda *args: 10 * inner(*args)  # type: ignore[method-assign]
+    assert counter.add(1) == 20
+    attached.detach()
+    assert vars(counter)["add"] is wrapper, "somebody else's wrapper was taken away"
+    assert counter.add(1) == 20  # ten times the total of 2
+    again = Attached(counter, "add", _doubled)
+    assert counter.add(1) == 60
+    again.detach()
+    assert vars(counter)["add"] is wrapper
+
+
+def test_two_stand_ins_are_taken_off_in_either_order() -> None:
+    for first_off in (0, 1):
+        counter = Counter()
+        stack = [Attached(counter, "add", _doubled), Attached(counter, "add", _doubled)]
+        assert counter.add(1) == 4
+        stack[first_off].detach()
+        assert counter.add(0) == 2
+        stack[1 - first_off].detach()
+        assert counter.add(0) == 1
+
+
+def test_the_signature_and_documentation_path_lead_to_the_original() -> None:
+    counter = Counter()
+    signature = inspect.signature(counter.add)
+    attached = Attached(counter, "add", _doubled)
+    assert inspect.signature(counter.add) == signature
+    assert inspect.unwrap(counter.add) == Counter.add.__get__(counter)
+    attached.detach()
+    assert inspect.signature(counter.add) == signature
+
+
+# Copies
+
+
+def test_a_deep_copy_is_plain_and_its_method_is_its_own() -> None:
+    counter = Counter()
+    attached = Attached(counter, "add", Owner().run)
+    other = copy.deepcopy(counter)
+    assert other.add(5) == 5 and counter.total == 0
+    assert counter.add(1) == 2 and other.total == 5
+    attached.detach()
+    assert other.add(1) == 6
+
+
+def test_a_deep_copy_keeps_the_method_that_the_object_had_of_its_own() -> None:
+    counter = Counter()
+    counter.add = lambda amount: 100 + amount  # type: ignore[method-assign]
+    Attached(counter, "add", Owner().run)
+    assert copy.deepcopy(counter).add(1) == 101
+
+
+def test_a_pickled_module_comes_back_plain() -> None:
+    module = nn.Sequential(Inc(), Inc())
+    attached = attach_forward(module[0], Owner().run)
+    assert _out(module) == 3
+    assert _out(pickle.loads(pickle.dumps(module))) == 2
+    attached.detach()
+    assert "forward" not in vars(module[0])
+
+
+def _accelerate_hook(module: nn.Module) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(module, hooks.ModelHook())
+
+
+def _accelerate_unhook(module: nn.Module) -> None:
+    pytest.importorskip("accelerate.hooks").remove_hook_from_module(module)
+
+
+def _diffusers_hooks(module: nn.Module, *kinds: str) -> Any:
+    hooks = pytest.importorskip("diffusers.hooks.hooks")
+
+    class Replacing(hooks.ModelHook):
+        def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.fn_ref.original_forward(*args, **kwargs)
+
+    registry = hooks.HookRegistry.check_if_exists_or_initialize(module)
+    for kind in kinds:
+        registry.register_hook(Replacing() if kind == "replacing" else hooks.ModelHook(), kind)
+    return registry
+
+
+def test_a_copy_of_an_offloaded_model_is_plain_whichever_came_first() -> None:
+    before = Inc()
+    _accelerate_hook(before)
+    attach_forward(before, Owner().run)
+    after = Inc()
+    attach_forward(after, Owner().run)
+    _accelerate_hook(after)
+    for module in (before, after):
+        assert _out(module) == 2
+        assert _out(copy.deepcopy(module)) == 1
+
+
+# Hooks of accelerate and diffusers, put on and taken off at any time
+
+
+def test_forward_is_replaced_inside_of_offloading() -> None:
+    class Moves(pytest.importorskip("accelerate.hooks").ModelHook):  # type: ignore[misc]
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            module.loaded = True
+            return args, kwargs
+
+        def post_forward(self, module: nn.Module, output: Any) -> Any:
+            module.loaded = False
+            return output
+
+    for also_diffusers in (False, True):
+        module, seen = Inc(), []
+        module.loaded = False
+        pytest.importorskip("accelerate.hooks").add_hook_to_module(module, Moves())
+        if also_diffusers:
+            _diffusers_hooks(module, "passing")
+
+        def replacement(original: Any, x: Tensor, module: nn.Module = module, seen: list[Any] = seen) -> Any:
+            seen.append(module.loaded)
+            return original(x)
+
+        attached = attach_forward(module, replacement)
+        assert _out(module) == 1
+        attached.detach()
+        assert seen == [True] and _out(module) == 1
+
+
+def test_forward_is_replaced_inside_of_diffusers_hooks() -> None:
+    for kinds in (("passing",), ("replacing",), ("passing", "replacing"), ("replacing", "passing")):
+        module = Inc()
+        registry = _diffusers_hooks(module, *kinds)
+        outer = module.forward
+        attached = attach_forward(module, _doubled)
+        assert module.forward is outer and _out(module) == 2
+        attached.detach()
+        assert module.forward is outer and _out(module) == 1
+        for kind in reversed(kinds):
+            registry.remove_hook(kind)
+        assert module.forward == Inc.forward.__get__(module)
+
+
+def test_forward_is_replaced_inside_of_both_whichever_came_first() -> None:
+    for accelerate_first in (True, False):
+        module = Inc()
+        if accelerate_first:
+            _accelerate_hook(module)
+        _diffusers_hooks(module, "passing")
+        if not accelerate_first:
+            _accelerate_hook(module)
+        attached = attach_forward(module, _doubled)
+        assert attached.original == Inc.forward.__get__(module), "it must stand next to the module's own forward"
+        assert _out(module) == 2
+        attached.detach()
+        assert _out(module) == 1
+
+
+def _stand_ins(module: nn.Module) -> list[str]:
+    holders = [module, *getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())]
+    return [name for holder in holders for name, value in vars(holder).items() if isinstance(value, Attached)]
+
+
+@pytest.mark.parametrize("attached_at", [0, 1, 2])
+def test_nothing_is_left_behind_where_offloading_came_or_went_meanwhile(attached_at: int) -> None:
+    # Hook, unhook, hook again: as diffusers does at the end of every pipeline call.
+    module, attached = Inc(), None
+    for at, change in enumerate([_accelerate_hook, _accelerate_unhook, _accelerate_hook, lambda _: None]):
+        if at == attached_at:
+            attached = attach_forward(module, _doubled)
+        change(module)
+        assert _out(module) == (1 if attached is None else 2)
+    assert attached is not None
+    attached.detach()
+    assert _stand_ins(module) == [] and _out(module) == 1
+    _accelerate_unhook(module)
+    assert _stand_ins(module) == [] and _out(module) == 1
+
+
+@pytest.mark.parametrize("kind", ["passing", "replacing"])
+def test_nothing_is_left_behind_where_a_diffusers_hook_came_or_went_meanwhile(kind: str) -> None:
+    came = Inc()
+    attached = attach_forward(came, _doubled)
+    registry = _diffusers_hooks(came, kind)
+    attached.detach()
+    assert _stand_ins(came) == [] and _out(came) == 1
+    registry.remove_hook(kind)
+    assert _out(came) == 1
+
+    went = Inc()
+    registry = _diffusers_hooks(went, kind)
+    attached = attach_forward(went, _doubled)
+    registry.remove_hook(kind)
+    assert _out(went) == 2
+    attached.detach()
+    assert "forward" not in vars(went) and _out(went) == 1
+
+
+def test_a_forward_of_its_own_survives_a_hook_that_went_meanwhile() -> None:
+    module = Inc()
+    module.forward = own = lambda x: x + 7
+    registry = _diffusers_hooks(module, "passing")
+    attached = attach_forward(module, _doubled)
+    registry.remove_hook("passing")
+    assert _out(module) == 14
+    attached.detach()
+    assert vars(module)["forward"] is own
+
+
+def test_hooks_do_not_keep_the_replacement_alive_after_it_was_detached() -> None:
+    module, owner = Inc(), Owner()
+    gone = weakref.ref(owner)
+    attached = attach_forward(module, owner.run)
+    _accelerate_hook(module)
+    assert _out(module) == 2
+    attached.detach()
+    del owner
+    gc.collect()
+    assert gone() is None
+    assert _out(module) == 1

@@ -1,0 +1,383 @@
+"""The plan against a simulation written from the definition, and how it is printed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pab_kernels.broadcast.config import KINDS, Broadcast, PABConfig
+from pab_kernels.broadcast.plan import Action, Cost, Decision, Plan, Sublayer, plan
+from pab_kernels.broadcast.schedule import Schedule
+
+COMPUTE, STORE, REUSE, SKIP = Action.COMPUTE, Action.STORE, Action.REUSE, Action.SKIP
+
+# Any plan of a small model: up to three layers of all kinds, some in blocks that have a rule, some entered in the middle
+
+
+@st.composite
+def _broadcasts(draw: st.DrawFn, num_steps: int) -> Broadcast:
+    reach, layers = draw(st.integers(1, 6)), draw(st.none() | st.sets(st.integers(0, 3), min_size=1))
+    unit = draw(st.sampled_from(["fraction", "step", "timestep"]))
+    if unit != "fraction" and draw(st.booleans()):
+        return Broadcast(reach, unit=unit, layers=layers, at=draw(st.sets(st.integers(0, num_steps + 2), min_size=1, max_size=4)))
+    if unit == "fraction" and draw(st.booleans()):
+        return Broadcast(reach, layers=layers)
+    lo, hi = sorted(draw(st.lists(st.integers(0, num_steps + 2), min_size=2, max_size=2, unique=True)))
+    window = (lo / (num_steps + 2), hi / (num_steps + 2)) if unit == "fraction" else (lo, hi)
+    return Broadcast(reach, window, unit, layers=layers)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    num_steps = draw(st.integers(1, 20))
+    rule = st.none() | _broadcasts(num_steps)
+    rules = draw(st.lists(st.tuples(st.sampled_from(KINDS), _broadcasts(num_steps)), max_size=3))
+    config = PABConfig(**{kind: draw(rule) for kind in KINDS}, rules=rules)
+    timesteps = tuple(i + 0.5 for i in reversed(range(num_steps)))
+    schedule = Schedule(num_steps, timesteps, draw(st.integers(0, num_steps - 1)))
+    sublayers = []
+    for layer in range(draw(st.integers(1, 3))):
+        block = f"blocks.{layer}" if draw(st.booleans()) else None
+        sublayers += [Sublayer(f"blocks.{layer}.{kind}", kind, layer, block=block) for kind in KINDS[:-1]]
+        if block:
+            sublayers.append(Sublayer(block, "block", layer))
+    return Plan(config, schedule, tuple(draw(st.permutations(sublayers))))
+
+
+_any_plan = settings(max_examples=40)
+
+
+@dataclass
+class _Run:
+    """What a sublayer did at each step, found out by running through the steps once."""
+
+    actions: list[str] = field(default_factory=list)
+    sources: list[int | None] = field(default_factory=list)
+
+
+def _wants_reuse(rule: Broadcast | None, schedule: Schedule, step: int) -> bool:
+    if rule is None:
+        return False
+    n, begin = schedule.num_steps, schedule.begin
+    coordinate = {"step": step, "timestep": int((schedule.timesteps or ())[step]), "fraction": step / n}[rule.unit]
+    if rule.at is None:
+        lo, hi = rule.window or (0, 0)
+        inside = lo < coordinate < hi if rule.unit == "timestep" else lo <= coordinate < hi
+        return inside and (step - begin) % rule.range != 0
+    position = {i: i if rule.unit == "step" else int((schedule.timesteps or ())[i]) for i in range(begin, step + 1)}
+    passed = [i for i in position if position[i] in rule.at]
+    return bool(passed) and 0 < step - passed[-1] < rule.range
+
+
+def _simulate(made: Plan) -> dict[str, _Run]:
+    runs = {s.name: _Run() for s in made.sublayers}
+    last_run: dict[str, int] = {}
+    for step in range(made.schedule.begin, made.schedule.num_steps):
+        for s in sorted(made.sublayers, key=lambda s: s.kind != "block"):
+            rule = made.config.rule(s.kind, s.layer)
+            run = runs[s.name]
+            if s.block in runs and runs[s.block].actions[-1] == "reuse":
+                did, source = "skip", None
+            elif s.name in last_run and _wants_reuse(rule, made.schedule, step):
+                did, source = "reuse", last_run[s.name]
+            else:
+                did, source = "compute", None
+                last_run[s.name] = step
+            run.actions.append(did)
+            run.sources.append(source)
+    return runs
+
+
+@given(plans())
+@_any_plan
+def test_actions_and_sources_are_those_of_the_definition(made: Plan) -> None:
+    for name, run in _simulate(made).items():
+        row = made.rows[name]
+        names = {COMPUTE: "compute", STORE: "compute", REUSE: "reuse", SKIP: "skip"}
+        assert [names[d.action] for d in row] == run.actions
+        assert [d.source for d in row] == run.sources
+
+
+@given(plans())
+@_any_plan
+def test_every_source_is_an_earlier_store_with_no_run_in_between(made: Plan) -> None:
+    for name in made.rows:
+        for step in made.steps:
+            d = made.decision(name, step)
+            if d.action is not REUSE:
+                assert d.source is None and not d.last
+                continue
+            assert d.source is not None and made.schedule.begin <= d.source < step
+            assert made.decision(name, d.source).action is STORE
+            assert all(made.decision(name, i).action in (REUSE, SKIP) for i in range(d.source + 1, step))
+
+
+@given(plans())
+@_any_plan
+def test_an_output_is_stored_iff_a_later_step_reads_it_and_the_last_read_is_marked(made: Plan) -> None:
+    for name, row in made.rows.items():
+        readers: dict[int, list[int]] = {}
+        for step in made.steps:
+            d = made.decision(name, step)
+            if d.source is not None:
+                readers.setdefault(d.source, []).append(step)
+        assert {step for step in made.steps if made.decision(name, step).action is STORE} == set(readers)
+        assert {step for step in made.steps if made.decision(name, step).last} == {steps[-1] for steps in readers.values()}
+        assert row[0].action in (COMPUTE, STORE), "the first step has nothing to reuse"
+
+
+@given(plans())
+@_any_plan
+def test_a_sublayer_is_skipped_exactly_under_a_reused_block(made: Plan) -> None:
+    for s in made.sublayers:
+        around = made.rows.get(s.block or "")
+        skipped = [d.action is SKIP for d in made.rows[s.name]]
+        assert skipped == [around is not None and d.action is REUSE for d in around or made.rows[s.name]]
+
+
+@given(plans())
+@_any_plan
+def test_slots_live_from_the_store_to_the_last_read(made: Plan) -> None:
+    for step in made.steps:
+        expected = set()
+        for name in made.rows:
+            reads = [(made.decision(name, i).source, i) for i in made.steps if made.decision(name, i).source is not None]
+            if any(source <= step < reader for source, reader in reads):
+                expected.add(name)
+        assert set(made.alive(step)) == expected
+    assert made.alive(made.schedule.num_steps - 1) == (), "nothing outlives the generation"
+
+
+@given(plans())
+@_any_plan
+def test_counts_add_up_to_all_cells(made: Plan) -> None:
+    runs = _simulate(made)
+    for kind, c in made.counts().items():
+        actions = [a for s in made.sublayers if s.kind == kind for a in runs[s.name].actions]
+        assert (c.computed, c.reused, c.skipped) == tuple(actions.count(a) for a in ("compute", "reuse", "skip"))
+        assert c.stored == sum(len({i for i in runs[s.name].sources if i is not None}) for s in made.sublayers if s.kind == kind)
+        steps = made.step_counts()[kind]
+        assert steps.computed + steps.reused + steps.skipped == len(made.steps)
+        assert steps.reused == max(runs[s.name].actions.count("reuse") for s in made.sublayers if s.kind == kind)
+    assert set(made.counts()) == {s.kind for s in made.sublayers}
+
+
+@given(plans())
+@_any_plan
+def test_patterns_are_the_distinct_columns(made: Plan) -> None:
+    columns = {"".join(made.decision(s.name, step).action.value for s in made.sublayers) for step in made.steps}
+    assert made.patterns == len(columns)
+
+
+@given(plans(), st.integers(0, 100))
+@_any_plan
+def test_the_forecast_is_what_a_simulation_adds_up(made: Plan, rest: int) -> None:
+    costs = {s.name: Cost(0 if s.kind == "block" else 7 * i + 1, 3**i) for i, s in enumerate(made.sublayers)}
+    runs = _simulate(made)
+    flops, held, held_after, held_most = [], set(), [], 0
+    for column, step in enumerate(made.steps):
+        flops.append(rest + sum(costs[name].flops for name, run in runs.items() if run.actions[column] == "compute"))
+        for name, run in runs.items():
+            later = set(run.sources[column + 1 :])
+            held.discard(name)
+            if any(i in later for i in made.steps if i <= step):
+                held.add(name)
+            held_most = max(held_most, sum(costs[n].slot_bytes for n in held))
+        held_after.append(sum(costs[name].slot_bytes for name in held))
+    forecast = made.forecast(costs, rest)
+    assert forecast.flops_by_step == tuple(flops)
+    assert forecast.flops == sum(flops)
+    assert forecast.flops_without == len(made.steps) * (rest + sum(c.flops for c in costs.values()))
+    assert forecast.cache_bytes == tuple(held_after)
+    assert forecast.peak_cache_bytes == held_most
+    assert forecast.share == (forecast.flops / forecast.flops_without if forecast.flops_without else 1)
+
+
+@given(plans())
+@settings(max_examples=20)
+def test_plans_made_twice_are_equal_and_can_be_copied_and_pickled(made: Plan) -> None:
+    config = PABConfig.from_dict(json.loads(json.dumps(made.config.to_dict())))
+    again = Plan(config, made.schedule, made.sublayers)
+    for other in (again, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert other == made and other.rows == made.rows and str(other) == str(made) and other.notes == made.notes
+
+
+@given(plans())
+@settings(max_examples=30)
+def test_the_drawing_shows_every_row_once_and_its_counts(made: Plan) -> None:
+    head, *lines = str(made).split("\n")
+    assert head.startswith(f"{made.schedule.num_steps} steps")
+    rows = {(s.kind, made.rows[s.name]) for s in made.sublayers}
+    drawn = [line for line in lines if not line.startswith("note: ")]
+    assert len(drawn) == len(rows) == len(made.grouped())
+    marks = {"".join(d.action.value for d in row) for _, row in rows}
+    width = max(len(label) for label, _ in made.grouped())
+    assert {line[width + 1 : width + 1 + len(made.steps)] for line in drawn} == marks
+    assert [line[6:] for line in lines if line.startswith("note: ")] == list(made.notes)
+
+
+# Single cases
+
+
+def test_range_one_computes_always_and_stores_nothing() -> None:
+    made = plan(PABConfig(spatial=1, temporal=Broadcast(1, (0, 1)), cross=Broadcast(1, unit="step", at=[2])), num_steps=9)
+    assert {d for row in made.rows.values() for d in row} == {Decision(COMPUTE)}
+    assert made.patterns == 1
+    assert made.notes == ()
+
+
+def test_a_store_may_come_before_the_window_opens() -> None:
+    row = plan(PABConfig(cross=Broadcast(6, (7, 9), "step")), num_steps=10).rows["cross"]
+    assert [d.action.value for d in row] == list("######S..#")
+    assert row[7] == Decision(REUSE, 6) and row[8] == Decision(REUSE, 6, last=True)
+
+
+def test_a_window_that_holds_the_first_step_does_not_reuse_it() -> None:
+    made = plan(PABConfig(spatial=Broadcast(2, (0, 1))), num_steps=5)
+    assert "".join(d.action.value for d in made.rows["spatial"]) == "S.S.#"
+    alone = plan(PABConfig(spatial=Broadcast(2, (0, 1))), num_steps=1)
+    assert alone.rows["spatial"] == (Decision(COMPUTE),)
+
+
+def test_entered_in_the_middle_the_range_counts_from_there_and_the_window_from_the_full_schedule() -> None:
+    made = Plan(PABConfig(spatial=3), Schedule(20, begin=9))
+    assert list(made.steps) == list(range(9, 20))
+    assert "".join(d.action.value for d in made.rows["spatial"]) == "S..S..S.###"
+    assert made.decision("spatial", 10) == Decision(REUSE, 9)
+    assert str(made).startswith("20 steps, entered at 9, ")
+
+
+def test_a_slot_is_kept_across_steps_at_which_the_block_around_it_is_reused() -> None:
+    sublayers = (Sublayer("b.attn", "spatial", 0, block="b"), Sublayer("b", "block", 0))
+    config = PABConfig(spatial=Broadcast(4, (0, 7), "step"), block=Broadcast(3, (1, 6), "step"))
+    made = Plan(config, Schedule(8), sublayers)
+    assert "".join(d.action.value for d in made.rows["b"]) == "S..S..##"
+    assert "".join(d.action.value for d in made.rows["b.attn"]) == "S  .  .#"
+    assert [made.decision("b.attn", step) for step in (3, 6)] == [Decision(REUSE, 0), Decision(REUSE, 0, last=True)]
+    assert made.alive(4) == ("b.attn", "b") and made.alive(5) == ("b.attn",) and made.alive(6) == ()
+
+
+def test_a_block_without_a_rule_is_left_out_and_its_sublayers_go_their_own_way() -> None:
+    sublayers = tuple(Sublayer(f"b{i}{end}", kind, i, block=f"b{i}") for i in (0, 1) for end, kind in ((".attn", "spatial"), ("", "block")))
+    made = Plan(PABConfig(spatial=2, block=Broadcast(2, layers=[1])), Schedule(10), sublayers)
+    assert set(made.rows) == {"b0.attn", "b1.attn", "b1"}
+    assert any(d.action is REUSE for d in made.rows["b0.attn"])
+    assert any(d.action is SKIP for d in made.rows["b1.attn"])
+
+
+def test_two_sublayers_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sublayer names must differ, got \['a', 'a'\]"):
+        Plan(PABConfig(), Schedule(3), (Sublayer("a", "spatial", 0), Sublayer("a", "cross", 0)))
+
+
+def test_a_plan_that_the_schedule_cannot_serve_is_refused_when_it_is_made() -> None:
+    config = PABConfig(spatial=Broadcast(2, (100, 800), "timestep"))
+    with pytest.raises(ValueError, match="pass timesteps=, or a window in fractions"):
+        plan(config, num_steps=10)
+    with pytest.raises(ValueError, match="a plan needs num_steps= or timesteps=; got neither"):
+        plan(config)
+
+
+def test_a_forecast_without_flops_has_share_one() -> None:
+    assert plan(PABConfig(spatial=2), num_steps=6).forecast({"spatial": Cost(0, 8)}).share == 1
+
+
+def test_the_generic_plan_has_a_sublayer_for_each_kind_and_for_each_listed_layer() -> None:
+    made = plan(PABConfig(cross=6, mlp=Broadcast(3, layers=[0, 2])), num_steps=10)
+    assert list(made.rows) == ["cross", "mlp.0", "mlp.2", "mlp.3"]
+    assert [made.config.rule("mlp", s.layer) is None for s in made.sublayers[1:]] == [False, False, True]
+
+
+def test_the_generic_plan_has_its_sublayers_inside_of_its_blocks() -> None:
+    everywhere = plan(PABConfig(spatial=2, block=Broadcast(2, (0, 1))), num_steps=4)
+    assert "".join(d.action.value for d in everywhere.rows["spatial"]) == "# # "
+    made = plan(PABConfig(spatial=Broadcast(2, (0, 1)), block=Broadcast(2, (0, 1), layers=[1])), num_steps=4)
+    assert {name: "".join(d.action.value for d in row) for name, row in made.rows.items()} == {
+        "spatial.1": "# # ",
+        "spatial.2": "S.S.",
+        "block.1": "S.S.",
+    }
+
+
+# Printed
+
+
+def test_the_drawing_is_one_line_for_each_group_of_layers() -> None:
+    layers = range(6)
+    sublayers = [Sublayer(f"{i}.{kind}", kind, i) for i in layers for kind in ("mlp", "spatial", "cross")]
+    config = PABConfig(
+        spatial=Broadcast(2, (0, 1)),
+        cross=Broadcast(3, (0, 1)),
+        mlp=Broadcast(4, unit="step", at=[1, 20], layers=[0, 1, 2, 4]),
+        rules=(("spatial", Broadcast(1, layers=[5])),),
+    )
+    assert str(Plan(config, Schedule(7), tuple(sublayers))) == "\n".join(
+        [
+            "7 steps, 6 patterns   # computed  S computed and stored  . reused",
+            "spatial 0-4 S.S.S.#  4 computed, 3 reused",
+            "spatial 5   #######  7 computed, 0 reused",
+            "cross       S..S..#  3 computed, 4 reused",
+            "mlp 0-2,4   #S...##  4 computed, 3 reused",
+            "mlp 3,5     #######  7 computed, 0 reused",
+            "note: mlp: steps 20 do not occur in this schedule and have no effect",
+        ]
+    )
+
+
+def test_the_drawing_counts_what_is_skipped_and_names_the_layers_of_blocks() -> None:
+    config = PABConfig(spatial=Broadcast(2, (0, 1)), block=Broadcast(2, (0, 1), layers=[1]))
+    assert str(plan(config, num_steps=4)).split("\n")[1:] == [
+        "spatial 1 # #   2 computed, 0 reused, 2 skipped",
+        "spatial 2 S.S.  2 computed, 2 reused",
+        "block 1   S.S.  2 computed, 2 reused",
+    ]
+
+
+def test_a_plan_of_nothing_prints() -> None:
+    made = plan(PABConfig(), num_steps=3)
+    assert (made.patterns, made.counts(), made.step_counts(), made.rows) == (1, {}, {}, {})
+    assert str(made) == "3 steps, 1 patterns   # computed  S computed and stored  . reused"
+
+
+# Notes
+
+
+def _notes(config: PABConfig, *, schedule: Schedule | None = None, layers: int = 2) -> tuple[str, ...]:
+    sublayers = [Sublayer(f"{i}.{kind}", kind, i) for i in range(layers) for kind in ("spatial", "mlp")]
+    return Plan(config, schedule or Schedule(10), tuple(sublayers)).notes
+
+
+def test_notes_name_kinds_that_the_model_lacks_once() -> None:
+    config = PABConfig(spatial=2, temporal=2, rules=(("temporal", Broadcast(3, layers=[0])),))
+    assert _notes(config) == ("temporal: this model has no such sublayers",)
+
+
+def test_notes_do_not_ask_for_timesteps_of_rules_that_no_sublayer_has() -> None:
+    in_timesteps = Broadcast(4, (100, 800), "timestep")
+    overridden = PABConfig(spatial=in_timesteps, temporal=in_timesteps, rules=(("spatial", Broadcast(2)),))
+    assert _notes(overridden) == ("temporal: this model has no such sublayers",)
+
+
+def test_notes_name_layers_that_the_model_lacks() -> None:
+    assert _notes(PABConfig(mlp=Broadcast(2, layers=[5, 6, 8]))) == ("mlp: this model has no layers 5-6,8",)
+    assert _notes(PABConfig(mlp=Broadcast(2, layers=[1, 5]))) == ()
+
+
+def test_notes_name_windows_in_which_nothing_is_reused() -> None:
+    message = "spatial: range 2 in the window (%s) (%s) reuses no step of this schedule"
+    assert _notes(PABConfig(spatial=Broadcast(2, (20, 30), "step"))) == (message % ("20, 30", "steps"),)
+    assert _notes(PABConfig(spatial=Broadcast(2, (4, 5), "step"))) == (message % ("4, 5", "steps"),)  # in the window, on the beat
+    assert _notes(PABConfig(spatial=Broadcast(2, (0.91, 0.99)))) == (message % ("0.91, 0.99", "fractions"),)
+    ones = Schedule.of(timesteps=[v / 10 for v in range(10, 0, -1)])  # sigmas, where timesteps up to 1000 are meant
+    assert _notes(PABConfig(spatial=Broadcast(2, (100, 800), "timestep")), schedule=ones) == (message % ("100, 800", "timesteps"),)
+
+
+def test_notes_name_explicit_steps_before_the_entry() -> None:
+    config = PABConfig(spatial=Broadcast(2, unit="step", at=[1, 5, 12]))
+    assert _notes(config, schedule=Schedule(10, begin=3)) == ("spatial: steps 1, 12 do not occur in this schedule and have no effect",)

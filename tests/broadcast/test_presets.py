@@ -1,0 +1,153 @@
+"""Presets give the computed steps that were published, and say where an MLP table does not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from torch import nn
+
+from pab_kernels.broadcast.config import Broadcast, PABConfig
+from pab_kernels.broadcast.plan import Action, Plan, Sublayer, plan
+from pab_kernels.broadcast.presets import preset_for, presets
+from pab_kernels.broadcast.schedule import Schedule
+
+
+def _shifted(r: float, num_steps: int = 30) -> list[float]:
+    """Open-Sora's timesteps: `t = 1 - i / N`, shifted by r."""
+    return [1000 * r * t / (1 + (r - 1) * t) for t in (1 - i / num_steps for i in range(num_steps))]
+
+
+def _open_sora_timesteps(height: int, width: int, frames: int) -> list[float]:
+    return _shifted(math.sqrt(height * width / 512**2) * math.sqrt(frames // 17 * 5))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "frames", "computed"),
+    [
+        (480, 854, 51, (21, 17, 16)),
+        (480, 854, 102, (22, 18, 17)),
+        (480, 854, 204, (22, 18, 17)),
+        (720, 1280, 51, (22, 18, 17)),
+        (720, 1280, 102, (23, 19, 18)),
+    ],
+)
+def test_open_sora_computes_the_published_steps(height: int, width: int, frames: int, computed: tuple[int, int, int]) -> None:
+    made = plan(PABConfig.preset("open-sora-1.2"), timesteps=_open_sora_timesteps(height, width, frames))
+    counts = made.step_counts()
+    assert tuple(counts[kind].computed for kind in ("spatial", "temporal", "cross")) == computed
+    assert all(c.computed + c.reused == 30 for c in counts.values())
+
+
+def _in_timesteps(lo: int, hi: int, **ranges: int) -> dict[str, Broadcast]:
+    return {kind: Broadcast(reach, (lo, hi), "timestep") for kind, reach in ranges.items()}
+
+
+def _table(points: list[int], layers: int) -> Broadcast:
+    return Broadcast(3, unit="timestep", at=points, layers=range(layers))
+
+
+_PLAN_TABLE = [738, 714, 690, 666, 642, 618, 594, 570, 546, 522, 498, 474, 450, 426]
+PUBLISHED = {
+    "open-sora-1.2": PABConfig(
+        **_in_timesteps(450, 930, spatial=2, temporal=4, cross=6), mlp=_table([676, 788, 864], 5), cache_point="post_gate"
+    ),
+    "open-sora-plan-1.1": PABConfig(**_in_timesteps(100, 850, spatial=2, temporal=4, cross=6), mlp=_table(_PLAN_TABLE, 7)),
+    "open-sora-plan-1.2": PABConfig(**_in_timesteps(100, 850, spatial=2, cross=6)),
+    "latte": PABConfig(
+        **_in_timesteps(100, 800, spatial=2, temporal=3, cross=6), mlp=_table([720, 640, 560, 480, 400], 5), cache_point="post_gate"
+    ),
+    "cogvideox": PABConfig(**_in_timesteps(100, 850, spatial=2)),
+    "vchitect": PABConfig(**_in_timesteps(100, 800, spatial=2, temporal=4, cross=6)),
+    "pab246": PABConfig(spatial=2, temporal=4, cross=6),
+    "pab357": PABConfig(spatial=3, temporal=5, cross=7),
+    "pab579": PABConfig(spatial=5, temporal=7, cross=9),
+}
+
+
+def test_presets_are_the_published_settings() -> None:
+    assert presets() == PUBLISHED
+    assert all(PABConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config for config in presets().values())
+
+
+def test_presets_cannot_be_changed_through_the_dict_that_lists_them() -> None:
+    presets().clear()
+    assert PABConfig.preset("latte") == PUBLISHED["latte"]
+
+
+def test_an_unknown_preset_is_refused_in_one_line_that_lists_them() -> None:
+    with pytest.raises(ValueError, match="there is no preset 'pab'; there are cogvideox, latte, .*vchitect") as error:
+        PABConfig.preset("pab")
+    assert "\n" not in str(error.value)
+
+
+# The MLP tables, which name timesteps of one schedule each
+
+
+def _mlp_steps(made: Plan) -> dict[str, list[int]]:
+    row = made.rows["mlp.0"]
+    return {action.name: [i for i, d in enumerate(row) if d.action is action] for action in (Action.STORE, Action.REUSE)}
+
+
+def test_the_latte_table_occurs_in_fifty_ddim_steps() -> None:
+    made = plan(PABConfig.preset("latte"), timesteps=range(980, -1, -20))
+    stored = [13, 17, 21, 25, 29]  # 720, 640, 560, 480, 400
+    assert _mlp_steps(made) == {"STORE": stored, "REUSE": sorted(i + k for i in stored for k in (1, 2))}
+    assert made.notes == ()
+    reused_at_14 = {s.layer for s in made.sublayers if s.kind == "mlp" and made.decision(s.name, 14).action is Action.REUSE}
+    assert reused_at_14 == {0, 1, 2, 3, 4}
+
+
+def test_the_open_sora_plan_table_occurs_in_its_150_steps() -> None:
+    made = plan(PABConfig.preset("open-sora-plan-1.1"), timesteps=range(894, -1, -6))
+    stored = [(894 - t) // 6 for t in _PLAN_TABLE]
+    assert _mlp_steps(made) == {"STORE": stored, "REUSE": sorted(i + k for i in stored for k in (1, 2))}
+    assert made.notes == ()
+
+
+def test_the_open_sora_table_occurs_in_its_schedule() -> None:
+    made = plan(PABConfig.preset("open-sora-1.2"), timesteps=_shifted(4.887))
+    assert len(_mlp_steps(made)["STORE"]) == 3
+    assert made.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "timesteps", "missing"),
+    [
+        ("latte", range(981, 0, -20), "400, 480, 560, 640, 720"),  # steps_offset=1
+        ("latte", range(960, -1, -40), ""),  # 25 steps: all five are still there
+        ("latte", range(970, -1, -30), "480, 560, 720"),
+        ("open-sora-plan-1.1", range(980, -1, -20), ", ".join(map(str, sorted(set(_PLAN_TABLE) - set(range(980, -1, -20)))))),
+        ("open-sora-1.2", _open_sora_timesteps(480, 854, 51), "676, 788, 864"),
+        ("open-sora-1.2", _open_sora_timesteps(720, 1280, 51), "676, 788"),
+    ],
+)
+def test_timesteps_of_a_table_that_do_not_occur_are_noted(name: str, timesteps: list[float], missing: str) -> None:
+    made = plan(PABConfig.preset(name), timesteps=timesteps)
+    expected = (f"mlp: timesteps {missing} do not occur in this schedule and have no effect",) if missing else ()
+    assert made.notes == expected
+    occurring = {int(t) for t in timesteps} & set(PABConfig.preset(name).mlp.at)
+    assert len(_mlp_steps(made)["STORE"]) == len(occurring)
+
+
+# Choosing by class
+
+
+class LatteTransformer3DModel(nn.Module):
+    pass
+
+
+class Finetuned(LatteTransformer3DModel):
+    pass
+
+
+def test_a_model_gets_the_preset_of_its_class_or_of_a_base_class() -> None:
+    assert preset_for(LatteTransformer3DModel(), timesteps_known=True) == PUBLISHED["latte"]
+    assert preset_for(Finetuned(), timesteps_known=True) == PUBLISHED["latte"]
+    assert preset_for(nn.Linear(1, 1), timesteps_known=True) == PUBLISHED["pab246"]
+
+
+def test_without_timesteps_the_preset_is_one_that_needs_none() -> None:
+    config = preset_for(LatteTransformer3DModel(), timesteps_known=False)
+    assert Plan(config, Schedule(20), (Sublayer("a", "spatial", 0),)).counts()["spatial"].reused > 0

@@ -1,0 +1,50 @@
+"""What every test has: poisoned memory, one seed, one thread, no network."""
+
+from __future__ import annotations
+
+import os
+
+# Read when the libraries are imported, or by the processes that a test starts.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS warns where deterministic algorithms are asked for
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import logging
+import random
+from collections.abc import Iterator
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)  # shapes are tiny: a second thread costs more than it brings
+
+# pytest listens to loggers that do not propagate, and torch traces every compilation for whoever listens to this one.
+logging.getLogger("torch.__trace").propagate = True
+
+# The same examples in every run, and no time limit on one: timings are not tests.
+hypothesis.settings.register_profile("pab_kernels", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("pab_kernels")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """`torch.empty` and its like are filled with NaN (integers with their maximum): an element that nobody writes fails a test.
+
+    torch does it itself where deterministic algorithms are asked for, in C++ as well as in Python, but not in the code that inductor
+    generates. An operation that has no deterministic form warns; pyproject.toml ignores that warning.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(3, dtype=torch.bfloat16)).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,365 @@
+"""`broadcast_residual` rounds where the model does, writes only what it is given, and refuses what it cannot serve."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pab_kernels.ops import Norm, QKNorm, broadcast_residual, broadcast_residual_out, dequantize, quantize
+from tests.ops.tensors import (
+    DTYPES,
+    EIGHT_BITS,
+    Guarded,
+    assert_accurate,
+    assert_refuses,
+    assert_same,
+    called_when_compiled,
+    draws,
+    opcheck,
+    parts,
+)
+
+SHAPES = [(1, 1, 136), (2, 7, 1152), (127, 40), (3, 2, 5, 8)]
+OP = torch.ops.pab_kernels.broadcast_residual.default
+OUT = torch.ops.pab_kernels.broadcast_residual_out.default
+
+
+def slots_of(draw, shape, count):
+    """bf16, fp8 and int8 slots, in this order."""
+    plain = [draw(*shape) for _ in range(count)]
+    return [t if i == 0 else quantize(t, EIGHT_BITS[i % 2]) for i, t in enumerate(plain)]
+
+
+def everything(dtype=torch.float32, shape=(2, 7, 136), seed=0):
+    """A call with all that there is."""
+    draw = draws(dtype, seed)
+    x, gate = draw(*shape), draw(shape[0], *(1,) * (len(shape) - 2), shape[-1])
+    return (x, slots_of(draw, shape, 3)), {
+        "gates": [gate, None, draw(*shape)],
+        "weights": [None, torch.tensor(0.3), torch.tensor([1.7])],
+        "norm": Norm("layer", draw(shape[-1]), draw(shape[-1]), 1e-5),
+        "shift": draw(*gate.shape),
+        "scale": draw(shape[-1]),
+    }
+
+
+def layer_norm(x, eps):
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+
+
+def rms_norm(x, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", None])
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_is_the_models_own_arithmetic_bit_for_bit(dtype, count, kind):
+    if kind is None and not count:
+        return
+    for shape in SHAPES:
+        draw = draws(dtype)
+        x, slots = draw(*shape), slots_of(draw, shape, count)
+        shift, scale, gate = (draw(shape[0], *(1,) * (len(shape) - 2), shape[-1]) for _ in range(3))
+        weight = torch.tensor(0.7)
+        got = broadcast_residual(
+            x,
+            slots,
+            gates=[gate, None, None][:count],
+            weights=[None, None, weight][:count],
+            norm=kind and Norm(kind),
+            shift=shift if kind else None,
+            scale=scale if kind else None,
+        )
+        expected = x
+        if count > 0:
+            expected = gate * slots[0] + expected
+        if count > 1:
+            expected = dequantize(slots[1], dtype) + expected
+        if count > 2:
+            expected = (weight * dequantize(slots[2], dtype).float()).to(dtype) + expected
+        assert_same(got[0], expected)
+        if kind is None:
+            assert got[1] is None
+            continue
+        norm = F.layer_norm if kind == "layer" else F.rms_norm
+        assert_same(got[1], norm(expected, shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_against_float64(shape, dtype, kind):
+    draw = draws(dtype)
+    x, a, b = draw(*shape), draw(*shape), draw(*shape)
+    gate, shift, scale = draw(*shape), draw(*shape), draw(*shape)
+    weight, bias, factor = draw(shape[-1]), None if kind == "rms" else draw(shape[-1]), torch.tensor(1.3)
+    eight = quantize(b, torch.int8)
+    got = broadcast_residual(
+        x, [a, eight], gates=[None, gate], weights=[factor, None], norm=Norm(kind, weight, bias, 1e-3), shift=shift, scale=scale
+    )
+    norm64 = layer_norm if kind == "layer" else rms_norm
+
+    def formula(to, norm):
+        terms = [t.to(to) for t in (x, a, dequantize(eight, torch.float64), gate, factor)]
+        new = terms[0] + terms[4] * terms[1] + terms[3] * terms[2]
+        y = norm(new) * weight.to(to) + (0 if bias is None else bias.to(to))
+        return new, y * (1 + scale.to(to)) + shift.to(to)
+
+    exact = formula(torch.float64, lambda t: norm64(t, 1e-3))
+    same = formula(dtype, lambda t: (F.layer_norm if kind == "layer" else F.rms_norm)(t, shape[-1:], eps=1e-3))
+    for i in range(2):
+        assert_accurate(got[i], same[i], exact[i])
+
+
+def test_without_slots_x_is_returned_as_it_is():
+    draw = draws()
+    x = draw(2, 7, 136)
+    kept = x.clone()
+    x_new, y = broadcast_residual(x, norm=Norm())
+    assert x_new is x and torch.equal(x, kept) and x._version == 0
+    assert_same(y, F.layer_norm(x, (136,), eps=1e-6))
+
+
+def test_nothing_that_is_given_is_written_or_returned():
+    (x, slots), options = everything()
+    given = [x, *parts(slots), *parts(options["gates"]), *parts(options["weights"]), options["shift"], options["scale"]]
+    kept = [t.clone() for t in given]
+    results = broadcast_residual(x, slots, **options)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(given, kept, strict=True)) and {t._version for t in given} == {0}
+    assert {t.untyped_storage().data_ptr() for t in given}.isdisjoint({t.untyped_storage().data_ptr() for t in results})
+
+
+@pytest.mark.parametrize("gate_shape", [(2, 1, 1, 8), (2, 3, 1, 8), (2, 3, 5, 8), (1, 3, 1, 8), (3, 1, 8), (5, 8), (8,)])
+def test_gates_shifts_and_scales_broadcast(gate_shape):
+    draw = draws()
+    x, slot = draw(2, 3, 5, 8), draw(2, 3, 5, 8)
+    gate, shift, scale = draw(*gate_shape), draw(*gate_shape), draw(*gate_shape)
+    got = broadcast_residual(x, [slot], gates=[gate], norm=Norm("rms"), shift=shift, scale=scale)
+    full = [t.expand(2, 3, 5, 8).contiguous() for t in (gate, shift, scale)]
+    assert_same(got, broadcast_residual(x, [slot], gates=full[:1], norm=Norm("rms"), shift=full[1], scale=full[2]))
+
+
+@pytest.mark.parametrize("only", ["shift", "scale"])
+def test_shift_or_scale_alone(only):
+    draw = draws()
+    x, t = draw(2, 7, 8), draw(2, 1, 8)
+    y = F.layer_norm(x, (8,), eps=1e-6)
+    assert_same(broadcast_residual(x, norm=Norm(), **{only: t})[1], y + t if only == "shift" else y * (1 + t))
+
+
+def views(t):
+    """The same values as a padded slice, and as a transposed view."""
+    padded = torch.full((*t.shape[:-1], t.shape[-1] + 8), float("nan"))
+    padded[..., :-8] = t
+    return padded[..., :-8], t.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def test_strided_views_give_contiguous_results():
+    draw = draws()
+    x, slot, gate = draw(2, 7, 136), draw(2, 7, 136), draw(2, 7, 136)
+    options = {"norm": Norm(), "shift": gate}
+    expected = broadcast_residual(x, [slot], gates=[gate], **options)
+    for x_view, slot_view, gate_view in zip(views(x), views(slot), views(gate), strict=True):
+        options["shift"] = gate_view
+        got = broadcast_residual(x_view, [slot_view], gates=[gate_view], **options)
+        assert got[0].is_contiguous() and got[1].is_contiguous()
+        assert_same(got, expected)
+        for norm in (Norm("layer"), Norm("rms")):
+            assert_same(broadcast_residual(x_view, norm=norm)[1], broadcast_residual(x, norm=norm)[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_out_writes_its_outputs_and_nothing_else(shape, dtype):
+    (x, slots), options = everything(dtype, shape)
+    x_new, y = broadcast_residual(x, slots, **options)
+    x_out, y_out = Guarded(*shape, dtype=dtype), Guarded(*shape, dtype=dtype)
+    assert broadcast_residual_out(x, slots, x_out=x_out.tensor, y_out=y_out.tensor, **options) is None
+    for out, expected in ((x_out, x_new), (y_out, y)):
+        out.assert_written()
+        assert_same(out.tensor, expected, strides=False)
+    alone = Guarded(*shape, dtype=dtype)
+    broadcast_residual_out(x, y_out=alone.tensor, norm=Norm())
+    alone.assert_written()
+    assert_same(alone.tensor, broadcast_residual(x, norm=Norm())[1], strides=False)
+
+
+def test_out_may_add_in_place():
+    (x, slots), options = everything()
+    expected = broadcast_residual(x, slots, **options)
+    y_out = torch.empty_like(x)
+    broadcast_residual_out(x, slots, x_out=x, y_out=y_out, **options)
+    assert_same((x, y_out), expected)
+
+
+def test_it_gives_the_same_twice():
+    (x, slots), options = everything(torch.bfloat16)
+    assert_same(broadcast_residual(x, slots, **options), broadcast_residual(x, slots, **options))
+
+
+def test_meta_and_fake_tensors():
+    (x, slots), options = everything()
+    real = broadcast_residual(x, slots, **options)
+
+    def on(device):
+        def move(t):
+            return type(t)(t.data.to(device), t.scale.to(device), t.group) if hasattr(t, "group") else t if t is None else t.to(device)
+
+        norm = Norm("layer", move(options["norm"].weight), move(options["norm"].bias))
+        rest = {k: [move(t) for t in v] if isinstance(v, list) else move(v) for k, v in options.items() if k != "norm"}
+        return broadcast_residual(move(x), [move(s) for s in slots], norm=norm, **rest)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = on("cpu")
+    for result in (on("meta"), fake):
+        assert [(t.shape, t.dtype, t.stride()) for t in result] == [(t.shape, t.dtype, t.stride()) for t in real]
+
+
+def sample(count, kind, quantized=True):
+    """Arguments of the registered operation, and the outputs that it needs."""
+    draw = draws()
+    x, slots = draw(2, 7, 136), slots_of(draw, (2, 7, 136), count)
+    data = [s if isinstance(s, torch.Tensor) else s.data for s in slots]
+    scales = [None if isinstance(s, torch.Tensor) else s.scale for s in slots]
+    gates, weights = [draw(2, 1, 136), None, None][:count], [None, torch.tensor(0.5), None][:count]
+    modulate = (draw(2, 1, 136), draw(2, 1, 136)) if kind else (None, None)
+    args = (x, data, scales, gates, weights, kind, draw(136) if kind else None, None, 1e-6, *modulate, "auto")
+    return args, (torch.empty_like(x) if count else None, torch.empty_like(x) if kind else None)
+
+
+@pytest.mark.parametrize(("count", "kind"), [(0, "rms"), (3, "layer")])
+def test_the_registered_operations_pass_opcheck(count, kind):
+    args, outputs = sample(count, kind)
+    opcheck(OP, args)
+    opcheck(OUT, (*args, *outputs))
+
+
+@pytest.mark.parametrize(("count", "kind"), [(0, "rms"), (3, "layer"), (1, None)])
+def test_the_registered_operations_return_what_the_public_function_does(count, kind):
+    args, outputs = sample(count, kind)
+    results = OP(*args)
+    OUT(*args, *outputs)
+    assert len(results) == bool(count) + bool(kind)
+    assert_same(results, [t for t in outputs if t is not None])
+
+
+def test_compiled_it_is_one_operation_with_the_same_result():
+    (x, slots), options = everything(torch.bfloat16)
+    result, called = called_when_compiled(broadcast_residual, x, slots, **options)
+    assert called == ["pab_kernels.broadcast_residual"]
+    assert_same(result, broadcast_residual(x, slots, **options))
+
+
+def test_compiled_without_slots_it_returns_x():
+    x = draws()(2, 7, 136)
+    (x_new, y), called = called_when_compiled(lambda t: broadcast_residual(t, norm=Norm("rms")), x)
+    assert called == ["pab_kernels.broadcast_residual"]
+    assert x_new is x
+    assert_same(y, broadcast_residual(x, norm=Norm("rms"))[1])
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_compiled_out(in_place):
+    (x, slots), options = everything()
+    expected = broadcast_residual(x, slots, **options)
+    x_out, y_out = x if in_place else torch.empty_like(x), torch.empty_like(x)
+    _, called = called_when_compiled(broadcast_residual_out, x, slots, x_out=x_out, y_out=y_out, **options)
+    assert called == ["pab_kernels.broadcast_residual_out"]
+    assert_same((x_out, y_out), expected)
+
+
+def test_gradients_flow_through_the_reference_and_not_through_the_rest():
+    draw = draws()
+    x, slot = draw(2, 7, 8).requires_grad_(), draw(2, 7, 8).requires_grad_()
+    for t in broadcast_residual(x, [slot], norm=Norm(), weights=[torch.tensor(2.0)]):
+        t.sum().backward(retain_graph=True)
+    assert torch.allclose(x.grad, torch.ones_like(x), atol=1e-5) and torch.allclose(slot.grad, 2 * x.grad, atol=1e-5)
+    args, _ = sample(1, "layer")
+    assert_refuses(RuntimeError, "has no gradient", lambda: OP(args[0].requires_grad_(), *args[1:])[0].sum().backward())
+    out = torch.empty(2, 7, 8)
+    broadcast_residual_out(x, [slot], x_out=out)
+    assert not out.requires_grad
+
+
+X = draws()(2, 7, 136)
+EIGHT = quantize(X, torch.int8)
+META = X.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        (([1.0], [X]), {}, TypeError, "x is a list"),
+        ((X.int(), [X]), {}, TypeError, "x has dtype torch.int32"),
+        ((torch.ones(()), [X]), {}, ValueError, "x has no dimensions"),
+        ((X.transpose(1, 2), [X]), {}, ValueError, "x has stride 136 in its last dimension"),
+        ((X,), {}, ValueError, "neither slots nor norm"),
+        ((X, X), {}, TypeError, "slots is a Tensor"),
+        ((X, EIGHT), {}, TypeError, "slots is a Quantized"),
+        ((X, None), {}, TypeError, "slots is a NoneType"),
+        ((X, [X] * 4), {}, ValueError, "slots has length 4; up to 3"),
+        ((X, [None]), {}, TypeError, "slots[0] is a NoneType"),
+        ((X, [X, X[:1]]), {}, ValueError, "slots[1] has shape (1, 7, 136)"),
+        ((X, [X.half()]), {}, TypeError, "slots[0] has dtype torch.float16"),
+        ((X, [META]), {}, ValueError, "slots[0] is on meta"),
+        ((X, [X.mT.contiguous().mT]), {}, ValueError, "slots[0] has stride 7"),
+        ((X, [quantize(X, torch.int8, group=64)]), {}, ValueError, "slots[0] has groups of 64 channels"),
+        ((X, [quantize(X[:1], torch.int8)]), {}, ValueError, "slots[0].data has shape (1, 7, 136)"),
+        ((X, [type(EIGHT)(EIGHT.data, EIGHT.scale[..., :1])]), {}, ValueError, "slots[0].scale has shape (2, 7, 1)"),
+        ((X, [type(EIGHT)(EIGHT.data, EIGHT.scale.half())]), {}, TypeError, "slots[0].scale has dtype torch.float16"),
+        ((X, [type(EIGHT)(EIGHT.data.short(), EIGHT.scale)]), {}, TypeError, "slots[0].data's dtype is torch.int16"),
+        ((X, [type(EIGHT)(None, EIGHT.scale)]), {}, TypeError, "slots[0].data is a NoneType"),
+        ((X, [X]), {"gates": X}, TypeError, "gates is a Tensor"),
+        ((X, [X]), {"gates": []}, ValueError, "gates has length 0"),
+        ((X, [X]), {"gates": [0.5]}, TypeError, "gates[0] is a float"),
+        ((X, [X]), {"gates": [X.half()]}, TypeError, "gates[0] has dtype torch.float16"),
+        ((X, [X]), {"gates": [META]}, ValueError, "gates[0] is on meta"),
+        ((X, [X]), {"gates": [X[:, :3]]}, ValueError, "gates[0] has shape (2, 3, 136)"),
+        ((X, [X]), {"gates": [X[..., :1]]}, ValueError, "gates[0] has shape (2, 7, 1)"),
+        ((X, [X]), {"gates": [X[None]]}, ValueError, "gates[0] has shape (1, 2, 7, 136)"),
+        ((X, [X]), {"gates": [X.mT.contiguous().mT]}, ValueError, "gates[0] has stride 7"),
+        ((X, [X]), {"weights": torch.ones(1)}, TypeError, "weights is a Tensor"),
+        ((X, [X]), {"weights": [None, None]}, ValueError, "weights has length 2"),
+        ((X, [X]), {"weights": [0.5]}, TypeError, "weights[0] is a float"),
+        ((X, [X]), {"weights": [torch.ones(1).half()]}, TypeError, "weights[0] has dtype torch.float16"),
+        ((X, [X]), {"weights": [torch.ones(1, device="meta")]}, ValueError, "weights[0] is on meta"),
+        ((X, [X]), {"weights": [torch.ones(2)]}, ValueError, "weights[0] has shape (2,)"),
+        ((X, [X]), {"weights": [torch.ones(1, 1)]}, ValueError, "weights[0] has shape (1, 1)"),
+        ((X,), {"norm": "layer"}, TypeError, "norm is a str"),
+        ((X,), {"norm": QKNorm()}, TypeError, "norm is a QKNorm"),
+        ((X,), {"norm": Norm("batch")}, ValueError, "norm.kind is 'batch'"),
+        ((X,), {"norm": Norm("rms", bias=X[0, 0])}, ValueError, "norm.bias is given with kind 'rms'"),
+        ((X,), {"norm": Norm("rms", torch.ones(8))}, ValueError, "norm.weight has shape (8,)"),
+        ((X,), {"norm": Norm("layer", bias=X[0, 0].half())}, TypeError, "norm.bias has dtype torch.float16"),
+        ((X,), {"norm": Norm("layer", META[0, 0])}, ValueError, "norm.weight is on meta"),
+        ((X, [X]), {"shift": X}, ValueError, "shift is given without norm"),
+        ((X, [X]), {"scale": X}, ValueError, "scale is given without norm"),
+        ((X,), {"norm": Norm(), "shift": X[:, :2]}, ValueError, "shift has shape (2, 2, 136)"),
+        ((X,), {"norm": Norm(), "scale": X.half()}, TypeError, "scale has dtype torch.float16"),
+    ],
+)
+def test_refused(args, options, error, message):
+    assert_refuses(error, message, broadcast_residual, *args, **options)
+    assert_refuses(error, message, broadcast_residual_out, *args, x_out=X.clone(), y_out=X.clone(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"slots": [X]}, ValueError, "x_out is None and slots is given"),
+        ({"norm": Norm()}, ValueError, "y_out is None and norm is given"),
+        ({"norm": Norm(), "y_out": X, "x_out": X}, ValueError, "x_out is given without slots"),
+        ({"slots": [X], "x_out": X, "y_out": X}, ValueError, "y_out is given without norm"),
+        ({"slots": [X], "x_out": 3}, TypeError, "x_out is a int"),
+        ({"slots": [X], "x_out": X[:1]}, ValueError, "x_out has shape (1, 7, 136)"),
+        ({"slots": [X], "x_out": X.half()}, TypeError, "x_out has dtype torch.float16"),
+        ({"slots": [X], "x_out": META}, ValueError, "x_out is on meta"),
+        ({"slots": [X], "x_out": X[:, :1].expand(2, 7, 136)}, ValueError, "x_out has strides (952, 0, 1)"),
+        ({"norm": Norm(), "y_out": X.mT.contiguous().mT}, ValueError, "y_out has stride 7"),
+    ],
+)
+def test_outputs_refused(options, error, message):
+    assert_refuses(error, message, broadcast_residual_out, X, **options)

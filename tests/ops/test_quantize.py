@@ -1,0 +1,152 @@
+"""8-bit slots are as near to what they keep as 8 bits allow."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pab_kernels.ops import Quantized, dequantize, empty_quantized, quantize
+from tests.ops.tensors import DTYPES, EIGHT_BITS, assert_refuses, assert_same, draws
+
+
+@pytest.mark.parametrize("channels", [1, 72, 128, 136, 1152])
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_the_error_stays_within_half_a_step_of_the_groups_own_scale(dtype, channels):
+    x = draws()(3, 5, channels) * torch.logspace(-3, 3, channels)  # the groups have very different sizes
+    q = quantize(x, dtype)
+    assert q.data.dtype == dtype and q.shape == x.shape
+    assert q.scale.dtype == torch.float32 and q.scale.shape == (3, 5, -(-channels // 128))
+    for start in range(0, channels, 128):
+        group, scale = x[..., start : start + 128], q.scale[..., start // 128].unsqueeze(-1)
+        assert torch.equal(scale, group.abs().amax(-1, keepdim=True) / (127 if dtype == torch.int8 else 448))
+        error = (dequantize(q, x.dtype)[..., start : start + 128] - group).abs()
+        step = scale if dtype == torch.int8 else torch.maximum(group.abs() / 8, scale / 512)
+        assert (error <= 0.5001 * step).all()
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_each_value_becomes_the_nearest_one_there_is(dtype):
+    x = draws()(4, 200)
+    q = quantize(x, dtype)
+    every = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    every = every[~every.isnan() & (every > -128 if dtype == torch.int8 else every.abs() <= 448)].double()
+    scale = q.scale.double().repeat_interleave(128, -1)[..., :200]
+    nearest = (x.double() / scale).unsqueeze(-1).sub(every).abs().amin(-1)
+    assert ((x.double() / scale - q.data.double()).abs() <= nearest * 1.0001 + 1e-5).all()
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_a_group_of_zeros_is_exactly_zero(dtype):
+    x = draws()(2, 300)
+    x[0, 128:256] = 0
+    x[1] = 0
+    back = dequantize(quantize(x, dtype), torch.float32)
+    assert (back[0, 128:256] == 0).all() and (back[1] == 0).all()
+    assert torch.allclose(back, x, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+@pytest.mark.parametrize("size", [1e-45, 2.66e-43, 9.39e-43, 1e-40, 1e-30, 1e30, 3e38])
+def test_extreme_groups_stay_finite(dtype, size):
+    x = torch.tensor([[size, -size, size / 2, 0.0]])
+    back = dequantize(quantize(x, dtype), torch.float32)
+    vanishes = (127 if dtype == torch.int8 else 448) * 1.4e-45  # what is smaller has a scale of 0
+    assert ((back - x).abs() <= max(size / 2, vanishes)).all()
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_seen_in_its_group_and_nowhere_else(dtype, bad):
+    x = draws()(1, 256)
+    x[0, 3] = bad
+    back = dequantize(quantize(x, dtype), torch.float32)
+    assert back[0, 3].isnan() and back[0, 128:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+@pytest.mark.parametrize("own", DTYPES)
+def test_dequantising_rounds_once(dtype, own):
+    q = quantize(draws(own)(5, 136), dtype)
+    scale = torch.stack([q.scale[:, c // 128] for c in range(136)], -1)
+    assert torch.equal(dequantize(q, own), (q.data.float() * scale).to(own))
+
+
+@pytest.mark.parametrize("group", [1, 40, 72, 500])
+def test_other_groups(group):
+    x = draws()(2, 144)
+    q = quantize(x, torch.int8, group=group)
+    assert q.group == group and q.scale.shape == (2, -(-144 // group))
+    for c in range(144):
+        assert torch.equal(q.scale[:, c // group], x[:, c // group * group : (c // group + 1) * group].abs().amax(-1) / 127)
+    assert torch.allclose(dequantize(q, torch.float32), x, atol=0.02)
+
+
+@pytest.mark.parametrize("dims", [(2, 1, 0), (1, 0, 2), (0, 2, 1)])
+@pytest.mark.parametrize("sizes", [(136, 128, 256), (128, 384, 128)])
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_any_strides_give_the_contiguous_result(dtype, sizes, dims):
+    x = draws()(*sizes).permute(dims)[:3, :2]
+    q = quantize(x, dtype)
+    assert q.data.is_contiguous() and q.scale.is_contiguous()
+    assert_same(q, quantize(x.contiguous(), dtype))
+
+
+def test_bytes():
+    q = quantize(draws()(7, 1152), torch.int8)
+    assert q.nbytes == 7 * (1152 + 9 * 4)
+    assert q.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_meta_and_fake_tensors(dtype):
+    real = quantize(draws()(2, 3, 136), dtype)
+    with FakeTensorMode():
+        fakes = [quantize(torch.empty(2, 3, 136), dtype)]
+    for other in (*fakes, quantize(torch.empty(2, 3, 136, device="meta"), dtype), empty_quantized((2, 3, 136), dtype)):
+        assert (other.data.shape, other.data.dtype, other.data.stride()) == (real.data.shape, dtype, real.data.stride())
+        assert (other.scale.shape, other.scale.dtype, other.scale.stride()) == (real.scale.shape, torch.float32, real.scale.stride())
+        assert dequantize(other, torch.bfloat16).shape == (2, 3, 136)
+
+
+def test_no_tokens():
+    assert dequantize(quantize(torch.empty(0, 136), torch.int8), torch.float32).shape == (0, 136)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40),
+    group=st.integers(1, 50),
+    dtype=st.sampled_from(EIGHT_BITS),
+)
+def test_quantising_again_changes_nothing(values, group, dtype):
+    once = dequantize(quantize(torch.tensor(values), dtype, group), torch.float32)
+    again = dequantize(quantize(once, dtype, group), torch.float32)
+    assert torch.allclose(once, again, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        (([1.0], torch.int8), TypeError, "x is a list"),
+        ((torch.ones(3, dtype=torch.int32), torch.int8), TypeError, "x has dtype torch.int32"),
+        ((torch.ones(()), torch.int8), ValueError, "x has no dimensions"),
+        ((torch.ones(3), torch.uint8), TypeError, "dtype is torch.uint8"),
+        ((torch.ones(3), torch.int8, 0), ValueError, "group is 0"),
+        ((torch.ones(3), torch.int8, 2.5), ValueError, "group is 2.5"),
+    ],
+)
+def test_refused(args, error, message):
+    assert_refuses(error, message, quantize, *args)
+
+
+def test_an_empty_one_of_another_dtype_is_refused():
+    assert_refuses(TypeError, "dtype is torch.float32", empty_quantized, (2, 3), torch.float32)
+    assert_refuses(ValueError, "group is -1", empty_quantized, (2, 3), torch.int8, -1)
+
+
+def test_it_is_compared_by_identity():
+    q = quantize(torch.ones(2), torch.int8)
+    assert q == q and q != Quantized(q.data, q.scale, q.group)

@@ -1,0 +1,165 @@
+"""`short_attention` is `attention` for up to 64 tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pab_kernels.ops import QKNorm, Rope, attention, quantize, short_attention, short_attention_out
+from tests.ops.attention_cases import HEAD_DIMS, OPTIONS_REFUSED, OUTPUTS_REFUSED, QKV_REFUSED, refused, softmax_attention
+from tests.ops.tensors import (
+    DTYPES,
+    EIGHT_BITS,
+    Guarded,
+    assert_accurate,
+    assert_refuses,
+    assert_same,
+    called_when_compiled,
+    draws,
+    guarded_quantized,
+    opcheck,
+    parts,
+)
+
+OP = torch.ops.pab_kernels.short_attention.default
+OUT = torch.ops.pab_kernels.short_attention_out.default
+LENGTHS = [1, 15, 16, 17, 64]
+
+
+def temporal(frames, dim=40, dtype=torch.float32):
+    """q, k, v `[B, S, T, H, D]`: views of a packed projection `[B, T, S, 3, H, D]`."""
+    whole = draws(dtype)(2, frames, 3, 3, 2, dim)
+    return [whole.select(3, i).transpose(1, 2) for i in range(3)]
+
+
+def everything(frames, dtype=torch.float32):
+    draw = draws(dtype, 1)
+    theta = draws(seed=2)(frames, 12)
+    return {
+        "softmax_scale": 0.2,
+        "q_norm": QKNorm("rms", draw(40), None, 1e-5),
+        "k_norm": QKNorm("layer", draw(40), draw(40), 1e-5),
+        "rope": Rope(theta.cos(), theta.sin(), interleaved=True),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("frames", LENGTHS)
+def test_error_against_float64(frames, dim, dtype):
+    q, k, v = temporal(frames, dim, dtype)
+    out, stored = short_attention(q, k, v)
+    assert stored is None
+    assert_accurate(out, softmax_attention(q, k, v), softmax_attention(q.double(), k.double(), v.double()))
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("store_dtype", [None, torch.bfloat16, *EIGHT_BITS])
+@pytest.mark.parametrize("frames", LENGTHS)
+def test_it_is_attention(frames, store_dtype):
+    inputs = temporal(frames, dtype=torch.bfloat16)
+    options = {"store_dtype": store_dtype, **everything(frames, torch.bfloat16)}
+    assert_same(short_attention(*inputs, **options), attention(*inputs, **options))
+    rows = [t.flatten(0, 1) for t in inputs]
+    assert_same(short_attention(*rows, **options), attention(*rows, **options))
+
+
+@pytest.mark.parametrize("store_dtype", [None, torch.bfloat16, *EIGHT_BITS])
+@pytest.mark.parametrize("frames", [1, 17])
+def test_out_writes_its_outputs_and_nothing_else(frames, store_dtype):
+    inputs, options = temporal(frames, dtype=torch.bfloat16), everything(frames, torch.bfloat16)
+    expected = short_attention(*inputs, store_dtype=store_dtype, **options)
+    shape = (2, 3, frames, 2, 40)
+    out, stored_out, guards = Guarded(*shape, dtype=torch.bfloat16), None, []
+    if store_dtype == torch.bfloat16:
+        guards = [Guarded(*shape, dtype=torch.bfloat16)]
+        stored_out = guards[0].tensor
+    elif store_dtype is not None:
+        stored_out, guards = guarded_quantized(*shape, dtype=store_dtype, group=40)
+    assert short_attention_out(*inputs, out=out.tensor, stored_out=stored_out, **options) is None
+    for guard in (out, *guards):
+        guard.assert_written()
+    assert_same((out.tensor, stored_out), expected, strides=False)
+
+
+def test_it_gives_the_same_twice():
+    assert_same(*(short_attention(*temporal(15), store_dtype=torch.int8, **everything(15)) for _ in range(2)))
+
+
+@pytest.mark.parametrize("store_dtype", [None, torch.float32, torch.int8])
+def test_meta_tensors(store_dtype):
+    def call(device):
+        return parts(short_attention(*(t.to(device) for t in temporal(5)), store_dtype=store_dtype))
+
+    assert [(t.shape, t.dtype, t.stride()) for t in call("meta")] == [(t.shape, t.dtype, t.stride()) for t in call("cpu")]
+
+
+def sample(store_dtype):
+    """Arguments of the registered operation, and the outputs that it needs."""
+    inputs, options = temporal(5), everything(5)
+    norms = [x for n in (options["q_norm"], options["k_norm"]) for x in (n.kind, n.weight, n.bias, n.eps, n.rstd)]
+    rope = options["rope"]
+    args = (*inputs, options["softmax_scale"], *norms, rope.cos, rope.sin, rope.interleaved, store_dtype, "auto")
+    results = parts(short_attention(*inputs, store_dtype=store_dtype, **options))
+    outputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in results]
+    return args, outputs + [None] * (3 - len(outputs)), results
+
+
+@pytest.mark.parametrize("store_dtype", [None, torch.int8])
+def test_the_registered_operations(store_dtype):
+    args, outputs, expected = sample(store_dtype)
+    opcheck(OP, args)
+    opcheck(OUT, (*args, *outputs))
+    assert_same(OP(*args), expected)
+    OUT(*args, *outputs)
+    assert_same(outputs, expected)
+
+
+@pytest.mark.parametrize("store_dtype", [None, torch.int8])
+def test_compiled_it_is_one_operation_with_the_same_result(store_dtype):
+    options = {"store_dtype": store_dtype, **everything(5)}
+    result, called = called_when_compiled(short_attention, *temporal(5), **options)
+    assert called == ["pab_kernels.short_attention"]
+    assert_same(result, short_attention(*temporal(5), **options))
+
+
+def test_compiled_out():
+    expected = short_attention(*temporal(5), store_dtype=torch.int8, **everything(5))
+    out, stored_out = torch.empty(2, 3, 5, 2, 40), quantize(torch.zeros(2, 3, 5, 2, 40), torch.int8, group=40)
+    _, called = called_when_compiled(short_attention_out, *temporal(5), out=out, stored_out=stored_out, **everything(5))
+    assert called == ["pab_kernels.short_attention_out"]
+    assert_same((out, stored_out), expected, strides=False)
+
+
+def test_gradients_flow_through_the_reference_and_not_through_the_rest():
+    q, k, v = (t.detach().requires_grad_() for t in temporal(5))
+    short_attention(q, k, v)[0].sum().backward()
+    assert torch.allclose(v.grad.sum(2), torch.full((2, 3, 2, 40), 5.0), atol=1e-4)
+    args, _, _ = sample(None)
+    assert_refuses(RuntimeError, "has no gradient", lambda: OP(args[0].requires_grad_(), *args[1:])[0].sum().backward())
+    out = torch.empty(2, 3, 5, 2, 40)
+    short_attention_out(q, k, v, out=out)
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        *QKV_REFUSED,
+        *OPTIONS_REFUSED,
+        (dict.fromkeys("qkv", torch.ones(1, 65, 1, 32)), ValueError, "65 queries and 65 keys came; equal numbers up to 64"),
+        (dict.fromkeys("kv", torch.ones(2, 6, 2, 40)), ValueError, "7 queries and 6 keys came"),
+    ],
+)
+def test_refused(changes, error, message):
+    refused(changes, error, message, short_attention)
+    refused(changes, error, message, short_attention_out, out=torch.empty(2, 7, 2, 40))
+
+
+def test_store_dtypes_refused():
+    refused({"store_dtype": torch.float16}, TypeError, "store_dtype is torch.float16", short_attention)
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), OUTPUTS_REFUSED)
+def test_outputs_refused(changes, error, message):
+    refused(changes, error, message, short_attention_out, **{"out": torch.empty(2, 7, 2, 40), **changes})

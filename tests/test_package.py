@@ -1,0 +1,216 @@
+"""The package as a whole: what importing it costs, what it exports and says of itself, what is installed."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import pab_kernels
+
+PACKAGE = Path(pab_kernels.__file__).parent
+ROOT = Path(__file__).parents[1]
+
+PUBLIC = {"enable", "disable", "generation", "context", "sublayers", "plan", "summary", "Broadcast", "PABConfig", "Plan"}
+
+OPTIONAL = (
+    "accelerate",
+    "diffusers",
+    "huggingface_hub",
+    "imageio",
+    "imageio_ffmpeg",
+    "matplotlib",
+    "PIL",
+    "rich",
+    "safetensors",
+    "skimage",
+    "tqdm",
+    "transformers",
+    "typer",
+)
+"""What the package uses and does not need for `import pab_kernels`."""
+
+ROOMS = ("extras", "ops", "broadcast", "nn", "models", "parallel", "adapters", "api", "analysis")
+"""From the bottom to the top: a room imports itself and what is to its left. `demo` and `cli` stand above all of them."""
+
+MAX_LINES = 400
+
+
+def _modules() -> list[str]:
+    paths = sorted(p.relative_to(PACKAGE.parent).with_suffix("") for p in PACKAGE.rglob("*.py"))
+    return [".".join(p.parts).removesuffix(".__init__") for p in paths]
+
+
+def _source(module: str) -> Path:
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _import(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if module.endswith(".triton") and error.name == "triton":
+            pytest.skip("triton is not installed")
+        raise
+
+
+def _fresh_interpreter(code: str, folder: Path) -> dict[str, list[str]]:
+    """Run `code` in an interpreter that has imported torch; it fills the dict `seen`, which is returned."""
+    code = f"import json, sys\nimport torch\ntorch_alone = set(sys.modules)\nseen = {{}}\n{code}\nprint(json.dumps(seen))"
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# Importing
+
+
+def test_import_loads_the_package_file_alone(tmp_path: Path) -> None:
+    seen = _fresh_interpreter("import pab_kernels\nseen['new'] = sorted(set(sys.modules) - torch_alone)", tmp_path)
+    third_party = {name.partition(".")[0] for name in seen["new"]} - set(sys.stdlib_module_names)
+    assert third_party == {"pab_kernels"}
+    assert [name for name in seen["new"] if name.startswith("pab_kernels")] == ["pab_kernels"]
+
+
+def test_every_public_name_needs_torch_alone(tmp_path: Path) -> None:
+    code = f"""
+for name in {OPTIONAL}:
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+import pab_kernels
+for name in pab_kernels.__all__:
+    getattr(pab_kernels, name)
+seen["ours"] = sorted(name for name in sys.modules if name.startswith("pab_kernels"))
+seen["compilers"] = [name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules and name not in torch_alone]
+"""
+    seen = _fresh_interpreter(code, tmp_path)
+    assert seen["compilers"] == [], "these take longer to import than torch itself"
+    unneeded = ("pab_kernels.models", "pab_kernels.analysis", "pab_kernels.parallel", "pab_kernels.cli", "pab_kernels.demo")
+    assert [name for name in seen["ours"] if name.startswith(unneeded) or name.endswith((".triton", ".cuda"))] == []
+
+
+# Names
+
+
+def test_public_names_are_the_documented_ones_and_resolve() -> None:
+    assert set(pab_kernels.__all__) == PUBLIC
+    for name in pab_kernels.__all__:
+        assert getattr(pab_kernels, name).__module__.startswith("pab_kernels."), name
+    assert set(dir(pab_kernels)) >= PUBLIC
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        pab_kernels.no_such_name  # noqa: B018
+
+
+def test_version_is_that_of_the_installed_distribution() -> None:
+    try:
+        installed = importlib.metadata.version("pab-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package is imported from its folder, not installed")
+    assert pab_kernels.__version__ == installed
+
+
+# Documentation in the code
+
+
+@pytest.mark.parametrize("module", _modules())
+def test_modules_and_what_they_export_have_docstrings(module: str) -> None:
+    text = _source(module).read_text()
+    assert not text or ast.get_docstring(ast.parse(text)), f"{module} does not say what it is"
+    loaded = _import(module)
+    for name in getattr(loaded, "__all__", ()):
+        exported = getattr(loaded, name)
+        if inspect.isroutine(exported) or inspect.isclass(exported):
+            assert exported.__doc__, f"{module}.{name} has no docstring"
+        if inspect.isclass(exported) and exported.__module__.startswith("pab_kernels"):
+            undocumented = [n for n, member in _methods(exported) if not inspect.getdoc(member)]
+            assert undocumented == [], f"{module}.{name} has methods without docstrings"
+
+
+def _methods(cls: type) -> Iterator[tuple[str, object]]:
+    for name, member in vars(cls).items():
+        if not name.startswith("_") and (inspect.isroutine(member) or isinstance(member, property)):
+            yield name, member
+
+
+@pytest.mark.parametrize("module", [m for m in _modules() if ">>>" in _source(m).read_text()])
+def test_docstring_examples_run(module: str) -> None:
+    results = doctest.testmod(_import(module), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert results.failed == 0
+
+
+# Structure
+
+
+@pytest.mark.parametrize("module", [m for m in _modules() if "." in m])
+def test_imports_point_downwards(module: str) -> None:
+    own = module.split(".")[1]
+    package = module if _source(module).name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(_source(module).read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        target = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+        targets = [f"{target}.{alias.name}" for alias in node.names] if target == "pab_kernels" else [target]
+        for room in (name.split(".")[1] for name in targets if name.startswith("pab_kernels.")):
+            assert room == own or _height(room) < _height(own), f"{module}, line {node.lineno}: imports {room}"
+
+
+def _height(room: str) -> int:
+    return ROOMS.index(room) if room in ROOMS else len(ROOMS) + (room == "cli")
+
+
+def test_files_stay_short() -> None:
+    lengths = {str(p.relative_to(PACKAGE)): len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
+    assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}, f"a file holds one idea, in at most {MAX_LINES} lines"
+
+
+# What is installed
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
+    """Names of the files in a wheel and in an sdist built from a copy of the tree."""
+    if not (ROOT / "pyproject.toml").exists():
+        pytest.skip("the sources of the distribution are not here")
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "pab_kernels", tree / "pab_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"import setuptools.build_meta as b; b.build_wheel({str(out)!r}); b.build_sdist({str(out)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as w, tarfile.open(sdist) as s:
+        return set(w.namelist()), {name.partition("/")[2] for name in s.getnames()}
+
+
+def test_wheel_and_sdist_hold_every_file_of_the_package(distributions: tuple[set[str], set[str]]) -> None:
+    wheel, sdist = distributions
+    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "pab_kernels").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert files >= {"pab_kernels/py.typed", "pab_kernels/models/demo/weights.safetensors", "pab_kernels/models/demo/README.md"}
+    assert files - wheel == set()
+    assert files - sdist == set()
+
+
+def test_wheel_has_the_command_and_the_licence_and_no_tests(distributions: tuple[set[str], set[str]]) -> None:
+    wheel, _ = distributions
+    assert {name.rpartition("/")[2] for name in wheel if ".dist-info/" in name} >= {"entry_points.txt", "LICENSE", "METADATA"}
+    assert {name.partition("/")[0].partition("-")[0] for name in wheel} == {"pab_kernels"}
