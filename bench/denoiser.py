@@ -79,7 +79,9 @@ def measure(name: str, steps: int, repeats: int, device: torch.device, dtype: to
     inputs = {
         "hidden_states": torch.randn(geometry.batch, geometry.config["in_channels"], frames, size, size, device=device, dtype=dtype),
         "timestep": torch.full((geometry.batch,), 500, device=device),
-        "encoder_hidden_states": torch.randn(geometry.batch, geometry.text, geometry.config["caption_channels"], device=device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(
+            geometry.batch, geometry.text, geometry.config["caption_channels"], device=device, dtype=dtype
+        ),
     }
     seconds: dict[str, list[float]] = {"": [], **{label: [] for label in CONFIGS}}
     shares, peaks = {}, {}

@@ -124,9 +124,9 @@ class Oracle:
             return gate * self._sublayer(f"{name}.{part}", part_kind, layer, context, step, compute)
 
         def inside(x: Tensor, text: Tensor | None, text_mask: Tensor | None, timestep: Tensor) -> Tensor:
-            shift1, scale1, gate1, shift2, scale2, gate2 = (
-                block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)
-            ).chunk(6, dim=1)
+            shift1, scale1, gate1, shift2, scale2, gate2 = (block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)).chunk(
+                6, dim=1
+            )
             x = gated("attn1", kind, gate1, lambda: block.attn1(block.norm1(x) * (1 + scale1) + shift1)) + x
             if block.attn2 is not None:
                 stream = x

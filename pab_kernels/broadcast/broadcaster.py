@@ -16,8 +16,8 @@ from .attach import Attached, attach_forward
 from .config import PABConfig
 from .generation import Call, Generation
 from .plan import Sublayer
-from .slots import Key
 from .scheduler import SchedulerWatch
+from .slots import Key
 
 logger = logging.getLogger("pab_kernels")
 

@@ -147,7 +147,8 @@ class Plan:
     Args:
         config: the rules.
         schedule: the steps.
-        sublayers: the model's sublayers in the order in which they run, a block after those in it, of which blocks without a rule are left out; default one for each kind of `config`.
+        sublayers: the model's sublayers in the order in which they run, a block after those in it; blocks without a rule are left out.
+            Default: one for each kind of `config`.
 
     `str(plan)` draws it; `plan.plot()` makes a picture.
     """

@@ -72,8 +72,10 @@ class ResidualStream:
 
     def reuse(self, slot: Slot, gate: torch.Tensor | None = None) -> None:
         """Add `gate * slot`: nothing runs until the stream is read. Leave `gate` out where the slot was kept after it."""
-        other_dtype = slot.dtype not in (None, self._x.dtype)  # autocast: dequantised to it, the sum is promoted as it was when computed
-        self._hold(unpack(slot.value, slot.dtype) if other_dtype else slot.value, gate)
+        if slot.dtype is None or slot.dtype == self._x.dtype:
+            self._hold(slot.value, gate)
+        else:  # autocast: dequantised to its own dtype, the sum is promoted as it was when computed
+            self._hold(unpack(slot.value, slot.dtype), gate)
 
     def _hold(self, value: Any, gate: torch.Tensor | None) -> None:
         mixed = isinstance(value, torch.Tensor) and value.dtype != self._x.dtype  # autocast, or a module that computes in float32

@@ -160,10 +160,15 @@ def test_values_are_read_in_the_first_call_only(scheduler: Any, cache_dtype: Any
     pab.enable(pipe, PABConfig(**EVERYTHING, cache_dtype=cache_dtype))
     mode = ReadsOfValues()
     reads: list[int] = []
-    handles = [
-        pipe.transformer.register_forward_pre_hook(lambda *_: mode.__enter__() and None),
-        pipe.transformer.register_forward_hook(lambda *_: (reads.append(mode.reads.total()), mode.__exit__(None, None, None)) and None),
-    ]
+
+    def enter(*_: Any) -> None:
+        mode.__enter__()
+
+    def leave(*_: Any) -> None:
+        reads.append(mode.reads.total())
+        mode.__exit__(None, None, None)
+
+    handles = [pipe.transformer.register_forward_pre_hook(enter), pipe.transformer.register_forward_hook(leave)]
     for _ in range(2):
         reads.clear()
         mode.reads.clear()

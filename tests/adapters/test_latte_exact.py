@@ -98,7 +98,9 @@ class LowRank(nn.Module):
         return self.base_layer(x) + self.up(self.down(x))
 
 
-@pytest.mark.parametrize("path", ["attn1.to_out.0", "attn2.to_out.0", "attn1.to_q", "attn2.to_k", "attn1.to_v", "ff.net.2", "ff.net.0.proj"])
+@pytest.mark.parametrize(
+    "path", ["attn1.to_out.0", "attn2.to_out.0", "attn1.to_q", "attn2.to_k", "attn1.to_v", "ff.net.2", "ff.net.0.proj"]
+)
 def test_a_wrapped_linear_layer_is_used(path: str) -> None:
     wrapped = []
 

@@ -373,6 +373,14 @@ def test_only_plain_norms_over_the_channels_are_fused(name: str, fused: bool, co
     assert counted["broadcast_residual"] == 1 + fused
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@torch.no_grad()
+def test_an_rms_norm_without_eps_has_that_of_torch(dtype: torch.dtype) -> None:
+    for size in (1e-3, 1e-5, 1e-9):  # the eps decides
+        x = (size * torch.randn(5, 8)).to(dtype)
+        assert torch.equal(ResidualStream(x, _call()).norm_modulate(nn.RMSNorm(8, dtype=dtype)), nn.RMSNorm(8, dtype=dtype)(x))
+
+
 @torch.no_grad()
 def test_reuse_before_the_projection_is_added_before_it() -> None:
     # 1e8 + 1 - 1e8 is 0 in float32 and 1e8 - 1e8 + 1 is 1: the order of additions is kept.
