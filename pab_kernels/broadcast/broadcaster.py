@@ -165,17 +165,26 @@ class Broadcaster:
 
     def watch(self, pipe: Any) -> None:
         """Follow the scheduler that `pipe` holds, now and whenever it holds another."""
-        if not any(ref() is pipe for ref in self._pipes):
-            self._pipes.append(weakref.ref(pipe))
-        self._follow(pipe.scheduler)
+        self._pipes = [ref for ref in self._pipes if ref() is not None and ref() is not pipe] + [weakref.ref(pipe)]
+        self._follow(self._held())
 
-    def _follow(self, scheduler: Any) -> bool:
-        """Follow `scheduler`; whether it was not followed before."""
+    def _held(self) -> list[Any]:
+        """The schedulers that pipelines hold now."""
+        return [pipe.scheduler for pipe in (ref() for ref in self._pipes) if pipe is not None]
+
+    def _follow(self, held: Sequence[Any]) -> list[Any]:
+        """Follow these schedulers and no others; those of them that were not followed before."""
+        new = []
         with self._following:
-            if any(watch.scheduler is scheduler for watch in self._watches):
-                return False
-            self._watches.append(SchedulerWatch.add(scheduler, self._follower))
-            return True
+            for scheduler in held:
+                if not any(watch.scheduler is scheduler for watch in self._watches):
+                    self._watches.append(SchedulerWatch.add(scheduler, self._follower))
+                    new.append(scheduler)
+            for watch in list(self._watches) if new else ():
+                if not any(watch.scheduler is scheduler for scheduler in held):
+                    watch.remove(self._follower)
+                    self._watches.remove(watch)
+        return new
 
     def scheduler_begins(self, scheduler: Any) -> None:
         """`set_timesteps` was called."""
@@ -193,8 +202,8 @@ class Broadcaster:
 
     def _current(self) -> Generation:
         thread = self._thread
-        held = [pipe.scheduler for pipe in (ref() for ref in self._pipes) if pipe is not None]
-        exchanged = [scheduler for scheduler in held if self._follow(scheduler)]
+        held = self._held()
+        exchanged = self._follow(held)
         if thread.generation is not None and not self._goes_on(thread.generation, held):
             for scheduler in filter(_has_begun, exchanged):
                 self.scheduler_begins(scheduler)

@@ -1,7 +1,8 @@
 """Published settings, and settings for everything else.
 
 The published ones are those of VideoSys (commit 4cce477), with its timestep windows, MLP tables and cache points. An MLP table names
-timesteps of one schedule (model, size and number of steps): elsewhere its points may not occur, which `Plan.notes` then says.
+timesteps of one schedule (model, size and number of steps): elsewhere its points may not occur, which `Plan.notes` then says. "demo" is for
+the model that comes with the package, chosen by sampling it with each kind reused in each fifth of the schedule.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _PRESETS: dict[str, PABConfig] = {
     ),
     "cogvideox": PABConfig(**_timesteps(100, 850, spatial=2)),
     "vchitect": PABConfig(**_timesteps(100, 800, spatial=2, temporal=4, cross=6)),
+    "demo": PABConfig(mlp=Broadcast(2, (0.3, 0.86))),
     "pab246": PABConfig(spatial=2, temporal=4, cross=6),
     "pab357": PABConfig(spatial=3, temporal=5, cross=7),
     "pab579": PABConfig(spatial=5, temporal=7, cross=9),

@@ -20,7 +20,8 @@ from .network import SCHEDULER_CONFIG, PromptTable, build_transformer
 from .shapes import FRAMES, SIZE, Caption, parse
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),  # it would clip the clip, but not the noise, and drift apart
+    # As Latte has it. Clipping would clip the clip but not the noise, and drift apart.
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "leading"}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "heun": ("HeunDiscreteScheduler", {}),
