@@ -198,9 +198,9 @@ def export(args: argparse.Namespace) -> None:
     tensors = {name: p.to(torch.float16).contiguous() for name, p in state["ema"].items()}
     if not all(torch.isfinite(t).all() for t in tensors.values()):
         raise SystemExit(f"{checkpoint} holds weights that float16 cannot: not exported")
-    training = {"steps": str(state["step"]), "prediction": "v"}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **training})
+    # One entry: safetensors writes several in any order, and the same weights are to give the same file.
+    save_file(tensors, folder / WEIGHTS, metadata={"steps": str(state["step"])})
     print(f"{folder / WEIGHTS}: {sum(t.numel() for t in tensors.values()):,} parameters, {(folder / WEIGHTS).stat().st_size / 1e6:.2f} MB")
 
     drawn = check.check_data()

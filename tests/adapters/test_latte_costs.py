@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import hypothesis.strategies as st
@@ -31,12 +30,6 @@ EVERYTHING = {
     "mlp": Broadcast(5, WIDE),
     "block": Broadcast(3, (5, 10), "step", layers=(1,)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def forecast(model: Any, *, batch: int = 1, size: int = SIZE, text: int = TEXT) -> Forecast:
@@ -108,10 +101,9 @@ def configs(draw: st.DrawFn) -> PABConfig:
 @given(config=configs())
 def test_the_forecast_holds_for_any_rules(config: PABConfig) -> None:
     model = tiny_latte()
-    with torch.no_grad():
-        pab.enable(model, config, num_steps=8)
-        for _ in range(8):
-            model(noise(height=8, width=8), timestep=torch.tensor([500]), encoder_hidden_states=prompt())
+    pab.enable(model, config, num_steps=8)
+    for _ in range(8):
+        model(noise(height=8, width=8), timestep=torch.tensor([500]), encoder_hidden_states=prompt())
     summary, expected = pab.summary(model), forecast(model, size=8)
     assert summary.peak_cache_bytes == expected.peak_cache_bytes
     assert summary.flops == expected.flops and summary.flops_without == expected.flops_without

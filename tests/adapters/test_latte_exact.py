@@ -254,6 +254,16 @@ CHANGES = [
 ]
 
 
+def test_no_fused_operation_gets_a_weight_that_is_more_than_its_numbers() -> None:
+    model = tiny_latte()
+    weight_of_another_class(model)
+    pab.enable(model, PABConfig(), num_steps=1)
+    with counted_operations() as operations:
+        model(noise(), timestep=torch.tensor([500]), encoder_hidden_states=prompt())
+    assert operations["project_residual"].call_count == 5 * LAYERS - 1
+    assert all(type(call.args[1]) is nn.Parameter for call in operations["project_residual"].call_args_list)
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=[c.__name__.replace("_", " ") for c in CHANGES])
 def test_a_changed_model_is_run_as_it_is(change: Callable[[Any], None]) -> None:
     with same_as_plain(change):
@@ -284,7 +294,6 @@ def test_chunked_feed_forward_is_chunked(chunk: int, dim: int) -> None:
     assert torch.equal(latents, plain)
 
 
-@torch.no_grad()
 def test_masks_are_passed_on() -> None:
     model = tiny_latte()
     mask = torch.zeros(FRAMES, 1, 5)
@@ -299,7 +308,6 @@ def test_masks_are_passed_on() -> None:
     torch.testing.assert_close(again, masked, rtol=1e-5, atol=1e-5)
 
 
-@torch.no_grad()
 def test_temporal_attention_can_be_left_out() -> None:
     model = tiny_latte()
     inputs = {"hidden_states": noise(), "timestep": torch.tensor([500]), "encoder_hidden_states": prompt()}
@@ -309,7 +317,6 @@ def test_temporal_attention_can_be_left_out() -> None:
     assert set(pab.summary(model).contexts["#0"]) == {"spatial", "cross", "mlp"}
 
 
-@torch.no_grad()
 def test_dropout_drops_in_training_mode() -> None:
     model = tiny_latte(dropout=0.3).train()
     inputs = {"hidden_states": noise(), "timestep": torch.tensor([500]), "encoder_hidden_states": prompt()}

@@ -17,14 +17,6 @@ from tests.oracle import Oracle, Rule
 TIMESTEPS = list(range(950, -1, -100))  # 10 steps
 TEXTS = {"cond": prompt(1), "uncond": prompt(2)}
 
-pytestmark = pytest.mark.usefixtures("_no_grad")
-
-
-@pytest.fixture
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
-
 
 def broadcast(rule: Rule) -> Broadcast:
     return Broadcast(rule.range, rule.window, rule.unit, layers=rule.layers)
@@ -134,6 +126,44 @@ def test_8_bit_slots_round_as_the_oracle_does_and_change_little(case: str, dtype
     assert summary.peak_cache_bytes < 0.3 * wide.peak_cache_bytes
 
 
+@pytest.mark.parametrize(
+    ("model", "frames", "height", "width"),
+    [
+        ({"cross_attention_dim": None}, 4, 16, 16),
+        ({"activation_fn": "geglu", "attention_bias": False}, 4, 16, 16),
+        ({"norm_elementwise_affine": True}, 4, 16, 16),
+        ({"num_attention_heads": 3, "attention_head_dim": 72, "cross_attention_dim": 216}, 4, 16, 16),
+        ({"num_attention_heads": 4, "attention_head_dim": 8, "cross_attention_dim": 32}, 4, 16, 16),
+        ({"num_layers": 1}, 4, 4, 4),
+        ({}, 1, 4, 20),
+        ({"video_length": 3}, 3, 12, 4),
+    ],
+    ids=["no cross attention", "GEGLU", "affine norms", "3 heads of 72", "heads of 8", "one token", "one frame", "odd numbers"],
+)
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_other_models_and_shapes_are_as_the_oracle_has_them(
+    model: dict[str, Any], frames: int, height: int, width: int, dtype: str | None
+) -> None:
+    rules = {kind: Rule(reach, (0, 1)) for kind, reach in (("spatial", 2), ("temporal", 3), ("cross", 4), ("mlp", 5))}
+    oracle = Oracle(tiny_latte(**model), rules, TIMESTEPS, dtype=None if dtype is None else getattr(torch, dtype))
+    tested = tiny_latte(**model)
+    pab.enable(tested, config_of(rules, cache_dtype=dtype), num_steps=len(TIMESTEPS))
+    for step in range(6):
+        x = torch.randn(2, 4, frames, height, width)
+        t, text = torch.tensor([500, 20]), torch.randn(2, 3, 24)
+        expected = oracle("", step, x, timestep=t, encoder_hidden_states=text)
+        got = tested(x, timestep=t, encoder_hidden_states=text).sample
+        torch.testing.assert_close(got, expected, rtol=0 if dtype is None else 1e-5, atol=0 if dtype is None else 1e-5)
+    assert pab.summary(tested).forced == 0
+
+
+def test_inference_mode_is_as_no_grad() -> None:
+    expected, _, _ = both(CASES["everything"])
+    with torch.inference_mode():
+        got, _, _ = both(CASES["everything"])
+    assert torch.equal(got, expected)
+
+
 def test_the_oracle_is_not_the_plain_model() -> None:
     """What the comparisons above compare is not nothing: each kind's reuse changes the result."""
     model = tiny_latte()
@@ -158,8 +188,7 @@ def rule_sets(draw: st.DrawFn) -> dict[str, list[Rule]]:
 @settings(max_examples=15)
 @given(rules=rule_sets(), post_gate=st.booleans())
 def test_any_rules_are_bit_identical_to_the_oracle(rules: dict[str, list[Rule]], post_gate: bool) -> None:
-    with torch.no_grad():
-        got, expected, summary = both(rules, post_gate=post_gate)
+    got, expected, summary = both(rules, post_gate=post_gate)
     assert torch.equal(got, expected)
     assert summary.forced == 0
     assert summary.cache_bytes == 0

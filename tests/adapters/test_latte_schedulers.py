@@ -143,7 +143,6 @@ def sample_from_the_middle(pipe: Any, first: int, *, tell: bool, steps: int = ST
     return x
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("tell", [True, False], ids=["begin index set", "not set"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_schedule_entered_in_the_middle_keeps_its_place(name: str, tell: bool) -> None:
@@ -165,7 +164,6 @@ def test_a_schedule_entered_in_the_middle_keeps_its_place(name: str, tell: bool)
     assert torch.equal(*finals)
 
 
-@torch.no_grad()
 def test_a_place_is_found_by_a_timestep_that_was_rounded_to_the_models_dtype() -> None:
     pipe = tiny_pipe(DDIMScheduler())
     pab.enable(pipe, CONFIG)
@@ -177,7 +175,6 @@ def test_a_place_is_found_by_a_timestep_that_was_rounded_to_the_models_dtype() -
     assert plan is not None and plan.schedule.begin == 7
 
 
-@torch.no_grad()
 def test_pab_enabled_in_the_middle_of_a_run_starts_there() -> None:
     pipe = tiny_pipe(EulerDiscreteScheduler())
 

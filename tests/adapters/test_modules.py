@@ -126,7 +126,6 @@ def test_state_dicts_of_wrappers_in_wrappers_and_of_modules_named_module() -> No
     assert list(alone.state_dict()) == list(plain["attn"].state_dict())
 
 
-@torch.no_grad()
 def test_modules_run_as_the_plan_says() -> None:
     model = build()
     rule = Broadcast(3, (0, 1), layers=(1,))
@@ -145,7 +144,6 @@ def test_modules_run_as_the_plan_says() -> None:
     assert (tallies["temporal"].computed, tallies["temporal"].reused) == (STEPS + third, STEPS - third)
 
 
-@torch.no_grad()
 def test_a_reuse_gives_the_nest_that_was_computed() -> None:
     model = build()
     joint = model.blocks[0].joint
@@ -162,7 +160,6 @@ def test_a_reuse_gives_the_nest_that_was_computed() -> None:
         assert again[1]["count"] == 1 and again[1]["none"] is None
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
 def test_8_bit_outputs_come_back_in_their_own_dtype(cache_dtype: Any) -> None:
     class Widening(nn.Module):
@@ -179,7 +176,6 @@ def test_8_bit_outputs_come_back_in_their_own_dtype(cache_dtype: Any) -> None:
     assert torch.equal(reused[2], torch.arange(3))
 
 
-@torch.no_grad()
 def test_8_bit_slots_of_a_nest_reuse() -> None:
     model = build()
     pab.enable(model, PABConfig(spatial=Broadcast(2, (0, 1)), mlp=Broadcast(3, (0, 1)), cache_dtype="int8"), num_steps=STEPS)
@@ -189,7 +185,6 @@ def test_8_bit_slots_of_a_nest_reuse() -> None:
     assert summary.forced == 0 and summary.peak_cache_bytes > 0
 
 
-@torch.no_grad()
 def test_a_kept_output_that_is_changed_in_place_is_not_changed_in_the_slot() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
@@ -205,7 +200,6 @@ def test_a_kept_output_that_is_changed_in_place_is_not_changed_in_the_slot() -> 
         assert torch.equal(model(torch.full((1, 2), 1.0 if i == 0 else 9.0)), torch.full((1, 2), 2.0)), i
 
 
-@torch.no_grad()
 def test_a_module_that_runs_several_times_a_call_never_reads_another_ones_output() -> None:
     """Layers that share a module, and chunked feed-forwards."""
 
@@ -234,7 +228,6 @@ def test_a_kind_that_is_not_known_is_refused(kind: Any) -> None:
         BroadcastModule(nn.Identity(), kind)
 
 
-@torch.no_grad()
 def test_an_input_without_tensors_is_refused() -> None:
     class NoTensor(nn.Module):
         def __init__(self) -> None:
@@ -255,7 +248,6 @@ def test_an_input_without_tensors_is_refused() -> None:
         model(1)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copy_of_an_enabled_model_is_plain(copied: Any) -> None:
     model = build()
@@ -275,7 +267,6 @@ def test_a_copy_of_an_enabled_model_is_plain(copied: Any) -> None:
     assert torch.equal(model(**inputs(1)), plain) and torch.equal(twin(**inputs(1)), plain)
 
 
-@torch.no_grad()
 def test_a_wrapper_called_outside_of_its_model_is_the_wrapped_module() -> None:
     model = build()
     pab.enable(model, PABConfig(temporal=Broadcast(2, (0, 1))), num_steps=4)
@@ -286,7 +277,6 @@ def test_a_wrapper_called_outside_of_its_model_is_the_wrapped_module() -> None:
         assert torch.equal(temporal(x), temporal.module(x))
 
 
-@torch.no_grad()
 def test_two_models_may_share_a_wrapped_module_in_turn() -> None:
     a, b = build(), build()
     b.blocks[0] = a.blocks[0]

@@ -19,27 +19,29 @@ LAYERS = 2
 TOKENS = (SIZE // 4) ** 2
 
 
-def tiny_latte(dtype: torch.dtype = torch.float32, *, dropout: float = 0.0, seed: int = 0) -> Any:
-    """2 layers of 2 heads x 32, patches of 4 x 4."""
+def tiny_latte(dtype: torch.dtype = torch.float32, *, seed: int = 0, **config: Any) -> Any:
+    """2 layers of 2 heads x 32, patches of 4 x 4; `config` overrides what follows."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LatteTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=32,
-            in_channels=4,
-            out_channels=8,
-            num_layers=LAYERS,
-            dropout=dropout,
-            cross_attention_dim=64,
-            attention_bias=True,
-            sample_size=SIZE,
-            patch_size=4,
-            activation_fn="gelu-approximate",
-            norm_type="ada_norm_single",
-            norm_elementwise_affine=False,
-            norm_eps=1e-6,
-            caption_channels=TEXT_CHANNELS,
-            video_length=FRAMES,
+            **{
+                "num_attention_heads": 2,
+                "attention_head_dim": 32,
+                "in_channels": 4,
+                "out_channels": 8,
+                "num_layers": LAYERS,
+                "cross_attention_dim": 64,
+                "attention_bias": True,
+                "sample_size": SIZE,
+                "patch_size": 4,
+                "activation_fn": "gelu-approximate",
+                "norm_type": "ada_norm_single",
+                "norm_elementwise_affine": False,
+                "norm_eps": 1e-6,
+                "caption_channels": TEXT_CHANNELS,
+                "video_length": FRAMES,
+            }
+            | config
         )
         for name, p in model.named_parameters():
             if "scale_shift_table" in name:
@@ -83,6 +85,15 @@ def sample(pipe: Any, steps: int = 10, *, guidance: float = 4.0, size: int = SIZ
 
 def noise(seed: int = 0, *, batch: int = 1, height: int = SIZE, width: int = SIZE, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(batch, 4, FRAMES, height, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def inputs(*, batch: int = 1, height: int = SIZE, width: int = SIZE, text: int = TEXT) -> dict[str, Any]:
+    """Of one call of the model."""
+    return {
+        "hidden_states": noise(batch=batch, height=height, width=width),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": prompt(text=text).expand(batch, -1, -1),
+    }
 
 
 def run_model(call: Callable[..., Tensor], timesteps: Any, x: Tensor, texts: dict[str, Tensor], first: int = 0) -> Tensor:

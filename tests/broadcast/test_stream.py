@@ -211,7 +211,7 @@ _STEPS = st.one_of(
     cache_dtype=st.sampled_from([None, "int8", "float8_e4m3fn"]),
     cache_point=st.sampled_from(["pre_gate", "post_gate"]),
 )
-@settings(max_examples=250)
+@settings(max_examples=400)
 @torch.no_grad()
 def test_any_program_gives_what_the_plain_chain_gives(
     program: list[Any], shape: tuple[int, ...], layout: str, dtype: torch.dtype, cache_dtype: Any, cache_point: Any

@@ -81,7 +81,11 @@ def test_export_writes_half_precision_weights_and_fills_the_card(tmp_path, monke
     (tmp_path / "package" / "README.md").write_text(CARD)
     monkeypatch.setattr(shapes, "held_out", lambda: [Caption("red", "circle", "left", "night")])
 
-    training.export(Namespace(out=tmp_path, export=tmp_path / "package", device="cpu", check_steps=1, check_guidance=1.5))
+    arguments = Namespace(out=tmp_path, export=tmp_path / "package", device="cpu", check_steps=1, check_guidance=1.5)
+    training.export(arguments)
+    first = (tmp_path / "package" / "weights.safetensors").read_bytes()
+    training.export(arguments)
+    assert (tmp_path / "package" / "weights.safetensors").read_bytes() == first  # the card names their sum
 
     weights = read_weights(tmp_path / "package" / "weights.safetensors")
     assert weights.training["steps"] == "17" and weights.tensors.keys() == averaged.keys()

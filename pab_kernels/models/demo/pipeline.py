@@ -81,7 +81,7 @@ class Weights:
 
     Args:
         tensors: by parameter name, with the prefix `transformer.` or `prompts.`.
-        training: what the file says of its training (`steps`, the prediction type).
+        training: what the file says of its training: `steps`.
         sha256: of the file.
     """
 
