@@ -168,6 +168,18 @@ def test_explicit_steps_may_leave_some_out_and_what_is_too_old_is_computed_again
     assert counts(model, "cross")["c"] == (LAYERS, 5 * LAYERS, 0)
 
 
+def test_a_block_that_has_to_run_leaves_alone_what_its_sublayers_hold_for_later() -> None:
+    model = tiny_latte()
+    config = PABConfig(block=Broadcast(2, (3, 4), "step"), cross=Broadcast(100, (0, 9), "step"))
+    pab.enable(model, config, num_steps=9)
+    for i in (0, 1, 3, 4):
+        with pab.context(model, "c", step=i):
+            model(noise(i), torch.tensor([9 - i]), COND)
+    # Step 3 would reuse the blocks of step 2, which did not come: all in them runs, and cross attention at 4 still reads step 0.
+    assert counts(model, "block")["c"] == (4 * 2 * LAYERS, 0, 2 * LAYERS)
+    assert counts(model, "cross")["c"] == (2 * LAYERS, 2 * LAYERS, 0)
+
+
 def test_a_step_given_again_reads_nothing_from_later_steps() -> None:
     model = tiny_latte()
     oracle = Oracle(tiny_latte(), {"spatial": Rule(4, (0, 1))}, TIMESTEPS)
@@ -205,10 +217,11 @@ def assert_change_is_survived(before: dict[str, Any], after: dict[str, Any], at:
     for i in range(STEPS):
         inputs = before if i < at else after
         expected = oracle("before" if i < at else "after", i, **inputs)
-        assert torch.equal(model(**inputs).sample, expected), i
+        with pab.context(model, "c"):
+            assert torch.equal(model(**inputs).sample, expected), i
     summary = pab.summary(model)
     late = [kind for kind, rule in RULES.items() if rule.reuses(at, 0, TIMESTEPS)]
-    for kind, tally in summary.contexts["#0"].items():
+    for kind, tally in summary.contexts["c"].items():
         blocks = LAYERS * (2 if kind == "mlp" else 1)
         assert tally.forced == (blocks if kind in late else 0), kind
     assert late and summary.cache_bytes == 0

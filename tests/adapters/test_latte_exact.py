@@ -340,7 +340,23 @@ def test_autocast_is_plain_autocast(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         plain = sample(pipe, 4)
         pab.enable(pipe, PABConfig())
-        assert torch.equal(sample(pipe, 4), plain)
+        with counted_operations() as operations:
+            assert torch.equal(sample(pipe, 4), plain)
+    assert operations["attention"].called
+    assert not operations["project_residual"].called, "autocast chooses dtypes that the operation does not know"
+    assert not any(call.kwargs.get("norm") for call in operations["broadcast_residual"].call_args_list)
+
+
+def test_norms_in_float32_of_a_bfloat16_model_are_called() -> None:
+    pipe = tiny_pipe(model=tiny_latte(torch.bfloat16, norm_elementwise_affine=True))
+    for block in pipe.transformer.transformer_blocks:
+        block.norm1.float()
+    plain = sample(pipe, 3)
+    pab.enable(pipe, PABConfig())
+    with counted_operations() as operations:
+        assert torch.equal(sample(pipe, 3), plain)
+    norms = [call for call in operations["broadcast_residual"].call_args_list if call.kwargs.get("norm")]
+    assert len(norms) == 3 * 3 * LAYERS
 
 
 @pytest.mark.parametrize("cache_point", ["pre_gate", "post_gate"])
