@@ -122,7 +122,7 @@ def build_app() -> Any:
     @app.command(
         help="Generate clips with and without PAB, from the same noise, and compare time, work and pictures.\n\n"
         "A small video model that comes with the package runs without PAB, with the demo's preset, with the paper's ranges 2/4/6, with "
-        "diffusers' own PAB, and with fewer sampling steps at the FLOPs of the PAB runs. It takes about a minute on two CPU cores. "
+        "diffusers' own PAB, and with fewer sampling steps at the FLOPs of the PAB runs. It takes some 90 seconds on two cores. "
         "Ctrl-C stops it and reports the runs that are finished."
     )
     def demo(
