@@ -209,6 +209,17 @@ def test_a_scheduler_that_two_pipes_share_steps_each_of_them_once() -> None:
     assert torch.equal(sample(pipes[1], 6), alone[1])
 
 
+def test_a_scheduler_that_steps_does_not_move_a_generation_of_the_bare_model() -> None:
+    pipe = tiny_pipe(DDIMScheduler())
+    pab.enable(pipe, CONFIG)
+    pipe.scheduler.set_timesteps(4)
+    with pab.generation(pipe, num_steps=4):
+        for t in pipe.scheduler.timesteps:
+            pipe.transformer(**inputs())
+            pipe.scheduler.step(noise(), t, noise())
+    assert pab.summary(pipe).forced == 0 and len(pab.summary(pipe).plan.steps) == 4
+
+
 def test_a_pipeline_whose_blocks_all_reuse_runs_no_attention_at_that_step() -> None:
     pipe = tiny_pipe()
     both = Broadcast(2, (0, 1))

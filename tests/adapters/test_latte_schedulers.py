@@ -129,15 +129,17 @@ def test_fused_operations_run_as_often_as_the_rules_say(name: str) -> None:
 
 
 def sample_from_the_middle(pipe: Any, first: int, *, tell: bool, steps: int = STEPS) -> Any:
-    """Image-to-image, as diffusers' pipelines do it."""
+    """Image-to-image, as diffusers' pipelines do it. Where they tell the scheduler its place, some scale the model's timesteps."""
     scheduler, model = pipe.scheduler, pipe.transformer
     scheduler.set_timesteps(steps)
     if tell:
         scheduler.set_begin_index(first)
     x, text = noise(), torch.cat([prompt(2), prompt(1)])
     for t in scheduler.timesteps[first:]:
-        inputs = scheduler.scale_model_input(torch.cat([x, x]), t)
-        out = model(hidden_states=inputs, timestep=t[None].expand(2), encoder_hidden_states=text, return_dict=False)[0]
+        # Not called, it leaves the scheduler without an index before its first step.
+        inputs = scheduler.scale_model_input(torch.cat([x, x]), t) if tell else torch.cat([x, x])
+        timestep = t[None].expand(2) / (1000 if tell else 1)
+        out = model(hidden_states=inputs, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
         uncond, cond = out.chunk(2)[0][:, :4], out.chunk(2)[1][:, :4]
         x = scheduler.step(uncond + 4 * (cond - uncond), t, x, return_dict=False)[0]
     return x
@@ -175,10 +177,13 @@ def test_a_place_is_found_by_a_timestep_that_was_rounded_to_the_models_dtype() -
     assert plan is not None and plan.schedule.begin == 7
 
 
-def test_pab_enabled_in_the_middle_of_a_run_starts_there() -> None:
+@pytest.mark.parametrize("tell", [True, False], ids=["begin index set", "not set"])
+def test_pab_enabled_in_the_middle_of_a_run_starts_there(tell: bool) -> None:
     pipe = tiny_pipe(EulerDiscreteScheduler())
 
     def after_step(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if tell:
+            pipe.scheduler.set_begin_index(0)
         if i == 2:
             pab.enable(pipe, CONFIG)
         return tensors

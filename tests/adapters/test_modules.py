@@ -272,9 +272,10 @@ def test_a_wrapper_called_outside_of_its_model_is_the_wrapped_module() -> None:
     pab.enable(model, PABConfig(temporal=Broadcast(2, (0, 1))), num_steps=4)
     model(**inputs())
     x = inputs()["x"]
-    temporal = model.blocks[0].temporal
+    temporal, before = model.blocks[0].temporal, pab.summary(model)
     for _ in range(3):
         assert torch.equal(temporal(x), temporal.module(x))
+    assert pab.summary(model) == before
 
 
 def test_two_models_may_share_a_wrapped_module_in_turn() -> None:
