@@ -26,7 +26,7 @@ demo: $(VENV)/demo.stamp  ## sample a small video model with and without PAB and
 test: lint  ## lint, then run the tests: make test ARGS='-k plan'
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/test.stamp  ## check style, format and types
+lint: $(VENV)/test.stamp $(VENV)/oldest-triton.stamp  ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -62,3 +62,8 @@ $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
 	@echo "== $(VENV): the package and what its tests need"
 	$(PIP) --editable '.[test]'
 	@touch $(VENV)/demo.stamp $@
+
+# The kernels are compiled with the oldest supported Triton too, which lies beside the environment's own: tests/kernels.
+$(VENV)/oldest-triton.stamp: $(VENV)/torch.stamp
+	$(PIP) --no-deps --target $(VENV)/triton-3.6.0 'triton==3.6.0'
+	@touch $@

@@ -19,6 +19,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined: without a GPU kernels run in Triton's interpreter
+
 torch.set_num_threads(1)  # shapes are tiny: a second thread costs more than it brings
 
 # pytest listens to loggers that do not propagate, and torch traces every compilation for whoever listens to this one.

@@ -1,7 +1,8 @@
 """The one place that chooses which implementation serves an operation.
 
-Backend `b` of operation `op` is the module `pab_kernels.ops.<op>.<b>`, which holds the functions `<op>` and `<op>_out`. It is imported
-when it is first used, so a kernel language that is not installed is never asked for.
+Backend `b` of operation `op` is the module `pab_kernels.ops.<op>.<b>`, which holds the functions `<op>` and `<op>_out`, and `refusal`,
+which takes the arguments of `<op>` and says in a few words why it cannot serve them, or gives None (the reference has none: it serves
+everything). It is imported when it is first used, so a kernel language that is not installed is never asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
+
+import torch
 
 BACKENDS = ("reference", "triton", "cuda", "sdpa", "flash_attn")
 """Every backend that `backend=` may name, beside `auto`."""
@@ -22,28 +25,65 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 """The backends that exist for each operation. Adding a kernel is adding its module and its name here."""
 
+PREFERRED: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
+"""By type of device, what `auto` tries before the reference: kernels written for it. Nothing was measured yet."""
+
 
 class BackendError(RuntimeError):
     """The backend that was asked for cannot serve the call; the message says why and what to do."""
 
 
-def choose(op: str, backend: str) -> str:
-    """The backend that serves `op`; `auto` is the reference.
+def implementation(op: str, backend: str, arguments: tuple[Any, ...], form: str = "") -> Callable[..., Any]:
+    """The function that serves `op` on these arguments; `form` is "" for the one that returns new tensors, "_out" for the one that writes.
 
     Raises:
-        BackendError: `backend` is unknown or has no kernel for `op`.
+        BackendError: see `choose`.
+    """
+    return load(op, choose(op, backend, arguments), op + form)
+
+
+def choose(op: str, backend: str, arguments: tuple[Any, ...]) -> str:
+    """The backend that serves `op` on these arguments, the first of them a tensor.
+
+    `auto` is the first of `PREFERRED` for the device that can serve, else the reference. Shapes, dtypes, strides and devices decide, never
+    values, so that a call decides alike when it is traced and when it is run.
+
+    Raises:
+        BackendError: `backend` is unknown, has no kernel for `op`, or cannot serve these arguments.
     """
     available = IMPLEMENTATIONS[op]
     if backend == "auto":
-        return "reference"
-    if backend in available:
-        return backend
-    if backend in BACKENDS:
-        raise BackendError(f"{op}: backend {backend!r} has no kernel for it; it has {', '.join(available)}: pass one of these or 'auto'")
-    raise BackendError(f"{op}: backend {backend!r} is unknown; known are auto, {', '.join(BACKENDS)}: pass 'auto' or one of these")
+        preferred = PREFERRED.get(arguments[0].device.type, ())
+        return next((b for b in preferred if b in available and _refusal(op, b, arguments) is None), "reference")
+    if backend not in available:
+        known, has = f"auto, {', '.join(BACKENDS)}", ", ".join(available)
+        if backend in BACKENDS:
+            raise BackendError(f"{op}: backend {backend!r} has no kernel for it; it has {has}: pass one of these or 'auto'")
+        raise BackendError(f"{op}: backend {backend!r} is unknown; known are {known}: pass 'auto' or one of these")
+    reason = _refusal(op, backend, arguments)
+    if reason is not None:
+        raise BackendError(f"{op}: backend {backend!r} cannot serve this call; {reason}: pass backend='auto'")
+    return backend
+
+
+def _refusal(op: str, backend: str, arguments: tuple[Any, ...]) -> str | None:
+    if backend == "reference":
+        return None
+    try:
+        refusal = load(op, backend, "refusal")
+    except ModuleNotFoundError as error:
+        return f"it needs the package {error.name}, which is not installed"
+    return refusal(*arguments)
 
 
 @cache
-def load(op: str, backend: str, form: str = "") -> Callable[..., Any]:
-    """The function of a chosen backend; `form` is "" for the one that returns new tensors, "_out" for the one that writes."""
-    return getattr(import_module(f"pab_kernels.ops.{op}.{backend}"), op + form)
+def load(op: str, backend: str, function: str) -> Callable[..., Any]:
+    """A function of a backend's module."""
+    return getattr(import_module(f"pab_kernels.ops.{op}.{backend}"), function)
+
+
+def refuse_device(tensor: torch.Tensor, interpreted: bool) -> str | None:
+    """Why Triton cannot run where `tensor` lies; None where it can."""
+    if tensor.device.type == "cuda" or (interpreted and tensor.device.type == "cpu"):
+        return None
+    return f"Triton kernels run on CUDA devices, and on the CPU under TRITON_INTERPRET=1; the tensors are on {tensor.device}"

@@ -11,15 +11,18 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from pab_kernels.ops import Quantized
 
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where the tests run Triton kernels: compiled on a GPU, else in Triton's interpreter."""
+
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 
 
-def draws(dtype: torch.dtype = torch.float32, seed: int = 0) -> Callable[..., Tensor]:
-    """A function that draws another normal tensor of the given sizes at each call."""
+def draws(dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> Callable[..., Tensor]:
+    """A function that draws another normal tensor of the given sizes at each call, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda *sizes: torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+    return lambda *sizes: torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype).to(device)
 
 
 def parts(value: Any) -> list[Tensor]:
@@ -55,9 +58,9 @@ def assert_accurate(actual: Tensor, torch_result: Tensor, exact: Tensor) -> None
 class Guarded:
     """An output inside a larger buffer, all of it poisoned: NaN, or for int8 -128, which no quantisation yields."""
 
-    def __init__(self, *sizes: int, dtype: torch.dtype) -> None:
+    def __init__(self, *sizes: int, dtype: torch.dtype, device: str = "cpu") -> None:
         poison = -128.0 if dtype == torch.int8 else float("nan")
-        self.buffer = torch.full((sizes[0] + 2, *sizes[1:-1], sizes[-1] + 16), poison).to(dtype)
+        self.buffer = torch.full((sizes[0] + 2, *sizes[1:-1], sizes[-1] + 16), poison).to(dtype).to(device)
         self.inside = torch.zeros_like(self.buffer, dtype=torch.bool)
         self.inside[1:-1, ..., 8:-8] = True
         self.tensor = self.buffer[1:-1, ..., 8:-8]
@@ -69,9 +72,9 @@ class Guarded:
         assert poisoned[~self.inside].all(), "an element outside was written"
 
 
-def guarded_quantized(*sizes: int, dtype: torch.dtype, group: int) -> tuple[Quantized, list[Guarded]]:
-    data = Guarded(*sizes, dtype=dtype)
-    scale = Guarded(*sizes[:-1], -(-sizes[-1] // group), dtype=torch.float32)
+def guarded_quantized(*sizes: int, dtype: torch.dtype, group: int, device: str = "cpu") -> tuple[Quantized, list[Guarded]]:
+    data = Guarded(*sizes, dtype=dtype, device=device)
+    scale = Guarded(*sizes[:-1], -(-sizes[-1] // group), dtype=torch.float32, device=device)
     return Quantized(data.tensor, scale.tensor, group), [data, scale]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pab_kernels import ops
+from pab_kernels.ops import backend as backends
 from pab_kernels.ops.backend import BACKENDS, IMPLEMENTATIONS, choose, load
 from tests.ops.tensors import assert_refuses
 
@@ -26,8 +27,23 @@ CALLS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _fresh_imports():
+    load.cache_clear()
+    yield
+    load.cache_clear()
+
+
+def kernel(monkeypatch, op, **functions):
+    """Put a kernel into the table, under the name of one that no operation has."""
+    module = types.ModuleType("kernel")
+    vars(module).update(functions)
+    monkeypatch.setitem(sys.modules, f"pab_kernels.ops.{op}.cuda", module)
+    monkeypatch.setitem(IMPLEMENTATIONS, op, ("reference", "cuda"))
+
+
 @pytest.mark.parametrize("name", CALLS)
-def test_an_explicit_backend_that_cannot_serve_raises_with_the_reason(name):
+def test_an_explicit_backend_that_has_no_kernel_raises(name):
     op = name.removesuffix("_out")
     assert_refuses(ops.BackendError, f"{op}: backend 'cutlass' is unknown", CALLS[name], backend="cutlass")
     for backend in set(BACKENDS) - set(IMPLEMENTATIONS[op]):
@@ -45,20 +61,45 @@ def test_backend_errors_are_runtime_errors():
 
 
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
-def test_auto_is_the_reference(op):
-    assert choose(op, "auto") == "reference"
+def test_auto_is_the_reference_on_a_cpu(op):
+    assert choose(op, "auto", (X,)) == "reference"
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_kernel_that_is_added_to_the_table_is_called_by_name_only(name, monkeypatch):
-    op, called = name.removesuffix("_out"), []
-    kernel = types.ModuleType("kernel")
-    setattr(kernel, name, lambda *args: called.append(args))
-    monkeypatch.setitem(sys.modules, f"pab_kernels.ops.{op}.triton", kernel)
-    monkeypatch.setitem(IMPLEMENTATIONS, op, ("reference", "triton"))
-    load.cache_clear()
+def test_a_kernel_that_is_added_to_the_table_is_called_where_asked_for(name, monkeypatch):
+    called = []
+    kernel(monkeypatch, name.removesuffix("_out"), refusal=lambda *args: None, **{name: lambda *args: called.append(args)})
     CALLS[name]()
     assert not called
-    CALLS[name](backend="triton")
+    CALLS[name](backend="cuda")
     assert len(called) == 1
-    load.cache_clear()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_auto_takes_the_preferred_kernel_of_a_device_where_it_can_serve(name, monkeypatch):
+    called, refusals = [], [None, "it is Sunday"]
+    kernel(monkeypatch, name.removesuffix("_out"), refusal=lambda *args: refusals.pop(0), **{name: lambda *args: called.append(args)})
+    monkeypatch.setitem(backends.PREFERRED, "cpu", ("cuda",))
+    CALLS[name]()
+    assert len(called) == 1
+    CALLS[name]()  # refused: the reference serves
+    assert len(called) == 1 and not refusals
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_explicit_backend_that_cannot_serve_says_why(name, monkeypatch):
+    kernel(monkeypatch, name.removesuffix("_out"), refusal=lambda *args: "it is Sunday", **{name: None})
+    assert_refuses(ops.BackendError, "backend 'cuda' cannot serve this call; it is Sunday", CALLS[name], backend="cuda")
+
+
+def test_a_kernel_language_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(IMPLEMENTATIONS, "attention", ("reference", "cuda"))
+
+    def missing(name):
+        raise ModuleNotFoundError("no", name="triton")
+
+    monkeypatch.setattr(backends, "import_module", missing)
+    message = "backend 'cuda' cannot serve this call; it needs the package triton, which is not installed"
+    assert_refuses(ops.BackendError, message, CALLS["attention"], backend="cuda")
+    monkeypatch.setitem(backends.PREFERRED, "cpu", ("cuda",))
+    assert choose("attention", "auto", (X,)) == "reference"

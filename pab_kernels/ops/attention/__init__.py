@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import choose, load
+from ..backend import implementation
 from ..checks import check_output, check_tensor
 from ..flops import attention_flops
 from ..quantize import Quantized
@@ -63,14 +63,14 @@ def attention(
         TypeError, ValueError: an argument is not of this kind.
         BackendError: `backend` cannot serve.
     """
-    chosen = choose(OP, backend)
     _check(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope)
     check_store_dtype(OP, store_dtype, q.dtype)
     if torch.compiler.is_compiling():
         options = flatten_options(softmax_scale, q_norm, k_norm, rope)
         outputs = torch.ops.pab_kernels.attention(q, k, v, key_lengths, *options, store_dtype, backend)
         return outputs[0], pack_stored(outputs, q)
-    return load(OP, chosen)(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype)
+    arguments = (q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype)
+    return implementation(OP, backend, arguments)(*arguments)
 
 
 def attention_out(
@@ -92,7 +92,6 @@ def attention_out(
     stored_out is a tensor as out or a `Quantized` with group D. Nothing that is written may overlap what is read. Not recorded by
     autograd.
     """
-    chosen = choose(OP, backend)
     _check(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope)
     check_output(OP, "out", out, q.shape, q.dtype, q.device)
     dtype = None if stored_out is None else check_stored_out(OP, stored_out, q.shape, q.shape[-1], q)
@@ -100,7 +99,8 @@ def attention_out(
         options = flatten_options(softmax_scale, q_norm, k_norm, rope)
         torch.ops.pab_kernels.attention_out(q, k, v, key_lengths, *options, dtype, backend, out, *flatten_stored(stored_out))
     else:
-        load(OP, chosen, "_out")(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, dtype, out, stored_out)
+        arguments = (q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, dtype)
+        implementation(OP, backend, arguments, "_out")(*arguments, out, stored_out)
 
 
 def pack_stored(outputs: Sequence[Tensor], q: Tensor) -> Tensor | Quantized | None:
@@ -129,7 +129,8 @@ def _check(q: Any, k: Any, v: Any, softmax_scale: Any, key_lengths: Any, q_norm:
 def _functional(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, *args: Any) -> list[Tensor]:
     *options, store_dtype, backend = args
     softmax_scale, *rest = unflatten_options(*options)
-    out, stored = load(OP, choose(OP, backend))(q, k, v, softmax_scale, key_lengths, *rest, store_dtype)
+    arguments = (q, k, v, softmax_scale, key_lengths, *rest, store_dtype)
+    out, stored = implementation(OP, backend, arguments)(*arguments)
     return [t for t in (out, *flatten_stored(stored)) if t is not None]
 
 
@@ -137,7 +138,8 @@ def _out(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, *args: Any
     *options, store_dtype, backend, out, stored_out, stored_scale_out = args
     softmax_scale, *rest = unflatten_options(*options)
     stored = unflatten_stored(stored_out, stored_scale_out, q.shape[-1])
-    load(OP, choose(OP, backend), "_out")(q, k, v, softmax_scale, key_lengths, *rest, store_dtype, out, stored)
+    arguments = (q, k, v, softmax_scale, key_lengths, *rest, store_dtype)
+    implementation(OP, backend, arguments, "_out")(*arguments, out, stored)
 
 
 def fake_attention(q: Tensor, *args: Any) -> list[Tensor]:

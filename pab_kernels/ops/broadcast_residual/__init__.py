@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import choose, load
+from ..backend import implementation
 from ..cached_outputs import (
     CACHED_SCHEMA,
     CachedOutput,
@@ -61,12 +61,12 @@ def broadcast_residual(
         TypeError, ValueError: an argument is not of this kind.
         BackendError: `backend` cannot serve.
     """
-    chosen = choose(OP, backend)
     cached = _check(x, slots, gates, weights, norm, shift, scale)
     if torch.compiler.is_compiling():
         outputs = torch.ops.pab_kernels.broadcast_residual(*_flatten(x, cached, norm, shift, scale), backend)
         return outputs[0] if cached else x, None if norm is None else outputs[-1]
-    return load(OP, chosen)(x, cached, norm, shift, scale)
+    arguments = (x, cached, norm, shift, scale)
+    return implementation(OP, backend, arguments)(*arguments)
 
 
 def broadcast_residual_out(
@@ -86,7 +86,6 @@ def broadcast_residual_out(
 
     x_out may be x itself; nothing else that is written may overlap what is read. Not recorded by autograd.
     """
-    chosen = choose(OP, backend)
     cached = _check(x, slots, gates, weights, norm, shift, scale)
     for name, out, computed in (("x_out", x_out, cached), ("y_out", y_out, norm)):
         source = "slots" if name == "x_out" else "norm"
@@ -99,7 +98,8 @@ def broadcast_residual_out(
     if torch.compiler.is_compiling():
         torch.ops.pab_kernels.broadcast_residual_out(*_flatten(x, cached, norm, shift, scale), backend, x_out, y_out)
     else:
-        load(OP, chosen, "_out")(x, cached, norm, shift, scale, x_out, y_out)
+        arguments = (x, cached, norm, shift, scale)
+        implementation(OP, backend, arguments, "_out")(*arguments, x_out, y_out)
 
 
 def _check(x: Any, slots: Any, gates: Any, weights: Any, norm: Any, shift: Any, scale: Any) -> tuple[CachedOutput, ...]:
@@ -129,13 +129,15 @@ def _unflatten(x: Tensor, *flat: Any) -> tuple[Any, ...]:
 def _functional(*args: Any) -> list[Tensor]:
     *flat, backend = args
     x = flat[0]
-    outputs = load(OP, choose(OP, backend))(*_unflatten(*flat))
+    arguments = _unflatten(*flat)
+    outputs = implementation(OP, backend, arguments)(*arguments)
     return [t for t in outputs if t is not None and t is not x]
 
 
 def _out(*args: Any) -> None:
     *flat, backend, x_out, y_out = args
-    load(OP, choose(OP, backend), "_out")(*_unflatten(*flat), x_out, y_out)
+    arguments = _unflatten(*flat)
+    implementation(OP, backend, arguments, "_out")(*arguments, x_out, y_out)
 
 
 def _fake(x: Tensor, slots: list[Tensor], slot_scales: Any, gates: Any, weights: Any, norm: str | None, *_: Any) -> list[Tensor]:

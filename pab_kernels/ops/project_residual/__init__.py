@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..backend import choose, load
+from ..backend import implementation
 from ..cached_outputs import (
     CACHED_SCHEMA,
     CachedOutput,
@@ -68,7 +68,6 @@ def project_residual(
         TypeError, ValueError: an argument is not of this kind.
         BackendError: `backend` cannot serve.
     """
-    chosen = choose(OP, backend)
     cached = _check(a, weight, bias, x, gate, store, slots, gates, weights)
     check_store_dtype(OP, store_dtype, x.dtype)
     if store is None and store_dtype is not None:
@@ -78,7 +77,8 @@ def project_residual(
         outputs = torch.ops.pab_kernels.project_residual(a, weight, bias, x, gate, store, dtype, *flatten_cached_outputs(cached), backend)
         data, scale = (*outputs[1:], None, None)[:2]
         return outputs[0], unflatten_stored(data, scale, GROUP)
-    return load(OP, chosen)(a, weight, bias, x, gate, store, dtype, cached)
+    arguments = (a, weight, bias, x, gate, store, dtype, cached)
+    return implementation(OP, backend, arguments)(*arguments)
 
 
 def project_residual_out(
@@ -100,7 +100,6 @@ def project_residual_out(
 
     x_out may be x itself; nothing else that is written may overlap what is read. Not recorded by autograd.
     """
-    chosen = choose(OP, backend)
     cached = _check(a, weight, bias, x, gate, store, slots, gates, weights)
     check_output(OP, "x_out", x_out, x.shape, x.dtype, x.device)
     if (store is None) != (stored_out is None):
@@ -112,7 +111,8 @@ def project_residual_out(
             a, weight, bias, x, gate, store, dtype, *flatten_cached_outputs(cached), backend, x_out, *flatten_stored(stored_out)
         )
     else:
-        load(OP, chosen, "_out")(a, weight, bias, x, gate, store, dtype, cached, x_out, stored_out)
+        arguments = (a, weight, bias, x, gate, store, dtype, cached)
+        implementation(OP, backend, arguments, "_out")(*arguments, x_out, stored_out)
 
 
 def _check(a: Any, weight: Any, bias: Any, x: Any, gate: Any, store: Any, slots: Any, gates: Any, weights: Any) -> tuple[CachedOutput, ...]:
@@ -131,14 +131,16 @@ def _check(a: Any, weight: Any, bias: Any, x: Any, gate: Any, store: Any, slots:
 
 def _functional(*args: Any) -> list[Tensor]:
     *flat, backend = args
-    x, stored = load(OP, choose(OP, backend))(*flat[:7], unflatten_cached_outputs(*flat[7:]))
+    arguments = (*flat[:7], unflatten_cached_outputs(*flat[7:]))
+    x, stored = implementation(OP, backend, arguments)(*arguments)
     return [t for t in (x, *flatten_stored(stored)) if t is not None]
 
 
 def _out(*args: Any) -> None:
     *flat, backend, x_out, stored_out, stored_scale_out = args
     stored = unflatten_stored(stored_out, stored_scale_out, GROUP)
-    load(OP, choose(OP, backend), "_out")(*flat[:7], unflatten_cached_outputs(*flat[7:]), x_out, stored)
+    arguments = (*flat[:7], unflatten_cached_outputs(*flat[7:]))
+    implementation(OP, backend, arguments, "_out")(*arguments, x_out, stored)
 
 
 def _fake(

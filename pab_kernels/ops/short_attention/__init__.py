@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attention import count_flops, fake_attention, pack_stored
 from ..attention.options import OPTIONS_SCHEMA, QKNorm, Rope, check_options, check_qkv, flatten_options, unflatten_options
-from ..backend import choose, load
+from ..backend import implementation
 from ..checks import check_output
 from ..quantize import Quantized
 from ..registration import register
@@ -54,14 +54,14 @@ def short_attention(
         TypeError, ValueError: an argument is not of this kind.
         BackendError: `backend` cannot serve.
     """
-    chosen = choose(OP, backend)
     _check(q, k, v, softmax_scale, q_norm, k_norm, rope)
     check_store_dtype(OP, store_dtype, q.dtype)
     if torch.compiler.is_compiling():
         options = flatten_options(softmax_scale, q_norm, k_norm, rope)
         outputs = torch.ops.pab_kernels.short_attention(q, k, v, *options, store_dtype, backend)
         return outputs[0], pack_stored(outputs, q)
-    return load(OP, chosen)(q, k, v, softmax_scale, q_norm, k_norm, rope, store_dtype)
+    arguments = (q, k, v, softmax_scale, q_norm, k_norm, rope, store_dtype)
+    return implementation(OP, backend, arguments)(*arguments)
 
 
 def short_attention_out(
@@ -78,7 +78,6 @@ def short_attention_out(
     backend: str = "auto",
 ) -> None:
     """`short_attention` into out and, if given, stored_out; both as in `attention_out`."""
-    chosen = choose(OP, backend)
     _check(q, k, v, softmax_scale, q_norm, k_norm, rope)
     check_output(OP, "out", out, q.shape, q.dtype, q.device)
     dtype = None if stored_out is None else check_stored_out(OP, stored_out, q.shape, q.shape[-1], q)
@@ -86,7 +85,8 @@ def short_attention_out(
         options = flatten_options(softmax_scale, q_norm, k_norm, rope)
         torch.ops.pab_kernels.short_attention_out(q, k, v, *options, dtype, backend, out, *flatten_stored(stored_out))
     else:
-        load(OP, chosen, "_out")(q, k, v, softmax_scale, q_norm, k_norm, rope, dtype, out, stored_out)
+        arguments = (q, k, v, softmax_scale, q_norm, k_norm, rope, dtype)
+        implementation(OP, backend, arguments, "_out")(*arguments, out, stored_out)
 
 
 def _check(q: Any, k: Any, v: Any, softmax_scale: Any, q_norm: Any, k_norm: Any, rope: Any) -> None:
@@ -100,14 +100,16 @@ def _check(q: Any, k: Any, v: Any, softmax_scale: Any, q_norm: Any, k_norm: Any,
 
 def _functional(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
     *options, store_dtype, backend = args
-    out, stored = load(OP, choose(OP, backend))(q, k, v, *unflatten_options(*options), store_dtype)
+    arguments = (q, k, v, *unflatten_options(*options), store_dtype)
+    out, stored = implementation(OP, backend, arguments)(*arguments)
     return [t for t in (out, *flatten_stored(stored)) if t is not None]
 
 
 def _out(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> None:
     *options, store_dtype, backend, out, stored_out, stored_scale_out = args
     stored = unflatten_stored(stored_out, stored_scale_out, q.shape[-1])
-    load(OP, choose(OP, backend), "_out")(q, k, v, *unflatten_options(*options), store_dtype, out, stored)
+    arguments = (q, k, v, *unflatten_options(*options), store_dtype)
+    implementation(OP, backend, arguments, "_out")(*arguments, out, stored)
 
 
 register(
