@@ -1,8 +1,8 @@
 """The oracle: PAB on diffusers' Latte, slow and obvious.
 
 It knows nothing of plans, slots, streams or fused operations. Every block's `forward` is written out plainly after diffusers'
-`BasicTransformerBlock` (adaLN-single); every sublayer's output is written down when it is computed, and said again at a step at which the
-rule asks for reuse.
+`BasicTransformerBlock` (adaLN-single); every sublayer's output is written down when it is computed. At a step at which the rule asks for
+reuse the last one is said again, or the straight line through the last two is.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ class Rule:
         window: `(lo, hi)`.
         unit: of the window: "fraction" (`lo <= i / N < hi`), "step" (`lo <= i < hi`) or "timestep" (`lo < int(t) < hi`).
         layers: blocks under this rule; None for all.
+        reuse: "hold", the last output c, or "linear", `c + w (c - c_prev)`.
     """
 
     range: int
     window: tuple[float, float] = (0.15, 0.85)
     unit: str = "fraction"
     layers: tuple[int, ...] | None = None
+    reuse: str = "hold"
 
     def reuses(self, step: int, first: int, timesteps: Sequence[float]) -> bool:
         lo, hi = self.window
@@ -84,7 +86,7 @@ class Oracle:
         self.first = first
         self.post_gate = post_gate
         self.dtype = dtype
-        self.written: dict[tuple[str, str], Tensor] = {}  # by context and sublayer
+        self.written: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}  # by context and sublayer: all (step, output)
         self.computed: dict[str, list[tuple[str, int]]] = {}  # by sublayer: (context, step)
 
     def __call__(self, context: str, step: int, *args: Any, **kwargs: Any) -> Tensor:
@@ -101,48 +103,66 @@ class Oracle:
                     stack.enter_context(mock.patch.object(block, "forward", forward))
             yield
 
-    def _says_again(self, kind: str, layer: int, step: int) -> bool:
-        found = [rule for rule in self.rules.get(kind, ()) if rule.layers is None or layer in rule.layers]
-        return bool(found) and found[-1].reuses(step, self.first, self.timesteps)
+    def _said_again(self, name: str, kind: str, layer: int, context: str, step: int) -> list[Tensor] | None:
+        """What a reuse adds to the stream, one after the other; None where the sublayer is to be computed."""
+        rules = [rule for rule in self.rules.get(kind, ()) if rule.layers is None or layer in rule.layers]
+        written = self.written.get((context, name), [])
+        if not rules or not rules[-1].reuses(step, self.first, self.timesteps) or not written:
+            return None
+        kept = [(at, out if self.dtype is None else rounded_to_8_bits(out, self.dtype)) for at, out in written[-2:]]
+        if rules[-1].reuse == "hold" or len(kept) == 1:
+            return [kept[-1][1]]
+        (p, c_prev), (s, c) = kept
+        w = (step - s) / (s - p)
+        return [(factor * out.float()).to(out.dtype) for factor, out in ((1 + w, c), (-w, c_prev))]
 
-    def _sublayer(self, name: str, kind: str, layer: int, context: str, step: int, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` gives, or gave when it ran last in this context."""
-        if self._says_again(kind, layer, step) and (context, name) in self.written:
-            out = self.written[context, name]
-            return out if self.dtype is None else rounded_to_8_bits(out, self.dtype)
-        out = compute()
+    def _write_down(self, name: str, context: str, step: int, out: Tensor) -> None:
         self.computed.setdefault(name, []).append((context, step))
-        self.written[context, name] = out.clone()
-        return out
+        self.written.setdefault((context, name), []).append((step, out.clone()))
+
+    def _sublayer(self, name: str, kind: str, layer: int, context: str, step: int, compute: Callable[[], Tensor]) -> list[Tensor]:
+        """What is added to the stream: what `compute` gives, or what is said again of what it gave in this context."""
+        again = self._said_again(name, kind, layer, context, step)
+        if again is not None:
+            return again
+        out = compute()
+        self._write_down(name, context, step, out)
+        return [out]
 
     def _block(self, block: Any, name: str, kind: str, layer: int, context: str, step: int) -> Callable[..., Tensor]:
-        def gated(part: str, part_kind: str, gate: Tensor | None, compute: Callable[[], Tensor]) -> Tensor:
-            if gate is None:
-                return self._sublayer(f"{name}.{part}", part_kind, layer, context, step, compute)
-            if self.post_gate:
-                return self._sublayer(f"{name}.{part}", part_kind, layer, context, step, lambda: gate * compute())
-            return gate * self._sublayer(f"{name}.{part}", part_kind, layer, context, step, compute)
+        def added(x: Tensor, part: str, part_kind: str, gate: Tensor | None, compute: Callable[[], Tensor]) -> Tensor:
+            """x and the gated output of a sublayer."""
+            if gate is not None and self.post_gate:
+                outs = self._sublayer(f"{name}.{part}", part_kind, layer, context, step, lambda: gate * compute())
+                gate = None
+            else:
+                outs = self._sublayer(f"{name}.{part}", part_kind, layer, context, step, compute)
+            for out in outs:
+                x = (out if gate is None else gate * out) + x
+            return x
 
         def inside(x: Tensor, text: Tensor | None, text_mask: Tensor | None, timestep: Tensor) -> Tensor:
             shift1, scale1, gate1, shift2, scale2, gate2 = (block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)).chunk(
                 6, dim=1
             )
-            x = gated("attn1", kind, gate1, lambda: block.attn1(block.norm1(x) * (1 + scale1) + shift1)) + x
+            first = x
+            x = added(x, "attn1", kind, gate1, lambda: block.attn1(block.norm1(first) * (1 + scale1) + shift1))
             if block.attn2 is not None:
                 stream = x
-                x = gated("attn2", "cross", None, lambda: block.attn2(stream, text, text_mask)) + x
+                x = added(x, "attn2", "cross", None, lambda: block.attn2(stream, text, text_mask))
             last = x
-            return gated("ff", "mlp", gate2, lambda: block.ff(block.norm2(last) * (1 + scale2) + shift2)) + x
+            return added(x, "ff", "mlp", gate2, lambda: block.ff(block.norm2(last) * (1 + scale2) + shift2))
 
         def forward(
             x: Tensor, mask: Any, text: Tensor | None, text_mask: Tensor | None, timestep: Tensor, *rest: Any, **kwargs: Any
         ) -> Tensor:
-            if not self._says_again("block", layer, step) or (context, name) not in self.written:
+            changes = self._said_again(name, "block", layer, context, step)
+            if changes is None:
                 out = inside(x, text, text_mask, timestep)
-                self.computed.setdefault(name, []).append((context, step))
-                self.written[context, name] = out - x
+                self._write_down(name, context, step, out - x)
                 return out
-            change = self.written[context, name]
-            return (change if self.dtype is None else rounded_to_8_bits(change, self.dtype)) + x
+            for change in changes:
+                x = change + x
+            return x
 
         return forward

@@ -151,13 +151,14 @@ def test_the_table_fits_its_terminal(width: int, first: str):
 
     from pab_kernels.analysis.quality import Quality
     from pab_kernels.broadcast.plan import Counts
+    from pab_kernels.cli.demo import results_table
 
     counts = dict.fromkeys(demo.KINDS, Counts(computed=33, reused=17))
     quality = (Quality(31.2, 0.951, (), ()), Quality(33.1, 0.972, (), ()))
     clips = torch.zeros(2, 8, 3, 8, 8)
     runs = [demo.Run(v, 29, 50, 10.0, 100, counts, 2**20, clips, 2, quality) for v in demo.variants(demo.Settings())]
     console = Console(width=width, record=True, file=io.StringIO(), color_system=None)
-    console.print(cli.results_table(demo.Result(demo.Settings(), tuple(runs), False, {}, "a device"), width))
+    console.print(results_table(demo.Result(demo.Settings(), tuple(runs), False, {}, "a device"), width))
     text = console.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= width
     assert text.count("33+17") == len(runs) * len(demo.KINDS) and text.count("32.1±1.3") == len(runs)

@@ -42,11 +42,12 @@ OPTIONAL = (
     "tqdm",
     "transformers",
     "typer",
+    "yaml",
 )
 """What the package uses and does not need for `import pab_kernels`."""
 
 ROOMS = ("extras", "ops", "broadcast", "nn", "models", "parallel", "adapters", "api", "analysis")
-"""From the bottom to the top: a room imports itself and what is to its left. `demo` and `cli` stand above all of them."""
+"""From the bottom to the top: a room imports itself and what is to its left. `demo`, `doctor` and `cli` stand above all of them."""
 
 MAX_LINES = 400
 
@@ -101,7 +102,14 @@ seen["compilers"] = [name for name in ("torch._dynamo", "torch._inductor") if na
 """
     seen = _fresh_interpreter(code, tmp_path)
     assert seen["compilers"] == [], "these take longer to import than torch itself"
-    unneeded = ("pab_kernels.models", "pab_kernels.analysis", "pab_kernels.parallel", "pab_kernels.cli", "pab_kernels.demo")
+    unneeded = (
+        "pab_kernels.models",
+        "pab_kernels.analysis",
+        "pab_kernels.parallel",
+        "pab_kernels.cli",
+        "pab_kernels.demo",
+        "pab_kernels.doctor",
+    )
     assert [name for name in seen["ours"] if name.startswith(unneeded) or name.endswith((".triton", ".cuda"))] == []
 
 

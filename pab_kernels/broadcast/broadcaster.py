@@ -267,14 +267,17 @@ class Broadcaster:
             prompt = kwargs.get("encoder_hidden_states")
             call.context.enter(tuple(map(Key.of, tensors)), prompt if name is None and isinstance(prompt, torch.Tensor) else None)
             call.context.count(self.adapter.rest_flops(*args, **kwargs), run=True)
+            call.prepare()
         outer, thread.call = thread.call, None if plain else call
         try:
-            return forward(*args, **kwargs)
+            out = forward(*args, **kwargs)
+            call.collect()
         except BaseException:
             generation.release()
             raise
         finally:
             thread.call = outer
+        return out
 
     def _entered_at(self, generation: Generation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """The step of the full schedule at which the model is called first."""

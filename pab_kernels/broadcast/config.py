@@ -11,6 +11,7 @@ from .schedule import Schedule
 
 Kind = Literal["spatial", "temporal", "cross", "mlp", "block"]
 Unit = Literal["fraction", "step", "timestep"]
+Reuse = Literal["hold", "linear"]
 CachePoint = Literal["pre_gate", "post_gate", "unprojected"]
 CacheDtype = Literal["float8_e4m3fn", "int8"]
 
@@ -37,11 +38,18 @@ class Broadcast:
     ("timestep", as VideoSys has it). With explicit steps `at` there is no window: each point of `at` that occurs in the schedule is
     computed and the `range - 1` steps after it are reused, up to the next point.
 
+    With c the output computed last, at step s, and c_prev the one computed before it, at step p, step i reuses
+
+        hold:    c
+        linear:  c + w (c - c_prev)  with  w = (i - s) / (s - p)
+
+    Linear is the straight line through both. It keeps two outputs instead of one, and holds where nothing was computed before s.
+
     Args:
         range: steps from one compute to the next, at least 1; 1 computes always.
         window: `(lo, hi)`; default (0.15, 0.85) for fractions, and to be given for the other units.
         unit: what `window` or `at` counts.
-        reuse: "hold", the last output.
+        reuse: "hold" or "linear".
         layers: block indices to which the rule is restricted; default all.
         at: explicit points in `unit` "step" or "timestep".
 
@@ -52,7 +60,7 @@ class Broadcast:
     range: int
     window: tuple[float, float] | None = None
     unit: Unit = "fraction"
-    reuse: Literal["hold"] = "hold"
+    reuse: Reuse = "hold"
     layers: tuple[int, ...] | None = None
     at: tuple[int, ...] | None = None
 
@@ -60,7 +68,7 @@ class Broadcast:
         if not _whole(self.range) or self.range < 1:
             raise ValueError(f"range must be a whole number of at least 1, got {self.range!r}; 1 computes at every step")
         _check_member("unit", self.unit, get_args(Unit))
-        _check_member("reuse", self.reuse, ("hold",))
+        _check_member("reuse", self.reuse, get_args(Reuse))
         for name, without in (("layers", "for all layers"), ("at", "for a window")):
             given = getattr(self, name)
             if given is None:

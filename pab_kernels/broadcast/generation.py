@@ -12,9 +12,10 @@ from torch import nn
 
 from ..ops.quantize import Quantized
 from .config import PABConfig
-from .plan import Action, Plan, Sublayer
+from .plan import Action, Decision, Plan, Sublayer
 from .schedule import Schedule
-from .slots import CACHE_DTYPES, Arena, Key, Meter, Slot, pack
+from .slots import CACHE_DTYPES, Arena, Key, Line, Meter, Slot, pack
+from .traced import TracedTurn
 
 
 @dataclass
@@ -24,8 +25,8 @@ class Tally:
     Args:
         computed: runs, those below included.
         stored: runs whose output was kept.
-        reused: turns that read a slot instead.
-        forced: runs that the plan had as a reuse, but the slot was not the planned source.
+        reused: turns that read kept outputs instead.
+        forced: runs that the plan had as a reuse, but what was kept was not what it planned to read.
     """
 
     computed: int = 0
@@ -69,6 +70,22 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where in an arena an output goes: `Arena.put` without the value."""
+
+    arena: Arena
+    name: str
+    key: Key
+    step: int
+    most: int
+
+    def keep(self, value: Any, dtype: torch.dtype | None) -> None:
+        """Keep `value` there."""
+        own = self.key.dtype if dtype is None and isinstance(value, Quantized) else dtype
+        self.arena.put(self.name, value, self.key, self.step, own, self.most)
+
+
+@dataclass(frozen=True)
 class Store:
     """Where a sublayer's output is to be put.
 
@@ -79,22 +96,21 @@ class Store:
 
     point: Literal["pre_gate", "post_gate"]
     dtype: torch.dtype | None
-    _arena: Arena
-    _name: str
-    _key: Key
-    _step: int
+    _place: Place | TracedTurn
 
     def put(self, value: Any) -> None:
         """Keep `value`, quantised if it is not yet."""
-        own = value.dtype if isinstance(value, torch.Tensor) else self._key.dtype if isinstance(value, Quantized) else None
-        self._arena.put(self._name, pack(value, self.dtype), self._key, self._step, own)
+        self._place.keep(pack(value, self.dtype), value.dtype if isinstance(value, torch.Tensor) else None)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One sublayer's turn in a call: read `slot` instead of computing, or compute and, if `store` is given, keep the output."""
+    """One sublayer's turn in a call: read `slot` instead of computing, or compute and, if `store` is given, keep the output.
 
-    slot: Slot | None = None
+    Where the reuse is linear, `slot` is the `Line` through the two newest outputs.
+    """
+
+    slot: Slot | Line | None = None
     store: Store | None = None
 
 
@@ -106,9 +122,37 @@ class Call:
         self.context = context
         self.step = step
         self._had_turn: set[str] = set()
+        self._traced: dict[str, TracedTurn] = {}
+
+    def prepare(self) -> None:
+        """Decide every turn before the model runs, for the sublayers that take theirs in a compiled graph."""
+        plan = self.generation.plan
+        assert plan is not None
+        for sublayer in self.generation.sublayers:
+            action, slot = Action.COMPUTE, None
+            if sublayer.name in plan.rows:
+                decision = plan.decision(sublayer.name, self.step)
+                action = decision.action
+                if action is Action.REUSE:
+                    slot = self._read(sublayer.name, decision)
+                    action = Action.REUSE if slot is not None else self._forced(sublayer.name)
+            self._traced[sublayer.name] = TracedTurn(sublayer, action, slot)
+
+    def collect(self) -> None:
+        """Account for the turns that were taken in compiled graphs, and keep what these stored."""
+        for name, turn in self._traced.items():
+            if turn.input is None:
+                continue
+            key = Key(*turn.input)
+            taken = self._account(turn.sublayer, key, turn.slot if turn.reused else None, turn.flops)
+            for _ in range(turn.runs - 1):
+                self._repeated(turn.sublayer, 0)
+            if taken.store is not None and turn.kept is not None:
+                Place(self.context.arena, name, key, self.step, self._held(name)).keep(turn.kept, turn.dtype)
+        self._traced.clear()
 
     def turn(self, sublayer: Sublayer, x: torch.Tensor, flops: int = 0) -> Turn:
-        """What `sublayer`, with input `x`, is to do now; counted, and a slot read for the last time is let go.
+        """What `sublayer`, with input `x`, is to do now; counted, and what is read for the last time is let go.
 
         A sublayer that runs several times in one call (chunks, layers that share a module) has its slot for the first time only.
 
@@ -117,41 +161,94 @@ class Call:
             x: its input (only shape, dtype and device are read).
             flops: of computing it.
         """
+        if torch.compiler.is_compiling():
+            return self._turn_in_graph(sublayer, x, flops)
+        self._traced.pop(sublayer.name, None)
         plan = self.generation.plan
         if plan is None or sublayer.name not in plan.rows:
             self.context.count(flops, run=True)
             return Turn()
-        decision = plan.decision(sublayer.name, self.step)
-        tally = self.context.tallies.setdefault(sublayer.kind, Tally())
-        arena, key = self.context.arena, Key.of(x)
-        action = decision.action
         if sublayer.name in self._had_turn:
-            tally.computed += 1
-            tally.forced += action is Action.REUSE
-            self.context.count(flops, run=True)
+            self._repeated(sublayer, flops)
             return Turn()
+        decision, key = plan.decision(sublayer.name, self.step), Key.of(x)
+        slot = self._read(sublayer.name, decision) if decision.action is Action.REUSE else None
+        return self._account(sublayer, key, slot if slot is not None and slot.key == key else None, flops)
+
+    def _turn_in_graph(self, sublayer: Sublayer, x: torch.Tensor, flops: int) -> Turn:
+        turn = self._traced.get(sublayer.name)
+        if turn is None:
+            raise RuntimeError(
+                f"{sublayer.name} is compiled, and was not reached through the model; call the model under PAB, not its block"
+            )
+        action = turn.take(x, flops)
+        if action == "REUSE":
+            return Turn(slot=turn.slot)
+        return Turn(store=self._store(turn)) if action == "STORE" else Turn()
+
+    def _store(self, place: Place | TracedTurn) -> Store:
+        config = self.generation.config
+        return Store("post_gate" if config.cache_point == "post_gate" else "pre_gate", CACHE_DTYPES[config.cache_dtype], place)
+
+    def _account(self, sublayer: Sublayer, key: Key, slot: Slot | Line | None, flops: int) -> Turn:
+        """Count the turn of a sublayer that reuses `slot` or, without one, runs; let go of what no later step reads."""
         self._had_turn.add(sublayer.name)
+        plan, arena, held = self.generation.plan, self.context.arena, self._held(sublayer.name)
+        self.context.count(flops, run=slot is None)
+        if plan is None or sublayer.name not in plan.rows:
+            return Turn()
+        tally = self._tally(sublayer)
+        if slot is not None:
+            tally.reused += 1
+            arena.release(sublayer.name, held)
+            return Turn(slot=slot)
+        action = plan.decision(sublayer.name, self.step).action
         if action is Action.REUSE:
-            slot = arena.get(sublayer.name)
-            earlier = slot is not None and slot.source < self.step  # steps that are given may go back
-            if slot is not None and earlier and decision.source is not None and slot.serves(key, decision.source):
-                tally.reused += 1
-                self.context.count(flops, run=False)
-                if decision.last:
-                    arena.release(sublayer.name)
-                return Turn(slot=slot)
             tally.forced += 1
-            action = Action.COMPUTE if decision.last else Action.STORE
+            action = self._forced(sublayer.name)
         tally.computed += 1
-        self.context.count(flops, run=True)
-        if action is not Action.SKIP:  # skipped in the plan, but its block was forced to run: what it holds is still to be read
-            arena.release(sublayer.name)
-        if action is not Action.STORE:
+        stores = action is Action.STORE
+        # Where the plan skips it and its block was forced to run, what is held is still to be read.
+        arena.release(sublayer.name, held - stores)
+        if not stores:
             return Turn()
         tally.stored += 1
-        config = self.generation.config
-        point: Literal["pre_gate", "post_gate"] = "post_gate" if config.cache_point == "post_gate" else "pre_gate"
-        return Turn(store=Store(point, CACHE_DTYPES[config.cache_dtype], arena, sublayer.name, key, self.step))
+        return Turn(store=self._store(Place(arena, sublayer.name, key, self.step, held)))
+
+    def _tally(self, sublayer: Sublayer) -> Tally:
+        return self.context.tallies.setdefault(sublayer.kind, Tally())
+
+    def _repeated(self, sublayer: Sublayer, flops: int) -> None:
+        plan = self.generation.plan
+        self.context.count(flops, run=True)
+        if plan is not None and sublayer.name in plan.rows:
+            tally = self._tally(sublayer)
+            tally.computed += 1
+            tally.forced += plan.decision(sublayer.name, self.step).action is Action.REUSE
+
+    def _held(self, name: str) -> int:
+        """How many outputs of a sublayer the plan keeps after this step."""
+        plan = self.generation.plan
+        return 0 if plan is None or name not in plan.rows else plan.held(name, self.step)
+
+    def _forced(self, name: str) -> Action:
+        """What a planned reuse is instead, where what it reads is not there."""
+        return Action.STORE if self._held(name) else Action.COMPUTE
+
+    def _read(self, name: str, decision: Decision) -> Slot | Line | None:
+        """What a planned reuse reads, or None where it is not there: every output from the planned step or a later one, in their order."""
+        newest, before = self.context.arena.get(name), self.context.arena.get(name, 1)
+        if newest is None or decision.source is None:
+            return None
+        if not decision.source <= newest.source < self.step:  # steps that are given may go back
+            return None
+        if decision.previous is None:
+            return newest
+        if before is None or before.key != newest.key or not decision.previous <= before.source < newest.source:
+            return None
+        w = (self.step - newest.source) / (newest.source - before.source)
+        device = newest.key.device
+        return Line(newest, before, (self.generation.weight(1 + w, device), self.generation.weight(-w, device)))
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """Whether a fused operation may stand for calling `module` (an `nn.Linear` or a norm) on `x`; decided once a generation."""
@@ -188,6 +285,7 @@ class Generation:
         self.plain_calls = 0
         self._called: dict[str, int] = {}
         self._fuses: dict[tuple[nn.Module, Key], bool] = {}
+        self._weights: dict[tuple[float, torch.device], torch.Tensor] = {}
 
     @property
     def started(self) -> bool:
@@ -252,12 +350,25 @@ class Generation:
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """See `Call.fuses`."""
+        if torch.compiler.is_compiling():  # decided while the graph is made
+            return _fuses(module, x) and not _autocast(x)
         key = (module, Key((x.shape[-1],), x.dtype, x.device))
         if key not in self._fuses:
-            self._fuses[key] = is_plain(module, nn.Linear, nn.LayerNorm, nn.RMSNorm) and all(
-                type(p) is nn.Parameter and p.device == x.device and p.dtype == x.dtype and p.stride(-1) == 1 for p in module.parameters()
-            )
+            self._fuses[key] = _fuses(module, x)
         return self._fuses[key] and not _autocast(x)
+
+    def weight(self, value: float, device: torch.device) -> torch.Tensor:
+        """`value` as one float32 number on `device`; made once a generation, and without waiting for the device."""
+        key = (value, device)
+        if key not in self._weights:
+            self._weights[key] = torch.full((), value, dtype=torch.float32, device=device)  # a fill: nothing is copied from the host
+        return self._weights[key]
+
+
+def _fuses(module: nn.Module, x: torch.Tensor) -> bool:
+    return is_plain(module, nn.Linear, nn.LayerNorm, nn.RMSNorm) and all(
+        type(p) is nn.Parameter and p.device == x.device and p.dtype == x.dtype and p.stride(-1) == 1 for p in module.parameters()
+    )
 
 
 def is_plain(module: nn.Module, *classes: type) -> bool:

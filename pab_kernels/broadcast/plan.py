@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from .config import KINDS, PABConfig
+from .config import KINDS, Broadcast, PABConfig
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -50,11 +52,13 @@ class Decision:
     Args:
         action: what is done.
         source: for a reuse, the step whose output is read.
-        last: for a reuse, whether no later step reads the slot.
+        previous: for a linear reuse, the step computed before `source`, whose output is read too; None where `source` is held.
+        last: for a reuse, whether no later step reads what `source` computed.
     """
 
     action: Action
     source: int | None = None
+    previous: int | None = None
     last: bool = False
 
 
@@ -105,21 +109,31 @@ class Forecast:
         return self.flops / self.flops_without if self.flops_without else 1.0
 
 
-def _row(reused: frozenset[int], block: Sequence[Decision] | None, schedule: Schedule) -> tuple[Decision, ...]:
+def _row(rule: Broadcast | None, block: Sequence[Decision] | None, schedule: Schedule) -> tuple[Decision, ...]:
     """The decisions of one sublayer, for steps `begin` to `N - 1`."""
     steps = range(schedule.begin, schedule.num_steps)
     runs = [i for i in steps if block is None or block[i - schedule.begin].action is not Action.REUSE]
-    reuses = {i for i in runs[1:] if i in reused}
+    reused = rule.reused(schedule) if rule else frozenset()
+    linear = rule is not None and rule.reuse == "linear"
     cells: dict[int, Decision] = {}
-    source = schedule.begin
-    for i, following in zip(runs, [*runs[1:], None], strict=True):
-        continued = following in reuses
-        if i in reuses:
-            cells[i] = Decision(Action.REUSE, source, last=not continued)
+    source = previous = None
+    for i in runs:
+        if source is not None and i in reused:
+            cells[i] = Decision(Action.REUSE, source, previous)
         else:
-            source = i
-            cells[i] = Decision(Action.STORE if continued else Action.COMPUTE)
+            previous, source = source if linear else None, i
+    last_reads = _last_reads(cells)
+    for i in runs:
+        if i in cells:
+            cells[i] = replace(cells[i], last=last_reads[cells[i].source] == i)
+        else:
+            cells[i] = Decision(Action.STORE if i in last_reads else Action.COMPUTE)
     return tuple(cells.get(i, Decision(Action.SKIP)) for i in steps)
+
+
+def _last_reads(cells: Mapping[int, Decision]) -> dict[int | None, int]:
+    """For each step whose output is read, the last step that reads it; `cells` by step, in their order."""
+    return {read: i for i, cell in cells.items() for read in (cell.source, cell.previous) if read is not None}
 
 
 def generic_sublayers(config: PABConfig) -> list[Sublayer]:
@@ -176,7 +190,7 @@ class Plan:
             rule = self.config.rule(sublayer.kind, sublayer.layer)
             block = rows.get(sublayer.block) if sublayer.block else None
             if (rule, block) not in made:
-                made[rule, block] = _row(rule.reused(self.schedule) if rule else frozenset(), block, self.schedule)
+                made[rule, block] = _row(rule, block, self.schedule)
             rows[sublayer.name] = made[rule, block]
         return {s.name: rows[s.name] for s in self.sublayers}
 
@@ -234,21 +248,27 @@ class Plan:
         return Counts(actions.count(Action.COMPUTE) + stored, stored, actions.count(Action.REUSE), actions.count(Action.SKIP))
 
     def alive(self, step: int) -> tuple[str, ...]:
-        """Names of the sublayers whose slot is held after `step`."""
-        return tuple(name for name, row in self.rows.items() if self._held(row)[step - self.schedule.begin])
+        """Names of the sublayers whose outputs are held after `step`, once for each output."""
+        return tuple(name for name in self.rows for _ in range(self.held(name, step)))
 
-    @staticmethod
-    def _held(row: Sequence[Decision]) -> list[bool]:
-        held, result = False, []
-        for d in row:
-            held = d.action is Action.STORE or (held and not (d.action is Action.REUSE and d.last))
-            result.append(held)
-        return result
+    def held(self, name: str, step: int) -> int:
+        """How many outputs of sublayer `name` are held after `step`: the newest ones, as a later step reads them."""
+        return self._held[name][step - self.schedule.begin]
+
+    @cached_property
+    def _held(self) -> dict[str, tuple[int, ...]]:
+        counted = {row: self._count_held(row) for row in set(self.rows.values())}
+        return {name: counted[row] for name, row in self.rows.items()}
+
+    def _count_held(self, row: Sequence[Decision]) -> tuple[int, ...]:
+        cells = dict(zip(self.steps, row, strict=True))
+        dropped = Counter(_last_reads(cells).values())
+        return tuple(accumulate((cell.action is Action.STORE) - dropped[i] for i, cell in cells.items()))
 
     @cached_property
     def patterns(self) -> int:
-        """How many different columns the plan has: the graphs that a compiler makes of it."""
-        return len({tuple(row[i].action for row in self.rows.values()) for i in range(len(self.steps))})
+        """How many different columns the plan has: the graphs that a compiler makes of it. Reuses of one and of two outputs differ."""
+        return len({tuple((row[i].action, row[i].previous is None) for row in self.rows.values()) for i in range(len(self.steps))})
 
     def forecast(self, costs: Mapping[str, Cost], rest_flops: int = 0) -> Forecast:
         """FLOPs and cache bytes of a generation, without running it.
@@ -262,8 +282,8 @@ class Plan:
         flops = [rest_flops + sum(costs[n].flops for n, row in self.rows.items() if row[i].action in done) for i in columns]
         held, peak, cache = 0, 0, []
         for i in columns:
-            for name, row in self.rows.items():  # in the order in which they run
-                held += costs[name].slot_bytes * ((row[i].action is Action.STORE) - row[i].last)
+            for name, counts in self._held.items():  # in the order in which they run
+                held += costs[name].slot_bytes * (counts[i] - (counts[i - 1] if i else 0))
                 peak = max(peak, held)
             cache.append(held)
         full = len(self.steps) * (rest_flops + sum(costs[name].flops for name in self.rows))

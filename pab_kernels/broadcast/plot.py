@@ -42,13 +42,14 @@ def _window(plan: Plan, label: str, row: tuple[Decision, ...]) -> tuple[int, int
 
 def _draw_row(ax: Axes, y: float, label: str, row: tuple[Decision, ...], begin: int, arrows: bool) -> None:
     patches = require("matplotlib.patches", "drawing a plan")
+    ends = {cell.source: step for step, cell in enumerate(row, begin) if cell.source is not None}
     for step, cell in enumerate(row, begin):
         edge = "#c4c8ce" if cell.action is Action.SKIP else "white"
         fill = COLOURS[cell.action]
         corner = (step - 0.5, y - _CELL / 2)
         ax.add_patch(patches.Rectangle(corner, 1, _CELL, facecolor=fill, edgecolor=edge, linewidth=0.8, gid=f"{label} at {step}"))
-        if arrows and cell.action is Action.REUSE and cell.last and cell.source is not None:
-            ax.annotate("", (step + 0.36, y), (cell.source + 0.5, y), arrowprops=_ARROW)
+    for source, end in ends.items() if arrows else ():
+        ax.annotate("", (end + 0.36, y), (source + 0.5, y), arrowprops=_ARROW)
 
 
 def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:

@@ -2,7 +2,7 @@
 
 The published ones are those of VideoSys (commit 4cce477), with its timestep windows, MLP tables and cache points. An MLP table names
 timesteps of one schedule (model, size and number of steps): elsewhere its points may not occur, which `Plan.notes` then says. "demo" is for
-the model that comes with the package, chosen by sampling it with each kind reused in each fifth of the schedule.
+the model that comes with the package: every second output of every sublayer on the line through the two before it, in the default window.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ def _mlp(points: tuple[int, ...], layers: int) -> Broadcast:
     return Broadcast(3, unit="timestep", at=points, layers=tuple(range(layers)))
 
 
+_LINE = Broadcast(2, reuse="linear")
+
 _PRESETS: dict[str, PABConfig] = {
     "open-sora-1.2": PABConfig(
         **_timesteps(450, 930, spatial=2, temporal=4, cross=6), mlp=_mlp((676, 788, 864), 5), cache_point="post_gate"
@@ -31,7 +33,7 @@ _PRESETS: dict[str, PABConfig] = {
     ),
     "cogvideox": PABConfig(**_timesteps(100, 850, spatial=2)),
     "vchitect": PABConfig(**_timesteps(100, 800, spatial=2, temporal=4, cross=6)),
-    "demo": PABConfig(mlp=Broadcast(2, (0.3, 0.86))),
+    "demo": PABConfig(spatial=_LINE, temporal=_LINE, cross=_LINE, mlp=_LINE),
     "pab246": PABConfig(spatial=2, temporal=4, cross=6),
     "pab357": PABConfig(spatial=3, temporal=5, cross=7),
     "pab579": PABConfig(spatial=5, temporal=7, cross=9),

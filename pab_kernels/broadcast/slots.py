@@ -28,6 +28,10 @@ class Key:
         """The key of a sublayer whose input is `x`."""
         return cls(tuple(x.shape), x.dtype, x.device)
 
+    def matches(self, x: torch.Tensor) -> bool:
+        """Whether `x` has this key."""
+        return self.shape == tuple(x.shape) and self.dtype == x.dtype and self.device == x.device
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -47,9 +51,38 @@ class Slot:
     nbytes: int
     dtype: torch.dtype | None = None
 
-    def serves(self, key: Key, source: int) -> bool:
-        """Whether a reuse planned from step `source` may read it: same input key, and not older."""
-        return self.key == key and self.source >= source
+    @property
+    def terms(self) -> tuple[tuple[Slot, torch.Tensor | None], ...]:
+        """What is added up where it is reused: slots, each with its weight or None for 1."""
+        return ((self, None),)
+
+
+@dataclass(frozen=True)
+class Line:
+    """The straight line through the two newest outputs of a sublayer, read at a later step: a linear reuse.
+
+        1. w = (step - newest.source) / (newest.source - before.source)
+        2. value = newest + w (newest - before) = (1 + w) newest - w before
+
+    Args:
+        newest: the output computed last.
+        before: the one computed before it, by an earlier step.
+        weights: 1 + w and -w, each one float32 number on the slots' device.
+    """
+
+    newest: Slot
+    before: Slot
+    weights: tuple[torch.Tensor, torch.Tensor]
+
+    @property
+    def key(self) -> Key:
+        """Of the input that both were computed from."""
+        return self.newest.key
+
+    @property
+    def terms(self) -> tuple[tuple[Slot, torch.Tensor | None], ...]:
+        """What is added up: both slots with their weights."""
+        return ((self.newest, self.weights[0]), (self.before, self.weights[1]))
 
 
 def _is_leaf(value: Any) -> bool:
@@ -101,28 +134,30 @@ class Meter:
 
 
 class Arena:
-    """The slots of one context of one generation, by sublayer name."""
+    """The slots of one context of one generation: the newest outputs of each sublayer, by its name."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._slots: dict[str, Slot] = {}
+        self._slots: dict[str, tuple[Slot, ...]] = {}  # the newest first
 
-    def put(self, name: str, value: Any, key: Key, source: int, dtype: torch.dtype | None = None) -> None:
-        """Keep `value` for sublayer `name`; what it held is let go first."""
-        self.release(name)
+    def put(self, name: str, value: Any, key: Key, source: int, dtype: torch.dtype | None = None, most: int = 1) -> None:
+        """Keep `value` for sublayer `name` as the newest of at most `most` outputs; older ones are let go first."""
+        self.release(name, most - 1)
         slot = Slot(value, key, source, nbytes(value), dtype)
-        self._slots[name] = slot
+        self._slots[name] = (slot, *self._slots.get(name, ()))
         self._meter.add(slot.nbytes)
 
-    def get(self, name: str) -> Slot | None:
-        """The slot of sublayer `name`, if it holds anything."""
-        return self._slots.get(name)
+    def get(self, name: str, age: int = 0) -> Slot | None:
+        """The newest slot of sublayer `name`, or with `age` 1 the one before it, if it is held."""
+        slots = self._slots.get(name, ())
+        return slots[age] if age < len(slots) else None
 
-    def release(self, name: str) -> None:
-        """Let go of the slot of sublayer `name`."""
-        slot = self._slots.pop(name, None)
-        if slot is not None:
-            self._meter.add(-slot.nbytes)
+    def release(self, name: str, most: int = 0) -> None:
+        """Let go of the slots of sublayer `name`, but for the `most` newest ones."""
+        slots = self._slots.pop(name, ())
+        if slots[:most]:
+            self._slots[name] = slots[:most]
+        self._meter.add(-sum(slot.nbytes for slot in slots[most:]))
 
     def clear(self) -> None:
         """Let go of every slot."""
@@ -130,4 +165,4 @@ class Arena:
             self.release(name)
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return sum(map(len, self._slots.values()))

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..ops.cached_outputs import CachedOutput
 from .generation import Call, Store
-from .slots import Slot, unpack
+from .slots import Line, Slot, unpack
 
 MOST_PENDING = 3
 """Additions that one `broadcast_residual` takes."""
@@ -31,7 +32,7 @@ class ResidualStream:
         self._x = _dense(x)
         self._call = call
         self._projection: tuple[torch.Tensor, nn.Linear, torch.Tensor | None, Store | None] | None = None
-        self._pending: list[tuple[Any, torch.Tensor | None]] = []
+        self._pending: list[CachedOutput] = []
 
     def read(self) -> torch.Tensor:
         """The stream itself, everything added."""
@@ -47,8 +48,8 @@ class ResidualStream:
             y = norm(self.read())
             y = y if scale is None else y * (1 + scale)
             return y if shift is None else y + shift
-        values, gates = self._take()
-        self._x, y = ops.broadcast_residual(self._x, values, gates=gates, norm=form, shift=shift, scale=scale)
+        slots, gates, weights = self._take()
+        self._x, y = ops.broadcast_residual(self._x, slots, gates=gates, weights=weights, norm=form, shift=shift, scale=scale)
         assert y is not None
         return y
 
@@ -70,31 +71,36 @@ class ResidualStream:
             store.put(out.clone() if _share_memory(out, self._x) else out)
         self._hold(out, gate)
 
-    def reuse(self, slot: Slot, gate: torch.Tensor | None = None) -> None:
-        """Add `gate * slot`: nothing runs until the stream is read. Leave `gate` out where the slot was kept after it."""
-        if slot.dtype is None or slot.dtype == self._x.dtype:
-            self._hold(slot.value, gate)
-        else:  # autocast: dequantised to its own dtype, the sum is promoted as it was when computed
-            self._hold(unpack(slot.value, slot.dtype), gate)
+    def reuse(self, slot: Slot | Line, gate: torch.Tensor | None = None) -> None:
+        """Add `gate * slot`: nothing runs until the stream is read. Leave `gate` out where the slot was kept after it.
 
-    def _hold(self, value: Any, gate: torch.Tensor | None) -> None:
+        A `Line` is two additions, each rounded to the stream's dtype: `gate * ((1 + w) newest)`, then `gate * (-w before)`.
+        """
+        for term, weight in slot.terms:
+            if term.dtype is None or term.dtype == self._x.dtype:
+                self._hold(term.value, gate, weight)
+            else:  # autocast: dequantised to its own dtype, the sum is promoted as it was when computed
+                self._hold(unpack(term.value, term.dtype), gate, weight)
+
+    def _hold(self, value: Any, gate: torch.Tensor | None, weight: torch.Tensor | None = None) -> None:
         mixed = isinstance(value, torch.Tensor) and value.dtype != self._x.dtype  # autocast, or a module that computes in float32
         if mixed or value.shape != self._x.shape or not _fits(gate, self._x):
             self._flush()
             value = unpack(value, self._x.dtype)
+            value = value if weight is None else (weight * value.float()).to(value.dtype)  # as the operations do
             self._x = _dense((value if gate is None else gate * value) + self._x)
             return
         if len(self._pending) == (MOST_PENDING - 1 if self._projection is not None else MOST_PENDING):
             self._flush()
-        self._pending.append((value, gate))
+        self._pending.append(CachedOutput(value, gate, weight))
 
-    def _take(self) -> tuple[list[Any], list[torch.Tensor | None]]:
-        values, gates = [value for value, _ in self._pending], [gate for _, gate in self._pending]
-        self._pending.clear()
-        return values, gates
+    def _take(self) -> tuple[list[Any], list[torch.Tensor | None], list[torch.Tensor | None]]:
+        """Slots, gates and weights of all that is pending; nothing is pending any more."""
+        pending, self._pending = self._pending, []
+        return [c.slot for c in pending], [c.gate for c in pending], [c.weight for c in pending]
 
     def _flush(self) -> None:
-        values, gates = self._take()
+        slots, gates, weights = self._take()
         if self._projection is not None:
             a, linear, gate, store = self._projection
             self._projection = None
@@ -106,13 +112,14 @@ class ResidualStream:
                 gate=gate,
                 store=None if store is None else store.point,
                 store_dtype=None if store is None else store.dtype,
-                slots=values,
+                slots=slots,
                 gates=gates,
+                weights=weights,
             )
             if store is not None:
                 store.put(kept)
-        elif values:
-            self._x, _ = ops.broadcast_residual(self._x, values, gates=gates)
+        elif slots:
+            self._x, _ = ops.broadcast_residual(self._x, slots, gates=gates, weights=weights)
 
 
 def _norm_of(norm: nn.Module, x: torch.Tensor) -> ops.Norm | None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..broadcast.config import KINDS
-from ..broadcast.slots import unpack
+from ..broadcast.slots import Line, unpack
 from ..ops.quantize import Quantized
 
 if TYPE_CHECKING:
@@ -23,8 +23,10 @@ _PREFIX = "module."
 class BroadcastModule(nn.Module):
     """Wraps an attention module (or an MLP): computed as it is, or its last output given back, as the plan says.
 
-    The output may be a tensor or any nest of tensors, and is kept whole. Where it is used as `x + gate * module(...)`, the gate stays
-    outside and fresh. `state_dict` has the names of the wrapped module. Without `enable`, it is the wrapped module.
+    The output may be a tensor or any nest of tensors, and is kept whole. A linear reuse gives its floating-point tensors as
+    `c + w (c - c_prev)`, in float32 (float64 where they are) and rounded once to their dtype; everything else is that of the newest
+    output. Where it is used as `x + gate * module(...)`, the gate stays outside and fresh. `state_dict` has the names of the wrapped
+    module. Without `enable`, it is the wrapped module.
 
     Args:
         module: what is wrapped.
@@ -61,7 +63,7 @@ class BroadcastModule(nn.Module):
             raise TypeError(f"{self._member.sublayer.name}: no tensor among the inputs; a BroadcastModule needs at least one")
         turn = call.turn(self._member.sublayer, x)
         if turn.slot is not None:
-            return _handed_out(*turn.slot.value)
+            return _extended(turn.slot) if isinstance(turn.slot, Line) else _handed_out(*turn.slot.value)
         out = self.module(*args, **kwargs)
         if turn.store is not None:
             turn.store.put(_kept(out))
@@ -94,8 +96,29 @@ def _kept(out: Any) -> tuple[Any, list[torch.dtype | None]]:
 def _handed_out(kept: Any, dtypes: list[torch.dtype | None]) -> Any:
     """The output again, in tensors that may be written to."""
     leaves, nest = pytree.tree_flatten(kept)
-    pairs = zip(leaves, dtypes, strict=True)
-    return pytree.tree_unflatten([unpack(v, d) if d and isinstance(v, Quantized) else _cloned(v) for v, d in pairs], nest)
+    return pytree.tree_unflatten(list(map(_leaf, leaves, dtypes)), nest)
+
+
+def _leaf(value: Any, dtype: torch.dtype | None) -> Any:
+    return unpack(value, dtype) if dtype and isinstance(value, Quantized) else _cloned(value)
+
+
+def _extended(line: Line) -> Any:
+    """The output on the line through the two that were kept; the newest one where the other is another nest."""
+    (newest, dtypes), (before, dtypes_before) = line.newest.value, line.before.value
+    leaves, nest = pytree.tree_flatten(newest)
+    leaves_before, nest_before = pytree.tree_flatten(before)
+    if nest != nest_before:
+        return _handed_out(newest, dtypes)
+
+    def extended(c: Any, dtype: torch.dtype | None, c_prev: Any, dtype_prev: torch.dtype | None) -> Any:
+        if dtype is None or not dtype.is_floating_point or dtype != dtype_prev or c.shape != c_prev.shape:
+            return _leaf(c, dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        c, c_prev = unpack(c, wide).to(wide), unpack(c_prev, wide).to(wide)
+        return (c - line.weights[1] * (c - c_prev)).to(dtype)
+
+    return pytree.tree_unflatten(list(map(extended, leaves, dtypes, leaves_before, dtypes_before)), nest)
 
 
 def _cloned(value: Any) -> Any:

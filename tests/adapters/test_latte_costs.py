@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -30,6 +31,8 @@ EVERYTHING = {
     "mlp": Broadcast(5, WIDE),
     "block": Broadcast(3, (5, 10), "step", layers=(1,)),
 }
+LINEAR = {kind: dataclasses.replace(rule, reuse="linear") for kind, rule in EVERYTHING.items()}
+BOTH = pytest.mark.parametrize("rules", [EVERYTHING, LINEAR], ids=["hold", "linear"])
 
 
 def forecast(model: Any, *, batch: int = 1, size: int = SIZE, text: int = TEXT) -> Forecast:
@@ -43,7 +46,7 @@ def forecast(model: Any, *, batch: int = 1, size: int = SIZE, text: int = TEXT) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", [PABConfig(), PABConfig(spatial=2, temporal=3, cross=4), PABConfig(**EVERYTHING)])
+@pytest.mark.parametrize("config", [PABConfig(), PABConfig(spatial=2, temporal=3, cross=4), PABConfig(**EVERYTHING), PABConfig(**LINEAR)])
 def test_flops_of_a_pipeline_run_are_forecast_and_counted(config: PABConfig, dtype: torch.dtype) -> None:
     pipe = tiny_pipe(model=tiny_latte(dtype))
     with ops.flop_counter() as plain:
@@ -58,7 +61,7 @@ def test_flops_of_a_pipeline_run_are_forecast_and_counted(config: PABConfig, dty
     assert summary.share == expected.share and (summary.share < 1) == (config != PABConfig())
 
 
-@pytest.mark.parametrize("config", [PABConfig(), PABConfig(**EVERYTHING)])
+@pytest.mark.parametrize("config", [PABConfig(), PABConfig(**EVERYTHING), PABConfig(**LINEAR)])
 def test_flops_of_separate_contexts_are_those_of_one_times_their_number(config: PABConfig) -> None:
     model = tiny_latte()
     pab.enable(model, config, num_steps=STEPS)
@@ -78,12 +81,20 @@ def test_flops_of_separate_contexts_are_those_of_one_times_their_number(config: 
 @pytest.mark.parametrize("cache_dtype", [None, "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("cache_point", ["pre_gate", "post_gate"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peak_cache_bytes_are_forecast(cache_dtype: Any, cache_point: Any, dtype: torch.dtype) -> None:
+@BOTH
+def test_peak_cache_bytes_are_forecast(rules: Any, cache_dtype: Any, cache_point: Any, dtype: torch.dtype) -> None:
     pipe = tiny_pipe(model=tiny_latte(dtype))
-    pab.enable(pipe, PABConfig(**EVERYTHING, cache_dtype=cache_dtype, cache_point=cache_point))
-    sample(pipe, STEPS)
-    summary = pab.summary(pipe)
-    assert summary.peak_cache_bytes == forecast(pipe.transformer, batch=2).peak_cache_bytes > 0
+    pab.enable(pipe, PABConfig(**rules, cache_dtype=cache_dtype, cache_point=cache_point))
+    now: list[int] = []
+
+    def after_step(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        now.append(pab.summary(pipe).cache_bytes)
+        return tensors
+
+    sample(pipe, STEPS, callback_on_step_end=after_step)
+    summary, expected = pab.summary(pipe), forecast(pipe.transformer, batch=2)
+    assert summary.peak_cache_bytes == expected.peak_cache_bytes > 0
+    assert tuple(now) == expected.cache_bytes
     assert summary.cache_bytes == 0 and summary.forced == 0
 
 
@@ -93,7 +104,8 @@ def configs(draw: st.DrawFn) -> PABConfig:
     for kind in draw(st.lists(st.sampled_from(["spatial", "temporal", "cross", "mlp", "block"]), min_size=1, max_size=6)):
         lo, hi = sorted(draw(st.lists(st.integers(0, 8), min_size=2, max_size=2, unique=True)))
         layers = draw(st.sampled_from([None, (0,), (1,)]))
-        rules.append((kind, Broadcast(draw(st.integers(2, 6)), (lo, hi), "step", layers=layers)))
+        reuse = draw(st.sampled_from(["hold", "linear"]))
+        rules.append((kind, Broadcast(draw(st.integers(2, 6)), (lo, hi), "step", reuse, layers)))
     return PABConfig(rules=tuple(rules), cache_dtype=draw(st.sampled_from([None, "int8"])))
 
 
@@ -112,9 +124,10 @@ def test_the_forecast_holds_for_any_rules(config: PABConfig) -> None:
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("cache_point", ["pre_gate", "post_gate"])
-def test_a_generation_runs_on_the_meta_device(cache_dtype: Any, cache_point: Any) -> None:
+@BOTH
+def test_a_generation_runs_on_the_meta_device(rules: Any, cache_dtype: Any, cache_point: Any) -> None:
     model = tiny_latte().to("meta")
-    config = PABConfig(**EVERYTHING, cache_dtype=cache_dtype, cache_point=cache_point)
+    config = PABConfig(**rules, cache_dtype=cache_dtype, cache_point=cache_point)
     pab.enable(model, config, timesteps=list(range(900, -1, -100)))
     x, t = noise(batch=2).to("meta"), torch.empty(2, device="meta")
     text = prompt().expand(2, -1, -1).to("meta")
@@ -147,9 +160,10 @@ class ReadsOfValues(TorchDispatchMode):
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
-def test_values_are_read_in_the_first_call_only(scheduler: Any, cache_dtype: Any) -> None:
+@BOTH
+def test_values_are_read_in_the_first_call_only(rules: Any, scheduler: Any, cache_dtype: Any) -> None:
     pipe = tiny_pipe(scheduler())
-    pab.enable(pipe, PABConfig(**EVERYTHING, cache_dtype=cache_dtype))
+    pab.enable(pipe, PABConfig(**rules, cache_dtype=cache_dtype))
     mode = ReadsOfValues()
     reads: list[int] = []
 

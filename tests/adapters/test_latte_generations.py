@@ -31,7 +31,7 @@ def held(model: Any) -> list[weakref.ref[Tensor]]:
     """Weak references to all that is kept in slots now. They are to die without the garbage collector."""
     broadcaster = broadcaster_of(model)
     assert broadcaster is not None and broadcaster.latest is not None
-    slots = [slot for context in broadcaster.latest.contexts.values() for slot in context.arena._slots.values()]
+    slots = [slot for context in broadcaster.latest.contexts.values() for kept in context.arena._slots.values() for slot in kept]
     return [weakref.ref(slot.value) for slot in slots]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -19,7 +20,7 @@ TEXTS = {"cond": prompt(1), "uncond": prompt(2)}
 
 
 def broadcast(rule: Rule) -> Broadcast:
-    return Broadcast(rule.range, rule.window, rule.unit, layers=rule.layers)
+    return Broadcast(rule.range, rule.window, rule.unit, rule.reuse, rule.layers)
 
 
 def config_of(rules: dict[str, Rule | list[Rule]], **kwargs: Any) -> PABConfig:
@@ -78,20 +79,27 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def reusing(reuse: str, rules: dict[str, Any]) -> dict[str, list[Rule]]:
+    """The same rules with this way of reuse."""
+    return {kind: [replace(rule, reuse=reuse) for rule in ([of] if isinstance(of, Rule) else of)] for kind, of in rules.items()}
+
+
+@pytest.mark.parametrize("reuse", ["hold", "linear"])
 @pytest.mark.parametrize("post_gate", [False, True], ids=["pre-gate", "post-gate"])
 @pytest.mark.parametrize("case", CASES)
-def test_two_contexts_are_bit_identical_to_the_oracle(case: str, post_gate: bool) -> None:
-    got, expected, summary = both(CASES[case], post_gate=post_gate)
+def test_two_contexts_are_bit_identical_to_the_oracle(case: str, post_gate: bool, reuse: str) -> None:
+    got, expected, summary = both(reusing(reuse, CASES[case]), post_gate=post_gate)
     assert torch.equal(got, expected)
     assert summary.forced == 0
     assert sum(t.reused for kinds in summary.contexts.values() for t in kinds.values()) > 0
 
 
+@pytest.mark.parametrize("reuse", ["hold", "linear"])
 @pytest.mark.parametrize("post_gate", [False, True], ids=["pre-gate", "post-gate"])
-def test_batched_guidance_is_bit_identical_to_the_oracle(post_gate: bool) -> None:
+def test_batched_guidance_is_bit_identical_to_the_oracle(post_gate: bool, reuse: str) -> None:
     texts = {"": torch.cat([prompt(2), prompt(1)])}
     model = tiny_latte()
-    rules = CASES["everything"]
+    rules = reusing(reuse, CASES["everything"])
     x = noise(batch=1).expand(2, -1, -1, -1, -1)
     expected = run_model(Oracle(model, rules, TIMESTEPS, post_gate=post_gate), TIMESTEPS, x, texts)
     pab.enable(model, config_of(rules, cache_point="post_gate" if post_gate else "pre_gate"), timesteps=TIMESTEPS)
@@ -100,9 +108,10 @@ def test_batched_guidance_is_bit_identical_to_the_oracle(post_gate: bool) -> Non
     assert len(pab.summary(model).contexts) == 1
 
 
+@pytest.mark.parametrize("reuse", ["hold", "linear"])
 @pytest.mark.parametrize("cache_point", ["pre_gate", "post_gate"])
-def test_batched_and_separate_guidance_give_the_same(cache_point: str) -> None:
-    rules = CASES["everything"]
+def test_batched_and_separate_guidance_give_the_same(cache_point: str, reuse: str) -> None:
+    rules = reusing(reuse, CASES["everything"])
     separate, _, _ = both(rules, post_gate=cache_point == "post_gate")
     model = tiny_latte()
     pab.enable(model, config_of(rules, cache_point=cache_point), timesteps=TIMESTEPS)
@@ -116,13 +125,15 @@ def test_batched_and_separate_guidance_give_the_same(cache_point: str) -> None:
 
 @pytest.mark.parametrize("post_gate", [False, True], ids=["pre-gate", "post-gate"])
 @pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.01), ("float8_e4m3fn", 0.04)])
+@pytest.mark.parametrize("reuse", ["hold", "linear"])
 @pytest.mark.parametrize("case", ["everything", "block", "sublayers of blocks that are reused"])
-def test_8_bit_slots_round_as_the_oracle_does_and_change_little(case: str, dtype: str, bound: float, post_gate: bool) -> None:
-    got, expected, summary = both(CASES[case], dtype=dtype, post_gate=post_gate)
+def test_8_bit_slots_round_as_the_oracle_does_and_change_little(case: str, reuse: str, dtype: str, bound: float, post_gate: bool) -> None:
+    rules = reusing(reuse, CASES[case])
+    got, expected, summary = both(rules, dtype=dtype, post_gate=post_gate)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    exact, _, wide = both(CASES[case], post_gate=post_gate)
+    exact, _, wide = both(rules, post_gate=post_gate)
     error = (got - exact).norm() / exact.norm()
-    assert 0 < error < bound
+    assert 0 < error < (bound if reuse == "hold" else 4 * bound)  # the line magnifies what rounding does to the two outputs
     assert summary.peak_cache_bytes < 0.3 * wide.peak_cache_bytes
 
 
@@ -140,11 +151,12 @@ def test_8_bit_slots_round_as_the_oracle_does_and_change_little(case: str, dtype
     ],
     ids=["no cross attention", "GEGLU", "affine norms", "3 heads of 72", "heads of 8", "one token", "one frame", "odd numbers"],
 )
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize(("dtype", "reuse"), [(None, "hold"), ("int8", "hold"), (None, "linear")])
 def test_other_models_and_shapes_are_as_the_oracle_has_them(
-    model: dict[str, Any], frames: int, height: int, width: int, dtype: str | None
+    model: dict[str, Any], frames: int, height: int, width: int, dtype: str | None, reuse: str
 ) -> None:
-    rules = {kind: Rule(reach, (0, 1)) for kind, reach in (("spatial", 2), ("temporal", 3), ("cross", 4), ("mlp", 5))}
+    kinds = (("spatial", 2), ("temporal", 3), ("cross", 4), ("mlp", 5))
+    rules = {kind: Rule(reach, (0, 1), reuse=reuse) for kind, reach in kinds}
     oracle = Oracle(tiny_latte(**model), rules, TIMESTEPS, dtype=None if dtype is None else getattr(torch, dtype))
     tested = tiny_latte(**model)
     pab.enable(tested, config_of(rules, cache_dtype=dtype), num_steps=len(TIMESTEPS))
@@ -173,6 +185,8 @@ def test_the_oracle_is_not_the_plain_model() -> None:
     for kind in ("spatial", "temporal", "cross", "mlp", "block"):
         changed = run_model(Oracle(model, CASES[kind], TIMESTEPS), TIMESTEPS, noise(), TEXTS)
         assert (changed - plain).norm() > 1e-3 * plain.norm(), kind
+        linear = run_model(Oracle(model, reusing("linear", CASES[kind]), TIMESTEPS), TIMESTEPS, noise(), TEXTS)
+        assert (linear - changed).norm() > 1e-3 * plain.norm() < (linear - plain).norm(), kind
 
 
 @st.composite
@@ -181,7 +195,7 @@ def rule_sets(draw: st.DrawFn) -> dict[str, list[Rule]]:
     for kind in draw(st.lists(st.sampled_from(["spatial", "temporal", "cross", "mlp", "block"]), min_size=1, unique=True)):
         lo, hi = sorted(draw(st.lists(st.integers(0, 10), min_size=2, max_size=2, unique=True)))
         layers = draw(st.sampled_from([None, (0,), (1,)]))
-        rules[kind] = [Rule(draw(st.integers(1, 7)), (lo, hi), "step", layers)]
+        rules[kind] = [Rule(draw(st.integers(1, 7)), (lo, hi), "step", layers, draw(st.sampled_from(["hold", "linear"])))]
     return rules
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -19,8 +20,20 @@ from diffusers import (
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
-from tests.adapters.tiny_latte import FRAMES, LAYERS, TEXT, TOKENS, counted_calls, counted_operations, noise, prompt, sample, tiny_pipe
-from tests.oracle import Rule
+from tests.adapters.tiny_latte import (
+    FRAMES,
+    LAYERS,
+    TEXT,
+    TOKENS,
+    counted_calls,
+    counted_operations,
+    noise,
+    prompt,
+    sample,
+    tiny_latte,
+    tiny_pipe,
+)
+from tests.oracle import Oracle, Rule
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -164,6 +177,23 @@ def test_a_schedule_entered_in_the_middle_keeps_its_place(name: str, tell: bool)
         assert summary.plan.schedule.num_steps == len(timesteps)
         assert summary.forced == 0 and summary.cache_bytes == 0
     assert torch.equal(*finals)
+
+
+@pytest.mark.parametrize("tell", [True, False], ids=["begin index set", "not set"])
+def test_a_line_begins_anew_where_the_schedule_is_entered(tell: bool) -> None:
+    rules = {kind: replace(rule, reuse="linear") for kind, rule in RULES.items()}
+    pipe = tiny_pipe(EulerDiscreteScheduler())
+    pab.enable(pipe, PABConfig(**{kind: Broadcast(rule.range, rule.window, reuse="linear") for kind, rule in rules.items()}))
+    got = sample_from_the_middle(pipe, 4, tell=tell)
+    summary = pab.summary(pipe)
+    assert summary.plan is not None and summary.plan.schedule.begin == 4
+    assert any(d.previous is not None for row in summary.plan.rows.values() for d in row)
+    assert summary.forced == 0 and summary.cache_bytes == 0
+    pab.disable(pipe)
+    model, timesteps = pipe.transformer, pipe.scheduler.timesteps.tolist()
+    oracle, step = Oracle(tiny_latte(), rules, timesteps, first=4), iter(range(4, len(timesteps)))
+    with mock.patch.object(model, "forward", lambda return_dict=False, **kwargs: (oracle("", next(step), **kwargs),)):
+        assert torch.equal(sample_from_the_middle(pipe, 4, tell=tell), got)
 
 
 def test_a_place_is_found_by_a_timestep_that_was_rounded_to_the_models_dtype() -> None:

@@ -176,6 +176,100 @@ def test_8_bit_outputs_come_back_in_their_own_dtype(cache_dtype: Any) -> None:
     assert torch.equal(reused[2], torch.arange(3))
 
 
+class Drifting(nn.Module):
+    """Gives a nest of all kinds of leaves, another one each time; `outs` are its outputs by the time that it ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outs: list[Any] = []
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        i = len(self.outs)
+        torch.manual_seed(i)
+        floating = {
+            "own": torch.randn(2, 6),
+            "half": torch.randn(2, 6).half(),
+            "wide": torch.randn(2, 6).double(),
+            "number": torch.randn(()),
+        }
+        rest = {
+            "steps": torch.arange(3) + i,
+            "mask": torch.tensor([i % 2 == 0]),
+            "grows": torch.randn(i + 1),
+            "name": f"run {i}",
+            "none": None,
+        }
+        self.outs.append(floating | rest)
+        return copy.deepcopy(self.outs[-1])
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_a_linear_reuse_extends_floating_tensors_and_takes_all_else_from_the_newest(cache_dtype: Any) -> None:
+    drifting = Drifting()
+    model = nn.Sequential(BroadcastModule(drifting, "spatial"))
+    pab.enable(model, PABConfig(spatial=Broadcast(3, (3, 99), "step", "linear"), cache_dtype=cache_dtype), num_steps=9)
+    weights = {4: 1, 5: 2, 7: 1 / 3, 8: 2 / 3}  # computed at 0, 1, 2, 3 and 6
+    for step in range(9):
+        out = model(torch.ones(2, 6))
+        if step in weights:
+            newest, before, w = drifting.outs[-1], drifting.outs[-2], weights[step]
+            for name in ("own", "half", "wide", "number"):
+                got, c, c_prev = out[name], newest[name], before[name]
+                exact = c.double() + w * (c.double() - c_prev.double())
+                rounding = max(torch.finfo(c.dtype).eps, 2**-23)  # float32 or wider inside, and once to the dtype
+                error = 1 / 127 if cache_dtype and c.ndim else rounding
+                assert got.dtype == c.dtype
+                assert (got - exact).abs().max() <= error * ((1 + w) * c.abs().max() + w * c_prev.abs().max()), name
+            for name in ("steps", "mask"):
+                assert torch.equal(out[name], newest[name])
+            assert out["grows"].shape == newest["grows"].shape, "another shape than before: not extended"
+            assert (out["grows"] - newest["grows"]).abs().max() <= (3 / 127 if cache_dtype else 0)
+            assert out["name"] == newest["name"] and out["none"] is None
+        for value in out.values():
+            if isinstance(value, Tensor):
+                value.zero_()  # whoever gets an output may write to it
+    assert len(drifting.outs) == 5
+    assert pab.summary(model).forced == 0 and pab.summary(model).cache_bytes == 0
+
+
+def test_half_precision_is_extended_in_float32_and_rounded_once() -> None:
+    drifting = Drifting()
+    model = nn.Sequential(BroadcastModule(drifting, "spatial"))
+    pab.enable(model, PABConfig(spatial=Broadcast(3, (2, 99), "step", "linear")), num_steps=3)
+    out = [model(torch.ones(1)) for _ in range(3)][-1]["half"]
+    c, c_prev = drifting.outs[1]["half"].float(), drifting.outs[0]["half"].float()
+    assert torch.equal(out, (c + (c - c_prev)).half())
+
+
+def test_a_linear_reuse_of_another_nest_than_before_holds_the_newest() -> None:
+    class Changing(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return [x + 1] if len(outs) % 2 else (x + 1, None)
+
+    outs: list[Any] = []
+    model = nn.Sequential(BroadcastModule(Changing(), "spatial"))
+    pab.enable(model, PABConfig(spatial=Broadcast(3, (2, 99), "step", "linear")), num_steps=3)
+    for i in range(3):
+        outs.append(model(torch.full((2,), float(i))))
+    assert isinstance(outs[0], tuple) and isinstance(outs[1], list) and isinstance(outs[2], list)
+    assert torch.equal(outs[2][0], outs[1][0])
+
+
+def test_linear_modules_run_as_often_as_held_ones_and_keep_two_outputs() -> None:
+    peaks, ran = [], []
+    for reuse in ("hold", "linear"):
+        model = build()
+        rules = {kind: Broadcast(reach, (0.25, 1), reuse=reuse) for kind, reach in (("spatial", 2), ("temporal", 3), ("mlp", 4))}
+        pab.enable(model, PABConfig(**rules), num_steps=STEPS)
+        for i in range(STEPS):
+            model(**inputs(i))
+        ran.append(calls(model))
+        peaks.append(pab.summary(model).peak_cache_bytes)
+        assert pab.summary(model).forced == 0 and pab.summary(model).cache_bytes == 0
+    assert ran[0] == ran[1]
+    assert peaks[1] == 2 * peaks[0]
+
+
 def test_8_bit_slots_of_a_nest_reuse() -> None:
     model = build()
     pab.enable(model, PABConfig(spatial=Broadcast(2, (0, 1)), mlp=Broadcast(3, (0, 1)), cache_dtype="int8"), num_steps=STEPS)

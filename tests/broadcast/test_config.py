@@ -18,6 +18,7 @@ from pab_kernels.broadcast.schedule import Schedule
 # Any rule and config. Fractions have two digits, as people write them.
 
 _RANGES = st.integers(1, 9)
+_REUSES = st.sampled_from(["hold", "linear"])
 _LAYERS = st.none() | st.lists(st.integers(0, 40), min_size=1, max_size=5)
 _HUNDREDTHS = st.integers(0, 100).map(lambda v: v / 100)
 _TWO_NUMBERS = {
@@ -32,9 +33,10 @@ def broadcasts(draw: st.DrawFn) -> Broadcast:
     unit = draw(st.sampled_from(sorted(_TWO_NUMBERS)))
     if unit != "fraction" and draw(st.booleans()):
         points = draw(st.lists(st.integers(0, 999), min_size=1, max_size=5))
-        return Broadcast(draw(_RANGES), unit=unit, layers=draw(_LAYERS), at=points)
+        return Broadcast(draw(_RANGES), unit=unit, reuse=draw(_REUSES), layers=draw(_LAYERS), at=points)
     window = draw(_TWO_NUMBERS[unit])
-    return Broadcast(draw(_RANGES), None if unit == "fraction" and draw(st.booleans()) else window, unit, layers=draw(_LAYERS))
+    window = None if unit == "fraction" and draw(st.booleans()) else window
+    return Broadcast(draw(_RANGES), window, unit, draw(_REUSES), draw(_LAYERS))
 
 
 _CONFIGS = st.builds(
@@ -178,7 +180,8 @@ BAD_RULES: list[tuple[dict[str, Any], str]] = [
     ({"range": None}, "got None"),
     ({"unit": "steps"}, "unit 'steps' is not known; supported are 'fraction', 'step', 'timestep'"),
     ({"unit": ["step"]}, r"unit \['step'\] is not known"),
-    ({"reuse": "linear"}, "reuse 'linear' is not known; supported are 'hold'"),
+    ({"reuse": "cubic"}, "reuse 'cubic' is not known; supported are 'hold', 'linear'"),
+    ({"reuse": ["linear"]}, r"reuse \['linear'\] is not known"),
     ({"window": (0.5, 0.5)}, r"lo < hi, got \(0.5, 0.5\)"),
     ({"window": (0.8, 0.2)}, r"lo < hi, got \(0.8, 0.2\)"),
     ({"window": (0.1, float("nan"))}, "lo < hi, got"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -23,14 +23,16 @@ COMPUTE, STORE, REUSE, SKIP = Action.COMPUTE, Action.STORE, Action.REUSE, Action
 @st.composite
 def _broadcasts(draw: st.DrawFn, num_steps: int) -> Broadcast:
     reach, layers = draw(st.integers(1, 6)), draw(st.none() | st.sets(st.integers(0, 3), min_size=1))
+    reuse = draw(st.sampled_from(["hold", "linear"]))
     unit = draw(st.sampled_from(["fraction", "step", "timestep"]))
     if unit != "fraction" and draw(st.booleans()):
-        return Broadcast(reach, unit=unit, layers=layers, at=draw(st.sets(st.integers(0, num_steps + 2), min_size=1, max_size=4)))
+        points = draw(st.sets(st.integers(0, num_steps + 2), min_size=1, max_size=4))
+        return Broadcast(reach, unit=unit, reuse=reuse, layers=layers, at=points)
     if unit == "fraction" and draw(st.booleans()):
-        return Broadcast(reach, layers=layers)
+        return Broadcast(reach, reuse=reuse, layers=layers)
     lo, hi = sorted(draw(st.lists(st.integers(0, num_steps + 2), min_size=2, max_size=2, unique=True)))
     window = (lo / (num_steps + 2), hi / (num_steps + 2)) if unit == "fraction" else (lo, hi)
-    return Broadcast(reach, window, unit, layers=layers)
+    return Broadcast(reach, window, unit, reuse, layers)
 
 
 @st.composite
@@ -59,6 +61,11 @@ class _Run:
 
     actions: list[str] = field(default_factory=list)
     sources: list[int | None] = field(default_factory=list)
+    previous: list[int | None] = field(default_factory=list)
+
+    def reads(self, first: int = 0) -> set[int]:
+        """Steps whose outputs are read from column `first` on."""
+        return {i for i in (*self.sources[first:], *self.previous[first:]) if i is not None}
 
 
 def _wants_reuse(rule: Broadcast | None, schedule: Schedule, step: int) -> bool:
@@ -77,20 +84,22 @@ def _wants_reuse(rule: Broadcast | None, schedule: Schedule, step: int) -> bool:
 
 def _simulate(made: Plan) -> dict[str, _Run]:
     runs = {s.name: _Run() for s in made.sublayers}
-    last_run: dict[str, int] = {}
+    ran: dict[str, list[int]] = {s.name: [] for s in made.sublayers}
     for step in range(made.schedule.begin, made.schedule.num_steps):
         for s in sorted(made.sublayers, key=lambda s: s.kind != "block"):
             rule = made.config.rule(s.kind, s.layer)
             run = runs[s.name]
             if s.block in runs and runs[s.block].actions[-1] == "reuse":
-                did, source = "skip", None
-            elif s.name in last_run and _wants_reuse(rule, made.schedule, step):
-                did, source = "reuse", last_run[s.name]
+                did, source, previous = "skip", None, None
+            elif ran[s.name] and _wants_reuse(rule, made.schedule, step):
+                did, source = "reuse", ran[s.name][-1]
+                previous = ran[s.name][-2] if rule and rule.reuse == "linear" and len(ran[s.name]) > 1 else None
             else:
-                did, source = "compute", None
-                last_run[s.name] = step
+                did, source, previous = "compute", None, None
+                ran[s.name].append(step)
             run.actions.append(did)
             run.sources.append(source)
+            run.previous.append(previous)
     return runs
 
 
@@ -102,6 +111,7 @@ def test_actions_and_sources_are_those_of_the_definition(made: Plan) -> None:
         names = {COMPUTE: "compute", STORE: "compute", REUSE: "reuse", SKIP: "skip"}
         assert [names[d.action] for d in row] == run.actions
         assert [d.source for d in row] == run.sources
+        assert [d.previous for d in row] == run.previous
 
 
 @given(plans())
@@ -111,11 +121,12 @@ def test_every_source_is_an_earlier_store_with_no_run_in_between(made: Plan) -> 
         for step in made.steps:
             d = made.decision(name, step)
             if d.action is not REUSE:
-                assert d.source is None and not d.last
+                assert d.source is None and d.previous is None and not d.last
                 continue
             assert d.source is not None and made.schedule.begin <= d.source < step
-            assert made.decision(name, d.source).action is STORE
-            assert all(made.decision(name, i).action in (REUSE, SKIP) for i in range(d.source + 1, step))
+            for read, until in ((d.source, step), *([] if d.previous is None else [(d.previous, d.source)])):
+                assert made.decision(name, read).action is STORE
+                assert all(made.decision(name, i).action in (REUSE, SKIP) for i in range(read + 1, until))
 
 
 @given(plans())
@@ -125,10 +136,11 @@ def test_an_output_is_stored_iff_a_later_step_reads_it_and_the_last_read_is_mark
         readers: dict[int, list[int]] = {}
         for step in made.steps:
             d = made.decision(name, step)
-            if d.source is not None:
-                readers.setdefault(d.source, []).append(step)
+            for read in {d.source, d.previous} - {None}:
+                readers.setdefault(read, []).append(step)
         assert {step for step in made.steps if made.decision(name, step).action is STORE} == set(readers)
-        assert {step for step in made.steps if made.decision(name, step).last} == {steps[-1] for steps in readers.values()}
+        lasts = {step for step in made.steps if readers.get(made.decision(name, step).source, [None])[-1] == step}
+        assert {step for step in made.steps if made.decision(name, step).last} == lasts
         assert row[0].action in (COMPUTE, STORE), "the first step has nothing to reuse"
 
 
@@ -145,12 +157,15 @@ def test_a_sublayer_is_skipped_exactly_under_a_reused_block(made: Plan) -> None:
 @_any_plan
 def test_slots_live_from_the_store_to_the_last_read(made: Plan) -> None:
     for step in made.steps:
-        expected = set()
+        expected = []
         for name in made.rows:
-            reads = [(made.decision(name, i).source, i) for i in made.steps if made.decision(name, i).source is not None]
-            if any(source <= step < reader for source, reader in reads):
-                expected.add(name)
-        assert set(made.alive(step)) == expected
+            later = {(made.decision(name, i).source, made.decision(name, i).previous) for i in made.steps if i > step}
+            kept = {read for reads in later for read in reads if read is not None and read <= step}
+            assert made.held(name, step) == len(kept) <= 2
+            computed = [i for i in made.steps if i <= step and made.decision(name, i).action in (COMPUTE, STORE)]
+            assert not kept or sorted(kept) == computed[-len(kept) :], "the newest ones"
+            expected += [name] * len(kept)
+        assert made.alive(step) == tuple(expected)
     assert made.alive(made.schedule.num_steps - 1) == (), "nothing outlives the generation"
 
 
@@ -161,7 +176,7 @@ def test_counts_add_up_to_all_cells(made: Plan) -> None:
     for kind, c in made.counts().items():
         actions = [a for s in made.sublayers if s.kind == kind for a in runs[s.name].actions]
         assert (c.computed, c.reused, c.skipped) == tuple(actions.count(a) for a in ("compute", "reuse", "skip"))
-        assert c.stored == sum(len({i for i in runs[s.name].sources if i is not None}) for s in made.sublayers if s.kind == kind)
+        assert c.stored == sum(len(runs[s.name].reads()) for s in made.sublayers if s.kind == kind)
         steps = made.step_counts()[kind]
         assert steps.computed + steps.reused + steps.skipped == len(made.steps)
         assert steps.reused == max(runs[s.name].actions.count("reuse") for s in made.sublayers if s.kind == kind)
@@ -171,7 +186,10 @@ def test_counts_add_up_to_all_cells(made: Plan) -> None:
 @given(plans())
 @_any_plan
 def test_patterns_are_the_distinct_columns(made: Plan) -> None:
-    columns = {"".join(made.decision(s.name, step).action.value for s in made.sublayers) for step in made.steps}
+    columns = set()
+    for step in made.steps:
+        cells = [made.decision(s.name, step) for s in made.sublayers]
+        columns.add("".join("/" if d.previous is not None else d.action.value for d in cells))
     assert made.patterns == len(columns)
 
 
@@ -180,16 +198,13 @@ def test_patterns_are_the_distinct_columns(made: Plan) -> None:
 def test_the_forecast_is_what_a_simulation_adds_up(made: Plan, rest: int) -> None:
     costs = {s.name: Cost(0 if s.kind == "block" else 7 * i + 1, 3**i) for i, s in enumerate(made.sublayers)}
     runs = _simulate(made)
-    flops, held, held_after, held_most = [], set(), [], 0
+    flops, held, held_after, held_most = [], dict.fromkeys(runs, 0), [], 0
     for column, step in enumerate(made.steps):
         flops.append(rest + sum(costs[name].flops for name, run in runs.items() if run.actions[column] == "compute"))
         for name, run in runs.items():
-            later = set(run.sources[column + 1 :])
-            held.discard(name)
-            if any(i in later for i in made.steps if i <= step):
-                held.add(name)
-            held_most = max(held_most, sum(costs[n].slot_bytes for n in held))
-        held_after.append(sum(costs[name].slot_bytes for name in held))
+            held[name] = sum(i <= step for i in run.reads(column + 1))
+            held_most = max(held_most, sum(costs[n].slot_bytes * count for n, count in held.items()))
+        held_after.append(sum(costs[n].slot_bytes * count for n, count in held.items()))
     forecast = made.forecast(costs, rest)
     assert forecast.flops_by_step == tuple(flops)
     assert forecast.flops == sum(flops)
@@ -274,6 +289,73 @@ def test_a_block_without_a_rule_is_left_out_and_its_sublayers_go_their_own_way()
 def test_two_sublayers_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sublayer names must differ, got \['a', 'a'\]"):
         Plan(PABConfig(), Schedule(3), (Sublayer("a", "spatial", 0), Sublayer("a", "cross", 0)))
+
+
+def _table(rule: Broadcast, schedule: Schedule) -> str:
+    """A line a step: mark, source, previous, `!` where the source is read last, outputs held afterwards."""
+    made = Plan(PABConfig(cross=rule), schedule)
+    lines = []
+    for step in made.steps:
+        d = made.decision("cross", step)
+        reads = " ".join("-" if i is None else str(i) for i in (d.source, d.previous))
+        lines.append(f"{step} {d.action.value} {reads} {'!' if d.last else '-'} {made.held('cross', step)}")
+    return "\n".join(lines)
+
+
+def test_a_linear_row_keeps_the_two_outputs_that_its_reuses_read() -> None:
+    rule = Broadcast(3, (4, 9), "step", "linear")
+    assert _table(rule, Schedule(12)).split("\n") == [
+        "0 # - - - 0",
+        "1 # - - - 0",
+        "2 S - - - 1",
+        "3 S - - - 2",
+        "4 . 3 2 - 2",
+        "5 . 3 2 - 1",
+        "6 S - - - 2",
+        "7 . 6 3 - 2",
+        "8 . 6 3 ! 0",
+        "9 # - - - 0",
+        "10 # - - - 0",
+        "11 # - - - 0",
+    ]
+
+
+def test_a_linear_row_without_anything_before_its_source_holds() -> None:
+    assert _table(Broadcast(3, (0, 1), reuse="linear"), Schedule(5, begin=0)).split("\n") == [
+        "0 S - - - 1",
+        "1 . 0 - - 1",
+        "2 . 0 - - 1",
+        "3 S - - - 2",
+        "4 . 3 0 ! 0",
+    ]
+    entered = _table(Broadcast(2, (0, 1), reuse="linear"), Schedule(9, begin=5)).split("\n")
+    assert entered == ["5 S - - - 1", "6 . 5 - - 1", "7 S - - - 2", "8 . 7 5 ! 0"]
+
+
+def test_a_linear_output_is_let_go_between_two_stretches_of_reuse() -> None:
+    rows = _table(Broadcast(2, unit="step", reuse="linear", at=[1, 5]), Schedule(8)).split("\n")
+    assert [row.split()[1] + row.split()[-1] for row in rows] == ["S1", "S2", ".0", "#0", "S1", "S2", ".0", "#0"]
+
+
+def test_a_line_reaches_over_steps_at_which_the_block_is_reused() -> None:
+    sublayers = (Sublayer("b.attn", "spatial", 0, block="b"), Sublayer("b", "block", 0))
+    config = PABConfig(spatial=Broadcast(4, (4, 9), "step", "linear"), block=Broadcast(3, (1, 9), "step"))
+    made = Plan(config, Schedule(10), sublayers)
+    assert "".join(d.action.value for d in made.rows["b.attn"]) == "S  S  .  #"
+    assert made.decision("b.attn", 6) == Decision(REUSE, 3, 0, last=True)
+    assert [made.held("b.attn", step) for step in made.steps] == [1, 1, 1, 2, 2, 2, 0, 0, 0, 0]
+    assert made.alive(4) == ("b.attn", "b.attn", "b")
+
+
+def test_linear_of_range_one_stores_nothing() -> None:
+    made = plan(PABConfig(spatial=Broadcast(1, (0, 1), reuse="linear")), num_steps=9)
+    assert set(made.rows["spatial"]) == {Decision(COMPUTE)}
+
+
+def test_reuses_of_one_and_of_two_outputs_are_two_patterns() -> None:
+    rule = Broadcast(2, (0, 1))
+    assert plan(PABConfig(spatial=rule), num_steps=6).patterns == 2
+    assert plan(PABConfig(spatial=replace(rule, reuse="linear")), num_steps=6).patterns == 3
 
 
 def test_a_plan_that_the_schedule_cannot_serve_is_refused_when_it_is_made() -> None:

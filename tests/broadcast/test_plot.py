@@ -26,8 +26,9 @@ def rectangles(figure, prefix: str = "") -> dict[str, object]:
         Plan(PABConfig(block=3, spatial=2), Schedule(9), (Sublayer("b", "block", 0), Sublayer("s", "spatial", 0, block="b"))),
         plan(PABConfig(spatial=2), num_steps=1),
         plan(PABConfig(spatial=3), num_steps=150),
+        plan(PABConfig(spatial=Broadcast(2, reuse="linear"), cross=Broadcast(4, reuse="linear")), num_steps=20),
     ],
-    ids=["pyramid", "layers", "latte", "begin", "block", "one-step", "many-steps"],
+    ids=["pyramid", "layers", "latte", "begin", "block", "one-step", "many-steps", "linear"],
 )
 def test_every_cell_is_drawn_in_the_colour_of_its_action(drawn: Plan):
     figure = plot_plan(drawn)
@@ -48,12 +49,20 @@ def test_rows_form_the_pyramid_with_their_counts():
     assert counts == ["8 computed, 12 reused", "10 computed, 10 reused", "13 computed, 7 reused", "13 computed, 7 reused"]
 
 
+def arrows(drawn: Plan) -> list[tuple[int, int]]:
+    drawn_arrows = [t for t in plot_plan(drawn).axes[0].texts if not t.get_text()]
+    return [(round(t.xyann[0] - 0.5), round(t.xy[0] - 0.36)) for t in drawn_arrows]
+
+
 def test_an_arrow_leads_from_each_stored_output_to_its_last_reuse():
     drawn = plan(PABConfig(cross=4), num_steps=10)
-    arrows = [t for t in plot_plan(drawn).axes[0].texts if not t.get_text()]
-    ends = [(round(t.xyann[0] - 0.5), round(t.xy[0] - 0.36)) for t in arrows]
+    ends = arrows(drawn)
     lasts = [(d.source, i) for i, d in enumerate(drawn.rows["cross"]) if d.action is Action.REUSE and d.last]
     assert ends == lasts and len(ends) > 1
+
+
+def test_arrows_of_a_linear_reuse_are_those_of_a_hold():
+    assert arrows(plan(PABConfig(cross=Broadcast(4, reuse="linear")), num_steps=20)) == arrows(plan(PABConfig(cross=4), num_steps=20))
 
 
 def test_the_window_is_shaded_where_a_rule_has_one():

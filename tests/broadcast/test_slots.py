@@ -96,14 +96,7 @@ def test_packing_runs_on_the_meta_device() -> None:
     ids=str,
 )
 def test_a_slot_of_another_shape_dtype_or_device_does_not_serve(other: Key) -> None:
-    slot = Slot(torch.zeros(2, 3), KEY, source=4, nbytes=24)
-    assert slot.serves(KEY, 4)
-    assert not slot.serves(other, 4)
-
-
-def test_an_older_source_is_refused_and_a_newer_one_accepted() -> None:
-    slot = Slot(torch.zeros(2, 3), KEY, source=4, nbytes=24)
-    assert [slot.serves(KEY, source) for source in (3, 4, 5)] == [True, True, False]
+    assert other != KEY and not other.matches(torch.zeros(2, 3)) and KEY.matches(torch.zeros(2, 3))
 
 
 def test_keys_are_equal_where_only_values_and_strides_differ() -> None:
@@ -141,6 +134,27 @@ def test_a_put_is_read_back_until_it_is_released() -> None:
     assert arena.get("b") is None
     arena.release("a")
     assert arena.get("a") is None
+
+
+def test_the_newest_outputs_are_kept_as_many_as_are_asked_for() -> None:
+    meter = Meter()
+    arena = Arena(meter)
+    arena.put("a", torch.zeros(1), KEY, 0, most=2)
+    arena.put("a", torch.zeros(2), KEY, 3, most=2)
+    arena.put("b", torch.zeros(8), KEY, 3)
+    assert [slot and slot.source for slot in (arena.get("a"), arena.get("a", 1), arena.get("a", 2))] == [3, 0, None]
+    assert (meter.now, len(arena)) == (4 + 8 + 32, 3)
+    arena.put("a", torch.zeros(4), KEY, 5, most=2)  # the oldest is let go first
+    assert [slot and slot.source for slot in (arena.get("a"), arena.get("a", 1))] == [5, 3]
+    assert (meter.now, meter.peak, len(arena)) == (8 + 16 + 32, 56, 3)
+    arena.release("a", 2)
+    arena.release("a", 1)
+    assert [slot and slot.source for slot in (arena.get("a"), arena.get("a", 1))] == [5, None]
+    assert (meter.now, len(arena)) == (16 + 32, 2)
+    arena.release("a", 0)
+    assert arena.get("a") is None and (meter.now, len(arena)) == (32, 1)
+    arena.clear()
+    assert (meter.now, len(arena)) == (0, 0)
 
 
 def _put(arena: Arena, name: str) -> weakref.ref[torch.Tensor]:

@@ -18,7 +18,7 @@ from pab_kernels.broadcast import stream as stream_module
 from pab_kernels.broadcast.config import CacheDtype, CachePoint, PABConfig
 from pab_kernels.broadcast.generation import Call, Generation, Store
 from pab_kernels.broadcast.plan import Sublayer
-from pab_kernels.broadcast.slots import CACHE_DTYPES, Key, Slot
+from pab_kernels.broadcast.slots import CACHE_DTYPES, Key, Line, Slot
 from pab_kernels.broadcast.stream import ResidualStream
 from pab_kernels.ops import Quantized, dequantize, quantize
 
@@ -198,6 +198,7 @@ _STEPS = st.one_of(
     st.tuples(st.just("add"), st.sampled_from(["own", "float32", "channels outermost"]), _gates, st.booleans()),
     st.tuples(st.just("reuse"), st.sampled_from(["own", "float32", "int8", "float8"]), _gates),
     st.tuples(st.just("reuse"), st.just("own"), st.just("none")),
+    st.tuples(st.just("line"), st.sampled_from(["own", "float32", "int8", "float8"]), _gates),
     st.tuples(st.just("norm"), st.sampled_from(sorted(NORMS)), _gates, _gates),
     st.tuples(st.just("read")),
 )
@@ -237,16 +238,19 @@ def test_any_program_gives_what_the_plain_chain_gives(
             assert _same(stream.norm_modulate(norm, shift, scale), chain.normed(norm, shift, scale))
             continue
         gate = _modulation(rest[1], size, dtype)
-        if step == "reuse":
-            value = torch.randn(shape)
-            if rest[0] in ("int8", "float8"):
-                quantized = quantize(value.to(dtype), torch.int8 if rest[0] == "int8" else torch.float8_e4m3fn)
-                stream.reuse(_slot(quantized), gate)
-                chain.add(dequantize(quantized, chain.x.dtype), gate, None)
-            else:
-                value = value if rest[0] == "float32" else value.to(dtype)
-                stream.reuse(_slot(value), gate)
-                chain.add(value, gate, None)
+        if step in ("reuse", "line"):
+            weights = (None,) if step == "reuse" else (torch.tensor(5 / 3), torch.tensor(-2 / 3))
+            slots = []
+            for weight in weights:
+                value = torch.randn(shape).to(torch.float32 if rest[0] == "float32" else dtype)
+                if rest[0] in ("int8", "float8"):
+                    quantized = quantize(value, torch.int8 if rest[0] == "int8" else torch.float8_e4m3fn)
+                    slots.append(_slot(quantized))
+                    value = dequantize(quantized, chain.x.dtype)
+                else:
+                    slots.append(_slot(value))
+                chain.add(value if weight is None else (weight * value.float()).to(value.dtype), gate, None)
+            stream.reuse(slots[0] if len(slots) == 1 else Line(*slots, weights), gate)
             continue
         store = _store(call, i, given_x) if rest[2] else None
         stored = (i, cache_point, cache_dtype) if rest[2] else None
@@ -294,7 +298,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def _run(program: str, call: Call, *, linear: nn.Module | None = None, norm: nn.Module | None = None, gate: Tensor | None = None) -> None:
-    """P projects, A adds, R reuses, N norms and modulates, X reads."""
+    """P projects, A adds, R reuses, L reuses two outputs, N norms and modulates, X reads."""
     x = torch.randn(2, 3, 8)
     stream = ResidualStream(x, call)
     for step in program:
@@ -304,6 +308,9 @@ def _run(program: str, call: Call, *, linear: nn.Module | None = None, norm: nn.
             stream.add(torch.randn(2, 3, 8), gate)
         elif step == "R":
             stream.reuse(_slot(torch.randn(2, 3, 8)), gate)
+        elif step == "L":
+            weights = (torch.tensor(1.5), torch.tensor(-0.5))
+            stream.reuse(Line(_slot(torch.randn(2, 3, 8)), _slot(torch.randn(2, 3, 8)), weights), gate)
         elif step == "N":
             stream.norm_modulate(norm or nn.LayerNorm(8), torch.randn(8), torch.randn(2, 1, 8))
         else:
@@ -343,6 +350,15 @@ def _run(program: str, call: Call, *, linear: nn.Module | None = None, norm: nn.
         ("RPX", 1, 1),
         ("RRRPRRN", 2, 1),
         ("RXRN", 2, 0),
+        ("LX", 1, 0),
+        ("LN", 1, 0),
+        ("RLN", 1, 0),
+        ("LLN", 2, 0),  # three and one
+        ("LLLN", 2, 0),
+        ("PLN", 1, 1),
+        ("PLLN", 1, 1),
+        ("PRLLX", 1, 1),
+        ("PLPLX", 0, 2),
     ],
 )
 @torch.no_grad()

@@ -1,25 +1,21 @@
-"""The command line: `pab demo`, `pab --version`."""
+"""`pab demo`: its options, its progress and its table."""
 
-# No `from __future__ import annotations` here: typer reads the commands' annotations at run time, and typer itself is imported late.
+# No `from __future__ import annotations` here: typer reads the command's annotations at run time.
 
 import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
-from .extras import require
+import typer
+
+from ..extras import require
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .demo import Result, Run
-
-
-def _fail(error: object, code: int = 2) -> NoReturn:
-    """End with one line."""
-    print(f"pab: {error}", file=sys.stderr)
-    raise SystemExit(code)
+    from ..demo import Result, Run
 
 
 def _ranges(text: str | None) -> tuple[int, ...] | None:
@@ -52,7 +48,7 @@ WIDE = 122
 
 
 def _row(run: "Run", reference: "Run") -> list[str]:
-    from .demo import KINDS
+    from ..demo import KINDS
 
     counts = [run.counts[kind] for kind in KINDS]
     return [
@@ -90,89 +86,38 @@ def results_table(result: "Result", width: int = WIDE) -> "Table":
     return table
 
 
-def build_app() -> Any:
-    """The typer application.
-
-    Raises:
-        ModuleNotFoundError: typer is not installed; the message says how to install it.
-    """
-    require("typer", "the command line")
-    import typer
-
-    app = typer.Typer(
-        add_completion=False,
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        help="Pyramid Attention Broadcast for diffusion transformers.",
-    )
-
-    def show_version(wanted: bool) -> None:
-        if wanted:
-            from . import __version__
-
-            print(f"pab-kernels {__version__}")
-            raise typer.Exit
-
-    @app.callback()
-    def root(
-        version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=show_version)] = False,
-    ) -> None:
-        pass
-
-    @app.command(
-        help="Generate clips with and without PAB, from the same noise, and compare time, work and pictures.\n\n"
-        "A small video model that comes with the package runs without PAB, with the demo's preset, with the paper's ranges 2/4/6, with "
-        "diffusers' own PAB, and with fewer sampling steps at the FLOPs of the PAB runs. It takes some 90 seconds on two cores. "
-        "Ctrl-C stops it and reports the runs that are finished."
-    )
-    def demo(
-        prompt: Annotated[
-            list[str] | None,
-            typer.Option(
-                help="What to draw; repeat for several clips. Words: red green blue yellow purple white; circle bar column; "
-                "left right up down; night day dawn. A word left out is up to the noise. Default: four captions that training never saw."
-            ),
-        ] = None,
-        clips: Annotated[int | None, typer.Option(help="How many clips; prompts are taken in turn, each clip has its own noise.")] = None,
-        seed: Annotated[int, typer.Option(help="Of the first clip's noise; the next clips have the next seeds.")] = 0,
-        steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
-        ranges: Annotated[
-            str | None,
-            typer.Option(metavar="S,T,C[,M]", help="One more run with these spatial, temporal, cross (and MLP) ranges, such as 3,5,7."),
-        ] = None,
-        scheduler: Annotated[str, typer.Option(help="ddim, dpm++, pndm, heun, euler or unipc.")] = "ddim",
-        device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where there is one.")] = None,
-        out: Annotated[Path, typer.Option(help="Folder of the clips, schedules and results.json.")] = Path("pab-demo"),
-        as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
-    ) -> None:
-        try:
-            run_and_report(prompt, clips, seed, steps, ranges, scheduler, device, out, as_json)
-        except (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError, PermissionError) as error:
-            _fail(error)
-        except ModuleNotFoundError as error:
-            _fail(error, 1)
-
-    return app
-
-
-def run_and_report(
-    prompt: list[str] | None,
-    clips: int | None,
-    seed: int,
-    steps: int,
-    ranges: str | None,
-    scheduler: str,
-    device: str | None,
-    out: Path,
-    as_json: bool,
+def demo(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to draw; repeat for several clips. Words: red green blue yellow purple white; circle bar column; "
+            "left right up down; night day dawn. A word left out is up to the noise. Default: four captions that training never saw."
+        ),
+    ] = None,
+    clips: Annotated[int | None, typer.Option(help="How many clips; prompts are taken in turn, each clip has its own noise.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first clip's noise; the next clips have the next seeds.")] = 0,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
+    ranges: Annotated[
+        str | None,
+        typer.Option(metavar="S,T,C[,M]", help="One more run with these spatial, temporal, cross (and MLP) ranges, such as 3,5,7."),
+    ] = None,
+    scheduler: Annotated[str, typer.Option(help="ddim, dpm++, pndm, heun, euler or unipc.")] = "ddim",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where there is one.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the clips, schedules and results.json.")] = Path("pab-demo"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
 ) -> None:
-    """`pab demo`: its options are the arguments."""
+    """Generate clips with and without PAB, from the same noise, and compare time, work and pictures.
+
+    A small video model that comes with the package runs without PAB, with the demo's preset, with the paper's ranges 2/4/6, with diffusers'
+    own PAB, and with fewer sampling steps at the FLOPs of the PAB runs. It takes some 90 seconds on two cores. Ctrl-C stops it and reports
+    the runs that are finished.
+    """
     for package in ("rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "matplotlib", "safetensors", "PIL"):
         require(package, "pab demo")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .demo import PROMPTS, Settings, run_demo, write
+    from ..demo import PROMPTS, Settings, run_demo, write
 
     prompts = _spread_over(tuple(prompt or PROMPTS), clips)
     settings = Settings(prompts, seed, steps, _ranges(ranges), scheduler, device=device)
@@ -195,12 +140,3 @@ def run_and_report(
             print(path, file=sys.stderr if as_json else sys.stdout)
     if result.interrupted:
         raise SystemExit(130)
-
-
-def main() -> None:
-    """The console script `pab`."""
-    try:
-        app = build_app()
-    except ModuleNotFoundError as error:
-        _fail(error, 1)
-    app(prog_name="pab")

@@ -1,0 +1,251 @@
+"""Two clips compared, frame by frame and in total: `pab compare`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..extras import require
+from . import quality
+from .clips import Clip, read_clip
+from .perceptual import Distance, load_lpips
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Progress = Callable[[int, int], None]
+"""Called after every frame with the frames done and the frames to do."""
+
+_FIELDS = ("psnr", "ssim", "consistency_a", "consistency_b", "lpips")
+_HEADINGS = ("PSNR, dB", "SSIM", "consistency A", "consistency B", "LPIPS")
+_COLOURS = {"consistency_b": "#e69f00"}
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How close two frames are, or two clips.
+
+    Args:
+        psnr: in dB; infinite where they are equal.
+        ssim: 1 where they are equal.
+        consistency_a, consistency_b: 1 - the mean absolute change from the frame before, in either clip; None for a first frame.
+        lpips: 0 where they are equal; None where it was not measured.
+    """
+
+    psnr: float
+    ssim: float
+    consistency_a: float | None
+    consistency_b: float | None
+    lpips: float | None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """JSON-ready: an infinite PSNR is None."""
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Clip `a` against clip `b`.
+
+    Args:
+        a, b: their names.
+        height, width: of the frames, in pixels.
+        total: PSNR of the mean squared error over all frames; of the others the mean over the frames.
+        frames: one for each frame.
+        notes: what was not measured, and what was done to make the clips comparable.
+
+    `str(comparison)` is a table; `comparison.plot(path)` makes a picture.
+    """
+
+    a: str
+    b: str
+    height: int
+    width: int
+    total: Closeness
+    frames: tuple[Closeness, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready. A PSNR of None is that of equal frames."""
+        frames = [{"frame": i} | frame.to_dict() for i, frame in enumerate(self.frames)]
+        return {
+            "a": self.a,
+            "b": self.b,
+            "height": self.height,
+            "width": self.width,
+            "equal": math.isinf(self.total.psnr),
+            "total": self.total.to_dict(),
+            "frames": frames,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        shown = [i for i, name in enumerate(_FIELDS) if any(getattr(frame, name) is not None for frame in self.frames)]
+        rows = [["frame", *(_HEADINGS[i] for i in shown)]]
+        for label, line in (*((str(i), frame) for i, frame in enumerate(self.frames)), ("total", self.total)):
+            rows.append([label, *(_cell(_FIELDS[i], getattr(line, _FIELDS[i])) for i in shown)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+        head = [f"A  {self.a}", f"B  {self.b}", f"{len(self.frames)} frame(s) of {self.height} x {self.width}", ""]
+        return "\n".join([*head, *table, *(f"note: {note}" for note in self.notes)])
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw every measure over the frames; saved to `path` if given, in the format of its ending. Needs matplotlib."""
+        figure = require("matplotlib.figure", "plotting a comparison").Figure(figsize=(8, 6.4), layout="constrained")
+        panels = [("PSNR, dB", ["psnr"]), ("SSIM", ["ssim"])]
+        if len(self.frames) > 1:
+            panels.append(("consistency", ["consistency_a", "consistency_b"]))
+        if self.total.lpips is not None:
+            panels.append(("LPIPS", ["lpips"]))
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for ax, (heading, names) in zip(axes, panels, strict=True):
+            for name in names:
+                values = [getattr(frame, name) for frame in self.frames]
+                drawn = [v if v is not None and math.isfinite(v) else math.nan for v in values]
+                label = {"consistency_a": "A", "consistency_b": "B"}.get(name)
+                ax.plot(range(len(drawn)), drawn, marker="o", markersize=3, color=_COLOURS.get(name, "#0072b2"), label=label)
+            if len(names) > 1:
+                ax.legend(loc="best", frameon=False)
+            ax.set_ylabel(heading)
+            ax.grid(alpha=0.3)
+        if equal := sum(math.isinf(frame.psnr) for frame in self.frames):
+            axes[0].set_title(f"{equal} equal frame(s), of infinite PSNR, are not drawn", fontsize=9, loc="left")
+        axes[-1].set_xlabel("frame")
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        figure.suptitle(f"A: {self.a}   B: {self.b}", fontsize=10)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if math.isinf(value):
+        return "same"
+    return f"{value:.2f}" if name == "psnr" else f"{value:.4f}"
+
+
+def check_plot_path(path: str | Path) -> None:
+    """Refuse a picture that could not be written, before anything is measured.
+
+    Raises:
+        ValueError: its ending is not supported.
+        FileNotFoundError: its folder does not exist.
+    """
+    path = Path(path)
+    supported = sorted(require("matplotlib.backend_bases", "plotting a comparison").FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in supported:
+        raise ValueError(f"{path} cannot be drawn; supported endings are {' '.join('.' + ending for ending in supported)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}; make it first")
+
+
+def compare(
+    a: Any,
+    b: Any,
+    *,
+    values: tuple[float, float] = (0.0, 1.0),
+    lpips: bool | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare clip `a` with clip `b`, usually the one made without PAB.
+
+    1. PSNR and SSIM of every frame, as `quality.compare` has them.
+    2. Temporal consistency of either clip, as VBench's temporal flickering (Huang et al. 2024): frame i has
+       `1 - mean(|frame_i - frame_(i-1)|)`, with black 0 and white 1. A clip that flickers more than the other has less.
+    3. LPIPS of every frame, where it is installed.
+
+    Args:
+        a, b: paths of videos, images, folders of images or files of tensors, or tensors or arrays: see `clips.read_clip`.
+        values: of black and white in floating-point tensors.
+        lpips: True: it must be measured; False: it is not; None: where a package for it is installed, and a note says where not.
+        progress: called after every frame.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a clip is not supported, their sizes or numbers of frames differ, or with `lpips=True` its network cannot be loaded.
+        ModuleNotFoundError: a package is not installed that the clips, or `lpips=True`, need.
+
+    >>> import numpy as np
+    >>> round(compare(np.full((2, 3, 8, 8), 0.6), np.full((2, 3, 8, 8), 0.5), lpips=False).total.psnr, 6)
+    20.0
+    """
+    if len(values) != 2 or not values[0] < values[1]:
+        raise ValueError(f"values must be two numbers, black below white, got {values}; they are (0, 1) or (-1, 1) for most models")
+    require("skimage.metrics", "measuring PSNR and SSIM")
+    clips = read_clip(a, "A", values), read_clip(b, "B", values)
+    _check_alike(*clips)
+    notes = [note for clip in clips for note in clip.notes]
+    distance, said = _chosen_lpips(lpips)
+    measured = [c.frames.shape[1] for c in clips]
+    if measured[0] != measured[1]:
+        notes.append(f"{clips[measured.index(1)].name} is grey and is compared as three equal channels")
+    errors, frames = _measure(clips, distance, progress)
+    total = Closeness(
+        psnr=quality.psnr(float(np.mean(errors)), 1.0),
+        ssim=float(np.mean([frame.ssim for frame in frames])),
+        consistency_a=_mean([frame.consistency_a for frame in frames]),
+        consistency_b=_mean([frame.consistency_b for frame in frames]),
+        lpips=_mean([frame.lpips for frame in frames]),
+    )
+    height, width = clips[0].frames.shape[2:]
+    return Comparison(clips[0].name, clips[1].name, height, width, total, tuple(frames), (*notes, *said))
+
+
+def _check_alike(a: Clip, b: Clip) -> None:
+    if len(a.frames) != len(b.frames):
+        raise ValueError(
+            f"{a.name} has {len(a.frames)} frame(s) and {b.name} has {len(b.frames)}; the numbers must agree: cut the longer one"
+        )
+    if a.frames.shape[2:] != b.frames.shape[2:]:
+        (h, w), (h2, w2) = a.frames.shape[2:], b.frames.shape[2:]
+        raise ValueError(f"{a.name} has frames of {h} x {w} and {b.name} of {h2} x {w2} (height x width); they must agree: resize one clip")
+
+
+def _chosen_lpips(wanted: bool | None) -> tuple[Distance | None, list[str]]:
+    """The function that measures it, or the note that says why not."""
+    if wanted is False:
+        return None, []
+    try:
+        return load_lpips(), []
+    except (ModuleNotFoundError, RuntimeError) as error:
+        if wanted:
+            refused = ModuleNotFoundError if isinstance(error, ModuleNotFoundError) else ValueError
+            raise refused(f"LPIPS cannot be measured: {error}") from None
+        return None, [f"LPIPS was not measured: {error}"]
+
+
+def _measure(clips: tuple[Clip, Clip], distance: Distance | None, progress: Progress | None) -> tuple[list[float], list[Closeness]]:
+    """The mean squared error and the closeness of every frame."""
+    errors, frames = [], []
+    before: list[np.ndarray] = []
+    count = len(clips[0].frames)
+    for i in range(count):
+        pair = [clip.frame(i) for clip in clips]  # [channels, height, width]
+        channels = max(frame.shape[0] for frame in pair)
+        pair = [np.broadcast_to(frame, (channels, *frame.shape[1:])) for frame in pair]
+        found = quality.compare(pair[0][None], pair[1][None])
+        steady_a, steady_b = (_consistency(now, then) for now, then in zip(pair, before or (None, None), strict=True))
+        apart = distance(*(np.broadcast_to(frame, (3, *frame.shape[1:])) for frame in pair)) if distance else None
+        errors.append(float(((pair[0] - pair[1]) ** 2).mean()))
+        frames.append(Closeness(found.psnr, found.ssim, steady_a, steady_b, apart))
+        before = pair
+        if progress:
+            progress(i + 1, count)
+    return errors, frames
+
+
+def _consistency(now: np.ndarray, then: np.ndarray | None) -> float | None:
+    return None if then is None else 1 - float(np.abs(now - then).mean())
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return float(np.mean(present)) if present else None

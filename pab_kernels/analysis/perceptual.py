@@ -1,0 +1,52 @@
+"""LPIPS, where a package that has it is installed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+Distance = Callable[[np.ndarray, np.ndarray], float]
+"""Of two frames `[3, height, width]`, black 0 and white 1."""
+
+MISSING = (
+    "neither the package lpips nor torchmetrics with torchvision is installed: pip install lpips "
+    "(it brings torchvision, and with it another torch where yours is built for the CPU alone)"
+)
+
+
+def load_lpips() -> Distance:
+    """LPIPS (Zhang et al. 2018) with AlexNet, from the package lpips, else from torchmetrics: 0 for equal frames, larger further apart.
+
+    Raises:
+        ModuleNotFoundError: neither is installed; the message says so.
+        RuntimeError: the network cannot be loaded. Both packages fetch AlexNet's weights when they are first used.
+    """
+    for package, load in (("lpips", _from_lpips), ("torchmetrics", _from_torchmetrics)):
+        try:
+            network = load()
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RuntimeError(f"{package} cannot load its network: {said}") from error
+        return lambda a, b: _distance(network, a, b)
+    raise ModuleNotFoundError(MISSING, name="lpips")
+
+
+def _from_lpips() -> Callable[..., torch.Tensor]:
+    network = importlib.import_module("lpips").LPIPS(net="alex", verbose=False).eval()
+    return lambda a, b: network(a, b, normalize=True)
+
+
+def _from_torchmetrics() -> Callable[..., torch.Tensor]:
+    metric = importlib.import_module("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+    return metric.eval()
+
+
+@torch.no_grad()
+def _distance(network: Callable[..., torch.Tensor], a: np.ndarray, b: np.ndarray) -> float:
+    x, y = (torch.from_numpy(np.ascontiguousarray(frame, dtype=np.float32))[None] for frame in (a, b))  # [1, 3, height, width]
+    return float(network(x, y))

@@ -1,0 +1,87 @@
+"""The command line `pab`: each command is a function in the module of its name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from ..extras import require
+
+
+def _fail(error: object, code: int = 2) -> NoReturn:
+    """End with one line."""
+    print(f"pab: {error}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _ends_with_one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, whose errors become one line: exit code 2 for what the user gave, 1 for what is not installed, 130 for Ctrl-C."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            _fail(error, 1)
+        except (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+            _fail(error)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+
+    return run
+
+
+def _help(command: Callable[..., None]) -> str:
+    """A command's docstring with every paragraph on one line, for typer to wrap."""
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command) or "")
+
+
+def build_app() -> Any:
+    """The typer application.
+
+    Raises:
+        ModuleNotFoundError: typer is not installed; the message says how to install it.
+    """
+    require("typer", "the command line")
+    import typer
+
+    from .compare import compare
+    from .demo import demo
+    from .doctor import doctor
+
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        help="Pyramid Attention Broadcast for diffusion transformers.",
+    )
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            from .. import __version__
+
+            print(f"pab-kernels {__version__}")
+            raise typer.Exit
+
+    def root(
+        version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=show_version),
+    ) -> None:
+        pass
+
+    app.callback()(root)
+    for command in (demo, compare, doctor):
+        app.command(help=_help(command))(_ends_with_one_line(command))
+    return app
+
+
+def main() -> None:
+    """The console script `pab`."""
+    try:
+        app = build_app()
+    except ModuleNotFoundError as error:
+        _fail(error, 1)
+    app(prog_name="pab")

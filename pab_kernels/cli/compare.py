@@ -1,0 +1,56 @@
+"""`pab compare`: its options and its progress."""
+
+# No `from __future__ import annotations` here: typer reads the command's annotations at run time.
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..extras import require
+
+
+def _values(text: str) -> tuple[float, float]:
+    try:
+        black, white = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--values takes two numbers, black and white, such as 0,1 or -1,1, got {text!r}") from None
+    return black, white
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A video, an image, a folder of images, or a tensor (.pt, .npy, .safetensors).")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="What A is compared with: the clip made without PAB.")],
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw every measure over the frames: .png, .pdf or .svg.")] = None,
+    values: Annotated[str, typer.Option(metavar="LO,HI", help="Black and white in floating-point tensors.")] = "0,1",
+    lpips: Annotated[bool | None, typer.Option(help="Measure LPIPS, or do not. Default: where a package for it is installed.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Compare two clips: PSNR, SSIM, temporal consistency and LPIPS, frame by frame and in total.
+
+    The clips have the same size and number of frames. Consistency is 1 - the mean absolute change from frame to frame: a clip that flickers
+    more than the other has less.
+    """
+    for package in ("rich", "skimage"):
+        require(package, "pab compare")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..analysis import comparison
+
+    if plot is not None:
+        comparison.check_plot_path(plot)
+    black_and_white = _values(values)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"), TimeRemainingColumn())
+    notes = Console(stderr=True)
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def progress(done: int, todo: int) -> None:
+            bar.update(task, description="comparing", completed=done, total=todo)
+
+        result = comparison.compare(a, b, values=black_and_white, lpips=lpips, progress=progress)
+    if plot is not None:
+        result.plot(plot)
+    print(json.dumps(result.to_dict(), indent=1) if as_json else result)

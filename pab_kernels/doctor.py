@@ -1,0 +1,311 @@
+"""What is installed here and what of it works: `pab doctor`, and without typer `python -m pab_kernels.doctor`.
+
+It needs nothing but Python, and never fails: what cannot be found out is said in its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "pab-kernels",
+    "torch",
+    "triton",
+    "numpy",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "typer",
+    "rich",
+    "matplotlib",
+    "imageio",
+    "imageio-ffmpeg",
+    "scikit-image",
+    "pillow",
+    "tqdm",
+    "PyYAML",
+    "lpips",
+    "torchmetrics",
+    "flash-attn",
+)
+"""Distributions whose version is told."""
+
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TRITON_HOME", "PYTORCH_ALLOC_CONF", "TORCHDYNAMO_DISABLE")
+"""Environment variables that change what runs."""
+
+NO_KERNEL = "it has no kernel for this operation"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The compiled Triton kernels that are kept.
+
+    Args:
+        path: their folder.
+        files: how many files; bytes: their size.
+        problem: why they could not be looked at, or None.
+    """
+
+    path: str
+    files: int = 0
+    bytes: int = 0
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Args:
+        python: version, implementation, system.
+        packages: version by distribution, or None where it is not installed.
+        torch: the build, or why it cannot be imported.
+        devices: one line each.
+        operations: by operation: "auto" names the backend that is chosen; every backend has None where it can serve, else the reason.
+        asked: the call that the backends were asked about.
+        extensions: compiled libraries of this package.
+        cache: of compiled Triton kernels.
+        environment: variables that are set and change what runs.
+        problems: what could not be found out.
+    """
+
+    python: str
+    packages: dict[str, str | None]
+    torch: str
+    devices: tuple[str, ...]
+    operations: dict[str, dict[str, str | None]]
+    asked: str
+    extensions: tuple[str, ...]
+    cache: Cache
+    environment: dict[str, str]
+    problems: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        found = [f"{name} {version}" for name, version in self.packages.items() if version]
+        missing = [name for name, version in self.packages.items() if not version]
+        mib = f"{self.cache.files} files, {self.cache.bytes / 2**20:.1f} MiB"
+        lines = [
+            *_listed("python", [self.python]),
+            *_listed("torch", [self.torch]),
+            *_listed("packages", found),
+            *_listed("missing", missing or ["nothing"]),
+            *_listed("devices", list(self.devices), apart=True),
+            *_listed("extension", list(self.extensions) or ["none: there are no compiled CUDA kernels in this installation"]),
+            *_listed("triton cache", [f"{self.cache.path}: {self.cache.problem or mib}"]),
+            *_listed("environment", [f"{name}={value}" for name, value in self.environment.items()] or ["nothing that changes what runs"]),
+            "",
+            *_operations_table(self.operations, self.asked),
+        ]
+        return "\n".join([*lines, *(f"problem: {problem}" for problem in self.problems)])
+
+
+_MARGIN, _WIDTH = 14, 118
+
+
+def _listed(heading: str, items: list[str], apart: bool = False) -> list[str]:
+    """Items behind a heading, a line each or as many on a line as fit."""
+    lines: list[str] = []
+    for item in items:
+        if lines and not apart and len(lines[-1]) + len(item) + 2 <= _WIDTH - _MARGIN:
+            lines[-1] += f", {item}"
+        else:
+            lines.append(item)
+    return [f"{heading if i == 0 else '':<{_MARGIN}}{line}" for i, line in enumerate(lines)]
+
+
+def _operations_table(operations: dict[str, dict[str, str | None]], asked: str) -> list[str]:
+    """Which backend serves which operation; reasons are numbered below."""
+    if not operations:
+        return []
+    backends = list(next(iter(operations.values())))
+    reasons: list[str] = []
+    rows = [["operation", *backends]]
+    for op, served in operations.items():
+        row = [op, served["auto"] or ""]
+        for backend in backends[1:]:
+            reason = served[backend]
+            if reason is not None and reason != NO_KERNEL and reason not in reasons:
+                reasons.append(reason)
+            row.append("yes" if reason is None else "-" if reason == NO_KERNEL else f"no [{reasons.index(reason) + 1}]")
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    notes = [f"[{i}] {reason}" for i, reason in enumerate(reasons, 1)]
+    return [*table, f"asked for {asked}; -: no such kernel", *notes]
+
+
+def doctor() -> Report:
+    """Look at this installation. Nothing is changed, nothing is compiled, nothing is fetched.
+
+    >>> doctor().operations["attention"]["reference"] is None
+    True
+    """
+    problems: list[str] = []
+
+    def tried(what: str, look: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                found = look()
+            problems.extend(f"{what}: {_line(w.message)}" for w in said if not issubclass(w.category, DeprecationWarning))
+            return found
+        except Exception as error:  # a broken installation is what this is for
+            problems.append(f"{what}: {_line(error)}")
+            return otherwise
+
+    torch_build = tried("torch", _torch_build, "cannot be imported")
+    devices = tried("devices", _devices, ())
+    operations, asked = tried("operations", _operations, ({}, ""))
+    return Report(
+        python=f"{platform.python_version()} ({platform.python_implementation()}), {platform.platform()}",
+        packages={name: tried(name, partial(_version, name), None) for name in PACKAGES},
+        torch=torch_build,
+        devices=devices,
+        operations=operations,
+        asked=asked,
+        extensions=tried("extension", _extensions, ()),
+        cache=tried("triton cache", _triton_cache, Cache("", problem="cannot be found")),
+        environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
+        problems=tuple(problems),
+    )
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_build() -> str:
+    import torch
+
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    hip = f", ROCm {torch.version.hip}" if torch.version.hip else ""
+    return f"{torch.__version__}, built with {cuda}{hip}, {torch.get_num_threads()} threads"
+
+
+def _devices() -> tuple[str, ...]:
+    import torch
+
+    found = [f"cpu: {platform.machine()}, {os.cpu_count()} cores"]
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        p = torch.cuda.get_device_properties(i)
+        found.append(f"cuda:{i}: {p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return tuple(found)
+
+
+def _operations() -> tuple[dict[str, dict[str, str | None]], str]:
+    """What `Report.operations` and `Report.asked` hold."""
+    import torch
+
+    from .ops import backend
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    operations: dict[str, dict[str, str | None]] = {}
+    for op, arguments in _sample_calls(device, dtype).items():
+        operations[op] = {"auto": _chosen(op, arguments), **{name: _refusal(op, name, arguments) for name in backend.BACKENDS}}
+    return operations, f"{str(dtype).removeprefix('torch.')} on {device}, head size 64"
+
+
+def _chosen(op: str, arguments: tuple[Any, ...]) -> str:
+    from .ops import backend
+
+    try:
+        return backend.choose(op, "auto", arguments)
+    except Exception as error:
+        return _line(error)
+
+
+def _refusal(op: str, name: str, arguments: tuple[Any, ...]) -> str | None:
+    """Why a backend cannot serve a call, or None."""
+    from .ops import backend
+
+    if name not in backend.IMPLEMENTATIONS[op]:
+        return NO_KERNEL
+    try:
+        return None if name == "reference" else backend.load(op, name, "refusal")(*arguments)
+    except ModuleNotFoundError as error:
+        return f"it needs the package {error.name}, which is not installed"
+    except Exception as error:
+        return f"it cannot be loaded: {_line(error)}"
+
+
+def _sample_calls(device: str, dtype: Any) -> dict[str, tuple[Any, ...]]:
+    """For each operation the arguments of an ordinary call, as its backends take them."""
+    import torch
+
+    from .ops import Norm
+
+    x, weight, shift = (torch.zeros(shape, device=device, dtype=dtype) for shape in ((1, 16, 128), (128, 128), (1, 1, 128)))
+    q, k, v = torch.zeros(1, 16, 3, 2, 64, device=device, dtype=dtype).unbind(2)  # [1, 16, 2, 64]
+    return {
+        "broadcast_residual": (x, (), Norm("layer"), shift, shift),
+        "project_residual": (x, weight, None, x, shift, None, dtype, ()),
+        "attention": (q, k, v, 64**-0.5, None, None, None, None, None),
+        "short_attention": (q, k, v, 64**-0.5, None, None, None, None),
+    }
+
+
+def _extensions() -> tuple[str, ...]:
+    """Compiled libraries inside the package."""
+    package = Path(__file__).parent
+    return tuple(str(path.relative_to(package)) for ending in ("so", "pyd", "dylib") for path in sorted(package.rglob(f"*.{ending}")))
+
+
+def _triton_cache() -> Cache:
+    """Where Triton keeps what it compiled, by the rule of its own settings, and how much that is."""
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+    if not folder.is_dir():
+        return Cache(str(folder), problem="there is none yet")
+    sizes = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                sizes.append((Path(parent) / name).stat().st_size)
+            except OSError:  # another process cleans up
+                continue
+    return Cache(str(folder), len(sizes), sum(sizes))
+
+
+def print_report(as_json: bool = False) -> None:
+    """Print what `doctor` finds, as text or as JSON."""
+    report = doctor()
+    text = json.dumps(report.to_dict(), indent=1) if as_json else str(report)
+    print(text.encode("ascii", "backslashreplace").decode("ascii"))
+
+
+def main() -> None:
+    """`python -m pab_kernels.doctor`."""
+    parser = argparse.ArgumentParser(prog="python -m pab_kernels.doctor", description="Show what is installed and what of it works.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    print_report(parser.parse_args().json)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
