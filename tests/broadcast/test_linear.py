@@ -223,8 +223,10 @@ def test_whatever_calls_are_missing_only_own_earlier_outputs_are_read(rule: Broa
             assert len(slots) == 1 + (decision.previous is not None)
             assert [slot.source for slot in slots] == computed[: -len(slots) - 1 : -1], "the newest first"
             assert all((slot.value == slot.source).all() for slot in slots)
+            planned = [i for i in (decision.source, decision.previous) if i is not None]
+            assert all(slot.source >= i for slot, i in zip(slots, planned, strict=True)), "older than planned"
             if all(present[begin_at:step]):
-                assert [slot.source for slot in slots] == [i for i in (decision.source, decision.previous) if i is not None]
+                assert [slot.source for slot in slots] == planned
         assert generation.meter.now <= 24 * plan.held("a", step)
         if all(present[begin_at : step + 1]):
             assert generation.meter.now == 24 * plan.held("a", step)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from pab_kernels.broadcast.config import CacheDtype, PABConfig
 from pab_kernels.broadcast.generation import Generation
 from pab_kernels.broadcast.plan import Sublayer
-from pab_kernels.broadcast.slots import CACHE_DTYPES, GROUP, Arena, Key, Meter, Slot, nbytes, pack, slot_bytes, unpack
+from pab_kernels.broadcast.slots import CACHE_DTYPES, GROUP, Arena, Key, Meter, nbytes, pack, slot_bytes, unpack
 from pab_kernels.ops import Quantized, quantize
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.int8)

@@ -1,0 +1,152 @@
+"""Blocks compiled with `fullgraph=True`: one graph for each pattern of compute, store and reuse, and the results of the blocks that are not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pab_kernels as pab
+from pab_kernels import Broadcast, PABConfig
+from pab_kernels.broadcast.broadcaster import broadcaster_of
+from tests.adapters.tiny_latte import inputs, noise, prompt, tiny_latte
+
+STEPS = 9
+CONTEXTS = ("cond", "uncond")
+
+
+@pytest.fixture(autouse=True)
+def _forgotten_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64):  # all blocks share it: as many graphs as there are blocks and patterns
+        yield
+    torch._dynamo.reset()
+
+
+def config(reuse: Any = "hold", **options: Any) -> PABConfig:
+    rules = {"spatial": 2, "temporal": 3, "cross": 4, "mlp": 2}
+    return PABConfig(**{kind: Broadcast(reach, reuse=reuse) for kind, reach in rules.items()}, **options)  # type: ignore[arg-type]
+
+
+def compiled(model: Any) -> Counter[str]:
+    """Compile every block of the model; the graphs that are made, by block."""
+    graphs: Counter[str] = Counter()
+    for group in ("transformer_blocks", "temporal_transformer_blocks"):
+        for i, block in enumerate(getattr(model, group)):
+
+            def backend(graph: Any, _: Any, name: str = f"{group}.{i}") -> Any:
+                graphs[name] += 1
+                return graph
+
+            block.compile(fullgraph=True, backend=backend)
+    return graphs
+
+
+def outputs(model: Any, x: Any = noise, names: tuple[str, ...] = CONTEXTS) -> list[Tensor]:
+    """What the model gives at every step, in contexts of different prompts."""
+    found = []
+    with torch.no_grad():
+        for step in range(STEPS):
+            for i, name in enumerate(names):
+                with pab.context(model, name, step):
+                    found.append(model(**inputs() | {"hidden_states": x(step), "encoder_hidden_states": prompt(i)}).sample)
+    return found
+
+
+def patterns(model: Any, block: str) -> int:
+    """How many columns the plan has for the sublayers of a block."""
+    broadcaster = broadcaster_of(model)
+    assert broadcaster is not None and broadcaster.latest is not None and broadcaster.latest.plan is not None
+    plan = broadcaster.latest.plan
+    rows = [row for name, row in plan.rows.items() if name.startswith(f"{block}.")]
+    return len({tuple((row[i].action, row[i].previous is None) for row in rows) for i in range(STEPS)})
+
+
+def enabled(pab_config: PABConfig) -> Any:
+    model = tiny_latte(num_layers=1)
+    pab.enable(model, pab_config, num_steps=STEPS)
+    return model
+
+
+@pytest.mark.parametrize(
+    "pab_config",
+    [config(cache_point="post_gate"), config("linear"), config("linear", cache_dtype="float8_e4m3fn")],
+    ids=["hold", "linear", "linear fp8"],
+)
+def test_as_many_graphs_as_patterns_and_none_in_a_second_generation(pab_config: PABConfig) -> None:
+    plain, model = enabled(pab_config), enabled(pab_config)
+    graphs = compiled(model)
+    for first in (True, False):
+        if first:
+            expected, found = outputs(plain), outputs(model)
+            made = dict(graphs)
+            assert made == {name: patterns(model, name) for name in ("transformer_blocks.0", "temporal_transformer_blocks.0")}
+        else:
+            with pab.generation(plain, num_steps=STEPS), pab.generation(model, num_steps=STEPS):
+                expected, found = outputs(plain), outputs(model)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        assert str(pab.summary(model)) == str(pab.summary(plain))
+    assert dict(graphs) == made
+
+
+def test_a_whole_block_may_be_reused() -> None:
+    pab_config = config(block=Broadcast(2, (0.7, 0.95)))
+    plain, model = enabled(pab_config), enabled(pab_config)
+    compiled(model)
+    for a, b in zip(outputs(model), outputs(plain), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert str(pab.summary(model)) == str(pab.summary(plain))
+
+
+def test_what_was_computed_from_another_shape_is_not_reused() -> None:
+    def changing(step: int) -> Tensor:
+        return noise(step, height=16 if step < 4 else 8)
+
+    plain, model = enabled(config()), enabled(config())
+    compiled(model)
+    for a, b in zip(outputs(model, changing), outputs(plain, changing), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert str(pab.summary(model)) == str(pab.summary(plain)) and pab.summary(model).forced > 0
+
+
+def test_a_context_that_comes_late_computes_first() -> None:
+    models = [enabled(config("linear")), enabled(config("linear"))]
+    compiled(models[1])
+    results = []
+    for model in models:
+        with torch.no_grad():
+            found = []
+            for step in range(STEPS):
+                for name in ("cond", "late") if step >= 4 else ("cond",):
+                    with pab.context(model, name, step):
+                        found.append(model(**inputs() | {"hidden_states": noise(step)}).sample)
+            results.append(found)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert str(pab.summary(models[1])) == str(pab.summary(models[0])) and pab.summary(models[1]).forced > 0
+
+
+def test_an_exception_in_a_compiled_block_leaves_nothing_behind() -> None:
+    model = enabled(config())
+    compiled(model)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        for step in range(STEPS):
+            with pab.context(model, "cond", step):
+                model(**inputs() | {"hidden_states": noise(step), "encoder_hidden_states": prompt() if step < 4 else prompt()[..., :3]})
+    assert pab.summary(model).cache_bytes == 0
+
+
+def test_disable_gives_the_plain_model_back() -> None:
+    model = tiny_latte(num_layers=1)
+    with torch.no_grad():
+        before = model(**inputs()).sample
+        pab.enable(model, config(), num_steps=STEPS)
+        compiled(model)
+        outputs(model, names=("cond",))
+        pab.disable(model)
+        torch.testing.assert_close(model(**inputs()).sample, before, atol=1e-5, rtol=1e-5)
