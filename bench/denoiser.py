@@ -135,7 +135,7 @@ def main() -> None:
                 flush=True,
             )
     if args.json:
-        write(args.json, rows)
+        write(args.json, rows, args.device)
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ def _import(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if module.endswith(".triton") and error.name == "triton":
-            pytest.skip("triton is not installed")
+        if error.name in ("triton", "flash_attn"):
+            pytest.skip(f"{error.name} is not installed")
         raise
 
 

@@ -20,6 +20,6 @@ def adapter_for(model: nn.Module) -> Adapter:
     if modules.handles(model):
         return modules.ModulesAdapter(model)
     raise TypeError(
-        f"{type(model).__name__} has no adapter; supported are LatteTransformer3DModel and models whose attention modules are wrapped in "
-        "pab_kernels.nn.BroadcastModule"
+        f"{type(model).__name__} has no adapter; supported are LatteTransformer3DModel and models whose attention modules are those of "
+        "pab_kernels.nn: PABAttention, PABCrossAttention, or any other wrapped in BroadcastModule"
     )

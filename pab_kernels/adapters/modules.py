@@ -1,4 +1,4 @@
-"""Any model whose attention modules were wrapped in `nn.BroadcastModule`."""
+"""Any model with modules of `pab_kernels.nn` in it: `PABAttention`, `PABCrossAttention`, or others wrapped in `BroadcastModule`."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ BACKENDS = ("reference", "triton", "cuda", "sdpa", "flash_attn")
 """Every backend that `backend=` may name, beside `auto`."""
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "broadcast_residual": ("reference",),
+    "broadcast_residual": ("reference", "triton"),
     "project_residual": ("reference",),
-    "attention": ("reference",),
-    "short_attention": ("reference",),
+    "attention": ("reference", "triton", "sdpa", "flash_attn"),
+    "short_attention": ("reference", "triton"),
 }
 """The backends that exist for each operation. Adding a kernel is adding its module and its name here."""
 

@@ -1,4 +1,4 @@
-"""Blocks compiled with `fullgraph=True`: one graph for each pattern of compute, store and reuse, and the results of the blocks that are not."""
+"""Blocks compiled with `fullgraph=True`: one graph for each pattern of compute, store and reuse, and the results of plain blocks."""
 
 from __future__ import annotations
 

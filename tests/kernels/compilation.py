@@ -1,8 +1,8 @@
 """Compiles the Triton kernels without a device, exactly as their launchers launch them, and reads what the compiler made of them.
 
 A module `tests.kernels.launches_<op>` lists, by name, calls of a launcher on meta tensors (nothing is computed) and what each kernel must
-look like. `python -m tests.kernels.compilation 80 90 100` compiles every one for these architectures and prints a JSON line for each. It runs in
-a process without TRITON_INTERPRET, with whichever Triton is first on the path. Nothing of the machine's GPU, if it has one, is used.
+look like. `python -m tests.kernels.compilation 80 90 100` compiles every one for these architectures and prints a JSON line for each. It
+runs without TRITON_INTERPRET, with whichever Triton is first on the path. The machine's GPU, if it has one, is not used.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..cached_outputs import CachedOutput, add_cached_outputs
 from ..norm import Norm, apply_norm
+from ..quantize import Quantized, dequantize
 
 
 def broadcast_residual(
@@ -40,3 +42,27 @@ def broadcast_residual_out(
         x_out.copy_(x_new)
     if y_out is not None and y is not None:
         y_out.copy_(y)
+
+
+def broadcast_residual_rounded_once(
+    x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`broadcast_residual` as the kernels round: everything in float32, the new x rounded once, and y, computed from it, rounded once."""
+    x_new = x.float()
+    for slot, gate, weight in cached:
+        c = dequantize(slot, torch.float32) if isinstance(slot, Quantized) else slot.float()
+        if weight is not None:
+            c = weight * c
+        if gate is not None:
+            c = gate.float() * c
+        x_new = x_new + c
+    x_new = x_new.to(x.dtype)
+    if norm is None:
+        return x_new, None
+    weight, bias = (None if t is None else t.float() for t in (norm.weight, norm.bias))
+    y = apply_norm(x_new.float(), replace(norm, weight=weight, bias=bias))
+    if scale is not None:
+        y = y * (1 + scale.float())
+    if shift is not None:
+        y = y + shift.float()
+    return x_new, y.to(x.dtype)

@@ -1,0 +1,133 @@
+"""Cases of `broadcast_residual`: the plain norm-modulate, and one to three slots in the model's dtype or 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pab_kernels.ops import Norm, Quantized, broadcast_residual_out, dequantize, quantize
+
+from .candidates import backends, plain_torch
+from .case import Case, Draw, Inputs, Outputs, doubled
+from .geometries import Geometry
+
+OP = "broadcast_residual"
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Options:
+    """What varies: dtype of each slot (None for the activations'), and what comes with them."""
+
+    slots: tuple[torch.dtype | None, ...] = ()
+    gated: bool = True
+    weighted: bool = False
+    norm: Literal["layer", "rms"] | None = "layer"
+    affine: bool = False
+    modulated: bool = True
+
+
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
+
+TIMED = {
+    "norm": Options(),
+    "1 slot": Options((None,)),
+    "2 slots": Options((None,) * 2),
+    "3 slots": Options((None,) * 3),
+    "1 int8 slot": Options((INT8,)),
+    "1 fp8 slot": Options((FP8,)),
+    "3 int8 slots": Options((INT8,) * 3),
+}
+
+FURTHER = {
+    "2 mixed slots, weights, affine rms": Options((None, FP8), weighted=True, norm="rms", affine=True, modulated=False),
+    "1 ungated slot, affine layer": Options((None,), gated=False, affine=True),
+    "2 int8 slots, no norm": Options((INT8, INT8), norm=None, modulated=False),
+}
+"""Only at small shapes, for checks."""
+
+
+def cases(name: str, geometry: Geometry, dtype: torch.dtype) -> Iterator[Case]:
+    """The cases at this geometry."""
+    for title, options in {**TIMED, **(FURTHER if geometry.small else {})}.items():
+        yield _case(name, geometry, dtype, title, options)
+
+
+def _case(name: str, geometry: Geometry, dtype: torch.dtype, title: str, options: Options) -> Case:
+    batch, tokens, channels = geometry.batch, geometry.frames * geometry.tokens, geometry.channels
+
+    def draw(draw: Draw) -> Inputs:
+        def slot(kept: torch.dtype | None) -> Tensor | Quantized:
+            values = draw(batch, tokens, channels)
+            return values if kept is None else quantize(values, kept)
+
+        count = len(options.slots)
+        return {
+            "x": draw(batch, tokens, channels),
+            "slots": [slot(kept) for kept in options.slots],
+            "gates": [draw(batch, 1, channels) if options.gated else None for _ in range(count)],
+            "weights": [draw(1, dtype=torch.float32)[0] if options.weighted else None for _ in range(count)],
+            "weight": draw(channels) if options.affine else None,
+            "bias": draw(channels) if options.affine and options.norm == "layer" else None,
+            "shift": draw(batch, 1, channels) if options.modulated else None,
+            "scale": draw(batch, 1, channels) if options.modulated else None,
+        }
+
+    def places(inputs: Inputs) -> Outputs:
+        x = inputs["x"]
+        return torch.empty_like(x) if options.slots else None, None if options.norm is None else torch.empty_like(x)
+
+    plain = plain_of(options)
+    return Case(
+        OP,
+        name,
+        title,
+        {"batch": batch, "tokens": tokens, "channels": channels},
+        dtype,
+        0,
+        draw,
+        places,
+        plain,
+        exact=lambda inputs: _looked_at(plain(doubled(inputs))),
+        looked_at=_looked_at,
+        candidates=(*backends(OP, partial(_call, options)), *plain_torch(plain)),
+    )
+
+
+def plain_of(options: Options) -> Callable[[Inputs], Outputs]:
+    """The code of a user who has no fused operation."""
+
+    def plain(inputs: Inputs) -> Outputs:
+        x = inputs["x"]
+        for slot, gate, weight in zip(inputs["slots"], inputs["gates"], inputs["weights"], strict=True):
+            addition = dequantize(slot, x.dtype) if isinstance(slot, Quantized) else slot
+            if weight is not None:
+                addition = (addition * weight).to(x.dtype)
+            x = x + (addition if gate is None else gate * addition)
+        x_new = x if options.slots else None
+        if options.norm is None:
+            return x_new, None
+        if options.norm == "layer":
+            y = F.layer_norm(x, x.shape[-1:], inputs["weight"], inputs["bias"], EPS)
+        else:
+            y = F.rms_norm(x, x.shape[-1:], inputs["weight"], EPS)
+        return x_new, y * (1 + inputs["scale"]) + inputs["shift"] if options.modulated else y
+
+    return plain
+
+
+def _call(options: Options, backend: str, inputs: Inputs, places: Outputs) -> Outputs:
+    norm = None if options.norm is None else Norm(options.norm, inputs["weight"], inputs["bias"], EPS)
+    given = {name: inputs[name] for name in ("gates", "weights", "shift", "scale")}
+    broadcast_residual_out(inputs["x"], inputs["slots"], x_out=places[0], y_out=places[1], norm=norm, backend=backend, **given)
+    return places
+
+
+def _looked_at(outputs: Outputs) -> tuple[Tensor, ...]:
+    return tuple(t for t in outputs if t is not None)

@@ -1,0 +1,124 @@
+"""Cases of `project_residual`: the output projection with gate and addition, with what it stores, and with a cached output that is due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pab_kernels.ops import Quantized, dequantize, empty_quantized, linear_flops, project_residual_out, quantize
+
+from .candidates import backends, plain_torch
+from .case import Case, Draw, Inputs, Outputs, doubled, floats
+from .geometries import Geometry
+
+OP = "project_residual"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What varies: what is stored, its dtype (None for the activations'), and the cached outputs added, by dtype."""
+
+    store: Literal["pre_gate", "post_gate"] | None = None
+    store_dtype: torch.dtype | None = None
+    slots: tuple[torch.dtype | None, ...] = ()
+    gated: bool = True
+    bias: bool = True
+
+
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
+
+TIMED = {
+    "gate": Options(),
+    "gate, store": Options("pre_gate"),
+    "gate, store int8": Options("pre_gate", INT8),
+    "gate, store fp8": Options("pre_gate", FP8),
+    "gate, 1 slot": Options(slots=(None,)),
+}
+
+FURTHER = {
+    "post-gate store fp8, 2 mixed slots": Options("post_gate", FP8, (None, INT8)),
+    "no gate, no bias, store": Options("pre_gate", gated=False, bias=False),
+}
+"""Only at small shapes, for checks."""
+
+
+def cases(name: str, geometry: Geometry, dtype: torch.dtype) -> Iterator[Case]:
+    """The cases at this geometry."""
+    for title, options in {**TIMED, **(FURTHER if geometry.small else {})}.items():
+        yield _case(name, geometry, dtype, title, options)
+
+
+def _case(name: str, geometry: Geometry, dtype: torch.dtype, title: str, options: Options) -> Case:
+    batch, tokens, channels = geometry.batch, geometry.frames * geometry.tokens, geometry.channels
+
+    def draw(draw: Draw) -> Inputs:
+        def slot(kept: torch.dtype | None) -> Tensor | Quantized:
+            values = draw(batch, tokens, channels)
+            return values if kept is None else quantize(values, kept)
+
+        return {
+            "a": draw(batch, tokens, channels),
+            "weight": draw(channels, channels) * channels**-0.5,
+            "bias": draw(channels) if options.bias else None,
+            "x": draw(batch, tokens, channels),
+            "gate": draw(batch, 1, channels) if options.gated else None,
+            "slots": [slot(kept) for kept in options.slots],
+            "gates": [draw(batch, 1, channels) for _ in options.slots],
+        }
+
+    def places(inputs: Inputs) -> Outputs:
+        x = inputs["x"]
+        if options.store is None:
+            return torch.empty_like(x), None
+        kept = options.store_dtype
+        return torch.empty_like(x), torch.empty_like(x) if kept is None else empty_quantized(x.shape, kept, device=x.device)
+
+    exact_options = Options(options.store, None, options.slots, options.gated, options.bias)
+    plain = plain_of(options)
+    return Case(
+        OP,
+        name,
+        title,
+        {"batch": batch, "tokens": tokens, "channels": channels},
+        dtype,
+        linear_flops(batch * tokens, channels, channels),
+        draw,
+        places,
+        plain,
+        exact=lambda inputs: _looked_at(plain_of(exact_options)(doubled(inputs))),
+        looked_at=_looked_at,
+        candidates=(*backends(OP, partial(_call, options)), *plain_torch(plain)),
+    )
+
+
+def plain_of(options: Options) -> Callable[[Inputs], Outputs]:
+    """The code of a user who has no fused operation."""
+
+    def plain(inputs: Inputs) -> Outputs:
+        projected = F.linear(inputs["a"], inputs["weight"], inputs["bias"])
+        gated = inputs["gate"] * projected if options.gated else projected
+        x = inputs["x"] + gated
+        for slot, gate in zip(inputs["slots"], inputs["gates"], strict=True):
+            x = x + gate * (dequantize(slot, x.dtype) if isinstance(slot, Quantized) else slot)
+        if options.store is None:
+            return x, None
+        stored = projected if options.store == "pre_gate" else gated
+        return x, stored if options.store_dtype is None else quantize(stored, options.store_dtype)
+
+    return plain
+
+
+def _call(options: Options, backend: str, inputs: Inputs, places: Outputs) -> Outputs:
+    given = {name: inputs[name] for name in ("a", "weight", "bias", "x", "gate", "slots", "gates")}
+    project_residual_out(**given, x_out=places[0], stored_out=places[1], store=options.store, backend=backend)
+    return places
+
+
+def _looked_at(outputs: Outputs) -> tuple[Tensor, ...]:
+    return tuple(floats(t) for t in outputs if t is not None)

@@ -1,0 +1,183 @@
+"""`PABCrossAttention`: attention to the text under a plan, with the text's keys and values computed once a generation."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..broadcast.slots import Arena, Key
+from .broadcast_module import BroadcastModule
+from .parts import PartsModule, check_input, fresh, refuse_options
+from .qk_norm import with_norm
+from .sources import read_parts
+
+
+class PABCrossAttention(BroadcastModule):
+    """Attention to the text under a plan: computed, or its last output given back.
+
+        1. q = q_norm(q(x)); k, v = split(kv(text)); k = k_norm(k); heads of D channels
+        2. out = proj(softmax(softmax_scale q k^T) v), over the first text_lengths tokens
+
+    Under PAB, k and v are computed once for each context of a generation and kept until its last step, in addition to the slots and
+    counted with them. They serve while `text` and the weights are the same tensor objects and nothing has written to them (torch counts
+    writes), so the result is to the bit what it is without. A model that makes its text anew in every call (embeds it, say) so has no gain:
+    embed it before. Text made under `torch.inference_mode` does not count writes and is projected always.
+
+    Without `enable`, it is a plain module. `state_dict` names are `q`, and `kv` or `k`, `v`; `proj`, `q_norm`, `k_norm`; after
+    `from_module`, those of the module that it replaces.
+
+    Args:
+        channels: C of x.
+        heads: H; C / H is 32 to 128.
+        text_channels: C of the text; None for that of x.
+        layer, packed, bias, qk_norm, eps, device, dtype: as in `PABAttention`; packed is one projection for k and v.
+
+    Raises:
+        ValueError: an argument is not supported.
+
+    Example:
+        >>> attention = PABCrossAttention(64, heads=2, text_channels=48)
+        >>> attention(torch.randn(1, 5, 12, 64), torch.randn(1, 7, 48), torch.tensor([4])).shape
+        torch.Size([1, 5, 12, 64])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        text_channels: int | None = None,
+        layer: int = 0,
+        *,
+        packed: bool = True,
+        bias: bool = True,
+        qk_norm: str | None = None,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        text = channels if text_channels is None else text_channels
+        of_text = {"kv": (text, 2 * channels)} if packed else dict.fromkeys("kv", (text, channels))
+        self._take(fresh(channels, heads, {"q": (channels, channels), **of_text}, bias, qk_norm, eps, device=device, dtype=dtype), layer)
+
+    @classmethod
+    def from_module(cls, module: nn.Module, layer: int = 0) -> PABCrossAttention:
+        """The same attention as `module`: its weights are shared, not copied, and keep their names.
+
+        Args:
+            module: diffusers' `Attention`, `nn.MultiheadAttention`, or timm-like (`q` and `kv`, `q_linear` and `kv_linear`, or `q`, `k` and
+                `v`; `proj`, `num_heads`, perhaps `q_norm` and `k_norm`).
+            layer: as above.
+
+        Raises:
+            TypeError: the module is of another kind.
+            ValueError: it has an option that is not supported.
+        """
+        attention = cls.__new__(cls)
+        attention._take(module, layer)
+        return attention
+
+    def _take(self, source: nn.Module, layer: int) -> None:
+        super().__init__(CrossAttention(source, read_parts(source, cross=True)), "cross", layer)
+        self.training = source.training
+
+    def forward(self, x: Tensor, text: Tensor, text_lengths: Tensor | None = None, **options: Any) -> Tensor:
+        """The output, of x's shape but for the channels.
+
+        Args:
+            x: `[B, T, S, C]` or `[B, N, C]`.
+            text: `[B, L, C]`.
+            text_lengths: int32 or int64 `[B]`, how many of the L tokens are text; None for all.
+            options: those of other attention modules, taken where they are None.
+
+        Raises:
+            TypeError, ValueError: an argument is not supported.
+        """
+        refuse_options(options, "x, text and text_lengths")
+        kept = self._kept()
+        out = super().forward(x, text, text_lengths, kept)
+        if kept is not None and kept.last:
+            kept.arena.release(kept.name)
+        return out
+
+    def _kept(self) -> KeptText | None:
+        """Where the call that this is part of keeps keys and values; a compiled graph keeps none."""
+        if torch.compiler.is_compiling() or self._member is None or self._member.broadcaster.call is None:
+            return None
+        call = self._member.broadcaster.call
+        last = call.step + 1 == call.generation.schedule.num_steps
+        return KeptText(call.context.arena, f"{self._member.sublayer.name}, keys and values", call.step, last)
+
+
+@dataclass(frozen=True)
+class KeptText:
+    """Keys and values kept in a context of a generation.
+
+    Args:
+        arena: of the context.
+        name: that they have there.
+        step: of the call.
+        last: whether it is the generation's last.
+    """
+
+    arena: Arena
+    name: str
+    step: int
+    last: bool
+
+    def get(self, sources: Sequence[Tensor]) -> Any:
+        """What was kept, if it was made from these tensors as they are now; else None."""
+        slot = self.arena.get(self.name)
+        if slot is None or _uncounted(sources):
+            return None
+        value, made_from = slot.value
+        same = len(made_from) == len(sources) and all(
+            ref() is t and n == t._version for (ref, n), t in zip(made_from, sources, strict=True)
+        )
+        return value if same else None
+
+    def put(self, value: Any, sources: Sequence[Tensor]) -> None:
+        """Keep what was made from these tensors."""
+        if not (self.last or _uncounted(sources)):
+            made_from = [(weakref.ref(t), t._version) for t in sources]
+            self.arena.put(self.name, (value, made_from), Key.of(sources[0]), self.step)
+
+
+def _uncounted(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch does not count the writes to one of them."""
+    return any(t.is_inference() for t in tensors)
+
+
+class CrossAttention(PartsModule):
+    """The attention that `PABCrossAttention` broadcasts."""
+
+    def forward(self, x: Tensor, text: Tensor, text_lengths: Tensor | None = None, kept: KeptText | None = None) -> Tensor:
+        """See `PABCrossAttention.forward`; `kept` holds keys and values of earlier steps."""
+        parts = self.parts
+        check_input("x", x, "[B, T, S, C] or [B, N, C]", (3, 4), parts.channels)
+        check_input("text", text, "[B, L, C]", (3,), parts.text_channels)
+        if text.shape[0] != x.shape[0]:
+            raise ValueError(f"text has a batch of {text.shape[0]} and x of {x.shape[0]}; equal ones are supported: give x as [B, T, S, C]")
+        (q,) = self.project(parts.projections[:1], x)
+        q, q_norm = with_norm(q.flatten(1, -3), self.norm(parts.q_norm))  # [B, N, H, D]
+        k, k_norm, v = self._keys_values(text, q.dtype, kept)
+        out, _ = ops.attention(q, k, v, softmax_scale=parts.softmax_scale, key_lengths=text_lengths, q_norm=q_norm, k_norm=k_norm)
+        return self.finish(out.unflatten(1, x.shape[1:-1]))
+
+    def _keys_values(self, text: Tensor, dtype: torch.dtype, kept: KeptText | None) -> tuple[Tensor, ops.QKNorm | None, Tensor]:
+        """k `[B, L, H, D]`, its norm, v `[B, L, H, D]`."""
+        of_text, norm = self.parts.projections[1:], self.norm(self.parts.k_norm)
+        if kept is None:
+            k, v = self.project(of_text, text)
+            return *with_norm(k, norm), v
+        sources = [text, *(w for p in of_text for w in p.weights(self)), *(() if norm is None else norm.parameters())]
+        held = kept.get(sources)
+        if held is None or held[0].dtype != dtype:  # autocast may have come or gone
+            held = self._keys_values(text, dtype, None)
+            kept.put(held, sources)
+        return held

@@ -1,0 +1,207 @@
+"""The parts of an attention module, under the names that they have in its `state_dict`: projections, norms, output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.attention.options import MAX_HEAD_DIM, MIN_HEAD_DIM
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A child module that projects, such as an `nn.Linear` or whatever has taken its place.
+
+    Args:
+        name: of the child.
+        count: how many of q, k and v it gives, side by side.
+    """
+
+    name: str
+    count: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What of the module it is."""
+        return (self.name,)
+
+    def project(self, owner: nn.Module, x: Tensor) -> Tensor:
+        """`[..., count * H * D]`."""
+        return owner.get_submodule(self.name)(x)
+
+    def weights(self, owner: nn.Module) -> list[Tensor]:
+        """What the projection depends on."""
+        return list(owner.get_submodule(self.name).parameters())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of parameters that project, as `nn.MultiheadAttention` has them.
+
+    Args:
+        weight, bias: names of the parameters; the bias may be None in the module.
+        weight_rows, bias_rows: first row and the one after the last.
+        count: as in `Layer`.
+    """
+
+    weight: str
+    bias: str
+    weight_rows: tuple[int, int]
+    bias_rows: tuple[int, int]
+    count: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What of the module it is."""
+        return (self.weight, self.bias)
+
+    def project(self, owner: nn.Module, x: Tensor) -> Tensor:
+        """`[..., count * H * D]`."""
+        weight, bias = getattr(owner, self.weight), getattr(owner, self.bias)
+        return F.linear(x, weight[slice(*self.weight_rows)], None if bias is None else bias[slice(*self.bias_rows)])
+
+    def weights(self, owner: nn.Module) -> list[Tensor]:
+        """What the projection depends on."""
+        return [p for p in (getattr(owner, self.weight), getattr(owner, self.bias)) if p is not None]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an attention module consists of.
+
+    Args:
+        channels, text_channels: C of the inputs.
+        heads, head_dim: H and D.
+        projections: that of q first; together they give q, k and v.
+        out: names of the modules that run on the attention's output, one after the other.
+        q_norm, k_norm: names of the norms, or None.
+        softmax_scale: None for D ** -0.5.
+        dropout: of attention's probabilities, while training.
+    """
+
+    channels: int
+    text_channels: int
+    heads: int
+    head_dim: int
+    projections: tuple[Layer | Rows, ...]
+    out: tuple[str, ...]
+    q_norm: str | None = None
+    k_norm: str | None = None
+    softmax_scale: float | None = None
+    dropout: float = 0.0
+
+    @property
+    def roots(self) -> set[str]:
+        """Names of the module's own children and parameters among the parts."""
+        norms = [name for name in (self.q_norm, self.k_norm) if name is not None]
+        names = [*(name for p in self.projections for name in p.names), *norms, *self.out]
+        return {name.partition(".")[0] for name in names}
+
+
+class PartsModule(nn.Module):
+    """An attention module made of another one's parts: the same objects under the same names, nothing copied.
+
+    Args:
+        source: whose parts they are.
+        parts: which ones.
+
+    Raises:
+        ValueError: the head dimension is not supported.
+    """
+
+    def __init__(self, source: nn.Module, parts: Parts) -> None:
+        super().__init__()
+        if not MIN_HEAD_DIM <= parts.head_dim <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{parts.heads} heads of {parts.head_dim} channels came; heads of {MIN_HEAD_DIM} to {MAX_HEAD_DIM} channels are supported: "
+                "wrap the module in BroadcastModule"
+            )
+        self.parts = parts
+        roots = parts.roots
+        for name, parameter in source._parameters.items():  # in the order that they have there
+            if name in roots:
+                self.register_parameter(name, parameter)
+        for name, child in source._modules.items():
+            if name in roots:
+                self.add_module(name, child)
+        self.training = source.training
+
+    def extra_repr(self) -> str:
+        """What is printed of the module beside its children."""
+        return f"heads={self.parts.heads}, head_dim={self.parts.head_dim}"
+
+    def project(self, projections: Iterable[Layer | Rows], x: Tensor) -> list[Tensor]:
+        """What the projections give of `x [..., C]`: views `[..., H, D]`."""
+        parts = self.parts
+        if self.training and parts.dropout:
+            raise RuntimeError(f"attention dropout {parts.dropout} is active; this is for inference, without it: call .eval() on the model")
+        shape = (parts.heads, parts.head_dim)
+        return [t for p in projections for t in p.project(self, x).unflatten(-1, (p.count, *shape)).unbind(-3)]
+
+    def norm(self, name: str | None) -> nn.Module | None:
+        """The norm of this name."""
+        return None if name is None else self.get_submodule(name)
+
+    def finish(self, out: Tensor) -> Tensor:
+        """Attention's output `[..., H, D]` projected to `[..., C]`."""
+        y = out.flatten(-2)
+        for name in self.parts.out:
+            y = self.get_submodule(name)(y)
+        return y
+
+
+class _Fresh(nn.Module):
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+
+def fresh(
+    channels: int, heads: int, widths: dict[str, tuple[int, int]], bias: bool, qk_norm: str | None, eps: float, **made: Any
+) -> nn.Module:
+    """New parts, with the names that timm gives them.
+
+    Args:
+        channels, heads: C and H.
+        widths: of the projections by name: channels in, channels out.
+        bias: whether the projections have one.
+        qk_norm: None, "rms", "layer" or "rms_across_heads".
+        eps: of the norms.
+        made: device and dtype.
+    """
+    if heads < 1 or channels % heads:
+        raise ValueError(f"{channels} channels and {heads} heads came; heads that divide the channels are supported: change either")
+    source = _Fresh(heads)
+    for name, (inside, outside) in widths.items():
+        source.add_module(name, nn.Linear(inside, outside, bias=bias, **made))
+    source.add_module("proj", nn.Linear(channels, channels, **made))
+    norms = {
+        "rms": lambda: nn.RMSNorm(channels // heads, eps, **made),
+        "layer": lambda: nn.LayerNorm(channels // heads, eps, **made),
+        "rms_across_heads": lambda: nn.RMSNorm(channels, eps, **made),
+    }
+    if qk_norm is not None:
+        if qk_norm not in norms:
+            raise ValueError(f"qk_norm {qk_norm!r} came; supported are None, {', '.join(map(repr, norms))}: pass one of these")
+        for name in ("q_norm", "k_norm"):
+            source.add_module(name, norms[qk_norm]())
+    return source
+
+
+def check_input(name: str, x: Any, shape: str, dims: tuple[int, ...], channels: int) -> None:
+    """Whether `x` is a tensor with this many dimensions and channels."""
+    if not isinstance(x, torch.Tensor) or x.ndim not in dims or x.shape[-1] != channels:
+        came = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
+        raise ValueError(f"{name} came with {came}; {shape} with {channels} channels is supported: reshape it")
+
+
+def refuse_options(options: dict[str, Any], supported: str) -> None:
+    """Options of other attention modules: None is taken, anything else is refused."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise TypeError(f"{', '.join(given)} came; {supported} are supported: leave it out, or wrap the original module in BroadcastModule")

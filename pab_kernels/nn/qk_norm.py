@@ -1,0 +1,64 @@
+"""Norms of q and k: as attention applies them itself where it can, else called as the modules that they are."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..broadcast.generation import is_plain
+from ..ops import QKNorm
+
+
+def with_norm(x: Tensor, norm: nn.Module | None) -> tuple[Tensor, QKNorm | None]:
+    """What to give to attention for `norm(x)`: x and the norm, or what `norm` made of x.
+
+    A plain `nn.LayerNorm`, `nn.RMSNorm` or diffusers `RMSNorm` over a head's channels goes into attention, and an RMS norm across heads
+    with its reciprocal root; weights in another dtype than x, hooks, any other module: it is called.
+
+    Args:
+        x: `[*batch, N, H, D]`, H and D side by side in memory.
+        norm: over D channels or, across heads, over H * D.
+    """
+    if norm is None:
+        return x, None
+    heads, head_dim = x.shape[-2:]
+    across = heads > 1 and _width(norm) == heads * head_dim
+    kind, eps = _kind(norm), _eps(norm)
+    fits = x.dtype != torch.float64 and all(p.dtype == x.dtype and p.device == x.device for p in norm.parameters())
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if kind is None or not fits or (across and kind == "layer"):
+        y = norm(x.flatten(-2)).unflatten(-1, (heads, head_dim)) if across else norm(x)
+        return y.to(x.dtype), None
+    if not across:
+        return x, QKNorm(kind, weight, bias, eps)
+    mean_square = x.flatten(-2).float().pow(2).mean(-1)
+    weight = None if weight is None else weight.unflatten(0, (heads, head_dim))
+    return x, QKNorm("rms", weight, None, eps, rstd=torch.rsqrt(mean_square + eps))
+
+
+def _width(norm: Any) -> int | None:
+    """Channels that a norm is over, where it says so."""
+    for name in ("normalized_shape", "dim"):  # torch's and diffusers' name for it
+        shape = getattr(norm, name, None)
+        if isinstance(shape, tuple):
+            return prod(shape)
+    weight = getattr(norm, "weight", None)
+    return weight.numel() if isinstance(weight, Tensor) else None
+
+
+def _kind(norm: nn.Module) -> Literal["layer", "rms"] | None:
+    """How attention calls a norm; None where it is none of those that attention has."""
+    if not is_plain(norm, type(norm)):
+        return None
+    if type(norm) is nn.LayerNorm:
+        return "layer"
+    of_diffusers = (type(norm).__module__, type(norm).__name__) == ("diffusers.models.normalization", "RMSNorm")
+    return "rms" if type(norm) is nn.RMSNorm or (of_diffusers and norm.bias is None) else None
+
+
+def _eps(norm: nn.Module) -> float:
+    eps = getattr(norm, "eps", None)
+    return eps if isinstance(eps, float) else torch.finfo(torch.float32).eps  # what torch takes for None where it computes in float32

@@ -1,0 +1,155 @@
+"""Triton's pre-pass of `attention`: the per-head norm and the rotary embedding of q or k, written once for all tiles of queries.
+
+    1. y = norm(x) per head: weight (x - mean) / sqrt(var + eps) + bias; weight x / sqrt(mean square + eps); or weight x rstd
+    2. a pair (a, b) of y's first R channels becomes (a cos - b sin, b cos + a sin)
+
+float32 inside; the norm rounds to x's dtype, then the rotation does, as `normalise` and `rotate` do, which define it.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..rounding import narrow
+from .options import QKNorm, Rope
+from .strides import head_strides, unit_of
+
+
+@dataclass(frozen=True)
+class PrepareTiles:
+    """Tokens of a program, heads that it goes through one by one with the same rows of the tables, and warps."""
+
+    tokens: int
+    heads: int
+    warps: int
+
+
+def prepare_tiles() -> PrepareTiles:
+    """The tile sizes for a call: 16 tokens of up to 128 channels, 16 channels a lane."""
+    return PrepareTiles(tokens=16, heads=4, warps=4)
+
+
+@triton.jit
+def _channels(ptr, channels, a_channels, b_channels, D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The [1, PAIRS] firsts and seconds of a float32 copy of D channels."""
+    if INTERLEAVED:
+        both = tl.load(ptr + channels, mask=channels < D, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(both, [PAIRS, 2]))
+    else:
+        valid = tl.arange(0, PAIRS) < D // 2
+        a = tl.load(ptr + a_channels, mask=valid, other=0.0).to(tl.float32)
+        b = tl.load(ptr + b_channels, mask=valid, other=0.0).to(tl.float32)
+    return a[None, :], b[None, :]
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "batch"])
+def _prepare_kernel(
+    x_ptr, y_ptr, weight_ptr, bias_ptr, rstd_ptr, cos_ptr, sin_ptr,
+    x_strides, rstd_strides, eps, tokens, heads, batch,
+    D: tl.constexpr, PAIRS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, UNIT: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """A program: TOKENS tokens of one batch row, HEADS heads. x is strided as in the attention kernel, y contiguous [batch, H, N, D].
+
+    Channels lie in two tensors, firsts and seconds of D / 2 <= PAIRS pairs: those that rotate come first; the rest are paired as they are.
+    """
+    groups, tiles = tl.cdiv(heads, HEADS), tl.cdiv(tokens, TOKENS)
+    group, rest = tl.program_id(0) % groups, tl.program_id(0) // groups
+    tile, row = rest % tiles, (rest // tiles).to(tl.int64)
+    first, second = row // batch, row % batch
+    rows = (tile * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    pairs = tl.arange(0, PAIRS)
+    valid = pairs < D // 2
+    if INTERLEAVED:
+        a_channels, b_channels = 2 * pairs, 2 * pairs + 1
+    elif R == D or R == 0:
+        a_channels, b_channels = pairs, pairs + D // 2
+    else:
+        a_channels = tl.where(pairs < R // 2, pairs, pairs + R // 2)
+        b_channels = tl.where(pairs < R // 2, pairs + R // 2, pairs + D // 2)
+    here = rows < tokens
+    mask = here[:, None] & valid[None, :]  # [TOKENS, PAIRS]
+    channels = tl.arange(0, 2 * PAIRS)
+    if INTERLEAVED:
+        both = here[:, None] & (channels < D)[None, :]  # [TOKENS, 2 PAIRS]
+    if R > 0:
+        turning = here[:, None] & (pairs < R // 2)[None, :]
+        cos = tl.load(cos_ptr + rows[:, None] * (R // 2) + pairs[None, :], mask=turning, other=1.0)
+        sin = tl.load(sin_ptr + rows[:, None] * (R // 2) + pairs[None, :], mask=turning, other=0.0)
+    if NORM == "across":
+        at = rstd_ptr + first * rstd_strides[0] + second * rstd_strides[1] + rows * rstd_strides[2]
+        rstd = tl.load(at, mask=here, other=0.0)[:, None]
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    for head in range(group * HEADS, tl.minimum(group * HEADS + HEADS, heads)):
+        x_head = x_ptr + (first * x_strides[0] + second * x_strides[1] + tl.cast(head, tl.int64) * x_strides[3]) * UNIT
+        x_rows = x_head + rows[:, None] * (x_strides[2] * UNIT)  # [TOKENS, 1]
+        if INTERLEAVED:
+            x = tl.load(x_rows + channels[None, :], mask=both, other=0.0).to(tl.float32)
+            a, b = tl.split(tl.reshape(x, [TOKENS, PAIRS, 2]))
+        else:
+            a = tl.load(x_rows + a_channels[None, :], mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(x_rows + b_channels[None, :], mask=mask, other=0.0).to(tl.float32)
+        if NORM != "":
+            if NORM == "layer":
+                mean = (tl.sum(a + b, 1) / D)[:, None]
+                a, b = tl.where(valid[None, :], a - mean, 0.0), tl.where(valid[None, :], b - mean, 0.0)
+            if NORM != "across":
+                rstd = (1.0 / tl.sqrt_rn(tl.sum(a * a + b * b, 1) / D + eps))[:, None]
+            a, b = a * rstd, b * rstd
+            if weight_ptr is not None:
+                at_head = weight_ptr + head * D if NORM == "across" else weight_ptr
+                a_weight, b_weight = _channels(at_head, channels, a_channels, b_channels, D, PAIRS, INTERLEAVED)
+                a, b = a * a_weight, b * b_weight
+            if bias_ptr is not None:
+                a_bias, b_bias = _channels(bias_ptr, channels, a_channels, b_channels, D, PAIRS, INTERLEAVED)
+                a, b = a + a_bias, b + b_bias
+            a, b = narrow(a, dtype).to(tl.float32), narrow(b, dtype).to(tl.float32)
+        if R > 0:
+            turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
+            a, b = tl.where(turning, turned_a, a), tl.where(turning, turned_b, b)
+        y_rows = y_ptr + ((row * heads + head) * tokens + rows[:, None]) * D
+        if INTERLEAVED:
+            y = tl.reshape(tl.join(a, b), [TOKENS, 2 * PAIRS])
+            tl.store(y_rows + channels[None, :], narrow(y, dtype), mask=both)
+        else:
+            tl.store(y_rows + a_channels[None, :], narrow(a, dtype), mask=mask)
+            tl.store(y_rows + b_channels[None, :], narrow(b, dtype), mask=mask)
+
+
+def prepare(x: Tensor, norm: QKNorm | None, rope: Rope | None) -> Tensor:
+    """q or k with its norm and rotation, `[*batch, N, H, D]`, each head's tokens together in memory.
+
+    Args:
+        x: `[*batch, N, H, D]`, float16, bfloat16 or float32, of any strides with a contiguous last dimension; D even.
+        norm, rope: as of `attention`; what is None is left out.
+    """
+    *batch, tokens, heads, head_dim = x.shape
+    y = torch.empty((*batch, heads, tokens, head_dim), dtype=x.dtype, device=x.device)
+    rotary = 0 if rope is None else 2 * rope.cos.shape[-1]
+    cos, sin = (rope.cos.contiguous(), rope.sin.contiguous()) if rope is not None and rotary else (None, None)
+    kind = "" if norm is None else norm.kind if norm.rstd is None else "across"
+    weight, bias, rstd = (None, None, None) if norm is None else (norm.weight, norm.bias, norm.rstd)
+    if kind == "across" and weight is not None:
+        weight = weight.contiguous()
+    chosen, unit = prepare_tiles(), unit_of(x)
+    programs = prod(batch) * -(-tokens // chosen.tokens) * -(-heads // chosen.heads)
+    if programs:
+        _prepare_kernel[(programs,)](
+            x, y, weight, bias, rstd, cos, sin,
+            head_strides(x, unit),
+            (0, 0, 0) if rstd is None else head_strides(rstd[..., None, None])[:3],
+            0.0 if norm is None else norm.eps, tokens, heads, batch[-1],
+            D=head_dim, PAIRS=triton.next_power_of_2(head_dim // 2), R=rotary,
+            INTERLEAVED=rotary == 0 or (rope is not None and rope.interleaved),
+            NORM=kind, UNIT=unit, TOKENS=chosen.tokens, HEADS=chosen.heads,
+            num_warps=chosen.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return y.transpose(-3, -2)

@@ -1,0 +1,286 @@
+"""`attention` in Triton: one pass over the keys with a running maximum, from packed views, into the output and what is stored.
+
+    1. q', k' = prepare(q), prepare(k), where they have a norm or a rotary embedding: once, not again for every tile of queries; what lies
+       in memory so that 16 bytes cannot be read at once is copied by the same kernel
+    2. for each tile of keys:  s = softmax_scale log2(e) q' k'^T;  m' = max(m, max s);  p = 2^(s - m')
+                               l = 2^(m - m') l + sum p;  o = 2^(m - m') o + p v;  m = m'
+    3. out = o / l, 0 where there are no keys; stored = out, quantised with a scale a head if it has 8 bits
+
+A head is never padded to a power of two: D = 72 is 64 + 16 channels, two products a tile, and only the 16 have (8) masked ones.
+
+What rounds, everything else being float32:
+    1. a norm rounds to q's dtype, then the rotary embedding does
+    2. p rounds to q's dtype for the product with v; l sums it unrounded
+    3. out rounds once
+    4. what is stored is quantised from the rounded out: a scale rounds to float32, a quotient to 8 bits
+`reference.online_attention` rounds in the same places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log, prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backend import refuse_device
+from ..quantize import Quantized
+from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
+from ..stored import flatten_stored, unflatten_stored
+from .layout import empty_output
+from .options import QKNorm, Rope
+from .prepare import prepare
+from .strides import UNIT, aligned, head_strides, unit_of
+
+MAX_PROGRAMS = 2**31 - 1
+"""The first grid axis ends here; the other two, unused, at 65535."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Queries of a program, keys of a step of its loop; warps, steps whose loads are under way, and registers that a lane may have."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+def tiles(queries: int, head_dim: int, capability: tuple[int, int]) -> Tiles:
+    """The tile sizes for a call on a device of this compute capability."""
+    if capability < (9, 0) and head_dim > 96:  # q stays in registers there: 64 keys would spill
+        return Tiles(64, 32, 4, 2) if queries <= 64 else Tiles(128, 32, 8, 3)
+    if queries <= 64:
+        return Tiles(64, 64, 4, 2)
+    if capability[0] == 9 and head_dim <= 80:  # 128 registers: a multiprocessor holds two programs
+        return Tiles(128, 64, 8, 3, 128)
+    return Tiles(128, 64, 8, 3)
+
+
+def parts(head_dim: int) -> tuple[tuple[int, int], ...]:
+    """First channel and width of the parts of a head, powers of two that sum to the next multiple of 16, the least depth of a product."""
+    widths = [width for width in (128, 64, 32, 16) if -(-head_dim // 16) * 16 & width]
+    return tuple((sum(widths[:i]), width) for i, width in enumerate(widths))
+
+
+@triton.jit
+def _tile(ptr, rows, count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """Channels FIRST to FIRST + WIDTH of these rows, 0 beyond the D-th and, if MASKED, in the rows from `count` on: these are not read."""
+    channels = FIRST + tl.arange(0, WIDTH)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + channels[None, :]  # [ROWS, WIDTH]
+    if MASKED:
+        if FIRST + WIDTH > D:
+            return tl.load(ptrs, mask=(rows < count)[:, None] & (channels < D)[None, :], other=0.0)
+        return tl.load(ptrs, mask=(rows < count)[:, None], other=0.0)
+    if FIRST + WIDTH > D:
+        return tl.load(ptrs, mask=(channels < D)[None, :], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.zeros([ROWS, WIDTH], dtype=tl.float32)  # Triton 3.6 wants constexprs in a shape; an element of a tuple is none there
+
+
+@triton.jit
+def _attend(
+    q, out, peak, total, k_ptr, v_ptr, k_stride, v_stride, count, scale,
+    PARTS: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A step of the loop: KEYS keys from k_ptr and v_ptr on; if MASKED, only the first `count` of them."""
+    keys = tl.arange(0, KEYS)
+    scores = tl.zeros([q[0].shape[0], KEYS], dtype=tl.float32)
+    for i in tl.static_range(len(PARTS)):
+        k = _tile(k_ptr, keys, count, k_stride, PARTS[i][0], PARTS[i][1], D, MASKED)  # [KEYS, WIDTH]
+        scores = tl.dot(operand(q[i]), operand(k).T, scores)  # [QUERIES, KEYS]
+    if MASKED:
+        scores = tl.where((keys < count)[None, :], scores * scale, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        p = tl.exp2(scores - new_peak[:, None])
+    else:
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+        p = tl.exp2(scores * scale - new_peak[:, None])
+    decay = tl.exp2(peak - new_peak)
+    total = total * decay + tl.sum(p, 1)
+    rounded = narrow(p, k_ptr.dtype.element_ty)
+    new_out: tl.tuple = ()
+    for i in tl.static_range(len(PARTS)):
+        v = _tile(v_ptr, keys, count, v_stride, PARTS[i][0], PARTS[i][1], D, MASKED)
+        new_out += (tl.dot(operand(rounded), operand(v), out[i] * decay[:, None]),)  # [QUERIES, WIDTH]
+    return new_out, new_peak, total
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "batch"])
+def _attention_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, stored_ptr, stored_scale_ptr, lengths_ptr,
+    q_strides, k_strides, v_strides, out_strides, stored_strides, stored_scale_strides, lengths_strides,
+    scale, queries, keys, heads, batch,
+    D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """A program: QUERIES queries of one head of one batch row.
+
+    Strides are (first batch dimension, second, token, head), in UNITs of elements and, of what is written, OUT_UNITs: a factor that is
+    known when the kernel is compiled says how wide accesses may be, which a head stride of 72 would hide. `batch` is the second's size.
+    """
+    tile, row = tl.program_id(0) % tl.cdiv(queries, QUERIES), tl.program_id(0) // tl.cdiv(queries, QUERIES)
+    head = (row % heads).to(tl.int64)
+    first, second = (row // heads // batch).to(tl.int64), (row // heads % batch).to(tl.int64)
+    q_ptr += (first * q_strides[0] + second * q_strides[1] + head * q_strides[3]) * UNIT
+    k_ptr += (first * k_strides[0] + second * k_strides[1] + head * k_strides[3]) * UNIT
+    v_ptr += (first * v_strides[0] + second * v_strides[1] + head * v_strides[3]) * UNIT
+    q_stride, k_stride, v_stride = q_strides[2] * UNIT, k_strides[2] * UNIT, v_strides[2] * UNIT
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + first * lengths_strides[0] + second * lengths_strides[1])
+        keys = tl.minimum(tl.maximum(length, 0), keys).to(tl.int32)
+
+    rows = tile * QUERIES + tl.arange(0, QUERIES)
+    q: tl.tuple = ()
+    out: tl.tuple = ()
+    for i in tl.static_range(len(PARTS)):
+        q += (_tile(q_ptr, rows, queries, q_stride, PARTS[i][0], PARTS[i][1], D, True),)  # [QUERIES, WIDTH]
+        out += (_zeros(QUERIES, PARTS[i][1]),)
+    peak = tl.full([QUERIES], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([QUERIES], dtype=tl.float32)
+    whole = keys // KEYS * KEYS
+    for start in range(0, whole, KEYS):
+        k_start, v_start = k_ptr + tl.cast(start, tl.int64) * k_stride, v_ptr + tl.cast(start, tl.int64) * v_stride
+        out, peak, total = _attend(q, out, peak, total, k_start, v_start, k_stride, v_stride, KEYS, scale, PARTS, D, KEYS, False)
+    if whole < keys:
+        k_start, v_start = k_ptr + tl.cast(whole, tl.int64) * k_stride, v_ptr + tl.cast(whole, tl.int64) * v_stride
+        out, peak, total = _attend(q, out, peak, total, k_start, v_start, k_stride, v_stride, keys - whole, scale, PARTS, D, KEYS, True)
+
+    out_ptr += (first * out_strides[0] + second * out_strides[1] + head * out_strides[3]) * OUT_UNIT
+    total = tl.where(total == 0, 1.0, total)  # no keys
+    magnitude = tl.zeros([QUERIES], dtype=tl.float32)
+    result: tl.tuple = ()
+    for i in tl.static_range(len(PARTS)):
+        channels = PARTS[i][0] + tl.arange(0, PARTS[i][1])
+        mask = (rows < queries)[:, None] & (channels < D)[None, :]
+        y = narrow(out[i] / total[:, None], out_ptr.dtype.element_ty)
+        tl.store(out_ptr + rows.to(tl.int64)[:, None] * (out_strides[2] * OUT_UNIT) + channels[None, :], y, mask=mask)
+        result += (y.to(tl.float32),)
+        bits = tl.max(result[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # as integers, magnitudes have their order, NaN the largest
+        magnitude = tl.maximum(magnitude, bits.to(tl.float32, bitcast=True), tl.PropagateNan.ALL)
+    if stored_ptr is not None:
+        stored_ptr += (first * stored_strides[0] + second * stored_strides[1] + head * stored_strides[3]) * OUT_UNIT
+        dtype: tl.constexpr = stored_ptr.dtype.element_ty
+        if stored_scale_ptr is not None:
+            group_scale = scale_of(magnitude, dtype)
+            stored_scale_ptr += first * stored_scale_strides[0] + second * stored_scale_strides[1] + head * stored_scale_strides[3]
+            tl.store(stored_scale_ptr + rows.to(tl.int64) * stored_scale_strides[2], group_scale, mask=rows < queries)
+        for i in tl.static_range(len(PARTS)):
+            channels = PARTS[i][0] + tl.arange(0, PARTS[i][1])
+            mask = (rows < queries)[:, None] & (channels < D)[None, :]
+            kept = quantized(result[i], group_scale[:, None], dtype) if stored_scale_ptr is not None else narrow(result[i], dtype)
+            tl.store(stored_ptr + rows.to(tl.int64)[:, None] * (stored_strides[2] * OUT_UNIT) + channels[None, :], kept, mask=mask)
+
+
+def refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    key_lengths: Tensor | None,
+    q_norm: QKNorm | None,
+    k_norm: QKNorm | None,
+    rope: Rope | None,
+    store_dtype: torch.dtype | None,
+) -> str | None:
+    """Why this kernel cannot serve; None where it can."""
+    device = refuse_device(q, bool(INTERPRETED.value))
+    if device is not None:
+        return device
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q is {q.dtype}; float16 and bfloat16 are supported"
+    if q.shape[-1] % 8:
+        return f"the head dimension is {q.shape[-1]}; multiples of 8 are supported"
+    if softmax_scale is not None and not 0 <= softmax_scale < float("inf"):
+        return f"softmax_scale is {softmax_scale}; one that is not negative is supported"
+    if max(q.numel(), k.numel()) // q.shape[-1] > MAX_PROGRAMS:
+        return "there are 2 ** 31 or more heads of tokens; fewer are supported"
+    return None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    key_lengths: Tensor | None,
+    q_norm: QKNorm | None,
+    k_norm: QKNorm | None,
+    rope: Rope | None,
+    store_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | Quantized | None]:
+    head_dim = q.shape[-1]
+    out, stored = empty_output(q, q.dtype, head_dim), None
+    if store_dtype is not None:
+        scale = None if store_dtype == q.dtype else empty_output(q, torch.float32, 1)
+        stored = unflatten_stored(empty_output(q, store_dtype, head_dim), scale, head_dim)
+    attention_out(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype, out, stored)
+    return out, stored
+
+
+def attention_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    key_lengths: Tensor | None,
+    q_norm: QKNorm | None,
+    k_norm: QKNorm | None,
+    rope: Rope | None,
+    store_dtype: torch.dtype | None,
+    out: Tensor,
+    stored_out: Tensor | Quantized | None,
+) -> None:
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    chosen = tiles(q.shape[-3], q.shape[-1], capability)
+    attend_in_tiles(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, out, stored_out, chosen)
+
+
+def attend_in_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    key_lengths: Tensor | None,
+    q_norm: QKNorm | None,
+    k_norm: QKNorm | None,
+    rope: Rope | None,
+    out: Tensor,
+    stored_out: Tensor | Quantized | None,
+    chosen: Tiles,
+) -> None:
+    """The launches of a call, with these tile sizes."""
+    *batch, queries, heads, head_dim = q.shape
+    keys = k.shape[-3]
+    programs = prod(batch) * heads * -(-queries // chosen.queries)
+    if programs == 0:
+        return
+    key_rope = rope if keys == queries else None
+    if q_norm is not None or rope is not None or not aligned(q):
+        q = prepare(q, q_norm, rope)
+    if k_norm is not None or key_rope is not None or not aligned(k):
+        k = prepare(k, k_norm, key_rope)
+    if not aligned(v):
+        v = prepare(v, None, None)
+    stored, stored_scale = flatten_stored(stored_out)
+    out_unit = unit_of(out, stored)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    lengths_strides: tuple[int, ...] = (0, 0)
+    if key_lengths is not None:
+        by_row = key_lengths.expand(batch) if len(batch) == 1 or key_lengths.ndim == 2 else key_lengths[:, None].expand(batch)
+        lengths_strides = head_strides(by_row[..., None, None, None])[:2]
+    _attention_kernel[(programs,)](
+        q, k, v, out, stored, stored_scale, key_lengths,
+        head_strides(q, UNIT), head_strides(k, UNIT), head_strides(v, UNIT),
+        head_strides(out, out_unit), head_strides(stored, out_unit), head_strides(stored_scale), lengths_strides,
+        scale / log(2), queries, keys, heads, batch[-1],
+        D=head_dim, PARTS=parts(head_dim), UNIT=UNIT, OUT_UNIT=out_unit, QUERIES=chosen.queries, KEYS=chosen.keys,
+        num_warps=chosen.warps, num_stages=chosen.stages, maxnreg=chosen.registers, enable_fp_fusion=True,
+    )  # fmt: skip

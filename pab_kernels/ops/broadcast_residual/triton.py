@@ -1,0 +1,281 @@
+"""`broadcast_residual` in Triton: one kernel, one pass over memory, a token's channels in the registers of its warps.
+
+    1. x' = x + sum_i gate_i * (weight_i * slot_i);  slot_i = data_i * slot_scale_i where it has 8 bits
+    2. layer: z = (x' - m) / sqrt(mean (x' - m)^2 + eps), m = mean x';  rms: z = x' / sqrt(mean x'^2 + eps)
+    3. y = (norm_weight * z + norm_bias) * (1 + scale) + shift
+
+The C channels are chunks of a power of two, of which only the last may be ragged: C = 1152 is 4.5 chunks of 256, not half of 2048. A
+thread has 16 bytes of each chunk. Sums are elementwise over the chunks first and across threads once. Every load comes before the first
+store, since none after it could be moved ahead of it.
+
+What rounds, everything else being float32:
+    1. x' rounds once, to x's dtype
+    2. y is computed from the rounded x' and rounds once, to x's dtype
+`reference.broadcast_residual_rounded_once` rounds in the same places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backend import refuse_device
+from ..cached_outputs import CachedOutput
+from ..norm import Norm, flatten_norm
+from ..quantize import GROUP, Quantized
+from ..rounding import INTERPRETED, narrow
+
+MAX_CHANNELS = 8192
+"""What the widest chunks hold in registers."""
+
+MAX_TOKENS = 2**31 - 2**10
+"""Tokens are counted in 32 bits, the last program's rows beyond them too."""
+
+UNIT = 8
+"""Elements that strides are counted in where all are multiples of it: then accesses of 16 bytes are possible, whatever the strides are.
+
+The compiler knows of a number that it is divisible by 16, or nothing: a row stride of 136 elements as such would cost the alignment.
+"""
+
+SLOT_GROUP = tl.constexpr(GROUP)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tokens of a program, channels of a chunk (a power of two, at least 128), and warps."""
+
+    rows: int
+    width: int
+    warps: int
+
+
+def tile(channels: int, itemsize: int) -> Tile:
+    """The tile for tokens of this many channels: a thread has 16 bytes of each of 5 chunks at most, so that all operands fit registers."""
+    width = next(width for width in (128, 256, 512, 1024, 2048) if channels <= 5 * width)
+    at_once = 32 * 16 // itemsize  # channels of a warp
+    warps = max(4, width // at_once)
+    return Tile(warps * at_once // width, width, warps)
+
+
+@triton.jit
+def _pointers(ptr, index, strides, live, FIRST: tl.constexpr, W: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr):
+    """Pointers to W channels from FIRST on of the tokens at `index`, `[ROWS, W]`, and which of them there are."""
+    offset = index[0] * strides[0]
+    for dim in tl.static_range(1, len(strides)):
+        offset += index[dim] * strides[dim]
+    channels = FIRST + tl.arange(0, W)
+    mask = live[:, None]
+    if FIRST + W > C:
+        mask = mask & (channels < C)[None, :]
+    return ptr + (offset * UNIT)[:, None] + channels[None, :], mask
+
+
+@triton.jit
+def _load(ptr, index, strides, live, FIRST: tl.constexpr, W: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr):
+    """These channels, 0 where there is none."""
+    ptrs, mask = _pointers(ptr, index, strides, live, FIRST, W, C, UNIT)
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, index, strides, live, value, FIRST: tl.constexpr, W: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr):
+    ptrs, mask = _pointers(ptr, index, strides, live, FIRST, W, C, UNIT)
+    tl.store(ptrs, value, mask=mask)
+
+
+@triton.jit
+def _load_slot_scale(ptr, index, strides, live, FIRST: tl.constexpr, W: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):
+    """The scale of each of these channels, `[ROWS, W]`; a group's is loaded once, not 128 times."""
+    groups: tl.constexpr = W // SLOT_GROUP
+    scales = _load(ptr, index, strides, live, FIRST // SLOT_GROUP, groups, (C + SLOT_GROUP - 1) // SLOT_GROUP, 1)  # [ROWS, W / 128]
+    return tl.reshape(tl.broadcast_to(scales[:, :, None], [ROWS, groups, SLOT_GROUP]), [ROWS, W])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _broadcast_residual_kernel(
+    x_ptr, scale_ptr, shift_ptr, x_out_ptr, y_out_ptr, slot_ptrs, gate_ptrs, slot_scale_ptrs, weight_ptrs, norm_weight_ptr, norm_bias_ptr,
+    x_strides, scale_strides, shift_strides, x_out_strides, y_out_strides, slot_strides, gate_strides, slot_scale_strides,
+    sizes, tokens, eps,
+    NORM: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """A program: ROWS tokens. Leading dimensions have these `sizes`; strides over them are in UNITs, those of slot scales in elements."""
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    live = token < tokens
+    index: tl.tuple = ()
+    for dim in tl.static_range(len(sizes) - 1, 0, -1):
+        index = ((token % sizes[dim]).to(tl.int64),) + index
+        token = token // sizes[dim]
+    index = (token.to(tl.int64),) + index
+
+    weights: tl.tuple = ()
+    for i in tl.static_range(len(slot_ptrs)):
+        weights += (1.0 if weight_ptrs[i] is None else tl.load(weight_ptrs[i]),)
+    x: tl.tuple = ()
+    for first in tl.static_range(0, C, W):
+        new = _load(x_ptr, index, x_strides, live, first, W, C, UNIT).to(tl.float32)  # [ROWS, W]
+        for i in tl.static_range(len(slot_ptrs)):
+            slot = _load(slot_ptrs[i], index, slot_strides[i], live, first, W, C, UNIT).to(tl.float32)
+            if slot_scale_ptrs[i] is not None:
+                slot *= _load_slot_scale(slot_scale_ptrs[i], index, slot_scale_strides[i], live, first, W, C, ROWS)
+            if weight_ptrs[i] is not None:
+                slot *= weights[i]
+            if gate_ptrs[i] is not None:
+                slot *= _load(gate_ptrs[i], index, gate_strides[i], live, first, W, C, UNIT).to(tl.float32)
+            new += slot
+        x += (narrow(new, x_ptr.dtype.element_ty),)
+
+    y: tl.tuple = ()
+    if NORM is not None:
+        norm_weights: tl.tuple = ()
+        norm_biases: tl.tuple = ()
+        scales: tl.tuple = ()
+        shifts: tl.tuple = ()
+        for first in tl.static_range(0, C, W):
+            if norm_weight_ptr is not None:
+                norm_weights += (_load(norm_weight_ptr, index, (0,), live, first, W, C, UNIT),)
+            if norm_bias_ptr is not None:
+                norm_biases += (_load(norm_bias_ptr, index, (0,), live, first, W, C, UNIT),)
+            if scale_ptr is not None:
+                scales += (_load(scale_ptr, index, scale_strides, live, first, W, C, UNIT),)
+            if shift_ptr is not None:
+                shifts += (_load(shift_ptr, index, shift_strides, live, first, W, C, UNIT),)
+        mean = tl.zeros([ROWS, 1], dtype=tl.float32)
+        if NORM == "layer":
+            total = tl.zeros([ROWS, W], dtype=tl.float32)
+            for i in tl.static_range(len(x)):
+                total += x[i].to(tl.float32)
+            mean = tl.sum(total, 1)[:, None] / C
+        squares = tl.zeros([ROWS, W], dtype=tl.float32)
+        for i in tl.static_range(len(x)):
+            centred = x[i].to(tl.float32) - mean
+            if (i + 1) * W > C:
+                centred = tl.where((i * W + tl.arange(0, W) < C)[None, :], centred, 0.0)
+            squares += centred * centred
+        inverse = tl.rsqrt(tl.sum(squares, 1)[:, None] / C + eps)
+        for i in tl.static_range(len(x)):
+            new = (x[i].to(tl.float32) - mean) * inverse
+            if norm_weight_ptr is not None:
+                new *= norm_weights[i].to(tl.float32)
+            if norm_bias_ptr is not None:
+                new += norm_biases[i].to(tl.float32)
+            if scale_ptr is not None:
+                new *= 1.0 + scales[i].to(tl.float32)
+            if shift_ptr is not None:
+                new += shifts[i].to(tl.float32)
+            y += (narrow(new, x_ptr.dtype.element_ty),)
+
+    if x_out_ptr is not None:
+        for i in tl.static_range(len(x)):
+            _store(x_out_ptr, index, x_out_strides, live, x[i], i * W, W, C, UNIT)
+    if y_out_ptr is not None:
+        for i in tl.static_range(len(y)):
+            _store(y_out_ptr, index, y_out_strides, live, y[i], i * W, W, C, UNIT)
+
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shape and strides of a tensor; `ABSENT` of None."""
+
+ABSENT: Layout = ((1,), (1,))
+
+
+def layout(t: Tensor | None) -> Layout:
+    return ABSENT if t is None else (t.shape, t.stride())
+
+
+def broadcast(dims: int, operand: Layout) -> tuple[int, ...]:
+    """Strides of an operand broadcast to so many leading dimensions: 0 along those that it lacks or has once."""
+    own = tuple(0 if size == 1 else stride for size, stride in zip(operand[0][:-1], operand[1][:-1], strict=True))
+    return (0,) * (dims - len(own)) + own
+
+
+def collapsed(sizes: Sequence[int], operands: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """The fewest leading dimensions, at least one, that serve operands with these strides: their sizes, and each operand's strides."""
+    dims: list[tuple[int, tuple[int, ...]]] = []
+    for size, strides in zip(sizes, zip(*operands, strict=True), strict=True):
+        if dims and all(outer == size * inner for outer, inner in zip(dims[-1][1], strides, strict=True)):
+            dims[-1] = (dims[-1][0] * size, strides)
+        elif size != 1:
+            dims.append((size, strides))
+    if not dims:
+        dims.append((1, (0,) * len(operands)))
+    return tuple(size for size, _ in dims), list(zip(*(strides for _, strides in dims), strict=True))
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Sizes of the collapsed leading dimensions, and strides over them: of operands in units, of slots' scales in elements."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    slot_scale_strides: tuple[tuple[int, ...], ...]
+    unit: int
+
+
+@lru_cache(maxsize=4096)  # a model's blocks repeat them
+def addresses(sizes: tuple[int, ...], operands: tuple[Layout, ...], slot_scales: tuple[Layout, ...]) -> Addresses:
+    """Where the operands of a call are."""
+    fewest, strides = collapsed(sizes, [broadcast(len(sizes), operand) for operand in operands + slot_scales])
+    counted, slot_scale_strides = strides[: len(operands)], tuple(strides[len(operands) :])
+    unit = 1 if any(stride % UNIT for t in counted for stride in t) else UNIT
+    return Addresses(fewest, tuple(tuple(stride // unit for stride in t) for t in counted), slot_scale_strides, unit)
+
+
+def refusal(x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift: Tensor | None, scale: Tensor | None) -> str | None:
+    """Why this kernel cannot serve; None where it can."""
+    device = refuse_device(x, bool(INTERPRETED.value))
+    if device is not None:
+        return device
+    if x.dtype == torch.float64:
+        return "x is torch.float64; float16, bfloat16 and float32 are supported"
+    channels = x.shape[-1]
+    if channels > MAX_CHANNELS:
+        return f"x has {channels} channels; up to {MAX_CHANNELS} are supported"
+    if x.numel() > MAX_TOKENS * channels:
+        return f"x has {x.numel() // channels} tokens; up to {MAX_TOKENS} are supported"
+    float8 = any(isinstance(c.slot, Quantized) and c.slot.data.dtype == torch.float8_e4m3fn for c in cached)
+    if float8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+        return "a slot is torch.float8_e4m3fn; compute capability 8.9 or later is needed for it"
+    return None
+
+
+def broadcast_residual(
+    x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    x_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if cached else None
+    y_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if norm is not None else None
+    broadcast_residual_out(x, cached, norm, shift, scale, x_out, y_out)
+    return x if x_out is None else x_out, y_out
+
+
+def broadcast_residual_out(
+    x: Tensor,
+    cached: Sequence[CachedOutput],
+    norm: Norm | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    x_out: Tensor | None,
+    y_out: Tensor | None,
+) -> None:
+    if x.numel() == 0:
+        return
+    *leading, channels = x.shape
+    slots = tuple(c.slot.data if isinstance(c.slot, Quantized) else c.slot for c in cached)
+    slot_scales = tuple(c.slot.scale if isinstance(c.slot, Quantized) else None for c in cached)
+    gates, weights = tuple(c.gate for c in cached), tuple(c.weight for c in cached)
+    kind, norm_weight, norm_bias, eps = flatten_norm(norm)
+    at = addresses(tuple(leading), tuple(map(layout, (x, scale, shift, x_out, y_out, *slots, *gates))), tuple(map(layout, slot_scales)))
+    chosen, tokens = tile(channels, x.element_size()), x.numel() // channels
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _broadcast_residual_kernel[(-(-tokens // chosen.rows),)](
+            x, scale, shift, x_out, y_out, slots, gates, slot_scales, weights, norm_weight, norm_bias,
+            *at.strides[:5], at.strides[5 : 5 + len(slots)], at.strides[5 + len(slots) :], at.slot_scale_strides,
+            at.sizes, tokens, eps,
+            NORM=kind, C=channels, UNIT=at.unit, ROWS=chosen.rows, W=chosen.width,
+            num_warps=chosen.warps, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip

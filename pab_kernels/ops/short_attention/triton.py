@@ -1,0 +1,361 @@
+"""`short_attention` in Triton: many sequences to a tile, read once from the packed projection and written once in its order.
+
+A tile is 64 rows: all N tokens of floor(64 / N) heads, first the next head of a sequence, then the first of the next sequence. The heads of
+a token, neighbours in memory, are neighbouring rows: what is read and written is whole sectors of memory, where one head of 72 channels
+begins or ends within one. Both products are of the whole tile, 64 x 64 scores, of which those between two heads are masked: what that
+wastes costs no access to memory, which bounds this operation.
+
+    1. q' = rope(q_norm(q));  k' = rope(k_norm(k)), in registers
+    2. s = softmax_scale log2(e) q' k'^T, -inf between two heads;  p = 2^(s - max s);  l = sum p
+    3. out = p v / l;  stored = out, quantised with a scale a head if it has 8 bits
+
+A head is never padded to a power of two: D = 72 is parts of 64 + 16 channels, two products a tile, and only the 16 have (8) masked ones. The
+order of channels is nothing to q' k'^T: where a rotary embedding turns channel i with i + R / 2, the parts of q and k are those of each half.
+
+What rounds, everything else being float32:
+    1. a norm rounds to q's dtype, then the rotary embedding does
+    2. p rounds to q's dtype for the product with v; l sums it unrounded
+    3. out rounds once
+    4. what is stored is quantised from the rounded out: a scale rounds to float32, a quotient to 8 bits
+`attention.reference.online_attention`, with all keys in one step, rounds in the same places.
+
+Heads of sequences do not mix. Where v holds an infinity or NaN, its head of its sequence becomes NaN in all channels if N <= 32 (in the product
+of a tile, 0 times it would spoil the other heads), and in the channel that holds it if N > 32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log, prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..attention.layout import empty_output
+from ..attention.options import QKNorm, Rope
+from ..attention.strides import head_strides, unit_of
+from ..attention.triton import parts
+from ..backend import refuse_device
+from ..quantize import Quantized
+from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
+from ..stored import flatten_stored
+
+MAX_HEADS = 2**31 - 64
+"""Heads of sequences are counted in 32 bits, and a tile may begin with the last; the grid's first axis, the one in use, ends there too."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of a tile, and warps."""
+
+    rows: int
+    warps: int
+
+
+def tiles(head_dim: int) -> Tiles:
+    """The tile sizes for a call: the registers of 4 warps do not hold larger heads with their norm and rotary embedding."""
+    return Tiles(rows=64, warps=4 if head_dim <= 80 else 8)
+
+
+def sections(head_dim: int, rotary: int, interleaved: bool) -> tuple[tuple[tuple[int, int, int], ...], int]:
+    """First channel, width and number of channels of the parts of q and k; those that rotate come first, and how many do.
+
+    Where pairs are not interleaved every second part holds the partners of the one before.
+    """
+    halves = 1 if interleaved else 2
+    turning = [
+        (first + half * rotary // halves, width, min(width, rotary // halves - first))
+        for first, width in parts(rotary // halves)
+        for half in range(halves)
+    ]
+    still = [(rotary + first, width, min(width, head_dim - rotary - first)) for first, width in parts(head_dim - rotary)]
+    return (*turning, *still), len(turning)
+
+
+@triton.jit
+def _tile(ptr, offsets, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """[ROWS, WIDTH]: channels from FIRST on of the valid rows, 0 in others and beyond the COUNT-th channel."""
+    channels = tl.arange(0, WIDTH)
+    ptrs = ptr + offsets[:, None] + (FIRST + channels)[None, :]
+    if COUNT < WIDTH:
+        return tl.load(ptrs, mask=valid[:, None] & (channels < COUNT)[None, :], other=0.0)
+    return tl.load(ptrs, mask=valid[:, None], other=0.0)
+
+
+@triton.jit
+def _tiles(ptr, offsets, valid, PARTS: tl.constexpr):
+    """The parts of a tile."""
+    loaded = ()
+    for i in tl.static_range(len(PARTS)):
+        loaded += (_tile(ptr, offsets, valid, PARTS[i][0], PARTS[i][1], PARTS[i][2]),)
+    return loaded
+
+
+@triton.jit
+def _row(ptr, FIRST: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """[1, WIDTH] in float32: channels from FIRST on, 0 beyond the COUNT-th."""
+    channels = tl.arange(0, WIDTH)
+    return tl.load(ptr + FIRST + channels, mask=channels < COUNT, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _padded(x, COUNT: tl.constexpr):
+    """x, but 0 beyond its COUNT-th channel."""
+    return tl.where((tl.arange(0, x.shape[1]) < COUNT)[None, :], x, 0.0)
+
+
+@triton.jit
+def _normed(
+    x, rstd, weight_ptr, bias_ptr, eps, weight_offsets, valid, dtype: tl.constexpr,
+    D: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """The parts x of q or k with their norm, 0 beyond their channels; rstd is given for NORM "across" alone."""
+    mean = tl.zeros_like(rstd)
+    if NORM == "layer":
+        for i in tl.static_range(len(PARTS)):
+            mean += tl.sum(x[i].to(tl.float32), 1) / D
+    if NORM != "across":
+        squares = tl.zeros_like(rstd)
+        for i in tl.static_range(len(PARTS)):
+            y = x[i].to(tl.float32)
+            if NORM == "layer":
+                y = _padded(y - mean[:, None], PARTS[i][2])
+            squares += tl.sum(y * y, 1)
+        rstd = tl.rsqrt(squares / D + eps)
+    normed = ()
+    for i in tl.static_range(len(PARTS)):
+        y = x[i].to(tl.float32)
+        if NORM == "layer":
+            y = _padded(y - mean[:, None], PARTS[i][2])
+        y *= rstd[:, None]
+        if weight_ptr is not None:
+            if NORM == "across":
+                y *= _tile(weight_ptr, weight_offsets, valid, PARTS[i][0], PARTS[i][1], PARTS[i][2]).to(tl.float32)
+            else:
+                y *= _row(weight_ptr, PARTS[i][0], PARTS[i][1], PARTS[i][2])
+        if bias_ptr is not None:
+            y += _row(bias_ptr, PARTS[i][0], PARTS[i][1], PARTS[i][2])
+        normed += (narrow(y, dtype),)
+    return normed
+
+
+@triton.jit
+def _rotated(
+    x, token, valid, cos_ptr, sin_ptr, dtype: tl.constexpr,
+    R: tl.constexpr, PARTS: tl.constexpr, TURNING: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """The parts x of q or k, the first TURNING of which rotate by the tables [N, R / 2].
+
+    What lies beyond their channels is 0 already. `_padded`, which says so again, is there for the compiler: without it, it rotates in the
+    layout of the product's operand, for which it passes the float32 tables through shared memory, and spills.
+    """
+    rotated = ()
+    at = token * (R // 2)
+    if INTERLEAVED:
+        for i in tl.static_range(TURNING):
+            cos = _tile(cos_ptr, at, valid, PARTS[i][0] // 2, PARTS[i][1] // 2, PARTS[i][2] // 2)  # [ROWS, WIDTH / 2]
+            sin = _tile(sin_ptr, at, valid, PARTS[i][0] // 2, PARTS[i][1] // 2, PARTS[i][2] // 2)
+            a, b = tl.split(tl.reshape(x[i].to(tl.float32), [x[i].shape[0], PARTS[i][1] // 2, 2]))
+            both = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), x[i].shape)
+            rotated += (narrow(_padded(both, PARTS[i][2]), dtype),)
+    else:
+        for i in tl.static_range(0, TURNING, 2):
+            cos = _tile(cos_ptr, at, valid, PARTS[i][0], PARTS[i][1], PARTS[i][2])  # [ROWS, WIDTH]
+            sin = _tile(sin_ptr, at, valid, PARTS[i][0], PARTS[i][1], PARTS[i][2])
+            a, b = x[i].to(tl.float32), x[i + 1].to(tl.float32)
+            rotated += (narrow(_padded(a * cos - b * sin, PARTS[i][2]), dtype),)
+            rotated += (narrow(_padded(b * cos + a * sin, PARTS[i][2]), dtype),)
+    for i in tl.static_range(TURNING, len(PARTS)):
+        rotated += (x[i],)
+    return rotated
+
+
+@triton.jit(do_not_specialize=["sequences", "batch", "heads"])
+def _short_attention_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, stored_ptr, stored_scale_ptr,
+    q_strides, k_strides, v_strides, out_strides, stored_strides, stored_scale_strides,
+    q_weight_ptr, q_bias_ptr, q_rstd_ptr, q_rstd_strides, q_eps,
+    k_weight_ptr, k_bias_ptr, k_rstd_ptr, k_rstd_strides, k_eps,
+    cos_ptr, sin_ptr, scale, sequences, batch, heads,
+    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PARTS: tl.constexpr, QK_PARTS: tl.constexpr, TURNING: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A program: a tile.
+
+    Strides are (first batch dimension, second, token, head), in UNITs of elements and, of what is written, OUT_UNITs: a factor that is
+    known when the kernel is compiled says how wide accesses may be, which a head stride of 72 would hide. `batch` is the second's size.
+    PARTS are first channel, width and number of channels of the parts of v and out, QK_PARTS those of q and k.
+    """
+    PACKED: tl.constexpr = ROWS // N
+    rows = tl.arange(0, ROWS)
+    place, token = rows % PACKED, (rows // PACKED).to(tl.int64)
+    index = tl.program_id(0) * PACKED + place
+    valid = (token < N) & (index < sequences * heads)
+    head, sequence = (index % heads).to(tl.int64), index // heads
+    first, second = (sequence // batch).to(tl.int64), (sequence % batch).to(tl.int64)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+
+    at = (first * q_strides[0] + second * q_strides[1] + token * q_strides[2] + head * q_strides[3]) * UNIT
+    q = _tiles(q_ptr, at, valid, QK_PARTS)
+    at = (first * k_strides[0] + second * k_strides[1] + token * k_strides[2] + head * k_strides[3]) * UNIT
+    k = _tiles(k_ptr, at, valid, QK_PARTS)
+    at = (first * v_strides[0] + second * v_strides[1] + token * v_strides[2] + head * v_strides[3]) * UNIT
+    v = _tiles(v_ptr, at, valid, PARTS)
+
+    if Q_NORM != "":
+        rstd = tl.zeros([ROWS], dtype=tl.float32)
+        if Q_NORM == "across":
+            at = first * q_rstd_strides[0] + second * q_rstd_strides[1] + token * q_rstd_strides[2]
+            rstd = tl.load(q_rstd_ptr + at, mask=valid, other=0.0)
+        q = _normed(q, rstd, q_weight_ptr, q_bias_ptr, q_eps, head * D, valid, dtype, D, QK_PARTS, Q_NORM)
+    if R > 0:
+        q = _rotated(q, token, valid, cos_ptr, sin_ptr, dtype, R, QK_PARTS, TURNING, INTERLEAVED)
+    if K_NORM != "":
+        rstd = tl.zeros([ROWS], dtype=tl.float32)
+        if K_NORM == "across":
+            at = first * k_rstd_strides[0] + second * k_rstd_strides[1] + token * k_rstd_strides[2]
+            rstd = tl.load(k_rstd_ptr + at, mask=valid, other=0.0)
+        k = _normed(k, rstd, k_weight_ptr, k_bias_ptr, k_eps, head * D, valid, dtype, D, QK_PARTS, K_NORM)
+    if R > 0:
+        k = _rotated(k, token, valid, cos_ptr, sin_ptr, dtype, R, QK_PARTS, TURNING, INTERLEAVED)
+
+    scores = tl.zeros([ROWS, ROWS], dtype=tl.float32)
+    for i in tl.static_range(len(QK_PARTS)):
+        scores = tl.dot(operand(q[i]), operand(k[i]).T, scores)
+    scores *= scale
+    if PACKED > 1:
+        spoiled = tl.zeros([ROWS], dtype=tl.float32)
+        finite = ()
+        for i in tl.static_range(len(PARTS)):
+            nothing = tl.sum(v[i].to(tl.float32) * 0.0, 1)  # [ROWS], NaN where there is an infinity or NaN
+            finite += (tl.where((nothing == 0)[:, None], v[i], 0.0),)
+            spoiled += nothing
+        v = finite
+        scores += spoiled[None, :]
+    if N < ROWS:
+        attended = (place[:, None] == place[None, :]) & (rows < N * PACKED)[None, :]  # [ROWS, ROWS]
+        scores = tl.where(attended, scores, float("-inf"))
+    p = tl.exp2(scores - tl.max(scores, 1)[:, None])
+    share = (1.0 / tl.sum(p, 1))[:, None]
+    p = narrow(p, dtype)
+
+    at = (first * out_strides[0] + second * out_strides[1] + token * out_strides[2] + head * out_strides[3]) * OUT_UNIT
+    out = ()
+    for i in tl.static_range(len(PARTS)):
+        channels = tl.arange(0, PARTS[i][1])
+        out += (narrow(tl.dot(operand(p), operand(v[i])) * share, dtype),)  # [ROWS, WIDTH]
+        mask = valid[:, None] & (channels < PARTS[i][2])[None, :]
+        tl.store(out_ptr + at[:, None] + (PARTS[i][0] + channels)[None, :], out[i], mask=mask)
+    if stored_ptr is not None:
+        stored_dtype: tl.constexpr = stored_ptr.dtype.element_ty
+        if stored_scale_ptr is not None:
+            magnitude = tl.zeros([ROWS], dtype=tl.int32)
+            for i in tl.static_range(len(PARTS)):  # as integers, magnitudes have their order, and NaN is the largest
+                magnitude = tl.maximum(magnitude, tl.max(out[i].to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
+            group_scale = scale_of(magnitude.to(tl.float32, bitcast=True), stored_dtype)
+            at = first * stored_scale_strides[0] + second * stored_scale_strides[1] + token * stored_scale_strides[2]
+            tl.store(stored_scale_ptr + at + head * stored_scale_strides[3], group_scale, mask=valid)
+        at = first * stored_strides[0] + second * stored_strides[1] + token * stored_strides[2] + head * stored_strides[3]
+        for i in tl.static_range(len(PARTS)):
+            kept = out[i]
+            if stored_scale_ptr is not None:
+                kept = quantized(kept.to(tl.float32), group_scale[:, None], stored_dtype)
+            channels = tl.arange(0, PARTS[i][1])
+            mask = valid[:, None] & (channels < PARTS[i][2])[None, :]
+            tl.store(stored_ptr + (at * OUT_UNIT)[:, None] + (PARTS[i][0] + channels)[None, :], kept, mask=mask)
+
+
+def refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    q_norm: QKNorm | None,
+    k_norm: QKNorm | None,
+    rope: Rope | None,
+    store_dtype: torch.dtype | None,
+) -> str | None:
+    """Why this kernel cannot serve; None where it can."""
+    device = refuse_device(q, bool(INTERPRETED.value))
+    if device is not None:
+        return device
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q is {q.dtype}; float16 and bfloat16 are supported"
+    if store_dtype == torch.float8_e4m3fn and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9):
+        return "store_dtype is torch.float8_e4m3fn; compute capability 8.9 or later is needed for it"
+    if q.shape[-1] % 8:
+        return f"the head dimension is {q.shape[-1]}; multiples of 8 are supported"
+    if prod(q.shape[:-3]) * q.shape[-2] > MAX_HEADS:
+        return f"{prod(q.shape[:-3])} sequences of {q.shape[-2]} heads came; up to 2 ** 31 - 64 heads together are supported"
+    return None
+
+
+def short_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    q_norm: QKNorm | None,
+    k_norm: QKNorm | None,
+    rope: Rope | None,
+    store_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | Quantized | None]:
+    head_dim = q.shape[-1]
+    out, stored = empty_output(q, q.dtype, head_dim), None
+    if store_dtype is not None:
+        stored = empty_output(q, store_dtype, head_dim)
+        if store_dtype != q.dtype:
+            stored = Quantized(stored, empty_output(q, torch.float32, 1), head_dim)
+    short_attention_out(q, k, v, softmax_scale, q_norm, k_norm, rope, store_dtype, out, stored)
+    return out, stored
+
+
+def short_attention_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    q_norm: QKNorm | None,
+    k_norm: QKNorm | None,
+    rope: Rope | None,
+    store_dtype: torch.dtype | None,
+    out: Tensor,
+    stored_out: Tensor | Quantized | None,
+) -> None:
+    *batch, tokens, heads, head_dim = q.shape
+    sequences, chosen = prod(batch), tiles(head_dim)
+    if sequences * tokens * heads == 0:
+        return
+    stored, stored_scale = flatten_stored(stored_out)
+    unit, out_unit = unit_of(q, k, v), unit_of(out, stored)
+    rotary = 0 if rope is None else 2 * rope.cos.shape[-1]
+    interleaved = rope is None or rope.interleaved
+    cos, sin = (rope.cos.contiguous(), rope.sin.contiguous()) if rope is not None and rotary else (None, None)
+    qk_parts, turning = sections(head_dim, rotary, interleaved)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    programs = -(-sequences * heads // (chosen.rows // tokens))
+    _short_attention_kernel[(programs,)](
+        q, k, v, out, stored, stored_scale,
+        head_strides(q, unit), head_strides(k, unit), head_strides(v, unit),
+        head_strides(out, out_unit), head_strides(stored, out_unit), head_strides(stored_scale),
+        *_norm_arguments(q_norm), *_norm_arguments(k_norm),
+        cos, sin, scale / log(2), sequences, batch[-1], heads,
+        N=tokens, D=head_dim, R=rotary, Q_NORM=_norm_kind(q_norm), K_NORM=_norm_kind(k_norm), INTERLEAVED=interleaved,
+        PARTS=sections(head_dim, 0, True)[0], QK_PARTS=qk_parts, TURNING=turning, UNIT=unit, OUT_UNIT=out_unit, ROWS=chosen.rows,
+        num_warps=chosen.warps, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _norm_kind(norm: QKNorm | None) -> str:
+    return "" if norm is None else norm.kind if norm.rstd is None else "across"
+
+
+def _norm_arguments(norm: QKNorm | None) -> tuple[object, ...]:
+    """Weight, bias, reciprocal root, its strides over (first batch dimension, second, token), and eps."""
+    if norm is None:
+        return None, None, None, (0, 0, 0), 0.0
+    weight = None if norm.weight is None else norm.weight.contiguous()
+    rstd_strides = (0, 0, 0) if norm.rstd is None else head_strides(norm.rstd[..., None, None])[:3]
+    return weight, norm.bias, norm.rstd, rstd_strides, norm.eps

@@ -1,0 +1,253 @@
+"""`broadcast_residual` in Triton: accurate, rounded where it says, in one launch, touching nothing but its outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from pab_kernels.ops import BackendError, Norm, Quantized, broadcast_residual, broadcast_residual_out, dequantize, quantize
+from pab_kernels.ops.backend import choose
+from pab_kernels.ops.cached_outputs import check_cached_outputs
+from tests.ops.tensors import (
+    DTYPES,
+    EIGHT_BITS,
+    KERNEL_DEVICE,
+    Guarded,
+    assert_accurate,
+    assert_refuses,
+    assert_same,
+    called_when_compiled,
+    draws,
+    opcheck,
+    parts,
+)
+
+pytest.importorskip("triton")
+
+from pab_kernels.ops.broadcast_residual import triton as kernel
+from pab_kernels.ops.broadcast_residual.reference import broadcast_residual_rounded_once
+
+NORMS = (None, "layer", "rms")
+
+
+def draw_slots(draw: Any, shape: tuple[int, ...], kinds: str) -> list[Any]:
+    """One slot a letter: `m` the model's dtype, `i` int8, `f` float8."""
+    made = {"m": lambda t: t, "i": lambda t: quantize(t, torch.int8), "f": lambda t: quantize(t, torch.float8_e4m3fn)}
+    return [made[kind](draw(*shape)) for kind in kinds]
+
+
+def call(shape: tuple[int, ...], kinds: str, norm: str | None, dtype: torch.dtype, affine: bool = True, seed: int = 0) -> tuple[Any, dict]:
+    """Arguments with a gate, scale and shift a batch row and a weight, by turns."""
+    draw = draws(dtype, seed, KERNEL_DEVICE)
+    row = (*shape[:1], *(1,) * (len(shape) - 2), *shape[1:][-1:])
+    weight = torch.tensor(0.7, device=KERNEL_DEVICE)
+    options: dict[str, Any] = {
+        "gates": [draw(*row) if i != 1 else None for i in range(len(kinds))],
+        "weights": [weight if i == 1 else None for i in range(len(kinds))],
+    }
+    if norm:
+        weight, bias = (draw(shape[-1]), draw(shape[-1]) if norm == "layer" else None) if affine else (None, None)
+        options |= {"norm": Norm(norm, weight, bias, 1e-5), "shift": draw(*row), "scale": draw(*row)}
+    return (draw(*shape), draw_slots(draw, shape, kinds)), options
+
+
+def exact(x: Tensor, slots: list[Any], *, gates: Any, weights: Any, norm: Any = None, shift: Any = None, scale: Any = None) -> list[Any]:
+    """The mathematics in float64; y from the x that was rounded."""
+    total = x.double()
+    for slot, gate, weight in zip(slots, gates, weights, strict=True):
+        value = dequantize(slot, torch.float64) if isinstance(slot, Quantized) else slot.double()
+        total = total + value * (1 if gate is None else gate.double()) * (1 if weight is None else weight.double())
+    if norm is None:
+        return [total, None]
+    z = total.to(x.dtype).double()
+    if norm.kind == "layer":
+        z = z - z.mean(-1, keepdim=True)
+    z = z / (z.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    z = z if norm.weight is None else z * norm.weight.double()
+    z = z if norm.bias is None else z + norm.bias.double()
+    z = z if scale is None else z * (1 + scale.double())
+    return [total, z if shift is None else z + shift.double()]
+
+
+def check(args: Any, options: dict[str, Any]) -> None:
+    """Accurate against float64, and equal to the reference that rounds in the same places but for the order of sums."""
+    got = broadcast_residual(*args, **options, backend="triton")
+    reference = broadcast_residual(*args, **options, backend="reference")
+    for a, b, true in zip(got, reference, exact(*args, **options), strict=True):
+        if a is None:
+            assert b is None
+        else:
+            assert_accurate(a, b, true)
+    x, slots = args
+    cached = check_cached_outputs("test", x, slots, options["gates"], options["weights"], 3)
+    same = broadcast_residual_rounded_once(x, cached, options.get("norm"), options.get("shift"), options.get("scale"))
+    for a, b in zip(got, same, strict=True):
+        if a is not None:
+            step = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a.double(), b.double(), atol=2 * step, rtol=step if a.dtype != torch.float32 else 1e-5)
+            # Sums in another order move a number to the other side of a rounding now and then, no more.
+            assert a.dtype == torch.float32 or (a != b).double().mean() < 0.02
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kinds", ["", "m", "mi", "fim"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_is_accurate(dtype: torch.dtype, kinds: str, norm: str | None) -> None:
+    if kinds or norm:
+        check(*call((2, 7, 136), kinds, norm, dtype))
+
+
+@pytest.mark.parametrize("channels", [8, 128, 1152, 1536, 1920, 2304, 3072, 5120, 8192])
+def test_any_width(channels: int) -> None:
+    check(*call((1, 3, channels), "mi", "layer", torch.bfloat16))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 127, 1590])
+def test_any_number_of_tokens(tokens: int) -> None:
+    check(*call((1, tokens, 136 if tokens > 200 else 1152), "f", "layer", torch.bfloat16, affine=False))
+
+
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+def test_a_ragged_last_group_and_a_group_of_zeros(kind: torch.dtype) -> None:
+    (x, _), options = call((2, 5, 200), "i", None, torch.float16)
+    values = draws(torch.float16, 5, KERNEL_DEVICE)(2, 5, 200)
+    values[0, 0, :128] = 0
+    check((x, [quantize(values, kind)]), options)
+
+
+GATE_SHAPES = [(152,), (2, 1, 1, 152), (1, 3, 1, 152), (2, 3, 1, 152), (2, 3, 4, 152), (4, 152), (3, 1, 152), (1, 1, 4, 152)]
+
+
+@pytest.mark.parametrize("shape", GATE_SHAPES)
+def test_gate_shift_and_scale_broadcast_by_row_frame_or_token(shape: tuple[int, ...]) -> None:
+    draw = draws(torch.bfloat16, 1, KERNEL_DEVICE)
+    x, slot = draw(2, 3, 4, 152), draw(2, 3, 4, 152)
+    options = {"gates": [draw(*shape)], "weights": [None], "norm": Norm("layer"), "shift": draw(*shape), "scale": draw(152)}
+    check((x, [slot]), options)
+    check((x, [slot]), options | {"gates": [None], "scale": draw(*shape), "shift": draw(2, 1, 1, 152)})
+
+
+def poisoned(t: Tensor) -> Tensor:
+    """`t` as a view of a larger tensor of NaN: strides that are padded, and NaN on all sides."""
+    around = t.new_full((*(n + 2 for n in t.shape[:-1]), t.shape[-1] + 16), torch.nan)
+    inside = around[(*(slice(1, -1) for _ in t.shape[:-1]), slice(8, -8))]
+    inside.copy_(t)
+    return inside
+
+
+@pytest.mark.parametrize("offset", [8, 3])
+def test_views_with_padded_strides_are_read_in_place(offset: int) -> None:
+    (x, slots), options = call((2, 7, 136), "mm", "layer", torch.bfloat16)
+    views = [poisoned(t) for t in (x, *slots)]
+    if offset == 3:  # nothing is a multiple of 8 any more
+        views = [torch.nn.functional.pad(t, (3, 2))[..., 3:-2] for t in (x, *slots)]
+    for key in ("shift", "scale"):
+        options[key] = poisoned(options[key])
+    before = [t.clone() for t in views]
+    check((views[0], views[1:]), options)
+    for view, kept in zip(views, before, strict=True):
+        assert torch.equal(view, kept)
+
+
+def test_operands_in_another_order_of_dimensions_and_expanded_ones() -> None:
+    draw = draws(torch.bfloat16, 2, KERNEL_DEVICE)
+    x, slot = draw(5, 2, 136).transpose(0, 1), draw(1, 1, 136).expand(2, 5, 136)
+    check((x, [slot]), {"gates": [draw(2, 1, 136).expand(2, 5, 136)], "weights": [None], "norm": Norm("rms")})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_outputs_are_written_whole_and_nothing_around_them(dtype: torch.dtype) -> None:
+    args, options = call((2, 7, 136), "mi", "layer", dtype)
+    places = [Guarded(2, 7, 136, dtype=dtype, device=KERNEL_DEVICE) for _ in range(2)]
+    inputs = [t.clone() for t in parts([args, list(options.values())]) if isinstance(t, Tensor)]
+    broadcast_residual_out(*args, x_out=places[0].tensor, y_out=places[1].tensor, **options, backend="triton")
+    for place, value in zip(places, broadcast_residual(*args, **options, backend="triton"), strict=True):
+        place.assert_written()
+        assert torch.equal(place.tensor, value)
+    for t, kept in zip([t for t in parts([args, list(options.values())]) if isinstance(t, Tensor)], inputs, strict=True):
+        assert torch.equal(t.float(), kept.float())
+
+
+def test_x_may_be_written_in_place() -> None:
+    (x, slots), options = call((2, 7, 136), "mi", "layer", torch.bfloat16)
+    expected = broadcast_residual(x, slots, **options, backend="triton")
+    y = torch.empty_like(x)
+    broadcast_residual_out(x, slots, x_out=x, y_out=y, **options, backend="triton")
+    assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
+
+
+def test_without_slots_x_itself_is_returned() -> None:
+    (x, _), options = call((2, 7, 136), "", "layer", torch.bfloat16)
+    assert broadcast_residual(x, (), **options, backend="triton")[0] is x
+
+
+def test_no_tokens_launch_nothing() -> None:
+    x = torch.empty(0, 7, 136, device=KERNEL_DEVICE)
+    with mock.patch.object(kernel, "_broadcast_residual_kernel") as launched:
+        out, y = broadcast_residual(x, [x], norm=Norm(), backend="triton")
+    assert out.shape == y.shape == x.shape and not launched.mock_calls
+
+
+def test_one_launch_and_no_copies() -> None:
+    args, options = call((2, 7, 136), "mif", "layer", torch.bfloat16)
+    args = (args[0].transpose(0, 1), args[1][:1])
+    args[1][0] = args[1][0].transpose(0, 1)
+    options |= {"gates": [None], "weights": [None], "shift": None, "scale": None}
+    original, seen = kernel._broadcast_residual_kernel, []
+
+    class Counting:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *a, **k: (seen.append([t.data_ptr() for t in (a[0], *a[5])]), original[grid](*a, **k))
+
+    with mock.patch.object(kernel, "_broadcast_residual_kernel", Counting()):
+        broadcast_residual(*args, **options, backend="triton")
+    assert seen == [[args[0].data_ptr(), args[1][0].data_ptr()]]
+
+
+def test_it_is_deterministic() -> None:
+    args, options = call((3, 50, 1152), "mi", "layer", torch.bfloat16)
+    assert_same(broadcast_residual(*args, **options, backend="triton"), broadcast_residual(*args, **options, backend="triton"))
+
+
+@pytest.mark.parametrize("kinds, norm", [("mi", "layer"), ("f", None), ("", "rms")])
+def test_registered_fake_and_compiled(kinds: str, norm: str | None) -> None:
+    from pab_kernels.ops.broadcast_residual import _flatten
+
+    args, options = call((2, 7, 136), kinds, norm, torch.bfloat16)
+    cached = check_cached_outputs("test", *args, options["gates"], options["weights"], 3)
+    flat = _flatten(args[0], cached, options.get("norm"), options.get("shift"), options.get("scale"))
+    opcheck(torch.ops.pab_kernels.broadcast_residual.default, (*flat, "triton"))
+    result, called = called_when_compiled(lambda *a: broadcast_residual(*a, **options, backend="triton"), *args)
+    assert_same(result, broadcast_residual(*args, **options, backend="triton"))
+    assert called == ["pab_kernels.broadcast_residual"]
+
+
+def test_what_it_cannot_serve_is_refused_with_the_reason() -> None:
+    x = torch.zeros(1, 2, 136, dtype=torch.float64, device=KERNEL_DEVICE)
+    assert_refuses(BackendError, "x is torch.float64; float16, bfloat16 and float32", broadcast_residual, x, [x], backend="triton")
+    wide = torch.zeros(1, 1, 8200, device=KERNEL_DEVICE)
+    assert_refuses(BackendError, "x has 8200 channels; up to 8192", broadcast_residual, wide, [wide], backend="triton")
+    meta = torch.zeros(1, 2, 136, device="meta")
+    assert_refuses(BackendError, "run on CUDA devices", broadcast_residual, meta, [meta], backend="triton")
+
+
+def test_auto_on_a_cpu_stays_the_reference() -> None:
+    assert choose("broadcast_residual", "auto", (torch.zeros(1, 136), (), None, None, None)) == "reference"
+
+
+def test_chunks_cover_the_channels_without_the_padding_of_a_power_of_two() -> None:
+    for channels in range(128, 8193, 8):
+        chosen = kernel.tile(channels, 2)
+        chunks = -(-channels // chosen.width)
+        assert chunks <= 5 and chosen.rows >= 1 and chosen.rows * chosen.width == 32 * 8 * chosen.warps
+    assert [-(-c // kernel.tile(c, 2).width) * kernel.tile(c, 2).width for c in (1152, 1536, 2304, 3072, 5120)] == [
+        1280,
+        1536,
+        2560,
+        3072,
+        5120,
+    ]
