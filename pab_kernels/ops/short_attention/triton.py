@@ -9,8 +9,9 @@ wastes costs no access to memory, which bounds this operation.
     2. s = softmax_scale log2(e) q' k'^T, -inf between two heads;  p = 2^(s - max s);  l = sum p
     3. out = p v / l;  stored = out, quantised with a scale a head if it has 8 bits
 
-A head is never padded to a power of two: D = 72 is parts of 64 + 16 channels, two products a tile, and only the 16 have (8) masked ones. The
-order of channels is nothing to q' k'^T: where a rotary embedding turns channel i with i + R / 2, the parts of q and k are those of each half.
+A head is never padded to a power of two: D = 72 is parts of 64 + 16 channels, two products a tile, and only the 16 have (8) masked ones.
+The order of channels is nothing to q' k'^T: where a rotary embedding turns channel i with i + R / 2, the parts of q and k are those of each
+half.
 
 What rounds, everything else being float32:
     1. a norm rounds to q's dtype, then the rotary embedding does
@@ -19,8 +20,8 @@ What rounds, everything else being float32:
     4. what is stored is quantised from the rounded out: a scale rounds to float32, a quotient to 8 bits
 `attention.reference.online_attention`, with all keys in one step, rounds in the same places.
 
-Heads of sequences do not mix. Where v holds an infinity or NaN, its head of its sequence becomes NaN in all channels if N <= 32 (in the product
-of a tile, 0 times it would spoil the other heads), and in the channel that holds it if N > 32.
+Heads of sequences do not mix. Where v holds an infinity or NaN, its head of its sequence becomes NaN in all channels if N <= 32 (in the
+product of a tile, 0 times it would spoil the other heads), and in the channel that holds it if N > 32.
 """
 
 from __future__ import annotations
