@@ -43,7 +43,7 @@ def draw_slots(draw: Any, shape: tuple[int, ...], kinds: str) -> list[Any]:
 def call(shape: tuple[int, ...], kinds: str, norm: str | None, dtype: torch.dtype, affine: bool = True, seed: int = 0) -> tuple[Any, dict]:
     """Arguments with a gate, scale and shift a batch row and a weight, by turns."""
     draw = draws(dtype, seed, KERNEL_DEVICE)
-    row = (*shape[:1], *(1,) * (len(shape) - 2), *shape[1:][-1:])
+    row = (shape[0], *(1,) * (len(shape) - 2), shape[-1])
     weight = torch.tensor(0.7, device=KERNEL_DEVICE)
     options: dict[str, Any] = {
         "gates": [draw(*row) if i != 1 else None for i in range(len(kinds))],
