@@ -11,12 +11,15 @@ cross    #S....S..#  4 computed, 6 reused
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import context, disable, enable, generation, sublayers, summary
     from .broadcast.config import Broadcast, PABConfig
     from .broadcast.plan import Plan, plan
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet until somebody listens
 
 _HOMES = {
     "enable": "api",

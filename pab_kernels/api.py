@@ -45,6 +45,7 @@ def enable(
     *,
     num_steps: int | None = None,
     timesteps: Sequence[float] | None = None,
+    timed: bool | None = None,
 ) -> None:
     """Switch PAB on.
 
@@ -57,6 +58,9 @@ def enable(
         config: default the published preset of the model's class, else the ranges 2/4/6 in the middle of the schedule.
         num_steps: steps of a bare module's first generation.
         timesteps: its timesteps, where the config counts in them.
+        timed: whether `summary` has seconds by kind, from the next generation on; default as before, at first not. Time is read off the
+            host's clock, on CUDA devices off events in their stream, from a sublayer's turn to the next one or to the end of its block.
+            Reused outputs are added where the stream is read next, and counted there. Compiled blocks are not timed.
 
     Raises:
         TypeError: the model has no adapter.
@@ -78,11 +82,11 @@ def enable(
             supported = ", ".join(map(repr, adapter.cache_points))
             raise ValueError(f"cache_point {chosen.cache_point!r} does not suit {type(model).__name__}; supported are {supported}")
         raise AssertionError("a preset names a cache point that its model lacks")
-    before = None if broadcaster is None else broadcaster.config
+    before = None if broadcaster is None else (broadcaster.config, broadcaster.timed)
     if broadcaster is None:
         broadcaster = Broadcaster(model, adapter, chosen)
         setattr(model, ATTRIBUTE, broadcaster)
-    broadcaster.configure(chosen)
+    broadcaster.configure(chosen, broadcaster.timed if timed is None else timed)
     try:
         if pipe is not None:
             broadcaster.watch(pipe)
@@ -92,7 +96,7 @@ def enable(
         if before is None:
             disable(model)
         else:
-            broadcaster.configure(before)
+            broadcaster.configure(*before)
         raise
 
 
@@ -159,7 +163,7 @@ def sublayers(model: Any) -> list[Sublayer]:
 
 
 def summary(model_or_pipe: Any) -> Summary:
-    """What was computed, reused and stored in the generation begun last; bytes; FLOPs.
+    """What was computed, reused and stored in the generation begun last; bytes; FLOPs; seconds, for which it waits for the device.
 
     Raises:
         RuntimeError: PAB is not enabled.

@@ -5,8 +5,13 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
+import os
+import re
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,7 +24,7 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.broadcaster import ATTRIBUTE, broadcaster_of
 from pab_kernels.nn import BroadcastModule
-from tests.adapters.tiny_latte import LAYERS, noise, prompt, sample, tiny_latte, tiny_pipe
+from tests.adapters.tiny_latte import LAYERS, TOKENS, noise, prompt, sample, tiny_latte, tiny_pipe
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -352,13 +357,48 @@ def test_the_summary_says_what_was_done() -> None:
         assert summary.cache_bytes > 0
     lines = str(summary).splitlines()
     assert lines[0].startswith("4 steps, 2 patterns")
-    at = lines.index("context uncond:")
-    assert lines[at + 1] == "  spatial  4 computed, 2 of them stored, 0 reused, 2 forced"
-    assert lines[lines.index("context cond:") + 3] == "  cross    4 computed, 4 of them stored, 2 reused, 0 forced"
+    at = next(i for i, line in enumerate(lines) if line.startswith("context uncond"))
+    headings = ["context uncond", "computed", "stored", "reused", "forced", "MiB now", "MiB at the peak", "FLOPs saved"]
+    assert re.split(" {2,}", lines[at]) == headings
+    assert lines[at + 1].split() == ["spatial", "4", "2", "0", "2", "0.0", "0.0", "0"]
+    at = next(i for i, line in enumerate(lines) if line.startswith("context cond"))
+    saved = summary.contexts["cond"]["cross"].flops_saved
+    assert lines[at + 3].split() == ["cross", "4", "4", "2", "0", "0.0", "0.0", f"{saved:.2e}"] and saved > 0
+    assert len({len(line) for line in lines[at : at + 5]}) == 1
     assert summary.forced == (2 + 1 + 2) * LAYERS  # uncond at step 1: attention of both, cross, MLPs of both
     assert f"FLOPs {summary.flops:.3e} of {summary.flops_without:.3e} ({summary.share:.1%})" in lines
     assert pab.summary(model).cache_bytes == 0
     assert summary.cache_bytes > 0  # a summary is a snapshot
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [HALF, PABConfig(cross=Broadcast(3, (0, 1)), block=Broadcast(2, (0, 1), layers=(0,)))])
+def test_bytes_and_flops_are_told_by_context_and_kind(config: PABConfig) -> None:
+    model = tiny_latte()
+    pab.enable(model, config)
+    with pab.generation(model, num_steps=5):
+        for _ in range(2):
+            for name in ("cond", "uncond"):
+                with pab.context(model, name):
+                    model(**INPUTS)
+        early = pab.summary(model)
+        for _ in range(3):
+            for name in ("cond", "uncond"):
+                with pab.context(model, name):
+                    model(**INPUTS)
+    summary = pab.summary(model)
+    tallies = [t for kinds in summary.contexts.values() for t in kinds.values()]
+    assert sum(t.flops_saved for t in tallies) == summary.flops_without - summary.flops > 0
+    assert sum(t.cache_bytes for kinds in early.contexts.values() for t in kinds.values()) == early.cache_bytes
+    assert {t.cache_bytes for t in tallies} == {0} and sum(t.peak_cache_bytes for t in tallies) >= summary.peak_cache_bytes
+    cond, slot = summary.contexts["cond"], INPUTS["hidden_states"].shape[2] * TOKENS * 64 * 4  # [frames, tokens, C] float32
+    spatial = cond["spatial"]
+    assert cond["cross"].peak_cache_bytes == slot * LAYERS and early.contexts["cond"]["cross"].cache_bytes in (0, slot * LAYERS)
+    if config is HALF:  # reused in 2 of 5 steps
+        assert spatial.flops_saved * 5 == spatial.flops_without * 2 and cond["temporal"].peak_cache_bytes == slot * LAYERS
+    else:  # as a part of the block of layer 0
+        assert spatial.reused == 0 and spatial.flops_saved * 10 == spatial.flops_without * 2 and cond["block"].flops_saved == 0
+        assert cond["block"].peak_cache_bytes == 2 * slot and spatial.peak_cache_bytes == 0
 
 
 @torch.no_grad()
@@ -402,6 +442,30 @@ def test_rules_without_effect_are_said_once(caplog: pytest.LogCaptureFixture) ->
             sample(pipe, 3)
     assert [r.getMessage() for r in caplog.records if r.name == "pab_kernels"] == [
         "mlp: timesteps 3 do not occur in this schedule and have no effect"
+    ]
+
+
+def test_nothing_is_written_unless_logging_is_configured(tmp_path: Path) -> None:
+    code = """
+import logging, sys, torch
+import pab_kernels as pab
+from pab_kernels.nn import BroadcastModule
+for listening in (False, True):
+    if listening:
+        print("listening", file=sys.stderr)
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    model = torch.nn.Sequential(BroadcastModule(torch.nn.Linear(2, 2), "spatial"))
+    pab.enable(model, pab.PABConfig(spatial=2, mlp=2), num_steps=2)
+    model(torch.ones(1, 2))
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(pab.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "listening",
+        "INFO pab_kernels: Sequential: a generation of 2 steps, 2 patterns; spatial reused 1 of 2",
+        "WARNING pab_kernels: mlp: this model has no such sublayers",
+        "WARNING pab_kernels: gradients are recorded: the model runs plainly; call it under torch.no_grad() for PAB",
     ]
 
 

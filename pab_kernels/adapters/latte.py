@@ -14,6 +14,7 @@ from ..broadcast.broadcaster import Broadcaster
 from ..broadcast.generation import Call, Store, is_plain
 from ..broadcast.plan import Cost, Sublayer
 from ..broadcast.slots import slot_bytes
+from ..broadcast.stopwatch import REST
 from ..broadcast.stream import ResidualStream
 from ..ops.flops import attention_flops, linear_flops
 
@@ -162,11 +163,12 @@ class LatteBlock:
             if turn.slot is not None:
                 self._count_saved(call, hidden_states, encoder_hidden_states)
                 stream.reuse(turn.slot)
-                return stream.read()
-            self._run(call, stream, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep)
+            else:
+                self._run(call, stream, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep)
             out = stream.read()
             if turn.store is not None:
                 turn.store.put(out - hidden_states)
+            call.mark(REST)
             return out
 
         return forward
@@ -214,7 +216,8 @@ class LatteBlock:
 
     def _count_saved(self, call: Call, x: torch.Tensor, text: torch.Tensor | None) -> None:
         text_shape = (0, 0) if text is None else (text.shape[0], text.shape[1])
-        call.context.count(sum(self.flops(s, x.shape[0], x.shape[1], text_shape) for s in self.sublayers), run=False)
+        for s in self.sublayers:
+            call.context.count(self.flops(s, x.shape[0], x.shape[1], text_shape), run=False, kind=s.kind)
 
 
 def _attend(

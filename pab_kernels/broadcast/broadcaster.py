@@ -18,6 +18,7 @@ from .generation import Call, Generation
 from .plan import Sublayer
 from .scheduler import SchedulerWatch
 from .slots import Key
+from .stopwatch import REST
 
 logger = logging.getLogger("pab_kernels")
 
@@ -91,6 +92,7 @@ class Broadcaster:
         self._model = weakref.ref(model)
         self.adapter = adapter
         self.config = config
+        self.timed = False
         self._thread = _Thread()
         self._waiting: list[Generation] = []
         self._latest: Generation | None = None
@@ -127,9 +129,9 @@ class Broadcaster:
         """The generation begun last."""
         return self._latest
 
-    def configure(self, config: PABConfig) -> None:
-        """Take other rules, from the next generation on."""
-        self.config = config
+    def configure(self, config: PABConfig, timed: bool) -> None:
+        """Take other rules, from the next generation on, and measure seconds or do not."""
+        self.config, self.timed = config, timed
 
     def detach(self) -> None:
         """Give the model back as it was."""
@@ -146,7 +148,7 @@ class Broadcaster:
 
     def begin(self, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Generation:
         """Begin a generation on the bare model, in this thread."""
-        generation = Generation(self.config, self.adapter.sublayers, num_steps=num_steps, timesteps=timesteps)
+        generation = Generation(self.config, self.adapter.sublayers, num_steps=num_steps, timesteps=timesteps, timed=self.timed)
         generation.start()
         self._say(generation)
         self._latest = self._thread.generation = generation
@@ -191,7 +193,7 @@ class Broadcaster:
         previous = self._thread.generation
         if previous is not None:
             previous.release()
-        generation = Generation(self.config, self.adapter.sublayers, timesteps=scheduler.timesteps, scheduler=scheduler)
+        generation = Generation(self.config, self.adapter.sublayers, timesteps=scheduler.timesteps, scheduler=scheduler, timed=self.timed)
         self._latest = self._thread.generation = generation
 
     def scheduler_steps(self, scheduler: Any) -> None:
@@ -268,6 +270,7 @@ class Broadcaster:
             call.context.enter(tuple(map(Key.of, tensors)), prompt if name is None and isinstance(prompt, torch.Tensor) else None)
             call.context.count(self.adapter.rest_flops(*args, **kwargs), run=True)
             call.prepare()
+            call.mark(REST, tensors[0].device if tensors else None)
         outer, thread.call = thread.call, None if plain else call
         try:
             out = forward(*args, **kwargs)
@@ -276,6 +279,7 @@ class Broadcaster:
             generation.release()
             raise
         finally:
+            call.mark(None)
             thread.call = outer
         return out
 
@@ -303,7 +307,14 @@ class Broadcaster:
         return any(t.requires_grad for t in tensors) or (model is not None and any(p.requires_grad for p in model.parameters()))
 
     def _say(self, generation: Generation) -> None:
-        for note in generation.plan.notes if generation.plan else ():
+        plan = generation.plan
+        if plan is None:
+            return
+        if logger.isEnabledFor(logging.INFO):
+            reused = ", ".join(f"{kind} reused {c.reused} of {len(plan.steps)}" for kind, c in plan.step_counts().items())
+            steps = generation.schedule.num_steps
+            logger.info("%s: a generation of %d steps, %d patterns; %s", type(self._model()).__name__, steps, plan.patterns, reused)
+        for note in plan.notes:
             self._once(note)
 
     def _once(self, message: str) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,61 +11,11 @@ from torch import nn
 
 from ..ops.quantize import Quantized
 from .config import PABConfig
+from .context import Context
 from .plan import Action, Decision, Plan, Sublayer
 from .schedule import Schedule
 from .slots import CACHE_DTYPES, Arena, Key, Line, Meter, Slot, pack
 from .traced import TracedTurn
-
-
-@dataclass
-class Tally:
-    """What the sublayers of one kind did in one context.
-
-    Args:
-        computed: runs, those below included.
-        stored: runs whose output was kept.
-        reused: turns that read kept outputs instead.
-        forced: runs that the plan had as a reuse, but what was kept was not what it planned to read.
-    """
-
-    computed: int = 0
-    stored: int = 0
-    reused: int = 0
-    forced: int = 0
-
-
-class Context:
-    """One CFG branch of one generation: its slots and its counts."""
-
-    def __init__(self, name: str, meter: Meter) -> None:
-        self.name = name
-        self.arena = Arena(meter)
-        self.tallies: dict[str, Tally] = {}
-        self.flops = 0
-        self.flops_without = 0
-        self._inputs: Hashable = None
-        self._condition: weakref.ref[torch.Tensor] | None = None
-
-    def enter(self, inputs: Hashable, condition: torch.Tensor | None) -> None:
-        """A call of the model begins. Where it does not continue the last one, every slot is let go.
-
-        Args:
-            inputs: shapes, dtypes and devices of the model's inputs.
-            condition: the prompt's tensor, if the context has only the order of the calls for a name: another one than in the last call
-                tells that a branch came or went. One made anew for each call is gone by then, and tells nothing.
-        """
-        last = None if self._condition is None else self._condition()
-        changed = condition is not None and last is not None and condition is not last
-        if changed or self._inputs not in (None, inputs):
-            self.arena.clear()
-        self._inputs = inputs
-        self._condition = None if condition is None else weakref.ref(condition)
-
-    def count(self, flops: int, *, run: bool) -> None:
-        """Count FLOPs of the model, run or saved."""
-        self.flops_without += flops
-        if run:
-            self.flops += flops
 
 
 @dataclass(frozen=True)
@@ -74,7 +23,7 @@ class Place:
     """Where in an arena an output goes: `Arena.put` without the value."""
 
     arena: Arena
-    name: str
+    sublayer: Sublayer
     key: Key
     step: int
     most: int
@@ -82,7 +31,7 @@ class Place:
     def keep(self, value: Any, dtype: torch.dtype | None) -> None:
         """Keep `value` there."""
         own = self.key.dtype if dtype is None and isinstance(value, Quantized) else dtype
-        self.arena.put(self.name, value, self.key, self.step, own, self.most)
+        self.arena.put(self.sublayer.name, self.sublayer.kind, value, self.key, self.step, own, self.most)
 
 
 @dataclass(frozen=True)
@@ -148,7 +97,7 @@ class Call:
             for _ in range(turn.runs - 1):
                 self._repeated(turn.sublayer, 0)
             if taken.store is not None and turn.kept is not None:
-                Place(self.context.arena, name, key, self.step, self._held(name)).keep(turn.kept, turn.dtype)
+                Place(self.context.arena, turn.sublayer, key, self.step, self._held(name)).keep(turn.kept, turn.dtype)
         self._traced.clear()
 
     def turn(self, sublayer: Sublayer, x: torch.Tensor, flops: int = 0) -> Turn:
@@ -168,6 +117,7 @@ class Call:
         if plan is None or sublayer.name not in plan.rows:
             self.context.count(flops, run=True)
             return Turn()
+        self.mark(sublayer.kind, x.device)
         if sublayer.name in self._had_turn:
             self._repeated(sublayer, flops)
             return Turn()
@@ -194,10 +144,11 @@ class Call:
         """Count the turn of a sublayer that reuses `slot` or, without one, runs; let go of what no later step reads."""
         self._had_turn.add(sublayer.name)
         plan, arena, held = self.generation.plan, self.context.arena, self._held(sublayer.name)
-        self.context.count(flops, run=slot is None)
         if plan is None or sublayer.name not in plan.rows:
+            self.context.count(flops, run=True)
             return Turn()
-        tally = self._tally(sublayer)
+        self.context.count(flops, run=slot is None, kind=sublayer.kind)
+        tally = self.context.tally(sublayer.kind)
         if slot is not None:
             tally.reused += 1
             arena.release(sublayer.name, held)
@@ -213,16 +164,13 @@ class Call:
         if not stores:
             return Turn()
         tally.stored += 1
-        return Turn(store=self._store(Place(arena, sublayer.name, key, self.step, held)))
-
-    def _tally(self, sublayer: Sublayer) -> Tally:
-        return self.context.tallies.setdefault(sublayer.kind, Tally())
+        return Turn(store=self._store(Place(arena, sublayer, key, self.step, held)))
 
     def _repeated(self, sublayer: Sublayer, flops: int) -> None:
         plan = self.generation.plan
-        self.context.count(flops, run=True)
         if plan is not None and sublayer.name in plan.rows:
-            tally = self._tally(sublayer)
+            self.context.count(flops, run=True, kind=sublayer.kind)
+            tally = self.context.tally(sublayer.kind)
             tally.computed += 1
             tally.forced += plan.decision(sublayer.name, self.step).action is Action.REUSE
 
@@ -250,6 +198,21 @@ class Call:
         device = newest.key.device
         return Line(newest, before, (self.generation.weight(1 + w, device), self.generation.weight(-w, device)))
 
+    @property
+    def measured(self) -> str | None:
+        """What time belongs to now, where it is measured."""
+        return None if torch.compiler.is_compiling() or self.context.stopwatch is None else self.context.stopwatch.kind
+
+    def mark(self, kind: str | None, device: torch.device | None = None) -> None:
+        """From here on time belongs to `kind`, or to nobody. Costs nothing where it is not measured, as in compiled graphs.
+
+        Args:
+            kind: of sublayers, or `stopwatch.REST`.
+            device: on which they run; that of the mark before if it is left out.
+        """
+        if not torch.compiler.is_compiling() and self.context.stopwatch is not None:
+            self.context.stopwatch.mark(kind, device)
+
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """Whether a fused operation may stand for calling `module` (an `nn.Linear` or a norm) on `x`; decided once a generation."""
         return self.generation.fuses(module, x)
@@ -263,6 +226,7 @@ class Generation:
         sublayers: the model's.
         num_steps, timesteps: the full schedule.
         scheduler: whose `step` ends each step; without one, a step ends when a context is called again.
+        timed: whether seconds are measured by kind.
     """
 
     def __init__(
@@ -273,11 +237,13 @@ class Generation:
         num_steps: int | None = None,
         timesteps: Sequence[float] | None = None,
         scheduler: Any = None,
+        timed: bool = False,
     ) -> None:
         self.config = config
         self.sublayers = tuple(sublayers)
         self.schedule = Schedule.of(num_steps, timesteps)
         self.scheduler = scheduler
+        self.timed = timed
         self.plan: Plan | None = None
         self.step = 0
         self.contexts: dict[str, Context] = {}
@@ -333,7 +299,7 @@ class Generation:
         self._called[label] = order + 1
         key = f"{label}#{order}" if order or not label else label
         if key not in self.contexts:
-            self.contexts[key] = Context(key, self.meter)
+            self.contexts[key] = Context(key, self.meter, timed=self.timed)
         return Call(self, self.contexts[key], self.step)
 
     def advance(self) -> None:

@@ -121,7 +121,7 @@ def slot_bytes(shape: tuple[int, ...], dtype: torch.dtype, cache_dtype: str | No
 
 
 class Meter:
-    """Bytes held now and at the peak, over the contexts of a generation."""
+    """Bytes held now and at the peak."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -134,18 +134,25 @@ class Meter:
 
 
 class Arena:
-    """The slots of one context of one generation: the newest outputs of each sublayer, by its name."""
+    """The slots of one context of one generation: the newest outputs of each sublayer, by its name.
+
+    Args:
+        meter: of the bytes of all contexts.
+    """
 
     def __init__(self, meter: Meter) -> None:
+        self.meters: dict[str, Meter] = {}  # of this arena, by kind
         self._meter = meter
+        self._kinds: dict[str, str] = {}
         self._slots: dict[str, tuple[Slot, ...]] = {}  # the newest first
 
-    def put(self, name: str, value: Any, key: Key, source: int, dtype: torch.dtype | None = None, most: int = 1) -> None:
-        """Keep `value` for sublayer `name` as the newest of at most `most` outputs; older ones are let go first."""
+    def put(self, name: str, kind: str, value: Any, key: Key, source: int, dtype: torch.dtype | None = None, most: int = 1) -> None:
+        """Keep `value` for sublayer `name`, of `kind`, as the newest of at most `most` outputs; older ones are let go first."""
         self.release(name, most - 1)
         slot = Slot(value, key, source, nbytes(value), dtype)
+        self._kinds[name] = kind
         self._slots[name] = (slot, *self._slots.get(name, ()))
-        self._meter.add(slot.nbytes)
+        self._count(name, slot.nbytes)
 
     def get(self, name: str, age: int = 0) -> Slot | None:
         """The newest slot of sublayer `name`, or with `age` 1 the one before it, if it is held."""
@@ -157,12 +164,17 @@ class Arena:
         slots = self._slots.pop(name, ())
         if slots[:most]:
             self._slots[name] = slots[:most]
-        self._meter.add(-sum(slot.nbytes for slot in slots[most:]))
+        if slots[most:]:
+            self._count(name, -sum(slot.nbytes for slot in slots[most:]))
 
     def clear(self) -> None:
         """Let go of every slot."""
         for name in list(self._slots):
             self.release(name)
+
+    def _count(self, name: str, count: int) -> None:
+        self._meter.add(count)
+        self.meters.setdefault(self._kinds[name], Meter()).add(count)
 
     def __len__(self) -> int:
         return sum(map(len, self._slots.values()))

@@ -31,7 +31,7 @@ class ResidualStream:
     def __init__(self, x: torch.Tensor, call: Call) -> None:
         self._x = _dense(x)
         self._call = call
-        self._projection: tuple[torch.Tensor, nn.Linear, torch.Tensor | None, Store | None] | None = None
+        self._projection: tuple[torch.Tensor, nn.Linear, torch.Tensor | None, Store | None, str | None] | None = None
         self._pending: list[CachedOutput] = []
 
     def read(self) -> torch.Tensor:
@@ -60,7 +60,7 @@ class ResidualStream:
             return
         assert isinstance(linear, nn.Linear)
         self._flush()
-        self._projection = (a, linear, gate, store)
+        self._projection = (a, linear, gate, store, self._call.measured)
 
     def add(self, out: torch.Tensor, gate: torch.Tensor | None = None, store: Store | None = None) -> None:
         """Add `gate * out`, an output that was projected elsewhere, and keep it in `store`."""
@@ -102,8 +102,9 @@ class ResidualStream:
     def _flush(self) -> None:
         slots, gates, weights = self._take()
         if self._projection is not None:
-            a, linear, gate, store = self._projection
-            self._projection = None
+            a, linear, gate, store, kind = self._projection
+            self._projection, flushing = None, self._call.measured
+            self._call.mark(kind)
             self._x, kept = ops.project_residual(
                 a,
                 linear.weight,
@@ -118,6 +119,7 @@ class ResidualStream:
             )
             if store is not None:
                 store.put(kept)
+            self._call.mark(flushing)
         elif slots:
             self._x, _ = ops.broadcast_residual(self._x, slots, gates=gates, weights=weights)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import KINDS
-from .generation import Generation, Tally
+from .context import Tally
+from .generation import Generation
 from .plan import Plan
 
 
@@ -15,12 +16,13 @@ class Summary:
 
     Args:
         plan: its plan; None before the model's first call.
-        contexts: by context and kind, how often sublayers ran.
+        contexts: by context and kind, how often sublayers ran, and what they cost.
         flops: of the model, with PAB.
         flops_without: of the same calls with nothing reused.
         cache_bytes: bytes of slots held now.
         peak_cache_bytes: the most that were held.
         plain_calls: calls of the model without PAB, because gradients were recorded.
+        rest_seconds: of the model outside of its sublayers; None where seconds were not asked for.
     """
 
     plan: Plan | None
@@ -30,6 +32,7 @@ class Summary:
     cache_bytes: int
     peak_cache_bytes: int
     plain_calls: int
+    rest_seconds: float | None = None
 
     @property
     def share(self) -> float:
@@ -44,18 +47,30 @@ class Summary:
     def __str__(self) -> str:
         lines = [] if self.plan is None else [str(self.plan)]
         for name, kinds in self.contexts.items():
-            lines.append(f"context {name}:")
-            for kind in sorted(kinds, key=KINDS.index):
-                t = kinds[kind]
-                lines.append(f"  {kind:<8} {t.computed} computed, {t.stored} of them stored, {t.reused} reused, {t.forced} forced")
+            lines += self._table(f"context {name}", kinds)
         if not self.contexts:
             lines.append("the model was not called yet")
         if self.flops_without:
             lines.append(f"FLOPs {self.flops:.3e} of {self.flops_without:.3e} ({self.share:.1%})")
         lines.append(f"cache {self.cache_bytes / 2**20:.1f} MiB now, {self.peak_cache_bytes / 2**20:.1f} MiB at the peak")
+        if self.rest_seconds is not None:
+            lines.append(f"{self.rest_seconds:.3f} s outside of the sublayers")
         if self.plain_calls:
             lines.append(f"{self.plain_calls} calls ran plainly because gradients were recorded")
         return "\n".join(lines)
+
+    def _table(self, title: str, kinds: dict[str, Tally]) -> list[str]:
+        rows = [[title, "computed", "stored", "reused", "forced", "MiB now", "MiB at the peak"]]
+        rows[0] += ["FLOPs saved"] if self.flops_without else []
+        rows[0] += ["seconds"] if self.rest_seconds is not None else []
+        for kind in sorted(kinds, key=KINDS.index):
+            t = kinds[kind]
+            rows.append([f"  {kind}", str(t.computed), str(t.stored), str(t.reused), str(t.forced)])
+            rows[-1] += [f"{nbytes / 2**20:.1f}" for nbytes in (t.cache_bytes, t.peak_cache_bytes)]
+            rows[-1] += [f"{t.flops_saved:.2e}" if t.flops_saved else "0"] if self.flops_without else []
+            rows[-1] += [f"{t.seconds:.3f}"] if t.seconds is not None else []
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 def summarise(generation: Generation | None) -> Summary:
@@ -63,12 +78,14 @@ def summarise(generation: Generation | None) -> Summary:
     if generation is None:
         return Summary(None, {}, 0, 0, 0, 0, 0)
     contexts = generation.contexts.values()
+    rest = [seconds for c in contexts if (seconds := c.rest_seconds()) is not None]
     return Summary(
         generation.plan,
-        {c.name: {kind: Tally(**vars(tally)) for kind, tally in c.tallies.items()} for c in contexts},
+        {c.name: c.tallies() for c in contexts},
         sum(c.flops for c in contexts),
         sum(c.flops_without for c in contexts),
         generation.meter.now,
         generation.meter.peak,
         generation.plain_calls,
+        sum(rest) if rest else None,
     )

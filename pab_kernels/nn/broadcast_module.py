@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..broadcast.config import KINDS
 from ..broadcast.slots import Line, unpack
+from ..broadcast.stopwatch import REST
 from ..ops.quantize import Quantized
 
 if TYPE_CHECKING:
@@ -63,10 +64,12 @@ class BroadcastModule(nn.Module):
             raise TypeError(f"{self._member.sublayer.name}: no tensor among the inputs; a BroadcastModule needs at least one")
         turn = call.turn(self._member.sublayer, x)
         if turn.slot is not None:
-            return _extended(turn.slot) if isinstance(turn.slot, Line) else _handed_out(*turn.slot.value)
-        out = self.module(*args, **kwargs)
-        if turn.store is not None:
-            turn.store.put(_kept(out))
+            out = _extended(turn.slot) if isinstance(turn.slot, Line) else _handed_out(*turn.slot.value)
+        else:
+            out = self.module(*args, **kwargs)
+            if turn.store is not None:
+                turn.store.put(_kept(out))
+        call.mark(REST)
         return out
 
 

@@ -145,7 +145,7 @@ class KeptText:
         """Keep what was made from these tensors."""
         if not (self.last or _uncounted(sources)):
             made_from = [(weakref.ref(t), t._version) for t in sources]
-            self.arena.put(self.name, (value, made_from), Key.of(sources[0]), self.step)
+            self.arena.put(self.name, "cross", (value, made_from), Key.of(sources[0]), self.step)
 
 
 def _uncounted(tensors: Sequence[Tensor]) -> bool:

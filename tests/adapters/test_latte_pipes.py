@@ -71,7 +71,7 @@ def test_pipelines_in_two_threads_do_not_touch_each_other(shared: bool) -> None:
         assert broadcaster is not None
         own = broadcaster._thread.generation
         assert own is not None and own.meter.now == 0 and own.meter.peak > 0
-        assert all(t.forced == 0 for c in own.contexts.values() for t in c.tallies.values())
+        assert all(t.forced == 0 for c in own.contexts.values() for t in c.tallies().values())
         return out
 
     together = in_threads(lambda: work(0), lambda: work(1))

@@ -45,7 +45,7 @@ def said(turn: Turn) -> str:
 
 
 def forced(generation: Generation, name: str = "cond") -> int:
-    return generation.contexts[name].tallies["spatial"].forced
+    return generation.contexts[name].tally("spatial").forced
 
 
 def test_the_two_newest_outputs_are_read_and_let_go_in_time() -> None:

@@ -110,25 +110,27 @@ def test_keys_are_equal_where_only_values_and_strides_differ() -> None:
 def test_the_meter_counts_what_is_held_and_its_peak_over_all_contexts() -> None:
     meter = Meter()
     first, second = Arena(meter), Arena(meter)
-    first.put("a", torch.zeros(10), KEY, 0)
-    second.put("a", torch.zeros(5), KEY, 0)
+    first.put("a", "spatial", torch.zeros(10), KEY, 0)
+    second.put("a", "spatial", torch.zeros(5), KEY, 0)
     assert (meter.now, meter.peak) == (60, 60)
-    first.put("a", torch.zeros(20), KEY, 1)  # the former value is let go first
+    first.put("a", "spatial", torch.zeros(20), KEY, 1)  # the former value is let go first
     assert (meter.now, meter.peak) == (100, 100)
     first.release("a")
     first.release("a")
     first.release("never there")
     assert (meter.now, meter.peak) == (20, 100)
-    second.put("b", quantize(torch.zeros(1, 128), torch.int8), KEY, 2)
+    second.put("b", "cross", quantize(torch.zeros(1, 128), torch.int8), KEY, 2)
     assert (meter.now, meter.peak, len(second), len(first)) == (20 + 132, 152, 2, 0)
     second.clear()
     assert (meter.now, meter.peak, len(second)) == (0, 152, 0)
+    by_kind = [{kind: (meter.now, meter.peak) for kind, meter in arena.meters.items()} for arena in (first, second)]
+    assert by_kind == [{"spatial": (0, 80)}, {"spatial": (0, 20), "cross": (0, 132)}]
 
 
 def test_a_put_is_read_back_until_it_is_released() -> None:
     arena, value = Arena(Meter()), torch.zeros(4)
     assert arena.get("a") is None
-    arena.put("a", value, KEY, 3)
+    arena.put("a", "spatial", value, KEY, 3)
     slot = arena.get("a")
     assert slot is not None and slot.value is value and (slot.key, slot.source, slot.nbytes) == (KEY, 3, 16)
     assert arena.get("b") is None
@@ -139,12 +141,12 @@ def test_a_put_is_read_back_until_it_is_released() -> None:
 def test_the_newest_outputs_are_kept_as_many_as_are_asked_for() -> None:
     meter = Meter()
     arena = Arena(meter)
-    arena.put("a", torch.zeros(1), KEY, 0, most=2)
-    arena.put("a", torch.zeros(2), KEY, 3, most=2)
-    arena.put("b", torch.zeros(8), KEY, 3)
+    arena.put("a", "spatial", torch.zeros(1), KEY, 0, most=2)
+    arena.put("a", "spatial", torch.zeros(2), KEY, 3, most=2)
+    arena.put("b", "spatial", torch.zeros(8), KEY, 3)
     assert [slot and slot.source for slot in (arena.get("a"), arena.get("a", 1), arena.get("a", 2))] == [3, 0, None]
     assert (meter.now, len(arena)) == (4 + 8 + 32, 3)
-    arena.put("a", torch.zeros(4), KEY, 5, most=2)  # the oldest is let go first
+    arena.put("a", "spatial", torch.zeros(4), KEY, 5, most=2)  # the oldest is let go first
     assert [slot and slot.source for slot in (arena.get("a"), arena.get("a", 1))] == [5, 3]
     assert (meter.now, meter.peak, len(arena)) == (8 + 16 + 32, 56, 3)
     arena.release("a", 2)
@@ -159,7 +161,7 @@ def test_the_newest_outputs_are_kept_as_many_as_are_asked_for() -> None:
 
 def _put(arena: Arena, name: str) -> weakref.ref[torch.Tensor]:
     value = torch.zeros(8)
-    arena.put(name, {"out": value}, KEY, 0)
+    arena.put(name, "spatial", {"out": value}, KEY, 0)
     return weakref.ref(value)
 
 
@@ -169,7 +171,7 @@ def test_memory_is_freed_on_release_overwrite_and_clear() -> None:
     assert all(ref() is not None for ref in refs.values())
     arena.release("released")
     assert refs["released"]() is None
-    arena.put("overwritten", None, KEY, 1)
+    arena.put("overwritten", "spatial", None, KEY, 1)
     assert refs["overwritten"]() is None and refs["cleared"]() is not None
     arena.clear()
     assert refs["cleared"]() is None
