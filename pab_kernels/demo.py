@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,11 +13,11 @@ from typing import Any
 
 import torch
 
-from . import api
 from .adapters.latte import LatteAdapter
 from .analysis import video
 from .analysis.diffusers_pab import diffusers_pab
 from .analysis.quality import Quality, compare
+from .analysis.sampling import check_device, execution_device, in_words, sample
 from .broadcast.config import PABConfig
 from .broadcast.plan import Counts, Plan
 from .models.demo.check import shows
@@ -77,10 +75,7 @@ class Settings:
             raise ValueError(f"ranges must be three or four whole numbers of at least 1: spatial,temporal,cross[,mlp]; got {got}")
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"the demo model has no scheduler {self.scheduler!r}; it has {', '.join(SCHEDULERS)}")
-        kind = (self.device or "cpu").partition(":")[0]
-        if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-            here = "cpu or cuda" if torch.cuda.is_available() else "cpu (this torch sees no CUDA device)"
-            raise ValueError(f"device {self.device!r} is not available; supported here: {here}")
+        check_device(self.device)
 
     @property
     def captions(self) -> list[Caption]:
@@ -267,32 +262,25 @@ def _run(demo: DemoPipeline, settings: Settings, variant: Variant, steps: int, o
         on_step()
         return {}
 
-    def sample() -> tuple[torch.Tensor, float]:
-        begin = time.perf_counter()
-        clips = demo.generate(settings.captions, settings.seeds, steps, settings.guidance, callback)
-        return clips, time.perf_counter() - begin
+    def generate() -> torch.Tensor:
+        return demo.generate(settings.captions, settings.seeds, steps, settings.guidance, callback)
 
-    if variant.config is not None:
-        api.enable(pipe, variant.config)
-        try:
-            clips, seconds = sample()
-            summary = api.summary(pipe)
-        finally:
-            api.disable(pipe)
-        flops, cache_bytes, plan = summary.flops, summary.peak_cache_bytes, summary.plan
-        planned = plan.step_counts() if plan else {}
-        counts |= {kind: planned[kind] for kind in KINDS if kind in planned}
-    elif variant.diffusers is not None:
+    if variant.diffusers is None:
+        sampled = sample(pipe, generate, variant.config)
+    else:
         with diffusers_pab(pipe, variant.diffusers, schedule) as observed:
-            clips, seconds = sample()
+            sampled = sample(pipe, generate)
         cache_bytes = observed.cache_bytes
         for name, computed in observed.computed.items():
             flops -= (calls - computed) * costs[name].flops
             counts[_kind(name)] = Counts(computed=computed, reused=calls - computed)
-    else:
-        clips, seconds = sample()
+    if sampled.summary is not None:
+        flops, cache_bytes, plan = sampled.summary.flops, sampled.summary.peak_cache_bytes, sampled.summary.plan
+        planned = plan.step_counts() if plan else {}
+        counts |= {kind: planned[kind] for kind in KINDS if kind in planned}
+    clips = sampled.output
     shown = sum(shows(caption, clip) for caption, clip in zip(settings.captions, clips, strict=True))
-    return Run(variant, steps, calls, seconds, flops, counts, cache_bytes, clips, shown, plan=plan)
+    return Run(variant, steps, calls, sampled.seconds, flops, counts, cache_bytes, clips, shown, plan=plan)
 
 
 def _fewer(demo: DemoPipeline, full: Run, flops: int) -> int:
@@ -310,6 +298,7 @@ def run_demo(settings: Settings, progress: Progress | None = None) -> Result:
         progress: called after every step.
     """
     demo = load(settings.scheduler, settings.device)
+    device = in_words(execution_device(demo.pipe))
     listed = variants(settings)
     calls = demo.schedule(settings.steps).num_steps
     todo = {variant.key: calls for variant in listed}
@@ -336,7 +325,7 @@ def run_demo(settings: Settings, progress: Progress | None = None) -> Result:
             runs[variant.key] = _run(demo, settings, variant, steps, partial(report, variant.title, 1))
     except KeyboardInterrupt:
         interrupted = True
-    return Result(settings, tuple(_compared(list(runs.values()))), interrupted, {**demo.training, "sha256": demo.sha256}, _device(demo))
+    return Result(settings, tuple(_compared(list(runs.values()))), interrupted, {**demo.training, "sha256": demo.sha256}, device)
 
 
 def _compared(runs: list[Run]) -> list[Run]:
@@ -345,13 +334,6 @@ def _compared(runs: list[Run]) -> list[Run]:
         run if run is runs[0] else replace(run, quality=tuple(compare(a, b) for a, b in zip(run.clips, runs[0].clips, strict=True)))
         for run in runs
     ]
-
-
-def _device(demo: DemoPipeline) -> str:
-    device = demo.pipe.transformer.device
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def _below(run: Run, reference: Run) -> str:

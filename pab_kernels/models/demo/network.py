@@ -53,7 +53,8 @@ class PromptTable(nn.Module):
         super().__init__()
         self.slots = nn.ModuleDict({slot: nn.Embedding(len(words) + 1, CAPTION_CHANNELS) for slot, words in VOCABULARY.items()})
 
-    def indices(self, captions: list[Caption]) -> torch.Tensor:
+    @staticmethod
+    def indices(captions: list[Caption]) -> torch.Tensor:
         """Row of each word in its slot's table, 0 where the slot is open: `[batch, slots]`, int64."""
         return torch.tensor(
             [[1 + words.index(word) if (word := getattr(c, slot)) else 0 for slot, words in VOCABULARY.items()] for c in captions]

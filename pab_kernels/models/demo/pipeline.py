@@ -8,7 +8,6 @@ import importlib.resources
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,33 +32,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 WEIGHTS = "weights.safetensors"
 GUIDANCE = 3.0
 STEPS = 50
-
-
-class PixelDecoder(nn.Module):
-    """The VAE of a model that works on pixels: decoding is the identity."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(scaling_factor=1.0, block_out_channels=(1,))  # one level: no down-scaling
-        self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)  # knows device and dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device it was moved to."""
-        return self.anchor.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype it was moved to."""
-        return self.anchor.dtype
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return `latents`."""
-        return latents
-
-    def decode(self, latents: torch.Tensor) -> SimpleNamespace:
-        """`latents` as `.sample`."""
-        return SimpleNamespace(sample=latents)
 
 
 def make_scheduler(name: str) -> Any:
@@ -200,17 +172,19 @@ def load(
         ModuleNotFoundError: diffusers is not installed; the message says how to install it.
     """
     diffusers = require("diffusers", "the demo model")
-    require("transformers", "the demo model")  # LattePipeline's module imports its text encoder's class
+    require("transformers", "the demo model")
+    from .components import PixelDecoder, PromptEncoder, PromptTokenizer
+
     sampler = make_scheduler(scheduler)
     loaded = read_weights(weights)
     transformer: Any = build_transformer()
-    prompts = PromptTable()
-    parts = nn.ModuleDict({"transformer": transformer, "prompts": prompts})
+    encoder = PromptEncoder()
+    parts = nn.ModuleDict({"transformer": transformer, "prompts": encoder.prompts})
     parts.load_state_dict(loaded.tensors)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    decoder = PixelDecoder()
+    parts["decoder"] = decoder
     parts.to(target, dtype).eval().requires_grad_(False)
-    pipe = diffusers.LattePipeline(
-        tokenizer=None, text_encoder=None, vae=PixelDecoder().to(target, dtype), transformer=transformer, scheduler=sampler
-    )
+    pipe = diffusers.LattePipeline(PromptTokenizer(), encoder, decoder, transformer, sampler)
     pipe.set_progress_bar_config(disable=True)
-    return DemoPipeline(pipe, prompts, loaded.training, loaded.sha256)
+    return DemoPipeline(pipe, encoder.prompts, loaded.training, loaded.sha256)

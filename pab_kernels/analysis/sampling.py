@@ -1,0 +1,86 @@
+"""One run of a pipeline, with PAB or without: what comes out, how long it takes, how much memory it needs."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from .. import api
+from ..broadcast.config import PABConfig
+from ..broadcast.summary import Summary
+from .memory import Peak, peak_memory
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sampled(Generic[T]):
+    """What a run did.
+
+    Args:
+        output: of the pipeline.
+        seconds: wall time of the pipeline's call, the device waited for.
+        memory: the most that was in use.
+        summary: PAB's, or None.
+    """
+
+    output: T
+    seconds: float
+    memory: Peak
+    summary: Summary | None
+
+
+def sample(pipe: Any, call: Callable[[], T], config: PABConfig | None = None, *, timed: bool = False) -> Sampled[T]:
+    """Run `call` with PAB switched on, and off again afterwards; without a config, as the pipeline is.
+
+    Args:
+        pipe: the pipeline that `call` runs.
+        call: runs it.
+        config: PAB's rules.
+        timed: whether PAB's summary has seconds.
+    """
+    device = execution_device(pipe)
+    if config is not None:
+        api.enable(pipe, config, timed=timed)
+    try:
+        with peak_memory(device) as memory:
+            begin = time.perf_counter()
+            output = call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - begin
+        return Sampled(output, seconds, memory, api.summary(pipe) if config is not None else None)
+    finally:
+        if config is not None:
+            api.disable(pipe)
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """Where a pipeline computes, also where its weights are elsewhere."""
+    return torch.device(getattr(pipe, "_execution_device", pipe.transformer.device))
+
+
+def in_words(device: torch.device) -> str:
+    """The name of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return str(device)
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that is not here; None is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: it is not available; the message says what is.
+    """
+    kind = (device or "cpu").partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        here = "cpu or cuda" if torch.cuda.is_available() else "cpu (this torch sees no CUDA device)"
+        raise ValueError(f"device {device!r} is not available; supported here: {here}")
