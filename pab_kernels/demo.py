@@ -336,14 +336,6 @@ def _compared(runs: list[Run]) -> list[Run]:
     ]
 
 
-def _below(run: Run, reference: Run) -> str:
-    """What stands below a run's title beside its clips."""
-    if run is reference:
-        return f"{run.seconds:.1f} s"
-    closeness = "identical" if math.isinf(run.psnr[0]) else f"{run.psnr[0]:.1f} dB"
-    return f"{reference.seconds / run.seconds:.2f}x, {closeness}"
-
-
 def write(result: Result, folder: str | Path, scale: int = 5) -> list[Path]:
     """Write the clips side by side (GIF, MP4), each plan as a pyramid (PNG), and the figures (JSON).
 
@@ -357,7 +349,10 @@ def write(result: Result, folder: str | Path, scale: int = 5) -> list[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    columns = [(run.title, _below(run, result.runs[0]), run.clips) for run in result.runs]
+    columns = [
+        (run.title, video.below(run.seconds, result.runs[0].seconds, run.psnr[0] if run.quality else None), run.clips)
+        for run in result.runs
+    ]
     film = video.side_by_side(columns, [str(caption) for caption in result.settings.captions], scale)
     written = [video.write_gif(folder / "clips.gif", film), video.write_mp4(folder / "clips.mp4", film)]
     for run in result.runs:

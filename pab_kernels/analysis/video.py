@@ -1,8 +1,9 @@
-"""Clips side by side, labelled, as GIF and MP4."""
+"""Clips side by side, labelled, as GIF, MP4 and PNG."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,18 @@ def _wrap(text: str, font: FreeTypeFont, width: int) -> list[str]:
         else:
             lines.append(word)
     return lines
+
+
+def pixels(clips: torch.Tensor) -> np.ndarray:
+    """`[..., 3, height, width]` in [0, 1] as uint8 `[..., height, width, 3]`."""
+    return (clips.detach().float().cpu().clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
+
+
+def below(seconds: float, reference: float, psnr: float | None) -> str:
+    """What stands below a run's title: its seconds or, of one with a PSNR, how much faster than `reference` and how close it is."""
+    if psnr is None:
+        return f"{seconds:.1f} s"
+    return f"{reference / seconds:.2f}x, " + ("identical" if math.isinf(psnr) else f"{psnr:.1f} dB")
 
 
 def side_by_side(columns: Sequence[tuple[str, str, torch.Tensor]], captions: Sequence[str], scale: int = 4) -> np.ndarray:
@@ -78,8 +91,7 @@ def side_by_side(columns: Sequence[tuple[str, str, torch.Tensor]], captions: Seq
 
     film = np.repeat(np.asarray(page)[None], frames, axis=0)
     for c, (_, _, clips) in enumerate(columns):
-        pixels = (clips.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
-        large = pixels.repeat(scale, axis=2).repeat(scale, axis=3)  # [clips, frames, cell_h, cell_w, 3]
+        large = pixels(clips).repeat(scale, axis=2).repeat(scale, axis=3)  # [clips, frames, cell_h, cell_w, 3]
         x = _GAP + c * (cell_w + _GAP)
         for row in range(count):
             y = top + row * row_height + 20
@@ -94,12 +106,24 @@ def write_gif(path: str | Path, film: np.ndarray, fps: float = 6) -> Path:
     return Path(path)
 
 
+def write_png(path: str | Path, image: np.ndarray) -> Path:
+    """Write `image` `[height, width, 3]` uint8."""
+    require("PIL.Image", "writing images").fromarray(image).save(path)
+    return Path(path)
+
+
 def write_mp4(path: str | Path, film: np.ndarray, fps: float = 6, repeats: int = 4) -> Path:
-    """Write `film` `[frames, height, width, 3]` uint8 as H.264 that any player shows, `repeats` times in a row."""
+    """Write `film` `[frames, height, width, 3]` uint8 as H.264 that any player shows, `repeats` times in a row.
+
+    Such a video has an even height and width: an odd one gets its last line twice.
+    """
     require("imageio_ffmpeg", "writing MP4 files")
     imageio: Any = require("imageio.v2", "writing clips")
+    film = np.pad(film, ((0, 0), (0, film.shape[1] % 2), (0, film.shape[2] % 2), (0, 0)), mode="edge")
     with contextlib.closing(
-        imageio.get_writer(str(path), format="FFMPEG", mode="I", fps=fps, codec="libx264", pixelformat="yuv420p", quality=8)
+        imageio.get_writer(
+            str(path), format="FFMPEG", mode="I", fps=fps, codec="libx264", pixelformat="yuv420p", quality=8, macro_block_size=2
+        )
     ) as writer:
         for _ in range(repeats):
             for frame in film:

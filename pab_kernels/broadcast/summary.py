@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .config import KINDS
 from .context import Tally
@@ -43,6 +44,14 @@ class Summary:
     def forced(self) -> int:
         """Sublayers that had to compute although the plan had a reuse."""
         return sum(t.forced for kinds in self.contexts.values() for t in kinds.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the plan: that follows from the config."""
+        counted = {name: value for name, value in vars(self).items() if name not in ("plan", "contexts")}
+        contexts = {
+            name: {kind: vars(tally) | {"flops_saved": tally.flops_saved} for kind, tally in c.items()} for name, c in self.contexts.items()
+        }
+        return {**counted, "flops_share": round(self.share, 4), "notes": list(self.plan.notes) if self.plan else [], "contexts": contexts}
 
     def __str__(self) -> str:
         lines = [] if self.plan is None else [str(self.plan)]

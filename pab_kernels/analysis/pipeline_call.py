@@ -1,0 +1,135 @@
+"""Calling any diffusers pipeline: what a user asks for as arguments of its own, progress step by step, and what comes out as frames."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+_FRAMES = ("num_frames", "video_length")
+"""What pipelines call the number of frames."""
+
+OnStep = Callable[[int, int | None], None]
+"""Called after every step with the steps done and, where they are known, the steps to do."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user asks a pipeline for; None and an empty text leave it to the pipeline.
+
+    Args:
+        prompt, negative_prompt: texts.
+        steps: sampling steps.
+        guidance: scale of classifier-free guidance.
+        size: frames, height, width in pixels, or height, width.
+        seed: of the noise, made on the CPU: the same on every device.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    size: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.size is not None and (len(self.size) not in (2, 3) or min(self.size) < 1):
+            raise ValueError(f"a size is frames x height x width or height x width, each at least 1; got {'x'.join(map(str, self.size))}")
+
+
+def arguments(pipe: Any, wish: Wish) -> dict[str, Any]:
+    """The arguments of `pipe(...)` that ask for `wish`, without the generator of the noise.
+
+    Raises:
+        ValueError: the pipeline does not take one of them.
+    """
+    taken = inspect.signature(pipe.__call__).parameters
+    frames, height, width = ((None,) * (3 - len(wish.size)) + wish.size) if wish.size else (None, None, None)
+    counts = next((name for name in _FRAMES if name in taken), _FRAMES[0])
+    wanted = {
+        "prompt": wish.prompt,
+        "negative_prompt": wish.negative_prompt,
+        "num_inference_steps": wish.steps,
+        "guidance_scale": wish.guidance,
+        counts: frames,
+        "height": height,
+        "width": width,
+    }
+    asked = {name: value for name, value in wanted.items() if value is not None}
+    if missing := [name for name in asked if name not in taken]:
+        raise ValueError(f"{type(pipe).__name__} takes no {missing[0]}; leave it out")
+    return asked | ({"output_type": "pt"} if "output_type" in taken else {})
+
+
+def call(pipe: Any, wish: Wish, on_step: OnStep | None = None) -> torch.Tensor:
+    """Call a pipeline and wait for its frames.
+
+    Returns:
+        `[frames, 3, height, width]`, floating point in [0, 1], on the CPU; an image has one frame.
+
+    Raises:
+        ValueError: the pipeline does not take an argument, fails, or gives neither frames nor images.
+    """
+    asked = arguments(pipe, wish)
+    taken = inspect.signature(pipe.__call__).parameters
+    if "generator" in taken:
+        asked["generator"] = torch.Generator().manual_seed(wish.seed)
+    if on_step is not None:
+        default = taken["num_inference_steps"].default if "num_inference_steps" in taken else None
+        asked |= _told(pipe, on_step, wish.steps or (default if isinstance(default, int) else None), taken)
+    try:
+        output = pipe(**asked)
+    except (MemoryError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{type(pipe).__name__} failed: {said}") from error
+    frames = frames_of(output)
+    if not frames.isfinite().all():
+        raise ValueError(f"the output of {type(pipe).__name__} is not finite; try dtype bfloat16 or float32")
+    return frames
+
+
+def _told(pipe: Any, on_step: OnStep, steps: int | None, taken: Any) -> dict[str, Any]:
+    """The arguments that make a pipeline call `on_step`: none where it has no callback."""
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        todo = getattr(pipe, "num_timesteps", None) or steps  # more than the steps asked for, of second-order schedulers
+        on_step(done, todo)
+
+    def callback_on_step_end(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        count()
+        return {}
+
+    if "callback_on_step_end" in taken:
+        return {"callback_on_step_end": callback_on_step_end}
+    if "callback" in taken:  # pipelines of older kinds
+        return {"callback": lambda *_: count(), "callback_steps": 1}
+    return {}
+
+
+def frames_of(output: Any) -> torch.Tensor:
+    """Frames or images of a pipeline's output, of the first prompt: `[frames, 3, height, width]` in [0, 1].
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = next((value for name in ("frames", "images") if (value := getattr(output, name, None)) is not None), None)
+    if found is None or len(found) == 0:
+        raise ValueError(f"the pipeline gave {type(output).__name__}, which has neither frames nor images; those of pictures are supported")
+    first = found[0]  # of the batch
+    if isinstance(first, torch.Tensor):
+        frames = first.detach().float().cpu()
+        return frames if frames.ndim == 4 else frames[None]
+    pictures = first if isinstance(first, Sequence) else [first]
+    arrays = np.stack([np.asarray(picture) for picture in pictures])  # [frames, height, width, 3], of arrays [1, frames, ...]
+    arrays = arrays.reshape(-1, *arrays.shape[-3:])
+    scale = 255 if arrays.dtype == np.uint8 else 1
+    return torch.from_numpy(np.ascontiguousarray(arrays, dtype=np.float32) / scale).movedim(-1, 1)

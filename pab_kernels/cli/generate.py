@@ -1,0 +1,125 @@
+"""`pab generate`: its options, its progress and its table."""
+
+# No `from __future__ import annotations` here: typer reads the command's annotations at run time.
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from ..extras import require
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..generate import Result, Run
+
+
+def _size(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        parts = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        parts = ()
+    if len(parts) not in (2, 3):
+        raise ValueError(f"--size takes frames x height x width such as 49x480x720, or height x width of an image, got {text!r}")
+    return parts
+
+
+HEADINGS = ("run", "seconds", "speed-up", "FLOPs", "peak memory, MiB", "kept, MiB", "PSNR, dB", "SSIM", "file")
+
+
+def _row(run: "Run", reference: "Run") -> list[str]:
+    compared, summary, memory = run.quality, run.summary, run.sampled.memory.nbytes
+    return [
+        run.title,
+        f"{run.sampled.seconds:.2f}",
+        f"{run.speedup(reference):.2f}x" if reference.key == "off" else "",
+        f"{summary.share:.1%}" if summary and summary.flops_without else "",
+        f"{memory / 2**20:.1f}" if memory is not None else "not measured",
+        f"{summary.peak_cache_bytes / 2**20:.1f}" if summary else "",
+        "" if compared is None else "same" if math.isinf(compared.total.psnr) else f"{compared.total.psnr:.1f}",
+        "" if compared is None else f"{compared.total.ssim:.3f}",
+        run.file.name,
+    ]
+
+
+def results_table(result: "Result") -> "Table":
+    """A row for each run."""
+    what = result.runs[0].sampled.memory.what
+    table: Table = require("rich.table", "the table of results").Table(
+        title=f"{result.pipeline}, {result.dtype}, {result.device}",
+        caption=f"Memory: {what}, weights included. FLOPs: of the transformer, a share of those without PAB, where they are counted. "
+        "Kept: outputs, at the peak. PSNR and SSIM: against the run without PAB.",
+        title_justify="left",
+        caption_justify="left",
+        box=require("rich.box", "the table of results").SIMPLE_HEAD,
+    )
+    for i, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if i else "left", overflow="fold")
+    for run in result.runs:
+        table.add_row(*_row(run, result.runs[0]))
+    return table
+
+
+def generate(
+    model: Annotated[str, typer.Option(help="Hub id, or folder of a saved diffusers pipeline for text-to-video or text-to-image.")],
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: the pipeline's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance. Default: the pipeline's.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="[F]xHxW", help="Frames, height, width, as 49x480x720; 512x512 of an image.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise, which is the same on every device and in all runs.")] = 0,
+    pab: Annotated[
+        str,
+        typer.Option(help="auto (the published preset of the model, else 2/4/6), off, a preset's name, or a config file (.yaml, .json)."),
+    ] = "auto",
+    compare: Annotated[bool, typer.Option("--compare", help="Run without PAB first, from the same noise, and compare.")] = False,
+    timed: Annotated[bool, typer.Option("--timed", help="Measure seconds by kind of sublayer.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on CUDA, else float32.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where there is one.")] = None,
+    offload: Annotated[str, typer.Option(help="none, model or sequential: keep weights on the host while they are not in use.")] = "none",
+    fps: Annotated[float, typer.Option(help="Frames a second of the video.")] = 8,
+    out: Annotated[Path, typer.Option(help="Folder of the video or image, the schedule and results.json.")] = Path("pab-generate"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
+) -> None:
+    """Generate a video or an image with any diffusers pipeline under PAB, and compare it with the run without PAB.
+
+    Every finished run is written at once: Ctrl-C stops the command and keeps them.
+    """
+    for package in ("rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "matplotlib", "PIL"):
+        require(package, "pab generate")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..analysis.pipeline_call import Wish
+    from ..generate import Settings
+    from ..generate import generate as run
+
+    for package in ("diffusers", "transformers"):
+        messages = require(f"{package}.utils.logging", "pab generate")
+        messages.set_verbosity_error()  # what matters comes as an error
+        messages.disable_progress_bar()
+    wish = Wish(prompt, negative_prompt, steps, guidance, _size(size), seed)
+    settings = Settings(model, wish, pab, compare, dtype, device, cast(Any, offload), fps, timed)
+    notes = Console(stderr=True)
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("loading", total=None)
+        result = run(settings, out, lambda title, done, todo: bar.update(task, description=title, completed=done, total=todo))
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=1))
+    elif result.runs:
+        (Console() if sys.stdout.isatty() else Console(width=120)).print(results_table(result))
+        for run_ in result.runs:
+            if run_.summary is not None:
+                print(run_.summary)
+    for path in result.files:
+        print(path, file=sys.stderr if as_json else sys.stdout)
+    if result.interrupted:
+        notes.print(f"interrupted: {len(result.runs)} of {result.planned} runs are finished and kept in {out}", soft_wrap=True)
+        raise SystemExit(130)

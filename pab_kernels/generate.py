@@ -1,0 +1,272 @@
+"""Generating with any pipeline, with PAB and, to compare, without it: what `pab generate` runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import api
+from .analysis import video
+from .analysis.comparison import Comparison, compare
+from .analysis.pipeline_call import Wish, arguments, call
+from .analysis.pipelines import Offload, load_pipeline
+from .analysis.sampling import Sampled, execution_device, in_words, sample
+from .broadcast.config import PABConfig
+from .broadcast.formats import named_config
+from .broadcast.presets import preset_for
+from .broadcast.summary import Summary
+from .extras import require
+
+WARM_UP = 2
+"""Steps that are run before the runs that are compared, so that the first of them does not pay for loading."""
+
+Progress = Callable[[str, int, int | None], None]
+"""Called after every step with the run's title, the steps done and, where they are known, the steps to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is generated and how.
+
+    Args:
+        model: hub id or folder of a pipeline, as `load_pipeline` takes it.
+        wish: prompt, steps, size and the rest that the pipeline is asked for.
+        pab: "auto" (the published preset of the model's class, else the ranges 2/4/6), "off", a preset or a config file.
+        compare: whether the same noise is sampled without PAB first.
+        dtype, device, offload: as `load_pipeline` takes them.
+        fps: frames a second of the video.
+        timed: whether seconds are measured by kind.
+
+    Raises:
+        FileNotFoundError: there is no such config file.
+        ValueError: a value is not supported; the message says what is.
+    """
+
+    model: str
+    wish: Wish
+    pab: str = "auto"
+    compare: bool = False
+    dtype: str | None = None
+    device: str | None = None
+    offload: Offload = "none"
+    fps: float = 8
+    timed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fps <= 0:
+            raise ValueError(f"fps must be positive, got {self.fps}")
+        if self.pab == "off":
+            if self.compare or self.timed:
+                raise ValueError(
+                    "with PAB off there is nothing to compare it with, and no kinds to time; choose auto, a preset or a config file"
+                )
+        elif self.pab != "auto":
+            named_config(self.pab)
+
+    def config(self, transformer: Any) -> PABConfig | None:
+        """The rules for a transformer; None where PAB is off."""
+        if self.pab == "auto":
+            return preset_for(transformer, timesteps_known=True)
+        return None if self.pab == "off" else named_config(self.pab)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        wish = {**vars(self.wish), "size": list(self.wish.size) if self.wish.size else None}
+        return {"model": self.model, **wish, "pab": self.pab, "offload": self.offload, "fps": self.fps}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    Args:
+        key: "off" or "pab", its name in files.
+        config: PAB's rules, or None.
+        sampled: output, seconds, memory, PAB's summary.
+        file: the video or the image.
+        quality: against the run without PAB, where there was one.
+    """
+
+    key: str
+    config: PABConfig | None
+    sampled: Sampled[torch.Tensor]
+    file: Path
+    quality: Comparison | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name in tables."""
+        return "PAB" if self.config else "no PAB"
+
+    @property
+    def summary(self) -> Summary | None:
+        """What PAB did."""
+        return self.sampled.summary
+
+    def speedup(self, reference: Run) -> float:
+        """How many times faster it is than `reference`."""
+        return reference.sampled.seconds / self.sampled.seconds
+
+    def to_dict(self, reference: Run) -> dict[str, Any]:
+        """JSON-ready."""
+        s, memory = self.summary, self.sampled.memory
+        return {
+            "key": self.key,
+            "file": self.file.name,
+            "config": self.config.to_dict() if self.config else None,
+            "seconds": round(self.sampled.seconds, 4),
+            "speedup": round(self.speedup(reference), 4) if reference.key == "off" else None,
+            "peak_memory_bytes": memory.nbytes,
+            "memory": memory.what,
+            "summary": s.to_dict() if s else None,
+            "quality": self.quality.to_dict() if self.quality else None,
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """The finished runs.
+
+    Args:
+        settings: what was asked for.
+        pipeline, transformer: their classes.
+        device: in words.
+        dtype: of the transformer.
+        runs: the one without PAB first.
+        planned: how many were to be run.
+        files: all that were written.
+        interrupted: whether the user stopped it.
+    """
+
+    settings: Settings
+    pipeline: str
+    transformer: str
+    device: str
+    dtype: str
+    runs: tuple[Run, ...]
+    planned: int
+    files: tuple[Path, ...]
+    interrupted: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            **self.settings.to_dict(),
+            "pipeline": self.pipeline,
+            "transformer": self.transformer,
+            "device": self.device,
+            "dtype": self.dtype,
+            "torch": torch.__version__,
+            "diffusers": require("diffusers", "generating").__version__,
+            "interrupted": self.interrupted,
+            "runs": [run.to_dict(self.runs[0]) for run in self.runs],
+        }
+
+
+def generate(settings: Settings, out: str | Path, progress: Progress | None = None) -> Result:
+    """Generate, write what comes out and how long it took, and compare.
+
+    The pipeline is loaded once. Every run begins with the same noise. After each, its video or image and `results.json` are written to
+    `out`, so that an interruption (Ctrl-C) or an error later on keeps what is finished.
+
+    Args:
+        settings: what to generate.
+        out: folder, made if missing.
+        progress: called after every step.
+
+    Returns:
+        The finished runs; where it was interrupted, those until then.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: the model or the pipeline does not support what was asked for, or a run fails.
+        ModuleNotFoundError: a package is not installed.
+    """
+    out = Path(out)
+    pipe = load_pipeline(settings.model, dtype=settings.dtype, device=settings.device, offload=settings.offload)
+    config = settings.config(pipe.transformer)
+    arguments(pipe, settings.wish)
+    _check(pipe, config)
+    ways: list[PABConfig | None] = [None] if settings.compare or config is None else []
+    ways += [config] if config is not None else []
+    out.mkdir(parents=True, exist_ok=True)
+    runs: list[Run] = []
+    drawn: list[Path] = []
+    pipeline, transformer = type(pipe).__name__, type(pipe.transformer).__name__
+    device, dtype = in_words(execution_device(pipe)), str(pipe.transformer.dtype).removeprefix("torch.")
+
+    def save(interrupted: bool = False) -> Result:
+        files = (*(run.file for run in runs), *drawn, out / "results.json")
+        result = Result(settings, pipeline, transformer, device, dtype, tuple(runs), len(ways), files, interrupted)
+        files[-1].write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+        return result
+
+    def run(title: str, wish: Wish) -> torch.Tensor:
+        return call(pipe, wish, partial(progress, title) if progress else None)
+
+    save()
+    try:
+        with _said_what_is_kept(runs, out):
+            if settings.compare:
+                run("warming up", replace(settings.wish, steps=min(WARM_UP, settings.wish.steps or WARM_UP)))
+            for rules in ways:
+                key, title = ("pab", "PAB") if rules else ("off", "no PAB")
+                sampled = sample(pipe, partial(run, title, settings.wish), rules, timed=settings.timed)
+                runs.append(Run(key, rules, sampled, _write(out / key, sampled.output, settings.fps)))
+                save()
+                if len(runs) > 1:
+                    runs[-1] = replace(runs[-1], quality=compare(sampled.output, runs[0].sampled.output, lpips=False))
+                drawn += _draw(runs, out, settings)
+    except KeyboardInterrupt:
+        return save(interrupted=True)
+    return save()
+
+
+def _check(pipe: Any, config: PABConfig | None) -> None:
+    """Refuse a config that does not suit the model before anything is run."""
+    if config is None:
+        return
+    try:
+        api.enable(pipe, config)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    api.disable(pipe)
+
+
+@contextlib.contextmanager
+def _said_what_is_kept(runs: Sequence[Run], out: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        kept = f"; kept in {out}: {', '.join(run.file.name for run in runs)}" if runs else ""
+        raise ValueError(f"{error}{kept}") from error
+
+
+def _write(stem: Path, film: torch.Tensor | np.ndarray, fps: float) -> Path:
+    """Frames as MP4, one frame as PNG."""
+    pixels = video.pixels(film) if isinstance(film, torch.Tensor) else film
+    if len(pixels) == 1:
+        return video.write_png(stem.with_suffix(".png"), pixels[0])
+    return video.write_mp4(stem.with_suffix(".mp4"), pixels, fps, repeats=1)
+
+
+def _draw(runs: Sequence[Run], out: Path, settings: Settings) -> list[Path]:
+    """Draw what stands beside the run that was finished last: its plan, and where there are two, both side by side."""
+    run, files = runs[-1], []
+    if run.summary is not None and run.summary.plan is not None:
+        files.append(out / "schedule.png")
+        run.summary.plan.plot(str(files[-1]))
+    if run.quality is not None:
+        psnr = [r.quality.total.psnr if r.quality else None for r in runs]
+        below = [video.below(r.sampled.seconds, runs[0].sampled.seconds, value) for r, value in zip(runs, psnr, strict=True)]
+        columns = [(r.title, words, r.sampled.output[None]) for r, words in zip(runs, below, strict=True)]
+        files.append(_write(out / "side-by-side", video.side_by_side(columns, [settings.wish.prompt], scale=1), settings.fps))
+    return files
