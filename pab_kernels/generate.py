@@ -17,7 +17,7 @@ from . import api
 from .analysis import video
 from .analysis.comparison import Comparison, compare
 from .analysis.pipeline_call import Wish, arguments, call
-from .analysis.pipelines import Offload, load_pipeline
+from .analysis.pipelines import load_pipeline
 from .analysis.sampling import Sampled, execution_device, in_words, sample
 from .broadcast.config import PABConfig
 from .broadcast.formats import named_config
@@ -25,6 +25,7 @@ from .broadcast.presets import preset_for
 from .broadcast.summary import Summary
 from .extras import require
 
+DTYPES = ("float32", "bfloat16", "float16")
 WARM_UP = 2
 """Steps that are run before the runs that are compared, so that the first of them does not pay for loading."""
 
@@ -41,7 +42,8 @@ class Settings:
         wish: prompt, steps, size and the rest that the pipeline is asked for.
         pab: "auto" (the published preset of the model's class, else the ranges 2/4/6), "off", a preset or a config file.
         compare: whether the same noise is sampled without PAB first.
-        dtype, device, offload: as `load_pipeline` takes them.
+        dtype: of the weights, one of `DTYPES`; default as `load_pipeline` has it.
+        device, offload: as `load_pipeline` takes them.
         fps: frames a second of the video.
         timed: whether seconds are measured by kind.
 
@@ -56,11 +58,13 @@ class Settings:
     compare: bool = False
     dtype: str | None = None
     device: str | None = None
-    offload: Offload = "none"
+    offload: str = "none"
     fps: float = 8
     timed: bool = False
 
     def __post_init__(self) -> None:
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype {self.dtype!r} is not supported; there are {', '.join(DTYPES)}")
         if self.fps <= 0:
             raise ValueError(f"fps must be positive, got {self.fps}")
         if self.pab == "off":
@@ -191,7 +195,9 @@ def generate(settings: Settings, out: str | Path, progress: Progress | None = No
         ModuleNotFoundError: a package is not installed.
     """
     out = Path(out)
-    pipe = load_pipeline(settings.model, dtype=settings.dtype, device=settings.device, offload=settings.offload)
+    wanted = getattr(torch, settings.dtype) if settings.dtype else None
+    pipe = load_pipeline(settings.model, dtype=wanted, device=settings.device, offload=settings.offload)
+    pipe.set_progress_bar_config(disable=True)
     config = settings.config(pipe.transformer)
     arguments(pipe, settings.wish)
     _check(pipe, config)

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -105,7 +105,7 @@ def generate(
         messages.set_verbosity_error()  # what matters comes as an error
         messages.disable_progress_bar()
     wish = Wish(prompt, negative_prompt, steps, guidance, _size(size), seed)
-    settings = Settings(model, wish, pab, compare, dtype, device, cast(Any, offload), fps, timed)
+    settings = Settings(model, wish, pab, compare, dtype, device, offload, fps, timed)
     notes = Console(stderr=True)
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:

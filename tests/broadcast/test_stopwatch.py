@@ -177,6 +177,32 @@ def test_a_module_has_its_own_time_alone(clock: Clock) -> None:
     assert seconds(pab.summary(model)) == {"spatial": 2, "cross": 6} and pab.summary(model).rest_seconds == 10
 
 
+class Nested(nn.Module):
+    """A block, found by the generic adapter, and attention in it."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        attention = nn.MultiheadAttention(4, 1, batch_first=True)
+        attention.forward = clock.slow(lambda x: x, 2.0)
+        block = nn.Module()
+        block.attn1 = attention
+        block.forward = clock.slow(lambda x: self.after(attention(x)), 3.0)
+        self.after = clock.slow(lambda x: x, 4.0)
+        self.blocks = nn.ModuleList([block])
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.blocks[0](hidden_states)
+
+
+@torch.no_grad()
+def test_what_a_found_block_does_around_its_attention_is_the_blocks(clock: Clock) -> None:
+    model = Nested(clock)
+    kinds = {"blocks.0": "block", "blocks.0.attn1": "spatial"}
+    pab.enable(model, PABConfig(spatial=1, block=1), num_steps=1, timed=True, kinds=kinds)
+    model(torch.ones(1, 2, 4))
+    assert seconds(pab.summary(model)) == {"block": 7, "spatial": 2} and pab.summary(model).rest_seconds == 0
+
+
 @torch.no_grad()
 def test_a_call_that_fails_ends_its_time(clock: Clock) -> None:
     model = Row(clock)
