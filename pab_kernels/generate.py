@@ -69,9 +69,7 @@ class Settings:
             raise ValueError(f"fps must be positive, got {self.fps}")
         if self.pab == "off":
             if self.compare or self.timed:
-                raise ValueError(
-                    "with PAB off there is nothing to compare it with, and no kinds to time; choose auto, a preset or a config file"
-                )
+                raise ValueError("with PAB off there is nothing to compare and to time; choose auto, a preset or a config file")
         elif self.pab != "auto":
             named_config(self.pab)
 

@@ -62,7 +62,7 @@ def sample(pipe: Any, call: Callable[[], T], config: PABConfig | None = None, *,
 
 def execution_device(pipe: Any) -> torch.device:
     """Where a pipeline computes, also where its weights are elsewhere."""
-    return torch.device(getattr(pipe, "_execution_device", pipe.transformer.device))
+    return torch.device(pipe._execution_device)
 
 
 def in_words(device: torch.device) -> str:

@@ -8,7 +8,7 @@ pytest.importorskip("imageio")
 pytest.importorskip("imageio_ffmpeg")
 pytest.importorskip("PIL")
 
-from pab_kernels.analysis.video import side_by_side, write_gif, write_mp4
+from pab_kernels.analysis.video import below, pixels, side_by_side, write_gif, write_mp4, write_png
 
 
 def clips(count: int = 2, frames: int = 3, height: int = 8, width: int = 40) -> torch.Tensor:
@@ -74,3 +74,32 @@ def test_an_mp4_repeats_the_clip_at_full_size(tmp_path):
     reader.close()
     assert len(frames) == 6 and frames[0].shape == film.shape[1:]
     assert [round(float(frame.mean()) / 10) for frame in frames] == [13, 25, 13, 13, 25, 13]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("size", "shown"), [((48, 854), (48, 854)), ((47, 65), (48, 66))])
+def test_an_mp4_keeps_the_size_of_its_frames_but_for_odd_ones(size, shown, tmp_path):
+    import imageio.v2 as imageio
+
+    film = np.full((2, *size, 3), 60, np.uint8)
+    film[:, -1] = film[:, :, -1] = 200
+    reader = imageio.get_reader(str(write_mp4(tmp_path / "film.mp4", film, repeats=1)))
+    frames = [np.asarray(frame) for frame in reader]
+    reader.close()
+    assert len(frames) == 2 and frames[0].shape == (*shown, 3)
+    assert frames[0][-1].mean() > 150 and frames[0][:, -1].mean() > 150 and frames[0][:-4, :-4].mean() < 80
+
+
+def test_a_png_holds_the_pixels(tmp_path):
+    import PIL.Image
+
+    clip = torch.tensor([-1.0, 0, 0.2, 0.5, 1, 3]).reshape(1, 1, 2, 3).expand(1, 3, 2, 3)
+    image = pixels(clip)[0]
+    assert image[:, :, 0].tolist() == [[0, 0, 51], [128, 255, 255]]
+    with PIL.Image.open(write_png(tmp_path / "image.png", image)) as read:
+        assert np.array_equal(np.asarray(read), image)
+
+
+def test_what_stands_below_a_title():
+    assert below(2.04, 2.04, None) == "2.0 s"
+    assert below(1.0, 1.5, 33.33) == "1.50x, 33.3 dB" and below(1.0, 0.5, float("inf")) == "0.50x, identical"

@@ -130,3 +130,18 @@ def test_the_shipped_weights_follow_words(demo: DemoPipeline):
     captions = shapes.held_out()[:4]
     report = check.check_model(demo, captions, steps=12)
     assert report.share >= 0.9
+
+
+def test_the_pipeline_reads_prompts_in_words_and_goes_through_a_folder(demo: DemoPipeline, tmp_path):
+    from diffusers import LattePipeline
+
+    demo.pipe.save_pretrained(tmp_path)
+    pipe = LattePipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": shapes.SIZE, "width": shapes.SIZE, "video_length": shapes.FRAMES}
+    prompt, options = "a red circle moves up", {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt", **size}
+    expected = demo.generate([prompt], [4], steps=2)
+    for drawing in (demo.pipe, pipe):
+        assert torch.equal(drawing(prompt, generator=torch.Generator().manual_seed(4), **options).frames, expected)
+    with pytest.raises(ValueError, match="does not know the word 'dog'"):
+        pipe("a red dog", **options)

@@ -1,0 +1,82 @@
+"""One run of a pipeline: PAB on and off again, time, and the most memory that was in use."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from pab_kernels import PABConfig
+from pab_kernels.analysis import memory as memory_module
+from pab_kernels.analysis import sampling
+from pab_kernels.analysis.memory import peak_memory
+from pab_kernels.analysis.sampling import check_device, execution_device, in_words
+from pab_kernels.broadcast.broadcaster import broadcaster_of
+from tests.adapters.tiny_latte import sample, tiny_pipe
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+CPU = torch.device("cpu")
+
+
+def test_pab_is_on_during_the_run_and_off_afterwards() -> None:
+    pipe = tiny_pipe()
+    plain = sampling.sample(pipe, lambda: (broadcaster_of(pipe.transformer), sample(pipe, 2)))
+    assert plain.output[0] is None and plain.summary is None and plain.seconds > 0
+    on = sampling.sample(pipe, lambda: (broadcaster_of(pipe.transformer), sample(pipe, 2)), PABConfig(spatial=1), timed=True)
+    assert on.output[0] is not None and torch.equal(on.output[1], plain.output[1]) and broadcaster_of(pipe.transformer) is None
+    assert on.summary is not None and on.summary.rest_seconds is not None and 0 < on.summary.rest_seconds < on.seconds
+
+
+def test_pab_is_off_after_an_error() -> None:
+    pipe = tiny_pipe()
+    with pytest.raises(ZeroDivisionError):
+        sampling.sample(pipe, lambda: 1 / 0, PABConfig(spatial=1))
+    assert broadcaster_of(pipe.transformer) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the counter of resident bytes is Linux's")
+def test_the_peak_of_resident_memory_is_that_of_what_runs_inside() -> None:
+    size = 64 * 2**20
+    with peak_memory(CPU) as large:
+        torch.ones(size, dtype=torch.uint8)
+    with peak_memory(CPU) as small:
+        pass
+    if large.nbytes is None:
+        pytest.skip("this system does not let a process set its counter back")
+    assert small.nbytes is not None and size // 2 < large.nbytes - small.nbytes < 3 * size
+    assert large.what == "resident in the process"
+
+
+def test_where_memory_cannot_be_measured_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(memory_module, "_CLEAR", tmp_path / "no" / "such" / "file")
+    with peak_memory(CPU) as peak:
+        pass
+    assert (peak.nbytes, peak.what) == (None, "not measured")
+
+
+def test_on_a_cuda_device_the_peak_is_the_allocator_s_and_the_device_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    for name in ("reset_peak_memory_stats", "synchronize", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: done.append(f"{name} {device}") or 7)
+    pipe: Any = SimpleNamespace(_execution_device=torch.device("cuda", 1))
+    run = sampling.sample(pipe, lambda: done.append("run"))
+    assert done == ["reset_peak_memory_stats cuda:1", "run", "synchronize cuda:1", "max_memory_allocated cuda:1"]
+    assert (run.memory.nbytes, run.memory.what) == (7, "allocated on the device")
+
+
+def test_a_device_is_told_in_words() -> None:
+    assert in_words(CPU).endswith("CPU, 1 threads") and in_words(torch.device("meta")) == "meta"
+    assert execution_device(tiny_pipe()) == CPU
+
+
+def test_a_device_that_is_not_here_is_refused() -> None:
+    check_device(None)
+    check_device("cpu")
+    with pytest.raises(ValueError, match="device 'abacus' is not available; supported here: cpu"):
+        check_device("abacus")
