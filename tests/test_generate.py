@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,12 @@ def test_pab_auto_is_the_preset_of_the_class_and_off_is_the_pipeline_alone(check
     assert [run.key for run in off.runs] == ["off"] and {path.name for path in off.files} == {"off.mp4", "results.json"}
 
 
-def test_the_demo_model_in_a_folder_draws_what_it_is_told(tmp_path: Path) -> None:
+def test_the_demo_model_in_a_folder_draws_what_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     demo = demo_pipeline.load(device="cpu")
     demo.pipe.save_pretrained(tmp_path / "demo")
     prompt = "a red circle moves right at night"
     wish = Wish(prompt, steps=3, guidance=3.0, size=(8, 32, 32), seed=5)
+    monkeypatch.delitem(sys.modules, "pab_kernels.models.demo.components")  # as in a process that has not used the demo model
     result = generate(Settings(str(tmp_path / "demo"), wish, pab="off", device="cpu"), tmp_path)
     assert torch.equal(result.runs[0].sampled.output, demo.generate([prompt], [5], 3, 3.0)[0])
 
@@ -154,11 +156,14 @@ def test_what_does_not_suit_the_model_is_refused(
     settings = Settings(
         str(checkpoints / name), Wish("a red circle", steps=2, **{"size": asked(name).size, **wish}), device="cpu", **options
     )
+    out = tmp_path / "out"
     if message is None:
-        assert generate(settings, tmp_path).runs
+        assert generate(settings, out).runs
         return
     with pytest.raises(ValueError, match=message):
-        generate(settings, tmp_path)
+        generate(settings, out)
+    ran = "failed" in message  # all else is refused before anything is run
+    assert out.exists() is ran and (not ran or json.loads((out / "results.json").read_text())["runs"] == [])
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def results_table(result: "Result") -> "Table":
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="Hub id, or folder of a saved diffusers pipeline for text-to-video or text-to-image.")],
+    model: Annotated[str, typer.Option(help="Hub id or folder of a diffusers pipeline for text-to-video or text-to-image, or demo.")],
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: the pipeline's.")] = None,
