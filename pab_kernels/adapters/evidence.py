@@ -22,9 +22,11 @@ _ATTENTION = {"attn", "attention", "mha", "msa"}
 _MLP = {"mlp", "ff", "ffn", "feedforward", "moe"}
 _NEITHER = {
     *("norm", "mod", "modulation", "adaln", "ada", "gate", "embed", "embedder", "embedding", "emb", "rope"),
-    *("bias", "mask", "processor", "scale", "shift", "table", "time", "timestep", "t"),
+    *("bias", "mask", "processor", "scale", "shift", "table", "time", "timestep"),
 }
 """Words of what serves attention or an MLP, and is none."""
+_WHOLE = {"block", "layer"}
+"""Words of classes that add to the stream what their attention or MLP gives: no sublayer by that name alone."""
 _ASIDE = {
     *("refiner", "refine", "embed", "embedder", "embedders", "embedding", "embeddings", "emb", "pool", "pooler", "pooling"),
     *("perceiver", "resampler", "connector", "text", "txt", "caption", "cap"),
@@ -84,7 +86,7 @@ def attention_by(module: nn.Module, name: str) -> str | None:
         return None
     for what, said in (("class", type(module).__name__), ("name", name)):
         spoken = words(said)
-        if _ATTENTION.intersection(spoken) and not _NEITHER.intersection(spoken) and "block" not in spoken and "layer" not in spoken:
+        if _ATTENTION.intersection(spoken) and not _NEITHER.intersection(spoken) and not _WHOLE.intersection(spoken):
             return f"attention by its {what} {said}"
     return None
 
@@ -95,6 +97,8 @@ def mlp_by(module: nn.Module, name: str) -> str | None:
         return None
     for what, said in (("name", name), ("class", type(module).__name__)):
         spoken = words(said)
+        if what == "class" and _WHOLE.intersection(spoken):
+            continue
         if _MLP.intersection(spoken) or ("feed", "forward") in zip(spoken, spoken[1:], strict=False):
             return f"MLP by its {what} {said}"
     if isinstance(module, nn.Sequential):

@@ -21,7 +21,7 @@ def find(model: nn.Module, kinds: Mapping[str, str | None] | None = None) -> lis
     1. Attention is a module that projects queries, or is called attention and has weights. If another sequence gives its keys it is
        `cross`; else `temporal` or `spatial`, as the nearest name or class says. Attention over all tokens at once, or over two sequences
        jointly, is `spatial`.
-    2. A block is an entry of a list whose entries have attention in them.
+    2. A block is an entry of a list whose entries have attention in them, as modules or written out.
     3. An `mlp` is found in blocks alone, beside their attention.
     4. What prepares the text or the latents before the blocks (refiners, embedders, poolers) is left alone.
 
@@ -47,7 +47,7 @@ def find(model: nn.Module, kinds: Mapping[str, str | None] | None = None) -> lis
             if judged is not None:
                 found[name] = judged
     rows = {name: _row(name, modules) for name in found}
-    around = {rows[name] or name.rpartition(".")[0] for name, (kind, _) in found.items() if kind != "mlp"}
+    around = {n if kind == "block" else rows[n] or n.rpartition(".")[0] for n, (kind, _) in found.items() if kind != "mlp"}
     found = {n: judged for n, judged in found.items() if judged[0] != "mlp" or (rows[n] or n.rpartition(".")[0]) in around}
     for block in dict.fromkeys(rows[name] for name in found):
         if block and block not in found and not isinstance(modules[block], evidence.CONTAINERS):
@@ -93,6 +93,9 @@ def _judge(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> tup
     if isinstance(module, evidence.CONTAINERS) or evidence.set_aside(path):
         return None
     attention = evidence.attention_by(module, path[-1])
+    entry = isinstance(modules.get(name.rpartition(".")[0]), LISTS)
+    if entry and evidence.queries_of(module) and any(evidence.mlp_by(m, n.rpartition(".")[2]) for n, m in module.named_modules() if n):
+        return "block", "attention is written out in it, beside an MLP"
     if attention is not None and not _holds_more(module):
         around = _around(model, modules, name)
         cross, why = evidence.keys_from_elsewhere(module, path[-1], around)

@@ -23,7 +23,8 @@ class Place:
     """Where in an arena an output goes: `Arena.put` without the value."""
 
     arena: Arena
-    sublayer: Sublayer
+    name: str
+    kind: str
     key: Key
     step: int
     most: int
@@ -31,7 +32,7 @@ class Place:
     def keep(self, value: Any, dtype: torch.dtype | None) -> None:
         """Keep `value` there."""
         own = self.key.dtype if dtype is None and isinstance(value, Quantized) else dtype
-        self.arena.put(self.sublayer.name, self.sublayer.kind, value, self.key, self.step, own, self.most)
+        self.arena.put(self.name, self.kind, value, self.key, self.step, own, self.most)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Call:
         self.generation = generation
         self.context = context
         self.step = step
-        self._had_turn: set[str] = set()
+        self._turns: dict[str, int] = {}
         self._traced: dict[str, TracedTurn] = {}
 
     def prepare(self) -> None:
@@ -93,17 +94,18 @@ class Call:
             if turn.input is None:
                 continue
             key = Key(*turn.input)
-            taken = self._account(turn.sublayer, key, turn.slot if turn.reused else None, turn.flops)
+            taken = self._account(turn.sublayer, name, key, turn.slot if turn.reused else None, turn.flops)
             for _ in range(turn.runs - 1):
                 self._repeated(turn.sublayer, 0)
             if taken.store is not None and turn.kept is not None:
-                Place(self.context.arena, turn.sublayer, key, self.step, self._held(name)).keep(turn.kept, turn.dtype)
+                Place(self.context.arena, name, turn.sublayer.kind, key, self.step, self._held(name)).keep(turn.kept, turn.dtype)
         self._traced.clear()
 
     def turn(self, sublayer: Sublayer, x: torch.Tensor, flops: int = 0) -> Turn:
         """What `sublayer`, with input `x`, is to do now; counted, and what is read for the last time is let go.
 
-        A sublayer that runs several times in one call (chunks, layers that share a module) has its slot for the first time only.
+        A sublayer that runs several times in one call (chunks, two streams or layers that share a module) has a slot for each time, told
+        apart by their order; in a compiled graph it has one for the first time only.
 
         Args:
             sublayer: one of the plan's.
@@ -118,12 +120,11 @@ class Call:
             self.context.count(flops, run=True)
             return Turn()
         self.mark(sublayer.kind, x.device)
-        if sublayer.name in self._had_turn:
-            self._repeated(sublayer, flops)
-            return Turn()
+        time = self._turns[sublayer.name] = self._turns.get(sublayer.name, -1) + 1
+        place = f"{sublayer.name}#{time}" if time else sublayer.name
         decision, key = plan.decision(sublayer.name, self.step), Key.of(x)
-        slot = self._read(sublayer.name, decision) if decision.action is Action.REUSE else None
-        return self._account(sublayer, key, slot if slot is not None and slot.key == key else None, flops)
+        slot = self._read(place, decision) if decision.action is Action.REUSE else None
+        return self._account(sublayer, place, key, slot if slot is not None and slot.key == key else None, flops)
 
     def _turn_in_graph(self, sublayer: Sublayer, x: torch.Tensor, flops: int) -> Turn:
         turn = self._traced.get(sublayer.name)
@@ -140,9 +141,8 @@ class Call:
         config = self.generation.config
         return Store("post_gate" if config.cache_point == "post_gate" else "pre_gate", CACHE_DTYPES[config.cache_dtype], place)
 
-    def _account(self, sublayer: Sublayer, key: Key, slot: Slot | Line | None, flops: int) -> Turn:
-        """Count the turn of a sublayer that reuses `slot` or, without one, runs; let go of what no later step reads."""
-        self._had_turn.add(sublayer.name)
+    def _account(self, sublayer: Sublayer, place: str, key: Key, slot: Slot | Line | None, flops: int) -> Turn:
+        """Count the turn of a sublayer that reuses `slot` or, without one, runs; let go of what no later step reads at its `place`."""
         plan, arena, held = self.generation.plan, self.context.arena, self._held(sublayer.name)
         if plan is None or sublayer.name not in plan.rows:
             self.context.count(flops, run=True)
@@ -151,7 +151,7 @@ class Call:
         tally = self.context.tally(sublayer.kind)
         if slot is not None:
             tally.reused += 1
-            arena.release(sublayer.name, held)
+            arena.release(place, held)
             return Turn(slot=slot)
         action = plan.decision(sublayer.name, self.step).action
         if action is Action.REUSE:
@@ -160,11 +160,11 @@ class Call:
         tally.computed += 1
         stores = action is Action.STORE
         # Where the plan skips it and its block was forced to run, what is held is still to be read.
-        arena.release(sublayer.name, held - stores)
+        arena.release(place, held - stores)
         if not stores:
             return Turn()
         tally.stored += 1
-        return Turn(store=self._store(Place(arena, sublayer, key, self.step, held)))
+        return Turn(store=self._store(Place(arena, place, sublayer.kind, key, self.step, held)))
 
     def _repeated(self, sublayer: Sublayer, flops: int) -> None:
         plan = self.generation.plan
