@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import refuse_device
+from ..backend import refuse_device, refuse_float8
 from ..quantize import Quantized
 from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
 from ..stored import flatten_stored, unflatten_stored
@@ -202,7 +202,7 @@ def refusal(
         return f"softmax_scale is {softmax_scale}; one that is not negative is supported"
     if max(q.numel(), k.numel()) // q.shape[-1] > MAX_PROGRAMS:
         return "there are 2 ** 31 or more heads of tokens; fewer are supported"
-    return None
+    return refuse_float8(q, "store_dtype") if store_dtype == torch.float8_e4m3fn else None
 
 
 def attention(

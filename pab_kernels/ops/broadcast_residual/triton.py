@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import refuse_device
+from ..backend import refuse_device, refuse_float8
 from ..cached_outputs import CachedOutput
 from ..norm import Norm, flatten_norm
 from ..quantize import GROUP, Quantized
@@ -238,9 +238,8 @@ def refusal(x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift:
         return f"x has {channels} channels; up to {MAX_CHANNELS} are supported"
     if x.numel() > MAX_TOKENS * channels:
         return f"x has {x.numel() // channels} tokens; up to {MAX_TOKENS} are supported"
-    float8 = any(isinstance(c.slot, Quantized) and c.slot.data.dtype == torch.float8_e4m3fn for c in cached)
-    if float8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
-        return "a slot is torch.float8_e4m3fn; compute capability 8.9 or later is needed for it"
+    if any(isinstance(c.slot, Quantized) and c.slot.data.dtype == torch.float8_e4m3fn for c in cached):
+        return refuse_float8(x, "a slot")
     return None
 
 
