@@ -19,7 +19,7 @@ BACKENDS = ("reference", "triton", "cuda", "sdpa", "flash_attn")
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "broadcast_residual": ("reference", "triton"),
-    "project_residual": ("reference",),
+    "project_residual": ("reference", "triton"),
     "attention": ("reference", "triton", "sdpa", "flash_attn"),
     "short_attention": ("reference", "triton"),
 }

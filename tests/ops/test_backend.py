@@ -108,10 +108,10 @@ def test_a_kernel_language_that_is_not_installed_is_named(monkeypatch):
     assert choose("attention", "auto", (X,)) == "reference"
 
 
-@pytest.mark.parametrize("op", ["attention", "short_attention", "broadcast_residual"])
-def test_float8_is_left_to_the_reference_on_a_gpu_that_lacks_it(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", ["attention", "short_attention", "broadcast_residual", "project_residual slot", "project_residual store"])
+def test_float8_is_left_to_the_reference_on_a_gpu_that_lacks_it(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    capability = [(8, 0)]
+    op, capability = case.split()[0], [(8, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
     with FakeTensorMode():
         q = torch.empty(2, 7, 2, 72, dtype=torch.bfloat16, device="cuda")
@@ -120,7 +120,9 @@ def test_float8_is_left_to_the_reference_on_a_gpu_that_lacks_it(op: str, monkeyp
             "attention": (q, q, q, *(None,) * 5, torch.float8_e4m3fn),
             "short_attention": (q, q, q, *(None,) * 4, torch.float8_e4m3fn),
             "broadcast_residual": (q, [CachedOutput(slot, None, None)], None, None, None),
-        }[op]
+            "project_residual slot": (q, q, None, q, None, None, q.dtype, [CachedOutput(slot, None, None)]),
+            "project_residual store": (q, q, None, q, None, "pre_gate", torch.float8_e4m3fn, []),
+        }[case]
         assert choose(op, "auto", arguments) == "reference"
         with pytest.raises(BackendError, match="compute capability 8.9"):
             choose(op, "triton", arguments)
