@@ -19,7 +19,7 @@ BACKENDS = ("reference", "triton", "cuda", "sdpa", "flash_attn")
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "broadcast_residual": ("reference", "triton"),
-    "project_residual": ("reference",),
+    "project_residual": ("reference", "triton"),
     "attention": ("reference", "triton", "sdpa", "flash_attn"),
     "short_attention": ("reference", "triton"),
 }
@@ -87,3 +87,10 @@ def refuse_device(tensor: torch.Tensor, interpreted: bool) -> str | None:
     if tensor.device.type == "cuda" or (interpreted and tensor.device.type == "cpu"):
         return None
     return f"Triton kernels run on CUDA devices, and on the CPU under TRITON_INTERPRET=1; the tensors are on {tensor.device}"
+
+
+def refuse_float8(tensor: torch.Tensor, name: str) -> str | None:
+    """Why Triton cannot read or write a float8 operand of this name on `tensor`'s device; None where it can."""
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 9):
+        return f"{name} is torch.float8_e4m3fn; compute capability 8.9 or later is needed for it"
+    return None

@@ -36,8 +36,12 @@ def _prepare(x: Tensor, interleaved: bool) -> None:
     prepare(x, QKNorm(weight=_meta(head_dim)), Rope(*tables, interleaved))
 
 
-Q96 = _packed(1, 28 * 900, 3, 24, 96)
-INT8 = Quantized(_meta(*Q96[0].shape, dtype=torch.int8), _meta(*Q96[0].shape[:-1], 1, dtype=torch.float32), 96)
+def _attend_and_store(arch: int, *sizes: int) -> None:
+    """Packed attention that keeps an int8 copy."""
+    q, k, v = _packed(*sizes)
+    stored = Quantized(_meta(*q.shape, dtype=torch.int8), _meta(*q.shape[:-1], 1, dtype=torch.float32), q.shape[-1])
+    _attend(arch, q, k, v, stored=stored)
+
 
 # By name: narrowest access in bytes, and the call. The last 16 channels of a tile of 64 keys are 8 bytes a lane, of 32 keys 4; a
 # scale a head is 4.
@@ -48,11 +52,14 @@ CALLS: dict[str, tuple[int, Callable[[int], None]]] = {
         lambda arch: _attend(arch, _meta(2, 15 * 1590, 16, 72), *_packed(2, 300, 3, 16, 72)[1:], _meta(2, dtype=torch.int64)),
     ),
     "latte": (8, lambda arch: _attend(arch, *(_meta(32, 1024, 16, 72, dtype=torch.float16) for _ in range(3)))),
-    "open_sora_plan_int8": (4, lambda arch: _attend(arch, *Q96, stored=INT8)),
+    "open_sora_plan_int8": (4, lambda arch: _attend_and_store(arch, 1, 28 * 900, 3, 24, 96)),
     "cogvideox": (16, lambda arch: _attend(arch, *(_meta(2, 17776, 48, 64) for _ in range(3)))),
     "flux": (16, lambda arch: _attend(arch, *_packed(1, 4608, 3, 24, 128))),
     "head_40": (8, lambda arch: _attend(arch, *_packed(2, 4096, 3, 8, 40))),
     "head_112": (4, lambda arch: _attend(arch, *_packed(2, 1024, 3, 16, 112))),
+    "head_80_int8": (4, lambda arch: _attend_and_store(arch, 2, 4096, 3, 8, 80)),
+    "few_queries_88_int8": (2, lambda arch: _attend_and_store(arch, 2, 1024, 60, 3, 8, 88)),
+    "few_queries_128_int8": (4, lambda arch: _attend_and_store(arch, 2, 1024, 60, 3, 8, 128)),
     "few_queries": (16, lambda arch: _attend(arch, *_packed(2, 1024, 60, 3, 16, 72))),
 }
 

@@ -7,10 +7,13 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pab_kernels import ops
+from pab_kernels.ops import BackendError, Quantized
 from pab_kernels.ops import backend as backends
 from pab_kernels.ops.backend import BACKENDS, IMPLEMENTATIONS, choose, load
+from pab_kernels.ops.cached_outputs import CachedOutput
 from tests.ops.tensors import assert_refuses
 
 QKV = [torch.zeros(1, 2, 1, 32)] * 3
@@ -103,3 +106,25 @@ def test_a_kernel_language_that_is_not_installed_is_named(monkeypatch):
     assert_refuses(ops.BackendError, message, CALLS["attention"], backend="cuda")
     monkeypatch.setitem(backends.PREFERRED, "cpu", ("cuda",))
     assert choose("attention", "auto", (X,)) == "reference"
+
+
+@pytest.mark.parametrize("case", ["attention", "short_attention", "broadcast_residual", "project_residual slot", "project_residual store"])
+def test_float8_is_left_to_the_reference_on_a_gpu_that_lacks_it(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    op, capability = case.split()[0], [(8, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    with FakeTensorMode():
+        q = torch.empty(2, 7, 2, 72, dtype=torch.bfloat16, device="cuda")
+        slot = Quantized(torch.empty(q.shape, dtype=torch.float8_e4m3fn, device="cuda"), torch.empty(2, 7, 2, 1, device="cuda"))
+        arguments = {
+            "attention": (q, q, q, *(None,) * 5, torch.float8_e4m3fn),
+            "short_attention": (q, q, q, *(None,) * 4, torch.float8_e4m3fn),
+            "broadcast_residual": (q, [CachedOutput(slot, None, None)], None, None, None),
+            "project_residual slot": (q, q, None, q, None, None, q.dtype, [CachedOutput(slot, None, None)]),
+            "project_residual store": (q, q, None, q, None, "pre_gate", torch.float8_e4m3fn, []),
+        }[case]
+        assert choose(op, "auto", arguments) == "reference"
+        with pytest.raises(BackendError, match="compute capability 8.9"):
+            choose(op, "triton", arguments)
+        capability[0] = (8, 9)
+        assert choose(op, "auto", arguments) == "triton"

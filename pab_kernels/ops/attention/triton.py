@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import refuse_device
+from ..backend import refuse_device, refuse_float8
 from ..quantize import Quantized
 from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
 from ..stored import flatten_stored, unflatten_stored
@@ -52,12 +52,16 @@ class Tiles:
 
 def tiles(queries: int, head_dim: int, capability: tuple[int, int]) -> Tiles:
     """The tile sizes for a call on a device of this compute capability."""
-    if capability < (9, 0) and head_dim > 96:  # q stays in registers there: 64 keys would spill
-        return Tiles(64, 32, 4, 2) if queries <= 64 else Tiles(128, 32, 8, 3)
+    if capability < (9, 0) and head_dim > 80 and queries <= 64:  # q stays in registers there: 64 keys would spill, and 4 warps from 120 on
+        return Tiles(64, 32, 4 if head_dim <= 112 else 8, 2)
+    if capability < (9, 0) and head_dim > 96:
+        return Tiles(128, 32, 8, 3)
     if queries <= 64:
         return Tiles(64, 64, 4, 2)
-    if capability[0] == 9 and head_dim <= 80:  # 128 registers: a multiprocessor holds two programs
+    if capability[0] == 9 and head_dim <= 72:  # 128 registers: a multiprocessor holds two programs; 80 channels would spill
         return Tiles(128, 64, 8, 3, 128)
+    if capability[0] == 10 and head_dim == 80:  # Triton 3.6.0 would take 128, and spill where an 8-bit copy is stored
+        return Tiles(128, 64, 8, 3, 168)
     return Tiles(128, 64, 8, 3)
 
 
@@ -202,7 +206,7 @@ def refusal(
         return f"softmax_scale is {softmax_scale}; one that is not negative is supported"
     if max(q.numel(), k.numel()) // q.shape[-1] > MAX_PROGRAMS:
         return "there are 2 ** 31 or more heads of tokens; fewer are supported"
-    return None
+    return refuse_float8(q, "store_dtype") if store_dtype == torch.float8_e4m3fn else None
 
 
 def attention(

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import refuse_device
+from ..addresses import addresses, index_of, layout, offset_of
+from ..backend import refuse_device, refuse_float8
 from ..cached_outputs import CachedOutput
 from ..norm import Norm, flatten_norm
 from ..quantize import GROUP, Quantized
@@ -36,12 +36,6 @@ MAX_CHANNELS = 8192
 
 MAX_TOKENS = 2**31 - 2**10
 """Tokens are counted in 32 bits, the last program's rows beyond them too."""
-
-UNIT = 8
-"""Elements that strides are counted in where all are multiples of it: then accesses of 16 bytes are possible, whatever the strides are.
-
-The compiler knows of a number that it is divisible by 16, or nothing: a row stride of 136 elements as such would cost the alignment.
-"""
 
 SLOT_GROUP = tl.constexpr(GROUP)
 
@@ -66,9 +60,7 @@ def tile(channels: int, itemsize: int) -> Tile:
 @triton.jit
 def _pointers(ptr, index, strides, live, FIRST: tl.constexpr, W: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr):
     """Pointers to W channels from FIRST on of the tokens at `index`, `[ROWS, W]`, and which of them there are."""
-    offset = index[0] * strides[0]
-    for dim in tl.static_range(1, len(strides)):
-        offset += index[dim] * strides[dim]
+    offset = offset_of(index, strides)
     channels = FIRST + tl.arange(0, W)
     mask = live[:, None]
     if FIRST + W > C:
@@ -107,11 +99,7 @@ def _broadcast_residual_kernel(
     """A program: ROWS tokens. Leading dimensions have these `sizes`; strides over them are in UNITs, those of slot scales in elements."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     live = token < tokens
-    index: tl.tuple = ()
-    for dim in tl.static_range(len(sizes) - 1, 0, -1):
-        index = ((token % sizes[dim]).to(tl.int64),) + index
-        token = token // sizes[dim]
-    index = (token.to(tl.int64),) + index
+    index = index_of(token, sizes)
 
     weights: tl.tuple = ()
     for i in tl.static_range(len(slot_ptrs)):
@@ -178,54 +166,6 @@ def _broadcast_residual_kernel(
             _store(y_out_ptr, index, y_out_strides, live, y[i], i * W, W, C, UNIT)
 
 
-Layout = tuple[tuple[int, ...], tuple[int, ...]]
-"""Shape and strides of a tensor; `ABSENT` of None."""
-
-ABSENT: Layout = ((1,), (1,))
-
-
-def layout(t: Tensor | None) -> Layout:
-    return ABSENT if t is None else (t.shape, t.stride())
-
-
-def broadcast(dims: int, operand: Layout) -> tuple[int, ...]:
-    """Strides of an operand broadcast to so many leading dimensions: 0 along those that it lacks or has once."""
-    own = tuple(0 if size == 1 else stride for size, stride in zip(operand[0][:-1], operand[1][:-1], strict=True))
-    return (0,) * (dims - len(own)) + own
-
-
-def collapsed(sizes: Sequence[int], operands: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """The fewest leading dimensions, at least one, that serve operands with these strides: their sizes, and each operand's strides."""
-    dims: list[tuple[int, tuple[int, ...]]] = []
-    for size, strides in zip(sizes, zip(*operands, strict=True), strict=True):
-        if dims and all(outer == size * inner for outer, inner in zip(dims[-1][1], strides, strict=True)):
-            dims[-1] = (dims[-1][0] * size, strides)
-        elif size != 1:
-            dims.append((size, strides))
-    if not dims:
-        dims.append((1, (0,) * len(operands)))
-    return tuple(size for size, _ in dims), list(zip(*(strides for _, strides in dims), strict=True))
-
-
-@dataclass(frozen=True)
-class Addresses:
-    """Sizes of the collapsed leading dimensions, and strides over them: of operands in units, of slots' scales in elements."""
-
-    sizes: tuple[int, ...]
-    strides: tuple[tuple[int, ...], ...]
-    slot_scale_strides: tuple[tuple[int, ...], ...]
-    unit: int
-
-
-@lru_cache(maxsize=4096)  # a model's blocks repeat them
-def addresses(sizes: tuple[int, ...], operands: tuple[Layout, ...], slot_scales: tuple[Layout, ...]) -> Addresses:
-    """Where the operands of a call are."""
-    fewest, strides = collapsed(sizes, [broadcast(len(sizes), operand) for operand in operands + slot_scales])
-    counted, slot_scale_strides = strides[: len(operands)], tuple(strides[len(operands) :])
-    unit = 1 if any(stride % UNIT for t in counted for stride in t) else UNIT
-    return Addresses(fewest, tuple(tuple(stride // unit for stride in t) for t in counted), slot_scale_strides, unit)
-
-
 def refusal(x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift: Tensor | None, scale: Tensor | None) -> str | None:
     """Why this kernel cannot serve; None where it can."""
     device = refuse_device(x, bool(INTERPRETED.value))
@@ -238,9 +178,8 @@ def refusal(x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift:
         return f"x has {channels} channels; up to {MAX_CHANNELS} are supported"
     if x.numel() > MAX_TOKENS * channels:
         return f"x has {x.numel() // channels} tokens; up to {MAX_TOKENS} are supported"
-    float8 = any(isinstance(c.slot, Quantized) and c.slot.data.dtype == torch.float8_e4m3fn for c in cached)
-    if float8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
-        return "a slot is torch.float8_e4m3fn; compute capability 8.9 or later is needed for it"
+    if any(isinstance(c.slot, Quantized) and c.slot.data.dtype == torch.float8_e4m3fn for c in cached):
+        return refuse_float8(x, "a slot")
     return None
 
 

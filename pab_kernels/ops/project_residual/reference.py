@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cached_outputs import CachedOutput, add_cached_outputs
-from ..quantize import Quantized, quantize
+from ..quantize import Quantized, dequantize, quantize
 from ..stored import copy_stored
 
 
@@ -48,3 +48,30 @@ def project_residual_out(
     x_new, stored = project_residual(a, weight, bias, x, gate, store, store_dtype, cached)
     x_out.copy_(x_new)
     copy_stored(stored, stored_out)
+
+
+def project_residual_rounded_once(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    gate: Tensor | None,
+    store: str | None,
+    store_dtype: torch.dtype,
+    cached: Sequence[CachedOutput],
+) -> tuple[Tensor, Tensor | Quantized | None]:
+    """`project_residual` as the kernels round: everything in float32; p, what is stored of it and the new x round once each."""
+    p = F.linear(a.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    gated = p.float() if gate is None else gate.float() * p.float()
+    x_new = gated + x.float()
+    for slot, slot_gate, slot_weight in cached:
+        c = dequantize(slot, torch.float32) if isinstance(slot, Quantized) else slot.float()
+        if slot_weight is not None:
+            c = slot_weight * c
+        if slot_gate is not None:
+            c = slot_gate.float() * c
+        x_new = x_new + c
+    if store is None:
+        return x_new.to(x.dtype), None
+    stored = p if store == "pre_gate" else gated.to(x.dtype)
+    return x_new.to(x.dtype), stored.contiguous() if store_dtype == x.dtype else quantize(stored, store_dtype)

@@ -38,7 +38,7 @@ from ..attention.layout import empty_output
 from ..attention.options import QKNorm, Rope
 from ..attention.strides import head_strides, unit_of
 from ..attention.triton import parts
-from ..backend import refuse_device
+from ..backend import refuse_device, refuse_float8
 from ..quantize import Quantized
 from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
 from ..stored import flatten_stored
@@ -284,13 +284,11 @@ def refusal(
         return device
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"q is {q.dtype}; float16 and bfloat16 are supported"
-    if store_dtype == torch.float8_e4m3fn and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9):
-        return "store_dtype is torch.float8_e4m3fn; compute capability 8.9 or later is needed for it"
     if q.shape[-1] % 8:
         return f"the head dimension is {q.shape[-1]}; multiples of 8 are supported"
     if prod(q.shape[:-3]) * q.shape[-2] > MAX_HEADS:
         return f"{prod(q.shape[:-3])} sequences of {q.shape[-2]} heads came; up to 2 ** 31 - 64 heads together are supported"
-    return None
+    return refuse_float8(q, "store_dtype") if store_dtype == torch.float8_e4m3fn else None
 
 
 def short_attention(

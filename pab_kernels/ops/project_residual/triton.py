@@ -1,0 +1,304 @@
+"""`project_residual` in Triton: a persistent GEMM whose epilogue stores, gates and adds; the projection never goes to memory for that.
+
+    1. p = a weight^T + bias
+    2. x' = x + gate * p + sum_i gate_i * (weight_i * slot_i);  slot_i = data_i * slot_scale_i where it has 8 bits
+    3. stored = p or gate * p, quantised with a scale for its 128 channels if it has 8 bits
+
+A program takes one tile of tokens and 128 channels after the other: that is one group of an 8-bit slot, and C = 1152 is 9 of them. Where
+it compiles without spills the loops over tiles and over K are one pipeline: the first loads of a tile are under way while the epilogue of
+the tile before runs. Tiles follow one another down a band of rows before they go on to the next 128 channels, so that those that run at
+the same time share rows of `a` and of the weight in the L2 cache.
+
+Operands are read through pointers, not tensor descriptors: any strides of any leading dimensions and any K will do. What is aligned to 16
+bytes, with strides in multiples of 8, goes to shared memory asynchronously all the same; anything else is read element by element.
+
+The epilogue takes 32 channels of a tile at a time, since the registers do not hold all operands of a whole one. A gate is loaded as any
+operand is, with stride 0 where it is broadcast.
+
+What rounds, everything else being float32:
+    1. p rounds to x's dtype: a slot in that dtype, reused, adds what was added here
+    2. x' is computed from the rounded p and rounds once, to x's dtype; what is stored changes nothing of it
+    3. gate * p, from the rounded p, rounds to x's dtype where it is stored
+    4. what is stored in 8 bits is quantised from the rounded values: a scale rounds to float32, a quotient to 8 bits
+`reference.project_residual_rounded_once` rounds in the same places. Products of float32 are exact float32, without tensor cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..addresses import UNIT, addresses, index_of, layout, offset_of
+from ..backend import refuse_device, refuse_float8
+from ..cached_outputs import CachedOutput
+from ..quantize import GROUP, Quantized, empty_quantized
+from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
+from ..stored import flatten_stored
+
+MAX_TOKENS = 2**31 - 2**10
+"""Tokens are counted in 32 bits, the last tile's rows beyond them too."""
+
+BAND = tl.constexpr(8)
+"""Tiles below one another that are taken before those of the next channels."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tokens of a tile and input channels of a step; warps, steps whose loads are under way, programs that a multiprocessor has at once.
+
+    Args:
+        flat: whether the loops over tiles and over K are one pipeline.
+        registers: that a lane may have; None leaves the compiler to spill where that lets a second program in.
+    """
+
+    rows: int
+    depth: int
+    warps: int
+    stages: int
+    programs: int
+    flat: bool
+    registers: int | None = None
+
+
+def tile(tokens: int, channels: int, itemsize: int, capability: tuple[int, int], multiprocessors: int) -> Tile:
+    """The tile for a call on a device of this compute capability and size."""
+    if itemsize == 4:
+        return Tile(64, 16, 8, 3, 2, True)
+    tiles = -(-tokens // 128) * -(-channels // GROUP)
+    rows = 128 if tiles >= multiprocessors else 64
+    if capability[0] == 10:  # sums lie in tensor memory: the registers hold two programs, and the one pipeline would not fit them
+        return Tile(rows, 64, 8, 3, 2, False, 255)
+    depth, stages = (64, 3) if capability[0] == 9 else (32, 4)
+    return Tile(rows, depth, rows // 16, stages, 1, True)
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _pointers(ptr, index, strides, channels, UNIT: tl.constexpr):
+    """Pointers to these channels of the tokens at `index`, `[ROWS, channels]`."""
+    return ptr + (offset_of(index, strides) * UNIT)[:, None] + channels[None, :]
+
+
+@triton.jit
+def _load(ptr, index, strides, channels, mask, UNIT: tl.constexpr):
+    """These channels in float32, 0 where the mask is false."""
+    return tl.load(_pointers(ptr, index, strides, channels, UNIT), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, index, strides, channels, mask, value, UNIT: tl.constexpr):
+    tl.store(_pointers(ptr, index, strides, channels, UNIT), value, mask=mask)
+
+
+@triton.jit
+def _mask(live, channels, C: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which of these channels of the live tokens there are."""
+    mask = live[:, None]
+    if C % COLUMNS != 0:
+        mask = mask & (channels < C)[None, :]
+    return mask
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _project_residual_kernel(
+    a_ptr, weight_ptr, bias_ptr, x_ptr, gate_ptr, x_out_ptr, stored_ptr, stored_scale_ptr,
+    slot_ptrs, slot_gate_ptrs, slot_scale_ptrs, slot_weight_ptrs,
+    a_strides, x_strides, gate_strides, x_out_strides, stored_strides, stored_scale_strides,
+    slot_strides, slot_gate_strides, slot_scale_strides, weight_stride, sizes, tokens,
+    POST_GATE: tl.constexpr, K: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, WEIGHT_UNIT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """A program: one tile in as many as there are programs.
+
+    Leading dimensions have these `sizes`; strides over them are in UNITs, those of scales in elements.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if stored_ptr is not None:
+        stored_dtype: tl.constexpr = stored_ptr.dtype.element_ty
+    slot_weights: tl.tuple = ()
+    for i in tl.static_range(len(slot_ptrs)):
+        slot_weights += (1.0 if slot_weight_ptrs[i] is None else tl.load(slot_weight_ptrs[i]),)
+    row_tiles, column_tiles = tl.cdiv(tokens, ROWS), tl.cdiv(C, COLUMNS)
+    for number in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLAT):
+        number = tl.cast(number, tl.int32)
+        above = number // (BAND * column_tiles) * BAND
+        height = tl.minimum(row_tiles - above, BAND)
+        inside = number % (BAND * column_tiles)
+        group = inside // height
+        token = (above + inside % height) * ROWS + tl.arange(0, ROWS)
+        live = token < tokens
+        # Beyond the last token and channel the last is read once more: the loop needs no mask.
+        index = index_of(tl.minimum(token, tokens - 1), sizes)
+        channel = tl.minimum(group * COLUMNS + tl.arange(0, COLUMNS), C - 1)
+        depth = tl.arange(0, DEPTH)
+        a_ptrs = _pointers(a_ptr, index, a_strides, depth, UNIT)  # [ROWS, DEPTH]
+        weight_ptrs = _pointers(weight_ptr, (channel.to(tl.int64),), (weight_stride,), depth, WEIGHT_UNIT)  # [COLUMNS, DEPTH]
+        sums = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        for first in tl.range(0, K, DEPTH):
+            if K % DEPTH == 0:
+                a, weight = tl.load(a_ptrs + first), tl.load(weight_ptrs + first)
+            else:
+                there = (first + depth < K)[None, :]
+                a, weight = tl.load(a_ptrs + first, mask=there, other=0.0), tl.load(weight_ptrs + first, mask=there, other=0.0)
+            sums = tl.dot(operand(a), operand(weight).T, sums, input_precision="ieee")
+
+        index = index_of(token, sizes)  # again: kept through the loop it would cost registers
+        halves = _halves(sums)
+        parts = _halves(halves[0]) + _halves(halves[1])
+        WIDTH: tl.constexpr = COLUMNS // 4
+        kept: tl.tuple = ()
+        magnitude = tl.zeros([ROWS], dtype=tl.int32)  # as integers, magnitudes have their order, NaN the largest
+        for part in tl.static_range(4):
+            channels = group * COLUMNS + part * WIDTH + tl.arange(0, WIDTH)
+            mask = _mask(live, channels, C, COLUMNS)  # [ROWS, WIDTH]
+            p = parts[part]
+            if bias_ptr is not None:
+                p += tl.load(bias_ptr + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
+            stored = narrow(p, dtype)
+            gated = stored.to(tl.float32)
+            if gate_ptr is not None:
+                gated *= _load(gate_ptr, index, gate_strides, channels, mask, UNIT)
+            new = gated + _load(x_ptr, index, x_strides, channels, mask, UNIT)
+            for i in tl.static_range(len(slot_ptrs)):
+                slot = _load(slot_ptrs[i], index, slot_strides[i], channels, mask, UNIT)
+                if slot_scale_ptrs[i] is not None:
+                    scale_ptrs = slot_scale_ptrs[i] + offset_of(index, slot_scale_strides[i]) + group
+                    slot *= tl.load(scale_ptrs, mask=live, other=0.0)[:, None]
+                if slot_weight_ptrs[i] is not None:
+                    slot *= slot_weights[i]
+                if slot_gate_ptrs[i] is not None:
+                    slot *= _load(slot_gate_ptrs[i], index, slot_gate_strides[i], channels, mask, UNIT)
+                new += slot
+            _store(x_out_ptr, index, x_out_strides, channels, mask, narrow(new, dtype), UNIT)
+            if stored_ptr is not None:
+                if POST_GATE:
+                    stored = narrow(gated, dtype)
+                if stored_scale_ptr is None:
+                    _store(stored_ptr, index, stored_strides, channels, mask, stored, UNIT)
+                else:
+                    kept += (stored,)
+                    bits = stored.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+                    magnitude = tl.maximum(magnitude, tl.max(tl.where(mask, bits, 0), 1))
+        if stored_scale_ptr is not None:
+            scale = scale_of(magnitude.to(tl.float32, bitcast=True), stored_dtype)
+            tl.store(stored_scale_ptr + offset_of(index, stored_scale_strides) + group, scale, mask=live)
+            for part in tl.static_range(4):
+                channels = group * COLUMNS + part * WIDTH + tl.arange(0, WIDTH)
+                value = quantized(kept[part].to(tl.float32), scale[:, None], stored_dtype)
+                _store(stored_ptr, index, stored_strides, channels, _mask(live, channels, C, COLUMNS), value, UNIT)
+
+
+def refusal(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    gate: Tensor | None,
+    store: str | None,
+    store_dtype: torch.dtype,
+    cached: Sequence[CachedOutput],
+) -> str | None:
+    """Why this kernel cannot serve; None where it can."""
+    device = refuse_device(x, bool(INTERPRETED.value))
+    if device is not None:
+        return device
+    if x.dtype == torch.float64:
+        return "x is torch.float64; float16, bfloat16 and float32 are supported"
+    if a.shape[-1] == 0:
+        return "a has no channels; one or more are supported"
+    if x.numel() > MAX_TOKENS * x.shape[-1]:
+        return f"x has {x.numel() // x.shape[-1]} tokens; up to {MAX_TOKENS} are supported"
+    if any(isinstance(c.slot, Quantized) and c.slot.data.dtype == torch.float8_e4m3fn for c in cached):
+        return refuse_float8(x, "a slot")
+    return refuse_float8(x, "store_dtype") if store_dtype == torch.float8_e4m3fn else None
+
+
+def project_residual(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    gate: Tensor | None,
+    store: str | None,
+    store_dtype: torch.dtype,
+    cached: Sequence[CachedOutput],
+) -> tuple[Tensor, Tensor | Quantized | None]:
+    x_out, stored = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
+    if store is not None:
+        stored = torch.empty_like(x_out) if store_dtype == x.dtype else empty_quantized(x.shape, store_dtype, device=x.device)
+    project_residual_out(a, weight, bias, x, gate, store, store_dtype, cached, x_out, stored)
+    return x_out, stored
+
+
+def project_residual_out(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    gate: Tensor | None,
+    store: str | None,
+    store_dtype: torch.dtype,
+    cached: Sequence[CachedOutput],
+    x_out: Tensor,
+    stored_out: Tensor | Quantized | None,
+) -> None:
+    if x.numel() == 0:
+        return
+    capability, multiprocessors = _device(x.device)
+    chosen = tile(x.numel() // x.shape[-1], x.shape[-1], x.element_size(), capability, multiprocessors)
+    project_in_tiles(a, weight, bias, x, gate, store, cached, x_out, stored_out, chosen, multiprocessors)
+
+
+@cache
+def _device(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and multiprocessors; two of them where there is no such device, so that programs have several tiles there too."""
+    if device.type != "cuda":
+        return (9, 0), 2
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def project_in_tiles(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    gate: Tensor | None,
+    store: str | None,
+    cached: Sequence[CachedOutput],
+    x_out: Tensor,
+    stored_out: Tensor | Quantized | None,
+    chosen: Tile,
+    multiprocessors: int,
+) -> None:
+    """The launch of a call, with this tile."""
+    *leading, channels = x.shape
+    tokens = x.numel() // channels
+    slots = tuple(c.slot.data if isinstance(c.slot, Quantized) else c.slot for c in cached)
+    slot_scales = tuple(c.slot.scale if isinstance(c.slot, Quantized) else None for c in cached)
+    gates, weights = tuple(c.gate for c in cached), tuple(c.weight for c in cached)
+    stored, stored_scale = flatten_stored(stored_out)
+    operands, scales = (a, x, gate, x_out, stored, *slots, *gates), (stored_scale, *slot_scales)
+    at = addresses(tuple(leading), tuple(map(layout, operands)), tuple(map(layout, scales)))
+    weight_unit = 1 if weight.stride(0) % UNIT else UNIT
+    tiles = -(-tokens // chosen.rows) * -(-channels // GROUP)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _project_residual_kernel[(min(tiles, multiprocessors * chosen.programs),)](
+            a, weight, bias, x, gate, x_out, stored, stored_scale, slots, gates, slot_scales, weights,
+            *at.strides[:5], at.slot_scale_strides[0], at.strides[5 : 5 + len(slots)], at.strides[5 + len(slots) :],
+            at.slot_scale_strides[1:], weight.stride(0) // weight_unit, at.sizes, tokens,
+            POST_GATE=store == "post_gate", K=a.shape[-1], C=channels, UNIT=at.unit, WEIGHT_UNIT=weight_unit,
+            ROWS=chosen.rows, COLUMNS=GROUP, DEPTH=chosen.depth, FLAT=chosen.flat,
+            num_warps=chosen.warps, num_stages=chosen.stages, maxnreg=chosen.registers, enable_fp_fusion=True,
+        )  # fmt: skip
