@@ -1,18 +1,21 @@
-"""What broadcasting costs in quality, measured and shown."""
+"""What broadcasting rests on and what it costs in quality, measured and shown."""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .comparison import compare
+    from .pipelines import load_pipeline
+    from .study import Analysis, analyze
 
-__all__ = ["compare"]
+_HOMES = {"Analysis": "study", "analyze": "study", "compare": "comparison", "load_pipeline": "pipelines"}
+
+__all__ = ["Analysis", "analyze", "compare", "load_pipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "compare":
-        from .comparison import compare
-
-        return compare
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

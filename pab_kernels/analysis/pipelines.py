@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +57,10 @@ def load_pipeline(
     diffusers = require("diffusers", "loading a pipeline")
     source = _source(model)
     kind = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
+    local = local_files_only or Path(source).is_dir()
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=kind, local_files_only=local_files_only or Path(source).is_dir())
+        with _quiet(diffusers.utils.logging):
+            pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=kind, local_files_only=local)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         raise ValueError(f"{model} could not be loaded as a diffusers pipeline: {_first_line(error)}") from error
     if not isinstance(getattr(pipe, "transformer", None), nn.Module):
@@ -94,6 +99,20 @@ def _source(model: str | Path) -> str:
     if looks_like_a_path:
         raise FileNotFoundError(f"there is no folder {model}; give the folder of a diffusers pipeline, an id such as owner/name, or 'demo'")
     return text
+
+
+@contextlib.contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Without diffusers' bars where nobody watches them."""
+    shown = logging.is_progress_bar_enabled()
+    if sys.stderr.isatty() or not shown:
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:
