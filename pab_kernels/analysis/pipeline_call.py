@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class Wish:
         guidance: scale of classifier-free guidance.
         size: frames, height, width in pixels, or height, width.
         seed: of the noise, made on the CPU: the same on every device.
+        further: arguments by the names that the pipeline has for them.
     """
 
     prompt: str
@@ -35,6 +36,7 @@ class Wish:
     guidance: float | None = None
     size: tuple[int, ...] | None = None
     seed: int = 0
+    further: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -61,10 +63,10 @@ def arguments(pipe: Any, wish: Wish) -> dict[str, Any]:
         "height": height,
         "width": width,
     }
-    asked = {name: value for name, value in wanted.items() if value is not None}
+    asked = {name: value for name, value in wanted.items() if value is not None} | dict(wish.further)
     if missing := [name for name in asked if name not in taken]:
         raise ValueError(f"{type(pipe).__name__} takes no {missing[0]}; leave it out")
-    return asked | ({"output_type": "pt"} if "output_type" in taken else {})
+    return ({"output_type": "pt"} if "output_type" in taken else {}) | asked
 
 
 def call(pipe: Any, wish: Wish, on_step: OnStep | None = None) -> torch.Tensor:

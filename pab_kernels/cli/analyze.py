@@ -11,22 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from ..extras import require
+from .arguments import named_arguments
 
 DEMO_PROMPT = "a red circle moves right at night"
-
-
-def _arguments(given: list[str]) -> dict[str, Any]:
-    """`NAME=VALUE` pairs; a value is JSON, or else the text as it is."""
-    arguments: dict[str, Any] = {}
-    for pair in given:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise ValueError(f"--argument takes NAME=VALUE such as height=256, got {pair!r}")
-        try:
-            arguments[name] = json.loads(value)
-        except json.JSONDecodeError:
-            arguments[name] = value
-    return arguments
 
 
 def _sampling(
@@ -100,7 +87,7 @@ def analyze(
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in dtypes:
         raise ValueError(f"--dtype is float32, bfloat16 or float16, got {dtype!r}")
-    arguments = _arguments(argument or [])
+    arguments = named_arguments(argument or [])
     loading = {"dtype": dtypes[dtype], "device": device, "local_files_only": local_files_only}
     pipe, run = _sampling(model, prompt, steps, seed, arguments, **loading)
     out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..extras import require
+from .arguments import named_arguments
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,6 +74,7 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: the pipeline's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance. Default: the pipeline's.")] = None,
     size: Annotated[str | None, typer.Option(metavar="[F]xHxW", help="Frames, height, width, as 49x480x720; 512x512 of an image.")] = None,
+    argument: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline; repeat.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise, which is the same on every device and in all runs.")] = 0,
     pab: Annotated[
         str,
@@ -104,7 +106,7 @@ def generate(
         messages = require(f"{package}.utils.logging", "pab generate")
         messages.set_verbosity_error()  # what matters comes as an error
         messages.disable_progress_bar()
-    wish = Wish(prompt, negative_prompt, steps, guidance, _size(size), seed)
+    wish = Wish(prompt, negative_prompt, steps, guidance, _size(size), seed, named_arguments(argument or []))
     settings = Settings(model, wish, pab, compare, dtype, device, offload, fps, timed)
     notes = Console(stderr=True)
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())

@@ -63,6 +63,8 @@ def test_only_what_is_wished_for_is_asked_for() -> None:
     asked = {"prompt": "a", "negative_prompt": "b", "num_inference_steps": 5, "guidance_scale": 0.0}
     size = {"num_frames": 4, "height": 16, "width": 32}
     assert arguments(pipe, whole) == asked | size | {"output_type": "pt"}
+    further = Wish("a", steps=5, further={"output_type": "np", "num_inference_steps": 6})
+    assert arguments(pipe, further) == {"prompt": "a", "num_inference_steps": 6, "output_type": "np"}
     assert arguments(pipe, Wish("a", size=(16, 32))) == {"prompt": "a", "height": 16, "width": 32, "output_type": "pt"}
     call(pipe, whole)
     assert pipe.got | {"generator": None} == asked | size | {"output_type": "pt", "generator": None, "callback_on_step_end": None}
@@ -82,6 +84,7 @@ def test_frames_are_counted_by_the_pipeline_s_own_name() -> None:
         (Wish("a", guidance=1.0), "guidance_scale"),
         (Wish("a", size=(8, 8)), "height"),
         (Wish("a", size=(3, 8, 8)), "num_frames"),
+        (Wish("a", further={"image": "b.png"}), "image"),
     ],
 )
 def test_what_the_pipeline_does_not_take_is_refused(wish: Wish, name: str) -> None:

@@ -63,13 +63,13 @@ def test_the_table_the_summary_and_the_files_are_printed(asked: list[object], tm
 def test_json_is_printed_alone(asked: list[object], tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(PABConfig(cross=2).to_dict()))
-    result = pab(*asked, "--pab", config, "--dtype", "bfloat16", "--timed", "--json")
+    result = pab(*asked, "--pab", config, "--dtype", "bfloat16", "--timed", "--argument", "num_images_per_prompt=2", "--json")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data == json.loads((tmp_path / "out" / "results.json").read_text()) and data["dtype"] == "bfloat16"
     assert data["runs"][0]["config"]["cross"] == PABConfig(cross=2).to_dict()["cross"] and len(data["runs"]) == 1
     assert data["runs"][0]["summary"]["contexts"]["#0"]["cross"]["seconds"] > 0
-    assert str(tmp_path / "out" / "pab.png") in result.stderr
+    assert data["further"] == {"num_images_per_prompt": 2} and str(tmp_path / "out" / "pab.png") in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,8 @@ def test_json_is_printed_alone(asked: list[object], tmp_path: Path) -> None:
         (["--size", "large"], "pab: --size takes frames x height x width such as 49x480x720"),
         (["--size", "8"], "pab: --size takes frames x height x width"),
         (["--size", "4x64x64"], "pab: PixArtSigmaPipeline takes no num_frames; leave it out"),
+        (["--argument", "image"], "pab: --argument takes NAME=VALUE"),
+        (["--argument", "image=b.png"], "pab: PixArtSigmaPipeline takes no image; leave it out"),
         (["--steps", "0"], "pab: steps must be at least 1, got 0"),
         (["--dtype", "int4"], "pab: dtype 'int4' is not supported"),
         (["--device", "abacus"], "pab: device 'abacus' is not available"),
