@@ -46,6 +46,7 @@ class Settings:
         device, offload: as `load_pipeline` takes them.
         fps: frames a second of the video.
         timed: whether seconds are measured by kind.
+        local_files_only: fetch nothing.
 
     Raises:
         FileNotFoundError: there is no such config file.
@@ -61,6 +62,7 @@ class Settings:
     offload: str = "none"
     fps: float = 8
     timed: bool = False
+    local_files_only: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
@@ -194,7 +196,9 @@ def generate(settings: Settings, out: str | Path, progress: Progress | None = No
     """
     out = Path(out)
     wanted = getattr(torch, settings.dtype) if settings.dtype else None
-    pipe = load_pipeline(settings.model, dtype=wanted, device=settings.device, offload=settings.offload)
+    pipe = load_pipeline(
+        settings.model, dtype=wanted, device=settings.device, offload=settings.offload, local_files_only=settings.local_files_only
+    )
     pipe.set_progress_bar_config(disable=True)
     config = settings.config(pipe.transformer)
     arguments(pipe, settings.wish)

@@ -29,7 +29,7 @@ _WHOLE = {"block", "layer"}
 """Words of classes that add to the stream what their attention or MLP gives: no sublayer by that name alone."""
 _ASIDE = {
     *("refiner", "refine", "embed", "embedder", "embedders", "embedding", "embeddings", "emb", "pool", "pooler", "pooling"),
-    *("perceiver", "resampler", "connector", "text", "txt", "caption", "cap"),
+    *("perceiver", "resampler", "connector", "extractor", "text", "txt", "caption", "cap"),
 }
 """Words of what prepares the text or the latents before the blocks, and is left alone."""
 _TEMPORAL = {"temporal", "temp", "tempo"}

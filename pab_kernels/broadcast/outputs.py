@@ -56,7 +56,7 @@ def broadcast_change(call: Call, sublayer: Sublayer, compute: Callable[..., Any]
         call.mark(around)
         return out
     # The inputs by now: a block may write to its stream in place.
-    before = [x.clone() for x in inputs] if turn.store is not None else inputs
+    before = [x.clone() if x.is_floating_point() else x for x in inputs] if turn.store is not None else inputs
     out = compute(*args, **kwargs)
     if turn.store is not None:
         leaves, nest = pytree.tree_flatten(out)

@@ -85,6 +85,7 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on CUDA, else float32.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where there is one.")] = None,
     offload: Annotated[str, typer.Option(help="none, model or sequential: keep weights on the host while they are not in use.")] = "none",
+    local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Fetch nothing.")] = False,
     fps: Annotated[float, typer.Option(help="Frames a second of the video.")] = 8,
     out: Annotated[Path, typer.Option(help="Folder of the video or image, the schedule and results.json.")] = Path("pab-generate"),
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
@@ -107,7 +108,7 @@ def generate(
         messages.set_verbosity_error()  # what matters comes as an error
         messages.disable_progress_bar()
     wish = Wish(prompt, negative_prompt, steps, guidance, _size(size), seed, named_arguments(argument or []))
-    settings = Settings(model, wish, pab, compare, dtype, device, offload, fps, timed)
+    settings = Settings(model, wish, pab, compare, dtype, device, offload, fps, timed, local_files_only)
     notes = Console(stderr=True)
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from torch.utils import _pytree as pytree
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
+from pab_kernels.analysis import analyze
 from pab_kernels.broadcast.plan import Sublayer
-from tests.adapters.tiny_models import FAMILIES, Tiny
+from tests.adapters.tiny_models import FAMILIES, TEXT, Tiny
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
@@ -130,3 +132,79 @@ def check(
         for kind in {s.kind for s in sublayers}:
             number = sum(len(written["cond"][s.name]) for s in sublayers if s.kind == kind)
             assert (tallies[kind].computed, tallies[kind].reused) == (number * STEPS // 2, number * STEPS // 2)
+
+
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "FluxTransformer2DModel"])
+def test_compiled_blocks_run_as_the_plan_says(name: str) -> None:
+    """With `fullgraph=True`: a graph for each block and pattern, and none in a second generation."""
+    from torch._dynamo.testing import CompileCounter
+
+    tiny = next(t for t in FAMILIES if t.name == name)
+    eager, compiled = tiny.build(), tiny.build()
+    rules = PABConfig(spatial=EVERY_SECOND, cross=EVERY_SECOND, mlp=EVERY_SECOND)
+    for model in (eager, compiled):
+        pab.enable(model, rules)
+    blocks = [s.name for s in pab.sublayers(compiled) if s.kind == "block"]
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for block in blocks:
+            compiled.get_submodule(block).compile(fullgraph=True, backend=counter)
+        for _ in range(2):
+            with pab.generation(eager, num_steps=STEPS), pab.generation(compiled, num_steps=STEPS):
+                for seed in range(STEPS):
+                    for a, b in zip(outputs(compiled, tiny(seed)), outputs(eager, tiny(seed)), strict=True):
+                        torch.testing.assert_close(a, b)
+            assert counter.frame_count == 2 * len(blocks)
+            assert pab.summary(compiled) == pab.summary(eager)
+
+
+def _wan() -> tuple[Any, dict[str, Any]]:
+    transformer = FAMILIES[1].build()
+    pipe = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler()
+    )
+    return pipe, {"height": 32, "width": 48, "num_frames": 9, "guidance_scale": 4.0}
+
+
+def _cogvideox() -> tuple[Any, dict[str, Any]]:
+    transformer = FAMILIES[0].build()
+    pipe = diffusers.CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=diffusers.CogVideoXDDIMScheduler()
+    )
+    return pipe, {"height": 64, "width": 48, "num_frames": 5, "guidance_scale": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("make", "contexts"), [(_wan, ("cond", "uncond")), (_cogvideox, ("cond_uncond",))], ids=["a call a branch", "batched"]
+)
+def test_a_pipeline_without_an_adapter_of_its_own(make: Callable[[], tuple[Any, dict[str, Any]]], contexts: tuple[str, ...]) -> None:
+    pipe, size = make()
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [torch.randn(1, TEXT, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+
+    def sample(steps: int = 6) -> Tensor:
+        return pipe(
+            prompt_embeds=prompts[0],
+            negative_prompt_embeds=prompts[1],
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            **size,
+        ).frames
+
+    plain = sample()
+    pab.enable(pipe, PABConfig(1, 1, 1, 1, 1))
+    assert torch.equal(sample(), plain)
+    pab.enable(pipe, PABConfig(spatial=EVERY_SECOND, mlp=Broadcast(3, (0, 1))))
+    first, second = sample(), sample()
+    assert torch.equal(first, second) and not torch.equal(first, plain)
+    summary = pab.summary(pipe)
+    assert tuple(summary.contexts) == contexts and summary.forced == 0 and summary.cache_bytes == 0
+    for tallies in summary.contexts.values():
+        assert (tallies["spatial"].computed, tallies["spatial"].reused) == (2 * 3, 2 * 3)
+        assert (tallies["mlp"].computed, tallies["mlp"].reused) == (2 * 2, 2 * 4)
+    pab.disable(pipe)
+    assert torch.equal(sample(), plain)
+    found = analyze(pipe, sample)
+    assert {d.context for d in found.differences} == set(contexts) and found.num_steps == 6
