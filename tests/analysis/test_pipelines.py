@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 
+from pab_kernels.analysis import pipelines
 from pab_kernels.analysis.pipelines import load_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -66,3 +68,13 @@ def test_what_is_no_pipeline_is_refused_in_one_line(folder: Path, tmp_path: Path
         with pytest.raises(error, match=message) as info:
             load_pipeline(model, device="cpu", local_files_only=True)
         assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("offload", "expected"), [("none", "to"), ("model", "enable_model_cpu_offload"), ("sequential", "enable_sequential_cpu_offload")]
+)
+def test_offloading_is_diffusers_own(offload: str, expected: str) -> None:
+    pipe, device = mock.Mock(), torch.device("cuda")
+    placed = pipelines._placed(pipe, device, offload)
+    ((name, args, kwargs),) = pipe.method_calls
+    assert name == expected and (*args, *kwargs.values()) == (device,) and placed is (pipe.to.return_value if offload == "none" else pipe)
