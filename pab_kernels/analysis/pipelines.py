@@ -37,10 +37,10 @@ def load_pipeline(
 
     Raises:
         FileNotFoundError: there is no such folder, or it is no pipeline's.
-        ValueError: the pipeline has no `transformer`, or the hub has no such repository.
+        ValueError: the pipeline has no `transformer`, the hub has no such repository, or there is no such device.
         ModuleNotFoundError: diffusers is not installed; the message says how to install it.
     """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = usable_device(device)
     if str(model) == DEMO:
         from ..models.demo import pipeline
 
@@ -58,6 +58,20 @@ def load_pipeline(
         parts = ", ".join(sorted(pipe.components))
         raise ValueError(f"{model} is a {type(pipe).__name__} without a `transformer`; it has {parts}. PAB is for diffusion transformers")
     return pipe.to(target)
+
+
+def usable_device(device: str | torch.device | None = None) -> torch.device:
+    """The device to run on; default CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here: {_first_line(error)}") from None
+    return target
 
 
 def _source(model: str | Path) -> str:
