@@ -16,8 +16,9 @@ import torch
 from .adapters.latte import LatteAdapter
 from .analysis import video
 from .analysis.diffusers_pab import diffusers_pab
+from .analysis.pipelines import usable_device
 from .analysis.quality import Quality, compare
-from .analysis.sampling import check_device, execution_device, in_words, sample
+from .analysis.sampling import execution_device, in_words, sample
 from .broadcast.config import PABConfig
 from .broadcast.plan import Counts, Plan
 from .models.demo.check import shows
@@ -75,7 +76,7 @@ class Settings:
             raise ValueError(f"ranges must be three or four whole numbers of at least 1: spatial,temporal,cross[,mlp]; got {got}")
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"the demo model has no scheduler {self.scheduler!r}; it has {', '.join(SCHEDULERS)}")
-        check_device(self.device)
+        usable_device(self.device)
 
     @property
     def captions(self) -> list[Caption]:

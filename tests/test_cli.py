@@ -59,7 +59,7 @@ def test_version(monkeypatch):
         (["--prompt", "a red red circle"], "the prompt names two words for colour"),
         (["--steps", "0"], "steps must be at least 2, got 0"),
         (["--clips", "0"], "--clips must be at least 1, got 0"),
-        (["--device", "abacus"], "device 'abacus' is not available"),
+        (["--device", "abacus"], "device 'abacus' cannot be used here"),
     ],
 )
 def test_wrong_arguments_give_one_clear_line_and_exit_code_2(arguments: list[str], message: str, tmp_path):

@@ -156,7 +156,7 @@ def test_a_fourth_range_is_the_mlps():
         ({"ranges": (2, 4)}, r"three or four whole numbers of at least 1: spatial,temporal,cross\[,mlp\]; got 2,4"),
         ({"ranges": (2, 0, 6)}, "got 2,0,6"),
         ({"scheduler": "magic"}, "no scheduler 'magic'; it has ddim"),
-        ({"device": "abacus"}, "device 'abacus' is not available"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used here"),
     ],
 )
 def test_bad_settings_are_refused(arguments: dict, message: str):

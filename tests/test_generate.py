@@ -177,7 +177,7 @@ def test_what_does_not_suit_the_model_is_refused(
         (lambda: Wish("a", steps=0), "steps must be at least 1, got 0"),
         (lambda: Wish("a", size=(1, 2, 3, 4)), "frames x height x width or height x width, each at least 1; got 1x2x3x4"),
         (lambda: Wish("a", size=(0, 8)), "each at least 1; got 0x8"),
-        (lambda: generate(Settings("demo", Wish("a"), device="abacus"), "."), "device 'abacus' is not available"),
+        (lambda: generate(Settings("demo", Wish("a"), device="abacus"), "."), "device 'abacus' cannot be used here"),
         (lambda: generate(Settings("demo", Wish("a"), device="cpu", offload="all"), "."), "offload 'all' is not supported"),
         (lambda: generate(Settings("demo", Wish("a"), device="cpu", offload="model"), "."), "there is none in use: leave it out"),
     ],

@@ -36,7 +36,7 @@ _TEMPORAL = {"temporal", "temp", "tempo"}
 _TIME = {"time", "frame", "frames"}
 _SPATIAL = {"spatial", "spatio", "space"}
 _CROSS = {"cross", "crossattn", "crossattention"}
-_ELSEWHERE = {"encoder_hidden_states", "context", "cond", "text", "memory", "y", "key", "kv", "key_value"}
+_ELSEWHERE = {"encoder_hidden_states", "context", "cond", "text", "memory", "y", "kv", "key_value"}
 
 
 def words(name: str) -> list[str]:
@@ -136,9 +136,9 @@ def keys_from_elsewhere(module: nn.Module, name: str, parents: Sequence[tuple[st
         return True, f"cross attention by its name {name}"
     if declared is None and spoken[-2:] == ["attn", "2"] and _takes_keys(module, required=False):
         return True, "keys from elsewhere: attn2, with an input for them"
-    if declared is None and _takes_keys(module, required=True) and not isinstance(module, nn.MultiheadAttention):
+    if declared is None and _takes_keys(module, required=True):
         return True, "keys from elsewhere: its forward needs another sequence"
-    if isinstance(module, nn.MultiheadAttention) and parents and _called_with_other_keys(parents[0][1], name):
+    if parents and _called_with_other_keys(parents[0][1], name, module):
         return True, "keys from elsewhere: it is called with other keys than queries"
     if parents and _CROSS.intersection(words(type(parents[0][1]).__name__)) and _only_one(parents[0][1]):
         return True, f"cross attention by the class around it, {type(parents[0][1]).__name__}"
@@ -177,8 +177,11 @@ def _takes_keys(module: nn.Module, *, required: bool) -> bool:
     return any(p.name in _ELSEWHERE and (not required or p.default is p.empty) for p in parameters)
 
 
-def _called_with_other_keys(parent: nn.Module, name: str) -> bool:
-    """Whether the source of the parent's `forward` calls `self.<name>(query, key, ...)` with a key that is not the query."""
+def _called_with_other_keys(parent: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether attention takes queries and keys apart, and the source of the parent's `forward` gives it keys that are not the queries."""
+    names = tuple(inspect.signature(module.forward).parameters)[:2]
+    if names not in (("query", "key"), ("q", "k")):
+        return False
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(type(parent).forward)))
     except (OSError, TypeError, SyntaxError):
@@ -186,7 +189,7 @@ def _called_with_other_keys(parent: nn.Module, name: str) -> bool:
     for call in ast.walk(tree):
         if isinstance(call, ast.Call) and ast.unparse(call.func) == f"self.{name}":
             given: dict[Any, str] = dict(enumerate(map(ast.unparse, call.args))) | {k.arg: ast.unparse(k.value) for k in call.keywords}
-            query, key = given.get("query", given.get(0)), given.get("key", given.get(1))
+            query, key = (given.get(word, given.get(place)) for place, word in enumerate(names))
             return query is not None and key is not None and query != key
     return False
 

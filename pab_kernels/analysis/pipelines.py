@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ..extras import require
-from .sampling import check_device
 
 DEMO = "demo"
 """The name of the demo model, which comes with the package."""
@@ -43,11 +42,10 @@ def load_pipeline(
 
     Raises:
         FileNotFoundError: there is no such folder, or it is no pipeline's.
-        ValueError: the pipeline has no `transformer`, the hub has no such repository, or the device or `offload` is not supported.
+        ValueError: the pipeline has no `transformer`, the hub no such repository, the device is not here, or `offload` is not supported.
         ModuleNotFoundError: diffusers is not installed; the message says how to install it.
     """
-    check_device(None if device is None else str(device))
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = usable_device(device)
     _check_offload(offload, target)
     if str(model) == DEMO:
         from ..models.demo import pipeline
@@ -83,6 +81,20 @@ def _placed(pipe: Any, target: torch.device, offload: str) -> Any:
         return pipe.to(target)
     (pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload)(device=target)
     return pipe
+
+
+def usable_device(device: str | torch.device | None = None) -> torch.device:
+    """The device to run on; default CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here: {_first_line(error)}") from None
+    return target
 
 
 def _source(model: str | Path) -> str:

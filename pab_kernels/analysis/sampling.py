@@ -72,15 +72,3 @@ def in_words(device: torch.device) -> str:
     if device.type == "cpu":
         return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return str(device)
-
-
-def check_device(device: str | None) -> None:
-    """Refuse a device that is not here; None is CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: it is not available; the message says what is.
-    """
-    kind = (device or "cpu").partition(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        here = "cpu or cuda" if torch.cuda.is_available() else "cpu (this torch sees no CUDA device)"
-        raise ValueError(f"device {device!r} is not available; supported here: {here}")

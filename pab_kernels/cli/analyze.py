@@ -23,13 +23,13 @@ def _sampling(
     import torch
 
     from ..adapters import adapter_for
-    from ..analysis.pipelines import DEMO, load_pipeline
+    from ..analysis.pipelines import DEMO, load_pipeline, usable_device
 
     if model == DEMO:
         from ..models.demo import load, parse
         from ..models.demo.pipeline import GUIDANCE
 
-        demo = load(device=loading["device"], dtype=loading["dtype"] or torch.float32)
+        demo = load(device=usable_device(loading["device"]), dtype=loading["dtype"] or torch.float32)
         inputs = demo.inputs([parse(prompt or DEMO_PROMPT)], [seed]) | {"guidance_scale": GUIDANCE}
         pipe = demo.pipe
     else:

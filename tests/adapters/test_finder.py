@@ -276,6 +276,27 @@ class TorchBlock(nn.Module):
         return x + self.net(x)
 
 
+class ByHand(nn.Module):
+    """Attention that is given queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq, self.wk, self.wv = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.wq(q), self.wk(k), self.wv(v))
+
+
+class ByHandBlock(TorchBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.look = ByHand(), ByHand()
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = x + self.mix(x, x, x)
+        return self.net(x + self.look(x, k=text, v=text))
+
+
 class PlainBlock(nn.Module):
     """Attention written out in the block itself: it cannot be reused without the block."""
 
@@ -378,8 +399,9 @@ def test_space_and_time_at_once_is_spatial() -> None:
     assert _kinds(DiT(blocks=[Block(), Block()]))["blocks.0.attn"] == "spatial"
 
 
-def test_torch_attention_is_told_apart_by_its_caller() -> None:
-    kinds = _kinds(DiT(blocks=[TorchBlock(), TorchBlock()]))
+@pytest.mark.parametrize("block", [TorchBlock, ByHandBlock])
+def test_attention_that_is_given_its_keys_is_told_apart_by_its_caller(block: type[nn.Module]) -> None:
+    kinds = _kinds(DiT(blocks=[block(), block()]))
     assert [kinds[f"blocks.0.{n}"] for n in ("mix", "look", "net")] == ["spatial", "cross", "mlp"]
 
 
@@ -427,7 +449,7 @@ def test_kinds_in_the_public_functions() -> None:
     assert "blocks.0.mlp" in [s.name for s in pab.sublayers(model)]
 
 
-@pytest.mark.parametrize("block", [SoraBlock, TorchBlock, PlainBlock, ModeBlock])
+@pytest.mark.parametrize("block", [SoraBlock, TorchBlock, ByHandBlock, PlainBlock, ModeBlock])
 def test_hand_written_blocks_run_as_the_plan_says(block: type[nn.Module]) -> None:
     model = DiT(blocks=[block(), block()]).eval().requires_grad_(False)
     xs, text = [torch.randn(3, 3, 8) for _ in range(4)], torch.randn(3, 3, 8)
@@ -452,6 +474,31 @@ def test_the_change_of_a_block_is_added_to_its_new_input() -> None:
     pab.enable(model, PABConfig(block=Broadcast(2, (0, 1))), num_steps=2)
     assert torch.equal(model(a, text), plain)
     assert torch.equal(model(b, text), b + (plain - a))
+
+
+def test_the_change_of_a_block_that_writes_to_its_stream() -> None:
+    class InPlace(ModeBlock):
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            return x.add_(self.attn(x)).add_(self.cross_attn(x, text))
+
+    model = DiT(blocks=[InPlace()]).eval().requires_grad_(False)
+    a, b, text = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    plain = model(a.clone(), text)
+    pab.enable(model, PABConfig(block=Broadcast(2, (0, 1))), num_steps=2)
+    assert torch.equal(model(a.clone(), text), plain)
+    assert torch.equal(model(b.clone(), text), b + (plain - a))
+
+
+@pytest.mark.parametrize("name", ["timestep", "t", "sigma"])
+def test_the_timestep_is_found_by_its_name(name: str) -> None:
+    model = DiT(blocks=[SoraBlock()])
+    namespace: dict[str, Any] = {}
+    exec(f"def forward(x, {name}, text=None): pass", namespace)
+    model.forward = namespace["forward"]
+    adapter = GenericAdapter(model)
+    assert adapter.timestep("x", 500) == adapter.timestep("x", **{name: 500}) == 500
+    assert adapter.timestep("x") is None
+    assert GenericAdapter(DiT(blocks=[SoraBlock()])).timestep("x", 500) is None
 
 
 def test_a_block_that_returns_no_stream_is_refused_by_name() -> None:

@@ -15,7 +15,7 @@ from pab_kernels import PABConfig
 from pab_kernels.analysis import memory as memory_module
 from pab_kernels.analysis import sampling
 from pab_kernels.analysis.memory import peak_memory
-from pab_kernels.analysis.sampling import check_device, execution_device, in_words
+from pab_kernels.analysis.sampling import execution_device, in_words
 from pab_kernels.broadcast.broadcaster import broadcaster_of
 from tests.adapters.tiny_latte import sample, tiny_pipe
 
@@ -73,10 +73,3 @@ def test_on_a_cuda_device_the_peak_is_the_allocator_s_and_the_device_is_waited_f
 def test_a_device_is_told_in_words() -> None:
     assert in_words(CPU).endswith("CPU, 1 threads") and in_words(torch.device("meta")) == "meta"
     assert execution_device(tiny_pipe()) == CPU
-
-
-def test_a_device_that_is_not_here_is_refused() -> None:
-    check_device(None)
-    check_device("cpu")
-    with pytest.raises(ValueError, match="device 'abacus' is not available; supported here: cpu"):
-        check_device("abacus")

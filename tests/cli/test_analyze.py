@@ -89,6 +89,8 @@ def test_an_interrupted_run_keeps_what_was_measured_and_says_so(folder: Path, tm
         (("--model", "FOLDER", "--argument", "class_labels"), "--argument takes NAME=VALUE such as height=256, got 'class_labels'"),
         (("--model", "demo", "--steps", "2"), "--steps must be at least 3"),
         (("--model", "demo", "--dtype", "int8"), "--dtype is float32, bfloat16 or float16, got 'int8'"),
+        (("--model", "demo", "--device", "toaster"), "device 'toaster' cannot be used here: "),
+        (("--model", "FOLDER", "--device", "cpu:3:4"), "device 'cpu:3:4' cannot be used here: "),
         (("--model", "demo", "--prompt", "a castle"), "does not know the word 'castle'"),
         (("--model", "demo", "--out", "FILE"), "File exists"),
     ],

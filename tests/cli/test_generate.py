@@ -89,7 +89,7 @@ def test_json_is_printed_alone(asked: list[object], tmp_path: Path) -> None:
         (["--argument", "image=b.png"], "pab: PixArtSigmaPipeline takes no image; leave it out"),
         (["--steps", "0"], "pab: steps must be at least 1, got 0"),
         (["--dtype", "int4"], "pab: dtype 'int4' is not supported"),
-        (["--device", "abacus"], "pab: device 'abacus' is not available"),
+        (["--device", "abacus"], "pab: device 'abacus' cannot be used here"),
         (["--offload", "disk"], "pab: offload 'disk' is not supported; there are none, model, sequential"),
         (["--fps", "0"], "pab: fps must be positive, got 0"),
         (["--out", "bad.json"], "pab: "),
