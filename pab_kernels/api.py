@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -77,7 +78,8 @@ def enable(
         if config is not None:
             supported = ", ".join(map(repr, adapter.cache_points))
             raise ValueError(f"cache_point {chosen.cache_point!r} does not suit {type(model).__name__}; supported are {supported}")
-        raise AssertionError("a preset names a cache point that its model lacks")
+        supported_points: Any = adapter.cache_points
+        chosen = dataclasses.replace(chosen, cache_point=supported_points[0])
     before = None if broadcaster is None else broadcaster.config
     if broadcaster is None:
         broadcaster = Broadcaster(model, adapter, chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, SupportsIndex
 from ..extras import require
 from .config import KINDS, Broadcast, CachePoint, PABConfig
 from .plan import Action, Plan, Sublayer
+from .presets import presets
 
 _ENDINGS = (".json", ".yaml", ".yml")
 _ATTENTIONS = ("spatial", "temporal", "cross")
@@ -68,6 +70,22 @@ def load_config(path: str | Path) -> PABConfig:
         return PABConfig.from_dict(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def named_config(name: str) -> PABConfig:
+    """The config of a preset's name, or of a file's path: what command lines take.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such preset, or the file does not hold a config.
+    """
+    if name in presets():
+        return presets()[name]
+    if Path(name).suffix.lower() in _ENDINGS or Path(name).exists():
+        return load_config(name)
+    near = difflib.get_close_matches(name, presets(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    raise ValueError(f"there is no preset {name!r}{hint} there are {', '.join(sorted(presets()))}; a file ends in .json, .yaml or .yml")
 
 
 def _from_yaml(text: str) -> Any:

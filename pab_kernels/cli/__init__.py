@@ -52,6 +52,7 @@ def build_app() -> Any:
     from .compare import compare
     from .demo import demo
     from .doctor import doctor
+    from .plan import plan
 
     app = typer.Typer(
         add_completion=False,
@@ -73,7 +74,7 @@ def build_app() -> Any:
         pass
 
     app.callback()(root)
-    for command in (demo, compare, doctor):
+    for command in (demo, plan, compare, doctor):
         app.command(help=_help(command))(_ends_with_one_line(command))
     return app
 
