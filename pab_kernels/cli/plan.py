@@ -73,8 +73,8 @@ def forecast_table(found: "ModelForecast") -> "Table":
     names = {"model": found.dtype, "float8_e4m3fn": "fp8"}
     headings = ("kind", "computed", "stored", "reused", "GFLOPs", "without PAB", *(f"{names.get(d, d)}, GiB" for d in bytes_of))
     caption = (
-        f"Over all {len(found.plan.steps)} steps and {found.calls} call(s) a step; stored are among computed. Cache: the most that slots of "
-        "a kind take in each dtype, and in total the most that all take at one time."
+        f"Over all {len(found.plan.steps)} steps and {found.calls} call(s) a step; stored are among computed. Cache: the most that slots "
+        "of a kind take in each dtype, and in total the most that all take at one time."
     )
     return _table("", headings, rows, caption)
 
