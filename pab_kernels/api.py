@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -46,6 +46,7 @@ def enable(
     *,
     num_steps: int | None = None,
     timesteps: Sequence[float] | None = None,
+    kinds: Mapping[str, str | None] | None = None,
 ) -> None:
     """Switch PAB on.
 
@@ -58,10 +59,12 @@ def enable(
         config: default the published preset of the model's class, else the ranges 2/4/6 in the middle of the schedule.
         num_steps: steps of a bare module's first generation.
         timesteps: its timesteps, where the config counts in them.
+        kinds: patterns of module names and the kind that these modules are taken for, or None to leave them alone, where `sublayers` shows
+            that they were taken for something else. In a pattern `*` is any part of one component of a name, `**` any part of the whole.
 
     Raises:
-        TypeError: the model has no adapter.
-        ValueError: the config does not suit the model or the schedule.
+        TypeError: no sublayers are found in the model.
+        ValueError: the config or `kinds` do not suit the model, or the config the schedule.
     """
     model, pipe = _resolve(model_or_pipe)
     if pipe is not None and (num_steps is not None or timesteps is not None):
@@ -69,17 +72,18 @@ def enable(
     if config is not None and not isinstance(config, PABConfig):
         raise TypeError(f"config must be a PABConfig, got {type(config).__name__}; PABConfig.preset(name) gives a named one")
     broadcaster = broadcaster_of(model)
+    if broadcaster is not None and kinds is not None:
+        raise ValueError(f"PAB is enabled on this {type(model).__name__} already, with its kinds; pab.disable it first to give others")
     chosen = config
     if chosen is None:
         known = pipe is not None or timesteps is not None
         chosen = broadcaster.config if broadcaster else preset_for(model, timesteps_known=known)
-    adapter = broadcaster.adapter if broadcaster else adapter_for(model)
+    adapter = broadcaster.adapter if broadcaster else adapter_for(model, kinds)
     if chosen.cache_point not in adapter.cache_points:
         if config is not None:
             supported = ", ".join(map(repr, adapter.cache_points))
             raise ValueError(f"cache_point {chosen.cache_point!r} does not suit {type(model).__name__}; supported are {supported}")
-        supported_points: Any = adapter.cache_points
-        chosen = dataclasses.replace(chosen, cache_point=supported_points[0])
+        chosen = dataclasses.replace(chosen, cache_point="pre_gate")  # published for an adapter that knows the gates
     before = None if broadcaster is None else broadcaster.config
     if broadcaster is None:
         broadcaster = Broadcaster(model, adapter, chosen)
@@ -149,15 +153,22 @@ def context(model: Any, name: str, step: int | None = None) -> Iterator[None]:
         yield
 
 
-def sublayers(model: Any) -> list[Sublayer]:
-    """The sublayers that PAB sees in a model: module name, kind, how they are run.
+def sublayers(model: Any, kinds: Mapping[str, str | None] | None = None) -> list[Sublayer]:
+    """The sublayers that PAB sees in a model: module name, kind, how they are run and, where they were found, by what.
+
+    Args:
+        model: a DiT, or its pipeline.
+        kinds: as in `enable`, to see what it would change; not for a model that is enabled.
 
     Raises:
-        TypeError: the model has no adapter.
+        TypeError: no sublayers are found in the model.
+        ValueError: `kinds` does not suit the model, or it is enabled already.
     """
     module, _ = _resolve(model)
     broadcaster = broadcaster_of(module)
-    return list((broadcaster.adapter if broadcaster else adapter_for(module)).sublayers)
+    if broadcaster is not None and kinds is not None:
+        raise ValueError(f"PAB is enabled on this {type(module).__name__} already, with its kinds; pab.disable it first to see others")
+    return list((broadcaster.adapter if broadcaster else adapter_for(module, kinds)).sublayers)
 
 
 def summary(model_or_pipe: Any) -> Summary:

@@ -190,7 +190,11 @@ class Odd:
         (lambda: Odd(nn.Linear(1, 1), None), TypeError, "got Odd; supported are"),
         (lambda: Odd("a model", DDIMScheduler()), TypeError, "got Odd; supported are"),
         (lambda: Odd(tiny_latte(), WithoutStep()), TypeError, "got Odd; supported are"),
-        (lambda: nn.Linear(1, 1), TypeError, "Linear has no adapter; supported are LatteTransformer3DModel and models whose attention"),
+        (
+            lambda: nn.Linear(1, 1),
+            TypeError,
+            "Linear: no attention was found in it, by projections of queries or by name; name its modules",
+        ),
         (lambda: latte_of("layer_norm"), ValueError, "norm_type='layer_norm'; supported is 'ada_norm_single'"),
     ],
 )

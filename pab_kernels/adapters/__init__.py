@@ -1,25 +1,33 @@
-"""Adapters: how the blocks of a family of models become chains of sublayers. One file a family."""
+"""Adapters: how the blocks of a model become chains of sublayers. One file a family, and one for all others."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch import nn
 
 from ..broadcast.broadcaster import Adapter
 
 
-def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of a model's family.
+def adapter_for(model: nn.Module, kinds: Mapping[str, str | None] | None = None) -> Adapter:
+    """The adapter of a model: its modules of `pab_kernels.nn` where it has such, else its family's, else the generic one.
+
+    Args:
+        model: the DiT.
+        kinds: what modules are to be taken for (see `finder.find`); the generic adapter then serves every family.
 
     Raises:
-        TypeError: there is none.
+        TypeError: no sublayers are found in the model.
+        ValueError: `kinds` does not suit the model.
     """
-    from . import latte, modules
+    from . import generic, latte, modules
 
-    if latte.handles(model):
-        return latte.LatteAdapter(model)
     if modules.handles(model):
+        if kinds:
+            raise ValueError(
+                f"kinds={dict(kinds)}: this {type(model).__name__} has modules of pab_kernels.nn, and their kinds are their own"
+            )
         return modules.ModulesAdapter(model)
-    raise TypeError(
-        f"{type(model).__name__} has no adapter; supported are LatteTransformer3DModel and models whose attention modules are those of "
-        "pab_kernels.nn: PABAttention, PABCrossAttention, or any other wrapped in BroadcastModule"
-    )
+    if latte.handles(model) and not kinds:
+        return latte.LatteAdapter(model)
+    return generic.GenericAdapter(model, kinds)

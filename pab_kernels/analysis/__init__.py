@@ -1,4 +1,4 @@
-"""What broadcasting costs: in quality, measured and shown; in work and memory, forecast."""
+"""What broadcasting rests on, what it costs in quality, measured and shown, and what it will cost in work and memory, forecast."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .comparison import compare
     from .forecast import forecast
+    from .pipelines import load_pipeline
+    from .study import Analysis, analyze
 
-_HOMES = {"compare": "comparison", "forecast": "forecast"}
+_HOMES = {"Analysis": "study", "analyze": "study", "compare": "comparison", "forecast": "forecast", "load_pipeline": "pipelines"}
 
-__all__ = ["compare", "forecast"]
+__all__ = ["Analysis", "analyze", "compare", "forecast", "load_pipeline"]
 
 
 def __getattr__(name: str) -> Any:

@@ -121,7 +121,7 @@ class Call:
         self.generation = generation
         self.context = context
         self.step = step
-        self._had_turn: set[str] = set()
+        self._turns: dict[str, int] = {}
         self._traced: dict[str, TracedTurn] = {}
 
     def prepare(self) -> None:
@@ -144,7 +144,7 @@ class Call:
             if turn.input is None:
                 continue
             key = Key(*turn.input)
-            taken = self._account(turn.sublayer, key, turn.slot if turn.reused else None, turn.flops)
+            taken = self._account(turn.sublayer, name, key, turn.slot if turn.reused else None, turn.flops)
             for _ in range(turn.runs - 1):
                 self._repeated(turn.sublayer, 0)
             if taken.store is not None and turn.kept is not None:
@@ -154,7 +154,8 @@ class Call:
     def turn(self, sublayer: Sublayer, x: torch.Tensor, flops: int = 0) -> Turn:
         """What `sublayer`, with input `x`, is to do now; counted, and what is read for the last time is let go.
 
-        A sublayer that runs several times in one call (chunks, layers that share a module) has its slot for the first time only.
+        A sublayer that runs several times in one call (chunks, two streams or layers that share a module) has a slot for each time, told
+        apart by their order; in a compiled graph it has one for the first time only.
 
         Args:
             sublayer: one of the plan's.
@@ -168,12 +169,11 @@ class Call:
         if plan is None or sublayer.name not in plan.rows:
             self.context.count(flops, run=True)
             return Turn()
-        if sublayer.name in self._had_turn:
-            self._repeated(sublayer, flops)
-            return Turn()
+        time = self._turns[sublayer.name] = self._turns.get(sublayer.name, -1) + 1
+        place = f"{sublayer.name}#{time}" if time else sublayer.name
         decision, key = plan.decision(sublayer.name, self.step), Key.of(x)
-        slot = self._read(sublayer.name, decision) if decision.action is Action.REUSE else None
-        return self._account(sublayer, key, slot if slot is not None and slot.key == key else None, flops)
+        slot = self._read(place, decision) if decision.action is Action.REUSE else None
+        return self._account(sublayer, place, key, slot if slot is not None and slot.key == key else None, flops)
 
     def _turn_in_graph(self, sublayer: Sublayer, x: torch.Tensor, flops: int) -> Turn:
         turn = self._traced.get(sublayer.name)
@@ -190,9 +190,8 @@ class Call:
         config = self.generation.config
         return Store("post_gate" if config.cache_point == "post_gate" else "pre_gate", CACHE_DTYPES[config.cache_dtype], place)
 
-    def _account(self, sublayer: Sublayer, key: Key, slot: Slot | Line | None, flops: int) -> Turn:
-        """Count the turn of a sublayer that reuses `slot` or, without one, runs; let go of what no later step reads."""
-        self._had_turn.add(sublayer.name)
+    def _account(self, sublayer: Sublayer, place: str, key: Key, slot: Slot | Line | None, flops: int) -> Turn:
+        """Count the turn of a sublayer that reuses `slot` or, without one, runs; let go of what no later step reads at its `place`."""
         plan, arena, held = self.generation.plan, self.context.arena, self._held(sublayer.name)
         self.context.count(flops, run=slot is None)
         if plan is None or sublayer.name not in plan.rows:
@@ -200,7 +199,7 @@ class Call:
         tally = self._tally(sublayer)
         if slot is not None:
             tally.reused += 1
-            arena.release(sublayer.name, held)
+            arena.release(place, held)
             return Turn(slot=slot)
         action = plan.decision(sublayer.name, self.step).action
         if action is Action.REUSE:
@@ -209,11 +208,11 @@ class Call:
         tally.computed += 1
         stores = action is Action.STORE
         # Where the plan skips it and its block was forced to run, what is held is still to be read.
-        arena.release(sublayer.name, held - stores)
+        arena.release(place, held - stores)
         if not stores:
             return Turn()
         tally.stored += 1
-        return Turn(store=self._store(Place(arena, sublayer.name, key, self.step, held)))
+        return Turn(store=self._store(Place(arena, place, key, self.step, held)))
 
     def _tally(self, sublayer: Sublayer) -> Tally:
         return self.context.tallies.setdefault(sublayer.kind, Tally())

@@ -36,6 +36,7 @@ class Sublayer:
         layer: index of its block, for rules restricted to some layers.
         how: how it is run under PAB: "fused" (on the residual stream) or "module" (called as it is).
         block: name of the `block` sublayer around it, if there is one.
+        why: what it was taken for this kind by, in a few words, where it was found and not declared.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Sublayer:
     layer: int
     how: str = "module"
     block: str | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def build_app() -> Any:
     require("typer", "the command line")
     import typer
 
+    from .analyze import analyze
     from .compare import compare
     from .demo import demo
     from .doctor import doctor
@@ -74,7 +75,7 @@ def build_app() -> Any:
         pass
 
     app.callback()(root)
-    for command in (demo, plan, compare, doctor):
+    for command in (demo, plan, analyze, compare, doctor):
         app.command(help=_help(command))(_ends_with_one_line(command))
     return app
 

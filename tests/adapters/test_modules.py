@@ -295,7 +295,7 @@ def test_a_kept_output_that_is_changed_in_place_is_not_changed_in_the_slot() -> 
 
 
 def test_a_module_that_runs_several_times_a_call_never_reads_another_ones_output() -> None:
-    """Layers that share a module, and chunked feed-forwards."""
+    """Layers that share a module, and chunked feed-forwards: a slot for each time."""
 
     class Shared(nn.Module):
         def __init__(self) -> None:
@@ -313,7 +313,8 @@ def test_a_module_that_runs_several_times_a_call_never_reads_another_ones_output
         assert torch.equal(model(x), plain)
     summary = pab.summary(model)
     assert summary.cache_bytes == 0
-    assert summary.contexts["#0"]["spatial"].reused == 4
+    assert summary.contexts["#0"]["spatial"].reused == 8
+    assert summary.forced == 0
 
 
 @pytest.mark.parametrize("kind", ["block", "self", "", None, 3])

@@ -1,0 +1,89 @@
+"""Measured differences as pictures: a curve for each kind, and a heat map of layers by steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .study import Analysis
+
+COLOURS = {"spatial": "#0072b2", "temporal": "#009e73", "cross": "#d55e00", "mlp": "#8a8f98", "block": "#1c1e22"}
+"""Of a kind's curve: apart for readers who do not see all hues."""
+_STYLES = {"mlp": "--", "block": ":"}
+_TITLES = {"relative": "relative difference", "mse": "mean squared difference"}
+_WINDOW = "#d5e6f2"
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> Figure:
+    figure = require("matplotlib.figure", "drawing differences").Figure(figsize=size, dpi=140, facecolor="white", layout="constrained")
+    require("matplotlib.backends.backend_agg", "drawing differences").FigureCanvasAgg(figure)
+    figure.subplots(rows, columns, squeeze=False)
+    return figure
+
+
+def plot_curves(analysis: Analysis, path: str | Path | None = None) -> Figure:
+    """Draw the relative and the mean squared difference of each kind over the steps, means over layers, on logarithmic scales.
+
+    Args:
+        analysis: what was measured.
+        path: where to save the picture; the format is that of its suffix.
+
+    Returns:
+        The figure, apart from pyplot's global state. The window to start from is shaded.
+    """
+    figure = _figure(1, 2, (11, 3.6))
+    start = analysis.start
+    locator = require("matplotlib.ticker", "drawing differences").MaxNLocator
+    for ax, what in zip(figure.axes, _TITLES, strict=True):
+        for kind in analysis.kinds:
+            points = [(i, v) for i, v in enumerate(analysis.curve(kind, what)) if v]
+            steps, values = [i for i, _ in points], [v for _, v in points]
+            ax.plot(steps, values, _STYLES.get(kind, "-"), color=COLOURS[kind], label=kind, linewidth=1.6)
+        if start is not None:
+            ax.axvspan(start.window[0] - 0.5, start.window[1] - 0.5, color=_WINDOW, zorder=0, label="window to start from")
+        ax.set_yscale("log")
+        ax.set_title(f"{_TITLES[what]} to the step before", fontsize=10)
+        ax.set_xlabel("sampling step", fontsize=9)
+        ax.set_xlim(0, analysis.num_steps - 0.5)
+        ax.xaxis.set_major_locator(locator(integer=True))
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False, fontsize=9)
+    return _saved(figure, path)
+
+
+def plot_layers(analysis: Analysis, path: str | Path | None = None) -> Figure:
+    """Draw the relative difference as a heat map for each kind, a row for each layer and a column for each step.
+
+    Args:
+        analysis: what was measured.
+        path: where to save the picture; the format is that of its suffix.
+
+    Returns:
+        The figure, apart from pyplot's global state.
+    """
+    maps = {kind: analysis.layers(kind) for kind in analysis.kinds}
+    height = sum(0.6 + 0.12 * max(len(rows), 3) for rows in maps.values())
+    figure = _figure(max(len(maps), 1), 1, (8, 0.4 + height))
+    log_norm = require("matplotlib.colors", "drawing differences").LogNorm
+    values = [v for rows in maps.values() for row in rows.values() for v in row if v]
+    norm = log_norm(min(values), max(values)) if values else None
+    for ax, (kind, rows) in zip(figure.axes, maps.items(), strict=False):
+        grid = [[float("nan") if v is None else v for v in row] for row in rows.values()]
+        image = ax.imshow(grid, aspect="auto", norm=norm, cmap="viridis", interpolation="nearest")
+        ax.set_ylabel(f"{kind}\nlayer", fontsize=9)
+        ax.set_yticks(range(len(rows)), [str(layer) for layer in rows], fontsize=7)
+    if maps:
+        figure.axes[len(maps) - 1].set_xlabel("sampling step", fontsize=9)
+        figure.colorbar(image, ax=figure.axes[: len(maps)], label="relative difference to the step before")
+    return _saved(figure, path)
+
+
+def _saved(figure: Figure, path: str | Path | None) -> Figure:
+    if path is not None:
+        figure.savefig(path)
+    return figure

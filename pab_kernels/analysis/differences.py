@@ -1,0 +1,162 @@
+"""How much the output of every sublayer differs between neighbouring steps, measured while a model samples without broadcasting.
+
+For sublayer s in context c, with its outputs o_i at step i,
+
+    1. mse_i      = mean((o_i - o_(i-1))^2)
+    2. relative_i = ||o_i - o_(i-1)|| / ||o_i||
+
+what holding the last output for one step would get wrong; of a block, o is the change that it makes to its stream. Only the last
+output is kept, and nothing is read from the device before the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..broadcast.attach import Attached, attach_forward
+from ..broadcast.broadcaster import Adapter, Broadcaster
+from ..broadcast.generation import Call
+from ..broadcast.plan import Sublayer
+
+Progress = Callable[[int, int], None]
+"""Called with the number of steps that were begun, and of all."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Of one sublayer in one context; entry i compares step i with the step before it, None where there is nothing to compare.
+
+    Args:
+        name, kind, layer: of the sublayer.
+        context: in which it ran.
+        mse: mean squared differences.
+        relative: relative differences.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    context: str
+    mse: tuple[float | None, ...]
+    relative: tuple[float | None, ...]
+
+
+class Probe:
+    """Stands where a model's adapter would, and looks at outputs instead of broadcasting them.
+
+    Args:
+        model: the DiT.
+        adapter: of the model; its sublayers are measured.
+        progress: called at the beginning of every step.
+    """
+
+    cache_points = ("pre_gate",)
+
+    def __init__(self, model: nn.Module, adapter: Adapter, progress: Progress | None = None) -> None:
+        self.sublayers = adapter.sublayers
+        self._modules = [model.get_submodule(s.name) for s in self.sublayers]
+        self._adapter = adapter
+        self._progress = progress
+        self._last: dict[tuple[str, str], tuple[int, list[torch.Tensor]]] = {}
+        self._found: list[tuple[str, str, int]] = []  # context, sublayer, step
+        self._values: list[torch.Tensor] = []  # [2] for each of `_found` not yet in a batch
+        self._batches: list[torch.Tensor] = []
+        self._step = -1
+        self.num_steps = 0
+        self.timesteps: tuple[float, ...] | None = None
+
+    def attach(self, broadcaster: Broadcaster) -> Iterator[Attached]:
+        """Look at what the modules give."""
+        for sublayer, module in zip(self.sublayers, self._modules, strict=True):
+            yield attach_forward(module, self._forward(broadcaster, sublayer))
+
+    def rest_flops(self, *args: Any, **kwargs: Any) -> int:
+        """Not counted: 0."""
+        return 0
+
+    def timestep(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's adapter has it."""
+        return self._adapter.timestep(*args, **kwargs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the outputs that are kept now."""
+        return sum(t.nbytes for _, tensors in self._last.values() for t in tensors)
+
+    def differences(self) -> list[Differences]:
+        """All that was measured so far; the one read from the device."""
+        self._batch()
+        read = torch.cat([batch.cpu() for batch in self._batches]).tolist() if self._batches else []
+        rows: dict[tuple[str, str], dict[int, list[float]]] = {}
+        for (context, name, step), pair in zip(self._found, read, strict=True):
+            rows.setdefault((context, name), {})[step] = pair
+        by_name = {s.name: s for s in self.sublayers}
+
+        def column(row: dict[int, list[float]], which: int) -> tuple[float | None, ...]:
+            return tuple(row[i][which] if i in row else None for i in range(self.num_steps))
+
+        return [
+            Differences(name, by_name[name].kind, by_name[name].layer, context, column(row, 0), column(row, 1))
+            for (context, name), row in rows.items()
+        ]
+
+    def _forward(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Callable[..., Any]:
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            call = broadcaster.call
+            if call is None:
+                return original(*args, **kwargs)
+            streams = _tensors((args, kwargs)) if sublayer.kind == "block" else []
+            before = {tuple(x.shape): x for x in reversed(streams)}
+            # A block may write to its stream in place; its inputs are needed as they were.
+            held = {shape: x.clone() for shape, x in before.items()}
+            out = original(*args, **kwargs)
+            tensors = _tensors(out)
+            if sublayer.kind == "block":
+                tensors = [t - held[tuple(t.shape)] for t in tensors if tuple(t.shape) in held]
+            self._observe(call, sublayer, tensors)
+            return out
+
+        return forward
+
+    def _observe(self, call: Call, sublayer: Sublayer, tensors: list[torch.Tensor]) -> None:
+        if call.step != self._step:
+            self._step = call.step
+            self._batch()
+            schedule = call.generation.schedule
+            self.num_steps, self.timesteps = schedule.num_steps, schedule.timesteps
+            if self._progress:
+                self._progress(call.step - schedule.begin + 1, schedule.num_steps - schedule.begin)
+        key = (call.context.name, sublayer.name)
+        step, last = self._last.get(key, (None, []))
+        if step == call.step or not tensors:
+            return  # a module that runs several times in one call is measured the first time
+        if step == call.step - 1 and [t.shape for t in last] == [t.shape for t in tensors]:
+            self._found.append((*key, call.step))
+            self._values.append(_compared(tensors, last))
+        del last
+        self._last[key] = call.step, [t.clone() for t in tensors]  # whoever gets the output may write to it
+
+    def _batch(self) -> None:
+        """The values of a step as one tensor."""
+        if self._values:
+            self._batches.append(torch.stack(self._values))
+            self._values = []
+
+
+def _tensors(nest: Any) -> list[torch.Tensor]:
+    return [v for v in pytree.tree_leaves(nest) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+
+
+def _compared(tensors: list[torch.Tensor], last: list[torch.Tensor]) -> torch.Tensor:
+    """`[mse, relative]` over all of an output's tensors, in float32 on their device."""
+    apart = sum((a.float() - b.float()).square().sum() for a, b in zip(tensors, last, strict=True))
+    size = sum(a.float().square().sum() for a in tensors)
+    assert isinstance(apart, torch.Tensor) and isinstance(size, torch.Tensor)
+    numel = sum(a.numel() for a in tensors)
+    return torch.stack([apart / numel, (apart / size.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()])

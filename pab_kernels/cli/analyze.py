@@ -1,0 +1,135 @@
+"""`pab analyze`: its options, its progress and the files that it writes."""
+
+# No `from __future__ import annotations` here: typer reads the command's annotations at run time.
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..extras import require
+
+DEMO_PROMPT = "a red circle moves right at night"
+
+
+def _arguments(given: list[str]) -> dict[str, Any]:
+    """`NAME=VALUE` pairs; a value is JSON, or else the text as it is."""
+    arguments: dict[str, Any] = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--argument takes NAME=VALUE such as height=256, got {pair!r}")
+        try:
+            arguments[name] = json.loads(value)
+        except json.JSONDecodeError:
+            arguments[name] = value
+    return arguments
+
+
+def _sampling(
+    model: str, prompt: str | None, steps: int, seed: int, arguments: dict[str, Any], **loading: Any
+) -> tuple[Any, Callable[[], Any]]:
+    """The pipeline, and a function that samples with it once."""
+    import torch
+
+    from ..adapters import adapter_for
+    from ..analysis.pipelines import DEMO, load_pipeline, usable_device
+
+    if model == DEMO:
+        from ..models.demo import load, parse
+        from ..models.demo.pipeline import GUIDANCE
+
+        demo = load(device=usable_device(loading["device"]), dtype=loading["dtype"] or torch.float32)
+        inputs = demo.inputs([parse(prompt or DEMO_PROMPT)], [seed]) | {"guidance_scale": GUIDANCE}
+        pipe = demo.pipe
+    else:
+        pipe = load_pipeline(model, **loading)
+        inputs = {} if prompt is None else {"prompt": prompt}
+    known = inspect.signature(pipe.__call__).parameters
+    defaults = {"generator": torch.Generator().manual_seed(seed), "output_type": "latent"}
+    inputs = {name: value for name, value in defaults.items() if name in known} | inputs | arguments | {"num_inference_steps": steps}
+    unknown = [name for name in inputs if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(known)}: give them by --argument NAME=VALUE"
+        )
+    missing = [n for n, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and n not in inputs]
+    if "prompt" in known and not inputs.keys() & {"prompt", "prompt_embeds"}:
+        missing.append("prompt")
+    if missing:
+        raise ValueError(f"{type(pipe).__name__} needs {', '.join(missing)}; give --prompt TEXT, and others by --argument NAME=VALUE")
+    try:
+        adapter_for(pipe.transformer)
+    except TypeError as error:
+        raise ValueError(error) from error
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
+    return pipe, lambda: pipe(**inputs)
+
+
+def analyze(
+    model: Annotated[str, typer.Option(help="Folder of a diffusers pipeline, id on the hub, or 'demo'.")],
+    prompt: Annotated[str | None, typer.Option(help="What is to be drawn.")] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 30,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for what is written.")] = Path("analysis"),
+    plot: Annotated[bool, typer.Option(help="Draw the curves and the heat map.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    argument: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline; repeat.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on CUDA, else float32.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: CUDA where there is one.")] = None,
+    local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Fetch nothing.")] = False,
+) -> None:
+    """Measure how much the outputs of attention, MLPs and blocks differ from step to step, without PAB, and propose a config.
+
+    Writes analysis.json, start.yaml (a config to start from), curves.png and layers.png. Ctrl-C keeps what was measured so far.
+    """
+    for package in ("rich", "diffusers", "yaml", *(("matplotlib",) if plot else ())):
+        require(package, "pab analyze")
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..analysis import study
+
+    if steps < 3:
+        raise ValueError(f"--steps must be at least 3, to have a beginning, a middle and an end; got {steps}")
+    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype is float32, bfloat16 or float16, got {dtype!r}")
+    arguments = _arguments(argument or [])
+    loading = {"dtype": dtypes[dtype], "device": device, "local_files_only": local_files_only}
+    pipe, run = _sampling(model, prompt, steps, seed, arguments, **loading)
+    out.mkdir(parents=True, exist_ok=True)
+
+    notes = Console(stderr=True)
+    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    interrupted = False
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("sampling", total=steps)
+        try:
+            found = study.analyze(pipe, run, progress=lambda begun, total: bar.update(task, completed=begun, total=total))
+        except study.Interrupted as stop:
+            found, interrupted = stop.analysis, True
+    written = _write(found, out, plot)
+    print(json.dumps(found.to_dict(), indent=1) if as_json else found)
+    print(f"{'interrupted: what was measured until then is' if interrupted else 'written'} in {out}: {', '.join(written)}", file=notes.file)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _write(found: Any, out: Path, plot: bool) -> list[str]:
+    """Write the files; their names."""
+    from ..broadcast.formats import save_config
+
+    written = [found.save(out / "analysis.json").name]
+    if found.start is not None:
+        written.append(save_config(found.start.config, out / "start.yaml").name)
+    if plot:
+        found.plot(out / "curves.png")
+        found.plot_layers(out / "layers.png")
+        written += ["curves.png", "layers.png"]
+    return written

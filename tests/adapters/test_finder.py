@@ -1,0 +1,534 @@
+"""What `find` takes for what: every transformer class of diffusers, and DiTs written by hand."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import diffusers.models.transformers as transformers
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pab_kernels as pab
+from pab_kernels import Broadcast, PABConfig
+from pab_kernels.adapters import latte
+from pab_kernels.adapters.finder import find
+from pab_kernels.adapters.generic import GenericAdapter
+from pab_kernels.broadcast.plan import Sublayer
+from tests.adapters.tiny_latte import inputs, tiny_latte
+
+JOINT = "spatial:transformer_blocks.attn mlp:transformer_blocks.ff mlp:transformer_blocks.ff_context"
+SINGLE = "spatial:single_transformer_blocks.attn"
+BASIC = "spatial:transformer_blocks.attn1 cross:transformer_blocks.attn2 mlp:transformer_blocks.ff"
+SELF = "spatial:transformer_blocks.attn1 mlp:transformer_blocks.ff"
+WAN = "spatial:blocks.attn1 cross:blocks.attn2 mlp:blocks.ffn"
+AUDIO = (
+    f"{BASIC} spatial:transformer_blocks.audio_attn1 cross:transformer_blocks.audio_attn2 mlp:transformer_blocks.audio_ff "
+    "cross:transformer_blocks.audio_to_video_attn cross:transformer_blocks.video_to_audio_attn"
+)
+MODALITIES = " ".join(
+    f"spatial:visual_transformer_blocks.{m}_dec_block.self_attention cross:visual_transformer_blocks.{m}_dec_block.cross_attention "
+    f"mlp:visual_transformer_blocks.{m}_dec_block.feed_forward"
+    for m in ("video", "audio")
+)
+
+EXPECTED = {
+    "AceStepTransformer1DModel": "spatial:layers.self_attn cross:layers.cross_attn mlp:layers.mlp",
+    "AllegroTransformer3DModel": BASIC,
+    "AnyFlowFARTransformer3DModel": WAN,
+    "AnyFlowTransformer3DModel": WAN,
+    "AuraFlowTransformer2DModel": "spatial:joint_transformer_blocks.attn mlp:joint_transformer_blocks.ff "
+    "mlp:joint_transformer_blocks.ff_context spatial:single_transformer_blocks.attn mlp:single_transformer_blocks.ff",
+    "BriaFibo2Transformer2DModel": "spatial:layers.attention mlp:layers.feed_forward",
+    "BriaFiboTransformer2DModel": f"{JOINT} {SINGLE}",
+    "BriaTransformer2DModel": f"{JOINT} {SINGLE}",
+    "ChromaTransformer2DModel": f"{JOINT} {SINGLE}",
+    "ChronoEditTransformer3DModel": WAN,
+    "CogVideoXTransformer3DModel": SELF,
+    "CogView3PlusTransformer2DModel": SELF,
+    "CogView4Transformer2DModel": SELF,
+    "ConsisIDTransformer3DModel": SELF,
+    "Cosmos3OmniTransformer": "spatial:layers.self_attn mlp:layers.mlp mlp:layers.mlp_moe_gen",
+    "CosmosTransformer3DModel": BASIC,
+    "DiTTransformer2DModel": SELF,
+    "DreamLiteTransformer2DModel": BASIC,
+    "DualTransformer2DModel": "spatial:transformers.transformer_blocks.attn1 cross:transformers.transformer_blocks.attn2 "
+    "mlp:transformers.transformer_blocks.ff",
+    "EasyAnimateTransformer3DModel": f"{SELF} mlp:transformer_blocks.txt_ff",
+    "ErnieImageTransformer2DModel": "spatial:layers.self_attention mlp:layers.mlp",
+    "Flux2Transformer2DModel": f"{JOINT} {SINGLE}",
+    "Flux3Transformer2DModel": "spatial:mode_blocks.image.attn mlp:mode_blocks.image.ff spatial:mode_blocks.image_cond.attn "
+    f"mlp:mode_blocks.image_cond.ff {SINGLE} mlp:single_transformer_blocks.ff",
+    "FluxTransformer2DModel": f"{JOINT} {SINGLE}",
+    "GlmImageTransformer2DModel": SELF,
+    "HeliosTransformer3DModel": WAN,
+    "HiDreamImageTransformer2DModel": "spatial:double_stream_blocks.block.attn1 mlp:double_stream_blocks.block.ff_i "
+    "mlp:double_stream_blocks.block.ff_t spatial:single_stream_blocks.block.attn1 mlp:single_stream_blocks.block.ff_i",
+    "HunyuanDiT2DModel": "spatial:blocks.attn1 cross:blocks.attn2 mlp:blocks.ff",
+    "HunyuanImageTransformer2DModel": f"{JOINT} {SINGLE}",
+    "HunyuanVideo15Transformer3DModel": JOINT,
+    "HunyuanVideoFramepackTransformer3DModel": f"{JOINT} {SINGLE}",
+    "HunyuanVideoTransformer3DModel": f"{JOINT} {SINGLE}",
+    "Ideogram4Transformer2DModel": "spatial:layers.attention mlp:layers.feed_forward",
+    "JoyImageEditPlusTransformer3DModel": "spatial:double_blocks.attn mlp:double_blocks.img_mlp mlp:double_blocks.txt_mlp",
+    "JoyImageEditTransformer3DModel": "spatial:double_blocks.attn mlp:double_blocks.img_mlp mlp:double_blocks.txt_mlp",
+    "Kandinsky5Transformer3DModel": "spatial:visual_transformer_blocks.self_attention cross:visual_transformer_blocks.cross_attention "
+    "mlp:visual_transformer_blocks.feed_forward",
+    "Kandinsky6SRTransformer3DModel": "spatial:visual_transformer_blocks.self_attention mlp:visual_transformer_blocks.feed_forward",
+    "Kandinsky6Transformer3DModel": f"{MODALITIES} cross:visual_transformer_blocks.va_cross_attention "
+    "cross:visual_transformer_blocks.av_cross_attention",
+    "Krea2Transformer2DModel": "spatial:transformer_blocks.attn mlp:transformer_blocks.ff",
+    "LTX2VideoTransformer3DModel": AUDIO,
+    "LTXVideoTransformer3DModel": BASIC,
+    "LatteTransformer3DModel": f"{BASIC} temporal:temporal_transformer_blocks.attn1 mlp:temporal_transformer_blocks.ff",
+    "LongCatAudioDiTTransformer": "spatial:blocks.self_attn cross:blocks.cross_attn mlp:blocks.ffn",
+    "LongCatImageTransformer2DModel": f"{JOINT} {SINGLE}",
+    "Lumina2Transformer2DModel": "spatial:layers.attn mlp:layers.feed_forward",
+    "LuminaNextDiT2DModel": "spatial:layers.attn1 cross:layers.attn2 mlp:layers.feed_forward",
+    "MiniMaxH3Transformer3DModel": "spatial:transformer_blocks.attn mlp:transformer_blocks.ff",
+    "MiniMaxMusic3RVQDepthDecoder": "spatial:layers.attn",
+    "MiniMaxMusic3Transformer1DModel": "spatial:transformer_blocks.attn",
+    "MochiTransformer3DModel": f"{SELF} mlp:transformer_blocks.ff_context",
+    "MotifVideoTransformer3DModel": f"{JOINT} {SINGLE}",
+    "NucleusMoEImageTransformer2DModel": "spatial:transformer_blocks.attn mlp:transformer_blocks.img_mlp",
+    "OmniGenTransformer2DModel": "spatial:layers.self_attn mlp:layers.mlp",
+    "OvisImageTransformer2DModel": f"{JOINT} {SINGLE}",
+    "PRXTransformer2DModel": "spatial:blocks.attention",
+    "PixArtTransformer2DModel": BASIC,
+    "PriorTransformer": SELF,
+    "QwenImage21Transformer2DModel": "spatial:transformer_blocks.attn mlp:transformer_blocks.img_mlp",
+    "QwenImageTransformer2DModel": "spatial:transformer_blocks.attn mlp:transformer_blocks.img_mlp mlp:transformer_blocks.txt_mlp",
+    "RFD4ProteinaTransformer": "spatial:transformer_layers.mhba",
+    "SD3Transformer2DModel": JOINT,
+    "SanaTransformer2DModel": BASIC,
+    "SanaVideoTransformer3DModel": BASIC,
+    "SanaWMLTX2RefinerTransformer3DModel": AUDIO,
+    "SanaWMTransformer3DModel": "spatial:blocks.attn cross:blocks.cross_attn mlp:blocks.mlp",
+    "SkyReelsV2Transformer3DModel": WAN,
+    "StableAudio3DiTModel": "spatial:transformer_blocks.self_attn cross:transformer_blocks.cross_attn mlp:transformer_blocks.ff",
+    "StableAudioDiTModel": BASIC,
+    "T5FilmDecoder": "spatial:decoders.layer.attention cross:decoders.layer.attention",
+    "Transformer2DModel": BASIC,
+    "TransformerTemporalModel": "temporal:transformer_blocks.attn1 temporal:transformer_blocks.attn2 mlp:transformer_blocks.ff",
+    "WanAnimate2Transformer3DModel": "spatial:blocks.self_attn cross:blocks.cross_attn mlp:blocks.ffn",
+    "WanAnimateTransformer3DModel": f"{WAN} cross:face_adapter",
+    "WanTransformer3DModel": WAN,
+    "WanVACETransformer3DModel": f"{WAN} spatial:vace_blocks.attn1 cross:vace_blocks.attn2 mlp:vace_blocks.ffn",
+    "ZImageTransformer2DModel": "spatial:layers.attention mlp:layers.feed_forward",
+}
+"""Kind and module, without numbers, of every sublayer but blocks, by class. Refiners, text encoders and embedders are not among them."""
+
+_HEADS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "ConsisIDTransformer3DModel": {"num_layers": 2, "is_train_face": True},
+    "EasyAnimateTransformer3DModel": {
+        **_HEADS,
+        "mmdit_layers": 1,
+        "in_channels": 4,
+        "out_channels": 4,
+        "patch_size": 2,
+        "text_embed_dim": 8,
+        "time_embed_dim": 8,
+    },
+    "HiDreamImageTransformer2DModel": {
+        **_HEADS,
+        "num_single_layers": 2,
+        "patch_size": 2,
+        "in_channels": 4,
+        "caption_channels": [8, 4],
+        "text_emb_dim": 8,
+        "num_routed_experts": 2,
+        "num_activated_experts": 1,
+        "axes_dims_rope": (4, 2, 2),
+        "max_resolution": (8, 8),
+        "llama_layers": (0, 1),
+    },
+    "HunyuanDiT2DModel": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 4,
+        "in_channels": 4,
+        "sample_size": 8,
+        "patch_size": 2,
+        "hidden_size": 16,
+        "cross_attention_dim": 8,
+    },
+    "LatteTransformer3DModel": {
+        **_HEADS,
+        "in_channels": 4,
+        "sample_size": 8,
+        "patch_size": 2,
+        "cross_attention_dim": 16,
+        "caption_channels": 8,
+    },
+    "LuminaNextDiT2DModel": {"hidden_size": 24, "num_layers": 2, "num_attention_heads": 3, "num_kv_heads": 1, "cross_attention_dim": 8},
+    "OmniGenTransformer2DModel": {
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 32,
+        "num_layers": 2,
+        "rope_scaling": {"long_factor": [1, 2], "short_factor": [1, 2]},
+    },
+    "Transformer2DModel": {**_HEADS, "in_channels": 32, "cross_attention_dim": 8},
+    "DualTransformer2DModel": {**_HEADS, "in_channels": 32, "cross_attention_dim": 8},
+    "DreamLiteTransformer2DModel": {**_HEADS, "in_channels": 32, "cross_attention_dim": 8},
+    "TransformerTemporalModel": {**_HEADS, "in_channels": 32},
+    "WanVACETransformer3DModel": {"num_layers": 4, "vace_layers": [0, 2]},
+}
+"""Where the class cannot be built with two layers and its defaults."""
+
+
+def _exported() -> list[str]:
+    return [n for n, c in vars(transformers).items() if inspect.isclass(c) and issubclass(c, nn.Module)]
+
+
+def _meta(name: str) -> nn.Module:
+    cls = getattr(transformers, name)
+    config = CONFIGS.get(name)
+    if config is None:
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        counts = [p for p in parameters if type(p.default) is int and p.default > 2 and re.search("layers|depth|blocks", p.name)]
+        config = {p.name: 2 for p in counts}
+    with torch.device("meta"):
+        return cls(**config)
+
+
+def _named(sublayers: Iterable[Sublayer]) -> set[str]:
+    return {f"{s.kind}:{re.sub(r'[.][0-9]+(?=[.]|$)', '', s.name)}" for s in sublayers if s.kind != "block"}
+
+
+def test_every_exported_class_is_listed() -> None:
+    assert set(_exported()) <= set(EXPECTED)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta:UserWarning")
+@pytest.mark.parametrize("name", sorted(set(_exported()) & set(EXPECTED)))
+def test_the_sublayers_of_a_class_of_diffusers(name: str) -> None:
+    sublayers = find(_meta(name))
+    assert _named(sublayers) == set(EXPECTED[name].split())
+    blocks = {s.name for s in sublayers if s.kind == "block"}
+    for s in sublayers:
+        assert s.why
+        if s.kind != "block" and s.block is None:
+            assert name == "WanAnimateTransformer3DModel", "only its face adapter stands beside the blocks"
+        elif s.kind != "block":
+            assert s.block in blocks and s.layer == int(s.block.rpartition(".")[2])
+
+
+# DiTs written by hand
+
+
+class TimmAttention(nn.Module):
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v))
+
+
+class TextMixer(nn.Module):
+    """Attention by its projections alone; another sequence is required."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(8, 8), nn.Linear(8, 16)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.q(x), *self.kv(context).chunk(2, -1))
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+
+
+class SoraBlock(nn.Module):
+    """As Open-Sora and VideoSys name things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.attn_temp, self.cross_attn = TimmAttention(), TimmAttention(), TextMixer()
+        self.attn_norm, self.mlp_norm = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.mlp = mlp()
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = x + self.attn(self.attn_norm(x))
+        x = x + self.attn_temp(x.transpose(0, 1)).transpose(0, 1)
+        return x + self.cross_attn(x, text) + self.mlp(self.mlp_norm(x))
+
+
+class TorchBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.look = nn.MultiheadAttention(8, 2, batch_first=True), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.net = mlp()
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = x + self.mix(x, x, x, need_weights=False)[0]
+        x = x + self.look(query=x, key=text, value=text, need_weights=False)[0]
+        return x + self.net(x)
+
+
+class ByHand(nn.Module):
+    """Attention that is given queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq, self.wk, self.wv = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.wq(q), self.wk(k), self.wv(v))
+
+
+class ByHandBlock(TorchBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.look = ByHand(), ByHand()
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = x + self.mix(x, x, x)
+        return self.net(x + self.look(x, k=text, v=text))
+
+
+class PlainBlock(nn.Module):
+    """Attention written out in the block itself: it cannot be reused without the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.ffn = nn.Linear(8, 24), nn.Linear(8, 8), mlp()
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v))
+        return x + self.ffn(x)
+
+
+class ModeBlock(nn.Module):
+    def __init__(self, temporal: bool = False) -> None:
+        super().__init__()
+        self.temporal = temporal
+        self.attn, self.cross_attn, self.mlp = TimmAttention(), TextMixer(), mlp()
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return x + self.cross_attn(x, text) + self.mlp(x)
+
+
+class DiT(nn.Module):
+    def __init__(self, **lists: list[nn.Module]) -> None:
+        super().__init__()
+        for name, blocks in lists.items():
+            setattr(self, name, nn.ModuleList(blocks))
+        self.text_embedder, self.context_refiner = nn.Sequential(TimmAttention()), nn.ModuleList([ModeBlock(), ModeBlock()])
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        text = self.text_embedder(text)
+        for block in self.context_refiner:
+            text = block(text, text)
+        for name, blocks in self.named_children():
+            for block in blocks if name.endswith("blocks") else ():
+                x = block(x, text)
+        return x
+
+
+def _kinds(model: nn.Module, **kwargs: Any) -> dict[str, str]:
+    return {s.name: s.kind for s in find(model, **kwargs)}
+
+
+def test_open_sora_like_blocks() -> None:
+    found = find(DiT(blocks=[SoraBlock(), SoraBlock()]))
+    assert [(s.name, s.kind, s.layer, s.block) for s in found if "1" in s.name] == [
+        ("blocks.1.attn", "spatial", 1, "blocks.1"),
+        ("blocks.1.attn_temp", "temporal", 1, "blocks.1"),
+        ("blocks.1.cross_attn", "cross", 1, "blocks.1"),
+        ("blocks.1.mlp", "mlp", 1, "blocks.1"),
+        ("blocks.1", "block", 1, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        DiT(spatial_blocks=[ModeBlock(), ModeBlock()], temporal_blocks=[ModeBlock(), ModeBlock()]),
+        DiT(blocks=[ModeBlock(), ModeBlock(temporal=True)] * 2),
+    ],
+    ids=["by the name of the list", "by the block's temporal flag"],
+)
+def test_temporal_blocks(model: nn.Module) -> None:
+    found = find(model)
+    modules = dict(model.named_modules())
+    for s in found:
+        if s.name.endswith(".attn"):
+            assert s.kind == ("temporal" if s.name.startswith("temporal") or getattr(modules[s.block or ""], "temporal", 0) else "spatial")
+        if s.name.endswith(".cross_attn"):
+            assert s.kind == "cross"
+    assert not any("refiner" in s.name or "embedder" in s.name for s in found)
+
+
+def test_words_inside_of_words_say_nothing() -> None:
+    class Contemporal(ModeBlock):
+        """A class whose name has the letters of "temporal", and "attempted" those of "temp"."""
+
+    class AttemptedBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attempt_attn, self.crosswise, self.mlperf = TimmAttention(), TimmAttention(), nn.Linear(8, 8)
+
+    for block in (Contemporal, AttemptedBlock):
+        kinds = _kinds(DiT(contemporary_blocks=[block(), block()]))
+        assert "temporal" not in kinds.values()
+    assert set(kinds.values()) == {"spatial", "block"}
+
+
+def test_space_and_time_at_once_is_spatial() -> None:
+    class SpatioTemporalAttention(TimmAttention):
+        pass
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temporal_attn, self.attn = SpatioTemporalAttention(), SpatioTemporalAttention()
+
+    assert _kinds(DiT(blocks=[Block(), Block()]))["blocks.0.attn"] == "spatial"
+
+
+@pytest.mark.parametrize("block", [TorchBlock, ByHandBlock])
+def test_attention_that_is_given_its_keys_is_told_apart_by_its_caller(block: type[nn.Module]) -> None:
+    kinds = _kinds(DiT(blocks=[block(), block()]))
+    assert [kinds[f"blocks.0.{n}"] for n in ("mix", "look", "net")] == ["spatial", "cross", "mlp"]
+
+
+def test_attention_that_is_written_out_in_a_block_leaves_the_block_and_its_mlp() -> None:
+    assert _kinds(DiT(blocks=[PlainBlock(), PlainBlock()])) == {
+        "blocks.0.ffn": "mlp",
+        "blocks.0": "block",
+        "blocks.1.ffn": "mlp",
+        "blocks.1": "block",
+    }
+
+
+def test_lists_in_lists_count_the_outer_one() -> None:
+    layers = nn.ModuleList(nn.ModuleList([TimmAttention(), mlp()]) for _ in range(3))
+    found = find(nn.ModuleDict({"layers": layers}))
+    assert [(s.name, s.kind, s.layer, s.block) for s in found][-2:] == [("layers.2.0", "spatial", 2, None), ("layers.2.1", "mlp", 2, None)]
+
+
+def test_kinds_override_add_and_leave_out() -> None:
+    model = DiT(blocks=[SoraBlock(), SoraBlock()])
+    kinds = {"blocks.*.attn": "temporal", "blocks.1.**": None, "blocks.1": None, "context_refiner.*.attn": "spatial"}
+    found = _kinds(model, kinds=kinds)
+    assert {n: k for n, k in found.items() if not n.startswith("context")} == {
+        "blocks.0.attn": "temporal",
+        "blocks.0.attn_temp": "temporal",
+        "blocks.0.cross_attn": "cross",
+        "blocks.0.mlp": "mlp",
+        "blocks.0": "block",
+    }
+    assert found["context_refiner.0.attn"] == found["context_refiner.1.attn"] == "spatial"
+    with pytest.raises(ValueError, match=r"no module of the model is named 'block.\*.attn'"):
+        find(model, {"block.*.attn": "spatial"})
+    with pytest.raises(ValueError, match=r"kinds\['blocks.0.attn'\] is 'self'; supported are 'spatial'"):
+        find(model, {"blocks.0.attn": "self"})
+
+
+def test_kinds_in_the_public_functions() -> None:
+    model = DiT(blocks=[SoraBlock()]).requires_grad_(False)
+    pab.enable(model, PABConfig(spatial=2), num_steps=2, kinds={"**.mlp": None})
+    assert "blocks.0.mlp" not in [s.name for s in pab.sublayers(model)]
+    for function in (pab.enable, pab.sublayers):
+        with pytest.raises(ValueError, match="PAB is enabled on this DiT already, with its kinds"):
+            function(model, kinds={"**.mlp": None})
+    pab.disable(model)
+    assert "blocks.0.mlp" in [s.name for s in pab.sublayers(model)]
+
+
+@pytest.mark.parametrize("block", [SoraBlock, TorchBlock, ByHandBlock, PlainBlock, ModeBlock])
+def test_hand_written_blocks_run_as_the_plan_says(block: type[nn.Module]) -> None:
+    model = DiT(blocks=[block(), block()]).eval().requires_grad_(False)
+    xs, text = [torch.randn(3, 3, 8) for _ in range(4)], torch.randn(3, 3, 8)
+    plain = [model(x, text) for x in xs]
+    for config in (PABConfig(1, 1, 1, 1, 1), PABConfig(*[Broadcast(2, (0, 1))] * 4), PABConfig(block=Broadcast(2, (0, 1)))):
+        pab.enable(model, config, num_steps=4)
+        with_pab = [model(x, text[:, :2]) if config.block and config.spatial is None else model(x, text) for x in xs]
+        if config.block == Broadcast(1):
+            assert all(map(torch.equal, with_pab, plain))
+        else:
+            tallies = pab.summary(model).contexts["#0"]
+            kinds = {s.kind for s in pab.sublayers(model)} & {k for k, _ in config.broadcasts()}
+            assert all(tallies[k].reused == tallies[k].computed > 0 for k in kinds)
+        pab.disable(model)
+        assert all(map(torch.equal, [model(x, text) for x in xs], plain))
+
+
+def test_the_change_of_a_block_is_added_to_its_new_input() -> None:
+    model = DiT(blocks=[ModeBlock()]).eval().requires_grad_(False)
+    a, b, text = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    plain = model(a, text)
+    pab.enable(model, PABConfig(block=Broadcast(2, (0, 1))), num_steps=2)
+    assert torch.equal(model(a, text), plain)
+    assert torch.equal(model(b, text), b + (plain - a))
+
+
+def test_the_change_of_a_block_that_writes_to_its_stream() -> None:
+    class InPlace(ModeBlock):
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            return x.add_(self.attn(x)).add_(self.cross_attn(x, text))
+
+    model = DiT(blocks=[InPlace()]).eval().requires_grad_(False)
+    a, b, text = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    plain = model(a.clone(), text)
+    pab.enable(model, PABConfig(block=Broadcast(2, (0, 1))), num_steps=2)
+    assert torch.equal(model(a.clone(), text), plain)
+    assert torch.equal(model(b.clone(), text), b + (plain - a))
+
+
+@pytest.mark.parametrize("name", ["timestep", "t", "sigma"])
+def test_the_timestep_is_found_by_its_name(name: str) -> None:
+    model = DiT(blocks=[SoraBlock()])
+    namespace: dict[str, Any] = {}
+    exec(f"def forward(x, {name}, text=None): pass", namespace)
+    model.forward = namespace["forward"]
+    adapter = GenericAdapter(model)
+    assert adapter.timestep("x", 500) == adapter.timestep("x", **{name: 500}) == 500
+    assert adapter.timestep("x") is None
+    assert GenericAdapter(DiT(blocks=[SoraBlock()])).timestep("x", 500) is None
+
+
+def test_a_block_that_returns_no_stream_is_refused_by_name() -> None:
+    class Narrow(ModeBlock):
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            return super().forward(x, text)[:, :1]
+
+    class Swapped(ModeBlock):
+        def forward(self, x: Tensor, text: Tensor) -> Any:
+            return super().forward(x, text), text
+
+    for block, said, length in ((Narrow, "continues none of its inputs", 3), (Swapped, "continues 2 of its inputs", 5)):
+        model = nn.ModuleDict({"blocks": nn.ModuleList([block()])}).requires_grad_(False)
+        model.forward = lambda x, text, model=model: model["blocks"][0](x, text)
+        pab.enable(model, PABConfig(block=Broadcast(2, (0, 1))), num_steps=2)
+        with pytest.raises(TypeError, match=said) as info:
+            model(torch.randn(2, 5, 8), torch.randn(2, length, 8))
+        assert "blocks.0" in str(info.value) and "\n" not in str(info.value)
+
+
+def test_latte_by_the_generic_path_gives_what_its_own_adapter_gives() -> None:
+    config = PABConfig(spatial=Broadcast(2, (0, 1)), temporal=Broadcast(3, (0, 1)), cross=Broadcast(4, (0, 1)), mlp=Broadcast(2, (0, 1)))
+    outs = []
+    for kinds in (None, {"transformer_blocks.0.ff": "mlp"}):
+        model = tiny_latte()
+        pab.enable(model, config, num_steps=6, kinds=kinds)
+        assert isinstance(vars(model)["_pab_broadcaster"].adapter, latte.LatteAdapter if kinds is None else GenericAdapter)
+        given = inputs()
+        outs.append([model(**given | {"hidden_states": given["hidden_states"] * (1 + i)}).sample for i in range(6)])
+        tallies = pab.summary(model).contexts["#0"]
+        outs[-1].append(torch.tensor([[t.computed, t.reused] for _, t in sorted(tallies.items())]))
+    for a, b in zip(*outs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

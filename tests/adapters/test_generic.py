@@ -1,0 +1,210 @@
+"""The generic adapter on the transformers of diffusers: what it finds, and that it runs them as the plan says."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import pab_kernels as pab
+from pab_kernels import Broadcast, PABConfig
+from pab_kernels.analysis import analyze
+from pab_kernels.broadcast.plan import Sublayer
+from tests.adapters.tiny_models import FAMILIES, TEXT, Tiny
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
+    pytest.mark.filterwarnings("ignore:(?s)In CPU autocast:UserWarning"),  # Mochi asks for float32 in autocast
+]
+
+EVERY_SECOND = Broadcast(2, (0, 1))
+STEPS = 4
+
+
+def outputs(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    return [v for v in pytree.tree_leaves(model(**inputs)) if isinstance(v, Tensor)]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+@contextlib.contextmanager
+def said_again(model: nn.Module, sublayers: list[Sublayer], written: dict[str, Any], record: bool) -> Iterator[None]:
+    """The modules of `sublayers` in a plain model write down what they give, or say again what is written down."""
+
+    def stand_in(module: nn.Module, sublayer: Sublayer) -> Callable[..., Any]:
+        original = module.forward
+        if record:
+            written[sublayer.name] = []
+        lines = written[sublayer.name]  # a module may run several times
+        turns = iter(lines)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            xs = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+            if record:
+                before = [x.clone() for x in xs]
+                lines.append((original(*args, **kwargs), before))
+                return lines[-1][0]
+            out, before = next(turns)
+            if sublayer.kind != "block":
+                return out
+            streams = {tuple(b.shape): (b, x) for b, x in zip(reversed(before), reversed(xs), strict=True)}
+
+            def moved(o: Any) -> Any:
+                return streams[tuple(o.shape)][1] + (o - streams[tuple(o.shape)][0]) if isinstance(o, Tensor) else o
+
+            return pytree.tree_map(moved, out)
+
+        return forward
+
+    modules = dict(model.named_modules())
+    with contextlib.ExitStack() as stack:
+        for s in sublayers:
+            stack.enter_context(mock.patch.object(modules[s.name], "forward", stand_in(modules[s.name], s)))
+        yield
+
+
+@pytest.mark.parametrize("tiny", FAMILIES, ids=lambda t: t.name)
+def test_a_family_of_diffusers(tiny: Tiny) -> None:
+    model = tiny.build()
+    sublayers = pab.sublayers(model)
+    kinds = {re.sub(r"\.\d+(?=\.|$)", ".*", s.name): s.kind for s in sublayers if s.kind != "block"}
+    assert kinds == tiny.kinds
+    assert all(s.why and s.how == "module" for s in sublayers)
+    assert all(s.name.startswith(f"{s.block}.") and s.name.split(".")[1] == str(s.layer) for s in sublayers if s.kind != "block")
+    before = {name: dict(vars(m)) for name, m in model.named_modules()}
+    plain = {seed: outputs(model, tiny(seed)) for seed in range(4)}
+    assert all(out.isfinite().all() for outs in plain.values() for out in outs)
+
+    one = Broadcast(1)
+    pab.enable(model, PABConfig(one, one, one, one, one), num_steps=STEPS)
+    assert all(same(outputs(model, tiny(seed)), plain[seed]) for seed in range(4))
+    assert set(pab.summary(model).contexts["#0"]) == set(kinds.values()) | {"block"}
+
+    # Two contexts with inputs of their own: the first call of each is the model's own, the second says its attention again.
+    rules = PABConfig(EVERY_SECOND, EVERY_SECOND, EVERY_SECOND, EVERY_SECOND)
+    replayed = [s for s in sublayers if s.kind != "block"]
+    twin = tiny.build()
+    pab.disable(model)
+    check(tiny, model, twin, rules, replayed, plain)
+    pab.disable(model)
+    if tiny.streams:
+        check(tiny, model, twin, PABConfig(block=EVERY_SECOND), [s for s in sublayers if s.kind == "block"], plain, exact=False)
+    pab.disable(model)
+    assert same(outputs(model, tiny(0)), plain[0])
+    assert {name: dict(vars(m)) for name, m in model.named_modules()}.keys() == before.keys()
+    assert all("forward" not in vars(m) for m in model.modules())
+
+
+def check(
+    tiny: Tiny, model: Any, twin: Any, rules: PABConfig, sublayers: list[Sublayer], plain: dict[int, list[Tensor]], exact: bool = True
+) -> None:
+    pab.enable(model, rules, num_steps=STEPS)
+    written: dict[str, dict[str, Any]] = {"cond": {}, "uncond": {}}
+    for step in range(STEPS):
+        for place, name in enumerate(written):
+            seed = (step + 2 * place) % 4
+            with pab.context(model, name):
+                got = outputs(model, tiny(seed))
+            with said_again(twin, sublayers, written[name], record=step % 2 == 0):
+                wanted = outputs(twin, tiny(seed))
+            if step % 2 == 0:
+                assert same(got, plain[seed])
+            else:
+                assert not same(got, plain[seed])
+            if exact:
+                assert same(got, wanted)
+            else:
+                for a, b in zip(got, wanted, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    summary = pab.summary(model)
+    assert summary.forced == 0 and summary.cache_bytes == 0
+    for tallies in summary.contexts.values():
+        for kind in {s.kind for s in sublayers}:
+            number = sum(len(written["cond"][s.name]) for s in sublayers if s.kind == kind)
+            assert (tallies[kind].computed, tallies[kind].reused) == (number * STEPS // 2, number * STEPS // 2)
+
+
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "FluxTransformer2DModel"])
+def test_compiled_blocks_run_as_the_plan_says(name: str) -> None:
+    """With `fullgraph=True`: a graph for each block and pattern, and none in a second generation."""
+    from torch._dynamo.testing import CompileCounter
+
+    tiny = next(t for t in FAMILIES if t.name == name)
+    eager, compiled = tiny.build(), tiny.build()
+    rules = PABConfig(spatial=EVERY_SECOND, cross=EVERY_SECOND, mlp=EVERY_SECOND)
+    for model in (eager, compiled):
+        pab.enable(model, rules)
+    blocks = [s.name for s in pab.sublayers(compiled) if s.kind == "block"]
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for block in blocks:
+            compiled.get_submodule(block).compile(fullgraph=True, backend=counter)
+        for _ in range(2):
+            with pab.generation(eager, num_steps=STEPS), pab.generation(compiled, num_steps=STEPS):
+                for seed in range(STEPS):
+                    for a, b in zip(outputs(compiled, tiny(seed)), outputs(eager, tiny(seed)), strict=True):
+                        torch.testing.assert_close(a, b)
+            assert counter.frame_count == 2 * len(blocks)
+            assert pab.summary(compiled) == pab.summary(eager)
+
+
+def _wan() -> tuple[Any, dict[str, Any]]:
+    transformer = FAMILIES[1].build()
+    pipe = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler()
+    )
+    return pipe, {"height": 32, "width": 48, "num_frames": 9, "guidance_scale": 4.0}
+
+
+def _cogvideox() -> tuple[Any, dict[str, Any]]:
+    transformer = FAMILIES[0].build()
+    pipe = diffusers.CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=diffusers.CogVideoXDDIMScheduler()
+    )
+    return pipe, {"height": 64, "width": 48, "num_frames": 5, "guidance_scale": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("make", "contexts"), [(_wan, ("cond", "uncond")), (_cogvideox, ("cond_uncond",))], ids=["a call a branch", "batched"]
+)
+def test_a_pipeline_without_an_adapter_of_its_own(make: Callable[[], tuple[Any, dict[str, Any]]], contexts: tuple[str, ...]) -> None:
+    pipe, size = make()
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [torch.randn(1, TEXT, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+
+    def sample(steps: int = 6) -> Tensor:
+        return pipe(
+            prompt_embeds=prompts[0],
+            negative_prompt_embeds=prompts[1],
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            **size,
+        ).frames
+
+    plain = sample()
+    pab.enable(pipe, PABConfig(1, 1, 1, 1, 1))
+    assert torch.equal(sample(), plain)
+    pab.enable(pipe, PABConfig(spatial=EVERY_SECOND, mlp=Broadcast(3, (0, 1))))
+    first, second = sample(), sample()
+    assert torch.equal(first, second) and not torch.equal(first, plain)
+    summary = pab.summary(pipe)
+    assert tuple(summary.contexts) == contexts and summary.forced == 0 and summary.cache_bytes == 0
+    for tallies in summary.contexts.values():
+        assert (tallies["spatial"].computed, tallies["spatial"].reused) == (2 * 3, 2 * 3)
+        assert (tallies["mlp"].computed, tallies["mlp"].reused) == (2 * 2, 2 * 4)
+    pab.disable(pipe)
+    assert torch.equal(sample(), plain)
+    found = analyze(pipe, sample)
+    assert {d.context for d in found.differences} == set(contexts) and found.num_steps == 6

@@ -1,0 +1,227 @@
+"""`analyze`: what is measured, in which context, what is held meanwhile, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pab_kernels as pab
+from pab_kernels.analysis import Analysis, analyze
+from pab_kernels.analysis.study import Interrupted
+from pab_kernels.broadcast.broadcaster import ATTRIBUTE
+from tests.adapters.tiny_latte import LAYERS, sample, tiny_latte, tiny_pipe
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+STEPS = 6
+
+
+class Scripted(nn.Module):
+    """Attention whose output is a number that is given to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(3, 3)
+        self.value = 0.0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
+        return torch.full_like(x, self.value), None, torch.full((2, 1), 2 * self.value)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Scripted()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, _, _ = self.attn(x)
+        return x.add_(out.mul_(3))  # in place, both
+
+
+class Toy(nn.Module):
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def play(model: Any, values: dict[str | None, list[float]], before: Callable[[int], None] = lambda step: None) -> None:
+    """Call the model at every step once for each context, with outputs as given; layer l gives l + 1 times as much."""
+    for step in range(len(next(iter(values.values())))):
+        before(step)
+        for name, row in values.items():
+            for layer, block in enumerate(model.blocks):
+                block.attn.value = (layer + 1) * row[step]
+            if name is None:
+                model(torch.ones(1, 4, 3))
+            else:
+                with pab.context(model, name):
+                    model(torch.ones(1, 4, 3))
+
+
+def test_differences_are_those_of_the_outputs_by_context() -> None:
+    model = Toy()
+    values = {"cond": [1.0, 3.0, 2.0], "uncond": [5.0, 5.0, 4.0]}
+    found = analyze(model, lambda: play(model, values), num_steps=3)
+    assert (found.model, found.num_steps, found.complete) == ("Toy", 3, True)
+    by_key = {(d.context, d.name): d for d in found.differences}
+    assert set(by_key) == {(c, n) for c in values for n in ("blocks.0.attn", "blocks.1.attn", "blocks.0", "blocks.1")}
+    for (context, name), d in by_key.items():
+        row, factor = values[context], d.layer + 1
+        assert d.mse[0] is None and d.relative[0] is None
+        for i in (1, 2):
+            apart = abs(row[i] - row[i - 1])
+            # 12 numbers and 2 of twice the size; a block adds three times the first of them
+            wanted = (factor * apart) ** 2 * (12 + 4 * 2) / 14 if d.kind == "spatial" else (3 * factor * apart) ** 2
+            assert d.mse[i] == pytest.approx(wanted, rel=1e-6), name
+            assert d.relative[i] == pytest.approx(apart / row[i], rel=1e-6), name
+    assert found.curve("spatial")[1] == pytest.approx((2 / 3 + 0) / 2)
+    assert found.layers("block", "mse")[1][2] == pytest.approx((36 + 36) / 2)
+
+
+def test_contexts_without_names_are_told_apart_by_their_order() -> None:
+    model = Toy(1)
+
+    def run() -> None:
+        for step in range(3):
+            for value in (1.0 + step, 7.0):
+                model.blocks[0].attn.value = value
+                with pab.context(model, "all", step):
+                    model(torch.ones(1, 2, 3))
+
+    found = {d.context: d.relative for d in analyze(model, run, num_steps=3).differences if d.kind == "spatial"}
+    assert found == {"all": (None, pytest.approx(1 / 2), pytest.approx(1 / 3)), "all#1": (None, 0.0, 0.0)}
+
+
+def test_a_run_is_the_same_as_without_and_nothing_stays_behind() -> None:
+    pipe = tiny_pipe()
+    plain = sample(pipe, STEPS)
+    outs: list[Tensor] = []
+    found = analyze(pipe, lambda: outs.append(sample(pipe, STEPS)))
+    assert torch.equal(outs[0], plain) and torch.equal(sample(pipe, STEPS), plain)
+    assert ATTRIBUTE not in vars(pipe.transformer)
+    assert all("forward" not in vars(m) for m in pipe.transformer.modules()) and "step" not in vars(pipe.scheduler)
+    assert found.kinds == ("spatial", "temporal", "cross", "mlp", "block")
+    assert len(found.differences) == LAYERS * 7 and found.timesteps is not None and len(found.timesteps) == STEPS
+    for d in found.differences:
+        assert d.mse[0] is None and all(v is not None and math.isfinite(v) and v > 0 for v in d.mse[1:] + d.relative[1:])
+    assert {kind: len(found.layers(kind)) for kind in found.kinds} == dict.fromkeys(found.kinds, LAYERS)
+
+
+class _NoReads(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "local_scalar" not in str(function), "the device is waited for"
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_more_than_one_steps_outputs_are_held_and_nothing_is_read_meanwhile() -> None:
+    model, size, alive = Toy(4), 1 * 4 * 3, []
+
+    def count(step: int) -> None:
+        tensors = [t for t in gc.get_objects() if type(t) is Tensor and t.numel() == size]
+        alive.append(len(tensors))
+
+    def run() -> None:
+        with _NoReads():
+            play(model, {None: [float(i * i) for i in range(5)]}, count)
+
+    gc.collect()
+    analyze(model, run, num_steps=5)
+    held = [n - alive[0] for n in alive]
+    assert held == [0, 8, 8, 8, 8], "four attentions and four blocks"
+
+
+def test_interrupted_runs_keep_what_was_measured() -> None:
+    model = Toy()
+
+    def stop(step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    seen: list[tuple[int, int]] = []
+    with pytest.raises(Interrupted) as info:
+        analyze(model, lambda: play(model, {"cond": [1.0, 2.0, 4.0, 8.0]}, stop), num_steps=4, progress=lambda *p: seen.append(p))
+    found = info.value.analysis
+    assert isinstance(info.value, KeyboardInterrupt) and not found.complete and found.start is None
+    assert found.curve("spatial") == (None, pytest.approx(0.5), pytest.approx(0.5), None)
+    assert seen == [(1, 4), (2, 4), (3, 4)]
+    assert "interrupted" in str(found) and json.loads(json.dumps(found.to_dict()))["complete"] is False
+    assert ATTRIBUTE not in vars(model) and not any("forward" in vars(m) for m in model.modules())
+
+
+def test_results_are_written_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pipe = tiny_pipe()
+    found = analyze(pipe, lambda: sample(pipe, STEPS))
+    read = json.loads(found.save(tmp_path / "a.json").read_text())
+    assert read["curves"]["cross"]["mse"] == list(found.curve("cross", "mse"))
+    assert [s["name"] for s in read["sublayers"]] == [d.name for d in found.differences]
+    curves = found.plot(tmp_path / "curves.png")
+    for ax, what in zip(curves.axes, ("relative", "mse"), strict=True):
+        lines = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
+        assert {kind: list(lines[kind]) for kind in found.kinds} == {kind: list(found.curve(kind, what)[1:]) for kind in found.kinds}
+    maps = found.plot_layers(tmp_path / "layers.png")
+    grids = [ax.get_images()[0].get_array() for ax in maps.axes if ax.get_images()]
+    assert [grid.shape for grid in grids] == [(LAYERS, STEPS)] * 5
+    assert grids[2][1][3] == pytest.approx(found.layers("cross")[1][3])
+    assert (tmp_path / "curves.png").stat().st_size > 0 and (tmp_path / "layers.png").stat().st_size > 0
+
+
+def test_what_cannot_be_measured_is_refused_in_one_line() -> None:
+    pipe = tiny_pipe()
+    enabled = tiny_latte()
+    pab.enable(enabled)
+    for thing, kwargs, error, message in (
+        (enabled, {"num_steps": 3}, ValueError, "PAB is enabled on this LatteTransformer3DModel"),
+        (Toy(), {}, ValueError, "num_steps is needed for a bare module, and only there"),
+        (pipe, {"num_steps": 3}, ValueError, "num_steps is needed for a bare module, and only there"),
+        (object(), {}, TypeError, "got object; supported are"),
+        (nn.Linear(1, 1), {"num_steps": 3}, TypeError, "no attention was found"),
+        (Toy(), {"num_steps": 3}, ValueError, r"run\(\) did not call the Toy"),
+    ):
+        with pytest.raises(error, match=message) as info:
+            analyze(thing, lambda: None, **kwargs)
+        assert "\n" not in str(info.value)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Analysis:
+    pytest.importorskip("safetensors")
+    from pab_kernels.models.demo import load, parse
+
+    pipe = load("ddim", device="cpu")
+    inputs = pipe.inputs([parse("a red circle moves right at night")], [0])
+    return analyze(pipe.pipe, lambda: pipe.pipe(**inputs, num_inference_steps=20, guidance_scale=3.0, output_type="latent"))
+
+
+def test_the_demo_model_shows_the_u(demo: Analysis) -> None:
+    """The relative difference of every kind is larger in the first and in the last 15 % than in the middle."""
+    for kind in demo.kinds:
+        first, middle, last = demo.parts(kind)
+        assert first is not None and middle is not None and last is not None
+        assert first > 1.2 * middle and last > 1.2 * middle, kind
+
+
+def test_the_demo_model_shows_the_order_of_the_kinds(demo: Analysis) -> None:
+    """By mean squared difference, at every step after the first: spatial > temporal > cross. Relative to the outputs it does not hold."""
+    spatial, temporal, cross = (demo.curve(kind, "mse") for kind in ("spatial", "temporal", "cross"))
+    middle = range(6, 17)
+    for i in middle:
+        a, b, c = spatial[i], temporal[i], cross[i]
+        assert a is not None and b is not None and c is not None and a > b > c, i
+    assert demo.start is not None and demo.start.follows_order
+    assert {kind: rule.range for kind, rule in demo.start.config.broadcasts()} == {"spatial": 2, "temporal": 2, "cross": 6}
