@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .comparison import compare
-    from .forecast import forecast
+    from .forecasting import forecast
     from .pipelines import load_pipeline
     from .study import Analysis, analyze
 
-_HOMES = {"Analysis": "study", "analyze": "study", "compare": "comparison", "forecast": "forecast", "load_pipeline": "pipelines"}
+_HOMES = {"Analysis": "study", "analyze": "study", "compare": "comparison", "forecast": "forecasting", "load_pipeline": "pipelines"}
 
 __all__ = ["Analysis", "analyze", "compare", "forecast", "load_pipeline"]
 
@@ -19,6 +19,4 @@ __all__ = ["Analysis", "analyze", "compare", "forecast", "load_pipeline"]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value  # instead of the module of the same name
-    return value
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

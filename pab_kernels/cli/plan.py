@@ -18,7 +18,7 @@ from ..extras import require
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..analysis.forecast import ModelForecast
+    from ..analysis.forecasting import ModelForecast
 
 WIDE = 110
 """Columns of the table where it is not printed to a terminal."""
@@ -162,7 +162,7 @@ def plan(
         made = _schedule(config, steps)
         _report_schedule(made, as_json)
     else:
-        from ..analysis.forecast import forecast
+        from ..analysis.forecasting import forecast
 
         rules: PABConfig | None = None if config is None else named_config(config)
         found = forecast(model, _size(size), steps=steps, config=rules, dtype=dtype, batch=batch, text=text)

@@ -13,7 +13,7 @@ import torch
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig, ops
 from pab_kernels.analysis.families import FAMILIES
-from pab_kernels.analysis.forecast import forecast
+from pab_kernels.analysis.forecasting import forecast
 from pab_kernels.analysis.inputs import INPUTS, Size
 from pab_kernels.analysis.transformers import build, find_config
 
