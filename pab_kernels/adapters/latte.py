@@ -97,9 +97,10 @@ class LatteAdapter:
         costs: dict[str, Cost] = {}
         for block in self.blocks:
             rows, tokens = (batch * frames, space) if block.kind == "spatial" else (batch * space, frames)
-            held = slot_bytes((rows, tokens, block.channels), dtype, cache_dtype)
+            shape = (rows, tokens, block.channels)
+            kept, full = slot_bytes(shape, dtype, cache_dtype), slot_bytes(shape, dtype, None)
             for sublayer in block.sublayers:
-                costs[sublayer.name] = Cost(block.flops(sublayer, rows, tokens, (batch * frames, text)), held)
+                costs[sublayer.name] = Cost(block.flops(sublayer, rows, tokens, (batch * frames, text)), kept, full)
         x = torch.empty(batch, self.model.config.in_channels, frames, height, width, device="meta")
         prompt = torch.empty(batch, text, self.model.config.caption_channels, device="meta")
         return costs, self.rest_flops(x, encoder_hidden_states=prompt)

@@ -1,4 +1,4 @@
-"""What broadcasting rests on and what it costs in quality, measured and shown."""
+"""What broadcasting rests on, what it costs in quality, measured and shown, and what it will cost in work and memory, forecast."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .comparison import compare
+    from .forecasting import forecast
     from .pipelines import load_pipeline
     from .study import Analysis, analyze
 
-_HOMES = {"Analysis": "study", "analyze": "study", "compare": "comparison", "load_pipeline": "pipelines"}
+_HOMES = {"Analysis": "study", "analyze": "study", "compare": "comparison", "forecast": "forecasting", "load_pipeline": "pipelines"}
 
-__all__ = ["Analysis", "analyze", "compare", "load_pipeline"]
+__all__ = ["Analysis", "analyze", "compare", "forecast", "load_pipeline"]
 
 
 def __getattr__(name: str) -> Any:

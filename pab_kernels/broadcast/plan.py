@@ -79,17 +79,19 @@ class Cost:
     """What one sublayer costs in one call, from shapes alone.
 
     Args:
-        flops: floating-point operations of computing it; for a `block`, 0: its sublayers have their own.
+        flops: floating-point operations of computing it; for a `block`, those outside of its sublayers, which have their own.
         slot_bytes: bytes of its slot.
+        output_bytes: bytes of its output in the model's dtype; 0 where bytes moved are not asked for.
     """
 
     flops: int
     slot_bytes: int
+    output_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """FLOPs and cache bytes of a whole generation, for one context.
+    """FLOPs and bytes of a whole generation, over all its contexts.
 
     Args:
         flops: with the plan.
@@ -97,6 +99,8 @@ class Forecast:
         flops_by_step: with the plan, step by step.
         cache_bytes: bytes of slots held after each step.
         peak_cache_bytes: the most that are held, also within a step, where one sublayer stores before another one reads its slot last.
+        peak_by_kind: the most that each kind by itself holds; the kinds need not reach it at the same time.
+        moved_bytes: what reuses read and write in device memory; see `broadcast/forecast.py`.
     """
 
     flops: int
@@ -104,6 +108,8 @@ class Forecast:
     flops_by_step: tuple[int, ...]
     cache_bytes: tuple[int, ...]
     peak_cache_bytes: int
+    peak_by_kind: Mapping[str, int]
+    moved_bytes: int
 
     @property
     def share(self) -> float:
@@ -229,17 +235,18 @@ class Plan:
 
     def counts(self) -> dict[str, Counts]:
         """Cells by kind and action, over all sublayers and steps."""
-        return {kind: self._count(row for s in self.sublayers if s.kind == kind for row in [self.rows[s.name]]) for kind in self._kinds()}
+        return {kind: self._count(row for s in self.sublayers if s.kind == kind for row in [self.rows[s.name]]) for kind in self.kinds()}
 
     def step_counts(self) -> dict[str, Counts]:
         """Steps by kind and action, for the sublayer of each kind that is reused most."""
         result = {}
-        for kind in self._kinds():
+        for kind in self.kinds():
             rows = [self.rows[s.name] for s in self.sublayers if s.kind == kind]
             result[kind] = self._count([max(rows, key=lambda r: sum(d.action is Action.REUSE for d in r))])
         return result
 
-    def _kinds(self) -> list[str]:
+    def kinds(self) -> list[str]:
+        """The kinds of its sublayers."""
         present = {s.kind for s in self.sublayers}
         return [kind for kind in KINDS if kind in present]
 
@@ -272,24 +279,17 @@ class Plan:
         """How many different columns the plan has: the graphs that a compiler makes of it. Reuses of one and of two outputs differ."""
         return len({tuple((row[i].action, row[i].previous is None) for row in self.rows.values()) for i in range(len(self.steps))})
 
-    def forecast(self, costs: Mapping[str, Cost], rest_flops: int = 0) -> Forecast:
-        """FLOPs and cache bytes of a generation, without running it.
+    def forecast(self, costs: Mapping[str, Cost], rest_flops: int = 0, contexts: int = 1) -> Forecast:
+        """FLOPs and bytes of a generation, without running it.
 
         Args:
-            costs: of each sublayer for one call, by name (an adapter's `costs`).
-            rest_flops: FLOPs of one call outside of the sublayers.
+            costs: of each sublayer for one call, by name (an adapter's `costs`, or measured).
+            rest_flops: FLOPs of one call outside of the plan's sublayers.
+            contexts: calls of the model in a step; each has slots of its own.
         """
-        columns = range(len(self.steps))
-        done = (Action.COMPUTE, Action.STORE)
-        flops = [rest_flops + sum(costs[n].flops for n, row in self.rows.items() if row[i].action in done) for i in columns]
-        held, peak, cache = 0, 0, []
-        for i in columns:
-            for name, counts in self._held.items():  # in the order in which they run
-                held += costs[name].slot_bytes * (counts[i] - (counts[i - 1] if i else 0))
-                peak = max(peak, held)
-            cache.append(held)
-        full = len(self.steps) * (rest_flops + sum(costs[name].flops for name in self.rows))
-        return Forecast(sum(flops), full, tuple(flops), tuple(cache), peak)
+        from .forecast import forecast
+
+        return forecast(self, costs, rest_flops, contexts)
 
     def grouped(self) -> list[tuple[str, tuple[Decision, ...]]]:
         """Rows with a label, sublayers of one kind and equal rows taken together: what the drawings show."""

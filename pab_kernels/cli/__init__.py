@@ -54,6 +54,7 @@ def build_app() -> Any:
     from .demo import demo
     from .doctor import doctor
     from .generate import generate
+    from .plan import plan
 
     app = typer.Typer(
         add_completion=False,
@@ -75,7 +76,7 @@ def build_app() -> Any:
         pass
 
     app.callback()(root)
-    for command in (demo, generate, analyze, compare, doctor):
+    for command in (demo, generate, plan, analyze, compare, doctor):
         app.command(help=_help(command))(_ends_with_one_line(command))
     return app
 

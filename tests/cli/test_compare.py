@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from pab_kernels import cli
 from pab_kernels.analysis import comparison
 
-COMMANDS = ("demo", "generate", "analyze", "compare", "doctor")
+COMMANDS = ("demo", "generate", "plan", "analyze", "compare", "doctor")
 
 
 def pab(*arguments: object) -> Any:

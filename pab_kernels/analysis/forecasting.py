@@ -1,0 +1,205 @@
+"""What PAB will do to a model at a size of clip, before its weights are loaded: `pab plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters import adapter_for
+from ..broadcast.config import PABConfig
+from ..broadcast.plan import Action, Counts, Forecast, Plan
+from ..broadcast.presets import preset_for
+from ..broadcast.schedule import Schedule
+from .inputs import INPUTS, Size
+from .measure import measure
+from .transformers import build, find_config
+
+CACHE_DTYPES = (None, "int8", "float8_e4m3fn")
+"""The dtypes that a cache is forecast in; None is the model's."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class KindForecast:
+    """One kind of sublayer, over a whole generation and all its contexts.
+
+    Args:
+        counts: how often its sublayers are computed, stored and reused.
+        flops: of its sublayers with the plan.
+        flops_without: with every sublayer computed at every step.
+        cache_bytes: the most that its slots take, by the dtype that they are kept in; "model" is the model's own.
+    """
+
+    counts: Counts
+    flops: int
+    flops_without: int
+    cache_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ModelForecast:
+    """PAB on a model at a size of clip.
+
+    Args:
+        model: its name.
+        clip: frames, height and width.
+        dtype: of the model.
+        batch: clips made at once.
+        calls: calls of the model in a step.
+        plan: of the generation.
+        kinds: by kind.
+        rest_flops: FLOPs outside of the plan's sublayers, over the generation.
+        total: with slots in the config's cache dtype.
+        peak_cache_bytes: the most that all slots take, by the dtype that they are kept in.
+        weight_bytes: of parameters and buffers.
+        activation_bytes: the most that one call needs besides; see `measure`.
+    """
+
+    model: str
+    clip: Size
+    dtype: str
+    batch: int
+    calls: int
+    plan: Plan
+    kinds: Mapping[str, KindForecast]
+    rest_flops: int
+    total: Forecast
+    peak_cache_bytes: Mapping[str, int]
+    weight_bytes: int
+    activation_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory: weights, activations of a call and slots, each at its most.
+
+        Not in it are text encoder and VAE, what the CUDA context, the allocator and kernels take for themselves, and the latents that the
+        scheduler keeps.
+        """
+        return self.weight_bytes + self.activation_bytes + self.total.peak_cache_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        kinds = {
+            kind: asdict(found.counts)
+            | {"flops": found.flops, "flops_without": found.flops_without, "cache_bytes": dict(found.cache_bytes)}
+            for kind, found in self.kinds.items()
+        }
+        return {
+            "model": self.model,
+            "size": list(self.clip),
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "calls_per_step": self.calls,
+            "steps": self.plan.schedule.num_steps,
+            "timesteps": list(self.plan.schedule.timesteps or ()),
+            "config": self.plan.config.to_dict(),
+            "schedule": {label: "".join(d.action.value for d in row) for label, row in self.plan.grouped()},
+            "notes": list(self.plan.notes),
+            "kinds": kinds,
+            "rest_flops": self.rest_flops,
+            "flops": self.total.flops,
+            "flops_without": self.total.flops_without,
+            "flops_by_step": list(self.total.flops_by_step),
+            "cache_bytes_by_step": list(self.total.cache_bytes),
+            "peak_cache_bytes": dict(self.peak_cache_bytes),
+            "moved_bytes": self.total.moved_bytes,
+            "weight_bytes": self.weight_bytes,
+            "activation_bytes": self.activation_bytes,
+            "device_bytes": self.device_bytes,
+        }
+
+
+def forecast(
+    model: str | Path | Mapping[str, Any],
+    size: Size | tuple[int, int, int] | None = None,
+    *,
+    steps: int | None = None,
+    config: PABConfig | None = None,
+    dtype: str = "bfloat16",
+    batch: int = 1,
+    text: int | None = None,
+) -> ModelForecast:
+    """FLOPs, cache bytes, bytes moved and device memory of a generation with PAB, from shapes alone.
+
+    1. The transformer is made from its config on the meta device, where tensors have shapes and no values, and is called once.
+    2. Its plan is made for the timesteps of its family's usual scheduler.
+    3. The plan's forecast of what that call measured is what a generation on the device counts: `ops.flop_counter()` and
+       `pab.summary(...).peak_cache_bytes`.
+
+    Args:
+        model: a name in `families.FAMILIES`, a hub id, a path of a config.json or of a folder with one, or a config with `_class_name`.
+        size: frames, height and width of the clip; default the usual one of a known family.
+        steps: of the sampling; default the usual number of a known family.
+        config: the rules; default the preset of the model's class.
+        dtype: of the model: "bfloat16", "float16" or "float32".
+        batch: clips made at once; classifier-free guidance comes on top.
+        text: tokens of the prompt, padding included; default what the family's pipeline makes of it.
+
+    Raises:
+        ValueError: the model is not known, or the size or another value is not supported.
+        FileNotFoundError: there is no such file.
+        ModuleNotFoundError: diffusers is not installed, or for a hub id huggingface_hub.
+
+    >>> found = forecast("open-sora-1.2", (51, 480, 854))
+    >>> round(sum(found.kinds[kind].cache_bytes["model"] for kind in ("spatial", "temporal", "cross")) / 2**30, 1)
+    11.5
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known; supported are {', '.join(DTYPES)}")
+    for name, value in (("batch", batch), ("text", text), ("steps", steps)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    source = find_config(model)
+    clip = Size(*(size or source.size or _missing(source.name, "size")))
+    if min(clip) < 1:
+        raise ValueError(f"size {clip}: frames, height and width are at least 1")
+    steps = steps or source.steps or _missing(source.name, "steps")
+    how = INPUTS[source.class_name]
+    transformer = build(source, DTYPES[dtype])
+    latents = how.latents(transformer.config, clip)
+    inputs = how.tensors(transformer.config, how.batch * batch, latents, text or how.text, DTYPES[dtype], clip)
+    config = config or preset_for(transformer, timesteps_known=True)
+    sublayers = tuple(adapter_for(transformer).sublayers)
+    plan = Plan(config, Schedule.of(timesteps=how.timesteps(steps, latents, clip)), sublayers)
+    measured = measure(transformer, inputs, plan.sublayers)
+    found = {str(kept or "model"): plan.forecast(*measured.costs(plan, kept), how.contexts) for kept in CACHE_DTYPES}
+    costs, rest = measured.costs(plan)
+    calls = how.contexts * len(plan.steps)
+    run = {kind: [s.name for s in plan.sublayers if s.kind == kind] for kind in plan.kinds()}
+    counts = {kind: Counts(*(how.contexts * n for n in vars(c).values())) for kind, c in plan.counts().items()}
+    kinds = {
+        kind: KindForecast(
+            counts[kind],
+            how.contexts * sum(costs[name].flops * _computed(plan, name) for name in names),
+            calls * sum(costs[name].flops for name in names),
+            {kept: forecast.peak_by_kind[kind] for kept, forecast in found.items()},
+        )
+        for kind, names in run.items()
+    }
+    return ModelForecast(
+        source.name,
+        clip,
+        dtype,
+        batch,
+        how.contexts,
+        plan,
+        kinds,
+        calls * rest,
+        found[str(config.cache_dtype or "model")],
+        {kept: forecast.peak_cache_bytes for kept, forecast in found.items()},
+        measured.weight_bytes,
+        measured.activation_bytes,
+    )
+
+
+def _computed(plan: Plan, name: str) -> int:
+    return sum(d.action in (Action.COMPUTE, Action.STORE) for d in plan.rows[name])
+
+
+def _missing(model: str, what: str) -> Any:
+    raise ValueError(f"{model} is not a known family, so {what} must be given")

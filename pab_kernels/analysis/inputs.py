@@ -1,0 +1,246 @@
+"""What each class of transformer is called with at a size of clip: latents, text, calls a step, timesteps. Meta tensors: shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+Config = Mapping[str, Any]
+
+
+class Size(NamedTuple):
+    """Frames, height and width, of a clip in pixels or of its latents."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How the pipelines of one class of transformer call it.
+
+    Args:
+        latents: from a config and the size of a clip, that of its latents.
+        tensors: from a config, the batch, the latents, the tokens of the text, the model's dtype and the clip: the arguments of `forward`.
+        timesteps: of a number of steps, for latents of a size and the clip.
+        text: tokens of the prompt, padding included.
+        batch: what the batch of a call is times that of the clips: 2 with batched classifier-free guidance.
+        contexts: calls in a step: 2 where each branch of the guidance has its own.
+    """
+
+    latents: Callable[[Config, Size], Size]
+    tensors: Callable[[Config, int, Size, int, torch.dtype, Size], dict[str, Any]]
+    timesteps: Callable[[int, Size, Size], tuple[float, ...]]
+    text: int
+    batch: int = 1
+    contexts: int = 1
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+# Latents
+
+
+def compressed(frames: int, pixels: int) -> Callable[[Config, Size], Size]:
+    """Latents of a VAE that makes one latent frame of the first frame and one of every `frames` further ones; the patches must fit."""
+
+    def latents(config: Config, clip: Size) -> Size:
+        patch = config.get("patch_size", 1)
+        p_t, p_h, p_w = patch if isinstance(patch, (tuple, list)) else (config.get("patch_size_t") or 1, patch, patch)
+        size = Size((clip.frames - 1) // frames + 1, clip.height // pixels, clip.width // pixels)
+        if (clip.frames - 1) % frames or size.frames % p_t:
+            step = frames * p_t
+            first = 1 + frames * (p_t - 1)
+            raise ValueError(
+                f"size {clip}: {clip.frames} frames do not fit; {first}, {first + step}, {first + 2 * step}, ... are supported"
+            )
+        for name, length, multiple in (("height", clip.height, pixels * p_h), ("width", clip.width, pixels * p_w)):
+            if length % multiple:
+                raise ValueError(f"size {clip}: {name} {length} does not fit; multiples of {multiple} are supported")
+        return size
+
+    return latents
+
+
+def _latte_latents(config: Config, clip: Size) -> Size:
+    if clip.frames != config["video_length"]:
+        raise ValueError(f"size {clip}: {clip.frames} frames do not fit; this model has {config['video_length']}")
+    size = compressed(1, 8)({"patch_size": config["patch_size"]}, Size(1, clip.height, clip.width))
+    return Size(clip.frames, size.height, size.width)
+
+
+def _flux_latents(config: Config, clip: Size) -> Size:
+    if clip.frames != 1:
+        raise ValueError(f"size {clip}: {clip.frames} frames do not fit; this model makes images: 1x{clip.height}x{clip.width}")
+    return compressed(1, 8)({"patch_size": 2}, clip)
+
+
+def _open_sora_latents(config: Config, clip: Size) -> Size:
+    """Open-Sora 1.2's VAE: every 17 frames are 5 latent ones, rounded down in height and width; patches are padded."""
+    if clip.frames != 1 and clip.frames % 17:
+        raise ValueError(f"size {clip}: {clip.frames} frames do not fit; 1 and multiples of 17 are supported (51 are 2 s)")
+    return Size(1 if clip.frames == 1 else clip.frames // 17 * 5, clip.height // 8, clip.width // 8)
+
+
+# Arguments of `forward`
+
+
+def _latte(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype, clip: Size) -> dict[str, Any]:
+    return {
+        "hidden_states": _meta(batch, config["in_channels"], *latents, dtype=dtype),
+        "timestep": _meta(batch, dtype=torch.int64),
+        "encoder_hidden_states": _meta(batch, text, config["caption_channels"], dtype=dtype),
+    }
+
+
+def _cogvideox(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype, clip: Size) -> dict[str, Any]:
+    t, h, w = latents
+    found: dict[str, Any] = {
+        "hidden_states": _meta(batch, t, config["in_channels"], h, w, dtype=dtype),
+        "encoder_hidden_states": _meta(batch, text, config["text_embed_dim"], dtype=dtype),
+        "timestep": _meta(batch, dtype=torch.int64),
+    }
+    if config["use_rotary_positional_embeddings"]:
+        patch = config["patch_size"]
+        tokens = t // (config["patch_size_t"] or 1) * (h // patch) * (w // patch)
+        found["image_rotary_emb"] = (_meta(tokens, config["attention_head_dim"], dtype=torch.float32),) * 2
+    return found
+
+
+def _wan(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype, clip: Size) -> dict[str, Any]:
+    return {
+        "hidden_states": _meta(batch, config["in_channels"], *latents, dtype=dtype),
+        "timestep": _meta(batch, dtype=torch.int64),
+        "encoder_hidden_states": _meta(batch, text, config["text_dim"], dtype=dtype),
+    }
+
+
+def _hunyuan(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype, clip: Size) -> dict[str, Any]:
+    return {
+        "hidden_states": _meta(batch, config["in_channels"], *latents, dtype=dtype),
+        "timestep": _meta(batch, dtype=torch.int64),
+        "encoder_hidden_states": _meta(batch, text, config["text_embed_dim"], dtype=dtype),
+        "encoder_attention_mask": _meta(batch, text, dtype=torch.int64),
+        "pooled_projections": _meta(batch, config["pooled_projection_dim"], dtype=dtype),
+        "guidance": _meta(batch, dtype=dtype) if config["guidance_embeds"] else None,
+    }
+
+
+def _ltx(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype, clip: Size) -> dict[str, Any]:
+    return {
+        "hidden_states": _meta(batch, math.prod(latents), config["in_channels"], dtype=dtype),
+        "encoder_hidden_states": _meta(batch, text, config["caption_channels"], dtype=dtype),
+        "timestep": _meta(batch, dtype=torch.float32),
+        "encoder_attention_mask": _meta(batch, text, dtype=torch.int64),
+        "num_frames": latents.frames,
+        "height": latents.height,
+        "width": latents.width,
+        "rope_interpolation_scale": (8 / 25, 32, 32),
+    }
+
+
+def _flux(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype, clip: Size) -> dict[str, Any]:
+    tokens = latents.height // 2 * (latents.width // 2)
+    return {
+        "hidden_states": _meta(batch, tokens, config["in_channels"], dtype=dtype),
+        "encoder_hidden_states": _meta(batch, text, config["joint_attention_dim"], dtype=dtype),
+        "pooled_projections": _meta(batch, config["pooled_projection_dim"], dtype=dtype),
+        "timestep": _meta(batch, dtype=dtype),
+        "img_ids": _meta(tokens, 3, dtype=dtype),
+        "txt_ids": _meta(text, 3, dtype=dtype),
+        "guidance": _meta(batch, dtype=torch.float32) if config["guidance_embeds"] else None,
+    }
+
+
+def _stdit3(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype, clip: Size) -> dict[str, Any]:
+    return {
+        "x": _meta(batch, config["in_channels"], *latents, dtype=dtype),
+        "timestep": _meta(batch, dtype=torch.float32),
+        "y": _meta(batch, 1, text, config["caption_channels"], dtype=dtype),
+        "mask": _meta(batch, text, dtype=torch.int64),
+        "fps": _meta(1, dtype=torch.float32),
+        "height": _meta(1, dtype=torch.float32),
+        "width": _meta(1, dtype=torch.float32),
+    }
+
+
+# Timesteps
+
+
+def leading(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
+    """Of a DDIM scheduler with spacing "leading": `i * (1000 // N)`, descending."""
+    return tuple(float(i * (1000 // steps)) for i in reversed(range(steps)))
+
+
+def trailing(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
+    """Of a DDIM scheduler with spacing "trailing": `round(1000 - i * 1000 / N) - 1`."""
+    return tuple(float(round(1000 - i * 1000 / steps) - 1) for i in range(steps))
+
+
+def _shifted(sigma: float, shift: float) -> float:
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def _flow(shift: float, last: Callable[[int], float]) -> Callable[[int, Size, Size], tuple[float, ...]]:
+    """Of flow matching: N sigmas from 1 down to `last(N)`, shifted: `1000 s t / (1 + (s - 1) t)`."""
+
+    def timesteps(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
+        return tuple(1000 * _shifted(sigma, shift) for sigma in _linear(steps, last(steps)))
+
+    return timesteps
+
+
+def _linear(steps: int, last: float) -> list[float]:
+    return [1 - i * (1 - last) / max(steps - 1, 1) for i in range(steps)]
+
+
+def _unipc(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
+    """Of UniPC on flow matching with shift 3, as Wan 2.1's pipelines have it: whole timesteps."""
+    return tuple(float(min(999, int(1000 * _shifted(1 - i * 0.999 / steps, 3.0)))) for i in range(steps))
+
+
+def _dynamic(tokens: int, lo: int, hi: int, low: float, high: float) -> float:
+    """The shift `exp(mu)` for a number of tokens, with mu on the line through (lo, low) and (hi, high)."""
+    return math.exp(low + (tokens - lo) * (high - low) / (hi - lo))
+
+
+def _flux_timesteps(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
+    shift = _dynamic(latents.height // 2 * (latents.width // 2), 256, 4096, 0.5, 1.15)
+    return tuple(1000 * _shifted(sigma, shift) for sigma in _linear(steps, 1 / steps))
+
+
+def _ltx_timesteps(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
+    """Shifted by the number of tokens, then stretched so that the last is 100."""
+    shift = _dynamic(math.prod(latents), 1024, 4096, 0.95, 2.05)
+    sigmas = [_shifted(sigma, shift) for sigma in _linear(steps, 1 / steps)]
+    stretch = (1 - sigmas[-1]) / 0.9
+    return tuple(1000 * (1 - (1 - sigma) / stretch) if stretch else 1000.0 for sigma in sigmas)
+
+
+def _open_sora_timesteps(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
+    """`t = 1 - i / N`, shifted by `sqrt(H W / 512^2) sqrt(F)` with H and W in pixels and F latent frames."""
+    shift = math.sqrt(clip.height * clip.width / 512**2 * latents.frames)
+    return tuple(1000 * _shifted(1 - i / steps, shift) for i in range(steps))
+
+
+INPUTS = {
+    "LatteTransformer3DModel": Inputs(_latte_latents, _latte, leading, text=120, batch=2),
+    "CogVideoXTransformer3DModel": Inputs(compressed(4, 8), _cogvideox, trailing, text=226, batch=2),
+    "WanTransformer3DModel": Inputs(compressed(4, 8), _wan, _unipc, text=512, contexts=2),
+    "HunyuanVideoTransformer3DModel": Inputs(compressed(4, 8), _hunyuan, _flow(7.0, lambda steps: 1 / steps), text=256),
+    "LTXVideoTransformer3DModel": Inputs(compressed(8, 32), _ltx, _ltx_timesteps, text=128, batch=2),
+    "FluxTransformer2DModel": Inputs(_flux_latents, _flux, _flux_timesteps, text=512),
+    "STDiT3": Inputs(_open_sora_latents, _stdit3, _open_sora_timesteps, text=300, batch=2),
+}
+"""By class. Text, guidance and timesteps are the defaults of the classes' text-to-video pipelines in diffusers; STDiT3's those of Open-Sora
+1.2's `configs/opensora-v1-2/inference/sample.py`."""

@@ -1,0 +1,167 @@
+"""One call of a model on the meta device, measured: FLOPs and outputs of every sublayer, and the memory that the call needs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..broadcast.plan import Cost, Plan, Sublayer
+from ..broadcast.slots import slot_bytes
+from ..ops.flops import flop_counter
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a sublayer's first run in a call is.
+
+    Args:
+        flops: of everything in it.
+        outputs: shape and dtype of every tensor that it returns.
+    """
+
+    flops: int
+    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+    def nbytes(self, cache_dtype: str | None = None) -> int:
+        """Bytes of the output as a slot keeps it: floating-point tensors `[..., C]` in `cache_dtype`, all others as they are."""
+        eight = [cache_dtype if dtype.is_floating_point and shape else None for shape, dtype in self.outputs]
+        return sum(slot_bytes(shape or (1,), dtype, kept) for (shape, dtype), kept in zip(self.outputs, eight, strict=True))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One call of a model.
+
+    Args:
+        flops: of the whole call.
+        runs: by name of the sublayer.
+        activation_bytes: the most that tensors of the call, its inputs included, take at one time, with attention that keeps no scores.
+        weight_bytes: of parameters and buffers.
+    """
+
+    flops: int
+    runs: Mapping[str, Run]
+    activation_bytes: int
+    weight_bytes: int
+
+    def costs(self, plan: Plan, cache_dtype: str | None = None) -> tuple[dict[str, Cost], int]:
+        """What each sublayer of a plan costs in one call, and the FLOPs of the rest: the arguments of `Plan.forecast`.
+
+        A block's FLOPs are those outside of its sublayers. What a sublayer computes when it runs a second time in a call is rest: it has
+        its slot for the first.
+        """
+        inside = {s.name: sum(self.runs[inner.name].flops for inner in plan.sublayers if inner.block == s.name) for s in plan.sublayers}
+        costs = {
+            name: Cost(self.runs[name].flops - inside[name], self.runs[name].nbytes(cache_dtype), self.runs[name].nbytes())
+            for name in inside
+        }
+        return costs, self.flops - sum(cost.flops for cost in costs.values())
+
+
+def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> Measured:
+    """Call `model` once, as it is without PAB.
+
+    FLOPs are those that `ops.flop_counter()` counts. Memory is what eager torch holds: every tensor from the operation that makes it until
+    nothing refers to it. Attention's scores are not among them, as no kernel for GPUs keeps them, nor are workspaces of kernels.
+
+    Args:
+        model: on the meta device; nothing is computed there.
+        inputs: arguments of its `forward`, on the meta device.
+        sublayers: of its adapter.
+
+    Raises:
+        RuntimeError: a sublayer did not run.
+    """
+    runs: dict[str, Run] = {}
+    with torch.no_grad(), flop_counter() as counter, LiveBytes() as live, AttentionWithoutScores(live):
+        for tensor in _tensors(inputs):
+            live.add(tensor)
+        handles = [handle for s in sublayers for handle in _watched(model.get_submodule(s.name), s.name, counter, runs)]
+        try:
+            model(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    if missing := [s.name for s in sublayers if s.name not in runs]:
+        raise RuntimeError(f"{type(model).__name__}: {missing[0]} did not run in a call of the model; nothing is known of it")
+    weights = {t.untyped_storage()._cdata: t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return Measured(counter.get_total_flops(), runs, live.peak, sum(weights.values()))
+
+
+def _tensors(nest: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, torch.Tensor)]
+
+
+def _watched(module: nn.Module, name: str, counter: FlopCounterMode, runs: dict[str, Run]) -> list[Any]:
+    """Hooks that note the module's first run."""
+    before: list[int] = []
+
+    def enter(*_: Any) -> None:
+        before.append(counter.get_total_flops())
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        flops = counter.get_total_flops() - before.pop()
+        runs.setdefault(name, Run(flops, tuple((tuple(t.shape), t.dtype) for t in _tensors(out))))
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, and the most that were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.paused = False
+        self._known: dict[int, weakref.finalize[Any, Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self.paused:
+            for tensor in _tensors(out):
+                self.add(tensor)
+        return out
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's memory in, until nothing refers to it."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if isinstance(tensor, nn.Parameter) or key in self._known:
+            return
+        size = storage.nbytes()
+        self._known[key] = weakref.finalize(storage, self._remove, key, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _remove(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.now -= size
+
+
+class AttentionWithoutScores(TorchFunctionMode):
+    """Lets `F.scaled_dot_product_attention` count as a kernel that keeps no scores: its output is all that is alive of it."""
+
+    def __init__(self, live: LiveBytes) -> None:
+        super().__init__()
+        self._live = live
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self._live.paused = True
+        try:
+            out = func(*args, **(kwargs or {}))
+        finally:
+            self._live.paused = False
+        self._live.add(out)
+        return out

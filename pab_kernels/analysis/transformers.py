@@ -1,0 +1,132 @@
+"""A transformer without its weights: its config by name, hub id or file, and the module on the meta device."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..extras import require
+from .families import FAMILIES, family
+from .inputs import INPUTS, Size
+
+_FILE = "config.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a transformer comes from.
+
+    Args:
+        name: as it was asked for.
+        class_name: a key of `INPUTS`.
+        config: arguments of the class.
+        size, steps: of a known family, its usual ones.
+    """
+
+    name: str
+    class_name: str
+    config: Mapping[str, Any]
+    size: Size | None = None
+    steps: int | None = None
+
+
+def find_config(model: str | Path | Mapping[str, Any]) -> Source:
+    """The config of a transformer.
+
+    Args:
+        model: a name or hub id in `FAMILIES`; a path of a config.json, or of a folder that has it or has it in `transformer`; any other
+            hub id, whose config.json is fetched where it is not cached; or the config itself.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the model is not known, or its config is not one of a supported class.
+    """
+    if isinstance(model, Mapping):
+        return _source("the config", model)
+    name = str(model)
+    known = next((f for key, f in FAMILIES.items() if name.lower() in (key, f.checkpoint.lower())), None)
+    if known is not None:
+        return Source(name, known.config["_class_name"], known.config, known.sizes[0], known.steps)
+    path = Path(name)
+    if path.exists() or path.suffix == ".json":
+        return _source(name, _read(_file(path)))
+    if _HUB_ID.fullmatch(name):
+        return _source(name, _read(_fetched(name)))
+    family(name)  # says what is near
+    raise AssertionError("a family that is known was not found")
+
+
+def _file(path: Path) -> Path:
+    found = next((p for p in (path, path / _FILE, path / "transformer" / _FILE) if p.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"there is no {path}" if not path.exists() else f"{path} has no {_FILE} and no transformer/{_FILE}")
+    return found
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path} does not hold a config, but {type(data).__name__}")
+    return data
+
+
+def _fetched(hub_id: str) -> Path:
+    """The config.json of a hub id, from the cache or else from the hub. Weights are never fetched."""
+    hub = require("huggingface_hub", "a hub id")
+    for name in (f"transformer/{_FILE}", _FILE):
+        cached = hub.try_to_load_from_cache(hub_id, name)
+        if isinstance(cached, str):
+            return Path(cached)
+    try:
+        return Path(hub.hf_hub_download(hub_id, f"transformer/{_FILE}"))
+    except Exception as error:  # whatever the network, the hub and its client may raise
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"the config of {hub_id} is not cached and cannot be fetched ({said[:200]}); give a config.json or one of {', '.join(FAMILIES)}"
+        ) from None
+
+
+def _source(name: str, config: Mapping[str, Any]) -> Source:
+    architectures = config.get("architectures")
+    class_name = config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
+    if class_name is None:
+        raise ValueError(f"{name} names no class: a transformer's config has _class_name")
+    if class_name not in INPUTS:
+        hint = ": give the config.json of its transformer" if class_name.endswith("Pipeline") else ""
+        raise ValueError(f"{name} is a {class_name}; supported are {', '.join(INPUTS)}{hint}")
+    return Source(name, class_name, config)
+
+
+def build(source: Source, dtype: torch.dtype) -> Any:
+    """The transformer on the meta device with the dtypes that loading it in `dtype` gives: some classes keep modules in float32.
+
+    Raises:
+        ValueError: the class does not take this config.
+        ModuleNotFoundError: diffusers is not installed.
+    """
+    if source.class_name == "STDiT3":
+        from ..models.stdit3 import STDiT3
+
+        cls: Any = STDiT3
+    else:
+        cls = getattr(require("diffusers", "a model of diffusers"), source.class_name)
+    try:
+        with torch.device("meta"):
+            model = cls.from_config(source.config)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ValueError(f"{source.name}: {source.class_name} does not take this config: {error}") from None
+    in_float32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if in_float32 & set(name.split(".")) else dtype)
+    return model.eval().requires_grad_(False)

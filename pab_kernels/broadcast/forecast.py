@@ -1,0 +1,65 @@
+"""What a plan will cost: FLOPs, bytes of slots and bytes moved, as numbers on the host.
+
+Bytes moved are those of the reuses alone, where the costs have output bytes:
+
+    fused:   a run of reuses that follow one another in a block adds up to `MOST_ADDED` outputs at a time. For n outputs the stream is read
+             and written once and each output is read once: (4 + 2 n) C bytes a token where all have 16 bits
+    module:  each output is read once, and the output that is handed to the model is written
+
+The norm and modulation that the same pass may do, `2 C` more for what it writes, are the model's own and not counted, and so is what the
+model does with an output that it is handed. An addition that rides along with the projection before it is counted as if it did not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from .plan import Action, Cost, Forecast, Plan
+from .stream import MOST_PENDING as MOST_ADDED
+
+_RUN = (Action.COMPUTE, Action.STORE)
+
+
+def forecast(plan: Plan, costs: Mapping[str, Cost], rest_flops: int = 0, contexts: int = 1) -> Forecast:
+    """See `Plan.forecast`."""
+    columns = range(len(plan.steps))
+    run = [[name for name, row in plan.rows.items() if row[i].action in _RUN] for i in columns]
+    flops = [contexts * (rest_flops + sum(costs[name].flops for name in names)) for names in run]
+    full = contexts * len(columns) * (rest_flops + sum(costs[name].flops for name in plan.rows))
+    kinds = {s.name: s.kind for s in plan.sublayers}
+    held: Counter[str] = Counter()
+    peak: Counter[str] = Counter()
+    cache = []
+    for step in plan.steps:
+        for name in contexts * list(plan.rows):  # in the order in which they run
+            change = plan.held(name, step) - (plan.held(name, step - 1) if step > plan.steps.start else 0)
+            for meter in (kinds[name], "all") if change else ():
+                held[meter] += change * costs[name].slot_bytes
+                peak[meter] = max(peak[meter], held[meter])
+        cache.append(held["all"])
+    by_kind = {kind: peak[kind] for kind in plan.kinds()}
+    moved = contexts * sum(_moved(plan, i, costs) for i in columns)
+    return Forecast(sum(flops), full, tuple(flops), tuple(cache), peak["all"], by_kind, moved)
+
+
+def _moved(plan: Plan, column: int, costs: Mapping[str, Cost]) -> int:
+    """Bytes that the reuses of one step move in one context."""
+    total = added = 0
+    block = None
+    for sublayer in plan.sublayers:
+        decision, cost = plan.rows[sublayer.name][column], costs[sublayer.name]
+        owner = sublayer.block or sublayer.name.rpartition(".")[0]
+        if decision.action in _RUN or owner != block:
+            added, block = 0, owner
+        if decision.action is not Action.REUSE:
+            continue
+        outputs = 1 if decision.previous is None else 2
+        total += outputs * cost.slot_bytes
+        if sublayer.how == "module":
+            total += cost.output_bytes
+            continue
+        for _ in range(outputs):
+            total += 2 * cost.output_bytes if added % MOST_ADDED == 0 else 0
+            added += 1
+    return total

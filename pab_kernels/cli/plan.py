@@ -1,0 +1,177 @@
+"""`pab plan`: its options and its table."""
+
+# No `from __future__ import annotations` here: typer reads the command's annotations at run time.
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..broadcast.config import PABConfig
+from ..broadcast.formats import named_config
+from ..broadcast.plan import Plan
+from ..broadcast.plan import plan as plan_of
+from ..extras import require
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..analysis.forecasting import ModelForecast
+
+WIDE = 110
+"""Columns of the table where it is not printed to a terminal."""
+
+
+def _size(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    try:
+        frames, height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise ValueError(f"--size takes frames x height x width such as 51x480x854, or 1x1024x1024 of an image, got {text!r}") from None
+    return frames, height, width
+
+
+def _table(title: str, headings: tuple[str, ...], rows: list[list[str]], caption: str = "") -> "Table":
+    table: Table = require("rich.table", "pab plan").Table(
+        title=title or None,
+        caption=caption or None,
+        title_justify="left",
+        caption_justify="left",
+        box=require("rich.box", "pab plan").SIMPLE_HEAD,
+    )
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _gigaflops(flops: int) -> str:
+    return f"{flops / 1e9:,.1f}"
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f}"
+
+
+def forecast_table(found: "ModelForecast") -> "Table":
+    """A row for each kind, one for what is outside of them, and the total."""
+    bytes_of = list(found.peak_cache_bytes)
+    rows = []
+    for kind, one in found.kinds.items():
+        c = one.counts
+        counts = [f"{n:,}" for n in (c.computed, c.stored, c.reused)]
+        rows.append([kind, *counts, _gigaflops(one.flops), _gigaflops(one.flops_without), *(_gib(one.cache_bytes[d]) for d in bytes_of)])
+    rows.append(["rest", "", "", "", _gigaflops(found.rest_flops), _gigaflops(found.rest_flops), *("" for _ in bytes_of)])
+    total = found.total
+    rows.append(
+        ["total", "", "", "", _gigaflops(total.flops), _gigaflops(total.flops_without), *map(_gib, found.peak_cache_bytes.values())]
+    )
+    names = {"model": found.dtype, "float8_e4m3fn": "fp8"}
+    headings = ("kind", "computed", "stored", "reused", "GFLOPs", "without PAB", *(f"{names.get(d, d)}, GiB" for d in bytes_of))
+    caption = (
+        f"Over all {len(found.plan.steps)} steps and {found.calls} call(s) a step; stored are among computed. Cache: the most that slots "
+        "of a kind take in each dtype, and in total the most that all take at one time."
+    )
+    return _table("", headings, rows, caption)
+
+
+def _lines(found: "ModelForecast") -> list[str]:
+    total = found.total
+    cache = found.plan.config.cache_dtype or found.dtype
+    return [
+        f"FLOPs          {total.flops:.4e} of {total.flops_without:.4e} ({total.share:.1%})",
+        f"bytes moved    {_gib(total.moved_bytes)} GiB by reuses",
+        f"device memory  {_gib(found.device_bytes)} GiB: weights {_gib(found.weight_bytes)}, activations {_gib(found.activation_bytes)}, "
+        f"cache {_gib(total.peak_cache_bytes)} ({cache}); without text encoder and VAE",
+    ]
+
+
+def _print_families(as_json: bool) -> None:
+    from ..analysis.families import FAMILIES
+
+    if as_json:
+        listed = {
+            name: {"checkpoint": f.checkpoint, "class": f.config["_class_name"], "sizes": [list(s) for s in f.sizes], "steps": f.steps}
+            for name, f in FAMILIES.items()
+        }
+        print(json.dumps(listed, indent=1))
+        return
+    rows = [[name, f.checkpoint, ", ".join(map(str, f.sizes)), str(f.steps)] for name, f in FAMILIES.items()]
+    _print(_table("", ("model", "checkpoint", "sizes", "steps"), rows))
+
+
+def _print(table: "Table") -> None:
+    Console: Any = require("rich.console", "pab plan").Console
+    (Console() if sys.stdout.isatty() else Console(width=WIDE)).print(table)
+
+
+def _schedule(config: str | None, steps: int | None) -> Plan:
+    if config is None or steps is None:
+        raise ValueError("pab plan needs --model, or --config and --steps to draw a schedule alone; --list shows the models")
+    return plan_of(named_config(config), num_steps=steps)
+
+
+def _report_schedule(made: Plan, as_json: bool) -> None:
+    masks = {label: "".join(d.action.value for d in row) for label, row in made.grouped()}
+    print(json.dumps({"steps": made.schedule.num_steps, "config": made.config.to_dict(), "schedule": masks}, indent=1) if as_json else made)
+
+
+def plan(
+    model: Annotated[
+        str | None, typer.Option(help="A known model (see --list), a hub id, or the path of a transformer's config.json or its folder.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="FxHxW", help="Frames, height and width of the clip. Default: the model's usual size.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: the model's usual number.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="PRESET|FILE", help="Name of a preset, or a .yaml or .json file. Default: the preset of the model."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the model: bfloat16, float16 or float32.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(help="Clips made at once.")] = 1,
+    text: Annotated[
+        int | None, typer.Option(help="Tokens of the prompt, padding included. Default: what the model's pipeline has.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the schedule: .png, .pdf or .svg.")] = None,
+    list_models: Annotated[bool, typer.Option("--list", help="List the known models with their published sizes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of drawing and table.")] = False,
+) -> None:
+    """Draw the schedule, and forecast FLOPs, cache, bytes moved and device memory, without loading weights.
+
+    The model is made on the meta device, where tensors have shapes and no values. Bytes moved are what reuses read and write. Device
+    memory is weights, the activations of one call as eager torch holds them, and the cache, each at its most.
+    """
+    if list_models:
+        _print_families(as_json)
+        return
+    for name, value in (("--steps", steps), ("--batch", batch), ("--text", text)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if plot is not None:
+        from ..analysis.comparison import check_plot_path
+
+        check_plot_path(plot)
+    if model is None:
+        if size is not None:
+            raise ValueError("--size is that of a model's clip; give --model too")
+        made = _schedule(config, steps)
+        _report_schedule(made, as_json)
+    else:
+        from ..analysis.forecasting import forecast
+
+        rules: PABConfig | None = None if config is None else named_config(config)
+        found = forecast(model, _size(size), steps=steps, config=rules, dtype=dtype, batch=batch, text=text)
+        made = found.plan
+        if as_json:
+            print(json.dumps(found.to_dict(), indent=1))
+        else:
+            print(f"{found.model}, {found.clip}, {found.dtype}, {found.batch} clip(s)", made, sep="\n")
+            _print(forecast_table(found))
+            print(*_lines(found), sep="\n")
+    if plot is not None:
+        made.plot(str(plot))
