@@ -1,0 +1,46 @@
+# pab_kernels: the kernels and their C launchers, as objects; pab_torch: the library that registers them with torch.
+
+if(PAB_CUDA STREQUAL "auto")
+  include(CheckLanguage)
+  check_language(CUDA)
+elseif(PAB_CUDA)
+  set(CMAKE_CUDA_COMPILER_NEEDED ON)
+endif()
+
+if(NOT (CMAKE_CUDA_COMPILER OR CMAKE_CUDA_COMPILER_NEEDED) OR NOT PAB_CUDA)
+  set(PAB_HAS_CUDA OFF)
+  message(STATUS "nvcc is not used: kernels are not compiled")
+  return()
+endif()
+
+set(PAB_HAS_CUDA ON)
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # CMake older than the architecture does not know it: the flags are written out
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+
+set(cuda_flags --expt-relaxed-constexpr -Xptxas=-warn-spills,-warn-lmem-usage)
+foreach(arch IN LISTS PAB_CUDA_ARCHS)
+  list(APPEND cuda_flags "SHELL:-gencode arch=compute_${arch},code=sm_${arch}")
+endforeach()
+if(PAB_WERROR)
+  list(APPEND cuda_flags -Werror=all-warnings)
+endif()
+
+list(TRANSFORM PAB_OPS REPLACE "(.+)" "csrc/\\1.cu" OUTPUT_VARIABLE kernels)
+add_library(pab_kernels OBJECT ${kernels})
+target_compile_options(pab_kernels PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_flags}>")
+target_link_libraries(pab_kernels PUBLIC pab_plans)
+
+if(PAB_TORCH_INCLUDE)
+  list(TRANSFORM PAB_OPS REPLACE "(.+)" "python/\\1_torch.cpp" OUTPUT_VARIABLE registrations)
+  add_library(pab_torch MODULE ${registrations})
+  # torch's headers are not ours to warn about. The stable ABI of torch 2.10: the library serves every later torch.
+  target_include_directories(pab_torch SYSTEM PRIVATE ${PAB_TORCH_INCLUDE})
+  target_compile_definitions(pab_torch PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)
+  # Nothing of torch or the driver is linked: torch is in the process already, and a library that needs neither loads without CUDA too.
+  target_link_libraries(pab_torch PRIVATE pab_kernels CUDA::cudart_static)
+  set_target_properties(pab_torch PROPERTIES PREFIX "" OUTPUT_NAME pab_kernels_cuda LINKER_LANGUAGE CXX)
+  install(TARGETS pab_torch LIBRARY DESTINATION . COMPONENT python)
+endif()
