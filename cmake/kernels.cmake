@@ -39,8 +39,13 @@ if(PAB_TORCH_INCLUDE)
   # torch's headers are not ours to warn about. The stable ABI of torch 2.10: the library serves every later torch.
   target_include_directories(pab_torch SYSTEM PRIVATE ${PAB_TORCH_INCLUDE})
   target_compile_definitions(pab_torch PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)
-  # Nothing of torch or the driver is linked: torch is in the process already, and a library that needs neither loads without CUDA too.
-  target_link_libraries(pab_torch PRIVATE pab_kernels CUDA::cudart_static)
-  set_target_properties(pab_torch PROPERTIES PREFIX "" OUTPUT_NAME pab_kernels_cuda LINKER_LANGUAGE CXX)
+  # Needed is libtorch.so alone: every build of torch has it, and it brings libtorch_cuda.so where there is one. An empty library of that
+  # name stands for it here, so that building takes torch's headers and nothing else. cudart is linked in, the driver not at all.
+  file(WRITE ${CMAKE_BINARY_DIR}/libtorch.cpp "")
+  add_library(libtorch SHARED ${CMAKE_BINARY_DIR}/libtorch.cpp)
+  set_target_properties(libtorch PROPERTIES OUTPUT_NAME torch LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/stand-in)
+  target_link_options(pab_torch PRIVATE -Wl,--no-as-needed)
+  target_link_libraries(pab_torch PRIVATE pab_kernels CUDA::cudart_static libtorch)
+  set_target_properties(pab_torch PROPERTIES PREFIX "" OUTPUT_NAME pab_kernels_cuda LINKER_LANGUAGE CXX BUILD_WITH_INSTALL_RPATH ON)
   install(TARGETS pab_torch LIBRARY DESTINATION . COMPONENT python)
 endif()
