@@ -41,7 +41,7 @@ if(PAB_TORCH_INCLUDE)
   target_compile_definitions(pab_torch PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)
   # Needed is libtorch.so alone: every build of torch has it, and it brings libtorch_cuda.so where there is one. An empty library of that
   # name stands for it here, so that building takes torch's headers and nothing else. cudart is linked in, the driver not at all.
-  file(WRITE ${CMAKE_BINARY_DIR}/libtorch.cpp "")
+  file(CONFIGURE OUTPUT ${CMAKE_BINARY_DIR}/libtorch.cpp CONTENT "")
   add_library(libtorch SHARED ${CMAKE_BINARY_DIR}/libtorch.cpp)
   set_target_properties(libtorch PROPERTIES OUTPUT_NAME torch LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/stand-in)
   target_link_options(pab_torch PRIVATE -Wl,--no-as-needed)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_it_loads_and_loading_it_again_changes_nothing(built):
     assert cuda_library.load() is None
     torch.ops.load_library(cuda_library.LIBRARY)
     for op in (op for op, has in IMPLEMENTATIONS.items() if "cuda" in has):
-        __import__(f"pab_kernels.ops.{op}.cuda")
+        import_module(f"pab_kernels.ops.{op}.cuda")
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pab_kernels_cuda::{op}", "CUDA")
 
 
@@ -52,9 +53,8 @@ def test_it_loads_before_the_schemas_are_defined_and_after(built):
     define = "import pab_kernels.ops.quantize.cuda"
     load = f"torch.ops.load_library({str(cuda_library.LIBRARY)!r})"
     for first, second in ((define, load), (load, define)):
-        code = (
-            f"import torch\n{first}\n{second}\nassert torch._C._dispatch_has_kernel_for_dispatch_key('pab_kernels_cuda::quantize', 'CUDA')"
-        )
+        there = "torch._C._dispatch_has_kernel_for_dispatch_key('pab_kernels_cuda::quantize', 'CUDA')"
+        code = f"import torch\n{first}\n{second}\nassert {there}"
         done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=cuda_library.PACKAGE.parent, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 

@@ -49,11 +49,13 @@ class Quantized:
 
 
 def check_quantized_dtype(op: str, name: str, dtype: Any) -> None:
+    """One of the 8-bit dtypes."""
     if dtype not in LIMITS:
         raise TypeError(f"{op}: {name} is {dtype}; torch.int8 and torch.float8_e4m3fn are supported: pass one of these")
 
 
 def check_group(op: str, group: Any) -> None:
+    """A number of channels."""
     if not isinstance(group, int) or group < 1:
         raise ValueError(f"{op}: group is {group!r}; a positive number of channels is supported: pass {GROUP} or the head dimension")
 
