@@ -1,7 +1,8 @@
 #include "quantize.h"
 
-#include <cuda_runtime.h>
+#include <type_traits>
 
+#include "launch.cuh"
 #include "quantize.cuh"
 #include "quantize_plan.h"
 #include "vectors.cuh"
@@ -16,7 +17,7 @@ __device__ __forceinline__ int channel(int lane, int i) {
 }
 
 template <typename T, typename Eight, bool kVectors>
-__global__ void __launch_bounds__(kQuantizeBlock) quantize_kernel(const QuantizeArguments a) {
+__global__ void __launch_bounds__(kQuantizeBlock) quantize_kernel(QuantizeArguments a) {
   const int lane = threadIdx.x % kTeam;
   const unsigned groups = static_cast<unsigned>(ceil_div(a.channels, a.group));
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kBlockGroups + threadIdx.x / kTeam;
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kQuantizeBlock) quantize_kernel(const Quantize
 }
 
 template <typename Eight, typename T, bool kVectors>
-__global__ void __launch_bounds__(kDequantizeBlock) dequantize_kernel(const DequantizeArguments a) {
+__global__ void __launch_bounds__(kDequantizeBlock) dequantize_kernel(DequantizeArguments a) {
   constexpr int kWidth = kVectors ? kLaneChannels : 1;
   const unsigned pieces = static_cast<unsigned>(a.channels / kWidth);
   const unsigned first = blockIdx.x * (kDequantizeBlock * kThreadVectors) + threadIdx.x;
@@ -113,53 +114,38 @@ __global__ void __launch_bounds__(kDequantizeBlock) dequantize_kernel(const Dequ
   }
 }
 
-template <typename T, typename Eight>
-void launch(const QuantizeArguments& a, const LaunchPlan& plan, cudaStream_t stream) {
-  if (plan.vector_bytes == 16) {
-    quantize_kernel<T, Eight, true><<<plan.grid[0], plan.block, plan.shared_bytes, stream>>>(a);
-  } else {
-    quantize_kernel<T, Eight, false><<<plan.grid[0], plan.block, plan.shared_bytes, stream>>>(a);
-  }
-}
-
-template <typename T, typename Eight>
-void launch(const DequantizeArguments& a, const LaunchPlan& plan, cudaStream_t stream) {
-  if (plan.vector_bytes == 16) {
-    dequantize_kernel<Eight, T, true><<<plan.grid[0], plan.block, plan.shared_bytes, stream>>>(a);
-  } else {
-    dequantize_kernel<Eight, T, false><<<plan.grid[0], plan.block, plan.shared_bytes, stream>>>(a);
-  }
-}
-
-template <typename T, typename Arguments>
-void launch(const Arguments& a, const LaunchPlan& plan, cudaStream_t stream) {
-  if (a.data_dtype == DType::kInt8) {
-    launch<T, std::int8_t>(a, plan, stream);
-  } else {
-    launch<T, Float8>(a, plan, stream);
-  }
-}
-
-template <typename Arguments>
-int launch(const Arguments& a, const LaunchPlan& plan, DType activation, void* stream_handle) {
-  if (plan.refusal != nullptr) return cudaErrorInvalidValue;
-  if (plan.grid[0] == 0) return cudaSuccess;
-  const auto stream = static_cast<cudaStream_t>(stream_handle);
+// Calls `chosen` with a null pointer to each of the two types.
+template <typename Chosen>
+int with_types(DType activation, DType eight, Chosen chosen) {
+  const auto with_activation = [&](auto* x) {
+    return eight == DType::kInt8 ? chosen(x, static_cast<std::int8_t*>(nullptr)) : chosen(x, static_cast<Float8*>(nullptr));
+  };
   switch (activation) {
-    case DType::kFloat32: launch<float>(a, plan, stream); break;
-    case DType::kFloat16: launch<__half>(a, plan, stream); break;
-    default: launch<__nv_bfloat16>(a, plan, stream);
+    case DType::kFloat32: return with_activation(static_cast<float*>(nullptr));
+    case DType::kFloat16: return with_activation(static_cast<__half*>(nullptr));
+    default: return with_activation(static_cast<__nv_bfloat16*>(nullptr));
   }
-  return cudaGetLastError();
 }
 
 }  // namespace
 }  // namespace pab
 
 extern "C" int pab_quantize(const pab::QuantizeArguments* a, void* stream) {
-  return pab::launch(*a, pab::plan_quantize(*a), a->x_dtype, stream);
+  using namespace pab;
+  const LaunchPlan plan = plan_quantize(*a);
+  return with_types(a->x_dtype, a->data_dtype, [&](auto* x, auto* data) {
+    using T = std::remove_pointer_t<decltype(x)>;
+    using Eight = std::remove_pointer_t<decltype(data)>;
+    return launch_kernel(plan.vector_bytes == 16 ? quantize_kernel<T, Eight, true> : quantize_kernel<T, Eight, false>, plan, stream, *a);
+  });
 }
 
 extern "C" int pab_dequantize(const pab::DequantizeArguments* a, void* stream) {
-  return pab::launch(*a, pab::plan_dequantize(*a), a->out_dtype, stream);
+  using namespace pab;
+  const LaunchPlan plan = plan_dequantize(*a);
+  return with_types(a->out_dtype, a->data_dtype, [&](auto* out, auto* data) {
+    using T = std::remove_pointer_t<decltype(out)>;
+    using Eight = std::remove_pointer_t<decltype(data)>;
+    return launch_kernel(plan.vector_bytes == 16 ? dequantize_kernel<Eight, T, true> : dequantize_kernel<Eight, T, false>, plan, stream, *a);
+  });
 }
