@@ -76,4 +76,4 @@ def project_residual_rounded_once(
     if store is None:
         return x_new.to(x.dtype), None
     stored = p if store == "pre_gate" else gated.to(x.dtype)
-    return x_new.to(x.dtype), stored.contiguous() if store_dtype == x.dtype else quantize(stored, store_dtype)
+    return x_new.to(x.dtype), stored.contiguous() if store_dtype == x.dtype else quantize(stored, store_dtype, GROUP)
