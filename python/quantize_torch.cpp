@@ -8,15 +8,36 @@ namespace pab {
 namespace {
 
 void quantize(const Tensor& x, int64_t group, const Tensor& data, const Tensor& scale) {
-  const QuantizeArguments a{x.const_data_ptr(), data.mutable_data_ptr(), static_cast<float*>(scale.mutable_data_ptr()), x.size(0), x.size(1), group,
-                            x.stride(0),        data.stride(0),          scale.stride(0),                               dtype_of(x), dtype_of(data)};
+  const Rows from = rows_of(x);
+  QuantizeArguments a{};
+  a.x = x.const_data_ptr();
+  a.data = data.mutable_data_ptr();
+  a.scale = static_cast<float*>(scale.mutable_data_ptr());
+  a.rows = from.rows;
+  a.channels = from.channels;
+  a.group = group;
+  a.x_stride = from.stride;
+  a.data_stride = rows_of(data).stride;
+  a.scale_stride = rows_of(scale).stride;
+  a.x_dtype = dtype_of(x);
+  a.data_dtype = dtype_of(data);
   launch_on(x, "quantize", plan_quantize(a).refusal, [&](void* stream) { return pab_quantize(&a, stream); });
 }
 
 void dequantize(const Tensor& data, const Tensor& scale, int64_t group, const Tensor& out) {
-  const DequantizeArguments a{data.const_data_ptr(), static_cast<const float*>(scale.const_data_ptr()),
-                              out.mutable_data_ptr(), data.size(0), data.size(1), group, data.stride(0), scale.stride(0), out.stride(0),
-                              dtype_of(data), dtype_of(out)};
+  const Rows from = rows_of(data);
+  DequantizeArguments a{};
+  a.data = data.const_data_ptr();
+  a.scale = static_cast<const float*>(scale.const_data_ptr());
+  a.out = out.mutable_data_ptr();
+  a.rows = from.rows;
+  a.channels = from.channels;
+  a.group = group;
+  a.data_stride = from.stride;
+  a.scale_stride = rows_of(scale).stride;
+  a.out_stride = rows_of(out).stride;
+  a.data_dtype = dtype_of(data);
+  a.out_dtype = dtype_of(out);
   launch_on(data, "dequantize", plan_dequantize(a).refusal, [&](void* stream) { return pab_dequantize(&a, stream); });
 }
 

@@ -30,6 +30,27 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
+// `[..., C]` as rows of C channels with one stride between them.
+struct Rows {
+  int64_t rows, channels, stride;
+};
+
+inline Rows rows_of(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t last = static_cast<int64_t>(sizes.size()) - 1;
+  Rows rows{1, sizes[last], 0};
+  for (int64_t i = last - 1; i >= 0; --i) {
+    if (sizes[i] == 1) continue;
+    if (rows.rows == 1) {
+      rows.stride = strides[i];
+    } else if (strides[i] != rows.stride * rows.rows) {
+      throw std::runtime_error("pab_kernels: the rows of a tensor have no common stride");
+    }
+    rows.rows *= sizes[i];
+  }
+  return rows;
+}
+
 // Calls `launch(stream)` on the tensor's device and current stream; raises with the planner's reason or CUDA's.
 template <typename Launch>
 void launch_on(const Tensor& t, const char* op, const char* refusal, Launch launch) {

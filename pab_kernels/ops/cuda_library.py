@@ -33,7 +33,9 @@ def kernel(op: str, arguments: str) -> Callable[..., None]:
 
 
 def rows(t: Tensor) -> Tensor:
-    """`[..., C]` as `[rows, C]` with neighbouring channels: a view where there is one."""
+    """`[..., C]` with neighbouring channels and one stride between rows, as kernels take it: itself or a view where there is one."""
+    if t.is_contiguous():
+        return t
     flat = t.reshape(-1, t.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 

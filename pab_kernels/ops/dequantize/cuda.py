@@ -29,5 +29,5 @@ def dequantize_out(q: Quantized, dtype: torch.dtype, out: Tensor) -> None:
         return
     written = rows(out)
     _kernel(rows(q.data), rows(q.scale), q.group, written)
-    if written.data_ptr() != out.data_ptr():  # its rows have no common stride
+    if written is not out and written.data_ptr() != out.data_ptr():  # its rows have no common stride
         out.copy_(written.view(out.shape))

@@ -35,5 +35,5 @@ def quantize_out(x: Tensor, dtype: torch.dtype, group: int, out: Quantized) -> N
     data, scale = rows(out.data), rows(out.scale)
     _kernel(rows(x), group, data, scale)
     for written, place in ((data, out.data), (scale, out.scale)):
-        if written.data_ptr() != place.data_ptr():  # its rows have no common stride
+        if written is not place and written.data_ptr() != place.data_ptr():  # its rows have no common stride
             place.copy_(written.view(place.shape))
