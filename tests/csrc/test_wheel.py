@@ -76,13 +76,17 @@ def test_it_holds_the_kernels_and_says_what_they_are(wheel):
 
 def test_it_works_where_it_is_installed(wheel, tmp_path):
     """In a fresh environment that sees the torch of this one."""
-    _run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    hidden = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # where the sources may be
+
+    def run(*command: str | Path) -> str:
+        return _run(*command, cwd=tmp_path, env=hidden)
+
+    run(sys.executable, "-m", "venv", "--without-pip", "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    site = Path(_run(python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))").strip())
-    _run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--disable-pip-version-check", wheel)
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))").strip())
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--disable-pip-version-check", wheel)
     (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    seen = json.loads(_run(python, "-W", "error", "-c", SMOKE, cwd=tmp_path, env=env).splitlines()[-1])
+    seen = json.loads(run(python, "-W", "error", "-c", SMOKE).splitlines()[-1])
     assert Path(seen["file"]).is_relative_to(site)
     assert seen["load"] is None and seen["extension"][0].startswith("pab_kernels_cuda.so: loaded; ")
     assert "CUDA kernels run on CUDA devices; the tensors are on cpu" in seen["said"] and seen["grid"] == [1, 1, 1]
