@@ -11,6 +11,9 @@ TORCH ?= torch==2.13.0
 # Passed on: to `pab demo` by make demo, to pytest by make test.
 ARGS ?=
 
+# In CI a warning of the C++ and CUDA compilers is an error; elsewhere another compiler may warn of other things.
+export PAB_WERROR ?= $(if $(CI),1,0)
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
@@ -74,8 +77,7 @@ $(VENV)/oldest-triton.stamp: $(VENV)/torch.stamp
 	$(PIP) --no-deps --target $(VENV)/triton-3.6.0 'triton==3.6.0'
 	@touch $@
 
-# Every warning is an error here: what is compiled is what is tested.
 $(VENV)/extension.stamp: $(VENV)/test.stamp CMakeLists.txt $(wildcard cmake/* csrc/* csrc/tests/* csrc/tests/*/* python/*)
 	@echo "== pab_kernels: the CUDA kernels"
-	PAB_WERROR=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@

@@ -91,6 +91,19 @@ def test_torchs_headers_are_found_where_the_build_is_isolated_from_torch():
     assert _setup(hide) == ["1 []", "None"]
 
 
+def test_an_editable_install_compiles_nothing_by_itself(tmp_path):
+    for name in ("csrc", "python", "cmake"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "pab_kernels").mkdir()
+    (tmp_path / "pab_kernels" / "__init__.py").touch()
+    env = {name: value for name, value in os.environ.items() if name != "PAB_BUILD_CUDA"}
+    _run(sys.executable, "-c", "import setuptools.build_meta as b; print(b.build_editable('dist'))", cwd=tmp_path, env=env)
+    assert list((tmp_path / "dist").glob("*.whl")) and not list(tmp_path.rglob("cmake-*"))
+    assert [path.name for path in (tmp_path / "pab_kernels").iterdir()] == ["__init__.py"]
+
+
 def test_an_unknown_wish_is_refused():
     env = {**os.environ, "PAB_BUILD_CUDA": "yes"}
     done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, env=env, capture_output=True, text=True)
