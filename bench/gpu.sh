@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that only a CUDA machine can prove, part by part: the CUDA build, tests of the compiled kernels, compute-sanitizer, determinism, benchmarks.
+# Everything that only a CUDA machine can prove, part by part: the build of the CUDA kernels, tests of all compiled kernels,
+# compute-sanitizer, determinism, benchmarks.
 #
 #   bench/gpu.sh                        all parts
 #   bench/gpu.sh sanitizer attention    some of them

@@ -1,19 +1,16 @@
 # pab_kernels: the kernels and their C launchers, as objects; pab_torch: the library that registers them with torch.
 
+set(PAB_HAS_CUDA ${PAB_CUDA})
 if(PAB_CUDA STREQUAL "auto")
   include(CheckLanguage)
   check_language(CUDA)
-elseif(PAB_CUDA)
-  set(CMAKE_CUDA_COMPILER_NEEDED ON)
+  set(PAB_HAS_CUDA ${CMAKE_CUDA_COMPILER})
 endif()
-
-if(NOT (CMAKE_CUDA_COMPILER OR CMAKE_CUDA_COMPILER_NEEDED) OR NOT PAB_CUDA)
-  set(PAB_HAS_CUDA OFF)
+if(NOT PAB_HAS_CUDA)
   message(STATUS "nvcc is not used: kernels are not compiled")
   return()
 endif()
 
-set(PAB_HAS_CUDA ON)
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # CMake older than the architecture does not know it: the flags are written out
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)

@@ -136,7 +136,8 @@ extern "C" int pab_quantize(const pab::QuantizeArguments* a, void* stream) {
   return with_types(a->x_dtype, a->data_dtype, [&](auto* x, auto* data) {
     using T = std::remove_pointer_t<decltype(x)>;
     using Eight = std::remove_pointer_t<decltype(data)>;
-    return launch_kernel(plan.vector_bytes == 16 ? quantize_kernel<T, Eight, true> : quantize_kernel<T, Eight, false>, plan, stream, *a);
+    const auto kernel = plan.vector_bytes == 16 ? quantize_kernel<T, Eight, true> : quantize_kernel<T, Eight, false>;
+    return launch_kernel(kernel, plan, stream, *a);
   });
 }
 
@@ -146,6 +147,7 @@ extern "C" int pab_dequantize(const pab::DequantizeArguments* a, void* stream) {
   return with_types(a->out_dtype, a->data_dtype, [&](auto* out, auto* data) {
     using T = std::remove_pointer_t<decltype(out)>;
     using Eight = std::remove_pointer_t<decltype(data)>;
-    return launch_kernel(plan.vector_bytes == 16 ? dequantize_kernel<Eight, T, true> : dequantize_kernel<Eight, T, false>, plan, stream, *a);
+    const auto kernel = plan.vector_bytes == 16 ? dequantize_kernel<Eight, T, true> : dequantize_kernel<Eight, T, false>;
+    return launch_kernel(kernel, plan, stream, *a);
   });
 }

@@ -24,8 +24,8 @@ LaunchPlan plan_quantize(const QuantizeArguments& a) {
   if (a.group > kMaxGroup) return refused("groups of up to 128 channels are supported");
   const std::int64_t groups = ceil_div(a.channels, a.group);
   if (a.rows > kMaxGridX / groups) return refused("fewer than 2^31 groups are supported");
-  const bool vectors = a.channels % kLaneChannels == 0 && a.group % kLaneChannels == 0 && rows_are_vectors(a.x, a.x_stride, a.x_dtype) &&
-                       rows_are_vectors(a.data, a.data_stride, a.data_dtype);
+  const bool vectors = a.channels % kLaneChannels == 0 && a.group % kLaneChannels == 0 &&
+                       rows_are_vectors(a.x, a.x_stride, a.x_dtype) && rows_are_vectors(a.data, a.data_stride, a.data_dtype);
   LaunchPlan plan;
   plan.grid[0] = static_cast<unsigned>(ceil_div(a.rows * groups, kBlockGroups));
   plan.block = kQuantizeBlock;
@@ -35,8 +35,8 @@ LaunchPlan plan_quantize(const QuantizeArguments& a) {
 
 LaunchPlan plan_dequantize(const DequantizeArguments& a) {
   if (const char* why = refuse(a.out_dtype, a.data_dtype, a.rows, a.channels, a.group)) return refused(why);
-  const bool vectors = a.channels % kLaneChannels == 0 && a.group % kLaneChannels == 0 && rows_are_vectors(a.out, a.out_stride, a.out_dtype) &&
-                       rows_are_vectors(a.data, a.data_stride, a.data_dtype);
+  const bool vectors = a.channels % kLaneChannels == 0 && a.group % kLaneChannels == 0 &&
+                       rows_are_vectors(a.out, a.out_stride, a.out_dtype) && rows_are_vectors(a.data, a.data_stride, a.data_dtype);
   const std::int64_t pieces = a.channels / (vectors ? kLaneChannels : 1);
   if (a.rows > (kMaxGridX - kDequantizeBlock * kThreadVectors) / pieces) return refused("fewer than 2^31 accesses are supported");
   LaunchPlan plan;

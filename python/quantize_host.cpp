@@ -21,7 +21,8 @@ void bind_quantize(py::module_& module) {
       "plan_dequantize",
       [](std::uintptr_t data, std::uintptr_t out, std::int64_t rows, std::int64_t channels, std::int64_t group, std::int64_t data_stride,
          std::int64_t out_stride, DType data_dtype, DType out_dtype) {
-        return plan_dequantize({address(data), nullptr, address(out), rows, channels, group, data_stride, 0, out_stride, data_dtype, out_dtype});
+        return plan_dequantize(
+            {address(data), nullptr, address(out), rows, channels, group, data_stride, 0, out_stride, data_dtype, out_dtype});
       },
       "data"_a, "out"_a, "rows"_a, "channels"_a, "group"_a, "data_stride"_a, "out_stride"_a, "data_dtype"_a, "out_dtype"_a,
       "The launch of dequantize; data and out are addresses.");

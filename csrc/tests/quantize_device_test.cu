@@ -29,7 +29,9 @@ std::vector<T> on_host(const T* pointer, std::size_t size) {
 void round_trip(DType eight, std::int64_t rows, std::int64_t channels, std::int64_t group, std::int64_t padding) {
   const std::int64_t stride = channels + padding, groups = ceil_div(channels, group);
   std::vector<float> x(rows * stride);
-  for (std::size_t i = 0; i < x.size(); ++i) x[i] = std::sin(static_cast<float>(i * i % 1009)) * std::pow(10.0f, static_cast<float>(i % 7) - 3);
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    x[i] = std::sin(static_cast<float>(i * i % 1009)) * std::pow(10.0f, static_cast<float>(i % 7) - 3);
+  }
   const float poison = -12345.0f;
   float* x_device = on_device(x);
   float* out = on_device(std::vector<float>(rows * stride, poison));
@@ -52,7 +54,9 @@ void round_trip(DType eight, std::int64_t rows, std::int64_t channels, std::int6
         continue;
       }
       float largest = 0;
-      for (std::int64_t k = c / group * group; k < channels && k < (c / group + 1) * group; ++k) largest = std::fmax(largest, std::fabs(x[row * stride + k]));
+      for (std::int64_t k = c / group * group; k < channels && k < (c / group + 1) * group; ++k) {
+        largest = std::fmax(largest, std::fabs(x[row * stride + k]));
+      }
       const float step = scales[row * groups + c / group];
       CHECK(step == largest / limit);
       CHECK(std::fabs(back[i] - x[i]) <= 0.5001f * (eight == DType::kInt8 ? step : std::fmax(std::fabs(x[i]) / 8, step / 512)));
