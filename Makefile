@@ -11,19 +11,22 @@ TORCH ?= torch==2.13.0
 # Passed on: to `pab demo` by make demo, to pytest by make test.
 ARGS ?=
 
+# In CI a warning of the C++ and CUDA compilers is an error; elsewhere another compiler may warn of other things.
+export PAB_WERROR ?= $(if $(CI),1,0)
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format extension wheel clean
 
 help:  ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/demo.stamp  ## sample a small video model with and without PAB and compare: make demo ARGS='--help'
 	$(BIN)/pab demo $(ARGS)
 
-test: lint  ## lint, then run the tests: make test ARGS='-k plan'
+test: lint extension  ## lint, then run the tests: make test ARGS='-k plan'
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile $(ARGS)
 
 lint: $(VENV)/test.stamp $(VENV)/oldest-triton.stamp  ## check style, format and types
@@ -35,8 +38,14 @@ format: $(VENV)/test.stamp  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Where there is no nvcc this compiles the planners alone, and says so; where there is no C++ compiler, nothing.
+extension: $(VENV)/extension.stamp  ## compile the CUDA kernels into the source tree: docs/building.md
+
+wheel: $(VENV)/test.stamp  ## a wheel in dist/, with the CUDA kernels where nvcc is found
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+
 clean:  ## remove .venv, build outputs and caches
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info pab_kernels/*.so pab_kernels/_build_info.json .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/torch.stamp:
@@ -66,4 +75,9 @@ $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
 # The kernels are compiled with the oldest supported Triton too, which lies beside the environment's own: tests/kernels.
 $(VENV)/oldest-triton.stamp: $(VENV)/torch.stamp
 	$(PIP) --no-deps --target $(VENV)/triton-3.6.0 'triton==3.6.0'
+	@touch $@
+
+$(VENV)/extension.stamp: $(VENV)/test.stamp CMakeLists.txt $(wildcard cmake/* csrc/* csrc/tests/* csrc/tests/*/* python/*)
+	@echo "== pab_kernels: the CUDA kernels"
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that only a CUDA machine can prove, part by part: tests of the compiled kernels, compute-sanitizer, determinism, benchmarks.
+# Everything that only a CUDA machine can prove, part by part: the build of the CUDA kernels, tests of all compiled kernels,
+# compute-sanitizer, determinism, benchmarks.
 #
 #   bench/gpu.sh                        all parts
 #   bench/gpu.sh sanitizer attention    some of them
@@ -14,10 +15,10 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
-TESTS=(tests_ops tests_kernels)
+TESTS=(tests_ops tests_kernels tests_csrc ctest fuzz)
 SANITIZER=(memcheck racecheck initcheck synccheck)
 BENCH=(broadcast_residual project_residual attention short_attention)
-ALL=("${TESTS[@]}" determinism "${SANITIZER[@]}" "${BENCH[@]}" denoiser tables)
+ALL=(build "${TESTS[@]}" determinism "${SANITIZER[@]}" "${BENCH[@]}" denoiser tables)
 
 OUT=${OUT:-bench/results}
 PYTHON=${PYTHON:-python3}
@@ -70,6 +71,28 @@ compute_sanitizer() {
 part() {
   local sanitizer json="$OUT/$1-$slug.jsonl"
   case $1 in
+    build)
+      if ! command -v nvcc > /dev/null && [[ ! -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; then
+        echo "nvcc is neither on PATH nor in CUDA_HOME: the CUDA kernels were not compiled"
+        return 77
+      fi
+      PAB_BUILD_CUDA=1 limited "$PYTHON" setup.py --quiet build_ext --inplace
+      ;;
+    ctest)
+      if ! compgen -G 'build/cmake-*/CTestTestfile.cmake' > /dev/null; then
+        echo "the CUDA kernels are not compiled: their device tests were not run"
+        return 77
+      fi
+      limited ctest --test-dir "$(dirname "$(ls -t build/cmake-*/CTestTestfile.cmake | head -n 1)")" --output-on-failure
+      ;;
+    tests_csrc)
+      # shellcheck disable=SC2086
+      limited "$PYTHON" -m pytest tests/csrc -q ${PYTEST_ARGS:-}
+      ;;
+    fuzz)
+      # shellcheck disable=SC2086
+      PAB_FUZZ_CALLS=10000 limited "$PYTHON" -m pytest tests/ops -q -k fuzz ${PYTEST_ARGS:-}
+      ;;
     tests_ops)
       local parallel=()
       "$PYTHON" -c 'import xdist' 2> /dev/null && parallel=(-n 8)

@@ -1,10 +1,10 @@
-"""Runs the kernels of a backend over small odd shapes and all their options, several times, and compares the results bit for bit.
+"""Runs the kernels of some backends over small odd shapes and all their options, several times, and compares the results bit for bit.
 
     python -m bench.sanitize --repeats 20 --geometry odd,latte
     compute-sanitizer --tool racecheck --error-exitcode 99 python -m bench.sanitize
 
-It is what compute-sanitizer watches: few kernels beside those of the backend, and nothing timed. Exit status: 1 if a result changed between
-runs, an element was not written, a kernel failed, or the backend served no case of an operation.
+It is what compute-sanitizer watches: few kernels beside those of the backends, and nothing timed. Exit status: 1 if a result changed
+between runs, an element was not written, a kernel failed, or a backend served no case of an operation that it has a kernel for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from pab_kernels.ops import BackendError
+from pab_kernels.ops import BACKENDS, BackendError
+from pab_kernels.ops.backend import IMPLEMENTATIONS
 
 from .__main__ import OPS, cases
 from .case import Case, Draw, poison, tensors, unwritten
@@ -56,28 +57,31 @@ def main() -> int:
     parser.add_argument("--op", default=",".join(OPS), help="with commas between")
     parser.add_argument("--geometry", default=",".join(SMALL), help=f"some of {', '.join(GEOMETRIES)}, with commas between")
     parser.add_argument("--dtype", default="bfloat16", help="some of bfloat16, float16, float32, with commas between")
-    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--backend", default="triton,cuda", help=f"some of {', '.join(BACKENDS)}, with commas between")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-poison", action="store_true", help="outputs stay uninitialised: for initcheck")
     parser.add_argument("--json", help="file to which rows are appended, JSON lines")
     args = parser.parse_args()
-    shared, failed, idle = environment(args.device), 0, set(args.op.split(","))
+    shared, failed = environment(args.device), 0
+    chosen = [(op, backend) for op in args.op.split(",") for backend in args.backend.split(",") if backend in IMPLEMENTATIONS[op]]
+    idle = set(chosen)
     with torch.no_grad():
         for dtype in args.dtype.split(","):
-            for case in cases(args.op.split(","), args.geometry.split(","), getattr(torch, dtype)):
-                found = repeated(case, args.backend, args.repeats, torch.device(args.device), args.seed, not args.no_poison)
+            every = cases(args.op.split(","), args.geometry.split(","), getattr(torch, dtype))
+            for case, backend in ((case, backend) for case in every for op, backend in chosen if op == case.op):
+                found = repeated(case, backend, args.repeats, torch.device(args.device), args.seed, not args.no_poison)
                 row = {"bench": "determinism", "op": case.op, "geometry": case.geometry, "case": case.name, "dtype": dtype}
-                row |= {"backend": args.backend, "repeats": args.repeats, "seed": args.seed, **found}
-                progress(f"{row['status']:<12} {case} {dtype} {row['reason'] or ''}")
+                row |= {"backend": backend, "repeats": args.repeats, "seed": args.seed, **found}
+                progress(f"{row['status']:<12} {case} {backend} {dtype} {row['reason'] or ''}")
                 if args.json:
                     append(args.json, row, shared)
                 failed += found["status"] == "failed"
-                idle -= {case.op} if found["status"] == "ok" else set()
-    if idle:
-        progress(f"backend {args.backend!r} served no case of {', '.join(sorted(idle))}")
-    return int(failed > 0 or bool(idle))
+                idle -= {(case.op, backend)} if found["status"] == "ok" else set()
+    for op, backend in sorted(idle):
+        progress(f"backend {backend!r} served no case of {op}")
+    return int(failed > 0 or not chosen or bool(idle))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class Report:
         devices: one line each.
         operations: by operation: "auto" names the backend that is chosen; every backend has None where it can serve, else the reason.
         asked: the call that the backends were asked about.
-        extensions: compiled libraries of this package.
+        extension: the CUDA kernels of this package: what was compiled, or why they are not there; and further compiled modules.
         cache: of compiled Triton kernels.
         environment: variables that are set and change what runs.
         problems: what could not be found out.
@@ -87,7 +87,7 @@ class Report:
     devices: tuple[str, ...]
     operations: dict[str, dict[str, str | None]]
     asked: str
-    extensions: tuple[str, ...]
+    extension: tuple[str, ...]
     cache: Cache
     environment: dict[str, str]
     problems: tuple[str, ...]
@@ -106,7 +106,7 @@ class Report:
             *_listed("packages", found),
             *_listed("missing", missing or ["nothing"]),
             *_listed("devices", list(self.devices), apart=True),
-            *_listed("extension", list(self.extensions) or ["none: there are no compiled CUDA kernels in this installation"]),
+            *_listed("extension", list(self.extension), apart=True),
             *_listed("triton cache", [f"{self.cache.path}: {self.cache.problem or mib}"]),
             *_listed("environment", [f"{name}={value}" for name, value in self.environment.items()] or ["nothing that changes what runs"]),
             "",
@@ -179,7 +179,7 @@ def doctor() -> Report:
         devices=devices,
         operations=operations,
         asked=asked,
-        extensions=tried("extension", _extensions, ()),
+        extension=tried("extension", _extension, ()),
         cache=tried("triton cache", _triton_cache, Cache("", problem="cannot be found")),
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
         problems=tuple(problems),
@@ -258,7 +258,7 @@ def _sample_calls(device: str, dtype: Any) -> dict[str, tuple[Any, ...]]:
     """For each operation the arguments of an ordinary call, as its backends take them."""
     import torch
 
-    from .ops import Norm
+    from .ops import Norm, Quantized
 
     x, weight, shift = (torch.zeros(shape, device=device, dtype=dtype) for shape in ((1, 16, 128), (128, 128), (1, 1, 128)))
     q, k, v = torch.zeros(1, 16, 3, 2, 64, device=device, dtype=dtype).unbind(2)  # [1, 16, 2, 64]
@@ -267,13 +267,24 @@ def _sample_calls(device: str, dtype: Any) -> dict[str, tuple[Any, ...]]:
         "project_residual": (x, weight, None, x, shift, None, dtype, ()),
         "attention": (q, k, v, 64**-0.5, None, None, None, None, None),
         "short_attention": (q, k, v, 64**-0.5, None, None, None, None),
+        "quantize": (x, torch.int8, 128),
+        "dequantize": (Quantized(x.to(torch.int8), x[..., :1].float()), dtype),
     }
 
 
-def _extensions() -> tuple[str, ...]:
-    """Compiled libraries inside the package."""
-    package = Path(__file__).parent
-    return tuple(str(path.relative_to(package)) for ending in ("so", "pyd", "dylib") for path in sorted(package.rglob(f"*.{ending}")))
+def _extension() -> tuple[str, ...]:
+    """What `Report.extension` holds."""
+    from .ops import cuda_library
+
+    info, reason = cuda_library.build_info(), cuda_library.load()
+    if reason is None:
+        kernels = (
+            f"{cuda_library.LIBRARY.name}: loaded; compute capabilities {', '.join(info['archs'])}, torch from {info['torch_target']} on; "
+            f"by nvcc {info['nvcc']}, torch {info['torch_headers']}'s headers; commit {info['commit'] or 'unknown'}"
+        )
+    else:
+        kernels = f"none: {reason}"
+    return (kernels, *(f"{path.name}: the planners" for path in sorted(cuda_library.PACKAGE.glob("_host*.so"))))
 
 
 def _triton_cache() -> Cache:

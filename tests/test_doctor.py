@@ -15,7 +15,8 @@ import torch
 
 from pab_kernels import doctor as doctor_module
 from pab_kernels.doctor import NO_KERNEL, doctor
-from pab_kernels.ops import backend
+from pab_kernels.ops import backend, cuda_library
+from tests.ops.tensors import parts
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +56,7 @@ def test_the_calls_that_backends_are_asked_about_are_calls_that_they_take() -> N
     assert calls.keys() == backend.IMPLEMENTATIONS.keys()
     for op, arguments in calls.items():
         outputs = backend.implementation(op, "reference", arguments)(*arguments)
-        assert all(t.isfinite().all() for t in outputs if isinstance(t, torch.Tensor))
+        assert all(t.float().isfinite().all() for t in parts(outputs))
 
 
 def _with_triton(monkeypatch: pytest.MonkeyPatch, refusal: Any) -> Any:
@@ -111,15 +112,27 @@ def test_the_cache_lies_where_triton_has_it(tmp_path: Path, monkeypatch: pytest.
     assert cache.path == knobs.cache.dir
 
 
-def test_compiled_libraries_in_the_package_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "_cuda.so").write_bytes(b"")
-    monkeypatch.setattr(doctor_module, "__file__", str(tmp_path / "doctor.py"))
-    assert doctor().extensions == ("_cuda.so",) and "extension     _cuda.so" in str(doctor())
-    (tmp_path / "_cuda.so").unlink()
-    assert doctor().extensions == () and "extension     none" in str(doctor())
+def test_compiled_kernels_are_described_or_it_is_said_why_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = {
+        "missing": None,
+        "archs": ["80", "90a"],
+        "nvcc": "13.0.88",
+        "torch_target": "2.10",
+        "torch_headers": "2.13.0",
+        "commit": "c0ffee",
+    }
+    (tmp_path / "_host.so").touch()
+    monkeypatch.setattr(cuda_library, "PACKAGE", tmp_path)
+    monkeypatch.setattr(cuda_library, "build_info", lambda: info)
+    monkeypatch.setattr(cuda_library, "load", lambda: None)
+    kernels, planners = doctor().extension
+    assert all(word in kernels for word in ("loaded", "80, 90a", "13.0.88", "2.10", "2.13.0", "c0ffee")) and "_host.so" in planners
+    (tmp_path / "_host.so").unlink()
+    monkeypatch.setattr(cuda_library, "load", lambda: "nvcc was not found")
+    assert doctor().extension == ("none: nvcc was not found",) and "extension     none: nvcc was not found" in str(doctor())
 
 
-@pytest.mark.parametrize("name", ["_version", "_torch_build", "_devices", "_operations", "_extensions", "_triton_cache"])
+@pytest.mark.parametrize("name", ["_version", "_torch_build", "_devices", "_operations", "_extension", "_triton_cache"])
 def test_whatever_breaks_is_a_problem_and_not_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> Any:
         raise OSError("out\nof order")

@@ -51,6 +51,9 @@ ROOMS = ("extras", "ops", "broadcast", "nn", "models", "parallel", "adapters", "
 
 MAX_LINES = 400
 
+COMPILED = ("*.so", "_build_info.json")
+"""What a build of the CUDA kernels leaves in the source tree; it is in no wheel but those that it is compiled for."""
+
 
 def _modules() -> list[str]:
     paths = sorted(p.relative_to(PACKAGE.parent).with_suffix("") for p in PACKAGE.rglob("*.py"))
@@ -199,12 +202,15 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], s
     if not (ROOT / "pyproject.toml").exists():
         pytest.skip("the sources of the distribution are not here")
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "pab_kernels", tree / "pab_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("pab_kernels", "csrc", "python", "cmake"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", *COMPILED))
     code = f"import setuptools.build_meta as b; b.build_wheel({str(out)!r}); b.build_sdist({str(out)!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    env = {**os.environ, "PAB_BUILD_CUDA": "0"}  # with kernels: tests/csrc/test_wheel.py
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert [path.name.endswith("-py3-none-any.whl") for path in out.glob("*.whl")] == [True]
     (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as w, tarfile.open(sdist) as s:
         return set(w.namelist()), {name.partition("/")[2] for name in s.getnames()}
@@ -212,10 +218,14 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], s
 
 def test_wheel_and_sdist_hold_every_file_of_the_package(distributions: tuple[set[str], set[str]]) -> None:
     wheel, sdist = distributions
-    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "pab_kernels").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    sources = [p for p in (ROOT / "pab_kernels").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    files = {p.relative_to(ROOT).as_posix() for p in sources if not any(map(p.match, COMPILED))}
     assert files >= {"pab_kernels/py.typed", "pab_kernels/models/demo/weights.safetensors", "pab_kernels/models/demo/README.md"}
     assert files - wheel == set()
     assert files - sdist == set()
+    kernels = {p.relative_to(ROOT).as_posix() for folder in ("csrc", "python", "cmake") for p in (ROOT / folder).rglob("*") if p.is_file()}
+    assert {*kernels, "CMakeLists.txt"} - sdist == set() and kernels & wheel == set()
+    assert "pab_kernels/_build_info.json" in wheel
 
 
 def test_wheel_has_the_command_and_the_licence_and_no_tests(distributions: tuple[set[str], set[str]]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..ops.quantize import Quantized, dequantize, quantize
+from ..ops.dequantize import dequantize
+from ..ops.quantize import Quantized, quantize
 
 CACHE_DTYPES = {None: None, "float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 GROUP = 128

@@ -1,4 +1,4 @@
-"""The four fused operations of pyramid attention broadcast, and the 8-bit slots that they read and write.
+"""The four fused operations of pyramid attention broadcast, and the two that make and read 8-bit slots.
 
 Each operation is a folder: `__init__.py` (public function, checks, schema, fake, FLOP formula) and `reference.py` (pure torch: the
 definition). Each has a form that returns new tensors and a form, `<op>_out`, that writes to the tensors it is given.
@@ -10,10 +10,11 @@ from .attention import attention, attention_out
 from .attention.options import QKNorm, Rope
 from .backend import BACKENDS, BackendError
 from .broadcast_residual import broadcast_residual, broadcast_residual_out
+from .dequantize import dequantize, dequantize_out
 from .flops import attention_flops, flop_counter, linear_flops
 from .norm import Norm
 from .project_residual import project_residual, project_residual_out
-from .quantize import Quantized, dequantize, empty_quantized, quantize
+from .quantize import Quantized, empty_quantized, quantize, quantize_out
 from .short_attention import short_attention, short_attention_out
 
 __all__ = [
@@ -29,12 +30,14 @@ __all__ = [
     "broadcast_residual",
     "broadcast_residual_out",
     "dequantize",
+    "dequantize_out",
     "empty_quantized",
     "flop_counter",
     "linear_flops",
     "project_residual",
     "project_residual_out",
     "quantize",
+    "quantize_out",
     "short_attention",
     "short_attention_out",
 ]

@@ -22,6 +22,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "project_residual": ("reference", "triton"),
     "attention": ("reference", "triton", "sdpa", "flash_attn"),
     "short_attention": ("reference", "triton"),
+    "quantize": ("reference", "cuda"),
+    "dequantize": ("reference", "cuda"),
 }
 """The backends that exist for each operation. Adding a kernel is adding its module and its name here."""
 

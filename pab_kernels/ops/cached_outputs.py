@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_broadcasts, check_kind, check_operand
-from .quantize import GROUP, Quantized, check_quantized, dequantize
+from .dequantize.reference import dequantize
+from .quantize import GROUP, Quantized, check_quantized
 
 
 class CachedOutput(NamedTuple):

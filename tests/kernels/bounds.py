@@ -1,6 +1,7 @@
 """The table of registers and shared memory of every compiled kernel: bounds that may only fall.
 
-`python -m tests.kernels.compilation 80 90 100 | python -m tests.kernels.bounds` adds launches that are new and lowers bounds where kernels
+`python -m tests.kernels.compilation 80 90 100 | python -m tests.kernels.bounds` (Triton) or
+`python -m tests.csrc.compilation | python -m tests.kernels.bounds` (CUDA) adds launches that are new and lowers bounds where kernels
 have become leaner; where one has become fatter it ends with an error and writes nothing. `--drop` takes out the launches that are gone.
 """
 
@@ -16,7 +17,7 @@ TABLE = Path(__file__).with_name("bounds.json")
 
 
 def read() -> dict[str, dict[str, list[int]]]:
-    """By Triton version and `<launch> <kernel> sm_<arch>`: registers and bytes of shared memory."""
+    """By compiler (a Triton version, or nvcc and its version) and `<launch> <kernel> sm_<arch>`: registers and bytes of shared memory."""
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 
@@ -30,9 +31,9 @@ def tightened(table: dict[str, dict[str, list[int]]], records: Iterable[dict[str
     broken = []
     tightened = {version: dict(rows) for version, rows in table.items()}
     for record in records:
-        row, used = tightened.setdefault(record["triton"], {}), [record["registers"], record["shared"]]
+        row, used = tightened.setdefault(record["compiler"], {}), [record["registers"], record["shared"]]
         bound = row.get(key(record), used)
-        broken += [f"{key(record)}, Triton {record['triton']}: {used}, bound {bound}"] if any(map(int.__gt__, used, bound)) else []
+        broken += [f"{key(record)}, {record['compiler']}: {used}, bound {bound}"] if any(map(int.__gt__, used, bound)) else []
         row[key(record)] = list(map(min, used, bound))
     return tightened, broken
 
@@ -45,7 +46,7 @@ def main() -> None:
     if broken:
         raise SystemExit("\n".join(["registers or shared memory would rise:", *broken]))
     if "--drop" in sys.argv:
-        seen = {(record["triton"], key(record)) for record in records}
+        seen = {(record["compiler"], key(record)) for record in records}
         new = {
             version: {k: v for k, v in rows.items() if (version, k) in seen or all(version != s for s, _ in seen)}
             for version, rows in new.items()

@@ -79,7 +79,8 @@ def _captured(arch: int) -> Iterator[list[tuple[str, Any]]]:
         JITFunction.run = original
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
+    """A tool of the CUDA toolkit, as the triton package has it."""
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
@@ -90,8 +91,8 @@ def inspect(kernel: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", cubin.name], capture_output=True, text=True, check=True)
-        sass = subprocess.run([_tool("nvdisasm"), "-c", cubin.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([tool("cuobjdump"), "-res-usage", cubin.name], capture_output=True, text=True, check=True)
+        sass = subprocess.run([tool("nvdisasm"), "-c", cubin.name], capture_output=True, text=True, check=True).stdout
     registers = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
     assert registers, usage
     opcodes = [match[1] for match in map(OPCODE.match, sass.splitlines()) if match]
@@ -114,7 +115,7 @@ def compile_launch(name: str, arch: int) -> list[dict[str, Any]]:
     with _captured(arch) as kernels:
         launches()[name].call()
     assert kernels, f"{name} launched nothing"
-    made = {"launch": name, "arch": arch, "triton": triton.__version__}
+    made = {"launch": name, "arch": arch, "compiler": triton.__version__}
     return [made | {"kernel": kernel_name} | inspect(kernel) for kernel_name, kernel in kernels]
 
 

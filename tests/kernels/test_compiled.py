@@ -79,7 +79,7 @@ def test_every_launch_was_compiled_for_its_architectures(compiled):
 def test_registers_and_shared_memory_keep_their_bounds(compiled):
     records = [record for records in compiled.values() for record in records]
     table = bounds.read()
-    version = records[0]["triton"]
+    version = records[0]["compiler"]
     if version not in table:
         pytest.skip(f"no bounds are kept for Triton {version}")
     missing = [bounds.key(record) for record in records if bounds.key(record) not in table[version]]
@@ -88,8 +88,8 @@ def test_registers_and_shared_memory_keep_their_bounds(compiled):
 
 
 def test_a_bound_falls_and_never_rises():
-    record = {"launch": "a", "kernel": "k", "arch": 90, "triton": "3", "registers": 64, "shared": 1024}
+    record = {"launch": "a", "kernel": "k", "arch": 90, "compiler": "3", "registers": 64, "shared": 1024}
     table, broken = bounds.tightened({}, [record])
     assert table == {"3": {"a k sm_90": [64, 1024]}} and not broken
     assert bounds.tightened(table, [record | {"registers": 60}]) == ({"3": {"a k sm_90": [60, 1024]}}, [])
-    assert bounds.tightened(table, [record | {"shared": 1025}])[1] == ["a k sm_90, Triton 3: [64, 1025], bound [64, 1024]"]
+    assert bounds.tightened(table, [record | {"shared": 1025}])[1] == ["a k sm_90, 3: [64, 1025], bound [64, 1024]"]

@@ -18,6 +18,7 @@ from tests.ops.tensors import assert_refuses
 
 QKV = [torch.zeros(1, 2, 1, 32)] * 3
 X = torch.zeros(1, 2, 8)
+EIGHT = ops.quantize(X, torch.int8)
 CALLS = {
     "broadcast_residual": lambda **kw: ops.broadcast_residual(X, [X], **kw),
     "broadcast_residual_out": lambda **kw: ops.broadcast_residual_out(X, [X], x_out=X.clone(), **kw),
@@ -26,6 +27,10 @@ CALLS = {
     "attention": lambda **kw: ops.attention(*QKV, **kw),
     "attention_out": lambda **kw: ops.attention_out(*QKV, out=torch.empty(1, 2, 1, 32), **kw),
     "short_attention": lambda **kw: ops.short_attention(*QKV, **kw),
+    "quantize": lambda **kw: ops.quantize(X, torch.int8, **kw),
+    "quantize_out": lambda **kw: ops.quantize_out(X, ops.empty_quantized(X.shape, torch.int8), **kw),
+    "dequantize": lambda **kw: ops.dequantize(EIGHT, X.dtype, **kw),
+    "dequantize_out": lambda **kw: ops.dequantize_out(EIGHT, X.clone(), **kw),
     "short_attention_out": lambda **kw: ops.short_attention_out(*QKV, out=torch.empty(1, 2, 1, 32), **kw),
 }
 

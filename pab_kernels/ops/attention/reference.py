@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quantize import Quantized, quantize
+from ..quantize import Quantized
+from ..quantize.reference import quantize
 from ..stored import copy_stored
 from .layout import inverse, memory_order
 from .options import QKNorm, Rope, normalise, rotate

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..cached_outputs import CachedOutput, add_cached_outputs
+from ..dequantize.reference import dequantize
 from ..norm import Norm, apply_norm
-from ..quantize import Quantized, dequantize
+from ..quantize import Quantized
 
 
 def broadcast_residual(

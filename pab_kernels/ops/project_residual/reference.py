@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cached_outputs import CachedOutput, add_cached_outputs
-from ..quantize import Quantized, dequantize, quantize
+from ..dequantize.reference import dequantize
+from ..quantize import GROUP, Quantized
+from ..quantize.reference import quantize
 from ..stored import copy_stored
 
 
@@ -29,7 +31,7 @@ def project_residual(
     if store is None:
         return x_new, None
     stored = p if store == "pre_gate" else gated
-    return x_new, stored.contiguous() if store_dtype == x.dtype else quantize(stored, store_dtype)
+    return x_new, stored.contiguous() if store_dtype == x.dtype else quantize(stored, store_dtype, GROUP)
 
 
 @torch.no_grad()
@@ -74,4 +76,4 @@ def project_residual_rounded_once(
     if store is None:
         return x_new.to(x.dtype), None
     stored = p if store == "pre_gate" else gated.to(x.dtype)
-    return x_new.to(x.dtype), stored.contiguous() if store_dtype == x.dtype else quantize(stored, store_dtype)
+    return x_new.to(x.dtype), stored.contiguous() if store_dtype == x.dtype else quantize(stored, store_dtype, GROUP)

@@ -1,0 +1,37 @@
+// What a planner decides about a launch, and the words that all operations share. Plain host C++.
+#pragma once
+
+#include <cstdint>
+
+namespace pab {
+
+enum class DType : int { kFloat32, kFloat16, kBFloat16, kInt8, kFloat8E4M3 };
+
+constexpr int size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 || dtype == DType::kFloat8E4M3 ? 1 : 2;
+}
+
+constexpr bool is_activation(DType dtype) { return size_of(dtype) > 1; }
+
+constexpr std::int64_t kMaxGridX = 2147483647;
+constexpr std::int64_t kMaxGridYZ = 65535;
+
+struct LaunchPlan {
+  unsigned grid[3] = {1, 1, 1};   // a dimension of 0: nothing is to be done, nothing is launched
+  unsigned block = 1;             // threads
+  unsigned shared_bytes = 0;      // dynamic shared memory
+  int vector_bytes = 0;           // of the activations that a lane reads or writes at once
+  const char* refusal = nullptr;  // why the kernel cannot serve; nullptr where it can
+};
+
+inline LaunchPlan refused(const char* why) {
+  LaunchPlan plan;
+  plan.refusal = why;
+  return plan;
+}
+
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+inline bool is_aligned(const void* pointer, int bytes) { return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0; }
+
+}  // namespace pab

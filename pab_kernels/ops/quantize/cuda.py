@@ -1,0 +1,39 @@
+"""`quantize` in CUDA: csrc/quantize.cu, bit for bit the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cuda_library import kernel, refuse, rows
+from .quantized import Quantized, empty_quantized
+
+MAX_GROUP = 128
+"""Channels that a team of 16 lanes holds in registers."""
+
+_kernel = kernel("quantize", "Tensor x, int group, Tensor(a!) data, Tensor(b!) scale")
+
+
+def refusal(x: Tensor, dtype: torch.dtype, group: int) -> str | None:
+    """Why this kernel cannot serve; None where it can."""
+    if x.dtype == torch.float64:
+        return "x is torch.float64; float16, bfloat16 and float32 are supported"
+    if group > MAX_GROUP:
+        return f"group is {group}; up to {MAX_GROUP} are supported"
+    return refuse(x)
+
+
+def quantize(x: Tensor, dtype: torch.dtype, group: int) -> Quantized:
+    q = empty_quantized(x.shape, dtype, group, x.device)
+    quantize_out(x, dtype, group, q)
+    return q
+
+
+def quantize_out(x: Tensor, dtype: torch.dtype, group: int, out: Quantized) -> None:
+    if x.numel() == 0:
+        return
+    data, scale = rows(out.data), rows(out.scale)
+    _kernel(rows(x), group, data, scale)
+    for written, place in ((data, out.data), (scale, out.scale)):
+        if written is not place and written.data_ptr() != place.data_ptr():  # its rows have no common stride
+            place.copy_(written.view(place.shape))

@@ -1,0 +1,122 @@
+"""The unmodified kernels of quantize and dequantize on the CPU: the reference's bits, every element written once, no other touched."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pab_kernels.ops import Quantized, dequantize, quantize
+from tests.ops.tensors import DTYPES, EIGHT_BITS
+
+CSRC = Path(__file__).parents[2] / "csrc"
+SHIM = CSRC / "tests" / "lockstep" / "lockstep.h"
+HOMES = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+CUDA = next((home / "include" for home in HOMES if (home / "include" / "cuda_fp8.h").exists()), None)
+
+NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+"""`DType` of csrc/plan.h."""
+
+
+def _struct(pointers: str, numbers: str, dtypes: str) -> type[ctypes.Structure]:
+    kinds = ((pointers, ctypes.c_void_p), (numbers, ctypes.c_int64), (dtypes, ctypes.c_int))
+    return type("Arguments", (ctypes.Structure,), {"_fields_": [(name, kind) for names, kind in kinds for name in names.split()]})
+
+
+QuantizeArguments = _struct("x data scale", "rows channels group x_stride data_stride scale_stride", "x_dtype data_dtype")
+DequantizeArguments = _struct("data scale out", "rows channels group data_stride scale_stride out_stride", "data_dtype out_dtype")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if not SHIM.exists() or CUDA is None or shutil.which("g++") is None:
+        pytest.skip("the lockstep machine, CUDA's headers or g++ are not here")
+    out = tmp_path_factory.mktemp("lockstep")
+    common = ["g++", "-std=c++17", "-O1", "-fPIC", f"-I{CUDA}", f"-I{CSRC}"]
+    checked = ["-g1", "-fsanitize=thread,alignment,bounds", "-fno-sanitize-recover=all", "--param", "tsan-instrument-func-entry-exit=0"]
+    shim = ["-D__launch_bounds__(...)=", "-include", str(SHIM), "-x", "c++"]
+    for command in (
+        [*common, *checked, *shim, "-c", str(CSRC / "quantize.cu"), "-o", str(out / "kernel.o")],
+        [*common, "-c", str(CSRC / "quantize_plan.cpp"), "-o", str(out / "plan.o")],
+        ["g++", "-shared", str(out / "kernel.o"), str(out / "plan.o"), "-o", str(out / "quantize.so")],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    loaded = ctypes.CDLL(str(out / "quantize.so"))
+    loaded.lockstep_error.restype = ctypes.c_char_p
+    loaded.lockstep_counts.restype = ctypes.POINTER(ctypes.c_uint8)
+    loaded.lockstep_counts.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    loaded.lockstep_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return loaded
+
+
+class Machine:
+    """Launches on buffers of which it knows which may be written."""
+
+    def __init__(self, library: ctypes.CDLL, reversed_order: bool) -> None:
+        self.library = library
+        library.lockstep_order(int(reversed_order))
+
+    def launch(self, launcher: str, arguments: ctypes.Structure, read: list[Tensor], written: list[Tensor]) -> None:
+        """Launch; every element of the views `written` must be written once, and nothing else of their storages."""
+        self.library.lockstep_forget()
+        for t in (*read, *written):
+            storage = t.untyped_storage()
+            self.library.lockstep_buffer(storage.data_ptr(), storage.nbytes(), int(any(t is w for w in written)))
+        status = getattr(self.library, launcher)(ctypes.byref(arguments), None)
+        assert status == 0, self.library.lockstep_error()
+        for t in written:
+            storage = t.untyped_storage()
+            counts = torch.tensor(self.library.lockstep_counts(storage.data_ptr(), 1)[: storage.nbytes()])
+            expected = torch.zeros(storage.nbytes() // t.element_size(), t.element_size(), dtype=torch.int64)
+            expected[:, 0].as_strided(t.shape, [s * t.element_size() for s in t.stride()], t.storage_offset() * t.element_size()).fill_(1)
+            assert torch.equal(counts, expected[:, :1].expand_as(expected).flatten())
+
+
+def _rows(rows: int, channels: int, padding: int, dtype: torch.dtype) -> Tensor:
+    """`[rows, channels]`, aligned to 16 bytes, with room around every row."""
+    buffer = torch.zeros(rows * (channels + padding) + 64).to(dtype)
+    offset = -buffer.data_ptr() % 16 // buffer.element_size() + 16
+    return buffer[offset : offset + rows * (channels + padding)].view(rows, channels + padding)[:, :channels]
+
+
+@pytest.mark.parametrize("reversed_order", [False, True])
+@pytest.mark.parametrize("eight", EIGHT_BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "channels", "group", "padding"),
+    [(5, 256, 128, 0), (7, 136, 128, 8), (3, 137, 128, 3), (9, 72, 72, 0), (4, 144, 72, 16), (6, 50, 7, 1), (1, 1, 1, 0), (33, 24, 8, 0)],
+)
+def test_the_bits_are_those_of_the_reference(library, rows, channels, group, padding, dtype, eight, reversed_order):
+    machine = Machine(library, reversed_order)
+    x, data = _rows(rows, channels, padding, dtype), _rows(rows, channels, padding, eight)
+    x.copy_(torch.randn(rows, channels) * torch.logspace(-3, 3, channels))
+    if rows >= 5:
+        x[0, 0], x[-1, -1] = torch.nan, torch.inf
+        x[1], x[2], x[3] = 0, -0.0, 1e-45 if dtype == torch.float32 else 1e-7  # the smallest there is, and its scale is 0
+    groups, stride = -(-channels // group), channels + padding
+    scale = torch.full((rows, groups), -1.0)
+    shape = (rows, channels, group)
+    arguments = QuantizeArguments(
+        x.data_ptr(), data.data_ptr(), scale.data_ptr(), *shape, stride, stride, groups, NUMBERS[dtype], NUMBERS[eight]
+    )
+    machine.launch("pab_quantize", arguments, [x], [data, scale])
+    expected = quantize(x, eight, group, backend="reference")
+    assert torch.equal(scale.nan_to_num(-7), expected.scale.nan_to_num(-7))
+    finite = expected.scale.isfinite().repeat_interleave(group, -1)[:, :channels]  # a NaN has no particular bits
+    assert torch.equal(data.view(torch.uint8)[finite], expected.data.view(torch.uint8)[finite])
+
+    out = _rows(rows, channels, padding, dtype)
+    arguments = DequantizeArguments(
+        data.data_ptr(), scale.data_ptr(), out.data_ptr(), *shape, stride, groups, stride, NUMBERS[eight], NUMBERS[dtype]
+    )
+    machine.launch("pab_dequantize", arguments, [data, scale], [out])
+    values = dequantize(Quantized(data, scale, group), dtype, backend="reference")
+    assert torch.equal(out.isnan(), values.isnan()) and torch.equal(out[~values.isnan()], values[~values.isnan()])
+    assert rows < 5 or (out[0, 0].isnan() and out[-1, -1].isnan())
