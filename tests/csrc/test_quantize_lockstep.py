@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from pab_kernels.ops import Quantized, dequantize, quantize
+from tests.csrc.lockstep import compiled
 from tests.ops.tensors import DTYPES, EIGHT_BITS
-
-CSRC = Path(__file__).parents[2] / "csrc"
-SHIM = CSRC / "tests" / "lockstep" / "lockstep.h"
-HOMES = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-CUDA = next((home / "include" for home in HOMES if (home / "include" / "cuda_fp8.h").exists()), None)
 
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 """`DType` of csrc/plan.h."""
@@ -35,20 +27,7 @@ DequantizeArguments = _struct("data scale out", "rows channels group data_stride
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    if not SHIM.exists() or CUDA is None or shutil.which("g++") is None:
-        pytest.skip("the lockstep machine, CUDA's headers or g++ are not here")
-    out = tmp_path_factory.mktemp("lockstep")
-    common = ["g++", "-std=c++17", "-O1", "-fPIC", f"-I{CUDA}", f"-I{CSRC}"]
-    checked = ["-g1", "-fsanitize=thread,alignment,bounds", "-fno-sanitize-recover=all", "--param", "tsan-instrument-func-entry-exit=0"]
-    shim = ["-D__launch_bounds__(...)=", "-include", str(SHIM), "-x", "c++"]
-    for command in (
-        [*common, *checked, *shim, "-c", str(CSRC / "quantize.cu"), "-o", str(out / "kernel.o")],
-        [*common, "-c", str(CSRC / "quantize_plan.cpp"), "-o", str(out / "plan.o")],
-        ["g++", "-shared", str(out / "kernel.o"), str(out / "plan.o"), "-o", str(out / "quantize.so")],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-    loaded = ctypes.CDLL(str(out / "quantize.so"))
+    loaded = ctypes.CDLL(str(compiled("quantize.cu", tmp_path_factory.mktemp("lockstep"), ["quantize_plan.cpp"])))
     loaded.lockstep_error.restype = ctypes.c_char_p
     loaded.lockstep_counts.restype = ctypes.POINTER(ctypes.c_uint8)
     loaded.lockstep_counts.argtypes = [ctypes.c_void_p, ctypes.c_int]
