@@ -52,7 +52,8 @@ def arguments(pipe: Any, wish: Wish) -> dict[str, Any]:
         ValueError: the pipeline does not take one of them.
     """
     taken = inspect.signature(pipe.__call__).parameters
-    frames, height, width = ((None,) * (3 - len(wish.size)) + wish.size) if wish.size else (None, None, None)
+    size = wish.size or _trained_size(pipe)
+    frames, height, width = ((None,) * (3 - len(size)) + size) if size else (None, None, None)
     counts = next((name for name in _FRAMES if name in taken), _FRAMES[0])
     wanted = {
         "prompt": wish.prompt,
@@ -67,6 +68,16 @@ def arguments(pipe: Any, wish: Wish) -> dict[str, Any]:
     if missing := [name for name in asked if name not in taken]:
         raise ValueError(f"{type(pipe).__name__} takes no {missing[0]}; leave it out")
     return ({"output_type": "pt"} if "output_type" in taken else {}) | asked
+
+
+def _trained_size(pipe: Any) -> tuple[int, ...] | None:
+    """Frames, height and width that a model with an embedding of a fixed number of frames was trained with (Latte's config says them)."""
+    config = getattr(getattr(pipe, "transformer", None), "config", None)
+    frames, side = (getattr(config, name, None) for name in ("video_length", "sample_size"))
+    factor = getattr(pipe, "vae_scale_factor", None)
+    if not (isinstance(frames, int) and isinstance(side, int) and isinstance(factor, int)):
+        return None
+    return frames, side * factor, side * factor
 
 
 def call(pipe: Any, wish: Wish, on_step: OnStep | None = None) -> torch.Tensor:

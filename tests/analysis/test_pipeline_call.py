@@ -77,6 +77,17 @@ def test_frames_are_counted_by_the_pipeline_s_own_name() -> None:
     assert arguments(Latte(), Wish("a", size=(4, 16, 32))) == {"prompt": "a", "video_length": 4, "height": 16, "width": 32}
 
 
+def test_a_model_of_a_fixed_number_of_frames_is_asked_for_those_that_it_was_trained_with() -> None:
+    class Latte:
+        transformer = SimpleNamespace(config=SimpleNamespace(video_length=8, sample_size=4))
+        vae_scale_factor = 8
+
+        def __call__(self, prompt: str, video_length: int = 16, height: int = 512, width: int = 512) -> None: ...
+
+    assert arguments(Latte(), Wish("a")) == {"prompt": "a", "video_length": 8, "height": 32, "width": 32}
+    assert arguments(Latte(), Wish("a", size=(16, 64))) == {"prompt": "a", "height": 16, "width": 64}
+
+
 @pytest.mark.parametrize(
     ("wish", "name"),
     [
