@@ -70,12 +70,14 @@ def plot_layers(analysis: Analysis, path: str | Path | None = None) -> Figure:
     height = sum(0.6 + 0.12 * max(len(rows), 3) for rows in maps.values())
     figure = _figure(max(len(maps), 1), 1, (8, 0.4 + height))
     log_norm = require("matplotlib.colors", "drawing differences").LogNorm
+    locator = require("matplotlib.ticker", "drawing differences").MaxNLocator
     values = [v for rows in maps.values() for row in rows.values() for v in row if v]
     norm = log_norm(min(values), max(values)) if values else None
     for ax, (kind, rows) in zip(figure.axes, maps.items(), strict=False):
         grid = [[float("nan") if v is None else v for v in row] for row in rows.values()]
         image = ax.imshow(grid, aspect="auto", norm=norm, cmap="viridis", interpolation="nearest")
         ax.set_ylabel(f"{kind}\nlayer", fontsize=9)
+        ax.xaxis.set_major_locator(locator(integer=True))
         ax.set_yticks(range(len(rows)), [str(layer) for layer in rows], fontsize=7)
     if maps:
         figure.axes[len(maps) - 1].set_xlabel("sampling step", fontsize=9)
