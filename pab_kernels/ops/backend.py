@@ -84,15 +84,27 @@ def load(op: str, backend: str, function: str) -> Callable[..., Any]:
     return getattr(import_module(f"pab_kernels.ops.{op}.{backend}"), function)
 
 
+@cache  # every launch asks
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
 def refuse_device(tensor: torch.Tensor, interpreted: bool) -> str | None:
     """Why Triton cannot run where `tensor` lies; None where it can."""
-    if tensor.device.type == "cuda" or (interpreted and tensor.device.type == "cpu"):
+    if tensor.device.type == "cuda":
+        if torch.version.hip is not None:
+            return f"the kernels are for NVIDIA's GPUs; {tensor.device} is another's"
+        if capability(tensor.device) < (8, 0):
+            return f"{tensor.device} has compute capability {'.'.join(map(str, capability(tensor.device)))}; 8.0 or later is needed"
+        return None
+    if interpreted and tensor.device.type == "cpu":
         return None
     return f"Triton kernels run on CUDA devices, and on the CPU under TRITON_INTERPRET=1; the tensors are on {tensor.device}"
 
 
 def refuse_float8(tensor: torch.Tensor, name: str) -> str | None:
     """Why Triton cannot read or write a float8 operand of this name on `tensor`'s device; None where it can."""
-    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 9):
+    if tensor.is_cuda and capability(tensor.device) < (8, 9):
         return f"{name} is torch.float8_e4m3fn; compute capability 8.9 or later is needed for it"
     return None

@@ -37,9 +37,11 @@ CALLS = {
 
 @pytest.fixture(autouse=True)
 def _fresh_imports():
-    load.cache_clear()
+    for asked in (load, backends.capability):
+        asked.cache_clear()
     yield
-    load.cache_clear()
+    for asked in (load, backends.capability):
+        asked.cache_clear()
 
 
 def kernel(monkeypatch, op, **functions):
@@ -132,4 +134,24 @@ def test_float8_is_left_to_the_reference_on_a_gpu_that_lacks_it(case: str, monke
         with pytest.raises(BackendError, match="compute capability 8.9"):
             choose(op, "triton", arguments)
         capability[0] = (8, 9)
+        backends.capability.cache_clear()
         assert choose(op, "auto", arguments) == "triton"
+
+
+@pytest.mark.parametrize("op", ["attention", "short_attention", "broadcast_residual", "project_residual"])
+def test_a_gpu_that_triton_does_not_compile_for_is_left_to_the_reference(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with FakeTensorMode():
+        q = torch.empty(2, 7, 2, 72, dtype=torch.float16, device="cuda")
+        arguments = {
+            "attention": (q, q, q, *(None,) * 6),
+            "short_attention": (q, q, q, *(None,) * 5),
+            "broadcast_residual": (q, [], None, None, None),
+            "project_residual": (q, q, None, q, None, None, q.dtype, []),
+        }[op]
+        for reason in ("compute capability 7.5; 8.0 or later", "NVIDIA's GPUs; cuda:0 is another's"):
+            monkeypatch.setattr(torch.version, "hip", "7.0" if "NVIDIA" in reason else None)
+            assert choose(op, "auto", arguments) == "reference"
+            with pytest.raises(BackendError, match=reason):
+                choose(op, "triton", arguments)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import refuse_device, refuse_float8
+from ..backend import capability, refuse_device, refuse_float8
 from ..quantize import Quantized
 from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
 from ..stored import flatten_stored, unflatten_stored
@@ -242,9 +242,9 @@ def attention_out(
     out: Tensor,
     stored_out: Tensor | Quantized | None,
 ) -> None:
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-    chosen = tiles(q.shape[-3], q.shape[-1], capability)
-    attend_in_tiles(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, out, stored_out, chosen)
+    chosen = tiles(q.shape[-3], q.shape[-1], capability(q.device) if q.is_cuda else (9, 0))
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        attend_in_tiles(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, out, stored_out, chosen)
 
 
 def attend_in_tiles(
