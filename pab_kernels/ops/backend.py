@@ -7,7 +7,8 @@ everything). It is imported when it is first used, so a kernel language that is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -31,6 +32,10 @@ PREFERRED: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
 """By type of device, what `auto` tries before the reference: kernels written for it. Nothing was measured yet."""
 
 
+WITHOUT_GRADIENT = ("triton", "cuda")
+"""Backends whose results are not connected to their arguments. What an `_out` form writes is recorded by none."""
+
+
 class BackendError(RuntimeError):
     """The backend that was asked for cannot serve the call; the message says why and what to do."""
 
@@ -38,10 +43,18 @@ class BackendError(RuntimeError):
 def implementation(op: str, backend: str, arguments: tuple[Any, ...], form: str = "") -> Callable[..., Any]:
     """The function that serves `op` on these arguments; `form` is "" for the one that returns new tensors, "_out" for the one that writes.
 
+    `auto` is the reference where autograd is to record the call and the kernel has no gradient.
+
     Raises:
-        BackendError: see `choose`.
+        BackendError: see `choose`; or a gradient would be lost.
     """
-    return load(op, choose(op, backend, arguments), op + form)
+    chosen = choose(op, backend, arguments)
+    if chosen in WITHOUT_GRADIENT and not form and torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(arguments)):
+        if backend != "auto":
+            reason = "a gradient would be recorded and its kernel has none"
+            raise BackendError(f"{op}: backend {backend!r} cannot serve this call; {reason}: call it under torch.no_grad()")
+        chosen = "reference"
+    return load(op, chosen, op + form)
 
 
 def choose(op: str, backend: str, arguments: tuple[Any, ...]) -> str:
@@ -78,21 +91,44 @@ def _refusal(op: str, backend: str, arguments: tuple[Any, ...]) -> str | None:
     return refusal(*arguments)
 
 
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors among arguments, within norms, tables and cached outputs too."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+    elif is_dataclass(value):
+        yield from _tensors(tuple(vars(value).values()))
+
+
 @cache
 def load(op: str, backend: str, function: str) -> Callable[..., Any]:
     """A function of a backend's module."""
     return getattr(import_module(f"pab_kernels.ops.{op}.{backend}"), function)
 
 
+@cache  # every launch asks
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
 def refuse_device(tensor: torch.Tensor, interpreted: bool) -> str | None:
     """Why Triton cannot run where `tensor` lies; None where it can."""
-    if tensor.device.type == "cuda" or (interpreted and tensor.device.type == "cpu"):
+    if tensor.device.type == "cuda":
+        if torch.version.hip is not None:
+            return f"the kernels are for NVIDIA's GPUs; {tensor.device} is another's"
+        if capability(tensor.device) < (8, 0):
+            return f"{tensor.device} has compute capability {'.'.join(map(str, capability(tensor.device)))}; 8.0 or later is needed"
+        return None
+    if interpreted and tensor.device.type == "cpu":
         return None
     return f"Triton kernels run on CUDA devices, and on the CPU under TRITON_INTERPRET=1; the tensors are on {tensor.device}"
 
 
 def refuse_float8(tensor: torch.Tensor, name: str) -> str | None:
     """Why Triton cannot read or write a float8 operand of this name on `tensor`'s device; None where it can."""
-    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 9):
+    if tensor.is_cuda and capability(tensor.device) < (8, 9):
         return f"{name} is torch.float8_e4m3fn; compute capability 8.9 or later is needed for it"
     return None

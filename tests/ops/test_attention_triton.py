@@ -160,6 +160,19 @@ def test_the_kernel_writes_to_memory_as_the_fake_says():
             assert [(t.shape, t.dtype, t.stride()) for t in here] == [(t.shape, t.dtype, t.stride()) for t in meta]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("shut", [slice(0, 64), slice(0, 66), slice(64, 128), slice(3, 130), slice(0, 129), slice(0, 130)])
+def test_keys_with_scores_of_minus_infinity_weigh_nothing(shut):
+    """A whole step of the loop of them, too; where there are no others the output is 0."""
+    q, k, v = qkv(1, queries=3, keys=130)
+    q[..., 0], k[:, shut, 0, 0] = 1, -torch.inf
+    out, left = attention(q, k, v, backend="triton")[0], [i for i in range(130) if i not in range(130)[shut]]
+    expected = attention(q[:, :, :1], k[:, left, :1], v[:, left, :1])[0] if left else torch.zeros_like(q[:, :, :1])
+    torch.testing.assert_close(out[:, :, :1], expected, rtol=2e-2, atol=1e-2)
+    same = reference.online_attention(q, k, v, *(None,) * 6, step=64)[0]
+    torch.testing.assert_close(out, same, rtol=2e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_keys_beyond_the_length_are_not_read(index):
     q, k, v = qkv(7, queries=3, keys=130, heads=1)
@@ -355,7 +368,10 @@ def test_what_it_cannot_serve_it_refuses(given, options, message):
 
 def test_too_many_programs_are_refused():
     q = torch.empty(1, dtype=torch.bfloat16, device=KERNEL_DEVICE).expand(2**16, 2**14, 2, 40)
-    assert "2 ** 31 or more" in kernel.refusal(q, q, q, *(None,) * 6)
+    rows = q[:1, :1, :1].expand(1, 2**31 - 1023, 1, 40)
+    assert "2 ** 31 - 1024 heads" in kernel.refusal(rows, rows[:, 1:], rows[:, 1:], *(None,) * 6)
+    assert kernel.refusal(*(rows[:, 1:],) * 3, *(None,) * 6) is None
+    assert "2 ** 31 - 1024 heads" in kernel.refusal(q, q, q, *(None,) * 6)
     assert kernel.refusal(q[:-1], q[:-1], q[:-1], *(None,) * 6) is None
 
 
@@ -370,6 +386,17 @@ def test_tiles_are_powers_of_two(head_dim, capability):
     for queries in (1, 64, 65, 17776):
         chosen = kernel.tiles(queries, head_dim, capability)
         assert all(n & (n - 1) == 0 and n >= 16 for n in (chosen.queries, chosen.keys))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (12, 0), (12, 1)])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_tiles_fit_the_99_kilobytes_that_some_devices_have(head_dim, capability):
+    """Where q stays in registers shared memory holds the keys and values whose loads are under way."""
+    for queries in (1, 64, 65, 17776):
+        chosen = kernel.tiles(queries, head_dim, capability)
+        channels = sum(width for _, width in kernel.parts(head_dim))
+        assert chosen.stages * 2 * chosen.keys * channels * 2 <= 101376 - 2**14
+        assert chosen == kernel.tiles(queries, head_dim, (8, 0))
 
 
 def test_the_reference_that_rounds_as_the_kernel_is_close_to_the_one_that_defines():

@@ -37,9 +37,11 @@ CALLS = {
 
 @pytest.fixture(autouse=True)
 def _fresh_imports():
-    load.cache_clear()
+    for asked in (load, backends.capability):
+        asked.cache_clear()
     yield
-    load.cache_clear()
+    for asked in (load, backends.capability):
+        asked.cache_clear()
 
 
 def kernel(monkeypatch, op, **functions):
@@ -132,4 +134,52 @@ def test_float8_is_left_to_the_reference_on_a_gpu_that_lacks_it(case: str, monke
         with pytest.raises(BackendError, match="compute capability 8.9"):
             choose(op, "triton", arguments)
         capability[0] = (8, 9)
+        backends.capability.cache_clear()
         assert choose(op, "auto", arguments) == "triton"
+
+
+@pytest.mark.parametrize("op", ["attention", "short_attention", "broadcast_residual", "project_residual"])
+def test_a_gpu_that_triton_does_not_compile_for_is_left_to_the_reference(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with FakeTensorMode():
+        q = torch.empty(2, 7, 2, 72, dtype=torch.float16, device="cuda")
+        arguments = {
+            "attention": (q, q, q, *(None,) * 6),
+            "short_attention": (q, q, q, *(None,) * 5),
+            "broadcast_residual": (q, [], None, None, None),
+            "project_residual": (q, q, None, q, None, None, q.dtype, []),
+        }[op]
+        for reason in ("compute capability 7.5; 8.0 or later", "NVIDIA's GPUs; cuda:0 is another's"):
+            monkeypatch.setattr(torch.version, "hip", "7.0" if "NVIDIA" in reason else None)
+            assert choose(op, "auto", arguments) == "reference"
+            with pytest.raises(BackendError, match=reason):
+                choose(op, "triton", arguments)
+
+
+RECORDED = torch.zeros(1, 2, 8, requires_grad=True)
+RECORDING = {
+    "an activation": lambda **kw: ops.broadcast_residual(RECORDED, [X], **kw),
+    "a slot": lambda **kw: ops.broadcast_residual(X, [X, RECORDED], **kw),
+    "a norm": lambda **kw: ops.broadcast_residual(X, norm=ops.Norm(weight=RECORDED[0, 0]), **kw),
+    "a scale": lambda **kw: ops.dequantize(Quantized(EIGHT.data, EIGHT.scale.clone().requires_grad_()), X.dtype, **kw),
+}
+
+
+@pytest.mark.parametrize("name", RECORDING)
+def test_no_gradient_is_lost_in_silence(name, monkeypatch):
+    call, op = RECORDING[name], "dequantize" if name == "a scale" else "broadcast_residual"
+    kernel(monkeypatch, op, refusal=lambda *args: None, **{op: lambda *args: X, f"{op}_out": lambda *args: None})
+    monkeypatch.setitem(backends.PREFERRED, "cpu", ("cuda",))
+    outputs = call()
+    assert any(t.requires_grad for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
+    assert_refuses(ops.BackendError, "backend 'cuda' cannot serve this call; a gradient would be recorded", call, backend="cuda")
+    with torch.no_grad():
+        assert call() is X and call(backend="cuda") is X
+
+
+def test_what_is_written_is_not_recorded_and_so_not_refused(monkeypatch):
+    called = []
+    kernel(monkeypatch, "broadcast_residual", refusal=lambda *args: None, broadcast_residual_out=lambda *args: called.append(args))
+    ops.broadcast_residual_out(RECORDED, [X], x_out=X.clone(), backend="cuda")
+    assert len(called) == 1

@@ -118,7 +118,7 @@ def online_attention(
         1. norm and rotation as in `attention`; then, for each step, in float32:
         2. s = softmax_scale log2(e) q k^T;  m' = max(m, max s);  p = 2^(s - m')
         3. l = 2^(m - m') l + sum p;  o = 2^(m - m') o + round(p) v
-        4. out = round(o / l), 0 where there are no keys; stored as in `attention`
+        4. out = round(o / l), 0 where there are no keys or all scores are -inf; stored as in `attention`
 
     Algorithm 1 of FlashAttention-2 (arXiv 2307.08691), for one tile of queries.
     """
@@ -129,7 +129,7 @@ def online_attention(
     k, v = (t.masked_fill(~valid[..., None, None], 0) for t in (k, v))
     q, k, v = (_heads_first(t).float() for t in (q, k, v))  # [batch, H, N, D]
     mask = valid.flatten(0, -2)[:, None, None, :]  # [batch, 1, 1, M]
-    peak, total, out = q.new_full((*q.shape[:-1], 1), -torch.inf), q.new_zeros(*q.shape[:-1], 1), torch.zeros_like(q)
+    peak, total, out = q.new_full((*q.shape[:-1], 1), torch.finfo(torch.float32).min), q.new_zeros(*q.shape[:-1], 1), torch.zeros_like(q)
     for start in range(0, k.shape[-2], step):
         here = slice(start, start + step)
         scores = (q @ k[..., here, :].mT * scale).masked_fill(~mask[..., here], -torch.inf)
@@ -138,7 +138,7 @@ def online_attention(
         total = total * decay + p.sum(-1, keepdim=True)
         out = out * decay + p.to(dtype).float() @ v[..., here, :]
         peak = new_peak
-    out = (out / total).to(dtype).transpose(1, 2).reshape(shape)
+    out = (out / total.masked_fill(total == 0, 1)).to(dtype).transpose(1, 2).reshape(shape)
     return finished(out.masked_fill(~valid[..., :1, None, None], 0), order, store_dtype)
 
 

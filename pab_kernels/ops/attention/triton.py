@@ -4,7 +4,7 @@
        in memory so that 16 bytes cannot be read at once is copied by the same kernel
     2. for each tile of keys:  s = softmax_scale log2(e) q' k'^T;  m' = max(m, max s);  p = 2^(s - m')
                                l = 2^(m - m') l + sum p;  o = 2^(m - m') o + p v;  m = m'
-    3. out = o / l, 0 where there are no keys; stored = out, quantised with a scale a head if it has 8 bits
+    3. out = o / l, 0 where there are no keys or all scores are -inf; stored = out, quantised with a scale a head if it has 8 bits
 
 A head is never padded to a power of two: D = 72 is 64 + 16 channels, two products a tile, and only the 16 have (8) masked ones.
 
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import refuse_device, refuse_float8
+from ..backend import capability, refuse_device, refuse_float8
 from ..quantize import Quantized
 from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
 from ..stored import flatten_stored, unflatten_stored
@@ -35,8 +35,11 @@ from .options import QKNorm, Rope
 from .prepare import prepare
 from .strides import UNIT, aligned, head_strides, unit_of
 
-MAX_PROGRAMS = 2**31 - 1
-"""The first grid axis ends here; the other two, unused, at 65535."""
+MAX_HEADS = 2**31 - 2**10
+"""Heads of tokens are counted in 32 bits, the rows of a last tile beyond them too; the grid's first axis ends there."""
+
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+"""The maximum of no scores: -inf would make NaN of it and the first scores where all of them are -inf."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,11 @@ class Tiles:
 
 def tiles(queries: int, head_dim: int, capability: tuple[int, int]) -> Tiles:
     """The tile sizes for a call on a device of this compute capability."""
-    if capability < (9, 0) and head_dim > 80 and queries <= 64:  # q stays in registers there: 64 keys would spill, and 4 warps from 120 on
+    # Tensor cores that take q from registers; on sm_86, sm_89 and sm_120 a block has no more than 99 KB of shared memory, too.
+    in_registers = capability[0] not in (9, 10, 11)
+    if in_registers and head_dim > 80 and queries <= 64:  # 64 keys would spill, and 4 warps from 120 on
         return Tiles(64, 32, 4 if head_dim <= 112 else 8, 2)
-    if capability < (9, 0) and head_dim > 96:
+    if in_registers and head_dim > 96:
         return Tiles(128, 32, 8, 3)
     if queries <= 64:
         return Tiles(64, 64, 4, 2)
@@ -147,7 +152,7 @@ def _attention_kernel(
     for i in tl.static_range(len(PARTS)):
         q += (_tile(q_ptr, rows, queries, q_stride, PARTS[i][0], PARTS[i][1], D, True),)  # [QUERIES, WIDTH]
         out += (_zeros(QUERIES, PARTS[i][1]),)
-    peak = tl.full([QUERIES], float("-inf"), dtype=tl.float32)
+    peak = tl.full([QUERIES], LOWEST, dtype=tl.float32)
     total = tl.zeros([QUERIES], dtype=tl.float32)
     whole = keys // KEYS * KEYS
     for start in range(0, whole, KEYS):
@@ -158,7 +163,7 @@ def _attention_kernel(
         out, peak, total = _attend(q, out, peak, total, k_start, v_start, k_stride, v_stride, keys - whole, scale, PARTS, D, KEYS, True)
 
     out_ptr += (first * out_strides[0] + second * out_strides[1] + head * out_strides[3]) * OUT_UNIT
-    total = tl.where(total == 0, 1.0, total)  # no keys
+    total = tl.where(total == 0, 1.0, total)  # no keys, or none with a score above -inf
     magnitude = tl.zeros([QUERIES], dtype=tl.float32)
     result: tl.tuple = ()
     for i in tl.static_range(len(PARTS)):
@@ -204,8 +209,8 @@ def refusal(
         return f"the head dimension is {q.shape[-1]}; multiples of 8 are supported"
     if softmax_scale is not None and not 0 <= softmax_scale < float("inf"):
         return f"softmax_scale is {softmax_scale}; one that is not negative is supported"
-    if max(q.numel(), k.numel()) // q.shape[-1] > MAX_PROGRAMS:
-        return "there are 2 ** 31 or more heads of tokens; fewer are supported"
+    if max(q.numel(), k.numel()) // q.shape[-1] > MAX_HEADS:
+        return "more than 2 ** 31 - 1024 heads of tokens came; up to so many are supported"
     return refuse_float8(q, "store_dtype") if store_dtype == torch.float8_e4m3fn else None
 
 
@@ -242,9 +247,9 @@ def attention_out(
     out: Tensor,
     stored_out: Tensor | Quantized | None,
 ) -> None:
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-    chosen = tiles(q.shape[-3], q.shape[-1], capability)
-    attend_in_tiles(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, out, stored_out, chosen)
+    chosen = tiles(q.shape[-3], q.shape[-1], capability(q.device) if q.is_cuda else (9, 0))
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        attend_in_tiles(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, out, stored_out, chosen)
 
 
 def attend_in_tiles(

@@ -335,16 +335,17 @@ def short_attention_out(
     qk_parts, turning = sections(head_dim, rotary, interleaved)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     programs = -(-sequences * heads // (chosen.rows // tokens))
-    _short_attention_kernel[(programs,)](
-        q, k, v, out, stored, stored_scale,
-        head_strides(q, unit), head_strides(k, unit), head_strides(v, unit),
-        head_strides(out, out_unit), head_strides(stored, out_unit), head_strides(stored_scale),
-        *_norm_arguments(q_norm), *_norm_arguments(k_norm),
-        cos, sin, scale / log(2), sequences, batch[-1], heads,
-        N=tokens, D=head_dim, R=rotary, Q_NORM=_norm_kind(q_norm), K_NORM=_norm_kind(k_norm), INTERLEAVED=interleaved,
-        PARTS=sections(head_dim, 0, True)[0], QK_PARTS=qk_parts, TURNING=turning, UNIT=unit, OUT_UNIT=out_unit, ROWS=chosen.rows,
-        num_warps=chosen.warps, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        _short_attention_kernel[(programs,)](
+            q, k, v, out, stored, stored_scale,
+            head_strides(q, unit), head_strides(k, unit), head_strides(v, unit),
+            head_strides(out, out_unit), head_strides(stored, out_unit), head_strides(stored_scale),
+            *_norm_arguments(q_norm), *_norm_arguments(k_norm),
+            cos, sin, scale / log(2), sequences, batch[-1], heads,
+            N=tokens, D=head_dim, R=rotary, Q_NORM=_norm_kind(q_norm), K_NORM=_norm_kind(k_norm), INTERLEAVED=interleaved,
+            PARTS=sections(head_dim, 0, True)[0], QK_PARTS=qk_parts, TURNING=turning, UNIT=unit, OUT_UNIT=out_unit, ROWS=chosen.rows,
+            num_warps=chosen.warps, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def _norm_kind(norm: QKNorm | None) -> str:
