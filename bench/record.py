@@ -36,7 +36,7 @@ def environment(device: str | torch.device | None = None) -> dict[str, Any]:
         versions["cuda"] = torch.version.cuda or ""
         versions["driver"] = _nvidia_smi("driver_version").get("driver_version", "")
     module = sys.modules["__main__"].__spec__
-    command = f"python -m {module.name}" if module else f"python {Path(sys.argv[0]).name}"
+    command = f"python -m {module.name.removesuffix('.__main__')}" if module else f"python {Path(sys.argv[0]).name}"
     return {
         "device": torch.cuda.get_device_name() if cuda else f"{_processor()}, {torch.get_num_threads()} threads",
         "versions": versions,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from bench import __main__ as runner
 from bench import broadcast_residual
 from bench.case import Candidate, Unavailable
 from bench.exact_attention import checked_queries, exact_attention
-from bench.record import read
+from bench.record import environment, read
 
 FIELDS = {
     *("bench", "geometry", "case", "shape", "dtype", "seed", "candidate", "ours", "status", "reason", "error", "allowed_error"),
@@ -53,6 +54,12 @@ def test_reference_and_eager_are_right_in_every_case(bench, geometry, dtype):
         assert set(row) >= FIELDS and row["dtype"] == dtype and row["timed_by"] == "wall clock"
         low, high = row["spread"]
         assert 0 < low <= row["microseconds"] <= high and row["bytes"] > 0 and row["floor_microseconds"] > 0
+
+
+def test_the_command_is_the_one_that_was_given(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench/__main__.py", "--case", "1 slot"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("bench.__main__", None), raising=False)
+    assert environment("cpu")["command"] == "python -m bench --case '1 slot'"
 
 
 def test_bytes_are_those_of_the_design(bench):
