@@ -17,6 +17,7 @@ from ..broadcast.slots import slot_bytes
 from ..broadcast.stopwatch import REST
 from ..broadcast.stream import ResidualStream
 from ..ops.flops import attention_flops, linear_flops
+from ..ops.short_attention import MAX_TOKENS
 
 
 def handles(model: nn.Module) -> bool:
@@ -236,7 +237,8 @@ def _attend(
         return
     q, k, v = attn.to_q(y), *(projection(y if text is None else text) for projection in (attn.to_k, attn.to_v))
     q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))  # [rows, tokens, H, D]
-    out, _ = ops.attention(q, k, v)
+    operation = ops.short_attention if text is None and y.shape[1] <= MAX_TOKENS else ops.attention
+    out, _ = operation(q, k, v)
     stream.project(out.flatten(-2), attn.to_out[0], gate, store)
 
 

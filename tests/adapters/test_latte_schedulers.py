@@ -129,7 +129,7 @@ def test_fused_operations_run_as_often_as_the_rules_say(name: str) -> None:
                         kind = "mlp" if ".ff." in path else "cross" if ".attn2." in path else own
                         assert count == runs[kind], path
         assert len(projected) == len(linears)
-        shapes = Counter((c.args[0].shape[1], c.args[1].shape[1]) for c in operations["attention"].call_args_list)
+        shapes = Counter((c.args[1].shape[1], c.args[2].shape[1]) for c in operations["attention"].call_args_list)
         assert shapes == {
             (TOKENS, TOKENS): LAYERS * runs["spatial"],
             (FRAMES, FRAMES): LAYERS * runs["temporal"],

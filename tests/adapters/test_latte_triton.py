@@ -52,7 +52,7 @@ def test_it_agrees_with_the_reference(reuse: Any, cache_dtype: Any, monkeypatch:
     monkeypatch.setattr(backend, "PREFERRED", {KERNEL_DEVICE: ("triton",)})
     monkeypatch.setattr(backend, "choose", counted)
     found = outputs(config, torch.bfloat16)
-    kernels = {op for op, has in backend.IMPLEMENTATIONS.items() if "triton" in has and op != "short_attention"}
+    kernels = {op for op, has in backend.IMPLEMENTATIONS.items() if "triton" in has}
     assert {name.split()[0] for name in served if name.endswith(" triton")} == kernels
     assert all(name.endswith(" triton") or name.split()[0] not in kernels for name in served), served
     for a, b, exact in zip(found, plain, expected, strict=True):

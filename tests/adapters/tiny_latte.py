@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -145,7 +146,9 @@ def counted_calls(model: Any) -> Iterator[Counter[tuple[str, str]]]:
 
 @contextlib.contextmanager
 def counted_operations() -> Iterator[dict[str, mock.MagicMock]]:
-    """The fused operations, wrapped: what they were called with, and how often."""
-    with contextlib.ExitStack() as stack:
-        names = ("broadcast_residual", "project_residual", "attention")
-        yield {name: stack.enter_context(mock.patch.object(ops, name, wraps=getattr(ops, name))) for name in names}
+    """The fused operations, wrapped: what they were called with, and how often; `short_attention` counts as `attention`."""
+    counted = {name: mock.MagicMock(wraps=getattr(ops, name)) for name in ("broadcast_residual", "project_residual")}
+    counted["attention"] = mock.MagicMock(side_effect=lambda function, *args, **options: function(*args, **options))
+    either = {name: partial(counted["attention"], getattr(ops, name)) for name in ("attention", "short_attention")}
+    with mock.patch.multiple(ops, **counted | either):
+        yield counted
