@@ -90,7 +90,7 @@ def _prepare_kernel(
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     for head in range(group * HEADS, tl.minimum(group * HEADS + HEADS, heads)):
         x_head = x_ptr + (first * x_strides[0] + second * x_strides[1] + tl.cast(head, tl.int64) * x_strides[3]) * UNIT
-        x_rows = x_head + rows[:, None] * (x_strides[2] * UNIT)  # [TOKENS, 1]
+        x_rows = x_head + rows[:, None] * x_strides[2] * UNIT  # [TOKENS, 1]
         if INTERLEAVED:
             x = tl.load(x_rows + channels[None, :], mask=both, other=0.0).to(tl.float32)
             a, b = tl.split(tl.reshape(x, [TOKENS, PAIRS, 2]))

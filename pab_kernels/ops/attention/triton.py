@@ -19,6 +19,7 @@ What rounds, everything else being float32:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import log, prod
 
 import torch
@@ -70,6 +71,7 @@ def tiles(queries: int, head_dim: int, capability: tuple[int, int]) -> Tiles:
     return Tiles(128, 64, 8, 3)
 
 
+@cache
 def parts(head_dim: int) -> tuple[tuple[int, int], ...]:
     """First channel and width of the parts of a head, powers of two that sum to the next multiple of 16, the least depth of a product."""
     widths = [width for width in (128, 64, 32, 16) if -(-head_dim // 16) * 16 & width]
@@ -88,6 +90,14 @@ def _tile(ptr, rows, count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D:
     if FIRST + WIDTH > D:
         return tl.load(ptrs, mask=(channels < D)[None, :], other=0.0)
     return tl.load(ptrs)
+
+
+@triton.jit
+def _stride(units, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """A stride in elements, in 64 bits if WIDE: counted in units it may fit 32 where it does not in elements."""
+    if WIDE:
+        units = tl.cast(units, tl.int64)
+    return units * UNIT
 
 
 @triton.jit
@@ -128,7 +138,8 @@ def _attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, stored_ptr, stored_scale_ptr, lengths_ptr,
     q_strides, k_strides, v_strides, out_strides, stored_strides, stored_scale_strides, lengths_strides,
     scale, queries, keys, heads, batch,
-    D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """A program: QUERIES queries of one head of one batch row.
 
@@ -141,7 +152,7 @@ def _attention_kernel(
     q_ptr += (first * q_strides[0] + second * q_strides[1] + head * q_strides[3]) * UNIT
     k_ptr += (first * k_strides[0] + second * k_strides[1] + head * k_strides[3]) * UNIT
     v_ptr += (first * v_strides[0] + second * v_strides[1] + head * v_strides[3]) * UNIT
-    q_stride, k_stride, v_stride = q_strides[2] * UNIT, k_strides[2] * UNIT, v_strides[2] * UNIT
+    q_stride, k_stride, v_stride = _stride(q_strides[2], UNIT, WIDE), _stride(k_strides[2], UNIT, WIDE), _stride(v_strides[2], UNIT, WIDE)
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + first * lengths_strides[0] + second * lengths_strides[1])
         keys = tl.minimum(tl.maximum(length, 0), keys).to(tl.int32)
@@ -170,7 +181,7 @@ def _attention_kernel(
         channels = PARTS[i][0] + tl.arange(0, PARTS[i][1])
         mask = (rows < queries)[:, None] & (channels < D)[None, :]
         y = narrow(out[i] / total[:, None], out_ptr.dtype.element_ty)
-        tl.store(out_ptr + rows.to(tl.int64)[:, None] * (out_strides[2] * OUT_UNIT) + channels[None, :], y, mask=mask)
+        tl.store(out_ptr + rows.to(tl.int64)[:, None] * _stride(out_strides[2], OUT_UNIT, WIDE) + channels[None, :], y, mask=mask)
         result += (y.to(tl.float32),)
         bits = tl.max(result[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # as integers, magnitudes have their order, NaN the largest
         magnitude = tl.maximum(magnitude, bits.to(tl.float32, bitcast=True), tl.PropagateNan.ALL)
@@ -185,7 +196,9 @@ def _attention_kernel(
             channels = PARTS[i][0] + tl.arange(0, PARTS[i][1])
             mask = (rows < queries)[:, None] & (channels < D)[None, :]
             kept = quantized(result[i], group_scale[:, None], dtype) if stored_scale_ptr is not None else narrow(result[i], dtype)
-            tl.store(stored_ptr + rows.to(tl.int64)[:, None] * (stored_strides[2] * OUT_UNIT) + channels[None, :], kept, mask=mask)
+            tl.store(
+                stored_ptr + rows.to(tl.int64)[:, None] * _stride(stored_strides[2], OUT_UNIT, WIDE) + channels[None, :], kept, mask=mask
+            )
 
 
 def refusal(
@@ -280,6 +293,7 @@ def attend_in_tiles(
         v = prepare(v, None, None)
     stored, stored_scale = flatten_stored(stored_out)
     out_unit = unit_of(out, stored)
+    wide = any(t is not None and t.stride(-3) >= 2**31 for t in (q, k, v, out, stored))
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     lengths_strides: tuple[int, ...] = (0, 0)
     if key_lengths is not None:
@@ -290,6 +304,6 @@ def attend_in_tiles(
         head_strides(q, UNIT), head_strides(k, UNIT), head_strides(v, UNIT),
         head_strides(out, out_unit), head_strides(stored, out_unit), head_strides(stored_scale), lengths_strides,
         scale / log(2), queries, keys, heads, batch[-1],
-        D=head_dim, PARTS=parts(head_dim), UNIT=UNIT, OUT_UNIT=out_unit, QUERIES=chosen.queries, KEYS=chosen.keys,
+        D=head_dim, PARTS=parts(head_dim), UNIT=UNIT, OUT_UNIT=out_unit, WIDE=wide, QUERIES=chosen.queries, KEYS=chosen.keys,
         num_warps=chosen.warps, num_stages=chosen.stages, maxnreg=chosen.registers, enable_fp_fusion=True,
     )  # fmt: skip

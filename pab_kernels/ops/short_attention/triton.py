@@ -27,6 +27,7 @@ product of a tile, 0 times it would spoil the other heads), and in the channel t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import log, prod
 
 import torch
@@ -60,6 +61,7 @@ def tiles(head_dim: int) -> Tiles:
     return Tiles(rows=64, warps=4 if head_dim <= 80 else 8)
 
 
+@cache
 def sections(head_dim: int, rotary: int, interleaved: bool) -> tuple[tuple[tuple[int, int, int], ...], int]:
     """First channel, width and number of channels of the parts of q and k; those that rotate come first, and how many do.
 
