@@ -141,7 +141,10 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_hub_refuses_is_named(error: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
     def download(*arguments: Any) -> str:
+        asked.append(arguments)
         raised = error.__new__(error)  # without the answer that some want in __init__
         raised.args = ("said\nso",)
         raise raised
@@ -150,6 +153,7 @@ def test_what_the_hub_refuses_is_named(error: Any, reason: str, monkeypatch: pyt
     result = pab("plan", "--model", "nobody/nothing")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith(f"pab: the config of nobody/nothing is not cached and cannot be fetched: {reason}; give the path of a ")
+    assert len(asked) == (2 if error is errors.EntryNotFoundError else 1)
 
 
 def test_an_error_that_is_not_the_hubs_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
