@@ -119,5 +119,5 @@ def family(name: str) -> Family:
         if wanted in (key, found.checkpoint.lower()):
             return found
     near = difflib.get_close_matches(wanted, FAMILIES, n=2, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
-    raise ValueError(f"there is no model {name!r}{hint} there are {', '.join(FAMILIES)}; a hub id or the path of a config.json serves too")
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    raise ValueError(f"there is no model {name!r}{hint} Known are {', '.join(FAMILIES)}; a hub id or the path of a config.json serves too")

@@ -75,8 +75,7 @@ def compressed(frames: int, pixels: int) -> Callable[[Config, Size], Size]:
 def _latte_latents(config: Config, clip: Size) -> Size:
     if clip.frames != config["video_length"]:
         raise ValueError(f"size {clip}: {clip.frames} frames do not fit; this model has {config['video_length']}")
-    size = compressed(1, 8)({"patch_size": config["patch_size"]}, Size(1, clip.height, clip.width))
-    return Size(clip.frames, size.height, size.width)
+    return compressed(1, 8)({"patch_size": (1, config["patch_size"], config["patch_size"])}, clip)
 
 
 def _flux_latents(config: Config, clip: Size) -> Size:
@@ -176,15 +175,25 @@ def _stdit3(config: Config, batch: int, latents: Size, text: int, dtype: torch.d
 
 # Timesteps
 
+TRAINED = 1000
+"""Timesteps that the models were trained with."""
+
+
+def _check_steps(steps: int) -> None:
+    if steps > TRAINED:
+        raise ValueError(f"{steps} steps are more than the {TRAINED} that this model's scheduler has")
+
 
 def leading(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
     """Of a DDIM scheduler with spacing "leading": `i * (1000 // N)`, descending."""
-    return tuple(float(i * (1000 // steps)) for i in reversed(range(steps)))
+    _check_steps(steps)
+    return tuple(float(i * (TRAINED // steps)) for i in reversed(range(steps)))
 
 
 def trailing(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
     """Of a DDIM scheduler with spacing "trailing": `round(1000 - i * 1000 / N) - 1`."""
-    return tuple(float(round(1000 - i * 1000 / steps) - 1) for i in range(steps))
+    _check_steps(steps)
+    return tuple(float(round(TRAINED - i * TRAINED / steps) - 1) for i in range(steps))
 
 
 def _shifted(sigma: float, shift: float) -> float:
@@ -206,6 +215,7 @@ def _linear(steps: int, last: float) -> list[float]:
 
 def _unipc(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
     """Of UniPC on flow matching with shift 3, as Wan 2.1's pipelines have it: whole timesteps."""
+    _check_steps(steps)
     return tuple(float(min(999, int(1000 * _shifted(1 - i * 0.999 / steps, 3.0)))) for i in range(steps))
 
 

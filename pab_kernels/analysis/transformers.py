@@ -83,23 +83,46 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _fetched(hub_id: str) -> Path:
     """The config.json of a hub id, from the cache or else from the hub. Weights are never fetched."""
     hub = require("huggingface_hub", "a hub id")
-    for name in (f"transformer/{_FILE}", _FILE):
-        cached = hub.try_to_load_from_cache(hub_id, name)
-        if isinstance(cached, str):
-            return Path(cached)
+    errors = require("huggingface_hub.errors", "a hub id")
+    names = (f"transformer/{_FILE}", _FILE)
     try:
-        return Path(hub.hf_hub_download(hub_id, f"transformer/{_FILE}"))
-    except Exception as error:  # whatever the network, the hub and its client may raise
-        said = " ".join(str(error).split())
+        for name in names:
+            cached = hub.try_to_load_from_cache(hub_id, name)
+            if isinstance(cached, str):
+                return Path(cached)
+        try:
+            return Path(hub.hf_hub_download(hub_id, names[0]))
+        except errors.LocalEntryNotFoundError:  # it derives from the next, but says that the hub was not asked
+            raise
+        except errors.EntryNotFoundError:
+            return Path(hub.hf_hub_download(hub_id, names[1]))
+    # the bases are the errors of the HTTP client, which is another one in other versions of huggingface_hub
+    except (OSError, errors.EntryNotFoundError, errors.HFValidationError, *errors.HfHubHTTPError.__bases__) as error:
         raise ValueError(
-            f"the config of {hub_id} is not cached and cannot be fetched ({said[:200]}); give a config.json or one of {', '.join(FAMILIES)}"
+            f"the config of {hub_id} is not cached and cannot be fetched: {_reason(errors, error)}; "
+            f"give the path of a config.json or one of {', '.join(FAMILIES)}"
         ) from None
+
+
+def _reason(errors: Any, error: Exception) -> str:
+    """Why the hub did not give a file, in a few words."""
+    if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    reasons = {
+        errors.HFValidationError: "this is no hub id",
+        errors.LocalEntryNotFoundError: "the hub cannot be reached",
+        errors.GatedRepoError: "its terms must be accepted on the hub first, then `hf auth login`",
+        errors.RepositoryNotFoundError: "the hub has no such repository, or it is private: `hf auth login`",
+        errors.EntryNotFoundError: f"it has no transformer/{_FILE} and no {_FILE}",
+    }
+    said = " ".join(str(error).split()) or type(error).__name__
+    return next((reason for kind, reason in reasons.items() if isinstance(error, kind)), said)
 
 
 def _source(name: str, config: Mapping[str, Any]) -> Source:
     architectures = config.get("architectures")
     class_name = config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
-    if class_name is None:
+    if not isinstance(class_name, str):
         raise ValueError(f"{name} names no class: a transformer's config has _class_name")
     if class_name not in INPUTS:
         hint = ": give the config.json of its transformer" if class_name.endswith("Pipeline") else ""

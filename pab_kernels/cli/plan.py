@@ -34,16 +34,15 @@ def _size(text: str | None) -> tuple[int, int, int] | None:
     return frames, height, width
 
 
-def _table(title: str, headings: tuple[str, ...], rows: list[list[str]], caption: str = "") -> "Table":
+def _table(headings: tuple[str, ...], rows: list[list[str]], caption: str = "", words: int = 1) -> "Table":
+    """A table whose first `words` columns are words, and all others numbers."""
     table: Table = require("rich.table", "pab plan").Table(
-        title=title or None,
         caption=caption or None,
-        title_justify="left",
         caption_justify="left",
         box=require("rich.box", "pab plan").SIMPLE_HEAD,
     )
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", overflow="fold")
+        table.add_column(heading, justify="right" if i >= words else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
@@ -73,10 +72,10 @@ def forecast_table(found: "ModelForecast") -> "Table":
     names = {"model": found.dtype, "float8_e4m3fn": "fp8"}
     headings = ("kind", "computed", "stored", "reused", "GFLOPs", "without PAB", *(f"{names.get(d, d)}, GiB" for d in bytes_of))
     caption = (
-        f"Over all {len(found.plan.steps)} steps and {found.calls} call(s) a step; stored are among computed. Cache: the most that slots "
+        f"Over {len(found.plan.steps)} step(s) with {found.calls} call(s) each; stored are among computed. Cache: the most that slots "
         "of a kind take in each dtype, and in total the most that all take at one time."
     )
-    return _table("", headings, rows, caption)
+    return _table(headings, rows, caption)
 
 
 def _lines(found: "ModelForecast") -> list[str]:
@@ -101,7 +100,7 @@ def _print_families(as_json: bool) -> None:
         print(json.dumps(listed, indent=1))
         return
     rows = [[name, f.checkpoint, ", ".join(map(str, f.sizes)), str(f.steps)] for name, f in FAMILIES.items()]
-    _print(_table("", ("model", "checkpoint", "sizes", "steps"), rows))
+    _print(_table(("model", "checkpoint", "sizes", "steps"), rows, words=3))
 
 
 def _print(table: "Table") -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("diffusers")
 
+import diffusers
+import numpy as np
 import torch
 
 import pab_kernels as pab
@@ -33,13 +37,18 @@ TINY: dict[str, tuple[dict[str, Any], Size]] = {
     "stdit3": ({"_class_name": "STDiT3", "hidden_size": 64, "num_heads": 2, "depth": 2}, Size(17, 40, 56)),
 }
 RULES = PABConfig(spatial=2, temporal=3, cross=Broadcast(4, reuse="linear"), mlp=2)
+BLOCKS = PABConfig(spatial=2, cross=3, block=Broadcast(3, reuse="linear", layers=(1,)))
+
+
+def all_steps(range: int, **options: Any) -> Broadcast:
+    return Broadcast(range, (0, 1), **options)
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
-@pytest.mark.parametrize("name", TINY)
-def test_the_forecast_is_what_a_generation_on_the_meta_device_counts(name: str, cache_dtype: Any) -> None:
+@pytest.mark.parametrize(("name", "rules"), [*((name, RULES) for name in TINY), ("wan", BLOCKS), ("cogvideox", BLOCKS)])
+def test_the_forecast_is_what_a_generation_on_the_meta_device_counts(name: str, rules: PABConfig, cache_dtype: Any) -> None:
     config, clip = TINY[name]
-    rules = PABConfig(RULES.spatial, RULES.temporal, RULES.cross, RULES.mlp, cache_dtype=cache_dtype)
+    rules = dataclasses.replace(rules, cache_dtype=cache_dtype)
     found = forecast(config, clip, steps=10, config=rules, text=7)
 
     how = INPUTS[config["_class_name"]]
@@ -64,16 +73,108 @@ def test_the_forecast_is_what_a_generation_on_the_meta_device_counts(name: str, 
     assert sum(one.flops for one in found.kinds.values()) + found.rest_flops == found.total.flops
 
 
+LATTE, WAN = 2 * 16 * 6 * 64 * 2, 12 * 64 * 2
+"""Bytes of an output in bfloat16: batch 2, 16 frames of 2 x 3 tokens, 64 channels; 12 tokens, 64 channels."""
+EIGHT = 2 * 16 * 6 * (64 + 4)
+"""Bytes of LATTE's output in int8: 64 values and a float32 scale a token."""
+
+
 @pytest.mark.parametrize(
-    ("model", "size", "gib"),
+    ("name", "steps", "rules", "moved"),
     [
-        ("open-sora-1.2", (51, 480, 854), 11.5),
-        ("open-sora-1.2", (102, 480, 854), 22.9),
-        ("open-sora-1.2", (204, 480, 854), 45.9),
-        ("latte", (16, 512, 512), 5.9),
-        ("cogvideox-5b", (49, 480, 720), 8.5),
+        # 2 steps x 2 layers reuse: 3 outputs in the spatial block and 2 in the temporal one, and the stream there and back in each
+        ("latte", 4, {"spatial": 2, "temporal": 2, "cross": 2, "mlp": 2}, 2 * 2 * ((2 + 3) + (2 + 2)) * LATTE),
+        ("latte", 4, {"spatial": 2, "temporal": 2, "cross": 2, "mlp": 2, "cache_dtype": "int8"}, 2 * 2 * (4 * LATTE + 5 * EIGHT)),
+        # cross is computed between the two: the stream goes there and back twice
+        ("latte", 4, {"spatial": 2, "mlp": 2}, 2 * 2 * (2 * (2 + 1) + (2 + 1)) * LATTE),
+        # step 1 has one output of cross; steps 3 and 5 have two, and the fourth of the block is one too many for one pass
+        ("latte", 6, {"spatial": 2, "cross": "linear", "mlp": 2}, 2 * ((2 + 3) + 2 * (2 * 2 + 4) + 3 * (2 + 1)) * LATTE),
+        # 2 contexts x 2 layers: spatial reads and writes in 2 steps, cross reads one output and then two
+        ("wan", 4, {"spatial": 2, "cross": "linear"}, 2 * 2 * (2 * (1 + 1) + (1 + 1) + (2 + 1)) * WAN),
+        ("wan", 4, {"spatial": 2, "block": 2}, 2 * 2 * 2 * (1 + 1) * WAN),
     ],
 )
-def test_the_published_cache_sizes_come_out(model: str, size: Any, gib: float) -> None:
+def test_bytes_moved_are_those_counted_by_hand(name: str, steps: int, rules: dict[str, Any], moved: int) -> None:
+    def rule(value: Any) -> Any:
+        return all_steps(2, reuse="linear") if value == "linear" else all_steps(value)
+
+    config = PABConfig(**{key: value if key == "cache_dtype" else rule(value) for key, value in rules.items()})
+    assert forecast(*TINY[name], steps=steps, config=config, text=7).total.moved_bytes == moved
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["latte", "cogvideox", "wan"])
+def test_weights_are_those_of_the_loaded_checkpoint(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    config, clip = TINY[name]
+    cls = getattr(diffusers, config["_class_name"])
+    cls.from_config(config).save_pretrained(tmp_path)
+    loaded = cls.from_pretrained(tmp_path, torch_dtype=dtype)
+    found = forecast(tmp_path, clip, steps=2, dtype=str(dtype).removeprefix("torch."), text=7)
+    assert found.weight_bytes == sum(t.nbytes for t in (*loaded.parameters(), *loaded.buffers())) > 0
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_device_memory_is_weights_activations_and_cache(name: str) -> None:
+    config, clip = TINY[name]
+    found = forecast(config, clip, steps=10, config=RULES, text=7)
+    how = INPUTS[config["_class_name"]]
+    model = build(find_config(config), torch.bfloat16)
+    inputs = how.tensors(model.config, how.batch, how.latents(model.config, clip), 7, torch.bfloat16, clip)
+    alive = [0]
+
+    def note(module: Any, args: Any, out: Any) -> None:  # what a layer reads and what it makes are alive together
+        alive.append(sum(t.nbytes for t in {id(t): t for t in (*args, out, *inputs.values()) if isinstance(t, torch.Tensor)}.values()))
+
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(note)
+    model(**inputs)
+    assert found.activation_bytes >= max(alive) > 0
+    assert found.total.peak_cache_bytes == max(found.total.cache_bytes) > 0
+    assert found.device_bytes == found.weight_bytes + found.activation_bytes + found.total.peak_cache_bytes
+
+
+@pytest.mark.parametrize("steps", [1, 7, 30, 50])
+def test_timesteps_are_those_of_the_schedulers_of_the_pipelines(steps: int) -> None:
+    """Euler's are float32; all others are whole."""
+    S = diffusers
+    clip, image = Size(21, 16, 22), Size(1, 128, 128)
+    to_zero, to_last = np.linspace(1, 0, steps + 1)[:-1], np.linspace(1, 1 / steps, steps)
+    flux = S.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    ltx = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
+    wan = S.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    # what the pipelines hand to set_timesteps; mu is on the line through the two lengths and shifts
+    cases: list[tuple[str, Size, Any, dict[str, Any]]] = [
+        ("Latte", clip, S.DDIMScheduler(beta_schedule="linear"), {"num_inference_steps": steps}),
+        ("CogVideoX", clip, S.CogVideoXDDIMScheduler(timestep_spacing="trailing"), {"num_inference_steps": steps}),
+        ("Wan", clip, wan, {"num_inference_steps": steps}),
+        ("HunyuanVideo", clip, S.FlowMatchEulerDiscreteScheduler(shift=7.0), {"sigmas": to_zero}),
+        ("Flux", image, flux, {"sigmas": to_last, "mu": 1.15}),
+    ]
+    if steps > 1:  # this scheduler divides by zero in one step
+        scheduler = S.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1, **ltx)
+        mu = 0.95 + (21 * 16 * 22 - 1024) * (2.05 - 0.95) / (4096 - 1024)
+        cases.append(("LTXVideo", clip, scheduler, {"sigmas": to_last, "mu": mu}))
+    for family, latents, scheduler, given in cases:
+        scheduler.set_timesteps(**given)
+        name = next(name for name in INPUTS if name.startswith(family + "Transformer"))
+        exact = family in ("Latte", "CogVideoX", "Wan")
+        expected = pytest.approx(scheduler.timesteps.tolist(), rel=0 if exact else 1e-6, abs=0 if exact else 1e-4)
+        assert INPUTS[name].timesteps(steps, latents, latents) == expected, family
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "gib", "digits"),
+    [
+        ("open-sora-1.2", (51, 480, 854), 11.5, 1),
+        ("open-sora-1.2", (102, 480, 854), 22.9, 1),
+        ("open-sora-1.2", (204, 480, 854), 45.9, 1),
+        ("open-sora-1.2", (51, 720, 1280), 26, 0),
+        ("open-sora-1.2", (102, 720, 1280), 52, 0),
+        ("latte", (16, 512, 512), 5.9, 1),
+        ("cogvideox-5b", (49, 480, 720), 8.5, 1),
+    ],
+)
+def test_the_published_cache_sizes_come_out(model: str, size: Any, gib: float, digits: int) -> None:
     kinds = forecast(model, size).kinds
-    assert round(sum(kinds[k].cache_bytes["model"] for k in kinds if k != "mlp") / 2**30, 1) == gib
+    assert round(sum(kinds[k].cache_bytes["model"] for k in kinds if k != "mlp") / 2**30, digits) == gib

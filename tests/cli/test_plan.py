@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,17 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("diffusers")
+pytest.importorskip("huggingface_hub")
 
+import diffusers
+import huggingface_hub as hub
+import huggingface_hub.errors as errors
 from typer.testing import CliRunner
 
 from pab_kernels import cli
+
+SMALL = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 96, "num_layers": 1}
+GIVEN = ("--size", "5x32x48", "--steps", 10, "--text", 7)
 
 
 def pab(*arguments: object) -> Any:
@@ -40,6 +48,18 @@ def test_known_models_are_listed() -> None:
     ("arguments", "message"),
     [
         (["--model", "cogvideo"], "pab: there is no model 'cogvideo'; did you mean 'cogvideox-5b'"),
+        (["--model", "x"], "pab: there is no model 'x'. Known are latte, "),
+        (["--model", "latte", "--size", "16x510x512"], "pab: size 16x510x512: height 510 does not fit; multiples of 16 are supported"),
+        (["--model", "latte", "--steps", "1001"], "pab: 1001 steps are more than the 1000 that this model's scheduler has"),
+        (["--model", "none/config.json"], "pab: there is no none/config.json"),
+        (
+            ["--model", "nobody/nothing"],
+            "pab: the config of nobody/nothing is not cached and cannot be fetched: HF_HUB_OFFLINE is set; give the",
+        ),
+        (
+            ["--model", "../nothing"],
+            "pab: the config of ../nothing is not cached and cannot be fetched: this is no hub id; give the path of a",
+        ),
         (["--model", "latte", "--size", "16x512"], "pab: --size takes frames x height x width"),
         (["--model", "latte", "--size", "15x512x512"], "pab: size 15x512x512: 15 frames do not fit; this model has 16"),
         (["--model", "latte", "--steps", "0"], "pab: --steps must be at least 1, got 0"),
@@ -51,3 +71,106 @@ def test_known_models_are_listed() -> None:
 def test_wrong_arguments_are_one_line(arguments: list[str], message: str) -> None:
     result = pab("plan", *arguments)
     assert result.exit_code == 2 and result.stderr.startswith(message) and result.stderr.count("\n") == 1, result.output
+
+
+@pytest.fixture
+def transformer() -> Any:
+    return diffusers.WanTransformer3DModel(**SMALL)
+
+
+def planned(model: Path) -> dict[str, Any]:
+    result = pab("plan", "--model", model, *GIVEN, "--json")
+    assert result.exit_code == 0 and result.stderr == "", result.output
+    data: dict[str, Any] = json.loads(result.stdout)
+    assert data.pop("model") == str(model)
+    return data
+
+
+def test_a_file_a_saved_transformer_and_a_saved_pipeline_give_the_same(transformer: Any, tmp_path: Path) -> None:
+    transformer.save_pretrained(tmp_path / "saved")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipeline = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    found = planned(tmp_path / "saved" / "config.json")
+    assert found["calls_per_step"] == 2 and found["schedule"]["spatial"].count(".") > 0
+    assert planned(tmp_path / "saved") == planned(tmp_path / "pipeline") == found
+
+
+def test_a_transformer_of_ones_own_needs_size_and_steps(transformer: Any, tmp_path: Path) -> None:
+    transformer.save_pretrained(tmp_path)
+    for given, missing in ((("--steps", 4), "size"), (("--size", "5x32x48"), "steps")):
+        result = pab("plan", "--model", tmp_path, *given)
+        assert (result.exit_code, result.stderr) == (2, f"pab: {tmp_path} is not a known family, so {missing} must be given\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"_class_name": "UNet2DModel"}', "{} is a UNet2DModel; supported are LatteTransformer3DModel, "),
+        ('{"_class_name": "WanPipeline"}', "{} is a WanPipeline; supported are "),
+        ('{"num_layers": 2}', "{} names no class"),
+        ('{"_class_name": 3}', "{} names no class"),
+        ("[]", "{} does not hold a config, but list"),
+        ("{", "{} is not JSON: "),
+        ('{"_class_name": "WanTransformer3DModel", "num_layers": "two"}', "{}: WanTransformer3DModel does not take this config: "),
+    ],
+)
+def test_a_config_that_is_not_a_transformers_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    result = pab("plan", "--model", path, *GIVEN)
+    assert result.exit_code == 2 and result.stderr.startswith("pab: " + message.format(path)), result.output
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    result = pab("plan", "--model", tmp_path, *GIVEN)
+    assert (result.exit_code, result.stderr) == (2, f"pab: {tmp_path} has no config.json and no transformer/config.json\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (errors.LocalEntryNotFoundError, "the hub cannot be reached"),
+        (errors.RepositoryNotFoundError, "the hub has no such repository, or it is private: `hf auth login`"),
+        (errors.GatedRepoError, "its terms must be accepted on the hub first, then `hf auth login`"),
+        (errors.EntryNotFoundError, "it has no transformer/config.json and no config.json"),
+        (errors.HfHubHTTPError, "said so"),
+        (errors.HfHubHTTPError.__bases__[0], "said so"),
+        (ConnectionResetError, "said so"),
+    ],
+)
+def test_what_the_hub_refuses_is_named(error: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(*arguments: Any) -> str:
+        asked.append(arguments)
+        raised = error.__new__(error)  # without the answer that some want in __init__
+        raised.args = ("said\nso",)
+        raise raised
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    result = pab("plan", "--model", "nobody/nothing")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"pab: the config of nobody/nothing is not cached and cannot be fetched: {reason}; give the path of a ")
+    assert len(asked) == (2 if error is errors.EntryNotFoundError else 1)
+
+
+def test_an_error_that_is_not_the_hubs_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*arguments: Any) -> str:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert isinstance(pab("plan", "--model", "nobody/nothing").exception, RuntimeError)
+
+
+def test_a_hub_id_of_a_transformer_alone_is_fetched(transformer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer.save_pretrained(tmp_path)
+
+    def download(hub_id: str, name: str) -> str:
+        if name.startswith("transformer/"):
+            raise errors.EntryNotFoundError.__new__(errors.EntryNotFoundError, name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert planned(Path("somebody/a-transformer")) == planned(tmp_path)
