@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,8 @@ def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sub
         RuntimeError: a sublayer did not run.
     """
     runs: dict[str, Run] = {}
-    with torch.no_grad(), flop_counter() as counter, LiveBytes() as live, AttentionWithoutScores(live):
+    weights = {t.untyped_storage()._cdata: t.nbytes for t in (*model.parameters(), *model.buffers())}
+    with torch.no_grad(), flop_counter() as counter, LiveBytes(weights) as live, AttentionWithoutScores(live):
         for tensor in _tensors(inputs):
             live.add(tensor)
         handles = [handle for s in sublayers for handle in _watched(model.get_submodule(s.name), s.name, counter, runs)]
@@ -94,7 +95,6 @@ def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sub
                 handle.remove()
     if missing := [s.name for s in sublayers if s.name not in runs]:
         raise RuntimeError(f"{type(model).__name__}: {missing[0]} did not run in a call of the model; nothing is known of it")
-    weights = {t.untyped_storage()._cdata: t.nbytes for t in (*model.parameters(), *model.buffers())}
     return Measured(counter.get_total_flops(), runs, live.peak, sum(weights.values()))
 
 
@@ -117,10 +117,15 @@ def _watched(module: nn.Module, name: str, counter: FlopCounterMode, runs: dict[
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, and the most that were."""
+    """Counts the bytes of tensors that are alive, and the most that were.
 
-    def __init__(self) -> None:
+    Args:
+        apart: `_cdata` of the storages that are not counted, nor are views of them: those of weights.
+    """
+
+    def __init__(self, apart: Iterable[int] = ()) -> None:
         super().__init__()
+        self._apart = frozenset(apart)
         self.now = self.peak = 0
         self.paused = False
         self._known: dict[int, weakref.finalize[Any, Any]] = {}
@@ -136,7 +141,7 @@ class LiveBytes(TorchDispatchMode):
         """Count a tensor's memory in, until nothing refers to it."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if isinstance(tensor, nn.Parameter) or key in self._known:
+        if key in self._apart or key in self._known:
             return
         size = storage.nbytes()
         self._known[key] = weakref.finalize(storage, self._remove, key, size)
