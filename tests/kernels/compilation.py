@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PLAIN_DOT = re.compile(r"\btt\.dot\b.*parent = #blocked")
+"""A product by multiply-adds in Triton's IR; one on tensor cores has the layout of an mma, or is another operation."""
+
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 
 
@@ -31,7 +34,7 @@ class Launch:
 
     Args:
         call: runs the launcher on meta tensors.
-        dots: every product runs on tensor cores: HGMMA on sm_90, UTCHMMA or HMMA on sm_100, HMMA on sm_80, and no FFMA loop in their place.
+        dots: every product runs on tensor cores: HGMMA on sm_90, UTCHMMA or HMMA on sm_100, HMMA on sm_80; none by multiply-adds.
         pipelined: loads go to shared memory asynchronously (LDGSTS or UTMALDG).
         wide: narrowest global load or store in bytes a lane; None where narrower ones are in order.
         archs: compute capabilities that the launch is for.
@@ -102,6 +105,7 @@ def inspect(kernel: Any) -> dict[str, Any]:
         "stack": int(registers[2]),
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
+        "plain_dots": len(PLAIN_DOT.findall(kernel.asm["ttgir"])),
         "opcodes": dict(sorted(collections.Counter(opcodes).items())),
         "loads": sum(op.startswith("LDG.") for op in opcodes),
         "loads_before_stores": sum(op.startswith("LDG.") for op in before_stores),

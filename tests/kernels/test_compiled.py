@@ -60,6 +60,7 @@ def _faults(launch: Launch, record: dict) -> list[str]:
         "spills": record["stack"] == 0 and not names & {"LDL", "STL"},
         "has more shared memory than a block may": record["shared"] <= SHARED_LIMIT[arch],
         "has no product on tensor cores": not launch.dots or names & tensor_cores,
+        "has products by multiply-adds": not (launch.dots and record["plain_dots"]),
         "has products on the old tensor core path": not (launch.dots and arch == 90) or "HMMA" not in names,
         "has no asynchronous copy": not launch.pipelined or names & {"LDGSTS", "UTMALDG"},
         "has narrow accesses": launch.wide is None or min(_widths(opcodes, ("LDG.", "STG.", "LDGSTS")), default=16) >= launch.wide,
@@ -70,6 +71,14 @@ def _faults(launch: Launch, record: dict) -> list[str]:
 def test_every_kernel_is_lean(compiled):
     faults = {bounds.key(r): _faults(LAUNCHES[name], r) for (name, _), records in compiled.items() for r in records}
     assert {kernel: found for kernel, found in faults.items() if found} == {}
+
+
+def test_products_by_multiply_adds_are_seen(compiled):
+    """Those of float32 are exact, and so not on tensor cores: what the check of all other launches looks for."""
+    plain = [
+        record["plain_dots"] for (name, _), records in compiled.items() for record in records if name.startswith("project_residual/float32")
+    ]
+    assert plain and min(plain) > 0
 
 
 def test_every_launch_was_compiled_for_its_architectures(compiled):
