@@ -101,7 +101,7 @@ def test_on_a_cuda_device_events_are_recorded_and_waited_for_when_they_are_read(
 
 @pytest.fixture
 def slow_operations(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    for name, seconds in (("attention", 1.0), ("project_residual", 10.0), ("broadcast_residual", 100.0)):
+    for name, seconds in (("attention", 1.0), ("short_attention", 1.0), ("project_residual", 10.0), ("broadcast_residual", 100.0)):
         monkeypatch.setattr(ops, name, clock.slow(getattr(ops, name), seconds))
     return clock
 
