@@ -259,7 +259,6 @@ class Broadcaster:
         name, step = thread.context
         call = generation.open(name, step)
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-        signature = Signature.of(args, kwargs)
         plain = self._records_gradients(tensors)
         if plain:
             generation.plain_calls += 1
@@ -267,14 +266,14 @@ class Broadcaster:
         else:
             prompt = kwargs.get("encoder_hidden_states")
             call.context.enter(tuple(map(Key.of, tensors)), prompt if name is None and isinstance(prompt, torch.Tensor) else None)
+            call.signature = Signature.of(args, kwargs)
             call.prepare()
             call.mark(REST, tensors[0].device if tensors else None)
         outer, thread.call = thread.call, None if plain else call
         try:
             out = forward(*args, **kwargs)
-            call.collect()
             if not plain:
-                call.context.calls[signature, tuple(call.reused)] += 1
+                call.finish()
         except BaseException:
             generation.release()
             raise

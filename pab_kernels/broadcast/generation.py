@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,8 +74,12 @@ class Call:
         self.generation = generation
         self.context = context
         self.step = step
+        self.signature: Signature | None = None
+        """Of the arguments that the model was called with."""
         self.reused: list[str] = []
         """Places of the outputs that were reused, in their order."""
+        self.spared: Counter[str] = Counter()
+        """By kind, FLOPs that sublayers which ran did without."""
         self._turns: dict[str, int] = {}
         self._traced: dict[str, TracedTurn] = {}
 
@@ -213,6 +218,15 @@ class Call:
         if not torch.compiler.is_compiling() and self.context.stopwatch is not None:
             self.context.stopwatch.mark(kind, device)
 
+    def spare(self, kind: str, flops: int) -> None:
+        """Count FLOPs that a sublayer of this kind does without although it runs."""
+        self.spared[kind] += flops
+
+    def finish(self) -> None:
+        """The model has run: count the call."""
+        self.collect()
+        self.context.calls[self.signature, tuple(self.reused), tuple(self.spared.items())] += 1
+
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """Whether a fused operation may stand for calling `module` (an `nn.Linear` or a norm) on `x`; decided once a generation."""
         return self.generation.fuses(module, x)
@@ -317,7 +331,7 @@ class Generation:
 
     def costs(self, model: nn.Module) -> dict[Signature | None, CallCosts] | None:
         """What the calls made so far cost without PAB, by their signature; None where that of any is not known."""
-        for signature in {signature for context in self.contexts.values() for signature, _ in context.calls}:
+        for signature in {signature for context in self.contexts.values() for signature, _, _ in context.calls}:
             if signature not in self._costs:
                 self._costs[signature] = call_costs(model, self.sublayers, signature)
         known = {signature: costs for signature, costs in self._costs.items() if costs is not None}

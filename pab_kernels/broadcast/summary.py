@@ -103,7 +103,7 @@ class _Flops:
 
 def _flops(context: Context, costs: dict[Any, CallCosts], kinds: dict[str, str]) -> _Flops:
     found = _Flops()
-    for (signature, reused), calls in context.calls.items():
+    for (signature, reused, spared), calls in context.calls.items():
         call = costs[signature]
         found.full += calls * call.flops
         for run in call.runs.values():
@@ -112,6 +112,9 @@ def _flops(context: Context, costs: dict[Any, CallCosts], kinds: dict[str, str])
             found.saved += calls * run.flops
             for name, flops in run.own.items():
                 found.saved_by_kind[kinds[name]] += calls * flops
+        for kind, flops in spared:
+            found.saved += calls * flops
+            found.saved_by_kind[kind] += calls * flops
     return found
 
 

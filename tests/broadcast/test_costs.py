@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig, ops
 from pab_kernels.broadcast.costs import Signature, on_meta
-from pab_kernels.nn import BroadcastModule, PABAttention
+from pab_kernels.nn import BroadcastModule, PABAttention, PABCrossAttention
 
 HALF = PABConfig(spatial=Broadcast(2, (0, 1)), mlp=Broadcast(4, (0, 1)))
 STEPS = 4
@@ -231,6 +231,25 @@ def test_a_call_that_failed_is_not_counted(model: nn.Module) -> None:
         with mock.patch.object(model.layer.out, "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
             model(x)
     assert pab.summary(model).flops == counted > 0
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross = PABCrossAttention(C, heads=2, text_channels=8)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return self.cross(x, text)
+
+
+def test_keys_and_values_of_the_text_count_once() -> None:
+    model = Reader().eval()
+    pab.enable(model, PABConfig(cross=Broadcast(2, (0, 1))))
+    ran = run(model, torch.ones(1, 5, C), text=torch.ones(1, 3, 8))
+    summary, text = pab.summary(model), ops.linear_flops(3, 8, 2 * C)
+    own = ops.linear_flops(5, C, 2 * C) + ops.attention_flops(1, 2, 5, 3, C // 2)
+    assert summary.flops == summary.contexts["#0"]["cross"].flops == ran == 2 * own + text
+    assert summary.flops_without == 4 * (own + text)
 
 
 class Twice(nn.Module):
