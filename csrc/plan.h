@@ -21,6 +21,7 @@ struct LaunchPlan {
   unsigned block = 1;             // threads
   unsigned shared_bytes = 0;      // dynamic shared memory
   int vector_bytes = 0;           // of the activations that a lane reads or writes at once
+  bool waits = false;             // the kernel waits itself for those before it in the stream, and so may be started before they have ended
   const char* refusal = nullptr;  // why the kernel cannot serve; nullptr where it can
 };
 
