@@ -26,7 +26,7 @@ bool all_aligned(const BroadcastResidualArguments& a) {
     const int size = size_of(slot >= 0 && slot < a.slots ? a.slot_dtypes[slot] : a.dtype), bytes = size == 1 ? 8 : 16;
     if (!is_aligned(a.operands[operand], bytes)) return false;
     for (int dim = 0; dim < a.dims; ++dim) {
-      if (a.operands[operand] != nullptr && a.strides[operand][dim] * size % bytes != 0) return false;
+      if (a.operands[operand] != nullptr && ((a.strides[operand][dim] * size) & (bytes - 1)) != 0) return false;
     }
   }
   return is_aligned(a.norm_weight, 16) && is_aligned(a.norm_bias, 16);

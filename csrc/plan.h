@@ -33,6 +33,7 @@ inline LaunchPlan refused(const char* why) {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-inline bool is_aligned(const void* pointer, int bytes) { return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0; }
+// bytes: a power of two.
+inline bool is_aligned(const void* pointer, int bytes) { return (reinterpret_cast<std::uintptr_t>(pointer) & (bytes - 1)) == 0; }
 
 }  // namespace pab

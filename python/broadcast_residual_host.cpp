@@ -48,7 +48,7 @@ void bind_broadcast_residual(py::module_& module) {
              "Threads of a block that the kernels with this many vectors a thread are compiled for.");
   module.def("plan_broadcast_residual", &plan, "sizes"_a, "channels"_a, "dtype"_a, "slot_dtypes"_a, "operands"_a,
              "The leading dimensions that are left, the innermost first, each operand's strides over them, and the plan; Nones where they "
-             "are too many. Operands: x, x_out, y_out, scale, shift, 3 slots, 3 gates and 3 scales of slots: None, or address and strides.");
+             "are too many. Operands: x, x_out, y_out, scale, shift, 3 slots, 3 gates, 3 scales of slots: None or address and strides.");
 }
 
 }  // namespace pab

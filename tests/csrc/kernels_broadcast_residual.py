@@ -9,6 +9,7 @@ KERNELS = {
         has=("LDG.E.128", "LDG.E.64", "STG.E.128"),
         has_not=("LDG.E.U8", "LDG.E.U16", "STG.E.U8", "STG.E.U16", "STG.E.64"),
         loads_first=True,
+        waits=True,
     ),
-    "broadcast_residual_kernel<*, *, *, false>": Promise(loads_first=True),
+    "broadcast_residual_kernel<*, *, *, false>": Promise(loads_first=True, waits=True),
 }

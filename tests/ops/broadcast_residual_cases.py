@@ -75,20 +75,26 @@ def rounded_once(x: Tensor, slots: list[Any], *, gates: Any, weights: Any, norm:
     return broadcast_residual_rounded_once(x, check_cached_outputs("test", x, slots, gates, weights, 3), norm, shift, scale)
 
 
-def assert_right(got: Any, args: Any, options: dict[str, Any]) -> None:
-    """Accurate against float64, and equal to the reference that rounds in the same places but for the order of sums."""
-    reference = broadcast_residual(*args, **options, backend="reference")
-    for a, b, true in zip(got, reference, exact(*args, **options), strict=True):
+def assert_rounded_once(got: Any, args: Any, options: dict[str, Any]) -> None:
+    """Equal to the reference that rounds in the same places but for the order of sums."""
+    for a, b in zip(got, rounded_once(*args, **options), strict=True):
         if a is None:
             assert b is None
-        else:
-            assert_accurate(a, b, true)
-    for a, b in zip(got, rounded_once(*args, **options), strict=True):
+            continue
+        step, single = torch.finfo(a.dtype).eps, a.dtype == torch.float32
+        atol = 16 * step * float(b.abs().max()) if single else 2 * step  # sums in another order
+        torch.testing.assert_close(a.double(), b.double(), atol=atol, rtol=step)
+        # They move a number to the other side of a rounding now and then, no more.
+        assert single or (a != b).sum() <= 2 + 0.02 * a.numel()
+
+
+def assert_right(got: Any, args: Any, options: dict[str, Any]) -> None:
+    """Accurate against float64, and rounded where the reference says."""
+    reference = broadcast_residual(*args, **options, backend="reference")
+    for a, b, true in zip(got, reference, exact(*args, **options), strict=True):
         if a is not None:
-            step, single = torch.finfo(a.dtype).eps, a.dtype == torch.float32
-            torch.testing.assert_close(a.double(), b.double(), atol=(16 if single else 2) * step, rtol=1e-5 if single else step)
-            # Sums in another order move a number to the other side of a rounding now and then, no more.
-            assert single or (a != b).double().mean() < 0.02
+            assert_accurate(a, b, true)
+    assert_rounded_once(got, args, options)
 
 
 def check(args: Any, options: dict[str, Any], backend: str) -> None:
