@@ -153,7 +153,7 @@ def test_compiled_it_is_one_operation_that_torch_knows():
 
 
 @given(
-    sizes=st.tuples(st.integers(1, 4), st.integers(1, 40), st.one_of(st.integers(1, 700), st.sampled_from([1152, 2304, 3072, 5120, 8192]))),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 9), st.one_of(st.integers(1, 700), st.sampled_from([1152, 2304, 3072, 5120, 8192]))),
     offset=st.integers(0, 9),
     kinds=st.text("mif", max_size=3),
     norm=st.sampled_from(NORMS),
@@ -161,7 +161,7 @@ def test_compiled_it_is_one_operation_that_torch_knows():
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=CALLS)
+@settings(max_examples=CALLS // 2)  # in each of the two ways
 def test_fuzz(sizes, offset, kinds, norm, affine, dtype, seed):
     if kinds or norm:
         (x, slots), options = call(sizes, kinds, norm, dtype, affine, seed)
