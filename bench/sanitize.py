@@ -4,7 +4,8 @@
     compute-sanitizer --tool racecheck --error-exitcode 99 python -m bench.sanitize
 
 It is what compute-sanitizer watches: few kernels beside those of the backends, and nothing timed. Exit status: 1 if a result changed
-between runs, an element was not written, a kernel failed, or a backend served no case of an operation that it has a kernel for.
+between runs, an element was not written, a kernel failed, or a backend served no case of an operation that it has a kernel for. CUDA
+kernels that were not compiled are left out, which is said.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pab_kernels.ops import BACKENDS, BackendError
+from pab_kernels.ops import BACKENDS, BackendError, cuda_library
 from pab_kernels.ops.backend import IMPLEMENTATIONS
 
 from .__main__ import OPS, cases
@@ -65,7 +66,11 @@ def main() -> int:
     parser.add_argument("--json", help="file to which rows are appended, JSON lines")
     args = parser.parse_args()
     shared, failed = environment(args.device), 0
-    chosen = [(op, backend) for op in args.op.split(",") for backend in args.backend.split(",") if backend in IMPLEMENTATIONS[op]]
+    backends = args.backend.split(",")
+    if "cuda" in backends and (missing := cuda_library.load()) is not None:
+        progress(f"backend 'cuda' is left out: {missing}")
+        backends.remove("cuda")
+    chosen = [(op, backend) for op in args.op.split(",") for backend in backends if backend in IMPLEMENTATIONS[op]]
     idle = set(chosen)
     with torch.no_grad():
         for dtype in args.dtype.split(","):

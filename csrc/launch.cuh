@@ -7,6 +7,13 @@
 
 namespace pab {
 
+// Whether the current device can start a kernel before the one before it has ended.
+inline bool device_overlaps_kernels() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
 // A cudaError_t. `kernel` takes exactly `arguments`; nothing is launched where a grid dimension is 0.
 template <typename... Arguments>
 int launch_kernel(void (*kernel)(Arguments...), const LaunchPlan& plan, void* stream, const Arguments&... arguments) {
@@ -17,6 +24,13 @@ int launch_kernel(void (*kernel)(Arguments...), const LaunchPlan& plan, void* st
   config.blockDim = dim3(plan.block);
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute early = {};
+  if (plan.waits && device_overlaps_kernels()) {
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &early;
+    config.numAttrs = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

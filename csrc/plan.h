@@ -21,6 +21,7 @@ struct LaunchPlan {
   unsigned block = 1;             // threads
   unsigned shared_bytes = 0;      // dynamic shared memory
   int vector_bytes = 0;           // of the activations that a lane reads or writes at once
+  bool waits = false;             // the kernel waits itself for those before it in the stream, and so may be started before they have ended
   const char* refusal = nullptr;  // why the kernel cannot serve; nullptr where it can
 };
 
@@ -32,6 +33,7 @@ inline LaunchPlan refused(const char* why) {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-inline bool is_aligned(const void* pointer, int bytes) { return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0; }
+// bytes: a power of two.
+inline bool is_aligned(const void* pointer, int bytes) { return (reinterpret_cast<std::uintptr_t>(pointer) & (bytes - 1)) == 0; }
 
 }  // namespace pab

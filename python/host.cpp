@@ -21,5 +21,6 @@ PYBIND11_MODULE(_host, module) {
         return p.refusal == nullptr ? py::none() : py::object(py::str(p.refusal));
       });
 
+  pab::bind_broadcast_residual(module);
   pab::bind_quantize(module);
 }

@@ -7,6 +7,7 @@
 
 namespace pab {
 
+void bind_broadcast_residual(pybind11::module_& module);
 void bind_quantize(pybind11::module_& module);
 
 // A pointer of this address: planners look at alignment alone.

@@ -19,7 +19,7 @@ BACKENDS = ("reference", "triton", "cuda", "sdpa", "flash_attn")
 """Every backend that `backend=` may name, beside `auto`."""
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "broadcast_residual": ("reference", "triton"),
+    "broadcast_residual": ("reference", "triton", "cuda"),
     "project_residual": ("reference", "triton"),
     "attention": ("reference", "triton", "sdpa", "flash_attn"),
     "short_attention": ("reference", "triton"),

@@ -22,13 +22,14 @@ BUILD_INFO = PACKAGE / "_build_info.json"
 _schemas = torch.library.Library("pab_kernels_cuda", "FRAGMENT")
 
 
-def kernel(op: str, arguments: str) -> Callable[..., None]:
-    """Define `pab_kernels_cuda::<op>`, which returns nothing, by the schema of its arguments; the function that calls it.
+def kernel(op: str, arguments: str, *, tells: bool = False) -> Callable[..., Any]:
+    """Define `pab_kernels_cuda::<op>` by the schema of its arguments; the function that calls it.
 
+    It returns nothing or, if it `tells`, whether it ran: it does not where an argument is on the meta device, or fake.
     The library serves it from the moment that `refuse` has loaded it.
     """
-    _schemas.define(f"{op}({arguments}) -> ()", tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(f"pab_kernels_cuda::{op}", lambda *args: None, lib=_schemas)
+    _schemas.define(f"{op}({arguments}) -> {'bool' if tells else '()'}", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(f"pab_kernels_cuda::{op}", lambda *args: False if tells else None, lib=_schemas)
     return getattr(torch.ops.pab_kernels_cuda, op).default
 
 
@@ -67,9 +68,9 @@ def refuse(tensor: Tensor) -> str | None:
     reason = load()
     if reason is not None:
         return reason
-    if tensor.device.type != "cuda":
+    if not tensor.is_cuda:
         return f"CUDA kernels run on CUDA devices; the tensors are on {tensor.device}"
-    return _refuse_device(tensor.device.index)
+    return _refuse_device(tensor.get_device())
 
 
 @cache

@@ -120,6 +120,18 @@ def test_a_backend_that_serves_nothing_has_not_passed(sanitized, capsys):
     assert "served no case of attention" in capsys.readouterr().err
 
 
+def test_cuda_kernels_that_were_not_compiled_are_left_out(sanitized, capsys, monkeypatch):
+    monkeypatch.setattr(sanitize.cuda_library, "load", lambda: "this installation has no CUDA kernels: nvcc was not found")
+    given = ("--geometry", "tiny", "--op", "broadcast_residual")
+    status, rows = sanitized(*given, "--backend", "reference,cuda")
+    assert status == 0 and {row["backend"] for row in rows} == {"reference"}
+    assert "backend 'cuda' is left out: this installation has no CUDA kernels" in capsys.readouterr().err
+    assert sanitized(*given, "--backend", "cuda")[0] == 1, "nothing was run"
+    monkeypatch.setattr(sanitize.cuda_library, "load", lambda: None)
+    status, _ = sanitized(*given, "--backend", "cuda")
+    assert status == 1 and "backend 'cuda' served no case of broadcast_residual" in capsys.readouterr().err
+
+
 def test_other_bits_are_found():
     case = next(cases(["broadcast_residual"], ["tiny"], torch.float32))
     calls = []

@@ -33,11 +33,13 @@ class Promise:
         has: prefixes of opcodes of which each is there, such as "LDG.E.128" or "HMMA".
         has_not: prefixes of opcodes of which none is there.
         loads_first: every load from global memory comes before the first store.
+        waits: from sm_90 on, no access to global memory comes before the kernel waits for those before it.
     """
 
     has: tuple[str, ...] = ()
     has_not: tuple[str, ...] = ()
     loads_first: bool = False
+    waits: bool = False
 
 
 def promises() -> dict[str, Promise]:
@@ -76,6 +78,7 @@ def _inspect(cubin: Path) -> list[dict[str, Any]]:
     records = []
     for kernel, (mangled, registers, stack, shared, local) in zip(readable([u[0] for u in usage]), usage, strict=True):
         opcodes = [match[1] for match in map(OPCODE.match, sass[mangled].splitlines()) if match]
+        first_access = next((i for i, op in enumerate(opcodes) if op.startswith(("LDG", "STG"))), len(opcodes))
         first_store = next((i for i, op in enumerate(opcodes) if op.startswith("STG")), len(opcodes))
         records.append(
             {
@@ -87,6 +90,7 @@ def _inspect(cubin: Path) -> list[dict[str, Any]]:
                 "shared": int(shared),
                 "stack": int(stack) + int(local),
                 "opcodes": dict(sorted(collections.Counter(opcodes).items())),
+                "waits": "ACQBULK" in opcodes[:first_access],
                 "loads": sum(op.startswith("LDG.") for op in opcodes),
                 "loads_before_stores": sum(op.startswith("LDG.") for op in opcodes[:first_store]),
             }

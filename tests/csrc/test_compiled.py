@@ -34,6 +34,8 @@ def _faults(promise: Promise, record: dict) -> list[str]:
     faults += [f"has {op}" for op in opcodes if op.startswith(promise.has_not or ("no such opcode",))]
     if promise.loads_first and record["loads"] != record["loads_before_stores"]:
         faults.append("loads after a store")
+    if promise.waits and not record["waits"] and int(record["arch"].rstrip("af")) >= 90:
+        faults.append("accesses memory before it waits")
     return faults
 
 
@@ -67,4 +69,6 @@ def test_a_broken_promise_is_found():
     assert _faults(Promise(), record) == []
     promise = Promise(has=("LDG.E.128", "HMMA"), has_not=("LDG.E.U16",), loads_first=True)
     assert _faults(promise, record) == ["has no HMMA", "has LDG.E.U16", "loads after a store"]
+    assert _faults(Promise(waits=True), record | {"arch": "90a", "waits": False}) == ["accesses memory before it waits"]
+    assert _faults(Promise(waits=True), record | {"arch": "80", "waits": False}) == []
     assert _faults(Promise(), record | {"stack": 8}) == ["spills"] == _faults(Promise(), record | {"opcodes": {"STL.64": 1}})

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from pab_kernels.ops import BackendError, Norm, Quantized, broadcast_residual, broadcast_residual_out, dequantize, quantize
+from pab_kernels.ops import BackendError, Norm, broadcast_residual, broadcast_residual_out, quantize
 from pab_kernels.ops.backend import choose
 from pab_kernels.ops.cached_outputs import check_cached_outputs
+from tests.ops.broadcast_residual_cases import NORMS, call, poisoned
+from tests.ops.broadcast_residual_cases import check as check_backend
 from tests.ops.tensors import (
     DTYPES,
     EIGHT_BITS,
     KERNEL_DEVICE,
     Guarded,
-    assert_accurate,
     assert_refuses,
     assert_same,
     called_when_compiled,
@@ -29,68 +30,10 @@ from tests.ops.tensors import (
 pytest.importorskip("triton")
 
 from pab_kernels.ops.broadcast_residual import triton as kernel
-from pab_kernels.ops.broadcast_residual.reference import broadcast_residual_rounded_once
-
-NORMS = (None, "layer", "rms")
-
-
-def draw_slots(draw: Any, shape: tuple[int, ...], kinds: str) -> list[Any]:
-    """One slot a letter: `m` the model's dtype, `i` int8, `f` float8."""
-    made = {"m": lambda t: t, "i": lambda t: quantize(t, torch.int8), "f": lambda t: quantize(t, torch.float8_e4m3fn)}
-    return [made[kind](draw(*shape)) for kind in kinds]
-
-
-def call(shape: tuple[int, ...], kinds: str, norm: str | None, dtype: torch.dtype, affine: bool = True, seed: int = 0) -> tuple[Any, dict]:
-    """Arguments with a gate, scale and shift a batch row and a weight, by turns."""
-    draw = draws(dtype, seed, KERNEL_DEVICE)
-    row = (shape[0], *(1,) * (len(shape) - 2), shape[-1])
-    weight = torch.tensor(0.7, device=KERNEL_DEVICE)
-    options: dict[str, Any] = {
-        "gates": [draw(*row) if i != 1 else None for i in range(len(kinds))],
-        "weights": [weight if i == 1 else None for i in range(len(kinds))],
-    }
-    if norm:
-        weight, bias = (draw(shape[-1]), draw(shape[-1]) if norm == "layer" else None) if affine else (None, None)
-        options |= {"norm": Norm(norm, weight, bias, 1e-5), "shift": draw(*row), "scale": draw(*row)}
-    return (draw(*shape), draw_slots(draw, shape, kinds)), options
-
-
-def exact(x: Tensor, slots: list[Any], *, gates: Any, weights: Any, norm: Any = None, shift: Any = None, scale: Any = None) -> list[Any]:
-    """The mathematics in float64; y from the x that was rounded."""
-    total = x.double()
-    for slot, gate, weight in zip(slots, gates, weights, strict=True):
-        value = dequantize(slot, torch.float64) if isinstance(slot, Quantized) else slot.double()
-        total = total + value * (1 if gate is None else gate.double()) * (1 if weight is None else weight.double())
-    if norm is None:
-        return [total, None]
-    z = total.to(x.dtype).double()
-    if norm.kind == "layer":
-        z = z - z.mean(-1, keepdim=True)
-    z = z / (z.square().mean(-1, keepdim=True) + norm.eps).sqrt()
-    z = z if norm.weight is None else z * norm.weight.double()
-    z = z if norm.bias is None else z + norm.bias.double()
-    z = z if scale is None else z * (1 + scale.double())
-    return [total, z if shift is None else z + shift.double()]
 
 
 def check(args: Any, options: dict[str, Any]) -> None:
-    """Accurate against float64, and equal to the reference that rounds in the same places but for the order of sums."""
-    got = broadcast_residual(*args, **options, backend="triton")
-    reference = broadcast_residual(*args, **options, backend="reference")
-    for a, b, true in zip(got, reference, exact(*args, **options), strict=True):
-        if a is None:
-            assert b is None
-        else:
-            assert_accurate(a, b, true)
-    x, slots = args
-    cached = check_cached_outputs("test", x, slots, options["gates"], options["weights"], 3)
-    same = broadcast_residual_rounded_once(x, cached, options.get("norm"), options.get("shift"), options.get("scale"))
-    for a, b in zip(got, same, strict=True):
-        if a is not None:
-            step = torch.finfo(a.dtype).eps
-            torch.testing.assert_close(a.double(), b.double(), atol=2 * step, rtol=step if a.dtype != torch.float32 else 1e-5)
-            # Sums in another order move a number to the other side of a rounding now and then, no more.
-            assert a.dtype == torch.float32 or (a != b).double().mean() < 0.02
+    check_backend(args, options, "triton")
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -129,14 +72,6 @@ def test_gate_shift_and_scale_broadcast_by_row_frame_or_token(shape: tuple[int, 
     options = {"gates": [draw(*shape)], "weights": [None], "norm": Norm("layer"), "shift": draw(*shape), "scale": draw(152)}
     check((x, [slot]), options)
     check((x, [slot]), options | {"gates": [None], "scale": draw(*shape), "shift": draw(2, 1, 1, 152)})
-
-
-def poisoned(t: Tensor) -> Tensor:
-    """`t` as a view of a larger tensor of NaN: strides that are padded, and NaN on all sides."""
-    around = t.new_full((*(n + 2 for n in t.shape[:-1]), t.shape[-1] + 16), torch.nan)
-    inside = around[(*(slice(1, -1) for _ in t.shape[:-1]), slice(8, -8))]
-    inside.copy_(t)
-    return inside
 
 
 @pytest.mark.parametrize("offset", [8, 3])

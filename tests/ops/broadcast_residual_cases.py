@@ -1,0 +1,102 @@
+"""Calls of `broadcast_residual`, and what a kernel's results must be: accurate against float64, and rounded where the reference says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pab_kernels.ops import Norm, Quantized, broadcast_residual, dequantize, quantize
+from pab_kernels.ops.broadcast_residual.reference import broadcast_residual_rounded_once
+from pab_kernels.ops.cached_outputs import check_cached_outputs
+from tests.ops.tensors import KERNEL_DEVICE, assert_accurate, draws
+
+NORMS = (None, "layer", "rms")
+
+
+def draw_slots(draw: Any, shape: tuple[int, ...], kinds: str) -> list[Any]:
+    """One slot a letter: `m` the model's dtype, `i` int8, `f` float8."""
+    made = {"m": lambda t: t, "i": lambda t: quantize(t, torch.int8), "f": lambda t: quantize(t, torch.float8_e4m3fn)}
+    return [made[kind](draw(*shape)) for kind in kinds]
+
+
+def call(
+    shape: tuple[int, ...],
+    kinds: str,
+    norm: str | None,
+    dtype: torch.dtype,
+    affine: bool = True,
+    seed: int = 0,
+    device: str = KERNEL_DEVICE,
+) -> tuple[Any, dict]:
+    """Arguments with a gate, scale and shift a batch row and a weight, by turns."""
+    draw = draws(dtype, seed, device)
+    row = (shape[0], *(1,) * (len(shape) - 2), shape[-1])
+    weight = torch.tensor(0.7, device=device)
+    options: dict[str, Any] = {
+        "gates": [draw(*row) if i != 1 else None for i in range(len(kinds))],
+        "weights": [weight if i == 1 else None for i in range(len(kinds))],
+    }
+    if norm:
+        weight, bias = (draw(shape[-1]), draw(shape[-1]) if norm == "layer" else None) if affine else (None, None)
+        options |= {"norm": Norm(norm, weight, bias, 1e-5), "shift": draw(*row), "scale": draw(*row)}
+    return (draw(*shape), draw_slots(draw, shape, kinds)), options
+
+
+def poisoned(t: Tensor) -> Tensor:
+    """`t` as a view of a larger tensor of NaN: strides that are padded, and NaN on all sides."""
+    around = t.new_full((*(n + 2 for n in t.shape[:-1]), t.shape[-1] + 16), torch.nan)
+    inside = around[(*(slice(1, -1) for _ in t.shape[:-1]), slice(8, -8))]
+    inside.copy_(t)
+    return inside
+
+
+def exact(x: Tensor, slots: list[Any], *, gates: Any, weights: Any, norm: Any = None, shift: Any = None, scale: Any = None) -> list[Any]:
+    """The mathematics in float64; y from the x that was rounded."""
+    total = x.double()
+    for slot, gate, weight in zip(slots, gates, weights, strict=True):
+        value = dequantize(slot, torch.float64) if isinstance(slot, Quantized) else slot.double()
+        total = total + value * (1 if gate is None else gate.double()) * (1 if weight is None else weight.double())
+    if norm is None:
+        return [total, None]
+    z = total.to(x.dtype).double()
+    if norm.kind == "layer":
+        z = z - z.mean(-1, keepdim=True)
+    z = z / (z.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    z = z if norm.weight is None else z * norm.weight.double()
+    z = z if norm.bias is None else z + norm.bias.double()
+    z = z if scale is None else z * (1 + scale.double())
+    return [total, z if shift is None else z + shift.double()]
+
+
+def rounded_once(x: Tensor, slots: list[Any], *, gates: Any, weights: Any, norm: Any = None, shift: Any = None, scale: Any = None) -> Any:
+    """The reference that rounds where kernels do."""
+    return broadcast_residual_rounded_once(x, check_cached_outputs("test", x, slots, gates, weights, 3), norm, shift, scale)
+
+
+def assert_rounded_once(got: Any, args: Any, options: dict[str, Any]) -> None:
+    """Equal to the reference that rounds in the same places but for the order of sums."""
+    for a, b in zip(got, rounded_once(*args, **options), strict=True):
+        if a is None:
+            assert b is None
+            continue
+        step, single = torch.finfo(a.dtype).eps, a.dtype == torch.float32
+        atol = 16 * step * float(b.abs().max()) if single else 2 * step  # sums in another order
+        torch.testing.assert_close(a.double(), b.double(), atol=atol, rtol=step)
+        # They move a number to the other side of a rounding now and then, no more.
+        assert single or (a != b).sum() <= 2 + 0.02 * a.numel()
+
+
+def assert_right(got: Any, args: Any, options: dict[str, Any]) -> None:
+    """Accurate against float64, and rounded where the reference says."""
+    reference = broadcast_residual(*args, **options, backend="reference")
+    for a, b, true in zip(got, reference, exact(*args, **options), strict=True):
+        if a is not None:
+            assert_accurate(a, b, true)
+    assert_rounded_once(got, args, options)
+
+
+def check(args: Any, options: dict[str, Any], backend: str) -> None:
+    """The results of a backend are right."""
+    assert_right(broadcast_residual(*args, **options, backend=backend), args, options)
