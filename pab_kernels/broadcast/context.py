@@ -89,6 +89,15 @@ class Context:
             if run:
                 counted.flops += flops
 
+    def add(self, other: Context) -> None:
+        """Count what `other` counted once more."""
+        self.flops += other.flops
+        self.flops_without += other.flops_without
+        for kind, counted in other._tallies.items():
+            tally = self.tally(kind)
+            for name in ("computed", "stored", "reused", "forced", "flops", "flops_without"):
+                setattr(tally, name, getattr(tally, name) + getattr(counted, name))
+
     def tallies(self) -> dict[str, Tally]:
         """A copy of all counts by kind, with bytes and, where they are measured, seconds. These wait for the device."""
         meters = self.arena.meters
