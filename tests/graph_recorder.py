@@ -20,6 +20,7 @@ aten = torch.ops.aten
 
 READS = {
     aten._local_scalar_dense,
+    aten.item,
     aten.equal,
     aten.is_nonzero,
     aten.masked_select,
@@ -28,13 +29,11 @@ READS = {
     aten._unique2,
     aten.unique_dim,
     aten.unique_consecutive,
-    aten.repeat_interleave,
     aten.bincount,
 }
 """Operations whose result, or its shape, the host must know before it can go on."""
 
-METHODS = {getattr(Tensor, name) for name in ("cpu", "item", "numpy", "tolist", "__bool__", "__float__", "__int__", "__index__", "__len__")}
-METHODS -= {Tensor.__len__}
+METHODS = {getattr(Tensor, name) for name in ("cpu", "item", "numpy", "tolist", "__bool__", "__float__", "__int__", "__index__")}
 
 
 class HostReadError(RuntimeError):
@@ -66,7 +65,9 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket in READS or (func.overloadpacket is aten.index and _by_mask(args[1])):
+        by_mask = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and _by_mask(args[1])
+        unknown_size = func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
+        if func.overloadpacket in READS or by_mask or unknown_size:
             raise HostReadError(f"operation not permitted when stream is capturing: {func}")
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -143,6 +144,7 @@ class Recorder:
             recording.undo()
         self.recordings.append(recording)
 
+        @torch.inference_mode()  # a graph knows no modes
         def replay() -> None:
             self.replays.append(number)
             for func, args, kwargs, before in recording.operations:

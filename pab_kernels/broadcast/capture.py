@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,14 @@ from typing import Any, Protocol
 
 import torch
 
-_ONE_AT_A_TIME = threading.Lock()
-"""CUDA graphs are captured one at a time in a process."""
+_ONE_AT_A_TIME = threading.RLock()
+"""A process captures one CUDA graph at a time."""
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """For whatever is captured on a device: libraries keep a workspace for every stream that they have seen."""
+    return torch.cuda.Stream(device)
 
 
 class Capture(Protocol):
@@ -29,7 +36,7 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """CUDA graphs in one memory pool, captured on a stream of their own and replayed on whichever is current.
+    """CUDA graphs in one memory pool, captured on another stream and replayed on whichever is current.
 
     Args:
         device: where everything that is captured runs.
@@ -45,7 +52,7 @@ class CudaCapture:
                 "or leave cuda_graphs out of pab.enable"
             )
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream(device)
 
     @property
     def nbytes(self) -> int:
@@ -55,9 +62,10 @@ class CudaCapture:
     def warm_up(self, run: Callable[[], Any]) -> Any:
         """See `Capture`."""
         caller = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(caller)
-        with torch.cuda.stream(self._stream):
-            out = run()
+        with _ONE_AT_A_TIME:
+            self._stream.wait_stream(caller)
+            with torch.cuda.stream(self._stream):
+                out = run()
         caller.wait_stream(self._stream)
         return out
 
