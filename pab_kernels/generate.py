@@ -88,7 +88,7 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         wish = {**vars(self.wish), "size": list(self.wish.size) if self.wish.size else None, "further": dict(self.wish.further)}
-        return {"model": self.model, **wish, "pab": self.pab, "offload": self.offload, "fps": self.fps}
+        return {"model": self.model, **wish, "pab": self.pab, "offload": self.offload, "fps": self.fps, "cuda_graphs": self.cuda_graphs}
 
 
 @dataclass(frozen=True)

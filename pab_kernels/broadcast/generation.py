@@ -209,12 +209,11 @@ class Call:
         slots = self.sources(name, decision)
         if len(slots) < 2:
             return slots[0] if slots else None
-        weights = self.context.arena.weights.get(name)
-        if weights is None:
-            device = slots[0].key.device
-            of_newest, of_before = (self.generation.weight(w, device) for w in self.line_weights(*slots))
-            weights = of_newest, of_before
-        return Line(slots[0], slots[1], weights)
+        if self.context.arena.fixed:
+            return Line(slots[0], slots[1], self.context.arena.weights[name])
+        device = slots[0].key.device
+        of_newest, of_before = (self.generation.weight(w, device) for w in self.line_weights(*slots))
+        return Line(slots[0], slots[1], (of_newest, of_before))
 
     @property
     def measured(self) -> str | None:

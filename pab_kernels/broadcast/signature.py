@@ -52,7 +52,8 @@ def signature(nest: Any, what: str) -> Hashable:
 
 def _of_leaf(leaf: Any, what: str) -> Hashable:
     if isinstance(leaf, torch.Tensor):
-        return type(leaf), tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
+        strides = tuple(s for n, s in zip(leaf.shape, leaf.stride(), strict=True) if n > 1)  # the others mean nothing
+        return type(leaf), tuple(leaf.shape), strides, leaf.dtype, leaf.device
     if isinstance(leaf, Quantized):
         return _of_leaf(leaf.data, what), _of_leaf(leaf.scale, what), leaf.group
     if isinstance(leaf, _PLAIN):

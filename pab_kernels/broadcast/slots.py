@@ -147,7 +147,7 @@ class Arena:
 
     def __init__(self, meter: Meter) -> None:
         self.meters: dict[str, Meter] = {}  # of this arena, by kind
-        self.weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of lines, by sublayer, where they have places of their own
+        self.weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of lines, by sublayer, where it is `fixed`
         self._meter = meter
         self._kinds: dict[str, str] = {}
         self._slots: dict[str, tuple[Slot, ...]] = {}  # the newest first

@@ -76,6 +76,7 @@ CONFIGS = {
     "linear int8": config("linear", cache_dtype="int8"),
     "fp8": config(cache_dtype="float8_e4m3fn"),
     "blocks": config(block=Broadcast(2, (0.5, 0.95))),
+    "linear blocks": PABConfig(spatial=EVERY_SECOND, block=EVERY_THIRD),
 }
 
 
@@ -421,6 +422,31 @@ def test_a_model_that_does_more_than_queue_work_is_refused(odd: Any, reason: str
     with pytest.raises(RuntimeError, match=f"Odd cannot be captured as a CUDA graph: {reason}. Its forward may"):
         model(torch.ones(2, 4))
     assert pab.summary(model).graphs == 0
+
+
+def test_what_a_model_makes_when_it_is_first_used_may_come_late(recorders: list[Recorder]) -> None:
+    due = []
+
+    def late(model: Odd, x: Tensor) -> Tensor:
+        if due:
+            model.made = due[0]
+        return x + model.mlp(x)
+
+    def build() -> Odd:
+        model = Odd(late)
+        model.mlp = BroadcastModule(nn.Linear(4, 4), "mlp")
+        return model.requires_grad_(False)
+
+    eager, graphed = pair(PABConfig(spatial=EVERY_THIRD, mlp=EVERY_SECOND), build, 6)
+    for step in range(6):
+        if step == 3:
+            due.append(1)
+        x = torch.randn(2, 4)
+        assert torch.equal(graphed(x), eager(x)), step
+    assert counted(graphed) == counted(eager)
+    (recorder,) = recorders
+    assert recorder.warm_ups == len(recorder.recordings) + 1
+    assert pab.summary(graphed).graphs == 3, "those from before may read what is no more"
 
 
 def test_hooks_that_work_on_weights_in_every_call_are_refused(recorders: list[Recorder]) -> None:
