@@ -194,9 +194,9 @@ class Graphs:
             self._clear()
 
     def _arena(self, call: Call) -> FixedArena:
-        arena, places = call.context.arena, self._places.setdefault(call.context.name, {})
-        if not isinstance(arena, FixedArena) or arena.places is not places:
-            arena.clear()
+        arena = call.context.arena
+        if not isinstance(arena, FixedArena):
+            places = self._places.setdefault(call.context.name, {})
             rules = {s.name: self.config.rule(s.kind, s.layer) for s in _plan(call).sublayers}
             linear = {name for name, rule in rules.items() if rule is not None and rule.reuse == "linear"}
             arena = call.context.arena = FixedArena(call.generation.meter, places, linear)

@@ -236,6 +236,27 @@ def test_a_context_that_comes_late_a_step_left_out_and_another_shape_half_way(re
     assert pab.summary(graphed).forced > 0
 
 
+def test_a_forced_computation_is_kept_where_a_later_step_reads_it(recorders: list[Recorder]) -> None:
+    eager, graphed = pair(PABConfig(spatial=Broadcast(3, (0, 1))), lambda: Odd(lambda model, x: x), 6)
+    for begun_at in (2, 1, 5, 4, 0):  # the second reuse is the last one
+        with pab.generation(eager, num_steps=6), pab.generation(graphed, num_steps=6):
+            for step in range(begun_at, 6):
+                x = torch.randn(2, 4)
+                with pab.context(eager, "cond", step), pab.context(graphed, "cond", step):
+                    assert torch.equal(graphed(x), eager(x)), (begun_at, step)
+        assert counted(graphed) == counted(eager)
+
+
+def test_what_autocast_kept_is_read_as_that(recorders: list[Recorder]) -> None:
+    eager, graphed = pair(PABConfig(spatial=EVERY_SECOND), lambda: Odd(lambda model, x: x), 2)
+    for cast in ((True, False), (False, False), (False, True), (True, True), (True, False)):
+        with pab.generation(eager, num_steps=2), pab.generation(graphed, num_steps=2):
+            for enabled in cast:
+                x = torch.randn(2, 4)
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    assert same([graphed(x)], [eager(x)]), cast
+
+
 def test_numbers_among_the_arguments_are_part_of_a_graph(recorders: list[Recorder]) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
@@ -336,6 +357,21 @@ def test_autocast_and_inference_mode(recorders: list[Recorder]) -> None:
     assert len(recorders[0].recordings) == 2 * before and counted(graphed) == counted(eager)
 
 
+def test_autocast_keeps_no_cast_weights_that_a_graph_would_read_when_they_are_gone(recorders: list[Recorder]) -> None:
+    kept: list[bool] = []
+
+    def tell(model: Odd, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            kept.append(torch.is_autocast_cache_enabled())
+        return x
+
+    model = Odd(tell)
+    pab.enable(model, PABConfig(spatial=2), num_steps=4, cuda_graphs=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.ones(2, 4))
+        assert kept == [False, False] and torch.is_autocast_cache_enabled()
+
+
 def test_cross_attention_of_ours_computes_keys_and_values_of_the_text_where_it_computes(recorders: list[Recorder]) -> None:
     class Cross(nn.Module):
         def __init__(self) -> None:
@@ -382,6 +418,7 @@ class Odd(nn.Module):
         self.attn = BroadcastModule(nn.Linear(4, 4), "spatial")
         self.odd = odd
         self.calls = [0]
+        self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.odd(self, self.attn(x))
