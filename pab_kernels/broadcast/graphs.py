@@ -163,6 +163,8 @@ class Graphs:
             try:
                 replay, captured_out = self._capture.capture(captured)
             except Exception as error:
+                if failed and isinstance(failed[0], torch.OutOfMemoryError):
+                    raise failed[0] from None
                 raise self._refused(_reason((*failed, error)[0])) from error
         if tuple(again.changes) != changes:
             raise self._refused("called again with the same inputs it did something else")
