@@ -183,15 +183,13 @@ class Graphs:
             RuntimeError: not all weights are on `device`, or something works on them, or around modules, in every call.
         """
         for name, module in model.named_modules():
-            hooks = [
-                *getattr(getattr(module, "_diffusers_hook", None), "hooks", ()),
-                *(["accelerate's"] if hasattr(module, "_hf_hook") else ()),
-            ]
+            hooks = [f"diffusers' {hook!r}" for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())]
+            hooks += ["accelerate's"] if hasattr(module, "_hf_hook") else []
             if name and hooks:  # those around the whole model are around its graphs
-                raise self._refused(f"{name} has the hook {hooks[0]!r} (offloading, casting or another cache)")
+                raise self._refused(f"{name} has a hook, {hooks[0]} (offloading, casting or another cache)")
         for name, p in model.named_parameters():
             if p.device != device:
-                raise self._refused(f"{name} is on {p.device} and the inputs on {device} (offloading)")
+                raise self._refused(f"{name} is on {p.device} and the inputs on {device} (as with offloading)")
         if self._state is not None and difference(self._state, host_state(model)) is not None:
             self._clear()
 
