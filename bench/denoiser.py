@@ -1,9 +1,11 @@
 """Wall-clock speed-up of a denoiser under PAB, against the ratio of FLOPs.
 
     python -m bench.denoiser --json bench/results/denoiser-cpu.jsonl
+    python -m bench.denoiser --device cuda --cuda-graphs
 
 One generation of the bare transformer (batched classifier-free guidance) without PAB, then with each config, interleaved and repeated; the
-figure is the ratio of medians, and its share of the FLOP ratio says how much of what was skipped became time.
+figure is the ratio of medians, and its share of the FLOP ratio says how much of what was skipped became time. With `--cuda-graphs` all of
+them, the one without PAB too, are replayed as CUDA graphs that a generation before has captured.
 """
 
 from __future__ import annotations
@@ -55,9 +57,16 @@ CONFIGS = {
 
 
 @torch.no_grad()
-def generation_seconds(model: torch.nn.Module, inputs: dict[str, Any], steps: int, config: pab.PABConfig | None) -> float:
+def generation_seconds(
+    model: torch.nn.Module, inputs: dict[str, Any], steps: int, config: pab.PABConfig | None, cuda_graphs: bool = False
+) -> float:
     """Seconds of one generation of `steps` calls."""
-    if config is not None:
+    if config is not None or cuda_graphs:
+        config = config or pab.PABConfig(spatial=1)  # nothing is reused
+        pab.enable(model, config, num_steps=steps, cuda_graphs=cuda_graphs)
+    if cuda_graphs:
+        for _ in range(steps):
+            model(**inputs, return_dict=False)
         pab.enable(model, config, num_steps=steps)
     device = inputs["hidden_states"].device
     if device.type == "cuda":
@@ -70,7 +79,9 @@ def generation_seconds(model: torch.nn.Module, inputs: dict[str, Any], steps: in
     return time.perf_counter() - start
 
 
-def measure(name: str, steps: int, repeats: int, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+def measure(
+    name: str, steps: int, repeats: int, device: torch.device, dtype: torch.dtype, cuda_graphs: bool = False
+) -> list[dict[str, Any]]:
     """A row for each config on one geometry."""
     geometry = GEOMETRIES[name]
     torch.manual_seed(0)
@@ -88,11 +99,11 @@ def measure(name: str, steps: int, repeats: int, device: torch.device, dtype: to
     generation_seconds(model, inputs, 2, None)
     for _ in range(repeats):
         for label in seconds:
-            seconds[label].append(generation_seconds(model, inputs, steps, CONFIGS.get(label)))
+            seconds[label].append(generation_seconds(model, inputs, steps, CONFIGS.get(label), cuda_graphs))
             if label:
                 summary = pab.summary(model)
                 shares[label], peaks[label] = summary.share, summary.peak_cache_bytes
-                pab.disable(model)
+            pab.disable(model)
     full = statistics.median(seconds[""])
     rows = []
     for label in CONFIGS:
@@ -104,6 +115,7 @@ def measure(name: str, steps: int, repeats: int, device: torch.device, dtype: to
                 "steps": steps,
                 "dtype": str(dtype).removeprefix("torch."),
                 "config": label,
+                "cuda_graphs": cuda_graphs,
                 "seconds_without": round(full, 4),
                 "seconds": round(median, 4),
                 "spread": [round(min(seconds[label]), 4), round(max(seconds[label]), 4)],
@@ -123,11 +135,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
     parser.add_argument("--json", help="file to write, JSON lines")
     args = parser.parse_args()
     rows = []
     for name in args.geometry or GEOMETRIES:
-        for row in measure(name, args.steps, args.repeats, torch.device(args.device), getattr(torch, args.dtype)):
+        for row in measure(name, args.steps, args.repeats, torch.device(args.device), getattr(torch, args.dtype), args.cuda_graphs):
             rows.append(row)
             print(
                 f"{name:<12} {row['config']:<28} {row['seconds_without']:8.3f} s -> {row['seconds']:8.3f} s   speed-up {row['speedup']:.3f}"

@@ -15,7 +15,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
-TESTS=(tests_ops tests_kernels tests_csrc ctest fuzz)
+TESTS=(tests_ops tests_kernels tests_csrc tests_graphs ctest fuzz)
 SANITIZER=(memcheck racecheck initcheck synccheck)
 BENCH=(broadcast_residual project_residual attention short_attention quantize dequantize)
 ALL=(build "${TESTS[@]}" determinism "${SANITIZER[@]}" "${BENCH[@]}" denoiser tables)
@@ -99,6 +99,14 @@ part() {
       # shellcheck disable=SC2086  # further arguments are words
       limited "$PYTHON" -m pytest tests/ops -q "${parallel[@]}" ${PYTEST_ARGS:-}
       ;;
+    tests_graphs)
+      if ! "$PYTHON" -c 'import diffusers' 2> /dev/null; then
+        echo "diffusers is not installed: CUDA graphs of its models were not tested"
+        return 77
+      fi
+      # shellcheck disable=SC2086
+      limited "$PYTHON" -m pytest tests/adapters/test_cuda_graphs_gpu.py -q ${PYTEST_ARGS:-}
+      ;;
     tests_kernels)
       # shellcheck disable=SC2086
       limited "$PYTHON" -m pytest tests/kernels -q ${PYTEST_ARGS:-}
@@ -123,9 +131,11 @@ part() {
         echo "diffusers is not installed: the denoiser was not measured"
         return 77
       fi
-      rm -f "$json"
+      rm -f "$json" "${json%.jsonl}-graphs.jsonl"
       # shellcheck disable=SC2086
-      limited "$PYTHON" -m bench.denoiser --device cuda --dtype bfloat16 --json "$json" ${DENOISER_ARGS:-}
+      limited "$PYTHON" -m bench.denoiser --device cuda --dtype bfloat16 --json "$json" ${DENOISER_ARGS:-} || return
+      # shellcheck disable=SC2086
+      limited "$PYTHON" -m bench.denoiser --device cuda --dtype bfloat16 --cuda-graphs --json "${json%.jsonl}-graphs.jsonl" ${DENOISER_ARGS:-}
       ;;
     tables)
       local files=() op

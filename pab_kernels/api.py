@@ -47,6 +47,7 @@ def enable(
     num_steps: int | None = None,
     timesteps: Sequence[float] | None = None,
     timed: bool | None = None,
+    cuda_graphs: bool | None = None,
     kinds: Mapping[str, str | None] | None = None,
 ) -> None:
     """Switch PAB on.
@@ -63,12 +64,14 @@ def enable(
         timed: whether `summary` has seconds by kind, from the next generation on; default as before, at first not. Time is read off the
             host's clock, on CUDA devices off events in their stream, from a sublayer's turn to the next one or to the end of its block.
             Reused outputs are added where the stream is read next, and counted there. Compiled blocks are not timed.
+        cuda_graphs: whether the model's calls are captured as CUDA graphs and replayed, from the next generation on; default as before, at
+            first not. There is a graph for each pattern of the plan, context and shape of the inputs; docs/cuda_graphs.md has the rest.
         kinds: patterns of module names and the kind that these modules are taken for, or None to leave them alone, where `sublayers` shows
             that they were taken for something else. In a pattern `*` is any part of one component of a name, `**` any part of the whole.
 
     Raises:
         TypeError: no sublayers are found in the model.
-        ValueError: the config or `kinds` do not suit the model, or the config the schedule.
+        ValueError: the config or `kinds` do not suit the model, or the config the schedule; or `timed` does not suit `cuda_graphs`.
     """
     model, pipe = _resolve(model_or_pipe)
     if pipe is not None and (num_steps is not None or timesteps is not None):
@@ -88,11 +91,17 @@ def enable(
             supported = ", ".join(map(repr, adapter.cache_points))
             raise ValueError(f"cache_point {chosen.cache_point!r} does not suit {type(model).__name__}; supported are {supported}")
         chosen = dataclasses.replace(chosen, cache_point="pre_gate")  # published for an adapter that knows the gates
-    before = None if broadcaster is None else (broadcaster.config, broadcaster.timed)
+    before = None if broadcaster is None else (broadcaster.config, broadcaster.timed, broadcaster.cuda_graphs)
+    timed = (before is not None and before[1]) if timed is None else timed
+    cuda_graphs = (before is not None and before[2]) if cuda_graphs is None else cuda_graphs
+    if timed and cuda_graphs:
+        raise ValueError(
+            "timed measures between sublayers, and a CUDA graph runs as a whole; supported is one of them: leave the other out"
+        )
     if broadcaster is None:
         broadcaster = Broadcaster(model, adapter, chosen)
         setattr(model, ATTRIBUTE, broadcaster)
-    broadcaster.configure(chosen, broadcaster.timed if timed is None else timed)
+    broadcaster.configure(chosen, timed, cuda_graphs)
     try:
         if pipe is not None:
             broadcaster.watch(pipe)

@@ -47,6 +47,7 @@ class Settings:
         fps: frames a second of the video.
         timed: whether seconds are measured by kind.
         local_files_only: fetch nothing.
+        cuda_graphs: whether the transformer's calls under PAB are replayed as CUDA graphs, which a run before captures.
 
     Raises:
         FileNotFoundError: there is no such config file.
@@ -63,6 +64,7 @@ class Settings:
     fps: float = 8
     timed: bool = False
     local_files_only: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
@@ -70,8 +72,10 @@ class Settings:
         if self.fps <= 0:
             raise ValueError(f"fps must be positive, got {self.fps}")
         if self.pab == "off":
-            if self.compare or self.timed:
-                raise ValueError("with PAB off there is nothing to compare and to time; choose auto, a preset or a config file")
+            if self.compare or self.timed or self.cuda_graphs:
+                raise ValueError("with PAB off there is nothing to compare, to time and to capture; choose auto, a preset or a config file")
+        elif self.timed and self.cuda_graphs:
+            raise ValueError("seconds by kind are measured inside of what is a CUDA graph; leave timed or cuda_graphs out")
         elif self.pab != "auto":
             named_config(self.pab)
 
@@ -84,7 +88,7 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         wish = {**vars(self.wish), "size": list(self.wish.size) if self.wish.size else None, "further": dict(self.wish.further)}
-        return {"model": self.model, **wish, "pab": self.pab, "offload": self.offload, "fps": self.fps}
+        return {"model": self.model, **wish, "pab": self.pab, "offload": self.offload, "fps": self.fps, "cuda_graphs": self.cuda_graphs}
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,8 @@ def generate(settings: Settings, out: str | Path, progress: Progress | None = No
     )
     pipe.set_progress_bar_config(disable=True)
     config = settings.config(pipe.transformer)
+    if settings.cuda_graphs and execution_device(pipe).type != "cuda":
+        raise ValueError(f"CUDA graphs need a CUDA device, and the pipeline is on {execution_device(pipe)}; leave cuda_graphs out")
     arguments(pipe, settings.wish)
     _check(pipe, config)
     ways: list[PABConfig | None] = [None] if settings.compare or config is None else []
@@ -227,7 +233,7 @@ def generate(settings: Settings, out: str | Path, progress: Progress | None = No
                 run("warming up", replace(settings.wish, steps=min(WARM_UP, settings.wish.steps or WARM_UP)))
             for rules in ways:
                 key, title = ("pab", "PAB") if rules else ("off", "no PAB")
-                sampled = sample(pipe, partial(run, title, settings.wish), rules, timed=settings.timed)
+                sampled = sample(pipe, partial(run, title, settings.wish), rules, timed=settings.timed, cuda_graphs=settings.cuda_graphs)
                 runs.append(Run(key, rules, sampled, _write(out / key, sampled.output, settings.fps)))
                 save()
                 if len(runs) > 1:

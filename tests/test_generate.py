@@ -169,8 +169,14 @@ def test_what_does_not_suit_the_model_is_refused(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Settings("demo", Wish("a"), pab="off", compare=True), "with PAB off there is nothing to compare and to time"),
-        (lambda: Settings("demo", Wish("a"), pab="off", timed=True), "nothing to compare and to time; choose auto"),
+        (lambda: Settings("demo", Wish("a"), pab="off", compare=True), "with PAB off there is nothing to compare, to time and to capture"),
+        (lambda: Settings("demo", Wish("a"), pab="off", timed=True), "nothing to compare, to time and to capture; choose auto"),
+        (lambda: Settings("demo", Wish("a"), pab="off", cuda_graphs=True), "and to capture; choose auto"),
+        (lambda: Settings("demo", Wish("a"), timed=True, cuda_graphs=True), "leave timed or cuda_graphs out"),
+        (
+            lambda: generate(Settings("demo", Wish("a"), device="cpu", cuda_graphs=True), "."),
+            "CUDA graphs need a CUDA device, .* on cpu; leave",
+        ),
         (lambda: Settings("demo", Wish("a"), pab="pab24"), "there is no preset 'pab24'; did you mean 'pab246'"),
         (lambda: Settings("demo", Wish("a"), dtype="int4"), "dtype 'int4' is not supported; there are float32, bfloat16, float16"),
         (lambda: Settings("demo", Wish("a"), fps=0), "fps must be positive, got 0"),

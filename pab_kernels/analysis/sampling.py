@@ -35,7 +35,9 @@ class Sampled(Generic[T]):
     summary: Summary | None
 
 
-def sample(pipe: Any, call: Callable[[], T], config: PABConfig | None = None, *, timed: bool = False) -> Sampled[T]:
+def sample(
+    pipe: Any, call: Callable[[], T], config: PABConfig | None = None, *, timed: bool = False, cuda_graphs: bool = False
+) -> Sampled[T]:
     """Run `call` with PAB switched on, and off again afterwards; without a config, as the pipeline is.
 
     Args:
@@ -43,11 +45,14 @@ def sample(pipe: Any, call: Callable[[], T], config: PABConfig | None = None, *,
         call: runs it.
         config: PAB's rules.
         timed: whether PAB's summary has seconds.
+        cuda_graphs: whether calls of the model under PAB are replayed; `call` is run once before, to capture them.
     """
     device = execution_device(pipe)
     if config is not None:
-        api.enable(pipe, config, timed=timed)
+        api.enable(pipe, config, timed=timed, cuda_graphs=cuda_graphs)
     try:
+        if config is not None and cuda_graphs:
+            call()
         with peak_memory(device) as memory:
             begin = time.perf_counter()
             output = call()

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from .attach import Attached, attach_forward
 from .config import PABConfig
 from .costs import Signature
 from .generation import Call, Generation
+from .graphs import Graphs
 from .plan import Sublayer
 from .scheduler import SchedulerWatch
 from .slots import Key
@@ -75,6 +76,7 @@ class _Thread(threading.local):
     generation: Generation | None = None
     call: Call | None = None
     context: tuple[str | None, int | None] = (None, None)
+    graphs: Graphs | None = None
 
 
 class Broadcaster:
@@ -91,6 +93,7 @@ class Broadcaster:
         self.adapter = adapter
         self.config = config
         self.timed = False
+        self.cuda_graphs = False
         self._thread = _Thread()
         self._waiting: list[Generation] = []
         self._latest: Generation | None = None
@@ -127,9 +130,9 @@ class Broadcaster:
         """The generation begun last."""
         return self._latest
 
-    def configure(self, config: PABConfig, timed: bool) -> None:
-        """Take other rules, from the next generation on, and measure seconds or do not."""
-        self.config, self.timed = config, timed
+    def configure(self, config: PABConfig, timed: bool, cuda_graphs: bool) -> None:
+        """Take other rules, from the next generation on; measure seconds or do not, capture CUDA graphs or do not."""
+        self.config, self.timed, self.cuda_graphs = config, timed, cuda_graphs
 
     def detach(self) -> None:
         """Give the model back as it was."""
@@ -144,9 +147,15 @@ class Broadcaster:
 
     # Generations
 
+    def _ways(self) -> dict[str, bool]:
+        """How a generation that begins now, in this thread, is run."""
+        if not self.cuda_graphs:
+            self._thread.graphs = None
+        return {"timed": self.timed, "cuda_graphs": self.cuda_graphs}
+
     def begin(self, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Generation:
         """Begin a generation on the bare model, in this thread."""
-        generation = Generation(self.config, self.adapter.sublayers, num_steps=num_steps, timesteps=timesteps, timed=self.timed)
+        generation = Generation(self.config, self.adapter.sublayers, num_steps=num_steps, timesteps=timesteps, **self._ways())
         generation.start()
         self._say(generation)
         self._latest = self._thread.generation = generation
@@ -191,7 +200,7 @@ class Broadcaster:
         previous = self._thread.generation
         if previous is not None:
             previous.release()
-        generation = Generation(self.config, self.adapter.sublayers, timesteps=scheduler.timesteps, scheduler=scheduler, timed=self.timed)
+        generation = Generation(self.config, self.adapter.sublayers, timesteps=scheduler.timesteps, scheduler=scheduler, **self._ways())
         self._latest = self._thread.generation = generation
 
     def scheduler_steps(self, scheduler: Any) -> None:
@@ -267,10 +276,13 @@ class Broadcaster:
             prompt = kwargs.get("encoder_hidden_states")
             call.context.enter(tuple(map(Key.of, tensors)), prompt if name is None and isinstance(prompt, torch.Tensor) else None)
             call.signature = Signature.of(args, kwargs)
-            call.prepare()
+            if not generation.cuda_graphs:
+                call.prepare()
             call.mark(REST, tensors[0].device if tensors else None)
         outer, thread.call = thread.call, None if plain else call
         try:
+            if generation.cuda_graphs and not plain:
+                return self._graphed(call, forward, args, kwargs)
             out = forward(*args, **kwargs)
             if not plain:
                 call.finish()
@@ -281,6 +293,22 @@ class Broadcaster:
             call.mark(None)
             thread.call = outer
         return out
+
+    def _graphed(self, call: Call, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What `forward` gives, from this thread's graphs; those of another config are let go."""
+        thread, model = self._thread, self._model()
+        assert model is not None, "its forward was called"
+        if thread.graphs is None or thread.graphs.config != call.generation.config:
+            thread.graphs = Graphs(model, call.generation.config)
+        call.generation.graphs = thread.graphs
+
+        def compute(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            thread.call = call
+            out = forward(*args, **kwargs)
+            call.finish()
+            return out
+
+        return thread.graphs.run(call, model, compute, args, kwargs, self.adapter.timestep(*args, **kwargs))
 
     def _entered_at(self, generation: Generation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """The step of the full schedule at which the model is called first."""

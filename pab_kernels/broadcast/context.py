@@ -84,6 +84,14 @@ class Context:
         """The counts of a kind."""
         return self._tallies.setdefault(kind, Tally())
 
+    def add(self, other: Context) -> None:
+        """Count what `other` counted once more."""
+        self.calls.update(other.calls)
+        for kind, counted in other._tallies.items():
+            tally = self.tally(kind)
+            for name in ("computed", "stored", "reused", "forced"):
+                setattr(tally, name, getattr(tally, name) + getattr(counted, name))
+
     def tallies(self) -> dict[str, Tally]:
         """A copy of all counts by kind, with bytes and, where they are measured, seconds. These wait for the device."""
         meters = self.arena.meters

@@ -18,11 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..ops.flops import flop_counter
 from .plan import Sublayer
+from .signature import PLAIN
 from .slots import Key, slot_bytes
 
 logger = logging.getLogger("pab_kernels")
-
-_AS_THEY_ARE = (bool, int, str, bytes, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Signature:
                 found.append(Key.of(leaf))
             elif isinstance(leaf, float):
                 found.append((float, 1.0))
-            elif isinstance(leaf, _AS_THEY_ARE):
+            elif isinstance(leaf, PLAIN):
                 found.append((type(leaf), leaf))  # True, 1 and 1.0 are equal
             else:
                 return None

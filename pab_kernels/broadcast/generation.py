@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from .plan import Action, Decision, Plan, Sublayer
 from .schedule import Schedule
 from .slots import CACHE_DTYPES, Arena, Key, Line, Meter, Slot, pack
 from .traced import TracedTurn
+
+if TYPE_CHECKING:
+    from .graphs import Graphs
 
 
 @dataclass(frozen=True)
@@ -188,20 +191,34 @@ class Call:
         """What a planned reuse is instead, where what it reads is not there."""
         return Action.STORE if self._held(name) else Action.COMPUTE
 
-    def _read(self, name: str, decision: Decision) -> Slot | Line | None:
-        """What a planned reuse reads, or None where it is not there: every output from the planned step or a later one, in their order."""
+    def sources(self, name: str, decision: Decision) -> tuple[Slot, ...]:
+        """The slots that a planned reuse reads, the newest first; none unless all are there, from the planned step or a later one."""
         newest, before = self.context.arena.get(name), self.context.arena.get(name, 1)
         if newest is None or decision.source is None:
-            return None
+            return ()
         if not decision.source <= newest.source < self.step:  # steps that are given may go back
-            return None
+            return ()
         if decision.previous is None:
-            return newest
+            return (newest,)
         if before is None or before.key != newest.key or not decision.previous <= before.source < newest.source:
-            return None
+            return ()
+        return newest, before
+
+    def line_weights(self, newest: Slot, before: Slot) -> tuple[float, float]:
+        """The weights of a line through two slots at this step."""
         w = (self.step - newest.source) / (newest.source - before.source)
-        device = newest.key.device
-        return Line(newest, before, (self.generation.weight(1 + w, device), self.generation.weight(-w, device)))
+        return 1 + w, -w
+
+    def _read(self, name: str, decision: Decision) -> Slot | Line | None:
+        """What a planned reuse reads, or None where it is not there."""
+        slots = self.sources(name, decision)
+        if len(slots) < 2:
+            return slots[0] if slots else None
+        if self.context.arena.fixed:
+            return Line(slots[0], slots[1], self.context.arena.weights[name])
+        device = slots[0].key.device
+        of_newest, of_before = (self.generation.weight(w, device) for w in self.line_weights(*slots))
+        return Line(slots[0], slots[1], (of_newest, of_before))
 
     @property
     def measured(self) -> str | None:
@@ -241,6 +258,7 @@ class Generation:
         num_steps, timesteps: the full schedule.
         scheduler: whose `step` ends each step; without one, a step ends when a context is called again.
         timed: whether seconds are measured by kind.
+        cuda_graphs: whether the model's calls are captured and replayed.
     """
 
     def __init__(
@@ -252,12 +270,15 @@ class Generation:
         timesteps: Sequence[float] | None = None,
         scheduler: Any = None,
         timed: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         self.config = config
         self.sublayers = tuple(sublayers)
         self.schedule = Schedule.of(num_steps, timesteps)
         self.scheduler = scheduler
         self.timed = timed
+        self.cuda_graphs = cuda_graphs
+        self.graphs: Graphs | None = None
         self.plan: Plan | None = None
         self.step = 0
         self.contexts: dict[str, Context] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,8 +142,12 @@ class Arena:
         meter: of the bytes of all contexts.
     """
 
+    fixed = False
+    """Whether slots lie where they lay in other generations."""
+
     def __init__(self, meter: Meter) -> None:
         self.meters: dict[str, Meter] = {}  # of this arena, by kind
+        self.weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of lines, by sublayer, where it is `fixed`
         self._meter = meter
         self._kinds: dict[str, str] = {}
         self._slots: dict[str, tuple[Slot, ...]] = {}  # the newest first

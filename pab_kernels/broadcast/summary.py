@@ -28,6 +28,8 @@ class Summary:
         peak_cache_bytes: the most that were held.
         plain_calls: calls of the model without PAB, because gradients were recorded.
         rest_seconds: of the model outside of its sublayers; None where seconds were not asked for.
+        graphs: CUDA graphs that are there now, of this generation and those before; None where they were not asked for.
+        graph_bytes: of device memory that they keep: places of slots, inputs, and what the captured work writes.
     """
 
     plan: Plan | None
@@ -38,6 +40,8 @@ class Summary:
     peak_cache_bytes: int
     plain_calls: int
     rest_seconds: float | None = None
+    graphs: int | None = None
+    graph_bytes: int | None = None
 
     @property
     def share(self) -> float:
@@ -68,6 +72,8 @@ class Summary:
         lines.append(f"cache {self.cache_bytes / 2**20:.1f} MiB now, {self.peak_cache_bytes / 2**20:.1f} MiB at the peak")
         if self.rest_seconds is not None:
             lines.append(f"{self.rest_seconds:.3f} s outside of the sublayers")
+        if self.graphs is not None and self.graph_bytes is not None:
+            lines.append(f"{self.graphs} CUDA graphs, {self.graph_bytes / 2**20:.1f} MiB")
         if self.plain_calls:
             lines.append(f"{self.plain_calls} calls ran plainly because gradients were recorded")
         return "\n".join(lines)
@@ -141,4 +147,6 @@ def summarise(generation: Generation | None, model: nn.Module) -> Summary:
         generation.meter.peak,
         generation.plain_calls,
         sum(rest) if rest else None,
+        None if generation.graphs is None else len(generation.graphs),
+        None if generation.graphs is None else generation.graphs.nbytes,
     )

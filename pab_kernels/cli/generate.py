@@ -82,6 +82,7 @@ def generate(
     ] = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Run without PAB first, from the same noise, and compare.")] = False,
     timed: Annotated[bool, typer.Option("--timed", help="Measure seconds by kind of sublayer.")] = False,
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Replay CUDA graphs, which a run before captures.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on CUDA, else float32.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where there is one.")] = None,
     offload: Annotated[str, typer.Option(help="none, model or sequential: keep weights on the host while they are not in use.")] = "none",
@@ -108,7 +109,7 @@ def generate(
         messages.set_verbosity_error()  # what matters comes as an error
         messages.disable_progress_bar()
     wish = Wish(prompt, negative_prompt, steps, guidance, _size(size), seed, named_arguments(argument or []))
-    settings = Settings(model, wish, pab, compare, dtype, device, offload, fps, timed, local_files_only)
+    settings = Settings(model, wish, pab, compare, dtype, device, offload, fps, timed, local_files_only, cuda_graphs)
     notes = Console(stderr=True)
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:

@@ -108,10 +108,12 @@ class PABCrossAttention(BroadcastModule):
         return out
 
     def _kept(self) -> KeptText | None:
-        """Where the call that this is part of keeps keys and values; a compiled graph keeps none."""
+        """Where the call that this is part of keeps keys and values; a compiled graph and a CUDA graph keep none."""
         if torch.compiler.is_compiling() or self._member is None or self._member.broadcaster.call is None:
             return None
         call = self._member.broadcaster.call
+        if call.context.arena.fixed:
+            return None
         return KeptText(call, f"{self._member.sublayer.name}, keys and values")
 
 

@@ -16,8 +16,10 @@ from pab_kernels.analysis import memory as memory_module
 from pab_kernels.analysis import sampling
 from pab_kernels.analysis.memory import peak_memory
 from pab_kernels.analysis.sampling import execution_device, in_words
+from pab_kernels.broadcast import graphs
 from pab_kernels.broadcast.broadcaster import broadcaster_of
 from tests.adapters.tiny_latte import sample, tiny_pipe
+from tests.graph_recorder import Recorder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -31,6 +33,20 @@ def test_pab_is_on_during_the_run_and_off_afterwards() -> None:
     on = sampling.sample(pipe, lambda: (broadcaster_of(pipe.transformer), sample(pipe, 2)), PABConfig(spatial=1), timed=True)
     assert on.output[0] is not None and torch.equal(on.output[1], plain.output[1]) and broadcaster_of(pipe.transformer) is None
     assert on.summary is not None and on.summary.rest_seconds is not None and 0 < on.summary.rest_seconds < on.seconds
+
+
+def test_graphs_are_captured_before_the_time_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "CudaCapture", Recorder)
+    pipe, seen = tiny_pipe(), []
+
+    def call() -> torch.Tensor:
+        seen.append(0 if (on := broadcaster_of(pipe.transformer)) is None or on.latest is None else len(on.latest.graphs or ()))
+        return sample(pipe, 4)
+
+    plain = sampling.sample(pipe, call, PABConfig(spatial=2))
+    replayed = sampling.sample(pipe, call, PABConfig(spatial=2), cuda_graphs=True)
+    assert replayed.summary is not None and replayed.summary.graphs is not None and replayed.summary.graphs > 1
+    assert seen == [0, 0, replayed.summary.graphs] and torch.equal(replayed.output, plain.output)
 
 
 def test_pab_is_off_after_an_error() -> None:

@@ -42,7 +42,7 @@ def test_it_parses_and_can_be_executed():
 
 def test_parts_are_listed_and_groups_expanded():
     parts = _run("--list").stdout.split()
-    tests = {"tests_ops", "tests_kernels", "tests_csrc", "ctest", "fuzz"}
+    tests = {"tests_ops", "tests_kernels", "tests_csrc", "tests_graphs", "ctest", "fuzz"}
     assert set(parts) >= {"build", *tests, "memcheck", "racecheck", "initcheck", "synccheck", "determinism", "denoiser", *OPS}
     assert len(set(parts)) == len(parts)
     assert _run("--list", "bench", "memcheck").stdout.split() == [*OPS, "memcheck"]
@@ -81,7 +81,7 @@ def test_a_part_that_takes_too_long_is_ended(stub):
 
 def test_parts_for_which_no_time_is_left_are_skipped(stub):
     done = _run("tests", **stub, TOTAL="5")
-    assert done.returncode == 1 and done.stdout.count("skipped") == 5 and "passed" not in done.stdout
+    assert done.returncode == 1 and done.stdout.count("skipped") == 6 and "passed" not in done.stdout
 
 
 def test_without_compute_sanitizer_the_part_says_so_and_the_rest_goes_on(stub):

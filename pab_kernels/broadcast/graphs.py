@@ -1,0 +1,281 @@
+"""CUDA graphs of a model: what its forward queues on the device, captured once for each thing that it may be asked to do, and replayed.
+
+    1. a call's key: its context, what its arguments look like, and what every sublayer is to do, known before the model runs
+    2. a key that is new: the model runs, which is the call, and runs again while it is captured, which does nothing
+    3. a key that is known: arguments and the weights of lines are written to where the graph reads them, and the graph is replayed
+
+What a call does on the host (counts, slots held and let go) is written down when it is captured, and done again at every replay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from .capture import Capture, CudaCapture, place_of
+from .config import PABConfig
+from .context import Context
+from .fixed import Change, FixedArena, Places
+from .generation import Call, Generation
+from .host_state import State, difference, host_state
+from .plan import Action, Plan
+from .signature import copy_into, like, signature, tensors_of
+from .slots import Meter
+
+Compute = Callable[[Call, tuple[Any, ...], Mapping[str, Any]], Any]
+"""The model's output in a call, on its arguments by place and by name."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One captured graph.
+
+    Args:
+        replay: queues its work.
+        out: the output, where every replay leaves it.
+        weights: of all lines that it reads, two a line.
+        changes: to the arena.
+        counts: what was counted.
+    """
+
+    replay: Callable[[], None]
+    out: Any
+    weights: torch.Tensor
+    changes: Sequence[Change]
+    counts: Context
+
+
+class Graphs:
+    """The graphs of one model in one thread, under one config.
+
+    Args:
+        model: the model.
+        config: the rules.
+    """
+
+    def __init__(self, model: nn.Module, config: PABConfig) -> None:
+        self.config = config
+        self._name = type(model).__name__
+        self._clear()
+
+    def _clear(self) -> None:
+        self._graphs: dict[Hashable, Graph] = {}
+        self._inputs: dict[Hashable, Any] = {}
+        self._places: dict[str, Places] = {}
+        self._capture: Capture | None = None
+        self._state: State | None = None
+        self._seen: weakref.ref[Generation] | None = None
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory that are kept: places of slots, inputs, and what the graphs have between them."""
+        places = [place for of_context in self._places.values() for place in of_context.values()]
+        kept = [self._inputs.values(), *((p.newest, p.before) for p in places), [g.weights for g in self._graphs.values()]]
+        return sum(t.nbytes for t in tensors_of([list(nests) for nests in kept])) + (self._capture.nbytes if self._capture else 0)
+
+    def run(
+        self, call: Call, model: nn.Module, compute: Compute, args: tuple[Any, ...], kwargs: Mapping[str, Any], timestep: Any = None
+    ) -> Any:
+        """The model's output in `call`, in tensors that are the caller's own.
+
+        Raises:
+            TypeError: an argument or an output is nothing that a graph can take.
+            RuntimeError: the arguments or the model are not on one CUDA device, or the model cannot be captured.
+        """
+        if isinstance(timestep, (int, float)):
+            raise TypeError(
+                f"{self._name} was called with the number {timestep!r} as timestep, and each number would need a graph of its own: pass a "
+                "tensor on the device, or leave cuda_graphs out of pab.enable"
+            )
+        given = (args, dict(kwargs))
+        looks = signature(given, f"what {self._name} was called with")
+        device = self._device(given)
+        if (
+            self._seen is None or self._seen() is not call.generation
+        ):  # once a generation: to look at a whole model takes longer than a step should
+            self._check(model, device)
+            self._seen = weakref.ref(call.generation)
+        if self._capture is None:
+            self._capture = CudaCapture(device)
+        arena = self._arena(call)
+        turns, lines = _turns(call)
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        key = (call.context.name, looks, turns, autocast)
+        graph = self._graphs.get(key)
+        if looks not in self._inputs:
+            self._inputs[looks] = like(given)
+        inputs = self._inputs[looks]
+        copy_into(inputs, given)
+        weights = graph.weights if graph else _fixed_numbers(2 * len(lines), device)
+        if lines:
+            host = torch.tensor([w for line in lines.values() for w in line], dtype=torch.float32, pin_memory=device.type == "cuda")
+            weights.copy_(host, non_blocking=True)
+        if graph is None:
+            arena.weights = {name: (weights[2 * i], weights[2 * i + 1]) for i, name in enumerate(lines)}
+            graph, out = self._first(call, arena, model, lambda call: compute(call, *inputs), weights)
+            self._graphs[key] = graph
+            return _copied(out)
+        graph.replay()
+        call.context.add(graph.counts)
+        arena.repeat(graph.changes, call.step, lambda name: _plan(call).held(name, call.step))
+        return _copied(graph.out)
+
+    def _first(
+        self, call: Call, arena: FixedArena, model: nn.Module, run: Callable[[Call], Any], weights: torch.Tensor
+    ) -> tuple[Graph, Any]:
+        """Run the model as the call asks, and capture the same."""
+        assert self._capture is not None
+        before, again, dry = host_state(model), arena.rehearsal(writes=True), arena.rehearsal(writes=False)
+        arena.changes.clear()
+        with _autocast_without_memory():
+            call.prepare()
+            out = self._capture.warm_up(lambda: run(call))
+            changes = tuple(arena.changes)
+            signature(out, f"the output of {self._name}")
+            after = host_state(model)
+            if difference(before, after) is not None:  # something is made when it is first used, or at every call
+                self._graphs.clear()
+                self._capture.warm_up(lambda: run(_repeated(call, dry)))
+                other = difference(after, host_state(model))
+                if other is not None:
+                    raise self._refused(f"{other} changes with every call")
+            self._state = after
+            repeated, failed = _repeated(call, again), []
+
+            def captured() -> Any:
+                try:
+                    return run(repeated)
+                except Exception as error:  # the end of a capture that failed raises another one
+                    failed.append(error)
+                    raise
+
+            try:
+                replay, captured_out = self._capture.capture(captured)
+            except Exception as error:
+                if failed and isinstance(failed[0], torch.OutOfMemoryError):
+                    raise failed[0] from None
+                raise self._refused(_reason((*failed, error)[0])) from error
+        if tuple(again.changes) != changes:
+            raise self._refused("called again with the same inputs it did something else")
+        return Graph(replay, captured_out, weights, changes, repeated.context), out
+
+    def _refused(self, reason: str) -> RuntimeError:
+        return RuntimeError(
+            f"{self._name} cannot be captured as a CUDA graph: {reason}. Its forward may queue work on the device, always the same for the "
+            "same shapes, and do nothing else: change what does, or leave cuda_graphs out of pab.enable"
+        )
+
+    def _check(self, model: nn.Module, device: torch.device) -> None:
+        """Let go of every graph if the model is not what it was.
+
+        Raises:
+            RuntimeError: not all weights are on `device`, or something works on them, or around modules, in every call.
+        """
+        for name, module in model.named_modules():
+            hooks = [f"diffusers' {hook!r}" for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())]
+            hooks += ["accelerate's"] if hasattr(module, "_hf_hook") else []
+            if name and hooks:  # those around the whole model are around its graphs
+                raise self._refused(f"{name} has a hook, {hooks[0]} (offloading, casting or another cache)")
+        for name, p in model.named_parameters():
+            if p.device != device:
+                raise self._refused(f"{name} is on {p.device} and the inputs on {device} (as with offloading)")
+        if self._state is not None and difference(self._state, host_state(model)) is not None:
+            self._clear()
+
+    def _arena(self, call: Call) -> FixedArena:
+        arena = call.context.arena
+        if not isinstance(arena, FixedArena):
+            places = self._places.setdefault(call.context.name, {})
+            rules = {s.name: self.config.rule(s.kind, s.layer) for s in _plan(call).sublayers}
+            linear = {name for name, rule in rules.items() if rule is not None and rule.reuse == "linear"}
+            arena = call.context.arena = FixedArena(call.generation.meter, places, linear)
+        return arena
+
+    def _device(self, given: Any) -> torch.device:
+        """The device of all arguments."""
+        devices = {leaf.device: keystr(path) for path, leaf in tree_flatten_with_path(given)[0] if isinstance(leaf, torch.Tensor)}
+        if len(devices) == 1:
+            return next(iter(devices))
+        found = ", ".join(f"{where} on {device}" for device, where in devices.items()) or "no tensor"
+        raise RuntimeError(
+            f"{self._name} was called with {found}; with CUDA graphs all inputs are to be on one CUDA device: move them, or leave "
+            "cuda_graphs out of pab.enable"
+        )
+
+
+def _plan(call: Call) -> Plan:
+    plan = call.generation.plan
+    assert plan is not None
+    return plan
+
+
+def _turns(call: Call) -> tuple[Hashable, dict[str, tuple[float, float]]]:
+    """What every sublayer is to do in a call, slots told by where they lie; and the weights of the lines that are read, by sublayer.
+
+    A planned reuse whose slots are not there is told from a planned computation: it is counted as forced.
+    """
+    plan = _plan(call)
+    turns: list[Hashable] = []
+    lines: dict[str, tuple[float, float]] = {}
+    for sublayer in plan.sublayers:
+        name = place = sublayer.name
+        decision = plan.decision(name, call.step)
+        if decision.action is not Action.REUSE:
+            turns.append(decision.action)
+            continue
+        read: list[Hashable] = []
+        while not read or call.context.arena.get(place) is not None:  # once for each time that it runs in a call
+            slots = call.sources(place, decision)
+            read.append(tuple((id(slot.value), slot.key) for slot in slots))
+            if len(slots) == 2:
+                lines[place] = call.line_weights(*slots)
+            place = f"{name}#{len(read)}"
+        forced = None if all(read) else plan.held(name, call.step) > 0
+        turns.append((*read, forced))
+    return tuple(turns), lines
+
+
+def _repeated(call: Call, arena: FixedArena) -> Call:
+    """The call as it was before it was made, with counts and slots apart from everything else."""
+    context = Context(call.context.name, Meter())
+    context.arena = arena
+    repeated = Call(call.generation, context, call.step)
+    repeated.signature = call.signature
+    repeated.prepare()
+    return repeated
+
+
+def _fixed_numbers(count: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(count, dtype=torch.float32, device=device)
+
+
+def _copied(out: Any) -> Any:
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, out)
+
+
+def _reason(error: Exception) -> str:
+    message = str(error).splitlines() or [type(error).__name__]
+    return f"{message[0]} (at {place_of(error)})"
+
+
+@contextlib.contextmanager
+def _autocast_without_memory() -> Iterator[None]:
+    """Autocast keeps no cast weights: they would be gone when a graph that reads them is replayed."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
