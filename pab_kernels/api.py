@@ -92,6 +92,9 @@ def enable(
     if broadcaster is None:
         broadcaster = Broadcaster(model, adapter, chosen)
         setattr(model, ATTRIBUTE, broadcaster)
+    given = model_or_pipe if pipe is None else pipe.transformer
+    if given is not model:
+        broadcaster.enclose(given)
     broadcaster.configure(chosen, broadcaster.timed if timed is None else timed)
     try:
         if pipe is not None:
