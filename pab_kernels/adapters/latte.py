@@ -74,7 +74,7 @@ class LatteAdapter:
         patch = model.config.patch_size
         tokens = batch * frames * (height // patch) * (width // patch)
         embedder = model.adaln_single.emb.timestep_embedder
-        total = linear_flops(tokens, channels * patch * patch, model.pos_embed.proj.out_channels) + _linears(tokens, model.proj_out)
+        total = linear_flops(tokens, channels * patch * patch, self.blocks[0].channels) + _linears(tokens, model.proj_out)
         total += _linears(batch, embedder.linear_1, embedder.linear_2, model.adaln_single.linear)
         if encoder_hidden_states is not None:
             caption = model.caption_projection
