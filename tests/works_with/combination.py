@@ -151,6 +151,7 @@ def check(
     *,
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     forced: bool = False,
+    flops: bool = True,
 ) -> None:
     """PAB is right together with what `combine` does to a model and `around` to its calls.
 
@@ -159,6 +160,7 @@ def check(
 
     Args:
         forced: whether the combination skips what a later step was to read.
+        flops: whether the combination runs on the meta device, where FLOPs are counted.
     """
     plain = subject.build()
     plain = combine(plain) or plain
@@ -179,7 +181,9 @@ def check(
             for _ in range(2):
                 with pab.generation(model, num_steps=STEPS):
                     assert same(run(subject, model), again), f"range 2, enabled {order}"
-                assert counted(model) == replay.counts and pab.summary(model).cache_bytes == 0
+                summary = pab.summary(model)
+                assert counted(model) == replay.counts and summary.cache_bytes == 0
+                assert (0 < summary.flops < summary.flops_without) == flops
             pab.disable(model)
             assert same(run(subject, model), wanted), f"disabled, enabled {order}"
         assert {name: sorted(vars(m)) for name, m in model.named_modules()} == traces
