@@ -1,6 +1,7 @@
 """Quantised linear layers: torchao and bitsandbytes where they are installed, and the two ways in which such layers are made, by hand.
 
-One way keeps `nn.Linear` and gives it a weight that is more than its numbers (torchao), the other puts a subclass in its place (bitsandbytes).
+One way keeps `nn.Linear` and gives it a weight that is more than its numbers (torchao), the other puts a subclass in its place
+(bitsandbytes).
 """
 
 from __future__ import annotations
