@@ -5,7 +5,7 @@ Without an accelerator, group offloading moves nothing; here it loses what it of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -17,7 +17,23 @@ from diffusers.hooks.group_offloading import GroupOffloadingConfig, GroupOffload
 from torch import Tensor
 
 import pab_kernels as pab
-from tests.works_with.combination import COGVIDEOX, FLUX, LATTE, STEPS, TWO, WAN, Subject, check, enabled_before_and_after, sublayers
+from pab_kernels import Broadcast, PABConfig
+from tests.adapters.tiny_latte import sample, tiny_pipe
+from tests.works_with.combination import (
+    COGVIDEOX,
+    FLUX,
+    LATTE,
+    STEPS,
+    TWO,
+    WAN,
+    Subject,
+    check,
+    counted,
+    enabled_before_and_after,
+    run,
+    same,
+    sublayers,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers' own use
 
@@ -96,6 +112,19 @@ def test_group_offload(subject: Subject, kind: str, prefetch: bool) -> None:
         check(subject, lambda model: grouped(model, kind, prefetch=prefetch))
 
 
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("subject", [WAN, FLUX, LATTE], ids=lambda s: s.name)
+def test_a_rule_for_blocks_gives_what_it_gives_without_offloading(subject: Subject, kind: str) -> None:
+    plain = subject.build()
+    pab.enable(plain, PABConfig(block=Broadcast(3, (0, 1))), num_steps=STEPS)
+    wanted = run(subject, plain)
+    with offloading():
+        model = subject.build()
+        pab.enable(model, PABConfig(block=Broadcast(3, (0, 1))), num_steps=STEPS)
+        grouped(model, kind, prefetch=True)
+        assert same(run(subject, model), wanted) and counted(model) == counted(plain)
+
+
 @pytest.mark.parametrize("subject", [WAN, LATTE], ids=lambda s: s.name)
 def test_weights_of_a_reused_sublayer_are_not_moved(subject: Subject) -> None:
     with offloading() as onloaded:
@@ -110,3 +139,29 @@ def test_weights_of_a_reused_sublayer_are_not_moved(subject: Subject) -> None:
                     moved.append(sum(group.onload_leader in inside for group in onloaded))
             assert all(moved[::2]) and not any(moved[1::2])
             assert onloaded, "the rest of the model runs"
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers
+@pytest.mark.parametrize(
+    "offload",
+    [
+        lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+        lambda pipe: accelerate.cpu_offload(pipe.transformer, CPU),  # as enable_sequential_cpu_offload does, which takes no CPU
+        lambda pipe: pipe.enable_group_offload(onload_device=CPU, offload_type="leaf_level"),
+    ],
+    ids=["model", "sequential", "group"],
+)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_pipeline(offload: Callable[[Any], Any], order: str) -> None:
+    plain, pipe = tiny_pipe(), tiny_pipe()
+    wanted = sample(plain, 4)
+    pab.enable(plain, TWO)
+    again = sample(plain, 4)
+    if order == "before":
+        pab.enable(pipe, TWO)
+    offload(pipe)
+    pab.enable(pipe, TWO)
+    for _ in range(2):
+        assert torch.equal(sample(pipe, 4), again) and pab.summary(pipe) == pab.summary(plain)
+    pab.disable(pipe)
+    assert torch.equal(sample(pipe, 4), wanted)

@@ -32,8 +32,8 @@ def first_block() -> Any:
 
 
 def mag() -> Any:
-    """Skips steps 2 and 4, so that steps 3 and 5 find nothing to reuse."""
-    return MagCacheConfig(mag_ratios=[1.0] * STEPS, num_inference_steps=STEPS, retention_ratio=2 / STEPS, max_skip_steps=1)
+    """Skips steps 3 and 4, so that step 5 finds what step 2 kept for step 3."""
+    return MagCacheConfig(mag_ratios=[1.0] * STEPS, num_inference_steps=STEPS, retention_ratio=3 / STEPS, max_skip_steps=2)
 
 
 def sea() -> Any:
@@ -94,10 +94,10 @@ def test_a_step_cache(subject: Subject, config: Callable[[], Any], forced: bool)
 
 @pytest.mark.parametrize("subject", [WAN, FLUX], ids=lambda s: s.name)
 def test_first_block_cache_that_skips_what_is_to_be_reused(subject: Subject) -> None:
-    """Its first block runs at every step and reuses; the others were skipped at steps 2 and 4."""
+    """Its first block runs at every step and reuses; the others were skipped at steps 3 and 4."""
 
     def computes(hook: Any, residual: torch.Tensor) -> bool:
-        return hook.state_manager.context.step_index not in (2, 4)
+        return hook.state_manager.context.step_index not in (3, 4)
 
     check(
         subject,
