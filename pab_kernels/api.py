@@ -101,6 +101,9 @@ def enable(
     if broadcaster is None:
         broadcaster = Broadcaster(model, adapter, chosen)
         setattr(model, ATTRIBUTE, broadcaster)
+    given = model_or_pipe if pipe is None else pipe.transformer
+    if given is not model:
+        broadcaster.enclose(given)
     broadcaster.configure(chosen, timed, cuda_graphs)
     try:
         if pipe is not None:

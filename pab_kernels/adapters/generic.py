@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..broadcast.attach import Attached, attach_forward
@@ -42,12 +44,24 @@ class GenericAdapter:
             )
         modules = dict(model.named_modules())
         self._modules = [modules[s.name] for s in self.sublayers]
+        around = {s.name: modules.get(s.name.rpartition(".")[0], model) for s in self.sublayers}
+        self._bypassed = [s.name for s in self.sublayers if s.kind != "block" and _has_fast_path(around[s.name])]
         parameters = list(inspect.signature(model.forward).parameters)
         self._timestep = next((name for name in _TIMESTEPS if name in parameters), None)
         self._place = parameters.index(self._timestep) if self._timestep else 0
 
     def attach(self, broadcaster: Broadcaster) -> Iterator[Attached]:
-        """Replace the `forward` of every module that was found."""
+        """Replace the `forward` of every module that was found.
+
+        Raises:
+            ValueError: torch would not call one of them.
+        """
+        if self._bypassed and torch.backends.mha.get_fastpath_enabled():
+            raise ValueError(
+                f"{self._bypassed[0]} is in an nn.TransformerEncoderLayer, which runs as one operation of torch and does not call it; call "
+                "torch.backends.mha.set_fastpath_enabled(False) first, or leave it out and use a rule for blocks: enable(model, "
+                f"kinds={{{re.sub(r'[.]([0-9]+)[.]', '.*.', self._bypassed[0])!r}: None}})"
+            )
         for sublayer, module in zip(self.sublayers, self._modules, strict=True):
             yield attach_forward(module, _forward(broadcaster, sublayer))
 
@@ -56,6 +70,15 @@ class GenericAdapter:
         if self._timestep in kwargs:
             return kwargs[self._timestep]
         return args[self._place] if self._timestep is not None and self._place < len(args) else None
+
+
+def _has_fast_path(module: nn.Module) -> bool:
+    """Whether torch may run a module without calling the attention in it."""
+    return (
+        isinstance(module, nn.TransformerEncoderLayer)
+        and type(module).forward is nn.TransformerEncoderLayer.forward
+        and module.self_attn.batch_first
+    )
 
 
 def _forward(broadcaster: Broadcaster, sublayer: Sublayer) -> Callable[..., Any]:

@@ -26,6 +26,10 @@ logger = logging.getLogger("pab_kernels")
 
 ATTRIBUTE = "_pab_broadcaster"
 """Name of the attribute that a model has while PAB is enabled."""
+_COMPILED_LAST = (
+    "a model under PAB is called from a compiled graph: after compiled = torch.compile(model) call pab.enable(compiled) or give it to the "
+    "pipeline and enable that, or compile it by model.compile()"
+)
 
 
 class Detachable(Protocol):
@@ -73,10 +77,12 @@ class _Follower:
 
 
 class _Thread(threading.local):
-    generation: Generation | None = None
-    call: Call | None = None
-    context: tuple[str | None, int | None] = (None, None)
-    graphs: Graphs | None = None
+    def __init__(self) -> None:  # attributes of its own in every thread: what a class has, a compiled graph takes for constant
+        self.generation: Generation | None = None
+        self.call: Call | None = None
+        self.enclosed = False  # whether the call was opened outside of a graph of the whole model
+        self.context: tuple[str | None, int | None] = (None, None)
+        self.graphs: Graphs | None = None
 
 
 class Broadcaster:
@@ -103,13 +109,17 @@ class Broadcaster:
         self._watches: list[SchedulerWatch] = []
         self._said: set[str] = set()
         self._attached: list[Detachable] = []
+        # A graph goes by what a call decides: calls are opened outside of graphs.
+        self._outside = torch.compiler.disable(Broadcaster._opened, reason=_COMPILED_LAST)
         try:
             for attached in adapter.attach(self):
                 self._attached.append(attached)
-            self._attached.append(attach_forward(model, self._run))
+            self._attached.append(attach_forward(model, self._called))
+            self.enclose(model)
             for name, replacement in (("cache_context", self._cache_context), ("_reset_stateful_cache", self._reset)):
                 if hasattr(model, name):
                     self._attached.append(Attached(model, name, replacement))
+            self._attached.append(Attached(model, "compile", self._compile))
         except BaseException:
             self.detach()
             raise
@@ -144,6 +154,16 @@ class Broadcaster:
             self._latest.release()
         self._attached, self._watches, self._pipes, self._waiting = [], [], [], []
         self._thread, self._latest = _Thread(), None
+
+    def enclose(self, compiled: nn.Module) -> None:
+        """Open the calls of the model outside of the graph that it is, where it is compiled as a whole.
+
+        Args:
+            compiled: what `torch.compile(model)` gave, or the model itself, for `model.compile()`.
+        """
+        name = "_compiled_call_impl" if compiled is self._model() else "forward"
+        if vars(compiled).get(name) is not None and not isinstance(vars(compiled)[name], Attached):
+            self._attached.append(Attached(compiled, name, self._enclosed))
 
     # Generations
 
@@ -258,6 +278,31 @@ class Broadcaster:
         if self._thread.generation is not None:
             self._thread.generation.release()
         return original(*args, **kwargs)
+
+    def _compile(self, original: Any, *args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        model = self._model()
+        if model is not None:
+            self.enclose(model)
+
+    def _enclosed(self, compiled: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of the whole compiled model."""
+        self._thread.enclosed = True
+        try:
+            return self._outside(self, False, compiled, *args, **kwargs)
+        finally:
+            self._thread.enclosed = False
+
+    def _called(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of the model's `forward`."""
+        if self._thread.enclosed:
+            return forward(*args, **kwargs)
+        return self._outside(self, torch.compiler.is_compiling(), forward, *args, **kwargs)
+
+    def _opened(self, traced: bool, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        if traced:
+            raise RuntimeError(_COMPILED_LAST)
+        return self._run(forward, *args, **kwargs)
 
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         generation = self._current()
