@@ -25,6 +25,9 @@ logger = logging.getLogger("pab_kernels")
 ATTRIBUTE = "_pab_broadcaster"
 """Name of the attribute that a model has while PAB is enabled."""
 
+RESET = "_reset_stateful_cache"
+"""Name of the method that diffusers' pipelines call at their end on all parts that have it."""
+
 
 class Detachable(Protocol):
     """Something done to a model that can be undone."""
@@ -106,7 +109,7 @@ class Broadcaster:
             for attached in adapter.attach(self):
                 self._attached.append(attached)
             self._attached.append(attach_forward(model, self._run))
-            for name, replacement in (("cache_context", self._cache_context), ("_reset_stateful_cache", self._reset)):
+            for name, replacement in (("cache_context", self._cache_context), (RESET, self._reset)):
                 if hasattr(model, name):
                     self._attached.append(Attached(model, name, replacement))
         except BaseException:
@@ -168,6 +171,9 @@ class Broadcaster:
     def watch(self, pipe: Any) -> None:
         """Follow the scheduler that `pipe` holds, now and whenever it holds another."""
         self._pipes = [ref for ref in self._pipes if ref() is not None and ref() is not pipe] + [weakref.ref(pipe)]
+        model = self._model()
+        if not hasattr(model, RESET):
+            self._attached.append(Attached(model, RESET, self._reset))
         self._follow(self._held())
 
     def _held(self) -> list[Any]:
