@@ -279,15 +279,16 @@ class Generation:
         if self.plan is None:
             self.start()
         label = (name or "").replace("#", "##")  # a single # parts a name from the order of the call
-        if step is None and self.scheduler is None and label in self._called:
-            self.advance()
+        if step is None and label in self._called and (self.scheduler is None or label):
+            self.advance()  # of a scheduler, where it is a copy that steps
         at = self.step if step is None else step
         if not self.schedule.begin <= at < self.schedule.num_steps:
             first = f" from {self.schedule.begin} on" if self.schedule.begin else ""
             way = (
                 "with pab.generation(model, num_steps=...):"
                 if self.scheduler is None
-                else "set_timesteps on the scheduler of an enabled pipeline; pab.enable every pipeline that shares the model"
+                else "set_timesteps on the scheduler of an enabled pipeline; pab.enable every pipeline that shares the model; copies of a "
+                "scheduler are not followed"
             )
             raise RuntimeError(
                 f"the plan has {self.schedule.num_steps} steps{first} and this call would be step {at}; begin a further generation: {way}"

@@ -8,19 +8,15 @@ import pytest
 import torch
 
 import pab_kernels as pab
-from pab_kernels import Broadcast, PABConfig
-from pab_kernels.broadcast.plan import Action
-from tests.adapters.replay import Replay, counted_runs
+from pab_kernels.broadcast.summary import Summary
+from tests.adapters.replay import CONFIG, assert_runs_as_the_oracle
 from tests.adapters.tiny_pipes import PIPES, Pipe
-from tests.oracle import Rule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers' schedulers hand tensors to numpy
 ]
 
-RULES = {"spatial": Rule(2, (0, 1)), "temporal": Rule(2, (0, 1)), "cross": Rule(4, (0, 1)), "mlp": Rule(3, (0.3, 0.9))}
-CONFIG = PABConfig(**{kind: Broadcast(rule.range, rule.window) for kind, rule in RULES.items()})
 STEPS = 6
 
 every_pipeline = pytest.mark.parametrize("tiny", PIPES, ids=lambda t: t.name)
@@ -30,19 +26,18 @@ class OnPurpose(Exception):
     pass
 
 
-def enabled(tiny: Pipe, config: PABConfig = CONFIG) -> Any:
+def enabled(tiny: Pipe) -> Any:
     pipe = tiny.build()
-    pab.enable(pipe, config)
+    pab.enable(pipe, CONFIG)
     return pipe
 
 
-def assert_as_planned(pipe: Any, tiny: Pipe, steps: int = STEPS) -> None:
+def assert_as_planned(summary: Summary, tiny: Pipe, steps: int = STEPS) -> None:
     """Every context has computed and reused what its plan says and nothing is held any more."""
-    summary = pab.summary(pipe)
     assert tuple(summary.contexts) == tiny.contexts
     assert summary.forced == 0 and summary.cache_bytes == 0 and summary.peak_cache_bytes > 0
+    assert summary.plan is not None and len(summary.plan.steps) == steps
     planned = summary.plan.counts()
-    assert len(summary.plan.steps) == steps
     for tallies in summary.contexts.values():
         assert tallies.keys() == planned.keys()
         for kind, c in planned.items():
@@ -52,31 +47,7 @@ def assert_as_planned(pipe: Any, tiny: Pipe, steps: int = STEPS) -> None:
 
 @every_pipeline
 def test_a_pipeline_runs_as_its_plan_says_and_as_the_oracle_does(tiny: Pipe) -> None:
-    pipe, twin = tiny.build(), tiny.build()
-    plain = tiny.sample(pipe, STEPS)
-    assert plain.isfinite().all()
-    pab.enable(pipe, PABConfig(1, 1, 1, 1, 1))
-    assert torch.equal(tiny.sample(pipe, STEPS), plain)
-    pab.enable(pipe, CONFIG)
-    sublayers = [s for s in pab.sublayers(pipe) if s.kind != "block"]
-    replay = Replay(twin, sublayers, RULES)
-    with replay.running():
-        expected = tiny.sample(twin, STEPS)
-    assert not torch.equal(expected, plain)
-    for _ in range(2):
-        with counted_runs(pipe.transformer, sublayers) as runs:
-            assert torch.equal(tiny.sample(pipe, STEPS), expected)
-        assert_as_planned(pipe, tiny)
-        summary = pab.summary(pipe)
-        for branch, tallies in enumerate(summary.contexts.values()):
-            for kind, tally in tallies.items():
-                assert (tally.computed, tally.reused) == (replay.computed[branch, kind], replay.reused[branch, kind])
-        for s in sublayers:
-            computed = sum(d.action is not Action.REUSE for d in summary.plan.rows[s.name])
-            assert runs[s.name] == len(tiny.contexts) * tiny.runs.get(s.kind, 1) * computed
-    pab.disable(pipe)
-    assert torch.equal(tiny.sample(pipe, STEPS), plain)
-    assert "step" not in vars(pipe.scheduler) and all("forward" not in vars(m) for m in pipe.transformer.modules())
+    assert_as_planned(assert_runs_as_the_oracle(tiny, STEPS), tiny)
 
 
 @every_pipeline
@@ -85,10 +56,10 @@ def test_another_size_and_another_number_of_steps_are_what_they_are_on_a_new_pip
     first = tiny.sample(pipe, STEPS)
     for steps, call in ((STEPS, tiny.larger), (STEPS + 2, {}), (STEPS + 1, tiny.larger)):
         got = tiny.sample(pipe, steps, **call)
-        assert_as_planned(pipe, tiny, steps)
+        assert_as_planned(pab.summary(pipe), tiny, steps)
         assert torch.equal(got, tiny.sample(enabled(tiny), steps, **call))
     assert torch.equal(tiny.sample(pipe, STEPS), first)
-    assert_as_planned(pipe, tiny)
+    assert_as_planned(pab.summary(pipe), tiny)
     assert not torch.equal(tiny.sample(pipe, STEPS, seed=1), first)
 
 
@@ -138,4 +109,4 @@ def test_a_run_that_ended_in_the_middle_leaves_nothing_for_the_next(tiny: Pipe) 
     for end in ways:
         end(pipe, tiny)
         assert torch.equal(tiny.sample(pipe, STEPS), clean), end.__name__
-        assert_as_planned(pipe, tiny)
+        assert_as_planned(pab.summary(pipe), tiny)

@@ -27,7 +27,21 @@ _CONFIGS = {tiny.name: tiny.config for tiny in FAMILIES} | {
         "text_embed_2_dim": 4,
         "rope_axes_dim": (2, 4, 4),
     },
+    "HunyuanImageTransformer2DModel": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "num_single_layers": 1,
+        "num_refiner_layers": 1,
+        "text_embed_dim": 6,
+        "rope_axes_dim": (4, 4),
+    },
 }
+
+
+_CONFIGS["HunyuanVideoFramepackTransformer3DModel"] = _CONFIGS["HunyuanVideoTransformer3DModel"] | {"guidance_embeds": True}
 
 
 def transformer(name: str, **config: Any) -> Any:
@@ -74,10 +88,12 @@ class Pipe:
     runs: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def build(self, **parts: Any) -> Any:
+    def build(self) -> Any:
         kind = getattr(diffusers, self.name)
         needed = [p.name for p in inspect.signature(kind.__init__).parameters.values() if p.default is p.empty]
-        pipe = kind(**dict.fromkeys(needed[1:]) | self.parts() | parts)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            pipe = kind(**dict.fromkeys(needed[1:]) | self.parts())
         pipe.set_progress_bar_config(disable=True)
         vars(pipe).update(self.settings)
         return pipe
@@ -94,24 +110,27 @@ def _flow(**config: Any) -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler(**config)
 
 
-def _ones() -> Tensor:
+def ones() -> Tensor:
+    """The mask of a prompt's embedding."""
     return torch.ones(1, TEXT, dtype=torch.bool)
 
 
 SKYREELS = prompts(6) | {"height": 32, "width": 48, "num_frames": 9, "guidance_scale": 4.0}
 FLUX = {k: v for k, v in prompts(6, pooled_prompt_embeds=8).items() if "negative" not in k} | {"height": 32, "width": 48}
 SD3 = prompts(6, pooled_prompt_embeds=8) | {"height": 64, "width": 48, "guidance_scale": 4.0}
-HUNYUAN = {k: v for k, v in prompts(6, _ones, pooled_prompt_embeds=8).items() if "negative" not in k}
-PIXART = prompts(6, _ones) | {"negative_prompt": None, "height": 64, "width": 64, "use_resolution_binning": False}
+HUNYUAN = {k: v for k, v in prompts(6, ones, pooled_prompt_embeds=8).items() if "negative" not in k}
+PIXART = prompts(6, ones) | {"negative_prompt": None, "height": 64, "width": 64, "use_resolution_binning": False}
 
 WAN = Pipe(
     "WanPipeline",
-    lambda: {"transformer": transformer("WanTransformer3DModel"), "scheduler": diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)},
+    lambda: {
+        "transformer": transformer("WanTransformer3DModel"),
+        "scheduler": diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    },
     prompts(6) | {"height": 32, "width": 48, "num_frames": 9, "guidance_scale": 4.0},
     ("cond", "uncond"),
     {"height": 48},
-)  # fmt: skip
+)
 
 PIPES = [
     WAN,
@@ -126,14 +145,16 @@ PIPES = [
     Pipe(
         "QwenImagePipeline",
         lambda: {"transformer": transformer("QwenImageTransformer2DModel"), "scheduler": _flow(use_dynamic_shifting=True)},
-        prompts(6, _ones, "prompt_embeds_mask") | {"height": 48, "width": 64, "true_cfg_scale": 4.0},
+        prompts(6, ones, "prompt_embeds_mask") | {"height": 48, "width": 64, "true_cfg_scale": 4.0},
         ("cond", "uncond"),
         {"width": 80},
     ),
     Pipe(
         "SkyReelsV2Pipeline",
-        lambda: {"transformer": transformer("SkyReelsV2Transformer3DModel"), "scheduler": diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0)},
+        lambda: {
+            "transformer": transformer("SkyReelsV2Transformer3DModel"),
+            "scheduler": diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0),
+        },
         SKYREELS,
         ("cond", "uncond"),
         {"height": 48},
@@ -157,7 +178,7 @@ PIPES = [
     Pipe(
         "Lumina2Pipeline",
         lambda: {"transformer": transformer("Lumina2Transformer2DModel"), "scheduler": _flow()},
-        prompts(6, _ones) | {"height": 64, "width": 48, "guidance_scale": 4.0},
+        prompts(6, ones) | {"height": 64, "width": 48, "guidance_scale": 4.0},
         ("#0", "#1"),
         {"width": 64},
     ),
@@ -178,7 +199,7 @@ PIPES = [
     Pipe(
         "LTXPipeline",
         lambda: {"transformer": transformer("LTXVideoTransformer3DModel"), "scheduler": _flow(use_dynamic_shifting=True)},
-        prompts(6, _ones) | {"height": 64, "width": 96, "num_frames": 9, "guidance_scale": 4.0},
+        prompts(6, ones) | {"height": 64, "width": 96, "num_frames": 9, "guidance_scale": 4.0},
         ("cond_uncond",),
         {"width": 128},
     ),
@@ -211,5 +232,22 @@ PIPES = [
         ("cond",),
         {"height": 48},
     ),
-]  # fmt: skip
+]
 """Called once a branch of guidance (by name, and by order alone), batched, guidance-distilled; images and videos."""
+
+HUNYUAN_IMAGE = Pipe(
+    "HunyuanImagePipeline",
+    lambda: {"transformer": transformer("HunyuanImageTransformer2DModel"), "scheduler": _flow()},
+    prompts(6, ones, "prompt_embeds_mask")
+    | {f"{which}prompt_embeds_2": embedding(seed, 2, 4) for seed, which in ((5, ""), (6, "negative_"))}
+    | {f"{which}prompt_embeds_mask_2": torch.ones(1, 2) for which in ("", "negative_")}
+    | {"height": 128, "width": 96},
+    ("pred_cond", "pred_uncond"),
+    {"width": 128},
+)
+"""Guided by what it is given as `guider` and `ocr_guider`."""
+
+
+def named(name: str) -> Pipe:
+    """The pipeline of `PIPES` of that class."""
+    return next(tiny for tiny in PIPES if tiny.name == name)
