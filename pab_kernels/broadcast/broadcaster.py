@@ -16,7 +16,7 @@ from .attach import Attached, attach_forward
 from .config import PABConfig
 from .generation import Call, Generation
 from .plan import Sublayer
-from .scheduler import SchedulerWatch
+from .scheduler import SchedulerWatch, left_at
 from .slots import Key
 from .stopwatch import REST
 
@@ -199,8 +199,17 @@ class Broadcaster:
         previous = self._thread.generation
         if previous is not None:
             previous.release()
-        generation = Generation(self.config, self.adapter.sublayers, timesteps=scheduler.timesteps, scheduler=scheduler, timed=self.timed)
+        end = self._left_at(scheduler)
+        generation = Generation(
+            self.config, self.adapter.sublayers, timesteps=scheduler.timesteps, scheduler=scheduler, timed=self.timed, end=end
+        )
         self._latest = self._thread.generation = generation
+
+    def _left_at(self, scheduler: Any) -> int | None:
+        """The step at which another model takes over on every pipeline that holds `scheduler`, or None."""
+        model, pipes = self._model(), [pipe for ref in self._pipes if (pipe := ref()) is not None and pipe.scheduler is scheduler]
+        end = max((left_at(pipe, model) for pipe in pipes if model is not None), default=0)
+        return end if 0 < end < len(scheduler.timesteps) else None
 
     def scheduler_steps(self, scheduler: Any) -> None:
         """`step` was called."""

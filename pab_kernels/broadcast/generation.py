@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -227,6 +228,7 @@ class Generation:
         num_steps, timesteps: the full schedule.
         scheduler: whose `step` ends each step; without one, a step ends when a context is called again.
         timed: whether seconds are measured by kind.
+        end: the step at which another model takes over, or None.
     """
 
     def __init__(
@@ -238,10 +240,11 @@ class Generation:
         timesteps: Sequence[float] | None = None,
         scheduler: Any = None,
         timed: bool = False,
+        end: int | None = None,
     ) -> None:
         self.config = config
         self.sublayers = tuple(sublayers)
-        self.schedule = Schedule.of(num_steps, timesteps)
+        self.schedule = Schedule.of(num_steps, timesteps, end=end)
         self.scheduler = scheduler
         self.timed = timed
         self.plan: Plan | None = None
@@ -260,12 +263,12 @@ class Generation:
 
     @property
     def used_up(self) -> bool:
-        """Whether every step of the schedule was taken."""
-        return self.step >= self.schedule.num_steps
+        """Whether every step of the model was taken."""
+        return self.step >= self.schedule.steps.stop
 
     def start(self, begin: int = 0) -> Plan:
         """Make the plan, for a schedule entered at step `begin`."""
-        self.schedule = Schedule(self.schedule.num_steps, self.schedule.timesteps, begin)
+        self.schedule = dataclasses.replace(self.schedule, begin=begin)
         self.plan = Plan(self.config, self.schedule, self.sublayers)
         self.step = begin
         return self.plan
@@ -282,8 +285,9 @@ class Generation:
         if step is None and label in self._called and (self.scheduler is None or label):
             self.advance()  # of a scheduler, where it is a copy that steps
         at = self.step if step is None else step
-        if not self.schedule.begin <= at < self.schedule.num_steps:
+        if at not in self.schedule.steps:
             first = f" from {self.schedule.begin} on" if self.schedule.begin else ""
+            first += f" up to {self.schedule.end}, where another model takes over," if self.schedule.end is not None else ""
             way = (
                 "with pab.generation(model, num_steps=...):"
                 if self.scheduler is None

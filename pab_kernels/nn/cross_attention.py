@@ -110,7 +110,7 @@ class PABCrossAttention(BroadcastModule):
         if torch.compiler.is_compiling() or self._member is None or self._member.broadcaster.call is None:
             return None
         call = self._member.broadcaster.call
-        last = call.step + 1 == call.generation.schedule.num_steps
+        last = call.step + 1 == call.generation.schedule.steps.stop
         return KeptText(call.context.arena, f"{self._member.sublayer.name}, keys and values", call.step, last)
 
 

@@ -33,22 +33,30 @@ class Replay:
         pipe: not enabled.
         sublayers: of its transformer.
         rules: by kind.
-        first: the step at which the schedule is entered.
-        transformer: the name of the transformer in the pipeline.
+        first: the step at which the model is called first.
+        entered: the step at which the schedule is entered; default `first`.
+        model: of the pipeline; default its `transformer`.
     """
 
     def __init__(
-        self, pipe: Any, sublayers: Sequence[Sublayer], rules: Mapping[str, Rule], first: int = 0, transformer: str = "transformer"
+        self,
+        pipe: Any,
+        sublayers: Sequence[Sublayer],
+        rules: Mapping[str, Rule],
+        first: int = 0,
+        entered: int | None = None,
+        model: Any = None,
     ) -> None:
         self.pipe, self.sublayers, self.rules, self.first = pipe, sublayers, rules, first
-        self.model = getattr(pipe, transformer)
+        self.entered = first if entered is None else entered
+        self.model = pipe.transformer if model is None else model
         self.runs: Counter[str] = Counter()  # of each module that has a rule
         self.computed: Counter[tuple[str, str]] = Counter()  # by branch and kind, since the schedule began last
         self.reused: Counter[tuple[str, str]] = Counter()
         self._begin()
 
     def _begin(self) -> None:
-        self.step, self.order, self.name = self.first, 0, ""
+        self.step, self.order, self.name = self.entered, 0, ""
         self.times: Counter[str] = Counter()  # that a module ran in this call of the model
         self.written: dict[tuple[str, str, int], tuple[int, torch.Size, Any]] = {}  # step, shape of the input, output
         self.computed.clear()

@@ -292,6 +292,11 @@ BAD_SCHEDULES: list[tuple[dict[str, Any], str]] = [
     ({"num_steps": 4, "begin": 4}, r"begin must be a whole number in 0\.\.3, got 4"),
     ({"num_steps": 4, "begin": -1}, "got -1"),
     ({"num_steps": 4, "begin": 1.0}, "got 1.0"),
+    ({"num_steps": 4, "end": 0}, r"end must be a whole number in 1\.\.4, got 0"),
+    ({"num_steps": 4, "end": 5}, "got 5"),
+    ({"num_steps": 4, "end": 2.0}, "got 2.0"),
+    ({"num_steps": 4, "end": True}, "got True"),
+    ({"num_steps": 4, "end": 2, "begin": 2}, r"begin must be a whole number in 0\.\.1, got 2"),
 ]
 
 
