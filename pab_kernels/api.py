@@ -82,20 +82,20 @@ def enable(
         raise TypeError(f"config must be a PABConfig, got {type(config).__name__}; PABConfig.preset(name) gives a named one")
     with contextlib.ExitStack() as undo:
         for model in models.values():
-            undo.callback(_enable(model, pipe, config, num_steps, timesteps, timed, kinds))
+            undo.callback(enable_model(model, pipe, config, num_steps, timesteps, timed, kinds))
         undo.pop_all()
 
 
-def _enable(
+def enable_model(
     model: nn.Module,
     pipe: Any,
     config: PABConfig | None,
-    num_steps: int | None,
-    timesteps: Sequence[float] | None,
-    timed: bool | None,
-    kinds: Mapping[str, str | None] | None,
+    num_steps: int | None = None,
+    timesteps: Sequence[float] | None = None,
+    timed: bool | None = None,
+    kinds: Mapping[str, str | None] | None = None,
 ) -> Callable[[], None]:
-    """Switch PAB on for one model; what undoes it."""
+    """Switch PAB on for one model of a pipeline, or one by itself (see `enable`); what undoes it."""
     broadcaster = broadcaster_of(model)
     if broadcaster is not None and kinds is not None:
         raise ValueError(f"PAB is enabled on this {type(model).__name__} already, with its kinds; pab.disable it first to give others")

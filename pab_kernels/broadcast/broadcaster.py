@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from .attach import Attached, attach_forward
 from .config import PABConfig
 from .generation import Call, Generation
+from .open_generation import OpenGeneration
 from .plan import Sublayer
 from .scheduler import SchedulerWatch, left_at
 from .slots import Key
@@ -96,6 +97,8 @@ class Broadcaster:
         self.adapter = adapter
         self.config = config
         self.timed = False
+        self.clock: Callable[[], Any] | None = None
+        """Gives the timestep, where no scheduler that is followed tells the steps."""
         self._thread = _Thread()
         self._waiting: list[Generation] = []
         self._latest: Generation | None = None
@@ -229,6 +232,9 @@ class Broadcaster:
                 thread.generation = self._waiting.pop()
         if thread.generation is None:
             begun = list(filter(_has_begun, held))
+            if not begun and self.clock is not None:
+                self._latest = thread.generation = OpenGeneration(self.config, self.adapter.sublayers, self.clock, timed=self.timed)
+                return thread.generation
             if not begun:
                 raise RuntimeError(
                     "no generation has begun: call the model inside `with pab.generation(model, num_steps=...):`, or give num_steps to "
@@ -263,8 +269,12 @@ class Broadcaster:
 
     def _reset(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """diffusers' pipelines end with this, also those that were interrupted."""
-        if self._thread.generation is not None:
-            self._thread.generation.release()
+        generation = self._thread.generation
+        if generation is not None:
+            generation.release()
+            generation.over = True
+            if isinstance(generation, OpenGeneration):
+                self._thread.generation = None
         return original(*args, **kwargs)
 
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:

@@ -92,7 +92,7 @@ class Broadcast:
         lo, hi = pair
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (lo, hi)) or not lo < hi:
             raise ValueError(f"window must be two numbers with lo < hi, got {window!r}")
-        if lo < 0 or (self.unit == "fraction" and hi > 1):
+        if (lo < 0 and self.unit != "timestep") or (self.unit == "fraction" and hi > 1):
             bounds = "0 <= lo < hi <= 1; for steps or timesteps pass that unit" if self.unit == "fraction" else "0 <= lo < hi"
             raise ValueError(f"window {window!r} is out of bounds; unit {self.unit!r} supports {bounds}")
         object.__setattr__(self, "window", (lo, hi))

@@ -252,6 +252,8 @@ class Generation:
         self.contexts: dict[str, Context] = {}
         self.meter = Meter()
         self.plain_calls = 0
+        self.over = False
+        """Whether its pipeline has said that it is at its end."""
         self._called: dict[str, int] = {}
         self._fuses: dict[tuple[nn.Module, Key], bool] = {}
         self._weights: dict[tuple[float, torch.device], torch.Tensor] = {}
@@ -260,6 +262,11 @@ class Generation:
     def started(self) -> bool:
         """Whether the model was called."""
         return self.plan is not None
+
+    @property
+    def taken(self) -> int:
+        """How many steps the model was called at."""
+        return self.step - self.schedule.begin + bool(self._called)
 
     @property
     def used_up(self) -> bool:
@@ -281,6 +288,7 @@ class Generation:
         """
         if self.plan is None:
             self.start()
+        self.over = False
         label = (name or "").replace("#", "##")  # a single # parts a name from the order of the call
         if step is None and label in self._called and (self.scheduler is None or label):
             self.advance()  # of a scheduler, where it is a copy that steps

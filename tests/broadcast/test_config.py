@@ -314,6 +314,12 @@ def test_a_rule_in_timesteps_says_that_it_needs_them(rule: Broadcast) -> None:
         rule.reused(Schedule(10))
 
 
+def test_a_window_in_timesteps_may_begin_below_0_to_take_timestep_0_in() -> None:
+    schedule = Schedule(4, (900.0, 600.0, 300.0, 0.0))
+    assert Broadcast(4, (-1, 1000), "timestep").reused(schedule) == {1, 2, 3}
+    assert Broadcast(4, (0, 1000), "timestep").reused(schedule) == {1, 2}
+
+
 def test_timesteps_may_be_anything_in_a_row() -> None:
     import numpy as np
     import torch
