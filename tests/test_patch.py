@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,6 +180,20 @@ def test_two_branches_are_right_where_diffusers_mixes_them() -> None:
     pab.unpatch_diffusers()
     pipe.transformer.enable_cache(config(lambda: pipe.current_timestep, spatial_attention_timestep_skip_range=(-1, 1001)))
     assert not torch.equal(tiny.sample(pipe, STEPS), expected), "diffusers counts both branches' calls as one sequence"
+
+
+def test_either_of_two_transformers_can_be_served_alone() -> None:
+    tiny = named("WanPipeline")
+    second = transformer("WanTransformer3DModel")
+    pipe = replace(tiny, parts=lambda: tiny.parts() | {"transformer_2": second, "boundary_ratio": 0.8}).build()
+    plain = tiny.sample(pipe, STEPS)
+    pipe.transformer_2.enable_cache(config(lambda: pipe.current_timestep))
+    assert not torch.equal(tiny.sample(pipe, STEPS), plain)
+    assert broadcaster_of(pipe.transformer) is None
+    plan = pab.summary(pipe).plan
+    assert plan is not None and plan.steps.start > 0 and plan.steps.stop == STEPS
+    pab.unpatch_diffusers()
+    assert torch.equal(tiny.sample(pipe, STEPS), plain)
 
 
 class App:

@@ -15,7 +15,7 @@ from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.attach import Attached
 from pab_kernels.broadcast.broadcaster import broadcaster_of
 from tests.adapters.replay import CONFIG, RULES, Replay
-from tests.adapters.tiny_pipes import Pipe, named, transformer
+from tests.adapters.tiny_pipes import Pipe, embedding, named, transformer
 
 STEPS = 9
 MODELS = ("transformer", "transformer_2")
@@ -198,3 +198,45 @@ def test_a_context_is_of_both_and_a_generation_of_a_bare_module_of_one() -> None
         pab.generation(pipe, num_steps=2),
     ):
         pass
+
+
+def test_a_transformer_for_each_branch_has_every_step() -> None:
+    """Ideogram 4: another model for the unconditional branch, which sees the image alone."""
+    tokens, text = 4 * 3, 5
+    config = {"in_channels": 8, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "intermediate_size": 24}
+    config |= {"adaln_dim": 8, "llm_features_dim": 6, "mrope_section": (2, 1, 1)}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models = [diffusers.Ideogram4Transformer2DModel(**config).eval().requires_grad_(False) for _ in range(2)]
+    pipe = diffusers.Ideogram4Pipeline(diffusers.FlowMatchEulerDiscreteScheduler(), None, None, None, *models)
+    pipe.set_progress_bar_config(disable=True)
+    indicator = torch.tensor([[3] * text + [2] * tokens])
+    positions = torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(3))
+    prompt = (
+        torch.cat([embedding(1, text, 6), torch.zeros(1, tokens, 6)], 1),
+        torch.cat([torch.zeros(text, 3, dtype=torch.long), positions])[None],
+        torch.zeros(1, text + tokens, dtype=torch.long),
+        indicator,
+    )
+    pipe.encode_prompt = lambda **_: prompt  # a language model is left out
+
+    def sample() -> Any:
+        call = {"prompt": "a", "height": 64, "width": 48, "num_inference_steps": 6, "max_sequence_length": text}
+        call |= {"guidance_scale": 4.0, "guidance_schedule": None, "output_type": "latent"}
+        with torch.no_grad():
+            return pipe(**call, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
+
+    plain = sample()
+    pab.enable(pipe, PABConfig(1, 1, 1, 1, 1))
+    assert torch.equal(sample(), plain)
+    pab.enable(pipe, CONFIG)
+    first = sample()
+    assert torch.equal(sample(), first) and not torch.equal(first, plain)
+    summary = pab.summary(pipe)
+    assert list(summary.contexts) == ["transformer: #0", "unconditional_transformer: #0"] and summary.forced == 0
+    for own in summary.models.values():
+        assert own.plan is not None and own.plan.steps == range(6)
+        tally = own.contexts["#0"]["spatial"]
+        assert (tally.computed, tally.reused) == (own.plan.counts()["spatial"].computed, own.plan.counts()["spatial"].reused) == (6, 6)
+    pab.disable(pipe)
+    assert torch.equal(sample(), plain)
