@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .api import context, disable, enable, generation, sublayers, summary
     from .broadcast.config import Broadcast, PABConfig
     from .broadcast.plan import Plan, plan
+    from .patch import patch_diffusers, unpatch_diffusers
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet until somebody listens
 
@@ -32,6 +33,8 @@ _HOMES = {
     "Plan": "broadcast.plan",
     "Broadcast": "broadcast.config",
     "PABConfig": "broadcast.config",
+    "patch_diffusers": "patch",
+    "unpatch_diffusers": "patch",
 }
 
 __all__ = [
@@ -42,9 +45,11 @@ __all__ = [
     "disable",
     "enable",
     "generation",
+    "patch_diffusers",
     "plan",
     "sublayers",
     "summary",
+    "unpatch_diffusers",
 ]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,29 +16,30 @@ from .broadcast.config import PABConfig
 from .broadcast.generation import Generation
 from .broadcast.plan import Sublayer
 from .broadcast.presets import preset_for
-from .broadcast.summary import Summary, summarise
+from .broadcast.scheduler import denoisers
+from .broadcast.summary import Summary, summarise, together
 
 
-def _resolve(model_or_pipe: Any) -> tuple[nn.Module, Any]:
-    """The DiT, and the pipeline around it or None."""
+def _resolve(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
+    """The DiTs by their names in the pipeline around them, and that or None."""
     if isinstance(model_or_pipe, nn.Module):
-        return getattr(model_or_pipe, "_orig_mod", model_or_pipe), None
-    model = getattr(model_or_pipe, "transformer", None)
+        return {"": getattr(model_or_pipe, "_orig_mod", model_or_pipe)}, None
+    models = denoisers(model_or_pipe)
     scheduler = getattr(model_or_pipe, "scheduler", None)
-    if isinstance(model, nn.Module) and hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step"):
-        return getattr(model, "_orig_mod", model), model_or_pipe
+    if models and hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step"):
+        return models, model_or_pipe
     raise TypeError(
         f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer` and a `scheduler`: "
         "pass the DiT itself"
     )
 
 
-def _enabled(model_or_pipe: Any) -> Broadcaster:
-    model, _ = _resolve(model_or_pipe)
-    broadcaster = broadcaster_of(model)
-    if broadcaster is None:
-        raise RuntimeError(f"PAB is not enabled on this {type(model).__name__}; call pab.enable first")
-    return broadcaster
+def _enabled(model_or_pipe: Any) -> dict[str, Broadcaster]:
+    models, _ = _resolve(model_or_pipe)
+    found = {name: broadcaster for name, model in models.items() if (broadcaster := broadcaster_of(model)) is not None}
+    if not found:
+        raise RuntimeError(f"PAB is not enabled on this {type(next(iter(models.values()))).__name__}; call pab.enable first")
+    return found
 
 
 def enable(
@@ -56,6 +58,9 @@ def enable(
     the first; `generation` begins every further one. On a model that is enabled already, `config` is taken from the next generation on, and
     a further pipeline that shares the model is followed too.
 
+    Where a pipeline has a second model (Wan 2.2's `transformer_2`), both are switched on. Each has a plan over its own steps: windows are
+    fractions of the full schedule, ranges count from the model's first step, and nothing is handed from one to the other.
+
     Args:
         model_or_pipe: a diffusers pipeline, or a DiT.
         config: default the published preset of the model's class, else the ranges 2/4/6 in the middle of the schedule.
@@ -73,11 +78,34 @@ def enable(
         TypeError: no sublayers are found in the model.
         ValueError: the config or `kinds` do not suit the model, or the config the schedule; or `timed` does not suit `cuda_graphs`.
     """
-    model, pipe = _resolve(model_or_pipe)
+    models, pipe = _resolve(model_or_pipe)
     if pipe is not None and (num_steps is not None or timesteps is not None):
         raise ValueError("a pipeline's scheduler gives the steps; leave num_steps and timesteps out, or pass the bare model")
     if config is not None and not isinstance(config, PABConfig):
         raise TypeError(f"config must be a PABConfig, got {type(config).__name__}; PABConfig.preset(name) gives a named one")
+    with contextlib.ExitStack() as undo:
+        for name, model in models.items():
+            given = model_or_pipe if pipe is None else getattr(pipe, name)
+            undo.callback(enable_model(model, pipe, config, num_steps, timesteps, timed, cuda_graphs, kinds, given))
+        undo.pop_all()
+
+
+def enable_model(
+    model: nn.Module,
+    pipe: Any,
+    config: PABConfig | None,
+    num_steps: int | None = None,
+    timesteps: Sequence[float] | None = None,
+    timed: bool | None = None,
+    cuda_graphs: bool | None = None,
+    kinds: Mapping[str, str | None] | None = None,
+    given: nn.Module | None = None,
+) -> Callable[[], None]:
+    """Switch PAB on for one model (see `enable`); what undoes it.
+
+    Args:
+        given: the model, or what `torch.compile` made of it; default the model.
+    """
     broadcaster = broadcaster_of(model)
     if broadcaster is not None and kinds is not None:
         raise ValueError(f"PAB is enabled on this {type(model).__name__} already, with its kinds; pab.disable it first to give others")
@@ -101,30 +129,28 @@ def enable(
     if broadcaster is None:
         broadcaster = Broadcaster(model, adapter, chosen)
         setattr(model, ATTRIBUTE, broadcaster)
-    given = model_or_pipe if pipe is None else pipe.transformer
-    if given is not model:
+    if given is not None and given is not model:
         broadcaster.enclose(given)
     broadcaster.configure(chosen, timed, cuda_graphs)
+    undo = partial(disable, model) if before is None else partial(broadcaster.configure, *before)
     try:
         if pipe is not None:
             broadcaster.watch(pipe)
         if num_steps is not None or timesteps is not None:
             broadcaster.prepare(num_steps=num_steps, timesteps=timesteps)
     except BaseException:
-        if before is None:
-            disable(model)
-        else:
-            broadcaster.configure(*before)
+        undo()
         raise
+    return undo
 
 
 def disable(model_or_pipe: Any) -> None:
     """Switch PAB off: the model, and the schedulers that were followed, are what they were. Does nothing where PAB is not enabled."""
-    model, _ = _resolve(model_or_pipe)
-    broadcaster = broadcaster_of(model)
-    if broadcaster is not None:
-        broadcaster.detach()
-        delattr(model, ATTRIBUTE)
+    for model in _resolve(model_or_pipe)[0].values():
+        broadcaster = broadcaster_of(model)
+        if broadcaster is not None:
+            broadcaster.detach()
+            delattr(model, ATTRIBUTE)
 
 
 @contextlib.contextmanager
@@ -138,9 +164,12 @@ def generation(model: Any, *, num_steps: int | None = None, timesteps: Sequence[
 
     Raises:
         RuntimeError: PAB is not enabled.
-        ValueError: neither is given.
+        ValueError: neither is given, or `model` is a pipeline with several.
     """
-    broadcaster = _enabled(model)
+    enabled = _enabled(model)
+    if len(enabled) > 1:
+        raise ValueError(f"a generation of a bare module is one model's, and this pipeline has {', '.join(enabled)}; pass one of them")
+    (broadcaster,) = enabled.values()
     begun = broadcaster.begin(num_steps=num_steps, timesteps=timesteps)
     try:
         yield begun
@@ -165,7 +194,9 @@ def context(model: Any, name: str, step: int | None = None) -> Iterator[None]:
         raise ValueError(f"a context needs a name, got {name!r}")
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
         raise ValueError(f"step must be a whole number from 0, got {step!r}; leave it out where the calls tell it")
-    with _enabled(model).context(name, step):
+    with contextlib.ExitStack() as stack:
+        for broadcaster in _enabled(model).values():
+            stack.enter_context(broadcaster.context(name, step))
         yield
 
 
@@ -173,14 +204,14 @@ def sublayers(model: Any, kinds: Mapping[str, str | None] | None = None) -> list
     """The sublayers that PAB sees in a model: module name, kind, how they are run and, where they were found, by what.
 
     Args:
-        model: a DiT, or its pipeline.
+        model: a DiT, or its pipeline; of several models the first is meant.
         kinds: as in `enable`, to see what it would change; not for a model that is enabled.
 
     Raises:
         TypeError: no sublayers are found in the model.
         ValueError: `kinds` does not suit the model, or it is enabled already.
     """
-    module, _ = _resolve(model)
+    module = next(iter(_resolve(model)[0].values()))
     broadcaster = broadcaster_of(module)
     if broadcaster is not None and kinds is not None:
         raise ValueError(f"PAB is enabled on this {type(module).__name__} already, with its kinds; pab.disable it first to see others")
@@ -193,8 +224,10 @@ def summary(model_or_pipe: Any) -> Summary:
     FLOPs are counted here: a copy of the model as it is now, without PAB, runs once on the meta device for every set of shapes that the
     model was called with. Where it cannot run there, as its code reads values of tensors, they are not known, and 0.
 
+    Of a pipeline with several models it has the sums, and each model's own under `models`.
+
     Raises:
         RuntimeError: PAB is not enabled.
     """
-    broadcaster = _enabled(model_or_pipe)
-    return summarise(broadcaster.latest, _resolve(model_or_pipe)[0])
+    models = _resolve(model_or_pipe)[0]
+    return together({name: summarise(broadcaster.latest, models[name]) for name, broadcaster in _enabled(model_or_pipe).items()})

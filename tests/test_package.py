@@ -26,7 +26,10 @@ import pab_kernels
 PACKAGE = Path(pab_kernels.__file__).parent
 ROOT = Path(__file__).parents[1]
 
-PUBLIC = {"enable", "disable", "generation", "context", "sublayers", "plan", "summary", "Broadcast", "PABConfig", "Plan"}
+PUBLIC = {"enable", "disable", "generation", "context", "sublayers", "plan", "summary", "Broadcast", "PABConfig", "Plan"} | {
+    "patch_diffusers",
+    "unpatch_diffusers",
+}
 
 OPTIONAL = (
     "accelerate",
@@ -46,7 +49,7 @@ OPTIONAL = (
 )
 """What the package uses and does not need for `import pab_kernels`."""
 
-ROOMS = ("extras", "ops", "broadcast", "nn", "models", "parallel", "adapters", "api", "analysis")
+ROOMS = ("extras", "ops", "broadcast", "nn", "models", "parallel", "adapters", "api", "patch", "analysis")
 """From the bottom to the top: a room imports itself and what is to its left. `demo`, `doctor` and `cli` stand above all of them."""
 
 MAX_LINES = 400

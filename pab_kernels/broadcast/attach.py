@@ -11,9 +11,9 @@ from torch import nn
 class Attached:
     """Stands in for the method `name` of `owner`, calling `replacement(original, *args, **kwargs)`.
 
-    `detach` gives the object back as it was, also where hooks put around it since (or taken off) have moved the stand-in elsewhere on
-    `module`. If somebody else has wrapped the method since, the stand-in passes through to the original. A deep copy of the owner, and a
-    pickled one, has its own plain method.
+    Where there is no such method, `original` does nothing. `detach` gives the object back as it was, also where hooks put around it since
+    (or taken off) have moved the stand-in elsewhere on `module`. If somebody else has wrapped the method since, the stand-in passes through
+    to the original. A deep copy of the owner, and a pickled one, has its own plain method.
     """
 
     # Slots: functools.update_wrapper, which hooks use, copies a wrapped object's __dict__ into the wrapper, and would keep all this alive.
@@ -21,7 +21,7 @@ class Attached:
 
     def __init__(self, owner: Any, name: str, replacement: Callable[..., Any], module: nn.Module | None = None) -> None:
         self.owner, self.name = owner, name
-        self.original = getattr(owner, name)
+        self.original = getattr(owner, name, _nothing)
         self.replacement: Callable[..., Any] | None = replacement
         self.__wrapped__ = self.original  # for inspect.signature
         self._was_own = name in vars(owner)
@@ -47,6 +47,10 @@ class Attached:
                     delattr(holder, name)
                 else:
                     setattr(holder, name, self.original)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """The method of an object that has none."""
 
 
 def _as_it_was(original: Any) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +17,9 @@ from .config import PABConfig
 from .costs import Signature
 from .generation import Call, Generation
 from .graphs import Graphs
+from .open_generation import OpenGeneration
 from .plan import Sublayer
-from .scheduler import SchedulerWatch
+from .scheduler import SchedulerWatch, left_at
 from .slots import Key
 from .stopwatch import REST
 
@@ -30,6 +31,9 @@ _COMPILED_LAST = (
     "a model under PAB is called from a compiled graph: after compiled = torch.compile(model) call pab.enable(compiled) or give it to the "
     "pipeline and enable that, or compile it by model.compile()"
 )
+
+RESET = "_reset_stateful_cache"
+"""Name of the method that diffusers' pipelines call at their end on all parts that have it."""
 
 
 class Detachable(Protocol):
@@ -100,6 +104,8 @@ class Broadcaster:
         self.config = config
         self.timed = False
         self.cuda_graphs = False
+        self.clock: Callable[[], Any] | None = None
+        """Gives the timestep, where no scheduler that is followed tells the steps."""
         self._thread = _Thread()
         self._waiting: list[Generation] = []
         self._latest: Generation | None = None
@@ -116,7 +122,7 @@ class Broadcaster:
                 self._attached.append(attached)
             self._attached.append(attach_forward(model, self._called))
             self.enclose(model)
-            for name, replacement in (("cache_context", self._cache_context), ("_reset_stateful_cache", self._reset)):
+            for name, replacement in (("cache_context", self._cache_context), (RESET, self._reset)):
                 if hasattr(model, name):
                     self._attached.append(Attached(model, name, replacement))
             self._attached.append(Attached(model, "compile", self._compile))
@@ -195,6 +201,9 @@ class Broadcaster:
     def watch(self, pipe: Any) -> None:
         """Follow the scheduler that `pipe` holds, now and whenever it holds another."""
         self._pipes = [ref for ref in self._pipes if ref() is not None and ref() is not pipe] + [weakref.ref(pipe)]
+        model = self._model()
+        if not hasattr(model, RESET):
+            self._attached.append(Attached(model, RESET, self._reset))
         self._follow(self._held())
 
     def _held(self) -> list[Any]:
@@ -220,8 +229,21 @@ class Broadcaster:
         previous = self._thread.generation
         if previous is not None:
             previous.release()
-        generation = Generation(self.config, self.adapter.sublayers, timesteps=scheduler.timesteps, scheduler=scheduler, **self._ways())
+        generation = Generation(
+            self.config,
+            self.adapter.sublayers,
+            timesteps=scheduler.timesteps,
+            scheduler=scheduler,
+            end=self._left_at(scheduler),
+            **self._ways(),
+        )
         self._latest = self._thread.generation = generation
+
+    def _left_at(self, scheduler: Any) -> int | None:
+        """The step at which another model takes over on every pipeline that holds `scheduler`, or None."""
+        model, pipes = self._model(), [pipe for ref in self._pipes if (pipe := ref()) is not None and pipe.scheduler is scheduler]
+        end = max((left_at(pipe, model) for pipe in pipes if model is not None), default=0)
+        return end if 0 < end < len(scheduler.timesteps) else None
 
     def scheduler_steps(self, scheduler: Any) -> None:
         """`step` was called."""
@@ -241,6 +263,9 @@ class Broadcaster:
                 thread.generation = self._waiting.pop()
         if thread.generation is None:
             begun = list(filter(_has_begun, held))
+            if not begun and self.clock is not None:
+                self._latest = thread.generation = OpenGeneration(self.config, self.adapter.sublayers, self.clock, timed=self.timed)
+                return thread.generation
             if not begun:
                 raise RuntimeError(
                     "no generation has begun: call the model inside `with pab.generation(model, num_steps=...):`, or give num_steps to "
@@ -275,8 +300,12 @@ class Broadcaster:
 
     def _reset(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """diffusers' pipelines end with this, also those that were interrupted."""
-        if self._thread.generation is not None:
-            self._thread.generation.release()
+        generation = self._thread.generation
+        if generation is not None:
+            generation.release()
+            generation.over = True
+            if isinstance(generation, OpenGeneration):
+                self._thread.generation = None
         return original(*args, **kwargs)
 
     def _compile(self, original: Any, *args: Any, **kwargs: Any) -> None:

@@ -92,7 +92,7 @@ class Broadcast:
         lo, hi = pair
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (lo, hi)) or not lo < hi:
             raise ValueError(f"window must be two numbers with lo < hi, got {window!r}")
-        if lo < 0 or (self.unit == "fraction" and hi > 1):
+        if (lo < 0 and self.unit != "timestep") or (self.unit == "fraction" and hi > 1):
             bounds = "0 <= lo < hi <= 1; for steps or timesteps pass that unit" if self.unit == "fraction" else "0 <= lo < hi"
             raise ValueError(f"window {window!r} is out of bounds; unit {self.unit!r} supports {bounds}")
         object.__setattr__(self, "window", (lo, hi))
@@ -106,15 +106,15 @@ class Broadcast:
         if self.at is None:
             return ()
         if self.unit == "step":
-            return tuple(i for i in self.at if schedule.begin <= i < schedule.num_steps)
+            return tuple(i for i in self.at if i in schedule.steps)
         host = schedule.require_timesteps(f"explicit steps at={self.at}")
-        return tuple(i for i in range(schedule.begin, schedule.num_steps) if int(host[i]) in self.at)
+        return tuple(i for i in schedule.steps if int(host[i]) in self.at)
 
     def reused(self, schedule: Schedule) -> frozenset[int]:
         """The steps at which the rule asks for reuse."""
         if self.at is not None:
             points = self.points(schedule)
-            ends = (*points, schedule.num_steps)[1:]
+            ends = (*points, schedule.steps.stop)[1:]
             runs = zip(points, ends, strict=True)
             return frozenset(i for start, end in runs for i in range(start + 1, min(start + self.range, end)))
         assert self.window is not None
@@ -125,7 +125,7 @@ class Broadcast:
             inside = [lo <= i < hi for i in range(schedule.num_steps)]
         else:
             inside = [lo < int(t) < hi for t in schedule.require_timesteps(f"the window {self.window}")]
-        return frozenset(i for i in range(schedule.begin, schedule.num_steps) if (i - schedule.begin) % self.range and inside[i])
+        return frozenset(i for i in schedule.steps if (i - schedule.begin) % self.range and inside[i])
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_dict` gives the rule back."""

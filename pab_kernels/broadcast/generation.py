@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -259,6 +260,7 @@ class Generation:
         scheduler: whose `step` ends each step; without one, a step ends when a context is called again.
         timed: whether seconds are measured by kind.
         cuda_graphs: whether the model's calls are captured and replayed.
+        end: the step at which another model takes over, or None.
     """
 
     def __init__(
@@ -271,10 +273,11 @@ class Generation:
         scheduler: Any = None,
         timed: bool = False,
         cuda_graphs: bool = False,
+        end: int | None = None,
     ) -> None:
         self.config = config
         self.sublayers = tuple(sublayers)
-        self.schedule = Schedule.of(num_steps, timesteps)
+        self.schedule = Schedule.of(num_steps, timesteps, end=end)
         self.scheduler = scheduler
         self.timed = timed
         self.cuda_graphs = cuda_graphs
@@ -284,6 +287,8 @@ class Generation:
         self.contexts: dict[str, Context] = {}
         self.meter = Meter()
         self.plain_calls = 0
+        self.over = False
+        """Whether its pipeline has said that it is at its end."""
         self._called: dict[str, int] = {}
         self._costs: dict[Signature | None, CallCosts | None] = {}
         self._fuses: dict[tuple[nn.Module, Key], bool] = {}
@@ -295,13 +300,18 @@ class Generation:
         return self.plan is not None
 
     @property
+    def taken(self) -> int:
+        """How many steps the model was called at."""
+        return self.step - self.schedule.begin + bool(self._called)
+
+    @property
     def used_up(self) -> bool:
-        """Whether every step of the schedule was taken."""
-        return self.step >= self.schedule.num_steps
+        """Whether every step of the model was taken."""
+        return self.step >= self.schedule.steps.stop
 
     def start(self, begin: int = 0) -> Plan:
         """Make the plan, for a schedule entered at step `begin`."""
-        self.schedule = Schedule(self.schedule.num_steps, self.schedule.timesteps, begin)
+        self.schedule = dataclasses.replace(self.schedule, begin=begin)
         self.plan = Plan(self.config, self.schedule, self.sublayers)
         self.step = begin
         return self.plan
@@ -314,16 +324,19 @@ class Generation:
         """
         if self.plan is None:
             self.start()
+        self.over = False
         label = (name or "").replace("#", "##")  # a single # parts a name from the order of the call
-        if step is None and self.scheduler is None and label in self._called:
-            self.advance()
+        if step is None and label in self._called and (self.scheduler is None or label):
+            self.advance()  # of a scheduler, where it is a copy that steps
         at = self.step if step is None else step
-        if not self.schedule.begin <= at < self.schedule.num_steps:
+        if at not in self.schedule.steps:
             first = f" from {self.schedule.begin} on" if self.schedule.begin else ""
+            first += f" up to {self.schedule.end}, where another model takes over," if self.schedule.end is not None else ""
             way = (
                 "with pab.generation(model, num_steps=...):"
                 if self.scheduler is None
-                else "set_timesteps on the scheduler of an enabled pipeline; pab.enable every pipeline that shares the model"
+                else "set_timesteps on the scheduler of an enabled pipeline; pab.enable every pipeline that shares the model; copies of a "
+                "scheduler are not followed"
             )
             raise RuntimeError(
                 f"the plan has {self.schedule.num_steps} steps{first} and this call would be step {at}; begin a further generation: {way}"

@@ -118,8 +118,8 @@ class Forecast:
 
 
 def _row(rule: Broadcast | None, block: Sequence[Decision] | None, schedule: Schedule) -> tuple[Decision, ...]:
-    """The decisions of one sublayer, for steps `begin` to `N - 1`."""
-    steps = range(schedule.begin, schedule.num_steps)
+    """The decisions of one sublayer, for the steps of `schedule`."""
+    steps = schedule.steps
     runs = [i for i in steps if block is None or block[i - schedule.begin].action is not Action.REUSE]
     reused = rule.reused(schedule) if rule else frozenset()
     linear = rule is not None and rule.reuse == "linear"
@@ -191,7 +191,7 @@ class Plan:
 
     @cached_property
     def rows(self) -> dict[str, tuple[Decision, ...]]:
-        """The decisions of each sublayer, for steps `begin` to `N - 1`."""
+        """The decisions of each sublayer, for the steps that are run."""
         made: dict[Any, tuple[Decision, ...]] = {}
         rows: dict[str, tuple[Decision, ...]] = {}
         for sublayer in sorted(self.sublayers, key=lambda s: s.kind != "block"):
@@ -205,7 +205,7 @@ class Plan:
     @property
     def steps(self) -> range:
         """The steps that are run."""
-        return range(self.schedule.begin, self.schedule.num_steps)
+        return self.schedule.steps
 
     def decision(self, name: str, step: int) -> Decision:
         """The cell of sublayer `name` at `step`."""
@@ -307,7 +307,8 @@ class Plan:
 
     def __str__(self) -> str:
         begin = f", entered at {self.schedule.begin}" if self.schedule.begin else ""
-        lines = [f"{self.schedule.num_steps} steps{begin}, {self.patterns} patterns   # computed  S computed and stored  . reused"]
+        end = f", left at {self.schedule.end}" if self.steps.stop < self.schedule.num_steps else ""
+        lines = [f"{self.schedule.num_steps} steps{begin}{end}, {self.patterns} patterns   # computed  S computed and stored  . reused"]
         groups = self.grouped()
         width = max((len(label) for label, _ in groups), default=0)
         for label, row in groups:

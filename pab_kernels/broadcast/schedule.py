@@ -11,28 +11,38 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Schedule:
-    """The full schedule of a generation and where it is entered.
+    """The full schedule of a generation, where it is entered and where it is left.
 
     Args:
         num_steps: N, the steps of the full schedule.
         timesteps: the timestep of each step, descending, or None where they are not known.
-        begin: the first step that is run; above 0 in image-to-image.
+        begin: the first step that is run; above 0 in image-to-image, and where another model went before.
+        end: the step at which another model takes over, or None where the last step is run.
     """
 
     num_steps: int
     timesteps: tuple[float, ...] | None = None
     begin: int = 0
+    end: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError(f"num_steps must be a whole number of at least 1, got {self.num_steps!r}")
         if self.timesteps is not None and len(self.timesteps) != self.num_steps:
             raise ValueError(f"num_steps={self.num_steps} does not fit {len(self.timesteps)} timesteps; pass one of the two")
-        if isinstance(self.begin, bool) or not isinstance(self.begin, int) or not 0 <= self.begin < self.num_steps:
-            raise ValueError(f"begin must be a whole number in 0..{self.num_steps - 1}, got {self.begin!r}")
+        if self.end is not None and (isinstance(self.end, bool) or not isinstance(self.end, int) or not 0 < self.end <= self.num_steps):
+            raise ValueError(f"end must be a whole number in 1..{self.num_steps}, got {self.end!r}")
+        stop = self.num_steps if self.end is None else self.end
+        if isinstance(self.begin, bool) or not isinstance(self.begin, int) or not 0 <= self.begin < stop:
+            raise ValueError(f"begin must be a whole number in 0..{stop - 1}, got {self.begin!r}")
+
+    @property
+    def steps(self) -> range:
+        """The steps that are run."""
+        return range(self.begin, self.num_steps if self.end is None else self.end)
 
     @classmethod
-    def of(cls, num_steps: int | None = None, timesteps: Sequence[float] | None = None, begin: int = 0) -> Schedule:
+    def of(cls, num_steps: int | None = None, timesteps: Sequence[float] | None = None, begin: int = 0, end: int | None = None) -> Schedule:
         """From a number of steps, or from timesteps (any sequence or tensor; read to the host here, once).
 
         Raises:
@@ -40,10 +50,10 @@ class Schedule:
         """
         if timesteps is not None:
             host = _row_of_numbers(timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps)
-            return cls(num_steps if num_steps is not None else len(host), host, begin)
+            return cls(num_steps if num_steps is not None else len(host), host, begin, end)
         if num_steps is None:
             raise ValueError("a plan needs num_steps= or timesteps=; got neither")
-        return cls(num_steps, None, begin)
+        return cls(num_steps, None, begin, end)
 
     def require_timesteps(self, what: str) -> tuple[float, ...]:
         """The timesteps, for a rule that counts in them."""

@@ -1,10 +1,35 @@
-"""Following a diffusers scheduler: `set_timesteps` begins a generation, `step` ends a step."""
+"""Following a diffusers scheduler: `set_timesteps` begins a generation, `step` ends a step; and the models that it serves."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
+from torch import nn
+
 from .attach import Attached
+
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer")
+"""Names of what a pipeline may call at the steps of its scheduler."""
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The models that a pipeline calls at the steps of its scheduler, by name; a compiled one is the model in it."""
+    held = {name: getattr(pipe, name, None) for name in DENOISERS}
+    return {name: getattr(model, "_orig_mod", model) for name, model in held.items() if isinstance(model, nn.Module)}
+
+
+def left_at(pipe: Any, model: nn.Module) -> int:
+    """The step of a pipeline's schedule from which it no longer calls `model`; the number of steps where it calls it to the end.
+
+    A pipeline with a `boundary_ratio` calls `transformer` at the timesteps from `boundary_ratio * num_train_timesteps` up, and
+    `transformer_2` below (Wan 2.2: an expert for much noise and one for little).
+    """
+    timesteps, models = pipe.scheduler.timesteps, denoisers(pipe)
+    ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+    if ratio is None or "transformer_2" not in models or models.get("transformer") is not model:
+        return len(timesteps)
+    own = (timesteps >= ratio * pipe.scheduler.config.num_train_timesteps).tolist()
+    return len(own) - [*reversed(own)].index(True) if any(own) else 0
 
 
 class Listener(Protocol):

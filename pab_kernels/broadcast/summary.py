@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,8 @@ class Summary:
         rest_seconds: of the model outside of its sublayers; None where seconds were not asked for.
         graphs: CUDA graphs that are there now, of this generation and those before; None where they were not asked for.
         graph_bytes: of device memory that they keep: places of slots, inputs, and what the captured work writes.
+        models: of a pipeline with several, what each did, by its name in the pipeline. All else is then their sum (of the peaks too, which
+            they need not reach at the same time), contexts have the model's name before their own, and there is no plan.
     """
 
     plan: Plan | None
@@ -42,6 +45,7 @@ class Summary:
     rest_seconds: float | None = None
     graphs: int | None = None
     graph_bytes: int | None = None
+    models: dict[str, Summary] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -55,14 +59,16 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without the plan: that follows from the config."""
-        counted = {name: value for name, value in vars(self).items() if name not in ("plan", "contexts")}
+        counted = {name: value for name, value in vars(self).items() if name not in ("plan", "contexts", "models")}
         contexts = {
             name: {kind: vars(tally) | {"flops_saved": tally.flops_saved} for kind, tally in c.items()} for name, c in self.contexts.items()
         }
-        return {**counted, "flops_share": round(self.share, 4), "notes": list(self.plan.notes) if self.plan else [], "contexts": contexts}
+        plans = [s.plan for s in self.models.values()] or [self.plan]
+        notes = list(dict.fromkeys(note for plan in plans if plan for note in plan.notes))
+        return {**counted, "flops_share": round(self.share, 4), "notes": notes, "contexts": contexts}
 
     def __str__(self) -> str:
-        lines = [] if self.plan is None else [str(self.plan)]
+        lines = [f"{name}: {s.plan or 'not called'}" for name, s in self.models.items()] or [str(self.plan)] * (self.plan is not None)
         for name, kinds in self.contexts.items():
             lines += self._table(f"context {name}", kinds)
         if not self.contexts:
@@ -122,6 +128,18 @@ def _flops(context: Context, costs: dict[Any, CallCosts], kinds: dict[str, str])
             found.saved += calls * flops
             found.saved_by_kind[kind] += calls * flops
     return found
+
+
+def together(models: Mapping[str, Summary]) -> Summary:
+    """One summary of all models of a pipeline; of a single one, its own."""
+    if len(models) == 1:
+        return next(iter(models.values()))
+    sums: dict[str, Any] = {}
+    for name in (f.name for f in fields(Summary) if f.name not in ("plan", "contexts", "models")):
+        known = [value for s in models.values() if (value := getattr(s, name)) is not None]
+        sums[name] = sum(known) if known else None
+    contexts = {f"{model}: {name}": kinds for model, s in models.items() for name, kinds in s.contexts.items()}
+    return Summary(plan=None, contexts=contexts, models=dict(models), **sums)
 
 
 def summarise(generation: Generation | None, model: nn.Module) -> Summary:

@@ -132,7 +132,7 @@ class KeptText:
     @property
     def last(self) -> bool:
         """Whether the call is the last of the generation in its context."""
-        return self.call.step + 1 == self.call.generation.schedule.num_steps
+        return self.call.step + 1 == self.call.generation.schedule.steps.stop
 
     def get(self, sources: Sequence[Tensor]) -> Any:
         """What was kept, if it was made from these tensors as they are now; else None."""

@@ -137,6 +137,15 @@ def test_the_signature_and_documentation_path_lead_to_the_original() -> None:
     assert inspect.signature(counter.add) == signature
 
 
+def test_a_method_that_is_not_there_does_nothing_and_is_gone_again() -> None:
+    counter = Counter()
+    attached = Attached(counter, "reset", lambda original, *args: (original(*args), args))
+    assert counter.reset(1) == (None, (1,))  # type: ignore[attr-defined]
+    assert copy.deepcopy(counter).reset(1) is None  # type: ignore[attr-defined]
+    attached.detach()
+    assert not hasattr(counter, "reset")
+
+
 # Copies
 
 

@@ -292,6 +292,11 @@ BAD_SCHEDULES: list[tuple[dict[str, Any], str]] = [
     ({"num_steps": 4, "begin": 4}, r"begin must be a whole number in 0\.\.3, got 4"),
     ({"num_steps": 4, "begin": -1}, "got -1"),
     ({"num_steps": 4, "begin": 1.0}, "got 1.0"),
+    ({"num_steps": 4, "end": 0}, r"end must be a whole number in 1\.\.4, got 0"),
+    ({"num_steps": 4, "end": 5}, "got 5"),
+    ({"num_steps": 4, "end": 2.0}, "got 2.0"),
+    ({"num_steps": 4, "end": True}, "got True"),
+    ({"num_steps": 4, "end": 2, "begin": 2}, r"begin must be a whole number in 0\.\.1, got 2"),
 ]
 
 
@@ -307,6 +312,12 @@ def test_a_rule_in_timesteps_says_that_it_needs_them(rule: Broadcast) -> None:
     named = r"\(100, 800\)" if rule.window else re.escape("at=(500,)")
     with pytest.raises(ValueError, match=f"{named}.* only num_steps=10 is known; pass timesteps=, or a window in fractions"):
         rule.reused(Schedule(10))
+
+
+def test_a_window_in_timesteps_may_begin_below_0_to_take_timestep_0_in() -> None:
+    schedule = Schedule(4, (900.0, 600.0, 300.0, 0.0))
+    assert Broadcast(4, (-1, 1000), "timestep").reused(schedule) == {1, 2, 3}
+    assert Broadcast(4, (0, 1000), "timestep").reused(schedule) == {1, 2}
 
 
 def test_timesteps_may_be_anything_in_a_row() -> None:

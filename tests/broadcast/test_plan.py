@@ -463,3 +463,25 @@ def test_notes_name_windows_in_which_nothing_is_reused() -> None:
 def test_notes_name_explicit_steps_before_the_entry() -> None:
     config = PABConfig(spatial=Broadcast(2, unit="step", at=[1, 5, 12]))
     assert _notes(config, schedule=Schedule(10, begin=3)) == ("spatial: steps 1, 12 do not occur in this schedule and have no effect",)
+
+
+# A schedule that is left before its end, as another model takes over
+
+
+def test_a_plan_that_ends_early_is_the_beginning_of_the_whole_one_and_keeps_nothing_for_later() -> None:
+    config = PABConfig(
+        spatial=Broadcast(4, (0.2, 0.9)), temporal=Broadcast(3, unit="step", at=(2, 7)), cross=Broadcast(6, (0, 1000), "timestep")
+    )
+    timesteps = tuple(float(t) for t in range(1000, 0, -100))
+    whole = Plan(config, Schedule(10, timesteps))
+    for end in range(1, 11):
+        early = Plan(config, Schedule(10, timesteps, end=end))
+        assert early.steps == range(end)
+        for name, row in early.rows.items():
+            assert [d.source for d in row] == [d.source for d in whole.rows[name][:end]]
+            assert early.held(name, end - 1) == 0
+            read = {d.source for d in row}
+            assert all((d.action is Action.STORE) == (i in read) for i, d in enumerate(row) if d.action is not Action.REUSE)
+    assert "10 steps, left at 5, " in str(Plan(config, Schedule(10, timesteps, end=5)))
+    assert "left at" not in str(Plan(config, Schedule(10, timesteps, end=10)))
+    assert Plan(config, Schedule(10, timesteps, begin=3, end=5)).steps == range(3, 5)

@@ -1,0 +1,98 @@
+"""A generation whose schedule nobody tells: decided step by step, by the timestep that a callback gives.
+
+Where a plan is made in advance, what no later step reads is not kept. Here every output that might be reused is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+from .config import PABConfig
+from .generation import Generation
+from .plan import Action, Decision, Plan, Sublayer
+from .schedule import Schedule
+from .slots import Meter
+
+
+class OpenPlan(Plan):
+    """The decisions of the step that runs. Its rules hold outputs, in windows of timesteps; no step of it is known in advance."""
+
+    timestep: float
+
+    @property
+    def steps(self) -> range:
+        """None is planned."""
+        return range(0)
+
+    @cached_property
+    def rows(self) -> dict[str, tuple[Decision, ...]]:
+        """The sublayers, without decisions."""
+        return {s.name: () for s in self.sublayers}
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing is known to have no effect."""
+        return ()
+
+    @cached_property
+    def _ranges(self) -> dict[str, tuple[int, float, float]]:
+        rules = {s.name: self.config.rule(s.kind, s.layer) for s in self.sublayers}
+        return {name: (r.range, *r.window) if r is not None and r.window is not None else (1, 0.0, 0.0) for name, r in rules.items()}
+
+    def at(self, timestep: float) -> OpenPlan:
+        """This plan, at a step of `timestep`."""
+        object.__setattr__(self, "timestep", timestep)
+        return self
+
+    def decision(self, name: str, step: int) -> Decision:
+        """Reuse what was computed last where the rule asks for it; else compute, and keep it."""
+        reach, lo, hi = self._ranges[name]
+        if step % reach and lo < int(self.timestep) < hi:
+            return Decision(Action.REUSE, 0)
+        return Decision(Action.STORE if reach > 1 else Action.COMPUTE)
+
+    def held(self, name: str, step: int) -> int:
+        """One output of every sublayer that is ever reused."""
+        return int(self._ranges[name][0] > 1)
+
+    def __str__(self) -> str:
+        return "decided step by step: the schedule is not known"
+
+
+class OpenGeneration(Generation):
+    """A generation that goes on until it is ended, or until the timestep rises: then another one has begun.
+
+    Args:
+        config: rules of windows in timesteps.
+        sublayers: the model's.
+        clock: gives the timestep; asked once a step, for which the host may wait for the device.
+        timed: whether seconds are measured by kind.
+
+    Raises:
+        ValueError: `clock` gives no number.
+    """
+
+    def __init__(self, config: PABConfig, sublayers: Sequence[Sublayer], clock: Callable[[], Any], *, timed: bool = False) -> None:
+        super().__init__(config, sublayers, num_steps=sys.maxsize, timed=timed)
+        self._clock = clock
+        self._plan = OpenPlan(config, Schedule(sys.maxsize), self.sublayers).at(self._timestep())
+        self.plan = self._plan
+
+    def _timestep(self) -> float:
+        given = self._clock()
+        try:
+            return float(given)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"current_timestep_callback must give the timestep, one number; it gave {given!r}") from None
+
+    def advance(self) -> None:
+        """A further step begins, or another generation."""
+        before, now = self._plan.timestep, self._timestep()
+        super().advance()
+        if now > before:
+            self.release()
+            self.contexts, self.meter, self.step = {}, Meter(), 0
+        self._plan.at(now)

@@ -1,0 +1,208 @@
+"""diffusers' `transformer.enable_cache(PyramidAttentionBroadcastConfig(...))`, served by this package while it is patched in."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from . import api
+from .broadcast.broadcaster import Broadcaster, broadcaster_of
+from .broadcast.formats import from_diffusers
+from .broadcast.generation import Generation
+from .broadcast.scheduler import denoisers
+from .broadcast.slots import Slot
+from .extras import require
+
+logger = logging.getLogger("pab_kernels")
+
+_HOOK = "pyramid_attention_broadcast"
+"""The name under which diffusers registers its hooks, and by which code that looks for them finds what stands for them here."""
+
+_PATCH = "_pab_patch"
+
+
+@dataclass
+class _Patch:
+    """What is changed: methods of diffusers' mixin, each as it was and as it is, and the models that are served."""
+
+    methods: dict[str, tuple[Callable[..., None], Callable[..., None]]] = field(default_factory=dict)
+    served: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
+
+
+def patch_diffusers() -> None:
+    """Let `enable_cache(PyramidAttentionBroadcastConfig(...))` of diffusers' models use this package, until `unpatch_diffusers`.
+
+    `disable_cache`, `is_cache_enabled` and `cache_context` belong to it; configs of other caches go to diffusers as before. Rules are as
+    `broadcast.formats.from_diffusers` has them, and `summary(model)` tells what was done.
+
+    The pipeline is looked for in `current_timestep_callback`: in `lambda: pipe.current_timestep` it is found, and its scheduler gives the
+    plan. Where it is not found, each step is decided when it comes, by the timestep that the callback gives: a step ends where a context is
+    called again, and a generation at `_reset_stateful_cache` or where the timestep rises.
+
+    Unlike in diffusers, branches of guidance that are called one by one share neither outputs nor counts, temporal attention has its own
+    range, and a run that ended in the middle leaves nothing for the next.
+
+    Raises:
+        ModuleNotFoundError: diffusers is not installed.
+    """
+    mixin = _mixin()
+    if hasattr(mixin, _PATCH):
+        return
+    patch = _Patch()
+    setattr(mixin, _PATCH, patch)
+    for name, served in (("enable_cache", _enable), ("disable_cache", _disable)):
+        original = vars(mixin)[name]
+        patch.methods[name] = original, _before(original, served)
+        setattr(mixin, name, patch.methods[name][1])
+
+
+def unpatch_diffusers() -> None:
+    """Take `patch_diffusers` back: PAB is off on the models that it was switched on for, and `enable_cache` is diffusers' own."""
+    mixin = _mixin()
+    patch = getattr(mixin, _PATCH, None)
+    if patch is None:
+        return
+    for model in list(patch.served):
+        _disable(patch, model)
+    delattr(mixin, _PATCH)
+    for name, (original, method) in patch.methods.items():
+        if vars(mixin)[name] is method:  # else somebody has wrapped it since, and it passes through
+            setattr(mixin, name, original)
+
+
+def _mixin() -> Any:
+    require("diffusers", "patching it")
+    from diffusers.models.cache_utils import CacheMixin
+
+    return CacheMixin
+
+
+def _before(original: Callable[..., None], served: Callable[..., bool]) -> Callable[..., None]:
+    """A method that is `original`, unless the patch is on and `served` has done what was asked for."""
+
+    @functools.wraps(original)
+    def method(model: Any, *args: Any, **kwargs: Any) -> None:
+        patch = getattr(model, _PATCH, None)
+        if patch is None or not served(patch, model, *args, **kwargs):
+            original(model, *args, **kwargs)
+
+    return method
+
+
+def _enable(patch: _Patch, model: Any, config: Any) -> bool:
+    from diffusers import PyramidAttentionBroadcastConfig
+
+    if model.is_cache_enabled or not isinstance(config, PyramidAttentionBroadcastConfig):
+        return False
+    callback = config.current_timestep_callback
+    if callback is None:
+        raise ValueError("current_timestep_callback is missing; give it: current_timestep_callback=lambda: pipe.current_timestep")
+    if broadcaster_of(model) is not None:
+        raise ValueError(f"PAB is enabled on this {type(model).__name__} by pab.enable; pab.disable it first")
+    sublayers = api.sublayers(model)
+    rules = from_diffusers(config, sublayers)
+    pipe = _pipe_of(callback, model)
+    api.enable_model(model, pipe, rules)
+    broadcaster = broadcaster_of(model)
+    assert broadcaster is not None
+    broadcaster.clock = callback
+    for sublayer in sublayers:
+        rule = rules.rule(sublayer.kind, sublayer.layer)
+        if rule is not None and rule.window is not None:
+            _show(model.get_submodule(sublayer.name), _State(broadcaster, sublayer.name), rule.window, rule.range, callback)
+    if pipe is None:
+        logger.info("%s: no pipeline is found in current_timestep_callback: each step is decided when it comes", type(model).__name__)
+    model._cache_config = config
+    patch.served.add(model)
+    return True
+
+
+def _disable(patch: _Patch, model: Any) -> bool:
+    if model not in patch.served:
+        return False
+    patch.served.discard(model)
+    for module in model.modules():
+        registry = vars(module).get("_diffusers_hook")
+        if registry is not None and isinstance(getattr(registry.get_hook(_HOOK), "state", None), _State):
+            del registry.hooks[_HOOK]
+            if not registry.hooks:
+                del module._diffusers_hook
+    if hasattr(model, "_diffusers_hook"):
+        model._diffusers_hook.invalidate_child_registries_cache()
+    api.disable(model)
+    del model._cache_config
+    return True
+
+
+def _pipe_of(callback: Callable[[], Any], model: nn.Module) -> Any:
+    """The pipeline of `model` among what the code of `callback` names, or what that holds; None where it is not there."""
+    for thing in _named_in(callback):
+        for candidate in (thing, *getattr(thing, "__dict__", {}).values()):
+            if not isinstance(candidate, nn.Module) and hasattr(candidate, "scheduler") and model in denoisers(candidate).values():
+                return candidate
+    return None
+
+
+def _named_in(callback: Callable[[], Any]) -> Iterator[Any]:
+    while isinstance(callback, functools.partial):
+        yield from (*callback.args, *callback.keywords.values())
+        callback = callback.func
+    yield getattr(callback, "__self__", None)
+    yield from getattr(callback, "__defaults__", None) or ()
+    with contextlib.suppress(TypeError, ValueError):  # no function of Python, or one whose names are not filled yet
+        found = inspect.getclosurevars(callback)
+        yield from (*found.nonlocals.values(), *found.globals.values())
+
+
+# What code that knows diffusers' hooks finds
+
+
+class _State:
+    """In place of the state of diffusers' hook on one module: how far the generation is, and what is kept.
+
+    Args:
+        broadcaster: of the model.
+        name: of the module in it.
+    """
+
+    def __init__(self, broadcaster: Broadcaster, name: str) -> None:
+        self._broadcaster = weakref.ref(broadcaster)
+        self._name = name
+
+    def _generation(self) -> Generation | None:
+        broadcaster = self._broadcaster()
+        generation = None if broadcaster is None else broadcaster.latest
+        return None if generation is None or generation.over else generation
+
+    @property
+    def iteration(self) -> int:
+        """How many steps the running generation has called the model at."""
+        generation = self._generation()
+        return 0 if generation is None else generation.taken
+
+    @property
+    def cache(self) -> tuple[Slot, ...] | None:
+        """What is kept of the module's outputs in all contexts: nothing where no later step reads it. None before the first step."""
+        generation = self._generation()
+        if generation is None or not generation.taken:
+            return None
+        held = (context.arena.get(self._name) for context in generation.contexts.values())
+        return tuple(slot for slot in held if slot is not None)
+
+
+def _show(module: nn.Module, state: _State, window: tuple[float, float], reach: int, callback: Callable[[], Any]) -> None:
+    """Put a hook that shows `state` where diffusers' would be. It is never called: the module's `forward` stays what it is."""
+    from diffusers.hooks import HookRegistry
+    from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
+
+    hook = PyramidAttentionBroadcastHook(window, reach, callback)
+    hook.state = state
+    HookRegistry.check_if_exists_or_initialize(module).hooks[_HOOK] = hook

@@ -1,0 +1,362 @@
+"""`enable_cache(PyramidAttentionBroadcastConfig(...))` under `patch_diffusers`: what diffusers' own tests assert, and that it is right."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
+from diffusers.models.cache_utils import CacheMixin
+from torch import Tensor
+
+import pab_kernels as pab
+from pab_kernels import Broadcast, PABConfig
+from pab_kernels.broadcast.broadcaster import broadcaster_of
+from pab_kernels.broadcast.formats import from_diffusers
+from tests.adapters.replay import Replay
+from tests.adapters.tiny_models import FAMILIES, Tiny
+from tests.adapters.tiny_pipes import named, transformer
+from tests.oracle import Rule
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
+    pytest.mark.filterwarnings("ignore:(?s)In CPU autocast:UserWarning"),  # Mochi asks for float32 in autocast
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),  # diffusers' schedulers hand tensors to numpy
+]
+
+METHODS = {name: vars(CacheMixin)[name] for name in ("enable_cache", "disable_cache")}
+CACHING = [tiny for tiny in FAMILIES if issubclass(getattr(diffusers, tiny.name), CacheMixin)]
+STEPS = 6
+
+
+class OnPurpose(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def _patched() -> Iterator[None]:
+    pab.patch_diffusers()
+    with torch.no_grad():
+        yield
+    pab.unpatch_diffusers()
+    assert {name: vars(CacheMixin)[name] for name in METHODS} == METHODS and "_pab_patch" not in vars(CacheMixin)
+
+
+def config(callback: Any = None, **rules: Any) -> PyramidAttentionBroadcastConfig:
+    return PyramidAttentionBroadcastConfig(
+        **{"spatial_attention_block_skip_range": 2} | rules, current_timestep_callback=callback or (lambda: 500)
+    )
+
+
+def hooks(model: Any) -> list[Any]:
+    registries = [m._diffusers_hook for m in model.modules() if hasattr(m, "_diffusers_hook")]
+    return [hook for r in registries if (hook := r.get_hook("pyramid_attention_broadcast")) is not None]
+
+
+def out(model: Any, inputs: dict[str, Any]) -> Tensor:
+    given = model(**inputs)[0]
+    return given if isinstance(given, Tensor) else given[0]
+
+
+# Models, as diffusers tests them
+
+
+@pytest.mark.parametrize("tiny", CACHING, ids=lambda t: t.name)
+def test_a_model_is_switched_on_and_off(tiny: Tiny) -> None:
+    model = tiny.build()
+    plain = {seed: out(model, tiny(seed)) for seed in range(2)}
+    before = {name: set(vars(m)) for name, m in model.named_modules()}
+    assert not model.is_cache_enabled
+    model.enable_cache(config())
+    assert model.is_cache_enabled
+    with pytest.raises(ValueError, match="Caching has already been enabled"):
+        model.enable_cache(config())
+    spatial = [s for s in pab.sublayers(model) if s.kind == "spatial"]
+    found = hooks(model)
+    assert len(found) == len(spatial) > 0
+    assert all(isinstance(h, PyramidAttentionBroadcastHook) and (h.state.iteration, h.state.cache) == (0, None) for h in found)
+    assert torch.equal(out(model, tiny(0)), plain[0])
+    assert all(h.state.iteration == 1 and len(h.state.cache) == 1 for h in found)
+    again = out(model, tiny(1))
+    assert again.isfinite().all() and not torch.allclose(again, plain[1], atol=1e-5)
+    model._reset_stateful_cache()
+    assert all((h.state.iteration, h.state.cache) == (0, None) for h in found)
+    assert torch.equal(out(model, tiny(1)), plain[1])
+    model.disable_cache()
+    assert not model.is_cache_enabled and not hooks(model)
+    assert torch.equal(out(model, tiny(1)), plain[1])
+    left = {name: set(vars(m)) - before[name] for name, m in model.named_modules()}
+    assert {name: attributes for name, attributes in left.items() if attributes} in ({}, {"": {"_diffusers_hook"}})  # by its reset
+
+
+def test_contexts_have_outputs_of_their_own() -> None:
+    tiny = CACHING[0]
+    model = tiny.build()
+    plain = {seed: out(model, tiny(seed)) for seed in range(3)}
+    model.enable_cache(config())
+    for name, seed in (("one", 0), ("two", 1)):
+        with model.cache_context(name):
+            assert torch.equal(out(model, tiny(seed)), plain[seed])
+    with model.cache_context("one"):
+        one = out(model, tiny(2))
+    with model.cache_context("two"):
+        two = out(model, tiny(2))
+    assert len({tuple(v.flatten().tolist()) for v in (one, two, plain[2])}) == 3
+
+
+# Pipelines
+
+LATTE = {
+    **{f"{kind}_attention_block_skip_range": reach for kind, reach in (("spatial", 2), ("temporal", 3), ("cross", 4))},
+    **{f"{kind}_attention_timestep_skip_range": (100, 900) for kind in ("spatial", "temporal", "cross")},
+    "cross_attention_block_identifiers": ("transformer_blocks",),
+}
+"""Its block identifiers find cross attention in the blocks."""
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "number"),
+    [
+        ("CogVideoXPipeline", {}, 2),
+        ("FluxPipeline", {}, 3),
+        ("HunyuanVideoPipeline", {"spatial_attention_block_identifiers": ["transformer_blocks"]}, 3),
+        ("WanPipeline", {"cross_attention_block_skip_range": 3, "cross_attention_block_identifiers": ["blocks"]}, 4),
+        ("LattePipeline", LATTE, 6),
+    ],
+)
+def test_a_pipeline_runs_as_with_enable_and_shows_its_state(name: str, rules: dict[str, Any], number: int) -> None:
+    tiny = named(name)
+    pipe, other = tiny.build(), tiny.build()
+    plain = tiny.sample(pipe, STEPS)
+    pab_config = config(lambda: pipe.current_timestep, **rules)
+    pab.enable(other, from_diffusers(pab_config, pab.sublayers(other)))
+    expected = tiny.sample(other, STEPS)
+    model = pipe.transformer
+    model.enable_cache(pab_config)
+    found = hooks(model)
+    assert len(found) == number
+    shown: list[Any] = []
+
+    def look(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        shown.append((i, {h.state.iteration for h in found}, {h.state.cache is not None for h in found}))
+        return {}
+
+    for _ in range(2):
+        assert all((h.state.iteration, h.state.cache) == (0, None) for h in found)
+        assert torch.equal(tiny.sample(pipe, STEPS, callback_on_step_end=look), expected)
+        assert shown == [(i, {i + 1}, {True}) for i in range(STEPS)]
+        shown.clear()
+    assert not torch.equal(expected, plain)
+    assert pab.summary(pipe).contexts == pab.summary(other).contexts and pab.summary(pipe).plan == pab.summary(other).plan
+    model.disable_cache()
+    assert torch.equal(tiny.sample(pipe, STEPS), plain)
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_two_branches_are_right_where_diffusers_mixes_them() -> None:
+    tiny = named("WanPipeline")
+    pipe, twin = tiny.build(), tiny.build()
+    pipe.transformer.enable_cache(config(lambda: pipe.current_timestep, spatial_attention_timestep_skip_range=(-1, 1001)))
+    rules = {"spatial": Rule(2, (0, 1))}
+    with Replay(twin, [s for s in pab.sublayers(twin) if s.kind == "spatial"], rules).running():
+        expected = tiny.sample(twin, STEPS)
+    assert torch.equal(tiny.sample(pipe, STEPS), expected)
+
+    def fail(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if i == 2:
+            raise OnPurpose
+        return {}
+
+    with pytest.raises(OnPurpose):
+        tiny.sample(pipe, STEPS, callback_on_step_end=fail)
+    assert torch.equal(tiny.sample(pipe, STEPS), expected)
+    pab.unpatch_diffusers()
+    pipe.transformer.enable_cache(config(lambda: pipe.current_timestep, spatial_attention_timestep_skip_range=(-1, 1001)))
+    assert not torch.equal(tiny.sample(pipe, STEPS), expected), "diffusers counts both branches' calls as one sequence"
+
+
+def test_either_of_two_transformers_can_be_served_alone() -> None:
+    tiny = named("WanPipeline")
+    second = transformer("WanTransformer3DModel")
+    pipe = replace(tiny, parts=lambda: tiny.parts() | {"transformer_2": second, "boundary_ratio": 0.8}).build()
+    plain = tiny.sample(pipe, STEPS)
+    pipe.transformer_2.enable_cache(config(lambda: pipe.current_timestep))
+    assert not torch.equal(tiny.sample(pipe, STEPS), plain)
+    assert broadcaster_of(pipe.transformer) is None
+    plan = pab.summary(pipe).plan
+    assert plan is not None and plan.steps.start > 0 and plan.steps.stop == STEPS
+    pab.unpatch_diffusers()
+    assert torch.equal(tiny.sample(pipe, STEPS), plain)
+
+
+class App:
+    """Code that keeps its pipeline in an attribute."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    def timestep(self) -> Any:
+        return self.pipe.current_timestep
+
+
+def of_partial(pipe: Any) -> Any:
+    return functools.partial(getattr, pipe, "current_timestep")
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda pipe: lambda: pipe.current_timestep,
+        lambda pipe: lambda p=pipe: p.current_timestep,
+        lambda pipe: App(pipe).timestep,
+        lambda pipe: functools.partial(App.timestep, App(pipe)),
+        of_partial,
+    ],
+    ids=["closure", "default", "method", "partial of a method", "partial"],
+)
+def test_the_pipeline_is_found_in_the_callback_and_its_scheduler_makes_the_plan(callback: Any) -> None:
+    tiny = named("FluxPipeline")
+    pipe = tiny.build()
+    pipe.transformer.enable_cache(config(callback(pipe)))
+    tiny.sample(pipe, STEPS)
+    plan = pab.summary(pipe).plan
+    assert plan is not None and plan.steps == range(STEPS)
+
+
+# Without a pipeline
+
+
+def test_each_step_is_decided_by_its_timestep_where_no_pipeline_is_found() -> None:
+    tiny = next(t for t in CACHING if t.name == "WanTransformer3DModel")
+    model, twin = tiny.build(), tiny.build()
+    clock = SimpleNamespace(t=0)
+    times = [950, 850, 750, 650, 550, 450, 50, 40]
+    rules = {"spatial": Broadcast(2, (100, 800), "timestep"), "cross": Broadcast(3, (100, 900), "timestep")}
+    pab.enable(twin, PABConfig(**rules), timesteps=times)
+    model.enable_cache(
+        config(
+            lambda: clock.t,
+            cross_attention_block_skip_range=3,
+            cross_attention_timestep_skip_range=(100, 900),
+            cross_attention_block_identifiers=["blocks"],
+        )
+    )
+    for run in range(2):  # the timestep rises: another generation
+        with pab.generation(twin, timesteps=times):
+            for i, clock.t in enumerate(times):
+                for name in ("cond", "uncond"):
+                    seed = 2 * i + (name == "cond")
+                    with pab.context(twin, name):
+                        expected = out(twin, tiny(seed))
+                    with model.cache_context(name):
+                        assert torch.equal(out(model, tiny(seed)), expected), (run, i, name)
+            got, wanted = pab.summary(model), pab.summary(twin)
+            for name, tallies in wanted.contexts.items():
+                for kind in rules:
+                    t = got.contexts[name][kind]
+                    assert (t.computed, t.reused, t.forced) == (tallies[kind].computed, tallies[kind].reused, 0)
+            assert got.cache_bytes > 0 and "the schedule is not known" in str(got)
+            assert got.to_dict()["notes"] == []
+    model._reset_stateful_cache()
+    assert pab.summary(model).cache_bytes == 0
+
+
+def test_branches_without_names_reuse_nothing_of_each_other_without_a_pipeline() -> None:
+    tiny = CACHING[0]
+    model = tiny.build()
+    prompts = [tiny(seed)["encoder_hidden_states"] for seed in range(2)]
+    expected = [out(model, tiny(step) | {"encoder_hidden_states": p}) for step in range(3) for p in prompts]
+    model.enable_cache(config())
+    got = [out(model, tiny(step) | {"encoder_hidden_states": p}) for step in range(3) for p in prompts]
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("given", [None, "soon", torch.zeros(2)], ids=["None", "word", "two numbers"])
+def test_a_callback_that_gives_no_number_is_refused(given: Any) -> None:
+    tiny = CACHING[0]
+    model = tiny.build()
+    model.enable_cache(config(lambda: given))
+    with pytest.raises(ValueError, match="current_timestep_callback must give the timestep, one number; it gave"):
+        out(model, tiny(0))
+
+
+# What is left to diffusers, and taking it back
+
+
+def test_other_caches_go_to_diffusers() -> None:
+    tiny = next(t for t in CACHING if t.name == "FluxTransformer2DModel")
+    model = tiny.build()
+    plain = out(model, tiny(0))
+    model.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    assert model.is_cache_enabled and broadcaster_of(model) is None
+    with model.cache_context("one"):
+        assert torch.equal(out(model, tiny(0)), plain)
+        assert not torch.equal(out(model, tiny(1)), plain)
+    model.disable_cache()
+    assert not model.is_cache_enabled and torch.equal(out(model, tiny(0)), plain)
+    with pytest.raises(ValueError, match="is not supported"):
+        model.enable_cache(object())
+    model.disable_cache()  # nothing to disable: diffusers says so
+
+
+def test_unpatch_takes_everything_back_and_patching_twice_is_patching_once() -> None:
+    tiny = CACHING[0]
+    model, own = tiny.build(), tiny.build()
+    pab.patch_diffusers()
+    model.enable_cache(config())
+    pab.enable(own, PABConfig(spatial=2), num_steps=2)
+    pab.unpatch_diffusers()
+    assert {name: vars(CacheMixin)[name] for name in METHODS} == METHODS
+    assert not model.is_cache_enabled and broadcaster_of(model) is None and not hooks(model)
+    assert broadcaster_of(own) is not None, "pab.enable did that"
+    pab.unpatch_diffusers()
+    model.enable_cache(config())
+    assert all(type(h.state).__module__.startswith("diffusers.") for h in hooks(model)) and broadcaster_of(model) is None
+    pab.patch_diffusers()
+    assert model.is_cache_enabled
+    model.disable_cache()  # diffusers' own, from before
+    assert not hooks(model) and not model.is_cache_enabled
+
+
+def test_a_method_that_was_wrapped_since_passes_through_after_unpatch() -> None:
+    patched = vars(CacheMixin)["enable_cache"]
+    CacheMixin.enable_cache = wrapper = lambda model, given: patched(model, given)
+    model = CACHING[0].build()
+    model.enable_cache(config())
+    assert broadcaster_of(model) is not None
+    pab.unpatch_diffusers()
+    assert vars(CacheMixin)["enable_cache"] is wrapper
+    model.enable_cache(config())
+    assert broadcaster_of(model) is None and len(hooks(model)) > 0
+    CacheMixin.enable_cache = METHODS["enable_cache"]
+
+
+def test_a_config_that_cannot_be_served_leaves_the_model_plain() -> None:
+    model = next(t for t in CACHING if t.name == "FluxTransformer2DModel").build()
+    with pytest.raises(ValueError, match="current_timestep_callback is missing; give it: current_timestep_callback=lambda"):
+        model.enable_cache(PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2))
+    with pytest.raises(ValueError, match="name some and not all spatial sublayers of layer 0"):
+        model.enable_cache(config(spatial_attention_block_identifiers=["^transformer_blocks"]))
+    assert not model.is_cache_enabled and broadcaster_of(model) is None and not hooks(model)
+    pab.enable(model, PABConfig(spatial=2), num_steps=2)
+    with pytest.raises(ValueError, match="PAB is enabled on this FluxTransformer2DModel by pab.enable; pab.disable it first"):
+        model.enable_cache(config())
+    assert not model.is_cache_enabled
+
+
+def test_all_ranges_left_out_is_a_spatial_range_of_two() -> None:
+    model = transformer("WanTransformer3DModel")
+    model.enable_cache(PyramidAttentionBroadcastConfig(current_timestep_callback=lambda: 500))
+    kept = broadcaster_of(model)
+    assert kept is not None and kept.config == PABConfig(spatial=Broadcast(2, (100, 800), "timestep"))
+    pab.disable(model)
+    assert model.is_cache_enabled, "nobody has told diffusers"
+    model.disable_cache()
+    assert not model.is_cache_enabled and not hooks(model)
