@@ -22,4 +22,5 @@ PYBIND11_MODULE(_host, module) {
       });
 
   pab::bind_quantize(module);
+  pab::bind_short_attention(module);
 }

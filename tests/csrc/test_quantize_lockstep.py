@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from pab_kernels.ops import Quantized, dequantize, quantize
-from tests.csrc.lockstep import compiled
+from tests.csrc.machine import NUMBERS, Machine, library
 from tests.ops.tensors import DTYPES, EIGHT_BITS
-
-NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
-"""`DType` of csrc/plan.h."""
 
 
 def _struct(pointers: str, numbers: str, dtypes: str) -> type[ctypes.Structure]:
@@ -26,36 +23,8 @@ DequantizeArguments = _struct("data scale out", "rows channels group data_stride
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    loaded = ctypes.CDLL(str(compiled("quantize.cu", tmp_path_factory.mktemp("lockstep"), ["quantize_plan.cpp"])))
-    loaded.lockstep_error.restype = ctypes.c_char_p
-    loaded.lockstep_counts.restype = ctypes.POINTER(ctypes.c_uint8)
-    loaded.lockstep_counts.argtypes = [ctypes.c_void_p, ctypes.c_int]
-    loaded.lockstep_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return loaded
-
-
-class Machine:
-    """Launches on buffers of which it knows which may be written."""
-
-    def __init__(self, library: ctypes.CDLL, reversed_order: bool) -> None:
-        self.library = library
-        library.lockstep_order(int(reversed_order))
-
-    def launch(self, launcher: str, arguments: ctypes.Structure, read: list[Tensor], written: list[Tensor]) -> None:
-        """Launch; every element of the views `written` must be written once, and nothing else of their storages."""
-        self.library.lockstep_forget()
-        for t in (*read, *written):
-            storage = t.untyped_storage()
-            self.library.lockstep_buffer(storage.data_ptr(), storage.nbytes(), int(any(t is w for w in written)))
-        status = getattr(self.library, launcher)(ctypes.byref(arguments), None)
-        assert status == 0, self.library.lockstep_error()
-        for t in written:
-            storage = t.untyped_storage()
-            counts = torch.tensor(self.library.lockstep_counts(storage.data_ptr(), 1)[: storage.nbytes()])
-            expected = torch.zeros(storage.nbytes() // t.element_size(), t.element_size(), dtype=torch.int64)
-            expected[:, 0].as_strided(t.shape, [s * t.element_size() for s in t.stride()], t.storage_offset() * t.element_size()).fill_(1)
-            assert torch.equal(counts, expected[:, :1].expand_as(expected).flatten())
+def kernels(tmp_path_factory):
+    return library("quantize.cu", tmp_path_factory.mktemp("lockstep"), ["quantize_plan.cpp"])
 
 
 def _rows(rows: int, channels: int, padding: int, dtype: torch.dtype) -> Tensor:
@@ -72,8 +41,8 @@ def _rows(rows: int, channels: int, padding: int, dtype: torch.dtype) -> Tensor:
     ("rows", "channels", "group", "padding"),
     [(5, 256, 128, 0), (7, 136, 128, 8), (3, 137, 128, 3), (9, 72, 72, 0), (4, 144, 72, 16), (6, 50, 7, 1), (1, 1, 1, 0), (33, 24, 8, 0)],
 )
-def test_the_bits_are_those_of_the_reference(library, rows, channels, group, padding, dtype, eight, reversed_order):
-    machine = Machine(library, reversed_order)
+def test_the_bits_are_those_of_the_reference(kernels, rows, channels, group, padding, dtype, eight, reversed_order):
+    machine = Machine(kernels, reversed_order)
     x, data = _rows(rows, channels, padding, dtype), _rows(rows, channels, padding, eight)
     x.copy_(torch.randn(rows, channels) * torch.logspace(-3, 3, channels))
     if rows >= 5:
