@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(32 * kShortAttentionWarps) short_attention_ker
         sum += x + y;
         p[m][n][half] = narrow<T>(x, y);
       }
-      share[m][half] = 1.0f / row_sum(sum);
+      share[m][half] = __fdividef(1.0f, row_sum(sum));  // a sum is 1 to 64
     }
   }
 

@@ -117,7 +117,7 @@ template <typename T, int kHeadDim, int kGroups, int kWords>
 __device__ __forceinline__ void normalise(std::uint32_t (&x)[kGroups][kWords], NormKind kind, float eps, const char* weight, const char* bias,
                                           float (&rstd)[kGroups]) {
   using C = Channels<kHeadDim>;
-  float mean[kGroups] = {};
+  float mean[kGroups] = {}, offset[kGroups];
   if (kind == NormKind::kLayer) {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
@@ -126,7 +126,7 @@ __device__ __forceinline__ void normalise(std::uint32_t (&x)[kGroups][kWords], N
         const float2 two = widen<T>(word);
         mean[i] += two.x + two.y;
       }
-      mean[i] = row_sum(mean[i]) / kHeadDim;
+      mean[i] = row_sum(mean[i]) * (1.0f / kHeadDim);
     }
   }
   if (kind != NormKind::kAcross) {
@@ -138,9 +138,11 @@ __device__ __forceinline__ void normalise(std::uint32_t (&x)[kGroups][kWords], N
         const float2 two = widen<T>(word);
         squares += (two.x - mean[i]) * (two.x - mean[i]) + (two.y - mean[i]) * (two.y - mean[i]);
       }
-      rstd[i] = rsqrtf(row_sum(squares) / kHeadDim + eps);
+      rstd[i] = rsqrtf(row_sum(squares) * (1.0f / kHeadDim) + eps);
     }
   }
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) offset[i] = -mean[i] * rstd[i];
 #pragma unroll
   for (int piece = 0; piece < C::kPieces; ++piece) {
     std::uint32_t weights[kWords], biases[kWords];
@@ -157,7 +159,7 @@ __device__ __forceinline__ void normalise(std::uint32_t (&x)[kGroups][kWords], N
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         const float2 y = widen<T>(x[i][w]);
-        x[i][w] = narrow<T>((y.x - mean[i]) * rstd[i] * scale.x + shift.x, (y.y - mean[i]) * rstd[i] * scale.y + shift.y);
+        x[i][w] = narrow<T>((y.x * rstd[i] + offset[i]) * scale.x + shift.x, (y.y * rstd[i] + offset[i]) * scale.y + shift.y);
       }
     }
   }

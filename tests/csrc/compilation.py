@@ -13,8 +13,9 @@ import pkgutil
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ class Promise:
         has: prefixes of opcodes of which each is there, such as "LDG.E.128" or "HMMA".
         has_not: prefixes of opcodes of which none is there.
         loads_first: every load from global memory comes before the first store.
+        counts: prefixes of opcodes and how many of each there are, such as "HMMA.16816" and 17.
     """
 
     has: tuple[str, ...] = ()
     has_not: tuple[str, ...] = ()
     loads_first: bool = False
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def promises() -> dict[str, Promise]:

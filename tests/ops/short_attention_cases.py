@@ -88,5 +88,5 @@ def check(
     assert_same(torch.zeros_like(out), torch.zeros_like(expected))  # strides
     eps = torch.finfo(out.dtype).eps
     torch.testing.assert_close(out.float(), expected.float(), atol=4 * eps, rtol=2 * eps)
-    assert (out != expected).float().mean() < 0.03
+    assert (out != expected).sum() <= 8 + 0.03 * out.numel()
     return out
