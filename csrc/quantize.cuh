@@ -50,8 +50,8 @@ struct EightBits<Float8> {
     return low | high << 16;
   }
 #else
-  // Before 8.9 a device has no such instruction, and CUDA's function goes through 64-bit integers. Here a normal result rounds by an addition
-  // to its bits; of a subnormal one, which counts 2^-9, the addition of 2^14 leaves the count in the last bits.
+  // Before 8.9 there is no instruction for it, and CUDA's function goes through 64-bit integers. Here a normal result rounds by an addition
+  // to its bits; a subnormal one counts 2^-9, and an addition of 2^14 leaves the count in the last bits.
   static __device__ __forceinline__ unsigned narrow(float q) {
     const std::uint32_t bits = __float_as_uint(q), m = bits & 0x7fffffffu;
     const std::uint32_t normal = min(((m + 0x7ffffu + (m >> 20 & 1u)) >> 20) - (120u << 3), 0x7eu);

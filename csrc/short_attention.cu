@@ -52,7 +52,7 @@ __device__ __forceinline__ void store_quantized(std::uint8_t* row, float* scale_
   }
 }
 
-// A warp has 8 kGroups rows of a head of a sequence, all of them where kWarps is 1; where it is 4, each prepares its rows of k and v for all.
+// A warp has 8 kGroups rows of a head of a sequence: all, where kWarps is 1; where it is 4, it prepares its rows of k and v for all four.
 //   1. q' = rope(q_norm(q));  k' = rope(k_norm(k)), each rounded to T
 //   2. s = scale q' k'^T;  p = 2^(s - max s);  l = sum p, of p before it is rounded to T
 //   3. out = p v / l, rounded;  stored = out, quantised from the rounded
@@ -71,7 +71,9 @@ __global__ void __launch_bounds__(32 * kShortAttentionWarps) short_attention_ker
   const unsigned first = sequence / static_cast<unsigned>(a.batch), second = sequence % static_cast<unsigned>(a.batch);
   const int rows = static_cast<int>(a.tokens), row = (kWarps == 1 ? 0 : warp * 8 * kGroups) + lane / 4;  // the lane's first
 
-  const auto head_of = [&](const void* x, const HeadStrides& s) { return static_cast<const char*>(x) + 2 * offset_of(s, first, second, head); };
+  const auto head_of = [&](const void* x, const HeadStrides& strides) {
+    return static_cast<const char*>(x) + 2 * offset_of(strides, first, second, head);
+  };
   std::uint32_t q[kGroups][kWords], k[kGroups][kWords], v[kGroups][kWords];
   load_rows<kHeadDim>(head_of(a.q, a.q_strides), 2 * a.q_strides.token, row, rows, q);
   load_rows<kHeadDim>(head_of(a.k, a.k_strides), 2 * a.k_strides.token, row, rows, k);
@@ -145,11 +147,13 @@ __global__ void __launch_bounds__(32 * kShortAttentionWarps) short_attention_ker
       for (float& score : s[m][n]) score = 0.0f;
 #pragma unroll
       for (int w = 0; w + 1 < kWords; w += 2) {
-        const std::uint32_t left[4] = {q[2 * m][w], q[2 * m + 1][w], q[2 * m][w + 1], q[2 * m + 1][w + 1]}, right[2] = {key[w], key[w + 1]};
+        const std::uint32_t left[4] = {q[2 * m][w], q[2 * m + 1][w], q[2 * m][w + 1], q[2 * m + 1][w + 1]};
+        const std::uint32_t right[2] = {key[w], key[w + 1]};
         mma_m16n8k16<T>(s[m][n], left, right);
       }
       if constexpr (C::kTail) {
-        const std::uint32_t left[2] = {q[2 * m][kWords - 1], q[2 * m + 1][kWords - 1]}, right[1] = {key[kWords - 1]};
+        const std::uint32_t left[2] = {q[2 * m][kWords - 1], q[2 * m + 1][kWords - 1]};
+        const std::uint32_t right[1] = {key[kWords - 1]};
         mma_m16n8k8<T>(s[m][n], left, right);
       }
     }
@@ -271,6 +275,6 @@ auto kernel_of(std::int64_t tokens, std::int64_t head_dim) {
 extern "C" int pab_short_attention(const pab::ShortAttentionArguments* a, void* stream) {
   using namespace pab;
   const LaunchPlan plan = plan_short_attention(*a);
-  const auto kernel = a->dtype == DType::kFloat16 ? kernel_of<__half>(a->tokens, a->head_dim) : kernel_of<__nv_bfloat16>(a->tokens, a->head_dim);
-  return launch_kernel(kernel, plan, stream, *a);
+  const bool half = a->dtype == DType::kFloat16;
+  return launch_kernel(half ? kernel_of<__half>(a->tokens, a->head_dim) : kernel_of<__nv_bfloat16>(a->tokens, a->head_dim), plan, stream, *a);
 }

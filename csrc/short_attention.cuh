@@ -1,8 +1,8 @@
-// Rows of q, k and v inside a warp, and what happens to them before their product. A group is 8 rows of a head; g = lane / 4 is a row of it.
+// Rows of q, k and v inside a warp, and what happens to them before their product. A group is 8 rows of a head, row g of lanes 4g to 4g + 3.
 //
 // Of each block of 32 channels a lane has 8 neighbours, 16 bytes, as four words of two; where 8 channels are left (D = 72) it has two of
-// them. That order of channels differs from that of the fragments of a product (mma.cuh) by a permutation, which is nothing to q k^T where q
-// and k share it: what is loaded at once feeds the product as it is. Of v and out, it makes 16 bytes of four products' columns.
+// them. That differs from the order of channels in the fragments of a product (mma.cuh) by a permutation, which is nothing to q k^T where
+// q and k share it: what is loaded at once feeds the product as it is. Of v and out, it makes 16 bytes of four products' columns.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -89,7 +89,9 @@ __device__ __forceinline__ void store_piece(void* to, int piece, const Words& wo
 
 // Groups of rows, `first_row` the lane's own of the first group; rows from `rows` on are 0.
 template <int kHeadDim, int kGroups, int kWords>
-__device__ __forceinline__ void load_rows(const char* head, std::int64_t stride, int first_row, int rows, std::uint32_t (&x)[kGroups][kWords]) {
+__device__ __forceinline__ void load_rows(const char* head, std::int64_t stride, int first_row, int rows,
+                                          std::uint32_t (&x)[kGroups][kWords]) {
+  using C = Channels<kHeadDim>;
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     const int row = first_row + 8 * i;
@@ -97,7 +99,7 @@ __device__ __forceinline__ void load_rows(const char* head, std::int64_t stride,
     for (int w = 0; w < kWords; ++w) x[i][w] = 0;
     if (row < rows) {
 #pragma unroll
-      for (int piece = 0; piece < Channels<kHeadDim>::kPieces; ++piece) load_piece<kHeadDim>(head + row * stride + Channels<kHeadDim>::bytes(piece), piece, x[i]);
+      for (int piece = 0; piece < C::kPieces; ++piece) load_piece<kHeadDim>(head + row * stride + C::bytes(piece), piece, x[i]);
     }
   }
 }
@@ -114,8 +116,8 @@ __device__ __forceinline__ float row_max(float x) {
 
 // x = the norm of x, rounded to T; `rstd` is that of the rows for kAcross, `weight` and `bias` those of the head, or null.
 template <typename T, int kHeadDim, int kGroups, int kWords>
-__device__ __forceinline__ void normalise(std::uint32_t (&x)[kGroups][kWords], NormKind kind, float eps, const char* weight, const char* bias,
-                                          float (&rstd)[kGroups]) {
+__device__ __forceinline__ void normalise(std::uint32_t (&x)[kGroups][kWords], NormKind kind, float eps, const char* weight,
+                                          const char* bias, float (&rstd)[kGroups]) {
   using C = Channels<kHeadDim>;
   float mean[kGroups] = {}, offset[kGroups];
   if (kind == NormKind::kLayer) {
@@ -204,10 +206,10 @@ __device__ __forceinline__ void rotate_words(std::uint32_t (&q)[kWords], std::ui
   }
 }
 
-// Rotates rows of q and k in any pairs: through shared memory, where the channels of a pair meet that two lanes may have. All lanes call it.
+// Rotates rows of q and k in any pairs: by way of shared memory, where channels meet that two lanes may have. All lanes call it.
 template <typename T, int kHeadDim, int kWords>
-__device__ __forceinline__ void rotate_pairs(std::uint32_t (&q)[kWords], std::uint32_t (&k)[kWords], const Rotation& r, bool valid, char* q_row,
-                                             char* k_row) {
+__device__ __forceinline__ void rotate_pairs(std::uint32_t (&q)[kWords], std::uint32_t (&k)[kWords], const Rotation& r, bool valid,
+                                             char* q_row, char* k_row) {
   using C = Channels<kHeadDim>;
 #pragma unroll
   for (int piece = 0; piece < C::kPieces; ++piece) {

@@ -7,7 +7,8 @@ namespace {
 bool heads_are_vectors(const void* pointer, const HeadStrides& s, DType dtype) {
   const int bytes = is_activation(dtype) ? 16 : 8;
   const std::int64_t elements = bytes / size_of(dtype);
-  return is_aligned(pointer, bytes) && s.first % elements == 0 && s.second % elements == 0 && s.token % elements == 0 && s.head % elements == 0;
+  const auto divides = [=](std::int64_t stride) { return stride % elements == 0; };
+  return is_aligned(pointer, bytes) && divides(s.first) && divides(s.second) && divides(s.token) && divides(s.head);
 }
 
 bool norm_is_aligned(const QKNormArguments& norm) { return is_aligned(norm.weight, 16) && is_aligned(norm.bias, 16); }
@@ -44,8 +45,9 @@ LaunchPlan plan_short_attention(const ShortAttentionArguments& a) {
   LaunchPlan plan;
   plan.grid[0] = static_cast<unsigned>(ceil_div(a.sequences * a.heads, short_attention_block_heads(a.tokens)));
   plan.block = 32 * kShortAttentionWarps;
-  const bool through_shared = short_attention_rows(a.tokens) == 64 || (a.rotary > 0 && !short_attention_rotates_words(a.rotary, a.interleaved));
-  plan.shared_bytes = through_shared ? kShortAttentionWarps * short_attention_warp_bytes(a.tokens, static_cast<int>(a.head_dim)) : 0;
+  const bool rotates_shared = a.rotary > 0 && !short_attention_rotates_words(a.rotary, a.interleaved);
+  const bool shared = short_attention_rows(a.tokens) == 64 || rotates_shared;
+  plan.shared_bytes = shared ? kShortAttentionWarps * short_attention_warp_bytes(a.tokens, static_cast<int>(a.head_dim)) : 0;
   plan.vector_bytes = 16;
   return plan;
 }

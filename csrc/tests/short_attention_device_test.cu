@@ -59,8 +59,10 @@ std::vector<Half> halves(const std::vector<float>& values) {
 
 void attends(int tokens, int head_dim, int rotary, bool interleaved) {
   Call call{tokens, head_dim, rotary, interleaved, {}, {}, {}, {}};
-  const auto value = [](int i) { return static_cast<float>(static_cast<int>(i * 7919ll % 1021) - 510) / 256; };  // exact in bfloat16
-  for (int i = 0; i < kSequences * tokens * 3 * kHeads * head_dim; ++i) call.packed.push_back(__bfloat162float(__float2bfloat16_rn(value(i))));
+  const auto value = [](int i) { return static_cast<float>(static_cast<int>(i * 7919ll % 1021) - 510) / 256; };
+  for (int i = 0; i < kSequences * tokens * 3 * kHeads * head_dim; ++i) {
+    call.packed.push_back(__bfloat162float(__float2bfloat16_rn(value(i))));
+  }
   for (int c = 0; c < head_dim; ++c) call.weight.push_back(1 + static_cast<float>(c % 5) / 4);
   for (int i = 0; i < tokens * rotary / 2; ++i) {
     call.cos.push_back(std::cos(static_cast<float>(i)));

@@ -1,46 +1,60 @@
-"""The unmodified kernel of short_attention on the CPU: the reference's results, every element written once, no other touched."""
+"""The unmodified kernel and binding of short_attention on the CPU: the reference's results, every element written once, no other touched.
+
+All goes through ops/short_attention/cuda.py and torch's dispatcher, as on a device.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import subprocess
 from functools import partial
-from math import prod
+from pathlib import Path
 
 import pytest
 import torch
 
 from pab_kernels.ops import QKNorm, Quantized, Rope, quantize
-from pab_kernels.ops.attention.strides import head_strides
 from pab_kernels.ops.short_attention import cuda
-from tests.csrc.machine import NUMBERS, Machine, library
+from tests.csrc.machine import Machine, library
 from tests.ops.short_attention_cases import across, everything, plain, tables, temporal
 from tests.ops.short_attention_cases import check as checked
 from tests.ops.tensors import EIGHT_BITS, HALF, assert_same, draws
 
 HEAD_DIMS = (64, 72, 96, 128)
-Strides = ctypes.c_int64 * 4
+KERNEL = cuda._kernel
 
+ROOT = Path(__file__).parents[2]
+TORCH = Path(torch.__file__).parent
 
-def _struct(*fields: tuple[str, type]) -> type[ctypes.Structure]:
-    return type("Struct", (ctypes.Structure,), {"_fields_": [(name, kind) for names, kind in fields for name in names.split()]})
-
-
-Norm = _struct(("kind", ctypes.c_int), ("eps", ctypes.c_float), ("weight bias rstd", ctypes.c_void_p), ("rstd_strides", Strides))
-Arguments = _struct(
-    ("q k v out stored stored_scale", ctypes.c_void_p),
-    ("q_strides k_strides v_strides out_strides stored_strides stored_scale_strides", Strides),
-    ("q_norm k_norm", Norm),
-    ("cos sin", ctypes.c_void_p),
-    ("scale", ctypes.c_float),
-    ("sequences batch tokens heads head_dim rotary", ctypes.c_int64),
-    ("interleaved", ctypes.c_bool),
-    ("dtype stored_dtype", ctypes.c_int),
-)
+STAND_IN = """
+#include <cstdint>
+// Of CUDA: a CPU tensor is on the device that is the current one.
+extern "C" {
+int aoti_torch_get_current_cuda_stream(int32_t, void** stream) { *stream = nullptr; return 0; }
+int cudaGetDevice(int* device) { *device = 0; return 0; }
+const char* cudaGetErrorString(int) { return "the launch failed"; }
+int32_t aoti_torch_device_type_cuda() { return 0; }
+int aoti_torch_get_device_index(void*, int32_t* index) { *index = 0; return 0; }
+}
+"""
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    return library("short_attention.cu", tmp_path_factory.mktemp("lockstep"), ["short_attention_plan.cpp"])
+    """The kernel under the machine, and around it the unmodified binding, for CPU tensors, loaded into torch."""
+    folder = tmp_path_factory.mktemp("lockstep")
+    kernels = library("short_attention.cu", folder, ["short_attention_plan.cpp"])
+    source = (ROOT / "python" / "short_attention_torch.cpp").read_text()
+    assert source.count("pab_kernels_cuda, CUDA, library") == 1
+    (folder / "binding.cpp").write_text(source.replace("pab_kernels_cuda, CUDA, library", "pab_kernels_cuda, CPU, library"))
+    (folder / "stand_in.cpp").write_text(STAND_IN)
+    command = ["g++", "-std=c++17", "-O0", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += [f"-I{ROOT / 'python'}", "-isystem", str(TORCH / "include"), str(folder / "binding.cpp"), str(folder / "stand_in.cpp")]
+    command += [str(folder / "short_attention"), f"-Wl,-rpath,{folder}", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu"]
+    done = subprocess.run([*command, "-o", str(folder / "binding.so")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    torch.ops.load_library(folder / "binding.so")
+    return kernels
 
 
 @pytest.fixture(autouse=True)
@@ -54,28 +68,18 @@ def backwards(kernels, monkeypatch):
     return lambda: monkeypatch.setattr(cuda, "_kernel", partial(launch, Machine(kernels, True)))
 
 
-def _pointer(t):
-    return None if t is None else t.data_ptr()
+def launch(machine, *arguments):
+    """The registered kernel of ops/short_attention/cuda.py, which writes its last three arguments."""
+    read, written = ([t for t in some if isinstance(t, torch.Tensor)] for some in (arguments[:-3], arguments[-3:]))
 
+    def call():
+        try:
+            KERNEL(*arguments)
+        except RuntimeError as error:
+            return str(error)
+        return 0
 
-def _norm(kind, weight, bias, rstd, eps):
-    strides = (0, 0, 0, 0) if rstd is None else (*head_strides(rstd[..., None, None])[:3], 0)
-    return Norm(kind, eps, *map(_pointer, (weight, bias, rstd)), Strides(*strides))
-
-
-def launch(machine, q, k, v, scale, *rest):
-    """What the registered kernel of ops/short_attention/cuda.py does, under the machine."""
-    q_norm, k_norm, (cos, sin, interleaved, *written) = rest[:5], rest[5:10], rest[10:]
-    *batch, tokens, heads, head_dim = q.shape
-    tensors = (q, k, v, *written)
-    stored = q if written[1] is None else written[1]
-    arguments = Arguments(
-        *map(_pointer, tensors), *(Strides(*head_strides(t)) for t in tensors), _norm(*q_norm), _norm(*k_norm),
-        _pointer(cos), _pointer(sin), scale, prod(batch), batch[-1], tokens, heads, head_dim,
-        0 if cos is None else 2 * cos.shape[-1], interleaved, NUMBERS[q.dtype], NUMBERS[stored.dtype],
-    )  # fmt: skip
-    read = [q, k, v, cos, sin, *q_norm[1:4], *k_norm[1:4]]
-    machine.launch("pab_short_attention", arguments, [t for t in read if t is not None], [t for t in written if t is not None])
+    machine.run(call, read, written)
 
 
 def attend(q, k, v, *, softmax_scale=None, q_norm=None, k_norm=None, rope=None, store_dtype=None, places=None):
@@ -210,7 +214,10 @@ def test_what_is_not_finite_stays_in_its_head_of_its_sequence(tokens, which, bad
 
 
 def test_what_the_planner_refuses_is_not_launched(kernels):
-    assert kernels.pab_short_attention(ctypes.byref(Arguments()), None) == 1  # cudaErrorInvalidValue
+    q, none = torch.zeros(1, 5, 2, 80, dtype=torch.float16), (0, None, None, None, 0.0)
+    with pytest.raises(RuntimeError, match="short_attention: head dimensions of 64, 72, 96 and 128 are supported"):
+        KERNEL(q, q, q, 1.0, *none, *none, None, None, False, q.clone(), None, None)
+    assert kernels.pab_short_attention(ctypes.create_string_buffer(2048), None) == 1  # cudaErrorInvalidValue
 
 
 @pytest.mark.parametrize("tokens", [14, 31, 64])
