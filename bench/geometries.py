@@ -61,6 +61,8 @@ GEOMETRIES = {
     "tiny": Geometry(2, 3, 5, 2, 32, text=7, norm="rms", rope="interleaved", rope_kind="temporal", small=True),
     "odd": Geometry(2, 5, 37, 16, 72, text=11, norm="rms", rope="interleaved", rope_kind="temporal", small=True),
     "odd-halves": Geometry(2, 7, 19, 4, 40, text=70, norm="layer", rope="halves", rope_kind="spatial", small=True),
+    "odd-27-frames": Geometry(1, 27, 3, 5, 72, text=5, norm="across", rope="halves", rope_kind="temporal", small=True),
+    "odd-45-frames": Geometry(1, 45, 2, 3, 64, text=3, norm="layer", rope="halves", rope_kind="temporal", small=True),
     "odd-joint": Geometry(1, 1, 131, 3, 128, joint=13, norm="across", rope="interleaved", small=True),
 }
 """By name: Open-Sora 1.2, Latte, Open-Sora-Plan 1.2 (93 x 480 x 640), CogVideoX-5b, Wan 2.1 14B and HunyuanVideo; then shapes for tests."""

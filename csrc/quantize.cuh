@@ -41,6 +41,7 @@ template <>
 struct EightBits<Float8> {
   static constexpr float kLimit = 448.0f;
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   static __device__ __forceinline__ unsigned narrow(float q) { return __nv_cvt_float_to_fp8(q, __NV_SATFINITE, __NV_E4M3); }
 
   static __device__ __forceinline__ std::uint32_t narrow4(const float (&q)[4]) {
@@ -48,6 +49,20 @@ struct EightBits<Float8> {
     const std::uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(q[2], q[3]), __NV_SATFINITE, __NV_E4M3);
     return low | high << 16;
   }
+#else
+  // Before 8.9 there is no instruction for it, and CUDA's function goes through 64-bit integers. Here a normal result rounds by an addition
+  // to its bits; a subnormal one counts 2^-9, and an addition of 2^14 leaves the count in the last bits.
+  static __device__ __forceinline__ unsigned narrow(float q) {
+    const std::uint32_t bits = __float_as_uint(q), m = bits & 0x7fffffffu;
+    const std::uint32_t normal = min(((m + 0x7ffffu + (m >> 20 & 1u)) >> 20) - (120u << 3), 0x7eu);
+    const std::uint32_t subnormal = __float_as_uint(__uint_as_float(m) + 16384.0f) & 0xffu;
+    return (bits >> 24 & 0x80u) | (m > 0x7f800000u ? 0x7fu : m < 0x3c800000u ? subnormal : normal);
+  }
+
+  static __device__ __forceinline__ std::uint32_t narrow4(const float (&q)[4]) {
+    return narrow(q[0]) | narrow(q[1]) << 8 | narrow(q[2]) << 16 | narrow(q[3]) << 24;
+  }
+#endif
 
   static __device__ __forceinline__ void widen4(std::uint32_t data, float (&q)[4]) {
 #pragma unroll

@@ -23,4 +23,5 @@ PYBIND11_MODULE(_host, module) {
 
   pab::bind_broadcast_residual(module);
   pab::bind_quantize(module);
+  pab::bind_short_attention(module);
 }

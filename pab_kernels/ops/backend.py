@@ -22,7 +22,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "broadcast_residual": ("reference", "triton", "cuda"),
     "project_residual": ("reference", "triton"),
     "attention": ("reference", "triton", "sdpa", "flash_attn"),
-    "short_attention": ("reference", "triton"),
+    "short_attention": ("reference", "triton", "cuda"),
     "quantize": ("reference", "cuda"),
     "dequantize": ("reference", "cuda"),
 }

@@ -13,7 +13,9 @@ import torch
 
 from bench import sanitize
 from bench.__main__ import OPS, cases
+from bench.geometries import GEOMETRIES
 from bench.record import read
+from pab_kernels.ops.short_attention.cuda import HEAD_DIMS
 
 SCRIPT = Path(sanitize.__file__).with_name("gpu.sh")
 
@@ -112,6 +114,13 @@ def test_every_operation_with_every_option_gives_the_same_bits_again(sanitized):
     status, rows = sanitized("--geometry", "tiny,odd-joint", "--backend", "reference", "--dtype", "bfloat16,float32")
     assert status == 0 and {row["op"] for row in rows} == set(OPS)
     assert {row["status"] for row in rows} == {"ok"}
+
+
+def test_every_kind_of_kernel_of_short_attention_is_under_the_sanitizer():
+    """One warp with 16 or 32 rows, and four with 64, which share memory."""
+    served = [GEOMETRIES[name] for name in sanitize.SMALL if GEOMETRIES[name].head_dim in HEAD_DIMS]
+    rows = {16 if g.frames <= 16 else 32 if g.frames <= 32 else 64 for g in served if g.factorised}
+    assert rows == {16, 32, 64}
 
 
 def test_a_backend_that_serves_nothing_has_not_passed(sanitized, capsys):

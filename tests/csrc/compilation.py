@@ -13,8 +13,9 @@ import pkgutil
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,14 @@ class Promise:
         has_not: prefixes of opcodes of which none is there.
         loads_first: every load from global memory comes before the first store.
         waits: from sm_90 on, no access to global memory comes before the kernel waits for those before it.
+        counts: prefixes of opcodes and how many of each there are, such as "HMMA.16816" and 17.
     """
 
     has: tuple[str, ...] = ()
     has_not: tuple[str, ...] = ()
     loads_first: bool = False
     waits: bool = False
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def promises() -> dict[str, Promise]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -34,12 +34,15 @@ class Machine:
 
     def launch(self, launcher: str, arguments: ctypes.Structure, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
         """Launch; every element of the views `written` must be written once, and nothing else of their storages."""
+        self.run(lambda: getattr(self.library, launcher)(ctypes.byref(arguments), None), read, written)
+
+    def run(self, call: Callable[[], int], read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+        """As `launch`: `call` launches, and gives 0 where nothing failed."""
         self.library.lockstep_forget()
         writable = {t.untyped_storage().data_ptr() for t in written}
         for begin, size in {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*read, *written)}.items():
             self.library.lockstep_buffer(begin, size, int(begin in writable))
-        status = getattr(self.library, launcher)(ctypes.byref(arguments), None)
-        assert status == 0, self.library.lockstep_error()
+        assert call() == 0, self.library.lockstep_error()
         for t in written:
             storage = t.untyped_storage()
             counts = torch.tensor(self.library.lockstep_counts(storage.data_ptr(), 1)[: storage.nbytes()])

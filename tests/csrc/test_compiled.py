@@ -32,6 +32,9 @@ def _faults(promise: Promise, record: dict) -> list[str]:
     faults = ["spills"] * bool(record["stack"] or any(op.startswith(("LDL", "STL")) for op in opcodes))
     faults += [f"has no {start}" for start in promise.has if not any(op.startswith(start) for op in opcodes)]
     faults += [f"has {op}" for op in opcodes if op.startswith(promise.has_not or ("no such opcode",))]
+    for start, wanted in promise.counts.items():
+        found = sum(count for op, count in opcodes.items() if op.startswith(start))
+        faults += [f"has {found} {start}, not {wanted}"] * (found != wanted)
     if promise.loads_first and record["loads"] != record["loads_before_stores"]:
         faults.append("loads after a store")
     if promise.waits and not record["waits"] and int(record["arch"].rstrip("af")) >= 90:
@@ -71,4 +74,6 @@ def test_a_broken_promise_is_found():
     assert _faults(promise, record) == ["has no HMMA", "has LDG.E.U16", "loads after a store"]
     assert _faults(Promise(waits=True), record | {"arch": "90a", "waits": False}) == ["accesses memory before it waits"]
     assert _faults(Promise(waits=True), record | {"arch": "80", "waits": False}) == []
+    counted = Promise(counts={"LDG.E": 3, "STG": 2, "HMMA": 0})
+    assert _faults(counted, record) == ["has 1 STG, not 2"]
     assert _faults(Promise(), record | {"stack": 8}) == ["spills"] == _faults(Promise(), record | {"opcodes": {"STL.64": 1}})

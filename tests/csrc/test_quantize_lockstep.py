@@ -68,3 +68,17 @@ def test_the_bits_are_those_of_the_reference(kernels, rows, channels, group, pad
     values = dequantize(Quantized(data, scale, group), dtype, backend="reference")
     assert torch.equal(out.isnan(), values.isnan()) and torch.equal(out[~values.isnan()], values[~values.isnan()])
     assert rows < 5 or (out[0, 0].isnan() and out[-1, -1].isnan())
+
+
+def test_float8_rounds_to_nearest_even_everywhere(kernels):
+    """Every value of e4m3, every middle between two neighbours and what is next to it, at a scale of 1."""
+    values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # 0 to 448
+    middles = (values[1:] + values[:-1]) / 2
+    beside = [torch.nextafter(middles, torch.tensor(towards)) for towards in (-torch.inf, torch.inf)]
+    positive = torch.cat([values, middles, *beside])
+    every = torch.cat([positive, -positive]).view(-1, 2)
+    x = torch.cat([every, torch.full((len(every), 2), 448.0)], 1)
+    data, scale = torch.zeros(x.shape).to(torch.float8_e4m3fn), torch.zeros(len(x), 1)
+    arguments = QuantizeArguments(x.data_ptr(), data.data_ptr(), scale.data_ptr(), len(x), 4, 4, 4, 4, 1, 0, NUMBERS[data.dtype])
+    Machine(kernels, False).launch("pab_quantize", arguments, [x], [data, scale])
+    assert (scale == 1).all() and torch.equal(data.view(torch.uint8), x.to(torch.float8_e4m3fn).view(torch.uint8))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pab_kernels.ops import QKNorm, Rope, attention, quantize, short_attention, short_attention_out
+from pab_kernels.ops import BackendError, QKNorm, Rope, attention, quantize, short_attention, short_attention_out
 from tests.ops.attention_cases import HEAD_DIMS, OPTIONS_REFUSED, OUTPUTS_REFUSED, QKV_REFUSED, refused, softmax_attention
 from tests.ops.tensors import (
     DTYPES,
@@ -163,3 +163,20 @@ def test_store_dtypes_refused():
 @pytest.mark.parametrize(("changes", "error", "message"), OUTPUTS_REFUSED)
 def test_outputs_refused(changes, error, message):
     refused(changes, error, message, short_attention_out, **{"out": torch.empty(2, 7, 2, 40), **changes})
+
+
+def test_what_the_cuda_kernel_refuses():
+    def refuses(reason, *inputs):
+        assert_refuses(BackendError, f"'cuda' cannot serve this call; {reason}", short_attention, *inputs, backend="cuda")
+
+    for dtype in (torch.float32, torch.float64):
+        refuses(f"q is {dtype}; float16 and bfloat16 are supported", *temporal(5, 72, dtype))
+    refuses("the head dimension is 80; 64, 72, 96 and 128 are supported", *temporal(5, 80, torch.float16))
+    many = torch.zeros(64, dtype=torch.bfloat16).expand(2**30, 1, 2, 64)
+    refuses(f"{2**30} sequences of 2 heads came; fewer than 2 ** 31 heads", many, many, many)
+    q, k, v = temporal(5, 72, torch.bfloat16)
+    odd = torch.zeros(*q.shape[:-1], 76, dtype=q.dtype)[..., :72]
+    refuses("heads of q do not all begin at a multiple of 16 bytes", odd, k, v)
+    refuses("heads of k do not all begin at a multiple of 16 bytes", q, torch.zeros(2, 3, 5, 2, 80, dtype=q.dtype)[..., 1:73], v)
+    refuses("heads of v do not all begin at a multiple of 16 bytes", q, k, odd)
+    refuses("", q, k, v)  # the device, or that nothing was compiled

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from pab_kernels.ops import BackendError, QKNorm, Quantized, Rope, quantize, short_attention, short_attention_out
-from pab_kernels.ops.attention.reference import attention, online_attention
 from pab_kernels.ops.backend import choose
+from tests.ops.short_attention_cases import across, affine, everything, plain, tables, temporal
+from tests.ops.short_attention_cases import check as checked
 from tests.ops.tensors import (
     EIGHT_BITS,
     HALF,
     KERNEL_DEVICE,
     Guarded,
-    assert_accurate,
     assert_refuses,
     assert_same,
     called_when_compiled,
@@ -33,55 +34,7 @@ OP = torch.ops.pab_kernels.short_attention.default
 OUT = torch.ops.pab_kernels.short_attention_out.default
 
 
-def temporal(frames, *, places=2, heads=2, dim=40, dtype=torch.bfloat16, b=2):
-    """q, k, v `[B, S, T, H, D]`: views of a packed projection `[B, T, S, 3, H, D]`, which lies between NaN."""
-    around = torch.full((b + 2, frames, places, 3, heads, dim), torch.nan, dtype=dtype, device=KERNEL_DEVICE)
-    around[1:-1] = draws(dtype, device=KERNEL_DEVICE)(b, frames, places, 3, heads, dim)
-    return [around[1:-1].select(3, i).transpose(1, 2) for i in range(3)]
-
-
-def tables(frames, pairs, interleaved):
-    theta = draws(seed=2, device=KERNEL_DEVICE)(frames, pairs) * 3
-    return Rope(theta.cos(), theta.sin(), interleaved)
-
-
-def across(q, weighted=True, seed=4):
-    """A norm across heads: its reciprocal root has strides of its own."""
-    rstd = q.float().square().mean((-2, -1)).add(1e-6).rsqrt()
-    rstd = torch.stack([rstd, torch.full_like(rstd, torch.nan)], 1).select(1, 0)
-    return QKNorm("rms", draws(q.dtype, seed, KERNEL_DEVICE)(*q.shape[-2:]) if weighted else None, rstd=rstd)
-
-
-def everything(frames, dim=40, dtype=torch.bfloat16, interleaved=True):
-    draw = draws(dtype, 1, KERNEL_DEVICE)
-    return {
-        "softmax_scale": 0.2,
-        "q_norm": QKNorm("rms", draw(dim), None, 1e-5),
-        "k_norm": QKNorm("layer", draw(dim), draw(dim), 1e-5),
-        "rope": tables(frames, dim // 2, interleaved),
-    }
-
-
-def double(norm):
-    return norm and QKNorm(norm.kind, *(t if t is None else t.double() for t in (norm.weight, norm.bias)), norm.eps, norm.rstd)
-
-
-def check(inputs, softmax_scale=None, q_norm=None, k_norm=None, rope=None):
-    """The kernel's error against float64 is about that of torch, and the kernel rounds where its reference rounds."""
-    before = [t.clone() for t in inputs]
-    options = (softmax_scale, None, q_norm, k_norm, rope, None)
-    out, stored = short_attention(*inputs, softmax_scale=softmax_scale, q_norm=q_norm, k_norm=k_norm, rope=rope, backend="triton")
-    assert stored is None
-    assert_same(inputs, before, strides=False)
-    wide = [t.double() for t in inputs]
-    exact, _ = attention(*wide, softmax_scale, None, double(q_norm), double(k_norm), rope, None)
-    assert_accurate(out, attention(*inputs, *options)[0], exact)
-    expected, _ = online_attention(*inputs, *options, step=64)
-    assert_same(torch.zeros_like(out), torch.zeros_like(expected))  # strides
-    eps = torch.finfo(out.dtype).eps
-    torch.testing.assert_close(out.float(), expected.float(), atol=4 * eps, rtol=2 * eps)
-    assert (out != expected).float().mean() < 0.03
-    return out
+check = partial(checked, partial(short_attention, backend="triton"))
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -104,15 +57,6 @@ def test_tiles_may_end_anywhere_among_the_heads_and_sequences(frames, heads, pla
 def test_head_dimensions(dim):
     check(temporal(5, dim=dim), **everything(5, dim, interleaved=True))
     check(temporal(5, dim=dim), **everything(5, dim, interleaved=False))
-
-
-def plain(kind, dim=40):
-    return QKNorm(kind, eps=1e-3)
-
-
-def affine(kind, dim=40):
-    draw = draws(torch.bfloat16, 5, KERNEL_DEVICE)
-    return QKNorm(kind, draw(dim), draw(dim) if kind == "layer" else None)
 
 
 @pytest.mark.parametrize("norm", [plain, affine])

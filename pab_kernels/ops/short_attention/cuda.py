@@ -1,0 +1,123 @@
+"""`short_attention` in CUDA: csrc/short_attention.cu, a warp for each head of a sequence of up to 32 tokens, a block for one of up to 64.
+
+Every row of q, k and v is read once, 16 bytes at a time, straight from the packed projection. What rounds is what rounds in the Triton
+kernel. Heads of sequences do not mix: where v holds an infinity or NaN, its channel of its head becomes one, and no other.
+"""
+
+from __future__ import annotations
+
+from math import log, prod
+
+import torch
+from torch import Tensor
+
+from ..attention.layout import empty_output
+from ..attention.options import QKNorm, Rope
+from ..attention.strides import aligned, unit_of
+from ..cuda_library import kernel, refuse
+from ..quantize import Quantized
+from ..stored import flatten_stored
+
+HEAD_DIMS = (64, 72, 96, 128)
+MAX_HEADS = 2**31 - 1
+"""Heads of sequences are counted in 32 bits."""
+
+_NORM = "int {0}_kind, Tensor? {0}_weight, Tensor? {0}_bias, Tensor? {0}_rstd, float {0}_eps"
+_kernel = kernel(
+    "short_attention",
+    f"Tensor q, Tensor k, Tensor v, float scale, {_NORM.format('q')}, {_NORM.format('k')}, Tensor? cos, Tensor? sin, bool interleaved, "
+    "Tensor(a!) out, Tensor(b!)? stored, Tensor(c!)? stored_scale",
+)
+
+
+def refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    q_norm: QKNorm | None,
+    k_norm: QKNorm | None,
+    rope: Rope | None,
+    store_dtype: torch.dtype | None,
+) -> str | None:
+    """Why this kernel cannot serve; None where it can."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q is {q.dtype}; float16 and bfloat16 are supported"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"the head dimension is {q.shape[-1]}; 64, 72, 96 and 128 are supported"
+    if prod(q.shape[:-3]) * q.shape[-2] > MAX_HEADS:
+        return f"{prod(q.shape[:-3])} sequences of {q.shape[-2]} heads came; fewer than 2 ** 31 heads together are supported"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not aligned(t):
+            return f"heads of {name} do not all begin at a multiple of 16 bytes; a packed projection's do"
+    return refuse(q)
+
+
+def short_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    q_norm: QKNorm | None,
+    k_norm: QKNorm | None,
+    rope: Rope | None,
+    store_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | Quantized | None]:
+    head_dim = q.shape[-1]
+    out = empty_output(q, q.dtype, head_dim)
+    stored: Tensor | Quantized | None = None
+    if store_dtype == q.dtype:
+        stored = torch.empty_like(out)
+    elif store_dtype is not None:
+        stored = Quantized(empty_output(q, store_dtype, head_dim), empty_output(q, torch.float32, 1), head_dim)
+    short_attention_out(q, k, v, softmax_scale, q_norm, k_norm, rope, store_dtype, out, stored)
+    return out, stored
+
+
+def short_attention_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    q_norm: QKNorm | None,
+    k_norm: QKNorm | None,
+    rope: Rope | None,
+    store_dtype: torch.dtype | None,
+    out: Tensor,
+    stored_out: Tensor | Quantized | None,
+) -> None:
+    if q.numel() == 0:
+        return
+    stored, stored_scale = flatten_stored(stored_out)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    cos, sin = (None, None) if rope is None or rope.cos.shape[-1] == 0 else (_vectors(rope.cos), _vectors(rope.sin))
+    places = [_place(out), None if stored is None else _place(stored)]
+    _kernel(
+        q, k, v, scale / log(2), *_norm_arguments(q_norm), *_norm_arguments(k_norm), cos, sin, rope is not None and rope.interleaved,
+        *places, stored_scale,
+    )  # fmt: skip
+    for place, wanted in zip(places, (out, stored), strict=True):
+        if place is not wanted and place is not None and wanted is not None:
+            wanted.copy_(place)
+
+
+def _norm_arguments(norm: QKNorm | None) -> tuple[int, Tensor | None, Tensor | None, Tensor | None, float]:
+    """Kind (`NormKind` in csrc/short_attention.h), weight, bias, reciprocal root and eps."""
+    if norm is None:
+        return 0, None, None, None, 0.0
+    kind = 3 if norm.rstd is not None else 2 if norm.kind == "layer" else 1
+    return kind, _vectors(norm.weight), _vectors(norm.bias), norm.rstd, norm.eps
+
+
+def _vectors(t: Tensor | None) -> Tensor | None:
+    """Contiguous and at a multiple of 16 bytes."""
+    if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _place(t: Tensor) -> Tensor:
+    """Where the kernel writes t: t itself where each head begins at a multiple of its 16 bytes, or 8 of an 8-bit dtype."""
+    if unit_of(t) > 1 and t.data_ptr() % (8 * t.element_size()) == 0:
+        return t
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
