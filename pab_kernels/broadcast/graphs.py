@@ -80,9 +80,9 @@ class Graphs:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory that are kept: places of slots, inputs, and what the graphs have between them."""
-        places = [place for of_context in self._places.values() for place in of_context.values()]
-        kept = [self._inputs.values(), *((p.newest, p.before) for p in places), [g.weights for g in self._graphs.values()]]
-        return sum(t.nbytes for t in tensors_of([list(nests) for nests in kept])) + (self._capture.nbytes if self._capture else 0)
+        places = [(p.newest, p.before) for of_context in self._places.values() for p in of_context.values()]
+        kept = [places, list(self._inputs.values()), [graph.weights for graph in self._graphs.values()]]
+        return sum(t.nbytes for t in tensors_of(kept)) + (self._capture.nbytes if self._capture else 0)
 
     def run(
         self, call: Call, model: nn.Module, compute: Compute, args: tuple[Any, ...], kwargs: Mapping[str, Any], timestep: Any = None
@@ -101,9 +101,8 @@ class Graphs:
         given = (args, dict(kwargs))
         looks = signature(given, f"what {self._name} was called with")
         device = self._device(given)
-        if (
-            self._seen is None or self._seen() is not call.generation
-        ):  # once a generation: to look at a whole model takes longer than a step should
+        # Once a generation: to look at a whole model takes longer than a step should.
+        if self._seen is None or self._seen() is not call.generation:
             self._check(model, device)
             self._seen = weakref.ref(call.generation)
         if self._capture is None:
@@ -138,6 +137,8 @@ class Graphs:
         assert self._capture is not None
         before, again, dry = host_state(model), arena.rehearsal(writes=True), arena.rehearsal(writes=False)
         arena.changes.clear()
+        if self._state is not None and difference(self._state, before) is not None:  # changed since the generation began
+            self._graphs.clear()
         with _autocast_without_memory():
             call.prepare()
             out = self._capture.warm_up(lambda: run(call))
