@@ -187,7 +187,11 @@ def sublayers(model: Any, kinds: Mapping[str, str | None] | None = None) -> list
 def summary(model_or_pipe: Any) -> Summary:
     """What was computed, reused and stored in the generation begun last; bytes; FLOPs; seconds, for which it waits for the device.
 
+    FLOPs are counted here: a copy of the model as it is now, without PAB, runs once on the meta device for every set of shapes that the
+    model was called with. Where it cannot run there, as its code reads values of tensors, they are not known, and 0.
+
     Raises:
         RuntimeError: PAB is not enabled.
     """
-    return summarise(_enabled(model_or_pipe).latest)
+    broadcaster = _enabled(model_or_pipe)
+    return summarise(broadcaster.latest, _resolve(model_or_pipe)[0])

@@ -14,6 +14,7 @@ from torch import nn
 
 from .attach import Attached, attach_forward
 from .config import PABConfig
+from .costs import Signature
 from .generation import Call, Generation
 from .graphs import Graphs
 from .plan import Sublayer
@@ -47,9 +48,6 @@ class Adapter(Protocol):
 
     def attach(self, broadcaster: Broadcaster) -> Iterable[Detachable]:
         """Make the model's blocks ask `broadcaster.call` what to do; one by one, so that what was done can be undone if one fails."""
-
-    def rest_flops(self, *args: Any, **kwargs: Any) -> int:
-        """FLOPs outside of the sublayers, of a call with these arguments."""
 
     def timestep(self, *args: Any, **kwargs: Any) -> torch.Tensor | float | None:
         """The timestep among these arguments."""
@@ -277,7 +275,7 @@ class Broadcaster:
         else:
             prompt = kwargs.get("encoder_hidden_states")
             call.context.enter(tuple(map(Key.of, tensors)), prompt if name is None and isinstance(prompt, torch.Tensor) else None)
-            call.context.count(self.adapter.rest_flops(*args, **kwargs), run=True)
+            call.signature = Signature.of(args, kwargs)
             if not generation.cuda_graphs:
                 call.prepare()
             call.mark(REST, tensors[0].device if tensors else None)
@@ -286,7 +284,8 @@ class Broadcaster:
             if generation.cuda_graphs and not plain:
                 return self._graphed(call, forward, args, kwargs)
             out = forward(*args, **kwargs)
-            call.collect()
+            if not plain:
+                call.finish()
         except BaseException:
             generation.release()
             raise
@@ -306,7 +305,7 @@ class Broadcaster:
         def compute(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             thread.call = call
             out = forward(*args, **kwargs)
-            call.collect()
+            call.finish()
             return out
 
         return thread.graphs.run(call, model, compute, args, kwargs, self.adapter.timestep(*args, **kwargs))

@@ -20,9 +20,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from .capture import Capture, CudaCapture, place_of
+from .capture import Capture, CudaCapture, line_of
 from .config import PABConfig
 from .context import Context
+from .costs import place
 from .fixed import Change, FixedArena, Places
 from .generation import Call, Generation
 from .host_state import State, difference, host_state
@@ -230,18 +231,18 @@ def _turns(call: Call) -> tuple[Hashable, dict[str, tuple[float, float]]]:
     turns: list[Hashable] = []
     lines: dict[str, tuple[float, float]] = {}
     for sublayer in plan.sublayers:
-        name = place = sublayer.name
+        name = where = sublayer.name
         decision = plan.decision(name, call.step)
         if decision.action is not Action.REUSE:
             turns.append(decision.action)
             continue
         read: list[Hashable] = []
-        while not read or call.context.arena.get(place) is not None:  # once for each time that it runs in a call
-            slots = call.sources(place, decision)
+        while not read or call.context.arena.get(where) is not None:  # once for each time that it runs in a call
+            slots = call.sources(where, decision)
             read.append(tuple((id(slot.value), slot.key) for slot in slots))
             if len(slots) == 2:
-                lines[place] = call.line_weights(*slots)
-            place = f"{name}#{len(read)}"
+                lines[where] = call.line_weights(*slots)
+            where = place(name, len(read))
         forced = None if all(read) else plan.held(name, call.step) > 0
         turns.append((*read, forced))
     return tuple(turns), lines
@@ -252,6 +253,7 @@ def _repeated(call: Call, arena: FixedArena) -> Call:
     context = Context(call.context.name, Meter())
     context.arena = arena
     repeated = Call(call.generation, context, call.step)
+    repeated.signature = call.signature
     repeated.prepare()
     return repeated
 
@@ -267,7 +269,7 @@ def _copied(out: Any) -> Any:
 
 def _reason(error: Exception) -> str:
     message = str(error).splitlines() or [type(error).__name__]
-    return f"{message[0]} (at {place_of(error)})"
+    return f"{message[0]} (at {line_of(error)})"
 
 
 @contextlib.contextmanager
