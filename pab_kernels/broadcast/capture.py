@@ -79,7 +79,7 @@ class CudaCapture:
         return graph.replay, out
 
 
-def place_of(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
     """The line in which an error was raised: of the innermost function that is not torch's."""
     frames = [f for f in extract_tb(error.__traceback__) if Path(torch.__file__).parent not in Path(f.filename).parents]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else "an unknown line"

@@ -20,9 +20,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from .capture import Capture, CudaCapture, place_of
+from .capture import Capture, CudaCapture, line_of
 from .config import PABConfig
 from .context import Context
+from .costs import place
 from .fixed import Change, FixedArena, Places
 from .generation import Call, Generation
 from .host_state import State, difference, host_state
@@ -80,9 +81,9 @@ class Graphs:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory that are kept: places of slots, inputs, and what the graphs have between them."""
-        places = [place for of_context in self._places.values() for place in of_context.values()]
-        kept = [self._inputs.values(), *((p.newest, p.before) for p in places), [g.weights for g in self._graphs.values()]]
-        return sum(t.nbytes for t in tensors_of([list(nests) for nests in kept])) + (self._capture.nbytes if self._capture else 0)
+        places = [(p.newest, p.before) for of_context in self._places.values() for p in of_context.values()]
+        kept = [places, list(self._inputs.values()), [graph.weights for graph in self._graphs.values()]]
+        return sum(t.nbytes for t in tensors_of(kept)) + (self._capture.nbytes if self._capture else 0)
 
     def run(
         self, call: Call, model: nn.Module, compute: Compute, args: tuple[Any, ...], kwargs: Mapping[str, Any], timestep: Any = None
@@ -101,9 +102,8 @@ class Graphs:
         given = (args, dict(kwargs))
         looks = signature(given, f"what {self._name} was called with")
         device = self._device(given)
-        if (
-            self._seen is None or self._seen() is not call.generation
-        ):  # once a generation: to look at a whole model takes longer than a step should
+        # Once a generation: to look at a whole model takes longer than a step should.
+        if self._seen is None or self._seen() is not call.generation:
             self._check(model, device)
             self._seen = weakref.ref(call.generation)
         if self._capture is None:
@@ -138,6 +138,8 @@ class Graphs:
         assert self._capture is not None
         before, again, dry = host_state(model), arena.rehearsal(writes=True), arena.rehearsal(writes=False)
         arena.changes.clear()
+        if self._state is not None and difference(self._state, before) is not None:  # changed since the generation began
+            self._graphs.clear()
         with _autocast_without_memory():
             call.prepare()
             out = self._capture.warm_up(lambda: run(call))
@@ -229,18 +231,18 @@ def _turns(call: Call) -> tuple[Hashable, dict[str, tuple[float, float]]]:
     turns: list[Hashable] = []
     lines: dict[str, tuple[float, float]] = {}
     for sublayer in plan.sublayers:
-        name = place = sublayer.name
+        name = where = sublayer.name
         decision = plan.decision(name, call.step)
         if decision.action is not Action.REUSE:
             turns.append(decision.action)
             continue
         read: list[Hashable] = []
-        while not read or call.context.arena.get(place) is not None:  # once for each time that it runs in a call
-            slots = call.sources(place, decision)
+        while not read or call.context.arena.get(where) is not None:  # once for each time that it runs in a call
+            slots = call.sources(where, decision)
             read.append(tuple((id(slot.value), slot.key) for slot in slots))
             if len(slots) == 2:
-                lines[place] = call.line_weights(*slots)
-            place = f"{name}#{len(read)}"
+                lines[where] = call.line_weights(*slots)
+            where = place(name, len(read))
         forced = None if all(read) else plan.held(name, call.step) > 0
         turns.append((*read, forced))
     return tuple(turns), lines
@@ -267,7 +269,7 @@ def _copied(out: Any) -> Any:
 
 def _reason(error: Exception) -> str:
     message = str(error).splitlines() or [type(error).__name__]
-    return f"{message[0]} (at {place_of(error)})"
+    return f"{message[0]} (at {line_of(error)})"
 
 
 @contextlib.contextmanager

@@ -84,6 +84,24 @@ def test_weights_changed_in_place_are_seen_and_replaced_ones_are_captured_anew(r
     check(4)
 
 
+def test_a_change_in_the_middle_of_a_generation_is_seen_by_the_next_one(recorders: list[Recorder]) -> None:
+    def build() -> Odd:
+        model = Odd(lambda model, x: model.factor * x)
+        model.factor = 1
+        return model
+
+    eager, graphed = pair(PABConfig(spatial=EVERY_SECOND), build, 4)
+    for model in (eager, graphed):
+        for rows in (2, 2, 3, 3):  # what comes with another shape is captured after the change
+            model.factor = rows - 1
+            model(torch.ones(rows, 4))
+    for rows in (2, 3):
+        with pab.generation(eager, num_steps=4), pab.generation(graphed, num_steps=4):
+            for _ in range(4):
+                x = torch.randn(rows, 4)
+                assert torch.equal(graphed(x), eager(x)), rows
+
+
 def test_autocast_and_inference_mode(recorders: list[Recorder]) -> None:
     eager, graphed = pair(config("linear"))
     with torch.inference_mode():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pab_kernels.broadcast import capture
-from pab_kernels.broadcast.capture import CudaCapture, place_of
+from pab_kernels.broadcast.capture import CudaCapture, line_of
 
 DEVICE = torch.device("cuda", 0)
 
@@ -74,11 +74,11 @@ def test_other_devices_are_refused(device: str) -> None:
         CudaCapture(torch.device(device))
 
 
-def test_the_place_of_an_error_is_the_innermost_line_that_is_not_torchs() -> None:
+def test_the_line_of_an_error_is_the_innermost_line_that_is_not_torchs() -> None:
     def fails() -> Any:
         return torch.nn.functional.linear(torch.ones(2), torch.ones(3, 3))
 
     with pytest.raises(RuntimeError) as raised:
         torch.nn.Sequential()(fails())
-    assert place_of(raised.value).startswith("test_capture.py:") and "linear(torch.ones(2)" in place_of(raised.value)
-    assert place_of(RuntimeError()) == "an unknown line"
+    assert line_of(raised.value).startswith("test_capture.py:") and "linear(torch.ones(2)" in line_of(raised.value)
+    assert line_of(RuntimeError()) == "an unknown line"
