@@ -28,8 +28,8 @@ __device__ __forceinline__ void store_quantized(std::uint8_t* row, float* scale_
     const float2 two = widen<T>(word);
     largest = max(largest, max(magnitude(two.x), magnitude(two.y)));
   }
-  largest = max(largest, __shfl_xor_sync(kWarp, largest, 1));
-  largest = max(largest, __shfl_xor_sync(kWarp, largest, 2));
+  largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+  largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 2));
   if (!valid) return;
   const float scale = group_scale<Eight>(largest);
   if (threadIdx.x % 4 == 0) *scale_at = scale;

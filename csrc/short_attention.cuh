@@ -16,7 +16,7 @@
 
 namespace pab {
 
-constexpr unsigned kWarp = 0xffffffffu;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <int kHeadDim>
 struct Channels {
@@ -106,12 +106,12 @@ __device__ __forceinline__ void load_rows(const char* head, std::int64_t stride,
 
 // Over the four lanes of a row.
 __device__ __forceinline__ float row_sum(float x) {
-  x += __shfl_xor_sync(kWarp, x, 1);
-  return x + __shfl_xor_sync(kWarp, x, 2);
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 __device__ __forceinline__ float row_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kWarp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kWarp, x, 2));
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
 // x = the norm of x, rounded to T; `rstd` is that of the rows for kAcross, `weight` and `bias` those of the head, or null.
