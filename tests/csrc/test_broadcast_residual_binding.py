@@ -162,6 +162,8 @@ EIGHT = Quantized(torch.zeros(2, 3, 136, dtype=torch.int8), torch.zeros(2, 3, 2)
         {"norm": Norm("rms", bias=X[0, 0])},
         {"norm": Norm(weight=X[0, 0, :8])},
         {"norm": Norm(weight=X[0])},
+        {"norm": Norm(weight=X.new_zeros(136, 2)[:, 0])},
+        {"slots": [], "gates": None, "norm": None, "shift": None, "x_out": None, "y_out": None},
         {"norm": None, "y_out": None},
         {"shift": G[..., :8]},
         {"x_out": None},
