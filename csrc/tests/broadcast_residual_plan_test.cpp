@@ -26,7 +26,7 @@ BroadcastResidualArguments arguments(std::int64_t tokens, std::int64_t channels)
 int main() {
   BroadcastResidualPlan plan = plan_broadcast_residual(arguments(9, 1152));
   CHECK(plan.refusal == nullptr && plan.vector_bytes == 16 && plan.lane_vectors == 5 && plan.row_threads == 32);
-  CHECK(plan.grid[0] == 3 && plan.block == 128);  // 4 tokens a block
+  CHECK(plan.grid[0] == 3 && plan.block == 128 && plan.waits);  // 4 tokens a block
   plan = plan_broadcast_residual(arguments(9, 2304));
   CHECK(plan.lane_vectors == 3 && plan.row_threads == 96 && plan.grid[0] == 9 && plan.block == 96);
   CHECK(plan_broadcast_residual(arguments(9, 1153)).vector_bytes == 2);

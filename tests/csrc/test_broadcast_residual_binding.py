@@ -162,6 +162,8 @@ EIGHT = Quantized(torch.zeros(2, 3, 136, dtype=torch.int8), torch.zeros(2, 3, 2)
         {"norm": Norm("rms", bias=X[0, 0])},
         {"norm": Norm(weight=X[0, 0, :8])},
         {"norm": Norm(weight=X[0])},
+        {"norm": Norm(weight=X.new_zeros(136, 2)[:, 0])},
+        {"slots": [], "gates": None, "norm": None, "shift": None, "x_out": None, "y_out": None},
         {"norm": None, "y_out": None},
         {"shift": G[..., :8]},
         {"x_out": None},
@@ -173,16 +175,17 @@ EIGHT = Quantized(torch.zeros(2, 3, 136, dtype=torch.int8), torch.zeros(2, 3, 2)
     ],
 )
 def test_what_is_wrong_is_refused_by_c_and_told_by_python(kernels, wrong):
-    kernels.lockstep_forget()  # a launch would fail
+    kernels.lockstep_forget()  # a launch would fail, and the machine say so
     right = {"x": X, "slots": [X], "gates": [G], "weights": None, "norm": Norm(), "shift": G, "scale": None, "x_out": torch.empty_like(X)}
     given = right | {"y_out": torch.empty_like(X)} | wrong
-    assert cuda.attempt(**given) is False
+    assert cuda.attempt(**given) is False and kernels.lockstep_error() == b""
     with torch.no_grad(), pytest.raises((TypeError, ValueError)) as told:
         broadcast_residual_out(**given, backend="cuda")
     assert str(told.value).startswith("broadcast_residual: ")
 
 
 def test_what_it_cannot_serve_is_refused_with_the_reason(kernels):
+    kernels.lockstep_forget()
     for x, message in (
         (torch.zeros(1, 2, 136, dtype=torch.float64), "x is torch.float64; float16, bfloat16 and float32"),
         (torch.zeros(1, 8200), "x has 8200 channels; up to 8192"),
@@ -191,6 +194,7 @@ def test_what_it_cannot_serve_is_refused_with_the_reason(kernels):
     ):
         with torch.no_grad(), mock.patch("pab_kernels.ops.broadcast_residual.check_output"):  # one of them is too large to be there
             assert_refuses(BackendError, message, broadcast_residual_out, x, norm=Norm(), y_out=x, backend="cuda")
+        assert kernels.lockstep_error() == b"", "it was launched"
 
 
 def test_with_a_gradient_it_is_refused(kernels):

@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from pab_kernels.ops import Norm, broadcast_residual, broadcast_residual_out, cuda_library, quantize
 from pab_kernels.ops.cached_outputs import check_cached_outputs
 from tests.ops.broadcast_residual_cases import NORMS, assert_rounded_once, call, check, poisoned, rounded_once
-from tests.ops.tensors import DTYPES, EIGHT_BITS, Guarded, assert_same, called_when_compiled, draws, opcheck
+from tests.ops.tensors import DTYPES, EIGHT_BITS, Guarded, assert_refuses, assert_same, called_when_compiled, draws, opcheck
 
 if not torch.cuda.is_available():
     pytest.skip("there is no CUDA device", allow_module_level=True)
 REASON = cuda_library.refuse(torch.empty(0, device="cuda"))
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
+
+WIDTHS = (128, 1152, 1536, 1920, 2304, 3072, 4096, 5120, 8192)
 
 CALLS = int(os.environ.get("PAB_FUZZ_CALLS", "200"))
 
@@ -39,7 +41,7 @@ def test_it_is_accurate(dtype, kinds, norm):
             check(*call((2, 7, channels), kinds, norm, dtype, affine=channels == 136), "cuda")
 
 
-@pytest.mark.parametrize("channels", [1, 8, 128, 512, 1152, 1536, 1920, 2304, 3072, 4096, 5120, 8191, 8192])
+@pytest.mark.parametrize("channels", [1, 8, 512, 8191, *WIDTHS])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_width(channels, dtype):
     for kinds in ("m", "mif"):
@@ -121,6 +123,18 @@ def test_a_device_that_is_not_the_current_one():
     assert torch.equal(other.to("cuda:0"), broadcast_residual(x, slots, gates=options["gates"], backend="cuda")[0])
 
 
+def test_a_tensor_that_is_not_on_the_device_is_refused():
+    (x, slots), options = call((2, 7, 136), "m", "layer", torch.float32)
+    for change in ({"slots": [slots[0].cpu()]}, {"shift": options["shift"].cpu()}, {"gates": [options["gates"][0].cpu()]}):
+        assert_refuses(
+            ValueError,
+            "is on cpu; the operation runs on cuda:0",
+            broadcast_residual,
+            **{"x": x, "slots": slots, **options, **change},
+            backend="cuda",
+        )
+
+
 def test_again_and_again_gives_the_same_bits():
     args, options = call((1, 1000, 2304), "mi", "layer", torch.float16)
     first = broadcast_residual(*args, **options, backend="cuda")
@@ -153,8 +167,8 @@ def test_compiled_it_is_one_operation_that_torch_knows():
 
 
 @given(
-    sizes=st.tuples(st.integers(1, 3), st.integers(1, 9), st.one_of(st.integers(1, 700), st.sampled_from([1152, 2304, 3072, 5120, 8192]))),
-    offset=st.integers(0, 9),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 9), st.one_of(st.integers(1, 700), st.sampled_from(WIDTHS))),
+    offset=st.one_of(st.just(0), st.integers(0, 9)),
     kinds=st.text("mif", max_size=3),
     norm=st.sampled_from(NORMS),
     affine=st.booleans(),
