@@ -27,7 +27,7 @@ from .measure import Row, measure, progress, reason
 from .record import append, clocks, environment
 from .table import show
 
-OPS = ("broadcast_residual", "project_residual", "attention", "short_attention")
+OPS = ("broadcast_residual", "project_residual", "attention", "short_attention", "quantize", "dequantize")
 
 
 def cases(ops: list[str], geometries: list[str], dtype: torch.dtype) -> Iterator[Case]:

@@ -13,9 +13,8 @@ from .case import Candidate, Inputs, Outputs, Run
 
 
 def backends(op: str, call: Callable[[str, Inputs, Outputs], Outputs]) -> list[Candidate]:
-    """A candidate for every backend of `op`, and for Triton in any case; `call` takes the backend's name first."""
-    names = dict.fromkeys(("triton", *IMPLEMENTATIONS[op]))
-    return [Candidate(f"pab {name}", partial(partial, call, name), ours=True) for name in names]
+    """A candidate for every backend of `op`; `call` takes the backend's name first."""
+    return [Candidate(f"pab {name}", partial(partial, call, name), ours=True) for name in IMPLEMENTATIONS[op]]
 
 
 def eager(plain: Callable[[Inputs], Outputs], name: str = "torch eager") -> Candidate:

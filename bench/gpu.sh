@@ -17,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 TESTS=(tests_ops tests_kernels tests_csrc ctest fuzz)
 SANITIZER=(memcheck racecheck initcheck synccheck)
-BENCH=(broadcast_residual project_residual attention short_attention)
+BENCH=(broadcast_residual project_residual attention short_attention quantize dequantize)
 ALL=(build "${TESTS[@]}" determinism "${SANITIZER[@]}" "${BENCH[@]}" denoiser tables)
 
 OUT=${OUT:-bench/results}

@@ -205,7 +205,11 @@ def summary(model_or_pipe: Any) -> Summary:
 
     Of a pipeline with several models it has the sums, and each model's own under `models`.
 
+    FLOPs are counted here: a copy of the model as it is now, without PAB, runs once on the meta device for every set of shapes that the
+    model was called with. Where it cannot run there, as its code reads values of tensors, they are not known, and 0.
+
     Raises:
         RuntimeError: PAB is not enabled.
     """
-    return together({name: summarise(broadcaster.latest) for name, broadcaster in _enabled(model_or_pipe).items()})
+    models, _ = _resolve(model_or_pipe)
+    return together({name: summarise(broadcaster.latest, models[name]) for name, broadcaster in _enabled(model_or_pipe).items()})

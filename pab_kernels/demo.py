@@ -16,11 +16,13 @@ import torch
 from .adapters.latte import LatteAdapter
 from .analysis import video
 from .analysis.diffusers_pab import diffusers_pab
+from .analysis.measure import measure
 from .analysis.pipelines import usable_device
 from .analysis.quality import Quality, compare
 from .analysis.sampling import execution_device, in_words, sample
 from .broadcast.config import PABConfig
-from .broadcast.plan import Counts, Plan
+from .broadcast.costs import on_meta
+from .broadcast.plan import Cost, Counts, Plan
 from .models.demo.check import shows
 from .models.demo.pipeline import GUIDANCE, SCHEDULERS, STEPS, DemoPipeline, load
 from .models.demo.shapes import FRAMES, SIZE, VOCABULARY, Caption, parse
@@ -247,14 +249,24 @@ def _kind(attention: str) -> str:
     return "temporal" if attention.startswith("temporal_transformer_blocks") else "spatial"
 
 
+def _costs(transformer: Any, batch: int) -> tuple[dict[str, Cost], int]:
+    """What a call of the transformer with `batch` clips costs without PAB."""
+    with torch.device("meta"):
+        channels, text_channels = transformer.config.in_channels, transformer.config.caption_channels
+        inputs = {
+            "hidden_states": torch.empty(batch, channels, FRAMES, SIZE, SIZE, dtype=transformer.dtype),
+            "timestep": torch.empty(batch),
+            "encoder_hidden_states": torch.empty(batch, len(VOCABULARY), text_channels, dtype=transformer.dtype),
+        }
+    return measure(on_meta(transformer), inputs, LatteAdapter(transformer).sublayers).costs()
+
+
 def _run(demo: DemoPipeline, settings: Settings, variant: Variant, steps: int, on_step: Callable[[], None]) -> Run:
     """Sample all clips one way."""
     pipe, transformer = demo.pipe, demo.pipe.transformer
     schedule = demo.schedule(steps)
     calls = schedule.num_steps
-    costs, rest = LatteAdapter(transformer).costs(
-        batch=2 * len(settings.prompts), frames=FRAMES, height=SIZE, width=SIZE, text=len(VOCABULARY), dtype=transformer.dtype
-    )
+    costs, rest = _costs(transformer, 2 * len(settings.prompts))
     flops = calls * (rest + sum(cost.flops for cost in costs.values()))
     counts = {kind: Counts(computed=calls) for kind in KINDS}
     cache_bytes, plan = 0, None

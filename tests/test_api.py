@@ -23,7 +23,6 @@ from torch import nn
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.broadcaster import ATTRIBUTE, broadcaster_of
-from pab_kernels.nn import BroadcastModule
 from tests.adapters.tiny_latte import LAYERS, TOKENS, noise, prompt, sample, tiny_latte, tiny_pipe
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates
@@ -403,15 +402,6 @@ def test_bytes_and_flops_are_told_by_context_and_kind(config: PABConfig) -> None
     else:  # as a part of the block of layer 0
         assert spatial.reused == 0 and spatial.flops_saved * 10 == spatial.flops_without * 2 and cond["block"].flops_saved == 0
         assert cond["block"].peak_cache_bytes == 2 * slot and spatial.peak_cache_bytes == 0
-
-
-@torch.no_grad()
-def test_a_summary_of_modules_counts_no_flops() -> None:
-    model = nn.Sequential(BroadcastModule(nn.Linear(2, 2), "spatial"))
-    pab.enable(model, HALF, num_steps=2)
-    model(torch.ones(1, 2))
-    summary = pab.summary(model)
-    assert summary.flops_without == 0 and summary.share == 1 and "FLOPs" not in str(summary)
 
 
 def test_recorded_gradients_run_plainly_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ _TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas")
 
 
 class GenericAdapter:
-    """Modules found by `find`, each under its `forward`. FLOPs are not known here: `summary` counts sublayers, not FLOPs.
+    """Modules found by `find`, each under its `forward`.
 
     An attention or MLP gives its whole output back, before any gate that is outside of it; a block adds the change that it made.
 
@@ -50,10 +50,6 @@ class GenericAdapter:
         """Replace the `forward` of every module that was found."""
         for sublayer, module in zip(self.sublayers, self._modules, strict=True):
             yield attach_forward(module, _forward(broadcaster, sublayer))
-
-    def rest_flops(self, *args: Any, **kwargs: Any) -> int:
-        """Not known: 0."""
-        return 0
 
     def timestep(self, *args: Any, **kwargs: Any) -> Any:
         """The argument of the model's `forward` that is called `timestep`, `timesteps`, `t`, `sigma` or `sigmas`."""

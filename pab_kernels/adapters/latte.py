@@ -12,11 +12,9 @@ from .. import ops
 from ..broadcast.attach import Attached, attach_forward
 from ..broadcast.broadcaster import Broadcaster
 from ..broadcast.generation import Call, Store, is_plain
-from ..broadcast.plan import Cost, Sublayer
-from ..broadcast.slots import slot_bytes
+from ..broadcast.plan import Sublayer
 from ..broadcast.stopwatch import REST
 from ..broadcast.stream import ResidualStream
-from ..ops.flops import attention_flops, linear_flops
 from ..ops.short_attention import MAX_TOKENS
 
 
@@ -60,79 +58,18 @@ class LatteAdapter:
         """The timestep among the arguments of the model's `forward`."""
         return timestep
 
-    def rest_flops(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: Any = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> int:
-        """FLOPs of embeddings, adaLN, caption projection and output projection, of a call with these arguments."""
-        model = self.model
-        batch, channels, frames, height, width = hidden_states.shape
-        patch = model.config.patch_size
-        tokens = batch * frames * (height // patch) * (width // patch)
-        embedder = model.adaln_single.emb.timestep_embedder
-        total = linear_flops(tokens, channels * patch * patch, model.pos_embed.proj.out_channels) + _linears(tokens, model.proj_out)
-        total += _linears(batch, embedder.linear_1, embedder.linear_2, model.adaln_single.linear)
-        if encoder_hidden_states is not None:
-            caption = model.caption_projection
-            total += _linears(encoder_hidden_states.shape[:-1].numel(), caption.linear_1, caption.linear_2)
-        return total
-
-    def costs(
-        self, *, batch: int, frames: int, height: int, width: int, text: int, dtype: torch.dtype, cache_dtype: str | None = None
-    ) -> tuple[dict[str, Cost], int]:
-        """What each sublayer costs in one call, and the FLOPs of the rest, from shapes alone.
-
-        Args:
-            batch: of the call; with batched classifier-free guidance twice the clips.
-            frames, height, width: of the latents.
-            text: tokens of the prompt.
-            dtype: of the model.
-            cache_dtype: as in `PABConfig`.
-        """
-        patch = self.model.config.patch_size
-        space = (height // patch) * (width // patch)
-        costs: dict[str, Cost] = {}
-        for block in self.blocks:
-            rows, tokens = (batch * frames, space) if block.kind == "spatial" else (batch * space, frames)
-            shape = (rows, tokens, block.channels)
-            kept, full = slot_bytes(shape, dtype, cache_dtype), slot_bytes(shape, dtype, None)
-            for sublayer in block.sublayers:
-                costs[sublayer.name] = Cost(block.flops(sublayer, rows, tokens, (batch * frames, text)), kept, full)
-        x = torch.empty(batch, self.model.config.in_channels, frames, height, width, device="meta")
-        prompt = torch.empty(batch, text, self.model.config.caption_channels, device="meta")
-        return costs, self.rest_flops(x, encoder_hidden_states=prompt)
-
 
 class LatteBlock:
-    """One block: its sublayers, what they cost, and its `forward` under PAB."""
+    """One block: its sublayers, and its `forward` under PAB."""
 
     def __init__(self, module: Any, name: str, layer: int, kind: str) -> None:
         self.module = module
         self.kind = kind
-        self.channels = module.dim
         self.whole = Sublayer(name, "block", layer, "fused")
         self.attention = Sublayer(f"{name}.attn1", kind, layer, "fused", block=name)
         self.cross = None if module.attn2 is None else Sublayer(f"{name}.attn2", "cross", layer, "fused", block=name)
         self.mlp = Sublayer(f"{name}.ff", "mlp", layer, "fused", block=name)
         self.sublayers = [s for s in (self.attention, self.cross, self.mlp, self.whole) if s is not None]
-
-    def flops(self, sublayer: Sublayer, rows: int, tokens: int, text: tuple[int, int]) -> int:
-        """FLOPs of computing a sublayer on `[rows, tokens, C]`, with prompt `text` as `[rows, tokens]`; of the block, 0."""
-        if sublayer is self.mlp:
-            return _linears(rows * tokens, self.module.ff)
-        if sublayer is self.whole:
-            return 0
-        attn = self.module.attn1 if sublayer is self.attention else self.module.attn2
-        if not all(hasattr(attn, name) for name in ("to_q", "to_k", "to_v", "to_out", "heads", "inner_dim")):
-            return 0  # somebody's own: what it computes is not known
-        keys = tokens if sublayer is self.attention else text[1]
-        key_tokens = rows * tokens if sublayer is self.attention else text[0] * text[1]
-        projections = _linears(rows * tokens, attn.to_q, attn.to_out[0]) + _linears(key_tokens, attn.to_k, attn.to_v)
-        return projections + attention_flops(rows, attn.heads, tokens, keys, attn.inner_dim // attn.heads)
 
     def forward(self, broadcaster: Broadcaster) -> Any:
         """The stand-in for the block's `forward`; plain where the model is not called under PAB."""
@@ -163,7 +100,6 @@ class LatteBlock:
             turn = call.turn(self.whole, hidden_states)
             stream = ResidualStream(hidden_states, call)
             if turn.slot is not None:
-                self._count_saved(call, hidden_states, encoder_hidden_states)
                 stream.reuse(turn.slot)
             else:
                 self._run(call, stream, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep)
@@ -187,15 +123,13 @@ class LatteBlock:
     ) -> None:
         """Self attention, cross attention, MLP. `x` is the block's input; only its shape, dtype and device are used."""
         block = self.module
-        rows, tokens = x.shape[0], x.shape[1]
-        text_shape = (0, 0) if text is None else (text.shape[0], text.shape[1])
-        chunks = timestep.reshape(rows, 6, -1)
+        chunks = timestep.reshape(x.shape[0], 6, -1)
         gated_at_reuse = call.generation.config.cache_point == "pre_gate"
 
         def modulation(i: int) -> torch.Tensor:  # [rows, 1, C]
             return block.scale_shift_table[None, i : i + 1] + chunks[:, i : i + 1]
 
-        turn = call.turn(self.attention, x, self.flops(self.attention, rows, tokens, text_shape))
+        turn = call.turn(self.attention, x)
         if turn.slot is not None:
             stream.reuse(turn.slot, modulation(2) if gated_at_reuse else None)
         else:
@@ -203,23 +137,18 @@ class LatteBlock:
             _attend(stream, block.attn1, y, None, mask, modulation(2), turn.store)
 
         if self.cross is not None:
-            turn = call.turn(self.cross, x, self.flops(self.cross, rows, tokens, text_shape))
+            turn = call.turn(self.cross, x)
             if turn.slot is not None:
                 stream.reuse(turn.slot)
             else:
                 _attend(stream, block.attn2, stream.read(), text, text_mask, None, turn.store)
 
-        turn = call.turn(self.mlp, x, self.flops(self.mlp, rows, tokens, text_shape))
+        turn = call.turn(self.mlp, x)
         if turn.slot is not None:
             stream.reuse(turn.slot, modulation(5) if gated_at_reuse else None)
         else:
             y = stream.norm_modulate(block.norm2, modulation(3), modulation(4))
             _feed_forward(stream, block, y, modulation(5), turn.store)
-
-    def _count_saved(self, call: Call, x: torch.Tensor, text: torch.Tensor | None) -> None:
-        text_shape = (0, 0) if text is None else (text.shape[0], text.shape[1])
-        for s in self.sublayers:
-            call.context.count(self.flops(s, x.shape[0], x.shape[1], text_shape), run=False, kind=s.kind)
 
 
 def _attend(
@@ -274,9 +203,3 @@ def _feed_forward(stream: ResidualStream, block: Any, y: torch.Tensor, gate: tor
 
 def _inactive(dropout: Any) -> bool:
     return is_plain(dropout, nn.Dropout) and (not dropout.training or dropout.p == 0)
-
-
-def _linears(tokens: int, *modules: nn.Module) -> int:
-    """FLOPs of all linear layers in `modules`, those of a LoRA included."""
-    linears = [m for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
-    return sum(linear_flops(tokens, m.in_features, m.out_features) for m in linears)

@@ -18,7 +18,7 @@ def handles(model: nn.Module) -> bool:
 
 
 class ModulesAdapter:
-    """The `BroadcastModule`s of a model. FLOPs are not known here: `summary` counts sublayers, not FLOPs."""
+    """The `BroadcastModule`s of a model."""
 
     cache_points = ("pre_gate",)
 
@@ -29,10 +29,6 @@ class ModulesAdapter:
     def attach(self, broadcaster: Broadcaster) -> list[Detachable]:
         """Let the modules ask `broadcaster`."""
         return [m.join(broadcaster, sublayer) for m, sublayer in zip(self._modules.values(), self.sublayers, strict=True)]
-
-    def rest_flops(self, *args: Any, **kwargs: Any) -> int:
-        """Not known: 0."""
-        return 0
 
     def timestep(self, *args: Any, **kwargs: Any) -> Any:
         """Found by name only."""

@@ -76,10 +76,6 @@ class Probe:
         for sublayer, module in zip(self.sublayers, self._modules, strict=True):
             yield attach_forward(module, self._forward(broadcaster, sublayer))
 
-    def rest_flops(self, *args: Any, **kwargs: Any) -> int:
-        """Not counted: 0."""
-        return 0
-
     def timestep(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's adapter has it."""
         return self._adapter.timestep(*args, **kwargs)

@@ -167,8 +167,8 @@ def forecast(
     sublayers = tuple(adapter_for(transformer).sublayers)
     plan = Plan(config, Schedule.of(timesteps=how.timesteps(steps, latents, clip)), sublayers)
     measured = measure(transformer, inputs, plan.sublayers)
-    found = {str(kept or "model"): plan.forecast(*measured.costs(plan, kept), how.contexts) for kept in CACHE_DTYPES}
-    costs, rest = measured.costs(plan)
+    found = {str(kept or "model"): plan.forecast(*measured.costs(kept), how.contexts) for kept in CACHE_DTYPES}
+    costs, rest = measured.costs()
     calls = how.contexts * len(plan.steps)
     run = {kind: [s.name for s in plan.sublayers if s.kind == kind] for kind in plan.kinds()}
     counts = {kind: Counts(*(how.contexts * n for n in vars(c).values())) for kind, c in plan.counts().items()}

@@ -13,29 +13,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from ..broadcast.plan import Cost, Plan, Sublayer
-from ..broadcast.slots import slot_bytes
+from ..broadcast.costs import Run, watched
+from ..broadcast.plan import Cost, Sublayer
 from ..ops.flops import flop_counter
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a sublayer's first run in a call is.
-
-    Args:
-        flops: of everything in it.
-        outputs: shape and dtype of every tensor that it returns.
-    """
-
-    flops: int
-    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
-
-    def nbytes(self, cache_dtype: str | None = None) -> int:
-        """Bytes of the output as a slot keeps it: floating-point tensors `[..., C]` in `cache_dtype`, all others as they are."""
-        eight = [cache_dtype if dtype.is_floating_point and shape else None for shape, dtype in self.outputs]
-        return sum(slot_bytes(shape or (1,), dtype, kept) for (shape, dtype), kept in zip(self.outputs, eight, strict=True))
 
 
 @dataclass(frozen=True)
@@ -44,7 +25,7 @@ class Measured:
 
     Args:
         flops: of the whole call.
-        runs: by name of the sublayer.
+        runs: see `watched`.
         activation_bytes: the most that tensors of the call, its inputs included, take at one time, with attention that keeps no scores.
         weight_bytes: of parameters and buffers.
     """
@@ -54,16 +35,17 @@ class Measured:
     activation_bytes: int
     weight_bytes: int
 
-    def costs(self, plan: Plan, cache_dtype: str | None = None) -> tuple[dict[str, Cost], int]:
-        """What each sublayer of a plan costs in one call, and the FLOPs of the rest: the arguments of `Plan.forecast`.
+    def costs(self, cache_dtype: str | None = None) -> tuple[dict[str, Cost], int]:
+        """What each sublayer costs in one call, and the FLOPs of the rest: the arguments of `Plan.forecast`.
 
-        A block's FLOPs are those outside of its sublayers. What a sublayer computes when it runs a second time in a call is rest: it has
-        its slot for the first.
+        A block's FLOPs are those outside of its sublayers. A sublayer that runs several times in a call has a slot for each time.
         """
-        inside = {s.name: sum(self.runs[inner.name].flops for inner in plan.sublayers if inner.block == s.name) for s in plan.sublayers}
+        runs: dict[str, list[Run]] = {}
+        for run in self.runs.values():
+            runs.setdefault(run.name, []).append(run)
         costs = {
-            name: Cost(self.runs[name].flops - inside[name], self.runs[name].nbytes(cache_dtype), self.runs[name].nbytes())
-            for name in inside
+            name: Cost(sum(r.own[name] for r in each), sum(r.nbytes(cache_dtype) for r in each), sum(r.nbytes() for r in each))
+            for name, each in runs.items()
         }
         return costs, self.flops - sum(cost.flops for cost in costs.values())
 
@@ -82,17 +64,12 @@ def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sub
     Raises:
         RuntimeError: a sublayer did not run.
     """
-    runs: dict[str, Run] = {}
     weights = {t.untyped_storage()._cdata: t.nbytes for t in (*model.parameters(), *model.buffers())}
     with torch.no_grad(), flop_counter() as counter, LiveBytes(weights) as live, AttentionWithoutScores(live):
         for tensor in _tensors(inputs):
             live.add(tensor)
-        handles = [handle for s in sublayers for handle in _watched(model.get_submodule(s.name), s.name, counter, runs)]
-        try:
+        with watched(model, sublayers, counter) as runs:
             model(**inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
     if missing := [s.name for s in sublayers if s.name not in runs]:
         raise RuntimeError(f"{type(model).__name__}: {missing[0]} did not run in a call of the model; nothing is known of it")
     return Measured(counter.get_total_flops(), runs, live.peak, sum(weights.values()))
@@ -100,20 +77,6 @@ def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sub
 
 def _tensors(nest: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, torch.Tensor)]
-
-
-def _watched(module: nn.Module, name: str, counter: FlopCounterMode, runs: dict[str, Run]) -> list[Any]:
-    """Hooks that note the module's first run."""
-    before: list[int] = []
-
-    def enter(*_: Any) -> None:
-        before.append(counter.get_total_flops())
-
-    def leave(module: nn.Module, args: Any, out: Any) -> None:
-        flops = counter.get_total_flops() - before.pop()
-        runs.setdefault(name, Run(flops, tuple((tuple(t.shape), t.dtype) for t in _tensors(out))))
-
-    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
 
 class LiveBytes(TorchDispatchMode):

@@ -14,6 +14,7 @@ from torch import nn
 
 from .attach import Attached, attach_forward
 from .config import PABConfig
+from .costs import Signature
 from .generation import Call, Generation
 from .open_generation import OpenGeneration
 from .plan import Sublayer
@@ -50,9 +51,6 @@ class Adapter(Protocol):
 
     def attach(self, broadcaster: Broadcaster) -> Iterable[Detachable]:
         """Make the model's blocks ask `broadcaster.call` what to do; one by one, so that what was done can be undone if one fails."""
-
-    def rest_flops(self, *args: Any, **kwargs: Any) -> int:
-        """FLOPs outside of the sublayers, of a call with these arguments."""
 
     def timestep(self, *args: Any, **kwargs: Any) -> torch.Tensor | float | None:
         """The timestep among these arguments."""
@@ -293,13 +291,14 @@ class Broadcaster:
         else:
             prompt = kwargs.get("encoder_hidden_states")
             call.context.enter(tuple(map(Key.of, tensors)), prompt if name is None and isinstance(prompt, torch.Tensor) else None)
-            call.context.count(self.adapter.rest_flops(*args, **kwargs), run=True)
+            call.signature = Signature.of(args, kwargs)
             call.prepare()
             call.mark(REST, tensors[0].device if tensors else None)
         outer, thread.call = thread.call, None if plain else call
         try:
             out = forward(*args, **kwargs)
-            call.collect()
+            if not plain:
+                call.finish()
         except BaseException:
             generation.release()
             raise

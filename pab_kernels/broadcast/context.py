@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
 
+from .costs import Signature
 from .slots import Arena, Meter
 from .stopwatch import REST, Stopwatch
 
@@ -21,7 +23,7 @@ class Tally:
         stored: runs whose output was kept.
         reused: turns that read kept outputs instead.
         forced: runs that the plan had as a reuse, but what was kept was not what it planned to read.
-        flops: of what ran, where the adapter counts them.
+        flops: of what ran; 0 where none are known.
         flops_without: of the same calls with nothing reused.
         cache_bytes: bytes held now.
         peak_cache_bytes: the most that were held.
@@ -57,8 +59,8 @@ class Context:
         self.name = name
         self.arena = Arena(meter)
         self.stopwatch = Stopwatch() if timed else None
-        self.flops = 0
-        self.flops_without = 0
+        self.calls: Counter[tuple[Signature | None, tuple[str, ...], tuple[tuple[str, int], ...]]] = Counter()
+        """How often the model was called with arguments of a signature, reusing outputs of these places, sparing FLOPs of these kinds."""
         self._tallies: dict[str, Tally] = {}
         self._inputs: Hashable = None
         self._condition: weakref.ref[torch.Tensor] | None = None
@@ -81,13 +83,6 @@ class Context:
     def tally(self, kind: str) -> Tally:
         """The counts of a kind."""
         return self._tallies.setdefault(kind, Tally())
-
-    def count(self, flops: int, *, run: bool, kind: str | None = None) -> None:
-        """Count FLOPs of the model, run or saved, and where they are those of sublayers, for their kind."""
-        for counted in (self,) if kind is None else (self, self.tally(kind)):
-            counted.flops_without += flops
-            if run:
-                counted.flops += flops
 
     def tallies(self) -> dict[str, Tally]:
         """A copy of all counts by kind, with bytes and, where they are measured, seconds. These wait for the device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from torch import nn
 from ..ops.quantize import Quantized
 from .config import PABConfig
 from .context import Context
+from .costs import CallCosts, Signature, call_costs
+from .costs import place as place_of
 from .plan import Action, Decision, Plan, Sublayer
 from .schedule import Schedule
 from .slots import CACHE_DTYPES, Arena, Key, Line, Meter, Slot, pack
@@ -72,6 +75,12 @@ class Call:
         self.generation = generation
         self.context = context
         self.step = step
+        self.signature: Signature | None = None
+        """Of the arguments that the model was called with."""
+        self.reused: list[str] = []
+        """Places of the outputs that were reused, in their order."""
+        self.spared: Counter[str] = Counter()
+        """By kind, FLOPs that sublayers which ran did without."""
         self._turns: dict[str, int] = {}
         self._traced: dict[str, TracedTurn] = {}
 
@@ -95,14 +104,14 @@ class Call:
             if turn.input is None:
                 continue
             key = Key(*turn.input)
-            taken = self._account(turn.sublayer, name, key, turn.slot if turn.reused else None, turn.flops)
+            taken = self._account(turn.sublayer, name, key, turn.slot if turn.reused else None)
             for _ in range(turn.runs - 1):
-                self._repeated(turn.sublayer, 0)
+                self._repeated(turn.sublayer)
             if taken.store is not None and turn.kept is not None:
                 Place(self.context.arena, name, turn.sublayer.kind, key, self.step, self._held(name)).keep(turn.kept, turn.dtype)
         self._traced.clear()
 
-    def turn(self, sublayer: Sublayer, x: torch.Tensor, flops: int = 0) -> Turn:
+    def turn(self, sublayer: Sublayer, x: torch.Tensor) -> Turn:
         """What `sublayer`, with input `x`, is to do now; counted, and what is read for the last time is let go.
 
         A sublayer that runs several times in one call (chunks, two streams or layers that share a module) has a slot for each time, told
@@ -111,29 +120,27 @@ class Call:
         Args:
             sublayer: one of the plan's.
             x: its input (only shape, dtype and device are read).
-            flops: of computing it.
         """
         if torch.compiler.is_compiling():
-            return self._turn_in_graph(sublayer, x, flops)
+            return self._turn_in_graph(sublayer, x)
         self._traced.pop(sublayer.name, None)
         plan = self.generation.plan
         if plan is None or sublayer.name not in plan.rows:
-            self.context.count(flops, run=True)
             return Turn()
         self.mark(sublayer.kind, x.device)
         time = self._turns[sublayer.name] = self._turns.get(sublayer.name, -1) + 1
-        place = f"{sublayer.name}#{time}" if time else sublayer.name
+        place = place_of(sublayer.name, time)
         decision, key = plan.decision(sublayer.name, self.step), Key.of(x)
         slot = self._read(place, decision) if decision.action is Action.REUSE else None
-        return self._account(sublayer, place, key, slot if slot is not None and slot.key == key else None, flops)
+        return self._account(sublayer, place, key, slot if slot is not None and slot.key == key else None)
 
-    def _turn_in_graph(self, sublayer: Sublayer, x: torch.Tensor, flops: int) -> Turn:
+    def _turn_in_graph(self, sublayer: Sublayer, x: torch.Tensor) -> Turn:
         turn = self._traced.get(sublayer.name)
         if turn is None:
             raise RuntimeError(
                 f"{sublayer.name} is compiled, and was not reached through the model; call the model under PAB, not its block"
             )
-        action = turn.take(x, flops)
+        action = turn.take(x)
         if action == "REUSE":
             return Turn(slot=turn.slot)
         return Turn(store=self._store(turn)) if action == "STORE" else Turn()
@@ -142,16 +149,15 @@ class Call:
         config = self.generation.config
         return Store("post_gate" if config.cache_point == "post_gate" else "pre_gate", CACHE_DTYPES[config.cache_dtype], place)
 
-    def _account(self, sublayer: Sublayer, place: str, key: Key, slot: Slot | Line | None, flops: int) -> Turn:
+    def _account(self, sublayer: Sublayer, place: str, key: Key, slot: Slot | Line | None) -> Turn:
         """Count the turn of a sublayer that reuses `slot` or, without one, runs; let go of what no later step reads at its `place`."""
         plan, arena, held = self.generation.plan, self.context.arena, self._held(sublayer.name)
         if plan is None or sublayer.name not in plan.rows:
-            self.context.count(flops, run=True)
             return Turn()
-        self.context.count(flops, run=slot is None, kind=sublayer.kind)
         tally = self.context.tally(sublayer.kind)
         if slot is not None:
             tally.reused += 1
+            self.reused.append(place)
             arena.release(place, held)
             return Turn(slot=slot)
         action = plan.decision(sublayer.name, self.step).action
@@ -167,10 +173,9 @@ class Call:
         tally.stored += 1
         return Turn(store=self._store(Place(arena, place, sublayer.kind, key, self.step, held)))
 
-    def _repeated(self, sublayer: Sublayer, flops: int) -> None:
+    def _repeated(self, sublayer: Sublayer) -> None:
         plan = self.generation.plan
         if plan is not None and sublayer.name in plan.rows:
-            self.context.count(flops, run=True, kind=sublayer.kind)
             tally = self.context.tally(sublayer.kind)
             tally.computed += 1
             tally.forced += plan.decision(sublayer.name, self.step).action is Action.REUSE
@@ -214,6 +219,15 @@ class Call:
         if not torch.compiler.is_compiling() and self.context.stopwatch is not None:
             self.context.stopwatch.mark(kind, device)
 
+    def spare(self, kind: str, flops: int) -> None:
+        """Count FLOPs that a sublayer of this kind does without although it runs."""
+        self.spared[kind] += flops
+
+    def finish(self) -> None:
+        """The model has run: count the call."""
+        self.collect()
+        self.context.calls[self.signature, tuple(self.reused), tuple(self.spared.items())] += 1
+
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """Whether a fused operation may stand for calling `module` (an `nn.Linear` or a norm) on `x`; decided once a generation."""
         return self.generation.fuses(module, x)
@@ -255,6 +269,7 @@ class Generation:
         self.over = False
         """Whether its pipeline has said that it is at its end."""
         self._called: dict[str, int] = {}
+        self._costs: dict[Signature | None, CallCosts | None] = {}
         self._fuses: dict[tuple[nn.Module, Key], bool] = {}
         self._weights: dict[tuple[float, torch.device], torch.Tensor] = {}
 
@@ -326,6 +341,14 @@ class Generation:
         """Let go of every slot."""
         for context in self.contexts.values():
             context.arena.clear()
+
+    def costs(self, model: nn.Module) -> dict[Signature | None, CallCosts] | None:
+        """What the calls made so far cost without PAB, by their signature; None where that of any is not known."""
+        for signature in {signature for context in self.contexts.values() for signature, _, _ in context.calls}:
+            if signature not in self._costs:
+                self._costs[signature] = call_costs(model, self.sublayers, signature)
+        known = {signature: costs for signature, costs in self._costs.items() if costs is not None}
+        return known if len(known) == len(self._costs) else None
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """See `Call.fuses`."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from torch import nn
+
 from .config import KINDS
-from .context import Tally
+from .context import Context, Tally
+from .costs import CallCosts
 from .generation import Generation
 from .plan import Plan
 
@@ -19,7 +23,7 @@ class Summary:
     Args:
         plan: its plan; None before the model's first call.
         contexts: by context and kind, how often sublayers ran, and what they cost.
-        flops: of the model, with PAB.
+        flops: of the model, with PAB; 0 where they are not known, which the log says.
         flops_without: of the same calls with nothing reused.
         cache_bytes: bytes of slots held now.
         peak_cache_bytes: the most that were held.
@@ -100,17 +104,57 @@ def together(models: Mapping[str, Summary]) -> Summary:
     return Summary(plan=None, contexts=contexts, models=dict(models), **sums)
 
 
-def summarise(generation: Generation | None) -> Summary:
-    """The summary of a generation; an empty one for None."""
+@dataclass
+class _Flops:
+    """FLOPs of a context's calls: all, those that were saved, and both by kind."""
+
+    full: int = 0
+    saved: int = 0
+    full_by_kind: Counter[str] = field(default_factory=Counter)
+    saved_by_kind: Counter[str] = field(default_factory=Counter)
+
+    def of(self, tally: Tally, kind: str) -> Tally:
+        """The tally of a kind, with its FLOPs."""
+        full = self.full_by_kind[kind]
+        return replace(tally, flops=full - self.saved_by_kind[kind], flops_without=full)
+
+
+def _flops(context: Context, costs: dict[Any, CallCosts], kinds: dict[str, str]) -> _Flops:
+    found = _Flops()
+    for (signature, reused, spared), calls in context.calls.items():
+        call = costs[signature]
+        found.full += calls * call.flops
+        for run in call.runs.values():
+            found.full_by_kind[kinds[run.name]] += calls * run.own[run.name]
+        for run in (call.runs[where] for where in reused if where in call.runs):
+            found.saved += calls * run.flops
+            for name, flops in run.own.items():
+                found.saved_by_kind[kinds[name]] += calls * flops
+        for kind, flops in spared:
+            found.saved += calls * flops
+            found.saved_by_kind[kind] += calls * flops
+    return found
+
+
+def summarise(generation: Generation | None, model: nn.Module) -> Summary:
+    """The summary of a generation of `model`; an empty one for None."""
     if generation is None:
         return Summary(None, {}, 0, 0, 0, 0, 0)
-    contexts = generation.contexts.values()
+    contexts = tuple(generation.contexts.values())
+    kinds = {s.name: s.kind for s in generation.sublayers}
+    costs = generation.costs(model)
+    flops = {c.name: _Flops() if costs is None else _flops(c, costs, kinds) for c in contexts}
+    tallies = {}
+    for c in contexts:
+        here, found = c.tallies(), flops[c.name]
+        within = [kind for kind in found.saved_by_kind if kind not in here]  # they ran in reused blocks, and were never asked
+        tallies[c.name] = {kind: found.of(tally, kind) for kind, tally in (*here.items(), *((kind, Tally()) for kind in within))}
     rest = [seconds for c in contexts if (seconds := c.rest_seconds()) is not None]
     return Summary(
         generation.plan,
-        {c.name: c.tallies() for c in contexts},
-        sum(c.flops for c in contexts),
-        sum(c.flops_without for c in contexts),
+        tallies,
+        sum(f.full - f.saved for f in flops.values()),
+        sum(f.full for f in flops.values()),
         generation.meter.now,
         generation.meter.peak,
         generation.plain_calls,

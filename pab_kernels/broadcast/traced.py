@@ -29,15 +29,13 @@ class TracedTurn:
         self.slot = slot
         self.runs = 0
         self.reused = False
-        self.flops = 0
         self.input: tuple[tuple[int, ...], torch.dtype, torch.device] | None = None
         self.kept: Any = None
         self.dtype: torch.dtype | None = None
 
-    def take(self, x: torch.Tensor, flops: int) -> str:
+    def take(self, x: torch.Tensor) -> str:
         """The action on input `x`: for the first time in a call the one decided, unless what would be reused belongs to another input."""
         self.runs += 1
-        self.flops += flops
         if self.runs > 1:
             return "COMPUTE"
         self.input = (tuple(x.shape), x.dtype, x.device)

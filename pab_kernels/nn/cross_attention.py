@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..broadcast.slots import Arena, Key
+from ..broadcast.generation import Call
+from ..broadcast.slots import Key
+from ..ops.flops import linear_flops
 from .broadcast_module import BroadcastModule
 from .parts import PartsModule, check_input, fresh, refuse_options
 from .qk_norm import with_norm
@@ -102,7 +104,7 @@ class PABCrossAttention(BroadcastModule):
         kept = self._kept()
         out = super().forward(x, text, text_lengths, kept)
         if kept is not None and kept.last:
-            kept.arena.release(kept.name)
+            kept.call.context.arena.release(kept.name)
         return out
 
     def _kept(self) -> KeptText | None:
@@ -110,8 +112,7 @@ class PABCrossAttention(BroadcastModule):
         if torch.compiler.is_compiling() or self._member is None or self._member.broadcaster.call is None:
             return None
         call = self._member.broadcaster.call
-        last = call.step + 1 == call.generation.schedule.steps.stop
-        return KeptText(call.context.arena, f"{self._member.sublayer.name}, keys and values", call.step, last)
+        return KeptText(call, f"{self._member.sublayer.name}, keys and values")
 
 
 @dataclass(frozen=True)
@@ -119,20 +120,21 @@ class KeptText:
     """Keys and values kept in a context of a generation.
 
     Args:
-        arena: of the context.
-        name: that they have there.
-        step: of the call.
-        last: whether it is the generation's last.
+        call: of the model.
+        name: that they have in its context's arena.
     """
 
-    arena: Arena
+    call: Call
     name: str
-    step: int
-    last: bool
+
+    @property
+    def last(self) -> bool:
+        """Whether the call is the last of the generation in its context."""
+        return self.call.step + 1 == self.call.generation.schedule.steps.stop
 
     def get(self, sources: Sequence[Tensor]) -> Any:
         """What was kept, if it was made from these tensors as they are now; else None."""
-        slot = self.arena.get(self.name)
+        slot = self.call.context.arena.get(self.name)
         if slot is None or _uncounted(sources):
             return None
         value, made_from = slot.value
@@ -145,7 +147,7 @@ class KeptText:
         """Keep what was made from these tensors."""
         if not (self.last or _uncounted(sources)):
             made_from = [(weakref.ref(t), t._version) for t in sources]
-            self.arena.put(self.name, "cross", (value, made_from), Key.of(sources[0]), self.step)
+            self.call.context.arena.put(self.name, "cross", (value, made_from), Key.of(sources[0]), self.call.step)
 
 
 def _uncounted(tensors: Sequence[Tensor]) -> bool:
@@ -180,4 +182,7 @@ class CrossAttention(PartsModule):
         if held is None or held[0].dtype != dtype:  # autocast may have come or gone
             held = self._keys_values(text, dtype, None)
             kept.put(held, sources)
+        else:
+            outputs = sum(p.count for p in of_text) * self.parts.heads * self.parts.head_dim
+            kept.call.spare("cross", linear_flops(text.shape[0] * text.shape[1], text.shape[2], outputs))
         return held

@@ -414,6 +414,33 @@ def test_attention_that_is_written_out_in_a_block_leaves_the_block_and_its_mlp()
     }
 
 
+def test_of_lists_in_lists_the_innermost_counts_in_which_a_class_comes_back() -> None:
+    """Stages of blocks, and blocks that hold their sublayers in a list of their own."""
+    stages = nn.ModuleList(nn.ModuleList([TorchBlock(), TorchBlock()]) for _ in range(2))
+    found = {s.name: (s.kind, s.layer, s.block) for s in find(DiT(stage_blocks=[stages[0], stages[1]]))}
+    assert found["stage_blocks.1.0.mix"] == ("spatial", 0, "stage_blocks.1.0")
+    assert found["stage_blocks.1.1"] == ("block", 1, None)
+
+    class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = TimmAttention()
+
+    class Feed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = mlp()
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = nn.ModuleList([Attend(), Feed()])
+
+    found = {s.name: (s.kind, s.layer, s.block) for s in find(DiT(blocks=[Listed(), Listed()]))}
+    assert found["blocks.1.steps.0.attn"] == ("spatial", 1, "blocks.1") and found["blocks.1.steps.1.mlp"] == ("mlp", 1, "blocks.1")
+    assert found["blocks.1"] == ("block", 1, None) and "blocks.1.steps.0" not in found
+
+
 def test_lists_in_lists_count_the_outer_one() -> None:
     layers = nn.ModuleList(nn.ModuleList([TimmAttention(), mlp()]) for _ in range(3))
     found = find(nn.ModuleDict({"layers": layers}))

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig, ops
-from pab_kernels.broadcast.broadcaster import broadcaster_of
+from pab_kernels.analysis.measure import measure
+from pab_kernels.broadcast.costs import on_meta
 from pab_kernels.broadcast.plan import Forecast
-from tests.adapters.tiny_latte import FRAMES, LAYERS, SIZE, TEXT, noise, prompt, sample, tiny_latte, tiny_pipe
+from tests.adapters.tiny_latte import FRAMES, LAYERS, SIZE, TEXT, TEXT_CHANNELS, noise, prompt, sample, tiny_latte, tiny_pipe
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -36,13 +37,14 @@ BOTH = pytest.mark.parametrize("rules", [EVERYTHING, LINEAR], ids=["hold", "line
 
 
 def forecast(model: Any, *, batch: int = 1, size: int = SIZE, text: int = TEXT) -> Forecast:
-    broadcaster = broadcaster_of(model)
     plan = pab.summary(model).plan
-    assert broadcaster is not None and plan is not None
-    costs = broadcaster.adapter.costs(
-        batch=batch, frames=FRAMES, height=size, width=size, text=text, dtype=model.dtype, cache_dtype=plan.config.cache_dtype
-    )
-    return plan.forecast(*costs)
+    assert plan is not None
+    inputs = {
+        "hidden_states": torch.empty(batch, 4, FRAMES, size, size, dtype=model.dtype, device="meta"),
+        "timestep": torch.empty(batch, device="meta"),
+        "encoder_hidden_states": torch.empty(batch, text, TEXT_CHANNELS, dtype=model.dtype, device="meta"),
+    }
+    return plan.forecast(*measure(on_meta(model), inputs, plan.sublayers).costs(plan.config.cache_dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -76,6 +78,19 @@ def test_flops_of_separate_contexts_are_those_of_one_times_their_number(config: 
     assert counter.get_total_flops() == summary.flops == 2 * expected.flops
     assert summary.flops_without == 2 * expected.flops_without
     assert summary.peak_cache_bytes == 2 * expected.peak_cache_bytes
+
+
+def test_an_mlp_in_chunks_costs_what_all_chunks_do() -> None:
+    model = tiny_latte()
+    for block in (*model.transformer_blocks, *model.temporal_transformer_blocks):
+        block.set_chunk_feed_forward(2, 1)
+    pab.enable(model, PABConfig(mlp=2), num_steps=STEPS)
+    with ops.flop_counter() as counter:
+        for _ in range(STEPS):
+            model(noise(), timestep=torch.tensor([500]), encoder_hidden_states=prompt())
+    summary, expected = pab.summary(model), forecast(model)
+    assert counter.get_total_flops() == summary.flops == expected.flops < summary.flops_without
+    assert summary.peak_cache_bytes == expected.peak_cache_bytes > 0
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8", "float8_e4m3fn"])

@@ -76,6 +76,8 @@ def test_each_transformer_has_its_own_steps_and_both_are_the_oracle(scheduler: A
                     assert tallies[kind].computed == oracles[name].computed[context, kind]
     assert len(summary.contexts) == 4
     assert summary.peak_cache_bytes == sum(s.peak_cache_bytes for s in summary.models.values())
+    assert summary.flops == sum(s.flops for s in summary.models.values()) and 0 < summary.share < 1
+    assert summary.to_dict()["contexts"].keys() == summary.contexts.keys() and summary.to_dict()["notes"] == list(own.plan.notes)
     pab.disable(pipe)
     assert torch.equal(tiny.sample(pipe, STEPS), plain)
     assert not {"step", "set_timesteps"} & vars(pipe.scheduler).keys()

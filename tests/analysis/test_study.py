@@ -107,6 +107,22 @@ def test_contexts_without_names_are_told_apart_by_their_order() -> None:
     assert found == {"all": (None, pytest.approx(1 / 2), pytest.approx(1 / 3)), "all#1": (None, 0.0, 0.0)}
 
 
+def test_over_a_step_without_a_branch_nothing_is_compared() -> None:
+    """Guidance in an interval: what the branch gave two steps ago is no neighbour."""
+    model = Toy(1)
+
+    def run() -> None:
+        for step in range(5):
+            for name in ("cond", "uncond") if step != 2 else ("cond",):
+                model.blocks[0].attn.value = 1.0 + step
+                with pab.context(model, name, step):
+                    model(torch.ones(1, 2, 3))
+
+    found = {d.context: d.relative for d in analyze(model, run, num_steps=5).differences if d.kind == "spatial"}
+    assert [value is None for value in found["cond"]] == [True, False, False, False, False]
+    assert [value is None for value in found["uncond"]] == [True, False, True, True, False]
+
+
 def test_a_run_is_the_same_as_without_and_nothing_stays_behind() -> None:
     pipe = tiny_pipe()
     plain = sample(pipe, STEPS)

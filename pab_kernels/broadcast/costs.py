@@ -1,0 +1,194 @@
+"""What calls of a model cost: every run of every sublayer, counted on a copy of the model on the meta device, where nothing is computed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..ops.flops import flop_counter
+from .plan import Sublayer
+from .slots import Key, slot_bytes
+
+logger = logging.getLogger("pab_kernels")
+
+_AS_THEY_ARE = (bool, int, str, bytes, type(None), torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The arguments of a call but for the values of its tensors and floats.
+
+    Args:
+        leaves: of the nest of `(args, kwargs)`; a `Key` for each tensor, type and value for everything else, and 1.0 for each float.
+        nest: what they are in.
+    """
+
+    leaves: tuple[Any, ...]
+    nest: pytree.TreeSpec
+
+    @classmethod
+    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Signature | None:
+        """The signature of a call; None where an argument is an object of which nothing is known."""
+        leaves, nest = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        found: list[Any] = []
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor):
+                found.append(Key.of(leaf))
+            elif isinstance(leaf, float):
+                found.append((float, 1.0))
+            elif isinstance(leaf, _AS_THEY_ARE):
+                found.append((type(leaf), leaf))  # True, 1 and 1.0 are equal
+            else:
+                return None
+        return cls(tuple(found), nest)
+
+    def on_meta(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of this signature, on the meta device."""
+        leaves = [torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Key) else v[1] for v in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.nest)
+        return args, kwargs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sublayer; where it is fused, all that it does in a call.
+
+    Args:
+        name: of the sublayer.
+        flops: of everything in it.
+        own: by name of the sublayer, FLOPs of it and of those that run in it, each without those in it in turn.
+        outputs: shape and dtype of every tensor that it returns.
+    """
+
+    name: str
+    flops: int
+    own: Mapping[str, int]
+    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+    def nbytes(self, cache_dtype: str | None = None) -> int:
+        """Bytes of the output as a slot keeps it: floating-point tensors `[..., C]` in `cache_dtype`, all others as they are."""
+        eight = [cache_dtype if dtype.is_floating_point and shape else None for shape, dtype in self.outputs]
+        return sum(slot_bytes(shape or (1,), dtype, kept) for (shape, dtype), kept in zip(self.outputs, eight, strict=True))
+
+    def __add__(self, other: Run) -> Run:
+        return Run(self.name, self.flops + other.flops, Counter(self.own) + Counter(other.own), self.outputs + other.outputs)
+
+
+@dataclass(frozen=True)
+class CallCosts:
+    """One call of the model.
+
+    Args:
+        flops: of the whole call.
+        runs: in the order in which they end, by name of the sublayer and `place`.
+    """
+
+    flops: int
+    runs: Mapping[str, Run]
+
+
+def place(name: str, time: int) -> str:
+    """Where a sublayer's run in one call is kept: its name, from the second run on with a number."""
+    return f"{name}#{time}" if time else name
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module, sublayers: Sequence[Sublayer], counter: FlopCounterMode) -> Iterator[dict[str, Run]]:
+    """The runs of sublayers inside, by `place`."""
+    runs: dict[str, Run] = {}
+    times: Counter[str] = Counter()
+    entered: list[tuple[int, Counter[str]]] = []  # of the runs that have not ended
+
+    def enter(*_: Any) -> None:
+        entered.append((counter.get_total_flops(), Counter()))
+
+    def leave(sublayer: Sublayer, out: Any) -> None:
+        name, (before, own) = sublayer.name, entered.pop()
+        flops = counter.get_total_flops() - before
+        own[name] += flops - own.total()
+        tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        run = Run(name, flops, own, tuple((tuple(t.shape), t.dtype) for t in tensors))
+        where = place(name, 0 if sublayer.how == "fused" else times[name])
+        runs[where] = runs[where] + run if where in runs else run
+        times[name] += 1
+        if entered:
+            entered[-1][1].update(own)
+
+    handles: list[Any] = []
+    try:
+        for sublayer in sublayers:
+            module = model.get_submodule(sublayer.name)
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(lambda module, args, out, sublayer=sublayer: leave(sublayer, out)))
+        yield runs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def call_costs(model: nn.Module, sublayers: Sequence[Sublayer], signature: Signature | None) -> CallCosts | None:
+    """What a call of `model` costs without PAB, whatever is enabled on it; None where it cannot run on the meta device, which is logged.
+
+    The model itself is not run. Hooks (of offloading, of caches that skip steps, of a split over devices) are left out of the copy.
+    """
+    name = type(model).__name__
+    if signature is None:
+        logger.info("%s: FLOPs are not known, as arguments are neither tensors nor plain values", name)
+        return None
+    try:
+        plain = on_meta(model)
+        args, kwargs = signature.on_meta()
+        with torch.no_grad(), flop_counter() as counter, watched(plain, sublayers, counter) as runs:
+            torch.compiler.disable(plain.forward)(*args, **kwargs)
+    except Exception as error:  # whatever a model's own code raises where tensors have no values
+        logger.info("%s: FLOPs are not known, as it does not run on the meta device: %s: %s", name, type(error).__name__, error)
+        return None
+    return CallCosts(counter.get_total_flops(), runs)
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device, without hooks and without PAB. Weights are not copied at any time."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(_emptied(p), requires_grad=False) for p in model.parameters()}
+    hooked = set()
+    for name, module in model.named_modules():
+        for hook in ("_diffusers_hook", "_hf_hook"):
+            if hook in vars(module):
+                memo[id(vars(module)[hook])] = None
+                hooked.add(name)
+    with _OnMeta():
+        copied = copy.deepcopy(model, memo)
+    for name, module in copied.named_modules():
+        if name in hooked:
+            vars(module).pop("forward", None)  # the hooks' stand-in
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        processor: Any = getattr(module, "processor", None)
+        if hasattr(processor, "_parallel_config"):
+            processor._parallel_config = None
+    return copied
+
+
+def _emptied(t: torch.Tensor) -> torch.Tensor:
+    return torch.empty(t.shape, dtype=t.dtype, device="meta")
+
+
+class _OnMeta(TorchFunctionMode):
+    """Deep copies of tensors are on the meta device, and plain tensors."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        memo[id(tensor)] = copied = _emptied(tensor)
+        return copied
