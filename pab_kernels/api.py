@@ -221,13 +221,13 @@ def sublayers(model: Any, kinds: Mapping[str, str | None] | None = None) -> list
 def summary(model_or_pipe: Any) -> Summary:
     """What was computed, reused and stored in the generation begun last; bytes; FLOPs; seconds, for which it waits for the device.
 
+    Of a pipeline with several models it has the sums, and each model's own under `models`.
+
     FLOPs are counted here: a copy of the model as it is now, without PAB, runs once on the meta device for every set of shapes that the
     model was called with. Where it cannot run there, as its code reads values of tensors, they are not known, and 0.
-
-    Of a pipeline with several models it has the sums, and each model's own under `models`.
 
     Raises:
         RuntimeError: PAB is not enabled.
     """
-    models = _resolve(model_or_pipe)[0]
+    models, _ = _resolve(model_or_pipe)
     return together({name: summarise(broadcaster.latest, models[name]) for name, broadcaster in _enabled(model_or_pipe).items()})

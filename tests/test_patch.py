@@ -111,6 +111,21 @@ def test_contexts_have_outputs_of_their_own() -> None:
     assert len({tuple(v.flatten().tolist()) for v in (one, two, plain[2])}) == 3
 
 
+def test_a_reset_begins_anew_and_leaves_no_registry_behind() -> None:
+    tiny = CACHING[0]
+    model = tiny.build()
+    plain = {seed: out(model, tiny(seed)) for seed in range(2)}
+    model.enable_cache(config())
+    for _ in range(2):
+        for computed in (True, False, True):
+            with model.cache_context("one"):
+                assert torch.equal(out(model, tiny(int(not computed))), plain[int(not computed)]) is computed
+        assert {h.state.iteration for h in hooks(model)} == {3}
+        model._reset_stateful_cache()
+    model.disable_cache()
+    assert model._diffusers_hook._get_child_registries() == []
+
+
 # Pipelines
 
 LATTE = {
@@ -194,6 +209,18 @@ def test_either_of_two_transformers_can_be_served_alone() -> None:
     assert plan is not None and plan.steps.start > 0 and plan.steps.stop == STEPS
     pab.unpatch_diffusers()
     assert torch.equal(tiny.sample(pipe, STEPS), plain)
+
+
+def test_a_reset_between_the_timesteps_and_the_first_step_ends_nothing() -> None:
+    """As NucleusMoE's pipeline has it."""
+    pipe = named("WanPipeline").build()
+    model, tiny = pipe.transformer, next(t for t in CACHING if t.name == "WanTransformer3DModel")
+    model.enable_cache(config(lambda: pipe.current_timestep))
+    pipe.scheduler.set_timesteps(4)
+    model._reset_stateful_cache()
+    with model.cache_context("cond"):
+        out(model, tiny(0))
+    assert {h.state.iteration for h in hooks(model)} == {1} and pab.summary(pipe).plan is not None
 
 
 class App:

@@ -98,6 +98,18 @@ class Summary:
         return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
+def together(models: Mapping[str, Summary]) -> Summary:
+    """One summary of all models of a pipeline; of a single one, its own."""
+    if len(models) == 1:
+        return next(iter(models.values()))
+    sums: dict[str, Any] = {}
+    for name in (f.name for f in fields(Summary) if f.name not in ("plan", "contexts", "models")):
+        known = [value for s in models.values() if (value := getattr(s, name)) is not None]
+        sums[name] = sum(known) if known else None
+    contexts = {f"{model}: {name}": kinds for model, s in models.items() for name, kinds in s.contexts.items()}
+    return Summary(plan=None, contexts=contexts, models=dict(models), **sums)
+
+
 @dataclass
 class _Flops:
     """FLOPs of a context's calls: all, those that were saved, and both by kind."""
@@ -128,18 +140,6 @@ def _flops(context: Context, costs: dict[Any, CallCosts], kinds: dict[str, str])
             found.saved += calls * flops
             found.saved_by_kind[kind] += calls * flops
     return found
-
-
-def together(models: Mapping[str, Summary]) -> Summary:
-    """One summary of all models of a pipeline; of a single one, its own."""
-    if len(models) == 1:
-        return next(iter(models.values()))
-    sums: dict[str, Any] = {}
-    for name in (f.name for f in fields(Summary) if f.name not in ("plan", "contexts", "models")):
-        known = [value for s in models.values() if (value := getattr(s, name)) is not None]
-        sums[name] = sum(known) if known else None
-    contexts = {f"{model}: {name}": kinds for model, s in models.items() for name, kinds in s.contexts.items()}
-    return Summary(plan=None, contexts=contexts, models=dict(models), **sums)
 
 
 def summarise(generation: Generation | None, model: nn.Module) -> Summary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -14,6 +15,7 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.attach import Attached
 from pab_kernels.broadcast.broadcaster import broadcaster_of
+from pab_kernels.broadcast.scheduler import left_at
 from tests.adapters.replay import CONFIG, RULES, Replay
 from tests.adapters.tiny_pipes import Pipe, embedding, named, transformer
 
@@ -74,6 +76,10 @@ def test_each_transformer_has_its_own_steps_and_both_are_the_oracle(scheduler: A
                     assert tallies[kind].computed == oracles[name].computed[context, kind]
     assert len(summary.contexts) == 4
     assert summary.peak_cache_bytes == sum(s.peak_cache_bytes for s in summary.models.values())
+    assert summary.flops == sum(s.flops for s in summary.models.values()) and 0 < summary.share < 1
+    as_dict, plans = summary.to_dict(), [s.plan for s in summary.models.values() if s.plan is not None]
+    assert as_dict["contexts"].keys() == summary.contexts.keys()
+    assert set(as_dict["notes"]) == {note for plan in plans for note in plan.notes} and len(set(as_dict["notes"])) == len(as_dict["notes"])
     pab.disable(pipe)
     assert torch.equal(tiny.sample(pipe, STEPS), plain)
     assert not {"step", "set_timesteps"} & vars(pipe.scheduler).keys()
@@ -129,6 +135,15 @@ def test_the_boundary_is_the_one_that_the_pipeline_has_when_the_run_begins() -> 
         pab.enable(expected, CONFIG)
         assert torch.equal(tiny.sample(pipe, STEPS), tiny.sample(expected, STEPS))
         assert pab.summary(pipe) == pab.summary(expected)
+
+
+@pytest.mark.parametrize(("boundary", "end"), [(0.5, 3), (0.49, 3), (0.51, 2), (0.0, 4), (1.0, 1), (1.1, 0), (None, 4)])
+def test_a_timestep_on_the_boundary_is_of_the_first(boundary: float | None, end: int) -> None:
+    models = {name: torch.nn.Linear(1, 1) for name in MODELS}
+    scheduler = SimpleNamespace(timesteps=torch.tensor([1000.0, 750.0, 500.0, 250.0]), config=SimpleNamespace(num_train_timesteps=1000))
+    pipe = SimpleNamespace(scheduler=scheduler, config=SimpleNamespace(boundary_ratio=boundary), **models)
+    assert left_at(pipe, models["transformer"]) == end
+    assert left_at(pipe, models["transformer_2"]) == 4
 
 
 def test_a_model_that_is_never_called_has_no_plan() -> None:
