@@ -19,17 +19,18 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 INTRODUCTION = """\
 # Models
 
-`pab.enable` takes any DiT: attention, MLPs and blocks are found by what they are. This is what is found in the transformer classes that diffusers
-exports, without numbers of blocks and layers; `pab.sublayers(model)` says it of yours, with the reasons, and `enable(..., kinds=)` overrides it.
-`python -m tests.adapters.models_table` makes this page of the tables that the tests run.
+`pab.enable` takes any DiT: attention, MLPs and blocks are found by what they are. This is what is found in the transformer classes that
+diffusers exports, without numbers of blocks and layers; `pab.sublayers(model)` says it of yours, with the reasons, and `enable(..., kinds=)`
+overrides it. `python -m tests.adapters.models_table` makes this page of the tables that the tests run.
 
 What was tested, on tiny random models of each class:
 
-- **run**: range 1 is the model itself to the bit, every second step in two contexts is what a record-and-replay oracle says, runs and FLOPs are
-  those counted, and after `disable` nothing is left. *no FLOPs*: all of it but FLOPs, as the class does not run on the meta device.
+- **run**: range 1 is the model itself to the bit, every second step in two contexts is what a record-and-replay oracle says, runs and
+  FLOPs are those counted, and after `disable` nothing is left. *no FLOPs*: all of it but FLOPs, as the class does not run on the meta device.
 - **blocks**: the same with a rule for blocks.
 - **compiled**: its blocks under `torch.compile(fullgraph=True)`, a graph for each block and pattern.
-- a pipeline by its name: whole samplings with a real scheduler against the oracle, two in a row, interrupted, at another size and number of steps.
+- a pipeline by its name: whole samplings with a real scheduler against the oracle, two in a row, interrupted, at another size and number
+  of steps.
 
 Of the others the sublayers are compared with this table, and nothing is run. `LatteTransformer3DModel` has an adapter of its own, on fused
 operations. What else it is combined with is in [works_with.md](works_with.md).
@@ -55,7 +56,8 @@ def summary() -> str:
     ways = {name: tested(name) for name in EXPECTED}
     run = sum(any(way.startswith("run") for way in said) for said in ways.values())
     pipes = {way for said in ways.values() for way in said if way.startswith("`")}
-    return f"{len(EXPECTED)} transformer classes of diffusers have their sublayers found, {run} are run, {len(pipes)} whole pipelines are sampled"
+    found = f"{len(EXPECTED)} transformer classes of diffusers have their sublayers found"
+    return f"{found}, {run} are run, {len(pipes)} whole pipelines are sampled"
 
 
 def page() -> str:

@@ -33,16 +33,16 @@ class Promise:
     Args:
         has: prefixes of opcodes of which each is there, such as "LDG.E.128" or "HMMA".
         has_not: prefixes of opcodes of which none is there.
-        loads_first: every load from global memory comes before the first store.
         waits: from sm_90 on, no access to global memory comes before the kernel waits for those before it.
         counts: prefixes of opcodes and how many of each there are, such as "HMMA.16816" and 17.
+        loads_first: every load from global memory comes before the first store.
     """
 
     has: tuple[str, ...] = ()
     has_not: tuple[str, ...] = ()
-    loads_first: bool = False
     waits: bool = False
     counts: Mapping[str, int] = field(default_factory=dict)
+    loads_first: bool = False
 
 
 def promises() -> dict[str, Promise]:
