@@ -20,13 +20,13 @@ INTRODUCTION = """\
 # Models
 
 `pab.enable` takes any DiT: attention, MLPs and blocks are found by what they are. This is what is found in the transformer classes that
-diffusers exports, without numbers of blocks and layers; `pab.sublayers(model)` says it of yours, with the reasons, and `enable(..., kinds=)`
-overrides it. `python -m tests.adapters.models_table` makes this page of the tables that the tests run.
+diffusers exports, without numbers of blocks and layers; `pab.sublayers(model)` says it of yours, with the reasons, and
+`enable(..., kinds=)` overrides it. `python -m tests.adapters.models_table` makes this page of the tables that the tests run.
 
 What was tested, on tiny random models of each class:
 
 - **run**: range 1 is the model itself to the bit, every second step in two contexts is what a record-and-replay oracle says, runs and
-  FLOPs are those counted, and after `disable` nothing is left. *no FLOPs*: all of it but FLOPs, as the class does not run on the meta device.
+  FLOPs are those counted, and after `disable` nothing is left. *no FLOPs*: all but FLOPs, as the class does not run on the meta device.
 - **blocks**: the same with a rule for blocks.
 - **compiled**: its blocks under `torch.compile(fullgraph=True)`, a graph for each block and pattern.
 - a pipeline by its name: whole samplings with a real scheduler against the oracle, two in a row, interrupted, at another size and number
