@@ -87,12 +87,12 @@ def test_nothing_keeps_a_pipeline_alive_after_disable(make: Any, compiled: bool)
     pipe.transformer(**(LATTE if make is _latte else WAN).inputs(0))
     torch._dynamo.reset()
     summary = pab.summary(pipe)
-    pab.disable(pipe)
     refs = [weakref.ref(o) for o in (pipe, pipe.transformer, pipe.scheduler, *pipe.transformer.modules())]
     refs += [weakref.ref(p) for p in pipe.transformer.parameters()]
     gc.collect()  # what others left
     gc.disable()
     try:
+        pab.disable(pipe)
         del pipe
         if compiled:
             gc.collect()
