@@ -52,13 +52,6 @@ def compiled_then_enabled(model: Any, backend: Any) -> Any:
     return compiled
 
 
-def enabled_then_compiled_then_enabled(model: Any, backend: Any) -> Any:
-    pab.enable(model, ONE, num_steps=STEPS)
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    pab.enable(compiled)
-    return compiled
-
-
 def compiled_in_place_then_enabled(model: Any, backend: Any) -> Any:
     model.compile(backend=backend, fullgraph=True)
     pab.enable(model, ONE, num_steps=STEPS)
@@ -71,7 +64,7 @@ def enabled_then_compiled_in_place(model: Any, backend: Any) -> Any:
     return model
 
 
-WAYS = [compiled_then_enabled, enabled_then_compiled_then_enabled, compiled_in_place_then_enabled, enabled_then_compiled_in_place]
+WAYS = [compiled_then_enabled, compiled_in_place_then_enabled, enabled_then_compiled_in_place]
 
 
 def traces(compiled: Any) -> dict[str, Any]:
@@ -80,7 +73,7 @@ def traces(compiled: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("subject", "way"),
-    [*((SMALL_WAN, way) for way in WAYS), (SMALL_FLUX, WAYS[3]), (SMALL_LATTE, WAYS[0])],
+    [*((SMALL_WAN, way) for way in WAYS), (SMALL_FLUX, WAYS[2]), (SMALL_LATTE, WAYS[0])],
     ids=lambda v: v.name if isinstance(v, Subject) else v.__name__.replace("_", " "),
 )
 def test_the_whole_model(subject: Subject, way: Callable[[Any, Any], Any]) -> None:
@@ -97,9 +90,9 @@ def test_the_whole_model(subject: Subject, way: Callable[[Any, Any], Any]) -> No
     for _ in range(2):
         with pab.generation(model, num_steps=STEPS):
             assert same(run(subject, model), again)
-        plan = pab.summary(model).plan
-        assert plan is not None and plan.patterns == 2 and counter.frame_count == 1 + plan.patterns
-        assert counted(model) == replay.counts and pab.summary(model).cache_bytes == 0
+        assert counter.frame_count == 1 + 2 and counted(model) == replay.counts
+    summary = pab.summary(model)
+    assert summary.plan is not None and summary.plan.patterns == 2 and summary.cache_bytes == 0
     pab.disable(model)
     assert same(run(subject, model), wanted) and counter.frame_count == 4
     assert traces(model) == before
