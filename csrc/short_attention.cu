@@ -10,7 +10,7 @@
 
 namespace pab {
 
-extern __shared__ unsigned char dynamic_shared[];
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
 namespace {
 
@@ -43,7 +43,7 @@ __device__ __forceinline__ void store_quantized(std::uint8_t* row, float* scale_
       const float four[4] = {low.x, low.y, high.x, high.y};
       eight[half] = quantize4<Eight>(four, scale);
     }
-    std::uint8_t* to = row + C::channel(piece, 0);
+    std::uint8_t* to = row + C::channel(piece);
     if (piece < C::kBlocks) {
       *reinterpret_cast<uint2*>(to) = make_uint2(eight[0], eight[1]);
     } else {

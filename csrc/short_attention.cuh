@@ -29,14 +29,12 @@ struct Channels {
   // Words of a piece; word 4 piece + j of a row is the j-th.
   static constexpr int words(int piece) { return piece < kBlocks ? 4 : 1; }
 
-  // Where the lane's words of a piece lie in a row of halves.
-  static __device__ __forceinline__ int bytes(int piece) { return 2 * channel(piece, 0); }
-
-  // The first of the two channels of a word.
-  static __device__ __forceinline__ int channel(int piece, int j) {
+  // The first of the lane's channels of a piece, and where it lies in a row of halves.
+  static __device__ __forceinline__ int channel(int piece) {
     const int t = threadIdx.x % 4;
-    return piece < kBlocks ? 32 * piece + 8 * t + 2 * j : 32 * kBlocks + 2 * t;
+    return piece < kBlocks ? 32 * piece + 8 * t : 32 * kBlocks + 2 * t;
   }
+  static __device__ __forceinline__ int bytes(int piece) { return 2 * channel(piece); }
 };
 
 template <typename T>
@@ -187,7 +185,7 @@ __device__ __forceinline__ void rotate_words(std::uint32_t (&q)[kWords], std::ui
   using C = Channels<kHeadDim>;
 #pragma unroll
   for (int piece = 0; piece < C::kPieces; ++piece) {
-    const int pair = C::channel(piece, 0) / 2;
+    const int pair = C::channel(piece) / 2;
     if (pair >= r.half) continue;
     if (piece < C::kBlocks) {
       const float4 c = *reinterpret_cast<const float4*>(r.cos + pair), s = *reinterpret_cast<const float4*>(r.sin + pair);

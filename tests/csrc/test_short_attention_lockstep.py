@@ -100,15 +100,15 @@ def _norms(q, k, dim, dtype):
     """Every kind of norm, affine and not, as pairs for q and k."""
     draw = draws(dtype, 1)
     rms, layer = QKNorm("rms", draw(dim), None, 1e-5), QKNorm("layer", draw(dim), draw(dim), 1e-5)
-    yield from (
+    return [
         (None, None),
         (rms, rms),
         (layer, layer),
         (plain("rms"), plain("layer")),
         (across(q), across(k, seed=6)),
         (across(q, False), rms),
-    )
-    yield (QKNorm("layer", None, draw(dim)), QKNorm("layer", draw(dim)))
+        (QKNorm("layer", None, draw(dim)), QKNorm("layer", draw(dim))),
+    ]
 
 
 @pytest.mark.parametrize("tokens", range(1, 65))
@@ -116,7 +116,7 @@ def test_every_length(tokens):
     """Head dimensions, dtypes, norms and rotary embeddings go round with the lengths."""
     dim, dtype = HEAD_DIMS[tokens % 4], HALF[tokens // 4 % 2]
     inputs = packed(tokens, heads=3 if tokens <= 32 else 1, places=3 if tokens <= 32 else 1, dim=dim, dtype=dtype, b=1)
-    norms = list(_norms(*inputs[:2], dim, dtype))
+    norms = _norms(*inputs[:2], dim, dtype)
     q_norm, k_norm = norms[tokens % len(norms)]
     rotary = (dim, 0, dim // 2, dim - 8, 6, dim)[tokens % 6]
     rope = tables(tokens, rotary // 2, tokens % 5 > 1, "cpu") if rotary else None
