@@ -104,7 +104,7 @@ def _norms(q, k, dim, dtype):
         (None, None),
         (rms, rms),
         (layer, layer),
-        (plain("rms"), plain("layer")),
+        (QKNorm("rms", eps=0.5), QKNorm("layer", eps=2.0)),
         (across(q), across(k, seed=6)),
         (across(q, False), rms),
         (QKNorm("layer", None, draw(dim)), QKNorm("layer", draw(dim))),
