@@ -30,7 +30,10 @@ struct Channels {
   static constexpr int words(int piece) { return piece < kBlocks ? 4 : 1; }
 
   // The first of the lane's channels of a piece, and where it lies in a row of halves.
-  static __device__ __forceinline__ int channel(int piece) { return 32 * piece + (piece < kBlocks ? 8 : 2) * (threadIdx.x % 4); }
+  static __device__ __forceinline__ int channel(int piece) {
+    const int t = threadIdx.x % 4;
+    return piece < kBlocks ? 32 * piece + 8 * t : 32 * kBlocks + 2 * t;
+  }
   static __device__ __forceinline__ int bytes(int piece) { return 2 * channel(piece); }
 };
 

@@ -4,9 +4,7 @@ public function does with `backend="cuda"`, all the way down."""
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from importlib import import_module
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -14,24 +12,9 @@ import torch
 from torch import Tensor
 
 from pab_kernels.ops import BackendError, Norm, Quantized, broadcast_residual, broadcast_residual_out
-from tests.csrc.machine import library
+from tests.csrc.binding import bound
 from tests.ops.broadcast_residual_cases import NORMS, assert_rounded_once, call, poisoned
 from tests.ops.tensors import assert_refuses, draws, parts
-
-ROOT = Path(__file__).parents[2]
-TORCH = Path(torch.__file__).parent
-
-STAND_IN = """
-#include <cstdint>
-// Of CUDA: a CPU tensor is on the device that is the current one.
-extern "C" {
-int aoti_torch_get_current_cuda_stream(int32_t, void** stream) { *stream = nullptr; return 0; }
-int cudaGetDevice(int* device) { *device = 0; return 0; }
-const char* cudaGetErrorString(int) { return "a fault"; }
-int32_t aoti_torch_device_type_cuda() { return 0; }
-int aoti_torch_get_device_index(void*, int32_t* index) { *index = 0; return 0; }
-}
-"""
 
 cuda = import_module("pab_kernels.ops.broadcast_residual.cuda")
 
@@ -39,20 +22,7 @@ cuda = import_module("pab_kernels.ops.broadcast_residual.cuda")
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     """The machine, under the binding that is loaded into torch."""
-    folder = tmp_path_factory.mktemp("binding")
-    kernels = library("broadcast_residual.cu", folder, ["broadcast_residual_plan.cpp"], optimised=False)
-    source = (ROOT / "python" / "broadcast_residual_torch.cpp").read_text()
-    assert source.count("pab_kernels_cuda, CUDA, library") == 1
-    made = folder / "binding.so"
-    (folder / "binding.cpp").write_text(source.replace("pab_kernels_cuda, CUDA, library", "pab_kernels_cuda, CPU, library"))
-    (folder / "stand_in.cpp").write_text(STAND_IN)
-    command = ["g++", "-std=c++17", "-O0", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    command += [f"-I{ROOT / 'python'}", "-isystem", str(TORCH / "include"), str(folder / "binding.cpp"), str(folder / "stand_in.cpp")]
-    command += [str(folder / "broadcast_residual"), f"-Wl,-rpath,{folder}", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-o", str(made)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    torch.ops.load_library(made)
-    return kernels
+    return bound("broadcast_residual", tmp_path_factory.mktemp("binding"), optimised=False)
 
 
 @pytest.fixture

@@ -6,16 +6,15 @@ All goes through ops/short_attention/cuda.py and torch's dispatcher, as on a dev
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
 from pab_kernels.ops import QKNorm, Quantized, Rope, quantize
 from pab_kernels.ops.short_attention import cuda
-from tests.csrc.machine import Machine, library
+from tests.csrc.binding import bound
+from tests.csrc.machine import Machine
 from tests.ops.short_attention_cases import across, everything, plain, tables, temporal
 from tests.ops.short_attention_cases import check as checked
 from tests.ops.tensors import EIGHT_BITS, HALF, assert_same, draws
@@ -23,38 +22,11 @@ from tests.ops.tensors import EIGHT_BITS, HALF, assert_same, draws
 HEAD_DIMS = (64, 72, 96, 128)
 KERNEL = cuda._kernel
 
-ROOT = Path(__file__).parents[2]
-TORCH = Path(torch.__file__).parent
-
-STAND_IN = """
-#include <cstdint>
-// Of CUDA: a CPU tensor is on the device that is the current one.
-extern "C" {
-int aoti_torch_get_current_cuda_stream(int32_t, void** stream) { *stream = nullptr; return 0; }
-int cudaGetDevice(int* device) { *device = 0; return 0; }
-const char* cudaGetErrorString(int) { return "the launch failed"; }
-int32_t aoti_torch_device_type_cuda() { return 0; }
-int aoti_torch_get_device_index(void*, int32_t* index) { *index = 0; return 0; }
-}
-"""
-
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     """The kernel under the machine, and around it the unmodified binding, for CPU tensors, loaded into torch."""
-    folder = tmp_path_factory.mktemp("lockstep")
-    kernels = library("short_attention.cu", folder, ["short_attention_plan.cpp"])
-    source = (ROOT / "python" / "short_attention_torch.cpp").read_text()
-    assert source.count("pab_kernels_cuda, CUDA, library") == 1
-    (folder / "binding.cpp").write_text(source.replace("pab_kernels_cuda, CUDA, library", "pab_kernels_cuda, CPU, library"))
-    (folder / "stand_in.cpp").write_text(STAND_IN)
-    command = ["g++", "-std=c++17", "-O0", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    command += [f"-I{ROOT / 'python'}", "-isystem", str(TORCH / "include"), str(folder / "binding.cpp"), str(folder / "stand_in.cpp")]
-    command += [str(folder / "short_attention"), f"-Wl,-rpath,{folder}", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu"]
-    done = subprocess.run([*command, "-o", str(folder / "binding.so")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    torch.ops.load_library(folder / "binding.so")
-    return kernels
+    return bound("short_attention", tmp_path_factory.mktemp("lockstep"))
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +76,7 @@ def _norms(q, k, dim, dtype):
         (None, None),
         (rms, rms),
         (layer, layer),
-        (plain("rms"), plain("layer")),
+        (QKNorm("rms", eps=0.5), QKNorm("layer", eps=2.0)),
         (across(q), across(k, seed=6)),
         (across(q, False), rms),
         (QKNorm("layer", None, draw(dim)), QKNorm("layer", draw(dim))),
