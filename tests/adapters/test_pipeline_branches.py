@@ -20,6 +20,7 @@ from tests.tiny_pipelines import image_vae
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),  # AnyFlow's
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),  # diffusers' schedulers hand tensors to numpy
 ]
 
@@ -164,11 +165,10 @@ def _framepack() -> Pipe:
         "image_size": 32,
         "patch_size": 16,
     }
-    config = {"image_proj_dim": 8, "has_image_proj": True, "has_clean_x_embedder": True, "image_condition_type": None, "patch_size": 2}
     return Pipe(
         "HunyuanVideoFramepackPipeline",
         lambda: {
-            "transformer": transformer("HunyuanVideoFramepackTransformer3DModel", **config),
+            "transformer": transformer("HunyuanVideoFramepackTransformer3DModel"),
             "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
             "vae": diffusers.AutoencoderKLHunyuanVideo(
                 latent_channels=4, block_out_channels=(8,) * 4, norm_num_groups=2, layers_per_block=1
@@ -187,6 +187,32 @@ def _framepack() -> Pipe:
 def test_each_section_of_framepack_is_a_generation_of_its_own() -> None:
     summary = assert_runs_as_the_oracle(_framepack(), STEPS)
     assert list(summary.contexts) == ["#0", "#1"] and summary.forced == 0
+
+
+def _far(*chunks: int) -> Pipe:
+    return Pipe(
+        "AnyFlowFARPipeline",
+        lambda: {
+            "transformer": transformer("AnyFlowFARTransformer3DModel", full_chunk_limit=len(chunks) + 1),
+            "scheduler": diffusers.FlowMapEulerDiscreteScheduler(),
+        },
+        prompts(6) | {"height": 32, "width": 64, "num_frames": 4 * sum(chunks) - 3, "guidance_scale": 4.0, "chunk_partition": list(chunks)},
+        ("#0",),
+        {},
+    )
+
+
+def test_a_chunk_that_others_look_back_at_is_refused() -> None:
+    """Its keys and values are kept by a call of the model after the last step."""
+    assert assert_runs_as_the_oracle(_far(2), STEPS).forced == 0
+    tiny = _far(1, 1)
+    pipe = tiny.build()
+    plain = tiny.sample(pipe, STEPS)
+    pab.enable(pipe, CONFIG)
+    with pytest.raises(RuntimeError, match="the plan has 6 steps and this call would be step 6"):
+        tiny.sample(pipe, STEPS)
+    pab.disable(pipe)
+    assert torch.equal(tiny.sample(pipe, STEPS), plain)
 
 
 def _diffusion_forcing(**call: Any) -> Pipe:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
+from diffusers.models import transformers
 from torch import Tensor, nn
 
 TEXT = 5
@@ -22,7 +22,7 @@ class Tiny:
         name: of its class in diffusers.
         config: of the class.
         inputs: what a call takes, by the seed.
-        kinds: the kind of every sublayer but blocks, by its name with * for numbers.
+        kinds: the kind of every sublayer but blocks, by its name with * for numbers, or without numbers.
         streams: whether a block returns its streams, so that rules for blocks can be used.
     """
 
@@ -35,7 +35,7 @@ class Tiny:
     def build(self) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = getattr(diffusers, self.name)(**self.config)
+            model = getattr(transformers, self.name)(**self.config)
             for p in model.parameters():  # some start as zeros, and would hide what is computed
                 if p.ndim:
                     nn.init.normal_(p, std=0.2)

@@ -13,35 +13,9 @@ from torch import Tensor
 
 from tests.adapters.tiny_latte import TEXT_CHANNELS, tiny_latte
 from tests.adapters.tiny_models import FAMILIES, TEXT, Tiny
+from tests.adapters.tiny_models_a_to_k import MORE
 
-_CONFIGS = {tiny.name: tiny.config for tiny in FAMILIES} | {
-    "HunyuanVideo15Transformer3DModel": {
-        "in_channels": 9,  # the pipeline's latents of 4 channels, those of an image, and a mask
-        "out_channels": 4,
-        "num_attention_heads": 2,
-        "attention_head_dim": 10,
-        "num_layers": 2,
-        "num_refiner_layers": 1,
-        "mlp_ratio": 2.0,
-        "text_embed_dim": 6,
-        "text_embed_2_dim": 4,
-        "rope_axes_dim": (2, 4, 4),
-    },
-    "HunyuanImageTransformer2DModel": {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_layers": 2,
-        "num_single_layers": 1,
-        "num_refiner_layers": 1,
-        "text_embed_dim": 6,
-        "rope_axes_dim": (4, 4),
-    },
-}
-
-
-_CONFIGS["HunyuanVideoFramepackTransformer3DModel"] = _CONFIGS["HunyuanVideoTransformer3DModel"] | {"guidance_embeds": True}
+_CONFIGS = {tiny.name: tiny.config for tiny in FAMILIES + MORE}
 
 
 def transformer(name: str, **config: Any) -> Any:
