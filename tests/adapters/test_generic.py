@@ -110,6 +110,10 @@ def test_a_family_of_diffusers(tiny: Tiny) -> None:
     pab.disable(model)
     if tiny.streams:
         check(tiny, model, twin, PABConfig(block=EVERY_SECOND), [s for s in sublayers if s.kind == "block"], plain, exact=False)
+    else:
+        pab.enable(model, PABConfig(block=EVERY_SECOND), num_steps=STEPS)
+        with pytest.raises(TypeError, match="a stream continues exactly one; leave out the rule for blocks"):
+            outputs(model, tiny(0))
     pab.disable(model)
     assert same(outputs(model, tiny(0)), plain[0])
     assert {name: dict(vars(m)) for name, m in model.named_modules()}.keys() == before.keys()

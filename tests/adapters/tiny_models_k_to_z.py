@@ -126,6 +126,7 @@ MORE = [
             "audio_attention_head_dim": 4,
             "audio_cross_attention_dim": 8,
             "caption_channels": 6,
+            "rope_type": "split",  # as published; the other one has the shape of the video, so rules for blocks are refused
         },
         lambda r: {
             "hidden_states": r(1, 3 * 2 * 4, 4),
@@ -139,7 +140,6 @@ MORE = [
             "audio_num_frames": 7,
         },
         _kinds("LTX2VideoTransformer3DModel"),
-        streams=False,  # its rotary embeddings have the shape of its video
     ),
     Tiny(
         "LongCatAudioDiTTransformer",
