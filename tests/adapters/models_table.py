@@ -10,9 +10,7 @@ from pathlib import Path
 
 from pab_kernels.broadcast.config import KINDS
 from tests.adapters.test_finder import EXPECTED
-from tests.adapters.test_generic import COMPILED, UNKNOWN_FLOPS
-from tests.adapters.tiny_models import FAMILIES
-from tests.adapters.tiny_models_k_to_z import MORE
+from tests.adapters.test_generic import COMPILED, RUN, UNKNOWN_FLOPS
 from tests.adapters.tiny_pipes import PIPES
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -45,7 +43,7 @@ def _pipelines() -> dict[str, str]:
 
 def tested(name: str) -> list[str]:
     """What the tests do with a class, beside looking for its sublayers."""
-    family = next((tiny for tiny in FAMILIES + MORE if tiny.name == name), None)
+    family = next((tiny for tiny in RUN if tiny.name == name), None)
     said = [] if family is None else ["run, no FLOPs" if name in UNKNOWN_FLOPS else "run", *(["blocks"] if family.streams else [])]
     said += ["run", "blocks"] if name == "LatteTransformer3DModel" else []
     return [*said, *(["compiled"] if name in COMPILED else []), *(f"`{pipe}`" for pipe, of in sorted(_pipelines().items()) if of == name)]
