@@ -13,6 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from tests.adapters.test_finder import EXPECTED
 from tests.adapters.tiny_models import TEXT, Tiny
 
+Randn = Callable[..., Tensor]
+
 
 class Masked(Tiny):
     """Wan-Animate 2, with a mask for flex attention: its own is compiled."""
@@ -36,15 +38,18 @@ class Bare(Tiny):
         return given
 
 
-def _kinds(name: str) -> dict[str, str]:
-    return {module: kind for kind, _, module in (word.partition(":") for word in EXPECTED[name].split())}
+def _tiny(
+    name: str, config: dict[str, Any], inputs: Callable[[Randn], dict[str, Any]], streams: bool = True, of: type[Tiny] = Tiny
+) -> Tiny:
+    kinds = {module: kind for kind, _, module in (part.partition(":") for part in EXPECTED[name].split())}
+    return of(name, config, inputs, kinds, streams)
 
 
 def _t(value: float = 500.0) -> Tensor:
     return torch.tensor([value])
 
 
-def _reference(r: Callable[..., Tensor]) -> Any:
+def _reference(r: Randn) -> Any:
     """Keys and values of twelve tokens, as the pass over the reference leaves them."""
     from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache  # not in every version
 
@@ -59,9 +64,54 @@ def _ids(tokens: int) -> Tensor:
 
 
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
+_FLUX = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "in_channels": 4,
+    "joint_attention_dim": 6,
+    "axes_dims_rope": [4, 4, 8],
+}
+_LTX2 = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 1,
+    "in_channels": 4,
+    "out_channels": 4,
+    "cross_attention_dim": 16,
+    "audio_in_channels": 3,
+    "audio_out_channels": 3,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 4,
+    "audio_cross_attention_dim": 8,
+    "caption_channels": 6,
+}
+_WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 6,
+    "freq_dim": 16,
+    "ffn_dim": 20,
+    "rope_max_seq_len": 16,
+}
+
+
+def _flux(r: Randn) -> dict[str, Any]:
+    return {
+        "hidden_states": r(1, 15, 4),
+        "encoder_hidden_states": r(1, TEXT, 6),
+        "timestep": _t(0.5),
+        "img_ids": _ids(15),
+        "txt_ids": _ids(TEXT),
+    }
+
 
 MORE = [
-    Tiny(
+    _tiny(
         "Kandinsky6Transformer3DModel",
         {
             "in_visual_dim": 2,
@@ -86,9 +136,8 @@ MORE = [
             "timestep": _t(),
             "audio_hidden_states": r(1, 7, 3),
         },
-        _kinds("Kandinsky6Transformer3DModel"),
     ),
-    Tiny(
+    _tiny(
         "Krea2Transformer2DModel",
         {
             **_HEADS,
@@ -111,26 +160,15 @@ MORE = [
             "timestep": _t(0.5),
             "position_ids": _ids(TEXT + 12),
         },
-        _kinds("Krea2Transformer2DModel"),
     ),
-    Tiny(
+    _tiny(
         "LTX2VideoTransformer3DModel",
         {
-            **_HEADS,
-            "num_layers": 1,
-            "in_channels": 4,
-            "out_channels": 4,
-            "cross_attention_dim": 16,
-            "audio_in_channels": 3,
-            "audio_out_channels": 3,
-            "audio_num_attention_heads": 2,
-            "audio_attention_head_dim": 4,
-            "audio_cross_attention_dim": 8,
-            "caption_channels": 6,
+            **_LTX2,
             "rope_type": "split",  # as published; the other one has the shape of the video, so rules for blocks are refused
         },
         lambda r: {
-            "hidden_states": r(1, 3 * 2 * 4, 4),
+            "hidden_states": r(1, 24, 4),
             "audio_hidden_states": r(1, 7, 3),
             "encoder_hidden_states": r(1, TEXT, 6),
             "audio_encoder_hidden_states": r(1, TEXT, 6),
@@ -140,9 +178,8 @@ MORE = [
             "width": 4,
             "audio_num_frames": 7,
         },
-        _kinds("LTX2VideoTransformer3DModel"),
     ),
-    Tiny(
+    _tiny(
         "LongCatAudioDiTTransformer",
         {"dit_dim": 16, "dit_depth": 2, "dit_heads": 2, "dit_text_dim": 6, "latent_dim": 4},
         lambda r: {
@@ -152,29 +189,9 @@ MORE = [
             "timestep": _t(0.5),
             "latent_cond": r(1, 7, 4),
         },
-        _kinds("LongCatAudioDiTTransformer"),
     ),
-    Tiny(
-        "LongCatImageTransformer2DModel",
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "num_layers": 1,
-            "num_single_layers": 2,
-            "in_channels": 4,
-            "joint_attention_dim": 6,
-            "axes_dims_rope": [4, 4, 8],
-        },
-        lambda r: {
-            "hidden_states": r(1, 15, 4),
-            "encoder_hidden_states": r(1, TEXT, 6),
-            "timestep": _t(0.5),
-            "img_ids": _ids(15),
-            "txt_ids": _ids(TEXT),
-        },
-        _kinds("LongCatImageTransformer2DModel"),
-    ),
-    Tiny(
+    _tiny("LongCatImageTransformer2DModel", _FLUX, _flux),
+    _tiny(
         "LuminaNextDiT2DModel",
         {
             "sample_size": 8,
@@ -195,9 +212,8 @@ MORE = [
             "image_rotary_emb": torch.polar(torch.ones(4, 4, 4), torch.arange(64.0).reshape(4, 4, 4)),
             "cross_attention_kwargs": {},
         },
-        _kinds("LuminaNextDiT2DModel"),
     ),
-    Tiny(
+    _tiny(
         "MiniMaxH3Transformer3DModel",
         {
             "num_attention_heads": 2,
@@ -226,35 +242,19 @@ MORE = [
             "video_indices": torch.arange(TEXT, TEXT + 12),
             "audio_indices": torch.arange(TEXT + 12, TEXT + 12 + 7),
         },
-        _kinds("MiniMaxH3Transformer3DModel"),
     ),
-    Bare(
+    _tiny(
         "MiniMaxMusic3RVQDepthDecoder",
-        {
-            "hidden_size": 16,
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "audio_vocab_size": 8,
-            "num_codebooks": 3,
-        },
+        {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "audio_vocab_size": 8, "num_codebooks": 3},
         lambda r: {"inputs_embeds": r(1, 3, 16)},
-        _kinds("MiniMaxMusic3RVQDepthDecoder"),
+        of=Bare,
     ),
-    Tiny(
+    _tiny(
         "MiniMaxMusic3Transformer1DModel",
-        {
-            **_HEADS,
-            "in_channels": 4,
-            "condition_dim": 6,
-            "ff_inner_dim": 24,
-            "rotary_dim": 4,
-            "fourier_embedding_dim": 8,
-        },
+        {**_HEADS, "in_channels": 4, "condition_dim": 6, "ff_inner_dim": 24, "rotary_dim": 4, "fourier_embedding_dim": 8},
         lambda r: {"hidden_states": r(1, 4, 7), "timestep": _t(0.5), "encoder_hidden_states": r(1, 7, 6)},
-        _kinds("MiniMaxMusic3Transformer1DModel"),
     ),
-    Tiny(
+    _tiny(
         "MotifVideoTransformer3DModel",
         {
             **_HEADS,
@@ -267,9 +267,8 @@ MORE = [
             "rope_axes_dim": (4, 2, 2),
         },
         lambda r: {"hidden_states": r(1, 4, 2, 4, 6), "timestep": _t(), "encoder_hidden_states": r(1, TEXT, 6)},
-        _kinds("MotifVideoTransformer3DModel"),
     ),
-    Tiny(
+    _tiny(
         "NucleusMoEImageTransformer2DModel",
         {
             **_HEADS,
@@ -292,9 +291,8 @@ MORE = [
             "encoder_hidden_states_mask": torch.ones(1, TEXT, dtype=torch.bool),
             "timestep": _t(0.5),
         },
-        _kinds("NucleusMoEImageTransformer2DModel"),
     ),
-    Tiny(
+    _tiny(
         "OmniGenTransformer2DModel",
         {
             "in_channels": 4,
@@ -318,44 +316,14 @@ MORE = [
             "attention_mask": torch.ones(1, TEXT + 13, TEXT + 13),
             "position_ids": torch.arange(TEXT + 13)[None],
         },
-        _kinds("OmniGenTransformer2DModel"),
     ),
-    Tiny(
-        "OvisImageTransformer2DModel",
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "num_layers": 1,
-            "num_single_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
-            "joint_attention_dim": 6,
-            "axes_dims_rope": (4, 4, 8),
-        },
-        lambda r: {
-            "hidden_states": r(1, 15, 4),
-            "encoder_hidden_states": r(1, TEXT, 6),
-            "timestep": _t(0.5),
-            "img_ids": _ids(15),
-            "txt_ids": _ids(TEXT),
-        },
-        _kinds("OvisImageTransformer2DModel"),
-    ),
-    Tiny(
+    _tiny("OvisImageTransformer2DModel", _FLUX | {"out_channels": 4}, _flux),
+    _tiny(
         "PRXTransformer2DModel",
-        {
-            "in_channels": 4,
-            "context_in_dim": 6,
-            "hidden_size": 16,
-            "mlp_ratio": 2.0,
-            "num_heads": 2,
-            "depth": 2,
-            "axes_dim": [4, 4],
-        },
+        {"in_channels": 4, "context_in_dim": 6, "hidden_size": 16, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "axes_dim": [4, 4]},
         lambda r: {"hidden_states": r(1, 4, 8, 6), "timestep": _t(0.5), "encoder_hidden_states": r(1, TEXT, 6)},
-        _kinds("PRXTransformer2DModel"),
     ),
-    Tiny(
+    _tiny(
         "PriorTransformer",
         {**_HEADS, "embedding_dim": 6, "num_embeddings": TEXT},
         lambda r: {
@@ -365,9 +333,8 @@ MORE = [
             "encoder_hidden_states": r(1, TEXT, 6),
             "attention_mask": torch.ones(1, TEXT).bool(),
         },
-        _kinds("PriorTransformer"),
     ),
-    Tiny(
+    _tiny(
         "QwenImage21Transformer2DModel",
         {
             "num_attention_heads": 2,
@@ -387,9 +354,8 @@ MORE = [
             "img_shapes": [[(1, 4, 6)]],
             "img_mask": torch.tensor([[False] * TEXT + [True] * 6]),  # a slot for four tokens
         },
-        _kinds("QwenImage21Transformer2DModel"),
     ),
-    Tiny(
+    _tiny(
         "RFD4ProteinaTransformer",
         {
             "nlayers": 1,
@@ -413,37 +379,21 @@ MORE = [
             "local_latents_time": _t(0.5),
             "padding_mask": torch.ones(1, 7).bool(),
             "token_type": torch.arange(7)[None],
-            "conditioning": {
-                "is_in_context_conditioning": torch.zeros(1, 7).bool(),
-                "supports_local_latent": torch.ones(1, 7).bool(),
-            },
+            "conditioning": {"is_in_context_conditioning": torch.zeros(1, 7).bool(), "supports_local_latent": torch.ones(1, 7).bool()},
             "recycle_depth": 2,  # every layer runs twice
         },
-        _kinds("RFD4ProteinaTransformer"),
     ),
-    Tiny(
+    _tiny(
         "SanaWMLTX2RefinerTransformer3DModel",
-        {
-            **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
-            "cross_attention_dim": 16,
-            "audio_in_channels": 3,
-            "audio_out_channels": 3,
-            "audio_num_attention_heads": 2,
-            "audio_attention_head_dim": 4,
-            "audio_cross_attention_dim": 8,
-            "caption_channels": 6,
-        },
+        _LTX2,
         lambda r: {
             "hidden_states": r(1, 24, 4),
             "encoder_hidden_states": r(1, TEXT, 6),
             "timestep": _t(),
             "video_rotary_emb": (torch.ones(1, 24, 16), torch.zeros(1, 24, 16)),
         },
-        _kinds("SanaWMLTX2RefinerTransformer3DModel"),
     ),
-    Tiny(
+    _tiny(
         "SanaWMTransformer3DModel",
         {
             "in_channels": 4,
@@ -465,9 +415,8 @@ MORE = [
             "camera_conditions": torch.cat([torch.eye(4).flatten(), torch.tensor([4.0, 4.0, 1.0, 2.0])]).expand(1, 3, 20),
             "chunk_plucker": r(1, 3, 3, 4, 2),
         },
-        _kinds("SanaWMTransformer3DModel"),
     ),
-    Tiny(
+    _tiny(
         "StableAudio3DiTModel",
         {
             "io_channels": 4,
@@ -488,9 +437,8 @@ MORE = [
             "global_hidden_states": r(1, 6),
             "local_add_cond": r(1, 3, 7),
         },
-        _kinds("StableAudio3DiTModel"),
     ),
-    Tiny(
+    _tiny(
         "StableAudioDiTModel",
         {
             **_HEADS,
@@ -510,19 +458,10 @@ MORE = [
             "global_hidden_states": r(1, 1, 6),
             "rotary_embedding": (torch.ones(8, 4), torch.zeros(8, 4)),
         },
-        _kinds("StableAudioDiTModel"),
     ),
     Bare(
         "T5FilmDecoder",
-        {
-            "input_dims": 4,
-            "targets_length": 7,
-            "d_model": 16,
-            "num_layers": 2,
-            "num_heads": 2,
-            "d_kv": 8,
-            "d_ff": 24,
-        },
+        {"input_dims": 4, "targets_length": 7, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_kv": 8, "d_ff": 24},
         lambda r: {
             "encodings_and_masks": [(r(1, TEXT, 16), torch.ones(1, TEXT)), (r(1, 3, 16), torch.ones(1, 3))],
             "decoder_input_tokens": r(1, 7, 4),
@@ -530,19 +469,17 @@ MORE = [
         },
         {"decoders.*.layer.0.attention": "spatial", "decoders.*.layer.1.attention": "cross"},
     ),
-    Tiny(
+    _tiny(
         "Transformer2DModel",
         {**_HEADS, "in_channels": 4, "norm_num_groups": 2, "cross_attention_dim": 6},
         lambda r: {"hidden_states": r(1, 4, 5, 3), "encoder_hidden_states": r(1, TEXT, 6), "timestep": _t()},
-        _kinds("Transformer2DModel"),
     ),
-    Tiny(
+    _tiny(
         "TransformerTemporalModel",
         {**_HEADS, "in_channels": 4, "norm_num_groups": 2},
         lambda r: {"hidden_states": r(3, 4, 5, 3), "timestep": _t(), "num_frames": 3},
-        _kinds("TransformerTemporalModel"),
     ),
-    Masked(
+    _tiny(
         "WanAnimate2Transformer3DModel",
         {
             "text_len": TEXT,
@@ -568,23 +505,17 @@ MORE = [
             "origin_len": 5,
             "origin_area": [48, 32],
         },
-        _kinds("WanAnimate2Transformer3DModel"),
+        of=Masked,
     ),
-    Tiny(
+    _tiny(
         "WanAnimateTransformer3DModel",
         {
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
+            **_WAN,
             "num_layers": 1,
             "in_channels": 12,
             "latent_channels": 4,
-            "out_channels": 4,
-            "text_dim": 6,
-            "freq_dim": 16,
-            "ffn_dim": 20,
             "image_dim": 6,
             "added_kv_proj_dim": 24,
-            "rope_max_seq_len": 16,
             "motion_encoder_channel_sizes": {"4": 2, "8": 2},
             "motion_encoder_size": 8,
             "motion_style_dim": 4,
@@ -602,30 +533,16 @@ MORE = [
             "pose_hidden_states": r(1, 4, 2, 4, 6),
             "face_pixel_values": r(1, 3, 5, 8, 8),
         },
-        _kinds("WanAnimateTransformer3DModel"),
     ),
-    Tiny(
+    _tiny(
         "WanVACETransformer3DModel",
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "num_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 6,
-            "freq_dim": 16,
-            "ffn_dim": 20,
-            "rope_max_seq_len": 16,
-            "vace_layers": [0],
-            "vace_in_channels": 5,
-        },
+        {**_WAN, "vace_layers": [0], "vace_in_channels": 5},
         lambda r: {
             "hidden_states": r(1, 4, 3, 4, 6),
             "timestep": _t(),
             "encoder_hidden_states": r(1, TEXT, 6),
             "control_hidden_states": r(1, 5, 3, 4, 6),
         },
-        _kinds("WanVACETransformer3DModel"),
         streams=False,  # a block for control returns two streams of one shape
     ),
 ]
