@@ -552,6 +552,6 @@ UNKNOWN_FLOPS = {
     "OmniGenTransformer2DModel",  # the highest position is read
     "QwenImage21Transformer2DModel",  # a mask tells how often tokens are repeated
     "SanaWMTransformer3DModel",  # autocast
-    "WanAnimate2Transformer3DModel",  # flex attention
+    "WanAnimate2Transformer3DModel",  # a cache of keys is an argument; flex attention
 }
 """What does not run on the meta device, and what of it."""
