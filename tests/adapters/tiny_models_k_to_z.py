@@ -13,6 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from tests.adapters.expected_models import kinds
 from tests.adapters.tiny_models import TEXT, Tiny
 
+Randn = Callable[..., Tensor]
+
 
 class Masked(Tiny):
     """Wan-Animate 2, with a mask for flex attention: its own is compiled."""
@@ -36,11 +38,17 @@ class Bare(Tiny):
         return given
 
 
+def _tiny(
+    name: str, config: dict[str, Any], inputs: Callable[[Randn], dict[str, Any]], streams: bool = True, of: type[Tiny] = Tiny
+) -> Tiny:
+    return of(name, config, inputs, kinds(name), streams)
+
+
 def _t(value: float = 500.0) -> Tensor:
     return torch.tensor([value])
 
 
-def _reference(r: Callable[..., Tensor]) -> Any:
+def _reference(r: Randn) -> Any:
     """Keys and values of twelve tokens, as the pass over the reference leaves them."""
     from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache  # not in every version
 
@@ -55,9 +63,54 @@ def _ids(tokens: int) -> Tensor:
 
 
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
+_FLUX = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "in_channels": 4,
+    "joint_attention_dim": 6,
+    "axes_dims_rope": [4, 4, 8],
+}
+_LTX2 = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 1,
+    "in_channels": 4,
+    "out_channels": 4,
+    "cross_attention_dim": 16,
+    "audio_in_channels": 3,
+    "audio_out_channels": 3,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 4,
+    "audio_cross_attention_dim": 8,
+    "caption_channels": 6,
+}
+_WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 6,
+    "freq_dim": 16,
+    "ffn_dim": 20,
+    "rope_max_seq_len": 16,
+}
+
+
+def _flux(r: Randn) -> dict[str, Any]:
+    return {
+        "hidden_states": r(1, 15, 4),
+        "encoder_hidden_states": r(1, TEXT, 6),
+        "timestep": _t(0.5),
+        "img_ids": _ids(15),
+        "txt_ids": _ids(TEXT),
+    }
+
 
 MORE = [
-    Tiny(
+    _tiny(
         "Kandinsky6Transformer3DModel",
         {
             "in_visual_dim": 2,
@@ -82,9 +135,8 @@ MORE = [
             "timestep": _t(),
             "audio_hidden_states": r(1, 7, 3),
         },
-        kinds("Kandinsky6Transformer3DModel"),
     ),
-    Tiny(
+    _tiny(
         "Krea2Transformer2DModel",
         {
             **_HEADS,
@@ -107,26 +159,15 @@ MORE = [
             "timestep": _t(0.5),
             "position_ids": _ids(TEXT + 12),
         },
-        kinds("Krea2Transformer2DModel"),
     ),
-    Tiny(
+    _tiny(
         "LTX2VideoTransformer3DModel",
         {
-            **_HEADS,
-            "num_layers": 1,
-            "in_channels": 4,
-            "out_channels": 4,
-            "cross_attention_dim": 16,
-            "audio_in_channels": 3,
-            "audio_out_channels": 3,
-            "audio_num_attention_heads": 2,
-            "audio_attention_head_dim": 4,
-            "audio_cross_attention_dim": 8,
-            "caption_channels": 6,
+            **_LTX2,
             "rope_type": "split",  # as published; the other one has the shape of the video, so rules for blocks are refused
         },
         lambda r: {
-            "hidden_states": r(1, 3 * 2 * 4, 4),
+            "hidden_states": r(1, 24, 4),
             "audio_hidden_states": r(1, 7, 3),
             "encoder_hidden_states": r(1, TEXT, 6),
             "audio_encoder_hidden_states": r(1, TEXT, 6),
@@ -136,9 +177,8 @@ MORE = [
             "width": 4,
             "audio_num_frames": 7,
         },
-        kinds("LTX2VideoTransformer3DModel"),
     ),
-    Tiny(
+    _tiny(
         "LongCatAudioDiTTransformer",
         {"dit_dim": 16, "dit_depth": 2, "dit_heads": 2, "dit_text_dim": 6, "latent_dim": 4},
         lambda r: {
@@ -148,29 +188,9 @@ MORE = [
             "timestep": _t(0.5),
             "latent_cond": r(1, 7, 4),
         },
-        kinds("LongCatAudioDiTTransformer"),
     ),
-    Tiny(
-        "LongCatImageTransformer2DModel",
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "num_layers": 1,
-            "num_single_layers": 2,
-            "in_channels": 4,
-            "joint_attention_dim": 6,
-            "axes_dims_rope": [4, 4, 8],
-        },
-        lambda r: {
-            "hidden_states": r(1, 15, 4),
-            "encoder_hidden_states": r(1, TEXT, 6),
-            "timestep": _t(0.5),
-            "img_ids": _ids(15),
-            "txt_ids": _ids(TEXT),
-        },
-        kinds("LongCatImageTransformer2DModel"),
-    ),
-    Tiny(
+    _tiny("LongCatImageTransformer2DModel", _FLUX, _flux),
+    _tiny(
         "LuminaNextDiT2DModel",
         {
             "sample_size": 8,
@@ -191,9 +211,8 @@ MORE = [
             "image_rotary_emb": torch.polar(torch.ones(4, 4, 4), torch.arange(64.0).reshape(4, 4, 4)),
             "cross_attention_kwargs": {},
         },
-        kinds("LuminaNextDiT2DModel"),
     ),
-    Tiny(
+    _tiny(
         "MiniMaxH3Transformer3DModel",
         {
             "num_attention_heads": 2,
@@ -222,35 +241,19 @@ MORE = [
             "video_indices": torch.arange(TEXT, TEXT + 12),
             "audio_indices": torch.arange(TEXT + 12, TEXT + 12 + 7),
         },
-        kinds("MiniMaxH3Transformer3DModel"),
     ),
-    Bare(
+    _tiny(
         "MiniMaxMusic3RVQDepthDecoder",
-        {
-            "hidden_size": 16,
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "audio_vocab_size": 8,
-            "num_codebooks": 3,
-        },
+        {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "audio_vocab_size": 8, "num_codebooks": 3},
         lambda r: {"inputs_embeds": r(1, 3, 16)},
-        kinds("MiniMaxMusic3RVQDepthDecoder"),
+        of=Bare,
     ),
-    Tiny(
+    _tiny(
         "MiniMaxMusic3Transformer1DModel",
-        {
-            **_HEADS,
-            "in_channels": 4,
-            "condition_dim": 6,
-            "ff_inner_dim": 24,
-            "rotary_dim": 4,
-            "fourier_embedding_dim": 8,
-        },
+        {**_HEADS, "in_channels": 4, "condition_dim": 6, "ff_inner_dim": 24, "rotary_dim": 4, "fourier_embedding_dim": 8},
         lambda r: {"hidden_states": r(1, 4, 7), "timestep": _t(0.5), "encoder_hidden_states": r(1, 7, 6)},
-        kinds("MiniMaxMusic3Transformer1DModel"),
     ),
-    Tiny(
+    _tiny(
         "MotifVideoTransformer3DModel",
         {
             **_HEADS,
@@ -263,9 +266,8 @@ MORE = [
             "rope_axes_dim": (4, 2, 2),
         },
         lambda r: {"hidden_states": r(1, 4, 2, 4, 6), "timestep": _t(), "encoder_hidden_states": r(1, TEXT, 6)},
-        kinds("MotifVideoTransformer3DModel"),
     ),
-    Tiny(
+    _tiny(
         "NucleusMoEImageTransformer2DModel",
         {
             **_HEADS,
@@ -288,9 +290,8 @@ MORE = [
             "encoder_hidden_states_mask": torch.ones(1, TEXT, dtype=torch.bool),
             "timestep": _t(0.5),
         },
-        kinds("NucleusMoEImageTransformer2DModel"),
     ),
-    Tiny(
+    _tiny(
         "OmniGenTransformer2DModel",
         {
             "in_channels": 4,
@@ -314,44 +315,14 @@ MORE = [
             "attention_mask": torch.ones(1, TEXT + 13, TEXT + 13),
             "position_ids": torch.arange(TEXT + 13)[None],
         },
-        kinds("OmniGenTransformer2DModel"),
     ),
-    Tiny(
-        "OvisImageTransformer2DModel",
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "num_layers": 1,
-            "num_single_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
-            "joint_attention_dim": 6,
-            "axes_dims_rope": (4, 4, 8),
-        },
-        lambda r: {
-            "hidden_states": r(1, 15, 4),
-            "encoder_hidden_states": r(1, TEXT, 6),
-            "timestep": _t(0.5),
-            "img_ids": _ids(15),
-            "txt_ids": _ids(TEXT),
-        },
-        kinds("OvisImageTransformer2DModel"),
-    ),
-    Tiny(
+    _tiny("OvisImageTransformer2DModel", _FLUX | {"out_channels": 4}, _flux),
+    _tiny(
         "PRXTransformer2DModel",
-        {
-            "in_channels": 4,
-            "context_in_dim": 6,
-            "hidden_size": 16,
-            "mlp_ratio": 2.0,
-            "num_heads": 2,
-            "depth": 2,
-            "axes_dim": [4, 4],
-        },
+        {"in_channels": 4, "context_in_dim": 6, "hidden_size": 16, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "axes_dim": [4, 4]},
         lambda r: {"hidden_states": r(1, 4, 8, 6), "timestep": _t(0.5), "encoder_hidden_states": r(1, TEXT, 6)},
-        kinds("PRXTransformer2DModel"),
     ),
-    Tiny(
+    _tiny(
         "PriorTransformer",
         {**_HEADS, "embedding_dim": 6, "num_embeddings": TEXT},
         lambda r: {
@@ -361,9 +332,8 @@ MORE = [
             "encoder_hidden_states": r(1, TEXT, 6),
             "attention_mask": torch.ones(1, TEXT).bool(),
         },
-        kinds("PriorTransformer"),
     ),
-    Tiny(
+    _tiny(
         "QwenImage21Transformer2DModel",
         {
             "num_attention_heads": 2,
@@ -383,9 +353,8 @@ MORE = [
             "img_shapes": [[(1, 4, 6)]],
             "img_mask": torch.tensor([[False] * TEXT + [True] * 6]),  # a slot for four tokens
         },
-        kinds("QwenImage21Transformer2DModel"),
     ),
-    Tiny(
+    _tiny(
         "RFD4ProteinaTransformer",
         {
             "nlayers": 1,
@@ -409,37 +378,21 @@ MORE = [
             "local_latents_time": _t(0.5),
             "padding_mask": torch.ones(1, 7).bool(),
             "token_type": torch.arange(7)[None],
-            "conditioning": {
-                "is_in_context_conditioning": torch.zeros(1, 7).bool(),
-                "supports_local_latent": torch.ones(1, 7).bool(),
-            },
+            "conditioning": {"is_in_context_conditioning": torch.zeros(1, 7).bool(), "supports_local_latent": torch.ones(1, 7).bool()},
             "recycle_depth": 2,  # every layer runs twice
         },
-        kinds("RFD4ProteinaTransformer"),
     ),
-    Tiny(
+    _tiny(
         "SanaWMLTX2RefinerTransformer3DModel",
-        {
-            **_HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
-            "cross_attention_dim": 16,
-            "audio_in_channels": 3,
-            "audio_out_channels": 3,
-            "audio_num_attention_heads": 2,
-            "audio_attention_head_dim": 4,
-            "audio_cross_attention_dim": 8,
-            "caption_channels": 6,
-        },
+        _LTX2,
         lambda r: {
             "hidden_states": r(1, 24, 4),
             "encoder_hidden_states": r(1, TEXT, 6),
             "timestep": _t(),
             "video_rotary_emb": (torch.ones(1, 24, 16), torch.zeros(1, 24, 16)),
         },
-        kinds("SanaWMLTX2RefinerTransformer3DModel"),
     ),
-    Tiny(
+    _tiny(
         "SanaWMTransformer3DModel",
         {
             "in_channels": 4,
@@ -461,9 +414,8 @@ MORE = [
             "camera_conditions": torch.cat([torch.eye(4).flatten(), torch.tensor([4.0, 4.0, 1.0, 2.0])]).expand(1, 3, 20),
             "chunk_plucker": r(1, 3, 3, 4, 2),
         },
-        kinds("SanaWMTransformer3DModel"),
     ),
-    Tiny(
+    _tiny(
         "StableAudio3DiTModel",
         {
             "io_channels": 4,
@@ -484,9 +436,8 @@ MORE = [
             "global_hidden_states": r(1, 6),
             "local_add_cond": r(1, 3, 7),
         },
-        kinds("StableAudio3DiTModel"),
     ),
-    Tiny(
+    _tiny(
         "StableAudioDiTModel",
         {
             **_HEADS,
@@ -506,19 +457,10 @@ MORE = [
             "global_hidden_states": r(1, 1, 6),
             "rotary_embedding": (torch.ones(8, 4), torch.zeros(8, 4)),
         },
-        kinds("StableAudioDiTModel"),
     ),
     Bare(
         "T5FilmDecoder",
-        {
-            "input_dims": 4,
-            "targets_length": 7,
-            "d_model": 16,
-            "num_layers": 2,
-            "num_heads": 2,
-            "d_kv": 8,
-            "d_ff": 24,
-        },
+        {"input_dims": 4, "targets_length": 7, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_kv": 8, "d_ff": 24},
         lambda r: {
             "encodings_and_masks": [(r(1, TEXT, 16), torch.ones(1, TEXT)), (r(1, 3, 16), torch.ones(1, 3))],
             "decoder_input_tokens": r(1, 7, 4),
@@ -526,19 +468,17 @@ MORE = [
         },
         {"decoders.*.layer.0.attention": "spatial", "decoders.*.layer.1.attention": "cross"},
     ),
-    Tiny(
+    _tiny(
         "Transformer2DModel",
         {**_HEADS, "in_channels": 4, "norm_num_groups": 2, "cross_attention_dim": 6},
         lambda r: {"hidden_states": r(1, 4, 5, 3), "encoder_hidden_states": r(1, TEXT, 6), "timestep": _t()},
-        kinds("Transformer2DModel"),
     ),
-    Tiny(
+    _tiny(
         "TransformerTemporalModel",
         {**_HEADS, "in_channels": 4, "norm_num_groups": 2},
         lambda r: {"hidden_states": r(3, 4, 5, 3), "timestep": _t(), "num_frames": 3},
-        kinds("TransformerTemporalModel"),
     ),
-    Masked(
+    _tiny(
         "WanAnimate2Transformer3DModel",
         {
             "text_len": TEXT,
@@ -564,23 +504,17 @@ MORE = [
             "origin_len": 5,
             "origin_area": [48, 32],
         },
-        kinds("WanAnimate2Transformer3DModel"),
+        of=Masked,
     ),
-    Tiny(
+    _tiny(
         "WanAnimateTransformer3DModel",
         {
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
+            **_WAN,
             "num_layers": 1,
             "in_channels": 12,
             "latent_channels": 4,
-            "out_channels": 4,
-            "text_dim": 6,
-            "freq_dim": 16,
-            "ffn_dim": 20,
             "image_dim": 6,
             "added_kv_proj_dim": 24,
-            "rope_max_seq_len": 16,
             "motion_encoder_channel_sizes": {"4": 2, "8": 2},
             "motion_encoder_size": 8,
             "motion_style_dim": 4,
@@ -598,30 +532,16 @@ MORE = [
             "pose_hidden_states": r(1, 4, 2, 4, 6),
             "face_pixel_values": r(1, 3, 5, 8, 8),
         },
-        kinds("WanAnimateTransformer3DModel"),
     ),
-    Tiny(
+    _tiny(
         "WanVACETransformer3DModel",
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "num_layers": 2,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 6,
-            "freq_dim": 16,
-            "ffn_dim": 20,
-            "rope_max_seq_len": 16,
-            "vace_layers": [0],
-            "vace_in_channels": 5,
-        },
+        {**_WAN, "vace_layers": [0], "vace_in_channels": 5},
         lambda r: {
             "hidden_states": r(1, 4, 3, 4, 6),
             "timestep": _t(),
             "encoder_hidden_states": r(1, TEXT, 6),
             "control_hidden_states": r(1, 5, 3, 4, 6),
         },
-        kinds("WanVACETransformer3DModel"),
         streams=False,  # a block for control returns two streams of one shape
     ),
 ]
@@ -631,6 +551,6 @@ UNKNOWN_FLOPS = {
     "OmniGenTransformer2DModel",  # the highest position is read
     "QwenImage21Transformer2DModel",  # a mask tells how often tokens are repeated
     "SanaWMTransformer3DModel",  # autocast
-    "WanAnimate2Transformer3DModel",  # flex attention
+    "WanAnimate2Transformer3DModel",  # a cache of keys is an argument; flex attention
 }
 """What does not run on the meta device, and what of it."""
