@@ -404,6 +404,28 @@ def test_bytes_and_flops_are_told_by_context_and_kind(config: PABConfig) -> None
         assert cond["block"].peak_cache_bytes == 2 * slot and spatial.peak_cache_bytes == 0
 
 
+@torch.no_grad()
+def test_a_call_of_another_mode_is_not_taken_for_the_branch_in_its_place() -> None:
+    """A pass before the first step that fills the model's own cache: calls without names go by their order."""
+
+    class Modes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = BroadcastModule(nn.Linear(2, 2), "spatial")
+
+        def forward(self, x: torch.Tensor, mode: str = "denoise") -> torch.Tensor:
+            return self.attn(x)
+
+    model = Modes()
+    pab.enable(model, PABConfig(spatial=Broadcast(2, (0, 1))))
+    x = torch.ones(1, 2)
+    with pab.generation(model, num_steps=2):
+        model(3 * x, mode="fill")
+        out = model(x)  # the step after, at which the first call of the one before would be reused
+        assert torch.equal(out, model.attn.module(x))
+    assert pab.summary(model).forced == 1
+
+
 def test_recorded_gradients_run_plainly_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_latte().requires_grad_(True)
     with torch.no_grad():

@@ -348,7 +348,9 @@ class Broadcaster:
             self._once("gradients are recorded: the model runs plainly; call it under torch.no_grad() for PAB")
         else:
             prompt = kwargs.get("encoder_hidden_states")
-            call.context.enter(tuple(map(Key.of, tensors)), prompt if name is None and isinstance(prompt, torch.Tensor) else None)
+            call.context.enter(
+                (tuple(map(Key.of, tensors)), _flags(kwargs)), prompt if name is None and isinstance(prompt, torch.Tensor) else None
+            )
             call.signature = Signature.of(args, kwargs)
             if not generation.cuda_graphs:
                 call.prepare()
@@ -422,6 +424,11 @@ class Broadcaster:
         if message not in self._said:
             self._said.add(message)
             logger.warning(message)
+
+
+def _flags(kwargs: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What says which work is asked for, such as a pass that only fills a model's own cache."""
+    return tuple((name, value) for name, value in kwargs.items() if isinstance(value, (bool, str)))
 
 
 def _has_begun(scheduler: Any) -> bool:

@@ -69,7 +69,7 @@ class Context:
         """A call of the model begins. Where it does not continue the last one, every slot is let go.
 
         Args:
-            inputs: shapes, dtypes and devices of the model's inputs.
+            inputs: shapes, dtypes and devices of the model's inputs, and the flags among them.
             condition: the prompt's tensor, if the context has only the order of the calls for a name: another one than in the last call
                 tells that a branch came or went. One made anew for each call is gone by then, and tells nothing.
         """
