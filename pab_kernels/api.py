@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -132,16 +131,22 @@ def enable_model(
     if given is not None and given is not model:
         broadcaster.enclose(given)
     broadcaster.configure(chosen, timed, cuda_graphs)
-    undo = partial(disable, model) if before is None else partial(broadcaster.configure, *before)
+    undo = contextlib.ExitStack()
+    if before is None:
+        undo.callback(disable, model)
+    else:
+        undo.callback(broadcaster.configure, *before)
+        if pipe is not None and not broadcaster.watches(pipe):
+            undo.callback(broadcaster.unwatch, pipe)
     try:
         if pipe is not None:
             broadcaster.watch(pipe)
         if num_steps is not None or timesteps is not None:
             broadcaster.prepare(num_steps=num_steps, timesteps=timesteps)
     except BaseException:
-        undo()
+        undo.close()
         raise
-    return undo
+    return undo.close
 
 
 def disable(model_or_pipe: Any) -> None:
