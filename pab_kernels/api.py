@@ -108,6 +108,11 @@ def enable_model(
     broadcaster = broadcaster_of(model)
     if broadcaster is not None and kinds is not None:
         raise ValueError(f"PAB is enabled on this {type(model).__name__} already, with its kinds; pab.disable it first to give others")
+    if broadcaster is not None and broadcaster.clock is not None and (config is not None or cuda_graphs):
+        raise ValueError(
+            f"PAB is enabled on this {type(model).__name__} by enable_cache, whose rules it has, without CUDA graphs; "
+            "call its disable_cache first"
+        )
     chosen = config
     if chosen is None:
         known = pipe is not None or timesteps is not None
