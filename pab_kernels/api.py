@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -109,6 +108,11 @@ def enable_model(
     broadcaster = broadcaster_of(model)
     if broadcaster is not None and kinds is not None:
         raise ValueError(f"PAB is enabled on this {type(model).__name__} already, with its kinds; pab.disable it first to give others")
+    if broadcaster is not None and broadcaster.clock is not None and (config is not None or cuda_graphs):
+        raise ValueError(
+            f"PAB is enabled on this {type(model).__name__} by enable_cache, whose rules it has, without CUDA graphs; "
+            "call its disable_cache first"
+        )
     chosen = config
     if chosen is None:
         known = pipe is not None or timesteps is not None
@@ -132,16 +136,22 @@ def enable_model(
     if given is not None and given is not model:
         broadcaster.enclose(given)
     broadcaster.configure(chosen, timed, cuda_graphs)
-    undo = partial(disable, model) if before is None else partial(broadcaster.configure, *before)
+    undo = contextlib.ExitStack()
+    if before is None:
+        undo.callback(disable, model)
+    else:
+        undo.callback(broadcaster.configure, *before)
+        if pipe is not None and not broadcaster.watches(pipe):
+            undo.callback(broadcaster.unwatch, pipe)
     try:
         if pipe is not None:
             broadcaster.watch(pipe)
         if num_steps is not None or timesteps is not None:
             broadcaster.prepare(num_steps=num_steps, timesteps=timesteps)
     except BaseException:
-        undo()
+        undo.close()
         raise
-    return undo
+    return undo.close
 
 
 def disable(model_or_pipe: Any) -> None:

@@ -91,6 +91,8 @@ def _before(original: Callable[..., None], served: Callable[..., bool]) -> Calla
     @functools.wraps(original)
     def method(model: Any, *args: Any, **kwargs: Any) -> None:
         patch = getattr(model, _PATCH, None)
+        if patch is not None and model not in patch.served:
+            _hide(model)  # what a copy of a served model has of it
         if patch is None or not served(patch, model, *args, **kwargs):
             original(model, *args, **kwargs)
 
@@ -110,7 +112,9 @@ def _enable(patch: _Patch, model: Any, config: Any) -> bool:
     sublayers = api.sublayers(model)
     rules = from_diffusers(config, sublayers)
     pipe = _pipe_of(callback, model)
-    api.enable_model(model, pipe, rules)
+    held = vars(pipe).values() if pipe is not None else ()
+    compiled = next((m for m in held if isinstance(m, nn.Module) and getattr(m, "_orig_mod", None) is model), model)
+    api.enable_model(model, pipe, rules, given=compiled)
     broadcaster = broadcaster_of(model)
     assert broadcaster is not None
     broadcaster.clock = callback
@@ -129,16 +133,9 @@ def _disable(patch: _Patch, model: Any) -> bool:
     if model not in patch.served:
         return False
     patch.served.discard(model)
-    for module in model.modules():
-        registry = vars(module).get("_diffusers_hook")
-        if registry is not None and isinstance(getattr(registry.get_hook(_HOOK), "state", None), _State):
-            del registry.hooks[_HOOK]
-            if not registry.hooks:
-                del module._diffusers_hook
-    if hasattr(model, "_diffusers_hook"):
-        model._diffusers_hook.invalidate_child_registries_cache()
     api.disable(model)
-    del model._cache_config
+    _hide(model)
+    vars(model).pop("_cache_config", None)  # also where no module had anything to show
     return True
 
 
@@ -206,3 +203,19 @@ def _show(module: nn.Module, state: _State, window: tuple[float, float], reach: 
     hook = PyramidAttentionBroadcastHook(window, reach, callback)
     hook.state = state
     HookRegistry.check_if_exists_or_initialize(module).hooks[_HOOK] = hook
+
+
+def _hide(model: Any) -> None:
+    """Take away what `_show` put on modules of `model`, and the config that goes with it."""
+    shown = False
+    for module in model.modules():
+        registry = vars(module).get("_diffusers_hook")
+        if registry is not None and isinstance(getattr(registry.get_hook(_HOOK), "state", None), _State):
+            shown = True
+            del registry.hooks[_HOOK]
+            if not registry.hooks:
+                del module._diffusers_hook
+    if shown:
+        if hasattr(model, "_diffusers_hook"):
+            model._diffusers_hook.invalidate_child_registries_cache()
+        del model._cache_config

@@ -23,6 +23,7 @@ from torch import nn
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.broadcaster import ATTRIBUTE, broadcaster_of
+from pab_kernels.nn import BroadcastModule
 from tests.adapters.tiny_latte import LAYERS, TOKENS, noise, prompt, sample, tiny_latte, tiny_pipe
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates

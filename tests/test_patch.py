@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -376,6 +377,65 @@ def test_a_config_that_cannot_be_served_leaves_the_model_plain() -> None:
     with pytest.raises(ValueError, match="PAB is enabled on this FluxTransformer2DModel by pab.enable; pab.disable it first"):
         model.enable_cache(config())
     assert not model.is_cache_enabled
+
+
+def test_what_enable_cache_switched_on_takes_no_other_rules_and_no_graphs() -> None:
+    model = CACHING[0].build()
+    model.enable_cache(config())
+    for options in ({"config": PABConfig(spatial=2)}, {"cuda_graphs": True}):
+        with pytest.raises(ValueError, match="by enable_cache, whose rules it has, without CUDA graphs; call its disable_cache first"):
+            pab.enable(model, **options)
+    pab.enable(model, timed=True)
+    model.disable_cache()
+    pab.enable(model, PABConfig(spatial=2), cuda_graphs=True)
+    pab.disable(model)
+
+
+def test_rules_for_nothing_that_the_model_has_are_switched_off_too() -> None:
+    model = transformer("WanTransformer3DModel")
+    model.enable_cache(PyramidAttentionBroadcastConfig(temporal_attention_block_skip_range=2, current_timestep_callback=lambda: 500))
+    assert model.is_cache_enabled and not hooks(model)
+    model.disable_cache()
+    assert not model.is_cache_enabled
+
+
+@pytest.mark.parametrize("first", ["disable_cache", "enable_cache"])
+def test_a_copy_of_a_served_model_is_plain_and_can_be_served_itself(first: str) -> None:
+    tiny = CACHING[0]
+    model = tiny.build()
+    plain = [out(model, tiny(seed)) for seed in range(2)]
+    model.enable_cache(config())
+    out(model, tiny(0))
+    copied = copy.deepcopy(model)
+    assert all(torch.equal(out(copied, tiny(seed)), plain[seed]) for seed in range(2))
+    if first == "disable_cache":
+        copied.disable_cache()
+        assert not copied.is_cache_enabled and not hooks(copied)
+    copied.enable_cache(config())
+    assert copied.is_cache_enabled and all(h.state.iteration == 0 for h in hooks(copied)) and len(hooks(copied)) == len(hooks(model)) > 0
+    assert model.is_cache_enabled and all(h.state.iteration == 1 for h in hooks(model))
+    out(copied, tiny(0))
+    assert not torch.allclose(out(copied, tiny(1)), plain[1], atol=1e-5)
+
+
+def test_a_compiled_model_is_served_where_its_pipeline_is_found() -> None:
+    tiny = named("WanPipeline")
+    pipe = tiny.build()
+    model = pipe.transformer
+
+    def rules() -> PyramidAttentionBroadcastConfig:
+        return config(lambda: pipe.current_timestep, spatial_attention_timestep_skip_range=(-1, 1001))
+
+    model.enable_cache(rules())
+    expected = tiny.sample(pipe, 3)
+    model.disable_cache()
+    before = set(vars(pipe))
+    pipe.transformer = compiled = torch.compile(model, backend="eager")
+    forward = vars(compiled)["forward"]
+    compiled.enable_cache(rules())
+    assert torch.equal(tiny.sample(pipe, 3), expected) and pab.summary(pipe).contexts["cond"]["spatial"].reused > 0
+    compiled.disable_cache()
+    assert vars(compiled)["forward"] is forward and set(vars(pipe)) == before
 
 
 def test_all_ranges_left_out_is_a_spatial_range_of_two() -> None:

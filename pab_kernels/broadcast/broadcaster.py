@@ -206,6 +206,16 @@ class Broadcaster:
             self._attached.append(Attached(model, RESET, self._reset))
         self._follow(self._held())
 
+    def watches(self, pipe: Any) -> bool:
+        """Whether the scheduler that `pipe` holds is followed."""
+        return any(ref() is pipe for ref in self._pipes)
+
+    def unwatch(self, pipe: Any) -> None:
+        """Follow the scheduler of `pipe` no more, unless another pipeline holds it too."""
+        self._pipes = [ref for ref in self._pipes if ref() is not pipe]
+        with self._following:
+            self._leave(self._held())
+
     def _held(self) -> list[Any]:
         """The schedulers that pipelines hold now."""
         return [pipe.scheduler for pipe in (ref() for ref in self._pipes) if pipe is not None]
@@ -218,11 +228,16 @@ class Broadcaster:
                 if not any(watch.scheduler is scheduler for watch in self._watches):
                     self._watches.append(SchedulerWatch.add(scheduler, self._follower))
                     new.append(scheduler)
-            for watch in list(self._watches) if new else ():
-                if not any(watch.scheduler is scheduler for scheduler in held):
-                    watch.remove(self._follower)
-                    self._watches.remove(watch)
+            if new:
+                self._leave(held)
         return new
+
+    def _leave(self, held: Sequence[Any]) -> None:
+        """Follow no other schedulers than these."""
+        for watch in list(self._watches):
+            if not any(watch.scheduler is scheduler for scheduler in held):
+                watch.remove(self._follower)
+                self._watches.remove(watch)
 
     def scheduler_begins(self, scheduler: Any) -> None:
         """`set_timesteps` was called."""

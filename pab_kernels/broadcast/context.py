@@ -97,7 +97,7 @@ class Context:
         meters = self.arena.meters
         found = {
             kind: replace(tally, cache_bytes=meters[kind].now, peak_cache_bytes=meters[kind].peak) if kind in meters else replace(tally)
-            for kind, tally in self._tallies.items()
+            for kind, tally in tuple(self._tallies.items())
         }
         if self.stopwatch is not None:
             seconds = self.stopwatch.seconds()

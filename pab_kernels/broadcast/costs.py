@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,13 +165,14 @@ def on_meta(model: nn.Module) -> nn.Module:
             if hook in vars(module):
                 memo[id(vars(module)[hook])] = None
                 hooked.add(name)
+        memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
+        if "_cache_config" in vars(module):  # its callback may hold a whole pipeline
+            memo[id(vars(module)["_cache_config"])] = None
     with _OnMeta():
         copied = copy.deepcopy(model, memo)
     for name, module in copied.named_modules():
         if name in hooked:
             vars(module).pop("forward", None)  # the hooks' stand-in
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
         processor: Any = getattr(module, "processor", None)
         if hasattr(processor, "_parallel_config"):
             processor._parallel_config = None
@@ -186,6 +187,8 @@ class _OnMeta(TorchFunctionMode):
     """Deep copies of tensors are on the meta device, and plain tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.clone:  # in the deep copy of a parameter that is not one of the model's
+            return _emptied(args[0])
         if func is not torch.Tensor.__deepcopy__:
             return func(*args, **(kwargs or {}))
         tensor, memo = args

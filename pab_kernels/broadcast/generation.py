@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -363,13 +363,13 @@ class Generation:
         for context in self.contexts.values():
             context.arena.clear()
 
-    def costs(self, model: nn.Module) -> dict[Signature | None, CallCosts] | None:
-        """What the calls made so far cost without PAB, by their signature; None where that of any is not known."""
-        for signature in {signature for context in self.contexts.values() for signature, _, _ in context.calls}:
+    def costs(self, model: nn.Module, signatures: Set[Signature | None]) -> dict[Signature | None, CallCosts] | None:
+        """What calls of these signatures cost without PAB; None where that of any is not known."""
+        for signature in signatures:
             if signature not in self._costs:
                 self._costs[signature] = call_costs(model, self.sublayers, signature)
-        known = {signature: costs for signature, costs in self._costs.items() if costs is not None}
-        return known if len(known) == len(self._costs) else None
+        known = {signature: costs for signature in signatures if (costs := self._costs[signature]) is not None}
+        return known if len(known) == len(signatures) else None
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """See `Call.fuses`."""

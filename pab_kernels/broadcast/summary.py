@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .config import KINDS
-from .context import Context, Tally
+from .context import Tally
 from .costs import CallCosts
 from .generation import Generation
 from .plan import Plan
@@ -23,7 +23,7 @@ class Summary:
     Args:
         plan: its plan; None before the model's first call.
         contexts: by context and kind, how often sublayers ran, and what they cost.
-        flops: of the model, with PAB; 0 where they are not known, which the log says.
+        flops: of the model, with PAB; 0 where they are not known (of several: those of one), which the log says.
         flops_without: of the same calls with nothing reused.
         cache_bytes: bytes of slots held now.
         peak_cache_bytes: the most that were held.
@@ -106,6 +106,8 @@ def together(models: Mapping[str, Summary]) -> Summary:
     for name in (f.name for f in fields(Summary) if f.name not in ("plan", "contexts", "models")):
         known = [value for s in models.values() if (value := getattr(s, name)) is not None]
         sums[name] = sum(known) if known else None
+    if any(any(s.contexts.values()) and not s.flops_without for s in models.values()):  # it was called, and its FLOPs are not known
+        sums["flops"] = sums["flops_without"] = 0
     contexts = {f"{model}: {name}": kinds for model, s in models.items() for name, kinds in s.contexts.items()}
     return Summary(plan=None, contexts=contexts, models=dict(models), **sums)
 
@@ -125,9 +127,9 @@ class _Flops:
         return replace(tally, flops=full - self.saved_by_kind[kind], flops_without=full)
 
 
-def _flops(context: Context, costs: dict[Any, CallCosts], kinds: dict[str, str]) -> _Flops:
+def _flops(of_context: Mapping[Any, int], costs: dict[Any, CallCosts], kinds: dict[str, str]) -> _Flops:
     found = _Flops()
-    for (signature, reused, spared), calls in context.calls.items():
+    for (signature, reused, spared), calls in of_context.items():
         call = costs[signature]
         found.full += calls * call.flops
         for run in call.runs.values():
@@ -148,8 +150,9 @@ def summarise(generation: Generation | None, model: nn.Module) -> Summary:
         return Summary(None, {}, 0, 0, 0, 0, 0)
     contexts = tuple(generation.contexts.values())
     kinds = {s.name: s.kind for s in generation.sublayers}
-    costs = generation.costs(model)
-    flops = {c.name: _Flops() if costs is None else _flops(c, costs, kinds) for c in contexts}
+    calls = {c.name: dict(c.calls) for c in contexts}  # another thread may go on calling
+    costs = generation.costs(model, {signature for of_context in calls.values() for signature, _, _ in of_context})
+    flops = {name: _Flops() if costs is None else _flops(of_context, costs, kinds) for name, of_context in calls.items()}
     tallies = {}
     for c in contexts:
         here, found = c.tallies(), flops[c.name]

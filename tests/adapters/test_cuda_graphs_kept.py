@@ -257,12 +257,19 @@ def _forgotten() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_forgotten")
-def test_compiled_blocks_are_captured_and_not_compiled_again(recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["blocks.0", ""], ids=["a block", "the model"])
+def test_what_is_compiled_is_captured_and_not_compiled_again(what: str, recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recorder, "strict", False)
     tiny = next(t for t in FAMILIES if t.name.startswith("Wan"))
-    eager, graphed = pair(PABConfig(spatial=EVERY_SECOND, cross=EVERY_THIRD), tiny.build, 6)
+
+    def build() -> Any:
+        model = tiny.build()
+        model.blocks = model.blocks[:1]
+        return model
+
+    eager, graphed = pair(PABConfig(spatial=EVERY_SECOND, cross=EVERY_THIRD), build, 6)
     counter = CompileCounter()
-    graphed.blocks[0].compile(fullgraph=True, backend=counter)
+    graphed.get_submodule(what).compile(fullgraph=True, backend=counter)
     for _ in range(2):
         with pab.generation(eager, num_steps=6), pab.generation(graphed, num_steps=6):
             assert all(same(outputs(graphed, tiny(seed % 4)), outputs(eager, tiny(seed % 4))) for seed in range(6))

@@ -155,6 +155,7 @@ def test_a_model_that_is_never_called_has_no_plan() -> None:
     assert summary.models["transformer_2"].plan is None and list(summary.contexts) == ["transformer: cond", "transformer: uncond"]
     assert summary.models["transformer"].plan is not None and summary.models["transformer"].plan.steps == range(STEPS)
     assert "transformer_2: not called" in str(summary) and "transformer: 9 steps, " in str(summary)
+    assert 0 < summary.flops == summary.models["transformer"].flops < summary.flops_without
     for boundary, called in ((1.0, "transformer_2"), (0.0, "transformer")):
         pipe.register_to_config(boundary_ratio=boundary)
         tiny.sample(pipe, STEPS)
@@ -200,6 +201,37 @@ def test_a_config_that_the_second_refuses_leaves_the_first_as_it_was() -> None:
         pab.enable(odd, CONFIG)
     kept = broadcaster_of(pipe.transformer)
     assert kept is not None and kept.config == PABConfig(spatial=2)
+    assert "step" not in vars(odd.scheduler)
+    pab.enable(pipe, CONFIG)
+    pipe.transformer_2, second = odd.transformer_2, pipe.transformer_2
+    with pytest.raises(TypeError, match="no attention was found"):
+        pab.enable(pipe)
+    assert isinstance(vars(pipe.scheduler)["step"], Attached)
+    pipe.transformer_2 = second
+    pab.disable(pipe)
+    assert "step" not in vars(pipe.scheduler)
+
+
+class Reading(torch.nn.Module):
+    """A part of a model that reads a value, for which there is none on the meta device."""
+
+    def __init__(self, part: torch.nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.part(x) if x.isfinite().all() else None
+
+
+def test_a_sum_of_flops_is_not_told_where_those_of_one_are_not_known() -> None:
+    tiny = wan()
+    pipe = tiny.build()
+    pipe.transformer_2.rope = Reading(pipe.transformer_2.rope)
+    pab.enable(pipe, CONFIG)
+    tiny.sample(pipe, STEPS)
+    summary = pab.summary(pipe)
+    assert summary.models["transformer"].share < 1 and summary.models["transformer_2"].flops_without == 0
+    assert (summary.flops, summary.flops_without, summary.share) == (0, 0, 1) and "FLOPs" not in str(summary)
 
 
 def test_a_context_is_of_both_and_a_generation_of_a_bare_module_of_one() -> None:

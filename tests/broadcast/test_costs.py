@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig, ops
-from pab_kernels.broadcast.costs import Signature, on_meta
+from pab_kernels.broadcast import generation
+from pab_kernels.broadcast.costs import Signature, call_costs, on_meta
 from pab_kernels.nn import BroadcastModule, PABAttention, PABCrossAttention
 
 HALF = PABConfig(spatial=Broadcast(2, (0, 1)), mlp=Broadcast(4, (0, 1)))
@@ -124,6 +125,52 @@ def test_nothing_is_computed_and_no_weight_is_copied(model: nn.Module) -> None:
     with mode:
         torch.ones(1)
     assert mode.seen  # it does see them
+
+
+class Around(nn.Module):
+    """A part of the pipeline around a model: weights that are not the model's, and a method that the model knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Linear(C, C)
+
+    def see(self, *_: Any) -> None:
+        pass
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        pytest.fail("it was copied")
+
+
+@pytest.mark.parametrize(
+    "know",
+    [
+        lambda model, around: model.layer.register_forward_hook(around.see),
+        lambda model, around: model.layer.register_forward_pre_hook(around.see),
+        lambda model, around: setattr(model, "_cache_config", around.see),  # as enable_cache(config) leaves its callback
+        lambda model, around: setattr(model, "known", [around.own]),
+    ],
+    ids=["hook", "pre-hook", "cache config", "attribute"],
+)
+def test_what_a_model_knows_of_its_surroundings_is_not_copied(model: nn.Module, know: Callable[[nn.Module, Any], Any]) -> None:
+    know(model, Around())
+    ran = run(model, torch.ones(1, 5, C))
+    with OffMeta() as mode:
+        assert pab.summary(model).flops == ran
+    assert set(mode.seen) <= {"aten.detach.default"}  # the same memory
+
+
+def test_a_thread_that_goes_on_calling_disturbs_no_count(model: nn.Module) -> None:
+    def counted(*args: Any) -> Any:
+        with pab.context(model, "cond"):
+            model(torch.ones(1, 6, C))
+        return call_costs(*args)
+
+    with torch.no_grad(), pab.generation(model, num_steps=STEPS):
+        with pab.context(model, "cond"):
+            model(torch.ones(1, 5, C))
+        with mock.patch.object(generation, "call_costs", counted):
+            summary = pab.summary(model)
+    assert summary.flops_without == attention(1, 5) + ops.linear_flops(5, C, C) + rest(1, 5)
 
 
 def test_the_copy_has_no_tensor_of_the_model_and_keeps_what_is_tied(model: nn.Module) -> None:
