@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..broadcast.broadcaster import Adapter
+from ..broadcast.adapter import Adapter
 
 
 def adapter_for(model: nn.Module, kinds: Mapping[str, str | None] | None = None) -> Adapter:

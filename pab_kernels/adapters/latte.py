@@ -11,7 +11,8 @@ from torch import nn
 from .. import ops
 from ..broadcast.attach import Attached, attach_forward
 from ..broadcast.broadcaster import Broadcaster
-from ..broadcast.generation import Call, Store, is_plain
+from ..broadcast.fusing import is_plain
+from ..broadcast.generation import Call, Store
 from ..broadcast.plan import Sublayer
 from ..broadcast.stopwatch import REST
 from ..broadcast.stream import ResidualStream

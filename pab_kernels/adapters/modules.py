@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..broadcast.broadcaster import Broadcaster, Detachable
+from ..broadcast.adapter import Detachable
+from ..broadcast.broadcaster import Broadcaster
 from ..broadcast.plan import Sublayer
 from ..nn import BroadcastModule
 

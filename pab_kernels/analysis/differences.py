@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..broadcast.adapter import Adapter
 from ..broadcast.attach import Attached, attach_forward
-from ..broadcast.broadcaster import Adapter, Broadcaster
+from ..broadcast.broadcaster import Broadcaster
 from ..broadcast.generation import Call
 from ..broadcast.plan import Sublayer
 

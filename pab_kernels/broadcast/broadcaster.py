@@ -6,19 +6,19 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from .adapter import Adapter, Detachable
 from .attach import Attached, attach_forward
 from .config import PABConfig
 from .costs import Signature
 from .generation import Call, Generation
 from .graphs import Graphs
 from .open_generation import OpenGeneration
-from .plan import Sublayer
 from .scheduler import SchedulerWatch, left_at
 from .slots import Key
 from .stopwatch import REST
@@ -34,31 +34,6 @@ _COMPILED_LAST = (
 
 RESET = "_reset_stateful_cache"
 """Name of the method that diffusers' pipelines call at their end on all parts that have it."""
-
-
-class Detachable(Protocol):
-    """Something done to a model that can be undone."""
-
-    def detach(self) -> None:
-        """Undo it."""
-
-
-class Adapter(Protocol):
-    """How one family of models is run under PAB; see `pab_kernels.adapters`."""
-
-    @property
-    def sublayers(self) -> Sequence[Sublayer]:
-        """The model's sublayers."""
-
-    @property
-    def cache_points(self) -> Sequence[str]:
-        """The cache points that it supports."""
-
-    def attach(self, broadcaster: Broadcaster) -> Iterable[Detachable]:
-        """Make the model's blocks ask `broadcaster.call` what to do; one by one, so that what was done can be undone if one fails."""
-
-    def timestep(self, *args: Any, **kwargs: Any) -> torch.Tensor | float | None:
-        """The timestep among these arguments."""
 
 
 class _Follower:

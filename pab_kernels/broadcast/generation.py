@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..ops.quantize import Quantized
+from . import fusing
 from .config import PABConfig
 from .context import Context
 from .costs import CallCosts, Signature, call_costs
@@ -374,11 +375,11 @@ class Generation:
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """See `Call.fuses`."""
         if torch.compiler.is_compiling():  # decided while the graph is made
-            return _fuses(module, x) and not _autocast(x)
+            return fusing.fuses(module, x) and not fusing.autocasts(x)
         key = (module, Key((x.shape[-1],), x.dtype, x.device))
         if key not in self._fuses:
-            self._fuses[key] = _fuses(module, x)
-        return self._fuses[key] and not _autocast(x)
+            self._fuses[key] = fusing.fuses(module, x)
+        return self._fuses[key] and not fusing.autocasts(x)
 
     def weight(self, value: float, device: torch.device) -> torch.Tensor:
         """`value` as one float32 number on `device`; made once a generation, and without waiting for the device."""
@@ -386,26 +387,3 @@ class Generation:
         if key not in self._weights:
             self._weights[key] = torch.full((), value, dtype=torch.float32, device=device)  # a fill: nothing is copied from the host
         return self._weights[key]
-
-
-def _fuses(module: nn.Module, x: torch.Tensor) -> bool:
-    return is_plain(module, nn.Linear, nn.LayerNorm, nn.RMSNorm) and all(
-        type(p) is nn.Parameter and p.device == x.device and p.dtype == x.dtype and p.stride(-1) == 1 for p in module.parameters()
-    )
-
-
-def is_plain(module: nn.Module, *classes: type) -> bool:
-    """Whether `module` is exactly of one of `classes`, with no hook and no `forward` of its own."""
-    return (
-        type(module) in classes
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and "forward" not in vars(module)
-    )
-
-
-def _autocast(x: torch.Tensor) -> bool:
-    kind = x.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)

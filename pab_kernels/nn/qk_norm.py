@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..broadcast.generation import is_plain
+from ..broadcast.fusing import is_plain
 from ..ops import QKNorm
 
 

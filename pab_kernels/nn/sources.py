@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..broadcast.generation import is_plain
+from ..broadcast.fusing import is_plain
 from .parts import Layer, Parts, Rows
 
 _INSTEAD = "wrap the module in BroadcastModule instead"

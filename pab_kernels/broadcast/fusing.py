@@ -1,0 +1,31 @@
+"""Which modules a fused operation may stand for."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def fuses(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether `module` is a plain linear layer or norm whose weights are where and what `x` is."""
+    return is_plain(module, nn.Linear, nn.LayerNorm, nn.RMSNorm) and all(
+        type(p) is nn.Parameter and p.device == x.device and p.dtype == x.dtype and p.stride(-1) == 1 for p in module.parameters()
+    )
+
+
+def is_plain(module: nn.Module, *classes: type) -> bool:
+    """Whether `module` is exactly of one of `classes`, with no hook and no `forward` of its own."""
+    return (
+        type(module) in classes
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in vars(module)
+    )
+
+
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether operations on `x` run in another dtype."""
+    kind = x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
