@@ -22,6 +22,7 @@ from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.broadcaster import broadcaster_of
 from pab_kernels.broadcast.formats import from_diffusers
 from tests.adapters.replay import Replay
+from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.adapters.tiny_models import FAMILIES, Tiny
 from tests.adapters.tiny_pipes import named, transformer
 from tests.oracle import Rule
@@ -294,6 +295,38 @@ def test_each_step_is_decided_by_its_timestep_where_no_pipeline_is_found() -> No
             assert got.to_dict()["notes"] == []
     model._reset_stateful_cache()
     assert pab.summary(model).cache_bytes == 0
+
+
+def test_a_model_changed_before_the_timestep_rises_is_run_and_counted_as_it_is() -> None:
+    model, twin, clock = tiny_latte(), tiny_latte(), SimpleNamespace(t=0)
+    model.enable_cache(config(lambda: clock.t))
+
+    def call(subject: Any, step: int) -> Tensor:
+        given = {"hidden_states": noise(step), "encoder_hidden_states": prompt(0), "timestep": torch.tensor([900 - step])}
+        return subject(**given).sample
+
+    flops = []
+    for _ in range(2):
+        for step, clock.t in enumerate((700, 600)):
+            if step == 0:
+                assert torch.allclose(call(model, step), call(twin, step), atol=1e-4)
+            else:
+                call(model, step)
+        flops.append(pab.summary(model).flops_without)
+        for subject in (model, twin):  # no fused operation may stand for this layer now
+            layers = subject.transformer_blocks[0].attn1.to_out
+            layers[0].register_forward_hook(lambda module, args, out: 3 * out)
+            width = layers[0].out_features
+            subject.proj_out = torch.nn.Sequential(torch.nn.Linear(width, width), subject.proj_out)
+            torch.nn.init.eye_(subject.proj_out[0].weight)
+            torch.nn.init.zeros_(subject.proj_out[0].bias)
+            subject.requires_grad_(False)
+    assert flops[1] > flops[0]
+    for clock.t, recorded in ((500, True), (700, False)):
+        model.requires_grad_(recorded)
+        with torch.set_grad_enabled(recorded):
+            call(model, 0)
+        assert pab.summary(model).plain_calls == recorded
 
 
 def test_branches_without_names_reuse_nothing_of_each_other_without_a_pipeline() -> None:

@@ -94,5 +94,6 @@ class OpenGeneration(Generation):
         super().advance()
         if now > before:
             self.release()
-            self.contexts, self.meter, self.step = {}, Meter(), 0
+            self.contexts, self.meter, self.step, self.plain_calls = {}, Meter(), 0, 0
+            self._costs, self._fuses = {}, {}
         self._plan.at(now)
