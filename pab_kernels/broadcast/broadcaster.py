@@ -19,7 +19,7 @@ from .costs import Signature
 from .generation import Call, Generation
 from .graphs import Graphs
 from .open_generation import OpenGeneration
-from .scheduler import SchedulerWatch, left_at
+from .scheduler import Follower, SchedulerWatch, entered_at, has_begun, left_at
 from .slots import Key
 from .stopwatch import REST
 
@@ -34,25 +34,6 @@ _COMPILED_LAST = (
 
 RESET = "_reset_stateful_cache"
 """Name of the method that diffusers' pipelines call at their end on all parts that have it."""
-
-
-class _Follower:
-    """The broadcaster as a scheduler knows it: weakly, so that a scheduler in use elsewhere keeps no model alive."""
-
-    def __init__(self, broadcaster: Broadcaster) -> None:
-        self._broadcaster = weakref.ref(broadcaster)
-
-    def scheduler_begins(self, scheduler: Any) -> None:
-        """`set_timesteps` was called."""
-        broadcaster = self._broadcaster()
-        if broadcaster is not None:
-            broadcaster.scheduler_begins(scheduler)
-
-    def scheduler_steps(self, scheduler: Any) -> None:
-        """`step` was called."""
-        broadcaster = self._broadcaster()
-        if broadcaster is not None:
-            broadcaster.scheduler_steps(scheduler)
 
 
 class _Thread(threading.local):
@@ -85,7 +66,7 @@ class Broadcaster:
         self._waiting: list[Generation] = []
         self._latest: Generation | None = None
         self._pipes: list[weakref.ref[Any]] = []
-        self._follower = _Follower(self)
+        self._follower = Follower(self)
         self._following = threading.Lock()
         self._watches: list[SchedulerWatch] = []
         self._said: set[str] = set()
@@ -246,13 +227,13 @@ class Broadcaster:
         held = self._held()
         exchanged = self._follow(held)
         if thread.generation is not None and not self._goes_on(thread.generation, held):
-            for scheduler in filter(_has_begun, exchanged):
+            for scheduler in filter(has_begun, exchanged):
                 self.scheduler_begins(scheduler)
         if self._waiting and (thread.generation is None or thread.generation.used_up):
             with contextlib.suppress(IndexError):  # another thread was faster
                 thread.generation = self._waiting.pop()
         if thread.generation is None:
-            begun = list(filter(_has_begun, held))
+            begun = list(filter(has_begun, held))
             if not begun and self.clock is not None:
                 self._latest = thread.generation = OpenGeneration(self.config, self.adapter.sublayers, self.clock, timed=self.timed)
                 return thread.generation
@@ -326,7 +307,7 @@ class Broadcaster:
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         generation = self._current()
         if not generation.started:
-            generation.start(self._entered_at(generation, args, kwargs))
+            generation.start(entered_at(generation.scheduler, generation.schedule, self.adapter.timestep(*args, **kwargs)))
             self._say(generation)
         thread = self._thread
         name, step = thread.context
@@ -376,23 +357,6 @@ class Broadcaster:
 
         return thread.graphs.run(call, model, compute, args, kwargs, self.adapter.timestep(*args, **kwargs))
 
-    def _entered_at(self, generation: Generation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """The step of the full schedule at which the model is called first."""
-        scheduler = generation.scheduler
-        for name in ("step_index", "begin_index"):
-            index = getattr(scheduler, name, None)
-            if index is not None:
-                return int(index)
-        timestep, schedule = self.adapter.timestep(*args, **kwargs), generation.schedule.timesteps or ()
-        if isinstance(timestep, torch.Tensor):
-            if timestep.is_meta:
-                return 0
-            schedule = tuple(torch.tensor(schedule, dtype=torch.float64).to(timestep.dtype).tolist())
-            timestep = float(timestep.flatten()[0])  # the one read of a timestep to the host in a generation
-        places = [i for i, t in enumerate(schedule) if t == timestep]
-        # Schedulers of second order have timesteps twice, and take a run that is entered at one to be entered at its second place.
-        return places[min(len(places) - 1, int(hasattr(scheduler, "index_for_timestep")))] if places else 0
-
     def _records_gradients(self, tensors: Sequence[torch.Tensor]) -> bool:
         if not torch.is_grad_enabled():
             return False
@@ -419,11 +383,6 @@ class Broadcaster:
 def _flags(kwargs: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """What says which work is asked for, such as a pass that only fills a model's own cache."""
     return tuple((name, value) for name, value in kwargs.items() if isinstance(value, (bool, str)))
-
-
-def _has_begun(scheduler: Any) -> bool:
-    """Whether `set_timesteps` was called; the timesteps that a new scheduler has are those of training."""
-    return getattr(scheduler, "num_inference_steps", None) is not None
 
 
 def broadcaster_of(model: nn.Module) -> Broadcaster | None:

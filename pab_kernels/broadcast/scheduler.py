@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from .attach import Attached
+from .schedule import Schedule
 
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer")
 """Names of what a pipeline may call at the steps of its scheduler."""
@@ -32,6 +35,28 @@ def left_at(pipe: Any, model: nn.Module) -> int:
     return len(own) - [*reversed(own)].index(True) if any(own) else 0
 
 
+def has_begun(scheduler: Any) -> bool:
+    """Whether `set_timesteps` was called; the timesteps that a new scheduler has are those of training."""
+    return getattr(scheduler, "num_inference_steps", None) is not None
+
+
+def entered_at(scheduler: Any, schedule: Schedule, timestep: Any) -> int:
+    """The step of the full schedule at which the model is called first, with this timestep."""
+    for name in ("step_index", "begin_index"):
+        index = getattr(scheduler, name, None)
+        if index is not None:
+            return int(index)
+    timesteps = schedule.timesteps or ()
+    if isinstance(timestep, torch.Tensor):
+        if timestep.is_meta:
+            return 0
+        timesteps = tuple(torch.tensor(timesteps, dtype=torch.float64).to(timestep.dtype).tolist())
+        timestep = float(timestep.flatten()[0])  # the one read of a timestep to the host in a generation
+    places = [i for i, t in enumerate(timesteps) if t == timestep]
+    # Schedulers of second order have timesteps twice, and take a run that is entered at one to be entered at its second place.
+    return places[min(len(places) - 1, int(hasattr(scheduler, "index_for_timestep")))] if places else 0
+
+
 class Listener(Protocol):
     """Who is told."""
 
@@ -40,6 +65,25 @@ class Listener(Protocol):
 
     def scheduler_steps(self, scheduler: Any) -> None:
         """`step` was called."""
+
+
+class Follower:
+    """A listener as a scheduler knows it: weakly, so that a scheduler in use elsewhere keeps no model alive."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = weakref.ref(listener)
+
+    def scheduler_begins(self, scheduler: Any) -> None:
+        """`set_timesteps` was called."""
+        listener = self._listener()
+        if listener is not None:
+            listener.scheduler_begins(scheduler)
+
+    def scheduler_steps(self, scheduler: Any) -> None:
+        """`step` was called."""
+        listener = self._listener()
+        if listener is not None:
+            listener.scheduler_steps(scheduler)
 
 
 class SchedulerWatch:
