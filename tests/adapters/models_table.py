@@ -10,8 +10,11 @@ from pathlib import Path
 
 from pab_kernels.broadcast.config import KINDS
 from tests.adapters.expected_models import EXPECTED
+from tests.adapters.graphed import MOVE, READ
 from tests.adapters.test_generic import COMPILED, RUN, UNKNOWN_FLOPS
+from tests.adapters.tiny_models import FAMILIES
 from tests.adapters.tiny_pipes import PIPES
+from tests.works_with.combination import SUBJECTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -28,11 +31,12 @@ What was tested, on tiny random models of each class:
   FLOPs are those counted, and after `disable` nothing is left. *no FLOPs*: all but FLOPs, as the class does not run on the meta device.
 - **blocks**: the same with a rule for blocks.
 - **compiled**: its blocks under `torch.compile(fullgraph=True)`, a graph for each block and pattern.
+- **graphs**: `cuda_graphs=True` without a GPU: on the CPU a recorder stands for the device ([CUDA graphs](cuda_graphs.md)).
+- **combinations**: what [works_with.md](works_with.md) says of it.
 - a pipeline by its name: whole samplings with a real scheduler against the oracle, two in a row, interrupted, at another size and number
   of steps.
 
-Of the others the sublayers are compared with this table, and nothing is run. `LatteTransformer3DModel` has an adapter of its own, on fused
-operations. What else it is combined with is in [works_with.md](works_with.md).
+`LatteTransformer3DModel` has an adapter of its own, on fused operations.
 """
 
 
@@ -46,8 +50,13 @@ def tested(name: str) -> list[str]:
     """What the tests do with a class, beside looking for its sublayers."""
     family = next((tiny for tiny in RUN if tiny.name == name), None)
     said = [] if family is None else ["run, no FLOPs" if name in UNKNOWN_FLOPS else "run", *(["blocks"] if family.streams else [])]
-    said += ["run", "blocks"] if name == "LatteTransformer3DModel" else []
-    return [*said, *(["compiled"] if name in COMPILED else []), *(f"`{pipe}`" for pipe, of in sorted(_pipelines().items()) if of == name)]
+    latte = name == "LatteTransformer3DModel"
+    said += ["run", "blocks"] if latte else []
+    said += ["compiled"] if name in COMPILED or latte else []
+    captured = {tiny.name for tiny in FAMILIES if not tiny.name.startswith((*READ, *MOVE))}
+    said += ["graphs"] if name in captured or latte else []
+    said += ["combinations"] if name in {subject.name for subject in SUBJECTS} else []
+    return [*said, *(f"`{pipe}`" for pipe, of in sorted(_pipelines().items()) if of == name)]
 
 
 def summary() -> str:
@@ -55,8 +64,7 @@ def summary() -> str:
     ways = {name: tested(name) for name in EXPECTED}
     run = sum(any(way.startswith("run") for way in said) for said in ways.values())
     pipes = {way for said in ways.values() for way in said if way.startswith("`")}
-    found = f"{len(EXPECTED)} transformer classes of diffusers have their sublayers found"
-    return f"{found}, {run} are run, {len(pipes)} whole pipelines are sampled"
+    return f"{run} of the {len(EXPECTED)} transformer classes of diffusers are run, and {len(pipes)} whole pipelines sampled"
 
 
 def page() -> str:
