@@ -6,6 +6,7 @@
 
 #include "../broadcast_residual.h"
 #include "check.h"
+#include "device.h"
 
 using namespace pab;
 
@@ -84,11 +85,7 @@ void test(NormKind norm, std::int64_t batch, std::int64_t tokens, std::int64_t c
 }  // namespace
 
 int main() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("skipped: there is no CUDA device\n");
-    return 77;
-  }
+  if (!has_device()) return kSkipped;
   test(NormKind::kLayer, 2, 37, 1152, 0, 1);
   test(NormKind::kLayer, 3, 5, 2304, 8, 20);
   test(NormKind::kRms, 1, 9, 137, 3, 20);

@@ -6,6 +6,7 @@
 
 #include "../quantize.h"
 #include "check.h"
+#include "device.h"
 
 using namespace pab;
 
@@ -68,11 +69,7 @@ void round_trip(DType eight, std::int64_t rows, std::int64_t channels, std::int6
 }  // namespace
 
 int main() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("skipped: there is no CUDA device\n");
-    return 77;
-  }
+  if (!has_device()) return kSkipped;
   for (const DType eight : {DType::kInt8, DType::kFloat8E4M3}) {
     round_trip(eight, 37, 1152, 128, 0);
     round_trip(eight, 5, 1152, 72, 8);

@@ -7,6 +7,7 @@
 
 #include "../short_attention.h"
 #include "check.h"
+#include "device.h"
 
 using namespace pab;
 
@@ -124,11 +125,7 @@ void attends(int tokens, int head_dim, int rotary, bool interleaved) {
 }  // namespace
 
 int main() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("skipped: there is no CUDA device\n");
-    return 77;
-  }
+  if (!has_device()) return kSkipped;
   for (const int head_dim : {64, 72, 96, 128}) {
     for (const int tokens : {1, 15, 16, 30, 33, 64}) {
       attends(tokens, head_dim, 0, true);

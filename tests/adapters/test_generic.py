@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig, ops
+from pab_kernels.adapters import evidence, finder, generic
 from pab_kernels.analysis import analyze
 from pab_kernels.broadcast.plan import Sublayer
 from tests.adapters import tiny_models_a_to_k, tiny_models_k_to_z
@@ -89,6 +93,12 @@ def test_every_class_is_run() -> None:
     assert {tiny.name for tiny in RUN} | {"LatteTransformer3DModel"} == set(EXPECTED)
 
 
+def test_no_class_is_special_cased_on_the_generic_path() -> None:
+    for module in (evidence, finder, generic):
+        code = Path(inspect.getfile(module)).read_text()
+        assert "diffusers" not in code and not any(name in code for name in EXPECTED)
+
+
 def _without_numbers(name: str) -> str:
     return re.sub(r"\.(\d+|\*)(?=\.|$)", "", name)
 
@@ -130,17 +140,47 @@ def test_a_family_of_diffusers(tiny: Tiny) -> None:
     assert all("forward" not in vars(m) for m in model.modules())
 
 
+@contextlib.contextmanager
+def counted_runs(model: nn.Module, sublayers: list[Sublayer]) -> Iterator[Counter[str]]:
+    """How many modules run inside of each sublayer, while it is called: none where its output is reused."""
+    runs: Counter[str] = Counter()
+    called: list[str] = []  # others use parts of a sublayer too: DiT the embedding of its first block
+
+    def inside(name: str) -> None:
+        runs.update([name] if name in called else ())
+
+    def leave(*_: Any) -> None:
+        called.pop()
+
+    handles = []
+    for s in sublayers:
+        module = model.get_submodule(s.name)
+        handles.append(module.register_forward_pre_hook(lambda *_, name=s.name: called.append(name)))
+        handles.append(module.register_forward_hook(leave))
+        handles += [m.register_forward_pre_hook(lambda *_, name=s.name: inside(name)) for m in module.modules() if m is not module]
+    try:
+        yield runs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def check(
     tiny: Tiny, model: Any, twin: Any, rules: PABConfig, sublayers: list[Sublayer], plain: dict[int, list[Tensor]], exact: bool = True
 ) -> None:
+    with counted_runs(twin, sublayers) as once:
+        outputs(twin, tiny(0))
     pab.enable(model, rules, num_steps=STEPS)
+    runs: Counter[str] = Counter()
     written: dict[str, dict[str, Any]] = {"cond": {}, "uncond": {}}
     counted, known = 0, tiny.name not in UNKNOWN_FLOPS
     for step in range(STEPS):
         for place, name in enumerate(written):
             seed = (step + 2 * place) % 4
-            with pab.context(model, name), ops.flop_counter() if known else contextlib.nullcontext() as counter:
+            flops = ops.flop_counter() if known else contextlib.nullcontext()
+            with pab.context(model, name), flops as counter, counted_runs(model, sublayers) as ran:
                 got = outputs(model, tiny(seed))
+            runs += ran
             counted += counter.get_total_flops() if counter else 0
             with said_again(twin, sublayers, written[name], record=step % 2 == 0):
                 wanted = outputs(twin, tiny(seed))
@@ -155,6 +195,8 @@ def check(
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     summary = pab.summary(model)
     assert summary.forced == 0 and summary.cache_bytes == 0
+    assert once.keys() == {name for name, outs in written["cond"].items() if outs}
+    assert runs == {name: 2 * STEPS // 2 * number for name, number in once.items()}  # two contexts, every second step
     saved = [tally.flops_saved for tallies in summary.contexts.values() for tally in tallies.values()]
     if not known:
         assert summary.flops == summary.flops_without == sum(saved) == 0 and "FLOPs" not in str(summary)

@@ -63,8 +63,6 @@ def test_figures_replace_what_stands_between_the_markers():
 def test_the_shipped_card_has_figures_of_the_shipped_weights():
     card = importlib.resources.files("pab_kernels.models.demo").joinpath("README.md").read_text()
     assert check.fill_card(card, "x") != card
-    if "Not measured yet." in card:
-        pytest.skip("the card is not filled in yet")
     assert read_weights().sha256 in card
 
 

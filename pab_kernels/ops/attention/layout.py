@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..quantize import Quantized
+
 
 def memory_order(q: Tensor) -> list[int]:
     """The dimensions of q `[*batch, N, H, D]` from the slowest to the fastest in its memory; H and D stay last."""
@@ -24,3 +26,13 @@ def empty_output(q: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
     order = memory_order(q)
     sizes = [q.shape[dim] for dim in order[:-1]]
     return torch.empty([*sizes, channels], dtype=dtype, device=q.device).permute(inverse(order))
+
+
+def empty_outputs(q: Tensor, store_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | Quantized | None]:
+    """Uninitialised output of attention and what is kept of it, in q's order."""
+    head_dim = q.shape[-1]
+    out = empty_output(q, q.dtype, head_dim)
+    if store_dtype is None:
+        return out, None
+    stored = empty_output(q, store_dtype, head_dim)
+    return out, stored if store_dtype == q.dtype else Quantized(stored, empty_output(q, torch.float32, 1), head_dim)

@@ -30,8 +30,8 @@ from torch import Tensor
 from ..backend import capability, refuse_device, refuse_float8
 from ..quantize import Quantized
 from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
-from ..stored import flatten_stored, unflatten_stored
-from .layout import empty_output
+from ..stored import flatten_stored
+from .layout import empty_outputs
 from .options import QKNorm, Rope
 from .prepare import prepare
 from .strides import UNIT, aligned, head_strides, unit_of
@@ -238,11 +238,7 @@ def attention(
     rope: Rope | None,
     store_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | Quantized | None]:
-    head_dim = q.shape[-1]
-    out, stored = empty_output(q, q.dtype, head_dim), None
-    if store_dtype is not None:
-        scale = None if store_dtype == q.dtype else empty_output(q, torch.float32, 1)
-        stored = unflatten_stored(empty_output(q, store_dtype, head_dim), scale, head_dim)
+    out, stored = empty_outputs(q, store_dtype)
     attention_out(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype, out, stored)
     return out, stored
 

@@ -11,7 +11,7 @@ from math import log, prod
 import torch
 from torch import Tensor
 
-from ..attention.layout import empty_output
+from ..attention.layout import empty_outputs
 from ..attention.options import QKNorm, Rope
 from ..attention.strides import aligned, unit_of
 from ..cuda_library import kernel, refuse
@@ -63,13 +63,7 @@ def short_attention(
     rope: Rope | None,
     store_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | Quantized | None]:
-    head_dim = q.shape[-1]
-    out = empty_output(q, q.dtype, head_dim)
-    stored: Tensor | Quantized | None = None
-    if store_dtype == q.dtype:
-        stored = torch.empty_like(out)
-    elif store_dtype is not None:
-        stored = Quantized(empty_output(q, store_dtype, head_dim), empty_output(q, torch.float32, 1), head_dim)
+    out, stored = empty_outputs(q, store_dtype)
     short_attention_out(q, k, v, softmax_scale, q_norm, k_norm, rope, store_dtype, out, stored)
     return out, stored
 

@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.layout import empty_output
+from ..attention.layout import empty_outputs
 from ..attention.options import QKNorm, Rope
 from ..attention.strides import head_strides, unit_of
 from ..attention.triton import parts
@@ -303,12 +303,7 @@ def short_attention(
     rope: Rope | None,
     store_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | Quantized | None]:
-    head_dim = q.shape[-1]
-    out, stored = empty_output(q, q.dtype, head_dim), None
-    if store_dtype is not None:
-        stored = empty_output(q, store_dtype, head_dim)
-        if store_dtype != q.dtype:
-            stored = Quantized(stored, empty_output(q, torch.float32, 1), head_dim)
+    out, stored = empty_outputs(q, store_dtype)
     short_attention_out(q, k, v, softmax_scale, q_norm, k_norm, rope, store_dtype, out, stored)
     return out, stored
 

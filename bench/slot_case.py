@@ -1,0 +1,58 @@
+"""A case of an operation on 8-bit slots of a model's activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .candidates import backends, plain_torch
+from .case import Case, Draw, Inputs, Outputs
+from .geometries import Geometry
+
+Cases = Callable[[str, Geometry, torch.dtype], Iterator[Case]]
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def slot_cases(
+    op: str,
+    *,
+    draw: Callable[[Tensor, torch.dtype], Inputs],
+    places: Callable[[Inputs, torch.dtype, torch.dtype], Outputs],
+    plain: Callable[[Inputs, torch.dtype, torch.dtype], Outputs],
+    call: Callable[[str, Inputs, Outputs], Outputs],
+    exact: Callable[[Inputs], tuple[Tensor, ...]],
+    looked_at: Callable[[Outputs], tuple[Tensor, ...]],
+) -> Cases:
+    """What makes the cases of `op`, one for each 8-bit dtype.
+
+    Args:
+        op: its name.
+        draw: the inputs, of activations `[batch, tokens, channels]` and the 8-bit dtype.
+        places, plain: as in `Case`, with the activations' dtype and the 8-bit one.
+        call: a backend, by its name, into places.
+        exact, looked_at: as in `Case`.
+    """
+
+    def cases(name: str, geometry: Geometry, dtype: torch.dtype) -> Iterator[Case]:
+        """The cases at this geometry."""
+        batch, tokens, channels = geometry.batch, geometry.frames * geometry.tokens, geometry.channels
+
+        def made(title: str, kept: torch.dtype) -> Case:
+            def drawn(generator: Draw) -> Inputs:
+                return draw(generator(batch, tokens, channels), kept)
+
+            def user(inputs: Inputs) -> Outputs:
+                return plain(inputs, dtype, kept)
+
+            def empty(inputs: Inputs) -> Outputs:
+                return places(inputs, dtype, kept)
+
+            shape = {"batch": batch, "tokens": tokens, "channels": channels}
+            candidates = (*backends(op, call), *plain_torch(user))
+            return Case(op, name, title, shape, dtype, 0, drawn, empty, user, exact, looked_at, candidates)
+
+        yield from (made(title, kept) for title, kept in DTYPES.items())
+
+    return cases
