@@ -15,7 +15,7 @@ from torch import nn
 from .adapter import Adapter, Detachable
 from .attach import Attached, attach_forward
 from .config import PABConfig
-from .costs import Signature
+from .costs import Arguments
 from .generation import Call, Generation
 from .graphs import Graphs
 from .open_generation import OpenGeneration
@@ -322,7 +322,7 @@ class Broadcaster:
             call.context.enter(
                 (tuple(map(Key.of, tensors)), _flags(kwargs)), prompt if name is None and isinstance(prompt, torch.Tensor) else None
             )
-            call.signature = Signature.of(args, kwargs)
+            call.arguments = Arguments.of(args, kwargs)
             if not generation.cuda_graphs:
                 call.prepare()
             call.mark(REST, tensors[0].device if tensors else None)

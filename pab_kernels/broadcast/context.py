@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .costs import Signature
+from .costs import Arguments
 from .slots import Arena, Meter
 from .stopwatch import REST, Stopwatch
 
@@ -59,8 +59,8 @@ class Context:
         self.name = name
         self.arena = Arena(meter)
         self.stopwatch = Stopwatch() if timed else None
-        self.calls: Counter[tuple[Signature | None, tuple[str, ...], tuple[tuple[str, int], ...]]] = Counter()
-        """How often the model was called with arguments of a signature, reusing outputs of these places, sparing FLOPs of these kinds."""
+        self.calls: Counter[tuple[Arguments | None, tuple[str, ...], tuple[tuple[str, int], ...]]] = Counter()
+        """How often the model was called with such arguments, reusing outputs of these places, sparing FLOPs of these kinds."""
         self._tallies: dict[str, Tally] = {}
         self._inputs: Hashable = None
         self._condition: weakref.ref[torch.Tensor] | None = None

@@ -25,7 +25,7 @@ logger = logging.getLogger("pab_kernels")
 
 
 @dataclass(frozen=True)
-class Signature:
+class Arguments:
     """The arguments of a call but for the values of its tensors and floats.
 
     Args:
@@ -37,8 +37,8 @@ class Signature:
     nest: pytree.TreeSpec
 
     @classmethod
-    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Signature | None:
-        """The signature of a call; None where an argument is an object of which nothing is known."""
+    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments | None:
+        """Those of a call; None where one is an object of which nothing is known."""
         leaves, nest = pytree.tree_flatten((tuple(args), dict(kwargs)))
         found: list[Any] = []
         for leaf in leaves:
@@ -53,7 +53,7 @@ class Signature:
         return cls(tuple(found), nest)
 
     def on_meta(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of this signature, on the meta device."""
+        """Such arguments, on the meta device."""
         leaves = [torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Key) else v[1] for v in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.nest)
         return args, kwargs
@@ -136,18 +136,18 @@ def watched(model: nn.Module, sublayers: Sequence[Sublayer], counter: FlopCounte
             handle.remove()
 
 
-def call_costs(model: nn.Module, sublayers: Sequence[Sublayer], signature: Signature | None) -> CallCosts | None:
+def call_costs(model: nn.Module, sublayers: Sequence[Sublayer], arguments: Arguments | None) -> CallCosts | None:
     """What a call of `model` costs without PAB, whatever is enabled on it; None where it cannot run on the meta device, which is logged.
 
     The model itself is not run. Hooks (of offloading, of caches that skip steps, of a split over devices) are left out of the copy.
     """
     name = type(model).__name__
-    if signature is None:
+    if arguments is None:
         logger.info("%s: FLOPs are not known, as arguments are neither tensors nor plain values", name)
         return None
     try:
         plain = on_meta(model)
-        args, kwargs = signature.on_meta()
+        args, kwargs = arguments.on_meta()
         with torch.no_grad(), flop_counter() as counter, watched(plain, sublayers, counter) as runs:
             torch.compiler.disable(plain.forward)(*args, **kwargs)
     except Exception as error:  # whatever a model's own code raises where tensors have no values

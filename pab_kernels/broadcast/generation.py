@@ -15,7 +15,7 @@ from ..ops.quantize import Quantized
 from . import fusing
 from .config import PABConfig
 from .context import Context
-from .costs import CallCosts, Signature, call_costs
+from .costs import Arguments, CallCosts, call_costs
 from .costs import place as place_of
 from .plan import Action, Decision, Plan, Sublayer
 from .schedule import Schedule
@@ -79,8 +79,8 @@ class Call:
         self.generation = generation
         self.context = context
         self.step = step
-        self.signature: Signature | None = None
-        """Of the arguments that the model was called with."""
+        self.arguments: Arguments | None = None
+        """What the model was called with."""
         self.reused: list[str] = []
         """Places of the outputs that were reused, in their order."""
         self.spared: Counter[str] = Counter()
@@ -244,7 +244,7 @@ class Call:
     def finish(self) -> None:
         """The model has run: count the call."""
         self.collect()
-        self.context.calls[self.signature, tuple(self.reused), tuple(self.spared.items())] += 1
+        self.context.calls[self.arguments, tuple(self.reused), tuple(self.spared.items())] += 1
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """Whether a fused operation may stand for calling `module` (an `nn.Linear` or a norm) on `x`; decided once a generation."""
@@ -291,7 +291,7 @@ class Generation:
         self.over = False
         """Whether its pipeline has said that it is at its end."""
         self._called: dict[str, int] = {}
-        self._costs: dict[Signature | None, CallCosts | None] = {}
+        self._costs: dict[Arguments | None, CallCosts | None] = {}
         self._fuses: dict[tuple[nn.Module, Key], bool] = {}
         self._weights: dict[tuple[float, torch.device], torch.Tensor] = {}
 
@@ -364,13 +364,13 @@ class Generation:
         for context in self.contexts.values():
             context.arena.clear()
 
-    def costs(self, model: nn.Module, signatures: Set[Signature | None]) -> dict[Signature | None, CallCosts] | None:
-        """What calls of these signatures cost without PAB; None where that of any is not known."""
-        for signature in signatures:
-            if signature not in self._costs:
-                self._costs[signature] = call_costs(model, self.sublayers, signature)
-        known = {signature: costs for signature in signatures if (costs := self._costs[signature]) is not None}
-        return known if len(known) == len(signatures) else None
+    def costs(self, model: nn.Module, calls: Set[Arguments | None]) -> dict[Arguments | None, CallCosts] | None:
+        """What calls with these arguments cost without PAB; None where that of any is not known."""
+        for arguments in calls:
+            if arguments not in self._costs:
+                self._costs[arguments] = call_costs(model, self.sublayers, arguments)
+        known = {arguments: costs for arguments in calls if (costs := self._costs[arguments]) is not None}
+        return known if len(known) == len(calls) else None
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """See `Call.fuses`."""

@@ -24,7 +24,7 @@ from .capture import Capture, CudaCapture, line_of
 from .config import PABConfig
 from .context import Context
 from .costs import place
-from .fixed import Change, FixedArena, Places
+from .fixed_arena import Change, FixedArena, Places
 from .generation import Call, Generation
 from .host_state import State, difference, host_state
 from .plan import Action, Plan
@@ -253,7 +253,7 @@ def _repeated(call: Call, arena: FixedArena) -> Call:
     context = Context(call.context.name, Meter())
     context.arena = arena
     repeated = Call(call.generation, context, call.step)
-    repeated.signature = call.signature
+    repeated.arguments = call.arguments
     repeated.prepare()
     return repeated
 

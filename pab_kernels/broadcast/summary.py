@@ -129,8 +129,8 @@ class _Flops:
 
 def _flops(of_context: Mapping[Any, int], costs: dict[Any, CallCosts], kinds: dict[str, str]) -> _Flops:
     found = _Flops()
-    for (signature, reused, spared), calls in of_context.items():
-        call = costs[signature]
+    for (arguments, reused, spared), calls in of_context.items():
+        call = costs[arguments]
         found.full += calls * call.flops
         for run in call.runs.values():
             found.full_by_kind[kinds[run.name]] += calls * run.own[run.name]
@@ -151,7 +151,7 @@ def summarise(generation: Generation | None, model: nn.Module) -> Summary:
     contexts = tuple(generation.contexts.values())
     kinds = {s.name: s.kind for s in generation.sublayers}
     calls = {c.name: dict(c.calls) for c in contexts}  # another thread may go on calling
-    costs = generation.costs(model, {signature for of_context in calls.values() for signature, _, _ in of_context})
+    costs = generation.costs(model, {arguments for of_context in calls.values() for arguments, _, _ in of_context})
     flops = {name: _Flops() if costs is None else _flops(of_context, costs, kinds) for name, of_context in calls.items()}
     tallies = {}
     for c in contexts:

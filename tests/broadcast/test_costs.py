@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig, ops
 from pab_kernels.broadcast import generation
-from pab_kernels.broadcast.costs import Signature, call_costs, on_meta
+from pab_kernels.broadcast.costs import Arguments, call_costs, on_meta
 from pab_kernels.nn import BroadcastModule, PABAttention, PABCrossAttention
 
 HALF = PABConfig(spatial=Broadcast(2, (0, 1)), mlp=Broadcast(4, (0, 1)))
@@ -257,11 +257,11 @@ def test_an_argument_of_which_nothing_is_known_leaves_flops_unknown(model: nn.Mo
     assert pab.summary(model).flops == ran
 
 
-def test_floats_do_not_part_signatures_and_everything_else_does() -> None:
+def test_floats_do_not_part_arguments_and_everything_else_does() -> None:
     x = torch.ones(2, 3)
 
     def of(*args: Any, **kwargs: Any) -> Any:
-        return Signature.of(args, kwargs)
+        return Arguments.of(args, kwargs)
 
     assert of(x, t=0.5) == of(x + 1, t=0.7) and hash(of(x, t=0.5)) == hash(of(x + 1, t=0.7))
     others = [of(x[:1], t=0.5), of(x.double(), t=0.5), of(x, t=1), of(x, s=0.5), of((x,), t=0.5), of(x, 0.5), of(x, t=None), of(x, t=True)]
