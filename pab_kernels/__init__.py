@@ -11,21 +11,19 @@ cross    #S....S..#  4 computed, 6 reused
 from __future__ import annotations
 
 import importlib
-import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import context, disable, enable, generation, sublayers, summary
+    from .api import context, disable, enable, generation, release, sublayers, summary
     from .broadcast.config import Broadcast, PABConfig
     from .broadcast.plan import Plan, plan
     from .patch import patch_diffusers, unpatch_diffusers
-
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet until somebody listens
 
 _HOMES = {
     "enable": "api",
     "disable": "api",
     "generation": "api",
+    "release": "api",
     "context": "api",
     "sublayers": "api",
     "summary": "api",
@@ -47,6 +45,7 @@ __all__ = [
     "generation",
     "patch_diffusers",
     "plan",
+    "release",
     "sublayers",
     "summary",
     "unpatch_diffusers",

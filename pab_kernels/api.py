@@ -12,11 +12,11 @@ from torch import nn
 from .adapters import adapter_for
 from .broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
 from .broadcast.config import PABConfig
-from .broadcast.generation import Generation
+from .broadcast.pipeline import PipeWatch, denoisers
 from .broadcast.plan import Sublayer
 from .broadcast.presets import preset_for
-from .broadcast.scheduler import denoisers
-from .broadcast.summary import Summary, summarise, together
+from .broadcast.request import Request
+from .broadcast.summary import Summary, together
 
 
 def _resolve(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
@@ -33,9 +33,18 @@ def _resolve(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
     )
 
 
+def _all_models(model_or_pipe: Any) -> list[nn.Module]:
+    """The DiTs, and those that a pipeline held when PAB was enabled on it."""
+    models, pipe = _resolve(model_or_pipe)
+    watch = None if pipe is None else PipeWatch.of(pipe)
+    return list({id(model): model for model in (*models.values(), *(watch.models() if watch else ()))}.values())
+
+
 def _enabled(model_or_pipe: Any) -> dict[str, Broadcaster]:
     models, _ = _resolve(model_or_pipe)
     found = {name: broadcaster for name, model in models.items() if (broadcaster := broadcaster_of(model)) is not None}
+    if not found:  # another model may have been put in place of the one that was enabled
+        found = {type(m).__name__: broadcaster for m in _all_models(model_or_pipe) if (broadcaster := broadcaster_of(m)) is not None}
     if not found:
         raise RuntimeError(f"PAB is not enabled on this {type(next(iter(models.values()))).__name__}; call pab.enable first")
     return found
@@ -130,20 +139,22 @@ def enable_model(
         raise ValueError(
             "timed measures between sublayers, and a CUDA graph runs as a whole; supported is one of them: leave the other out"
         )
+    undo = contextlib.ExitStack()
     if broadcaster is None:
         broadcaster = Broadcaster(model, adapter, chosen)
-        setattr(model, ATTRIBUTE, broadcaster)
-    if given is not None and given is not model:
-        broadcaster.enclose(given)
-    broadcaster.configure(chosen, timed, cuda_graphs)
-    undo = contextlib.ExitStack()
-    if before is None:
         undo.callback(disable, model)
     else:
+        assert before is not None
         undo.callback(broadcaster.configure, *before)
         if pipe is not None and not broadcaster.watches(pipe):
             undo.callback(broadcaster.unwatch, pipe)
     try:
+        if before is None:
+            setattr(model, ATTRIBUTE, broadcaster)
+            broadcaster.attach()
+        if given is not None and given is not model:
+            broadcaster.enclose(given)
+        broadcaster.configure(chosen, timed, cuda_graphs)
         if pipe is not None:
             broadcaster.watch(pipe)
         if num_steps is not None or timesteps is not None:
@@ -155,17 +166,41 @@ def enable_model(
 
 
 def disable(model_or_pipe: Any) -> None:
-    """Switch PAB off: the model, and the schedulers that were followed, are what they were. Does nothing where PAB is not enabled."""
-    for model in _resolve(model_or_pipe)[0].values():
+    """Switch PAB off: the model, and the schedulers that were followed, are what they were. Does nothing where PAB is not enabled.
+
+    Of a pipeline that holds another model by now, PAB is switched off on the one that it was enabled on too.
+    """
+    for model in _all_models(model_or_pipe):
         broadcaster = broadcaster_of(model)
         if broadcaster is not None:
             broadcaster.detach()
             delattr(model, ATTRIBUTE)
 
 
-@contextlib.contextmanager
-def generation(model: Any, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Iterator[Generation]:
-    """A further generation on a bare module: the calls of the model inside belong to it, and its slots are let go at the end.
+def release(model_or_pipe: Any) -> None:
+    """Release everything that is kept for a model, in all threads and for all requests, at once.
+
+    PAB stays enabled. Every generation ends; a run that goes on computes at its next step, and its plan begins anew there.
+
+    Raises:
+        RuntimeError: PAB is not enabled.
+    """
+    for broadcaster in _enabled(model_or_pipe).values():
+        broadcaster.release()
+
+
+def generation(model: Any, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Request:
+    """Begin a further generation on a bare module; calls of the model inside `with` belong to it.
+
+    The request that is returned can be put down and taken up between steps, in any thread or task, so that one model serves several:
+
+        a, b = (pab.generation(model, num_steps=30) for _ in range(2))
+        for t in timesteps:
+            for request, x in ((a, x_a), (b, x_b)):
+                with request:
+                    ...
+
+    What it keeps is released after its last step, by `close`, or when nobody holds the request any more.
 
     Args:
         model: a DiT on which PAB is enabled.
@@ -180,11 +215,7 @@ def generation(model: Any, *, num_steps: int | None = None, timesteps: Sequence[
     if len(enabled) > 1:
         raise ValueError(f"a generation of a bare module is one model's, and this pipeline has {', '.join(enabled)}; pass one of them")
     (broadcaster,) = enabled.values()
-    begun = broadcaster.begin(num_steps=num_steps, timesteps=timesteps)
-    try:
-        yield begun
-    finally:
-        broadcaster.end(begun)
+    return broadcaster.begin(num_steps=num_steps, timesteps=timesteps)
 
 
 @contextlib.contextmanager
@@ -231,7 +262,8 @@ def sublayers(model: Any, kinds: Mapping[str, str | None] | None = None) -> list
 def summary(model_or_pipe: Any) -> Summary:
     """What was computed, reused and stored in the generation begun last; bytes; FLOPs; seconds, for which it waits for the device.
 
-    Of a pipeline with several models it has the sums, and each model's own under `models`.
+    Bytes held now are those of all generations. Of a pipeline with several models it has the sums, and each model's own under `models`.
+    Of a request, which `generation` gives, it has what that did.
 
     FLOPs are counted here: a copy of the model as it is now, without PAB, runs once on the meta device for every set of shapes that the
     model was called with. Where it cannot run there, as its code reads values of tensors, they are not known, and 0.
@@ -239,5 +271,6 @@ def summary(model_or_pipe: Any) -> Summary:
     Raises:
         RuntimeError: PAB is not enabled.
     """
-    models, _ = _resolve(model_or_pipe)
-    return together({name: summarise(broadcaster.latest, models[name]) for name, broadcaster in _enabled(model_or_pipe).items()})
+    if isinstance(model_or_pipe, Request):
+        return model_or_pipe.summary()
+    return together({name: broadcaster.summary() for name, broadcaster in _enabled(model_or_pipe).items()})

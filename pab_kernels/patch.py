@@ -17,7 +17,7 @@ from . import api
 from .broadcast.broadcaster import Broadcaster, broadcaster_of
 from .broadcast.formats import from_diffusers
 from .broadcast.generation import Generation
-from .broadcast.scheduler import denoisers
+from .broadcast.pipeline import denoisers
 from .broadcast.slots import Slot
 from .extras import require
 
@@ -177,7 +177,7 @@ class _State:
     def _generation(self) -> Generation | None:
         broadcaster = self._broadcaster()
         generation = None if broadcaster is None else broadcaster.latest
-        return None if generation is None or generation.over else generation
+        return None if generation is None or generation.put_away else generation
 
     @property
     def iteration(self) -> int:

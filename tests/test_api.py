@@ -237,25 +237,31 @@ def test_other_bad_arguments_get_one_line(pipe: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_call_without_a_generation_says_how_to_begin_one() -> None:
+def test_calls_before_and_after_a_generation_run_plainly_and_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_latte()
+    plain = model(**INPUTS).sample
     pab.enable(model, HALF)
-    with pytest.raises(RuntimeError, match="no generation has begun: call the model inside `with pab.generation"):
+    assert torch.equal(model(**INPUTS).sample, plain) and pab.summary(model).plain_calls == 1
+    with pab.generation(model, num_steps=2):
         model(**INPUTS)
-    with pab.generation(model, num_steps=1):
-        model(**INPUTS)
-    with pytest.raises(RuntimeError, match="no generation has begun"):
-        model(**INPUTS)
-    assert str(pab.summary(model)).count("\n") > 1
+        assert pab.summary(model).plain_calls == 0
+    for count in (1, 2):
+        assert torch.equal(model(**INPUTS).sample, plain) and pab.summary(model).plain_calls == count
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == 1 and "no generation has begun: the model runs plainly; call it inside `with pab.generation" in said[0]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
-def test_a_pipes_model_called_before_any_run_says_how_to_begin(scheduler: Any) -> None:
+def test_a_pipes_model_called_before_and_after_a_run_runs_plainly(scheduler: Any, caplog: pytest.LogCaptureFixture) -> None:
     pipe = tiny_pipe(scheduler())
+    plain = pipe.transformer(**INPUTS).sample
     pab.enable(pipe, HALF)
-    with pytest.raises(RuntimeError, match="no generation has begun"):
-        pipe.transformer(**INPUTS)
+    assert torch.equal(pipe.transformer(**INPUTS).sample, plain) and pab.summary(pipe).plain_calls == 1
+    sample(pipe, 4)
+    assert pab.summary(pipe).plain_calls == 0
+    assert torch.equal(pipe.transformer(**INPUTS).sample, plain) and pab.summary(pipe).plain_calls == 1
+    assert sum("runs plainly" in r.getMessage() for r in caplog.records) == 1
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,8 +14,6 @@ from ..broadcast.broadcaster import Broadcaster
 from ..broadcast.outputs import broadcast_change, broadcast_output
 from ..broadcast.plan import Sublayer
 from .finder import find
-
-_TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas")
 
 
 class GenericAdapter:
@@ -46,9 +43,6 @@ class GenericAdapter:
         self._modules = [modules[s.name] for s in self.sublayers]
         around = {s.name: modules.get(s.name.rpartition(".")[0], model) for s in self.sublayers}
         self._bypassed = [s.name for s in self.sublayers if s.kind != "block" and _has_fast_path(around[s.name])]
-        parameters = list(inspect.signature(model.forward).parameters)
-        self._timestep = next((name for name in _TIMESTEPS if name in parameters), None)
-        self._place = parameters.index(self._timestep) if self._timestep else 0
 
     def attach(self, broadcaster: Broadcaster) -> Iterator[Attached]:
         """Replace the `forward` of every module that was found.
@@ -64,12 +58,6 @@ class GenericAdapter:
             )
         for sublayer, module in zip(self.sublayers, self._modules, strict=True):
             yield attach_forward(module, _forward(broadcaster, sublayer))
-
-    def timestep(self, *args: Any, **kwargs: Any) -> Any:
-        """The argument of the model's `forward` that is called `timestep`, `timesteps`, `t`, `sigma` or `sigmas`."""
-        if self._timestep in kwargs:
-            return kwargs[self._timestep]
-        return args[self._place] if self._timestep is not None and self._place < len(args) else None
 
 
 def _has_fast_path(module: nn.Module) -> bool:

@@ -55,10 +55,6 @@ class LatteAdapter:
         for block in self.blocks:
             yield attach_forward(block.module, block.forward(broadcaster))
 
-    def timestep(self, hidden_states: Any, timestep: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The timestep among the arguments of the model's `forward`."""
-        return timestep
-
 
 class LatteBlock:
     """One block: its sublayers, and its `forward` under PAB."""

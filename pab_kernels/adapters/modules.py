@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
@@ -30,7 +29,3 @@ class ModulesAdapter:
     def attach(self, broadcaster: Broadcaster) -> list[Detachable]:
         """Let the modules ask `broadcaster`."""
         return [m.join(broadcaster, sublayer) for m, sublayer in zip(self._modules.values(), self.sublayers, strict=True)]
-
-    def timestep(self, *args: Any, **kwargs: Any) -> Any:
-        """Found by name only."""
-        return kwargs.get("timestep")

@@ -62,7 +62,6 @@ class Probe:
     def __init__(self, model: nn.Module, adapter: Adapter, progress: Progress | None = None) -> None:
         self.sublayers = adapter.sublayers
         self._modules = [model.get_submodule(s.name) for s in self.sublayers]
-        self._adapter = adapter
         self._progress = progress
         self._last: dict[tuple[str, str], tuple[int, list[torch.Tensor]]] = {}
         self._found: list[tuple[str, str, int]] = []  # context, sublayer, step
@@ -76,10 +75,6 @@ class Probe:
         """Look at what the modules give."""
         for sublayer, module in zip(self.sublayers, self._modules, strict=True):
             yield attach_forward(module, self._forward(broadcaster, sublayer))
-
-    def timestep(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's adapter has it."""
-        return self._adapter.timestep(*args, **kwargs)
 
     @property
     def nbytes(self) -> int:

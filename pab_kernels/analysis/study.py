@@ -176,6 +176,7 @@ def analyze(
     setattr(model, ATTRIBUTE, broadcaster)
     complete = False
     try:
+        broadcaster.attach()
         if pipe is None:
             broadcaster.prepare(num_steps=num_steps)
         else:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from .plan import Sublayer
 
 if TYPE_CHECKING:
@@ -14,7 +12,10 @@ if TYPE_CHECKING:
 
 
 class Detachable(Protocol):
-    """Something done to a model that can be undone."""
+    """Something to do to a model that can be undone."""
+
+    def attach(self) -> Any:
+        """Do it."""
 
     def detach(self) -> None:
         """Undo it."""
@@ -32,7 +33,4 @@ class Adapter(Protocol):
         """The cache points that it supports."""
 
     def attach(self, broadcaster: Broadcaster) -> Iterable[Detachable]:
-        """Make the model's blocks ask `broadcaster.call` what to do; one by one, so that what was done can be undone if one fails."""
-
-    def timestep(self, *args: Any, **kwargs: Any) -> torch.Tensor | float | None:
-        """The timestep among these arguments."""
+        """What makes the model's blocks ask `broadcaster.call` what to do; the broadcaster attaches it."""

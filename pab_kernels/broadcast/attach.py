@@ -1,70 +1,262 @@
-"""Methods of single objects, replaced and given back."""
+"""Methods of single objects, replaced by bound functions and given back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
+PREFIX = "_pab_"
+"""Attributes with this prefix are the package's own: no copy of an object has them."""
+_RECORDS = f"{PREFIX}attached"
+"""What stands in for the methods that an object has from its class, by name."""
+_ABSENT = object()
+
 
 class Attached:
-    """Stands in for the method `name` of `owner`, calling `replacement(original, *args, **kwargs)`.
+    """Stands in for the method `name` of an object, calling `replacement(original, *args, **kwargs)`, from `attach` to `detach`.
 
-    Where there is no such method, `original` does nothing. `detach` gives the object back as it was, also where hooks put around it since
-    (or taken off) have moved the stand-in elsewhere on `module`. If somebody else has wrapped the method since, the stand-in passes through
-    to the original. A deep copy of the owner, and a pickled one, has its own plain method.
+    The stand-in is a bound method with the name, signature and source of the original: other libraries may save, wrap, compare and restore
+    it. A method that the object has from its class is looked up at every call, so that a class which is patched meanwhile runs as patched.
+    Bound to another object, the stand-in is that object's own method; held by somebody after `detach`, it is the original. Where there is
+    no such method, `original` does nothing.
+
+    A copy of the object, shallow, deep or pickled, is what the object was before.
+
+    Args:
+        holder: what has the method as an attribute.
+        name: of the attribute.
+        replacement: what is called instead.
+        module: whose `forward` the attribute holds, where the holder is a hook around it, or may become one.
+
+    Raises:
+        TypeError: the holder has no attributes of its own.
     """
 
     # Slots: functools.update_wrapper, which hooks use, copies a wrapped object's __dict__ into the wrapper, and would keep all this alive.
-    __slots__ = ("owner", "name", "original", "replacement", "__wrapped__", "_was_own", "_module")
+    __slots__ = ("holder", "name", "owner", "method", "original", "replacement", "_stand_in", "_before")
 
-    def __init__(self, owner: Any, name: str, replacement: Callable[..., Any], module: nn.Module | None = None) -> None:
-        self.owner, self.name = owner, name
-        self.original = getattr(owner, name, _nothing)
-        self.replacement: Callable[..., Any] | None = replacement
-        self.__wrapped__ = self.original  # for inspect.signature
-        self._was_own = name in vars(owner)
-        self._module = module
-        setattr(owner, name, self)
+    def __init__(self, holder: Any, name: str, replacement: Callable[..., Any], module: nn.Module | None = None) -> None:
+        if not hasattr(holder, "__dict__"):
+            raise TypeError(f"{type(holder).__name__}.{name} cannot be followed, as the object has no __dict__; wrap it in a plain class")
+        self.holder, self.name = holder, name
+        self.owner: Any = holder if module is None else module
+        self.method = name if module is None else "forward"
+        self.replacement = replacement
+        self.original: Callable[..., Any] = getattr(holder, name, _nothing)
+        self._stand_in: MethodType | None = None
+        self._before: Any = _ABSENT
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.replacement is None:
-            return self.original(*args, **kwargs)
-        return self.replacement(self.original, *args, **kwargs)
-
-    def __reduce__(self) -> Any:
-        return _as_it_was, (self.original,)
+    def attach(self) -> Attached:
+        """Put the stand-in where the method is."""
+        self._before = vars(self.holder).get(self.name, _ABSENT)
+        self.original = getattr(self.holder, self.name, _nothing)
+        of_class = getattr(type(self.owner), self.method, None)
+        if isinstance(of_class, FunctionType) and self.original == MethodType(of_class, self.owner):
+            vars(self.owner).setdefault(_RECORDS, {})[self.method] = self
+            self._stand_in = MethodType(_of_class(of_class, self.method), self.owner)
+        else:
+            self._stand_in = MethodType(_of_object(self), self.owner)
+        for copied in (self.holder, self.owner):
+            vars(copied).setdefault("__getstate__", MethodType(_state_of_copies, copied))
+        vars(self.holder)[self.name] = self._stand_in
+        return self
 
     def detach(self) -> None:
-        """Put back what was there."""
-        self.replacement = None
-        for holder in (self.owner, self._module, *_hooks(self._module)):
-            for name in [name for name, held in vars(holder).items() if held is self] if holder is not None else ():
-                at_home = holder is self.owner and name == self.name
-                of_class = getattr(self.original, "__func__", None) is getattr(type(holder), name, self)
-                if (not self._was_own) if at_home else of_class:
-                    delattr(holder, name)
-                else:
-                    setattr(holder, name, self.original)
+        """Put back what was there, also where hooks put around it since, or taken off, have moved the stand-in elsewhere on the module."""
+        self.replacement = _call
+        for holder, name in self._places():
+            at_home = holder is self.holder and name == self.name
+            of_class = getattr(self.original, "__func__", None) is getattr(type(holder), name, _ABSENT)
+            before = _living(self._before if at_home else _ABSENT if of_class else self.original)
+            if before is _ABSENT:
+                del vars(holder)[name]
+            else:
+                vars(holder)[name] = before
+        records: dict[str, Attached] = vars(self.owner).get(_RECORDS, {})
+        if records.get(self.method) is self:
+            del records[self.method]
+        for copied in (self.holder, self.owner):
+            _tidy(copied)
+
+    def attach_again(self) -> bool:
+        """Put the stand-in around what somebody has put in its place since; whether that was so.
+
+        A wrapper or a hook that calls the stand-in is left where it is. One of which that cannot be seen runs inside of the new stand-in,
+        and the one that it calls is then the original.
+        """
+        if self.replacement is _call or any(self._places()) or _leads_to(getattr(self.owner, self.method, None), self._stand_in):
+            return False
+        replacement, around = self.replacement, self.holder is not self.owner or self.name != self.method
+        self.detach()
+        self.replacement = replacement
+        if around or self.method == "forward":
+            self.holder, self.name = _innermost(self.owner)
+        self.attach()
+        return True
+
+    def _places(self) -> Iterator[tuple[Any, str]]:
+        """Where the stand-in is."""
+        for holder in {id(h): h for h in (self.holder, self.owner, *_hooks(self.owner))}.values():
+            for name, held in list(vars(holder).items()):
+                if isinstance(held, MethodType) and held == self._stand_in:
+                    yield holder, name
+
+
+def attach_forward(module: nn.Module, replacement: Callable[..., Any]) -> Attached:
+    """What is to stand in for a module's `forward`, inside of hooks that diffusers and accelerate have put around it (offloading)."""
+    return Attached(*_innermost(module), replacement, module)
+
+
+def _innermost(module: nn.Module) -> tuple[Any, str]:
+    """Where a module's own `forward` is held."""
+    places: list[tuple[Any, str]] = [(h, "forward" if h.original_forward is None else "original_forward") for h in _hooks(module)]
+    places += [(module, name) for name in ("_old_forward", "forward") if hasattr(module, name)]
+    return next((place for place in places if getattr(getattr(*place), "__self__", None) is module), places[0])
+
+
+def _hooks(module: Any) -> list[Any]:
+    """What diffusers' hooks on a module hold its `forward` in, the innermost first."""
+    return list(getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ()))
+
+
+# Stand-ins
+
+
+@functools.lru_cache(maxsize=256)
+def _of_class(function: FunctionType, method: str) -> Callable[..., Any]:
+    """The stand-in for a method of a class, one for all its objects."""
+
+    @functools.wraps(function)
+    def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = functools.partial(getattr(type(self), method), self)
+        attached = self.__dict__.get(_RECORDS, {}).get(method)
+        return original(*args, **kwargs) if attached is None else attached.replacement(original, *args, **kwargs)
+
+    stand_in.__name__ = method
+    return stand_in
+
+
+def _of_object(attached: Attached) -> Callable[..., Any]:
+    """The stand-in for a method that one object has of its own."""
+    original = attached.original
+
+    @functools.wraps(original)
+    def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not attached.owner:
+            own = getattr(type(self), attached.method, None)
+            return original(*args, **kwargs) if own is None else own(self, *args, **kwargs)
+        return attached.replacement(original, *args, **kwargs)
+
+    stand_in.__name__ = attached.method
+    try:
+        parameters = inspect.signature(original).parameters.values()
+    except (TypeError, ValueError):  # written in C
+        return stand_in
+    bound = inspect.Parameter("_self", inspect.Parameter.POSITIONAL_ONLY)  # left out in the signature of the bound method
+    stand_in.__signature__ = inspect.Signature([bound, *parameters])  # type: ignore[attr-defined]
+    return stand_in
+
+
+def _call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The replacement by the original."""
+    return original(*args, **kwargs)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """The method of an object that has none."""
 
 
-def _as_it_was(original: Any) -> Any:
-    return original
+_CODES = {c for f in (_of_class.__wrapped__, _of_object) for c in f.__code__.co_consts if isinstance(c, CodeType)}
 
 
-def _hooks(module: nn.Module | None) -> list[Any]:
-    """What diffusers' hooks on a module hold its `forward` in, the innermost first."""
-    return list(getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ()))
+def is_stand_in(value: Any) -> bool:
+    """Whether `value` stands in for a method, or did."""
+    return isinstance(value, MethodType) and getattr(value.__func__, "__code__", None) in _CODES
 
 
-def attach_forward(module: nn.Module, replacement: Callable[..., Any]) -> Attached:
-    """Replace a module's `forward`, inside of the hooks that diffusers and accelerate have put around it (offloading, casting)."""
-    places: list[tuple[Any, str]] = [(h, "forward" if h.original_forward is None else "original_forward") for h in _hooks(module)]
-    places += [(module, name) for name in ("_old_forward", "forward") if hasattr(module, name)]
-    innermost = next((place for place in places if getattr(getattr(*place), "__self__", None) is module), places[0])
-    return Attached(*innermost, replacement, module)
+def _attached_by(stand_in: MethodType) -> Attached | None:
+    function: Any = stand_in.__func__
+    if "attached" in function.__code__.co_freevars:
+        attached: Attached = function.__closure__[function.__code__.co_freevars.index("attached")].cell_contents
+        return attached
+    found: Attached | None = vars(stand_in.__self__).get(_RECORDS, {}).get(function.__name__)
+    return found
+
+
+def _living(value: Any) -> Any:
+    """`value`, or what was there before it where it is the stand-in of something detached."""
+    while is_stand_in(value):
+        attached = _attached_by(value)
+        if attached is not None and attached.replacement is not _call:
+            break
+        value = _ABSENT if attached is None else attached._before
+    return value
+
+
+def _leads_to(function: Any, stand_in: MethodType | None) -> bool:
+    """Whether a function calls `stand_in`, as far as one sees from what it holds."""
+    seen: dict[int, Any] = {}
+    waiting = [function]
+    while waiting and len(seen) < 500:
+        value = waiting.pop()
+        if isinstance(value, MethodType) and value == stand_in:
+            return True
+        if id(value) in seen or not (callable(value) or isinstance(value, (tuple, list, dict))) or isinstance(value, (type, nn.Module)):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, FunctionType):
+            names = value.__code__.co_names
+            waiting += [value.__globals__[name] for name in names if isinstance(value.__globals__.get(name), MethodType)]
+            waiting += inspect.getclosurevars(value).nonlocals.values()
+            waiting += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values()]
+        elif isinstance(value, functools.partial):
+            waiting += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, MethodType):
+            waiting += [value.__func__, *(vars(value.__self__).values() if not isinstance(value.__self__, nn.Module) else ())]
+        elif isinstance(value, (tuple, list)):
+            waiting += value
+        else:
+            waiting += (value if isinstance(value, dict) else getattr(value, "__dict__", {})).values()
+    return False
+
+
+# Copies
+
+
+def _state_of_copies(self: Any) -> Any:
+    """In place of `__getstate__`: the state without what the package has put there."""
+    of_class = getattr(type(self), "__getstate__", None)  # that of `object` from Python 3.11 on
+    state = vars(self) if of_class is None else of_class(self)
+    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], dict):  # with slots
+        return _plain(self, state[0]), state[1]
+    return _plain(self, state) if isinstance(state, dict) else state
+
+
+def _plain(owner: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {}
+    for name, value in state.items():
+        if name.startswith(PREFIX) or getattr(value, "__func__", None) is _state_of_copies:
+            continue
+        while is_stand_in(value):
+            attached = _attached_by(value)
+            if attached is None:
+                value = _ABSENT
+            else:  # a hook that came later has moved it
+                value = attached._before if attached.holder is owner and attached.name == name else attached.original
+        if value is not _ABSENT:
+            plain[name] = value
+    return plain
+
+
+def _tidy(owner: Any) -> None:
+    """Take away what only objects with stand-ins have."""
+    held = vars(owner)
+    if not held.get(_RECORDS, True):
+        del held[_RECORDS]
+    if getattr(held.get("__getstate__"), "__func__", None) is _state_of_copies and not any(map(is_stand_in, held.values())):
+        del held["__getstate__"]

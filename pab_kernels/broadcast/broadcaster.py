@@ -1,31 +1,37 @@
-"""The broadcaster: PAB switched on for one model. It knows the generation of each thread and opens every call of the model."""
+"""The broadcaster: PAB switched on for one model. It finds the generation of every call of the model, and opens the call."""
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from .adapter import Adapter, Detachable
-from .attach import Attached, attach_forward
+from .attach import PREFIX, Attached, attach_forward, is_stand_in
+from .claims import whose
 from .config import PABConfig
-from .costs import Arguments
+from .following import Following
 from .generation import Call, Generation
 from .graphs import Graphs
+from .inputs import Inputs, Signature
 from .open_generation import OpenGeneration
-from .scheduler import Follower, SchedulerWatch, entered_at, has_begun, left_at
-from .slots import Key
+from .request import Request, begun_here, note
+from .scheduler import entered_at
 from .stopwatch import REST
+from .summary import Summary, summarise
+from .verdict import NOT_CALLED, nothing_reused
 
 logger = logging.getLogger("pab_kernels")
 
-ATTRIBUTE = "_pab_broadcaster"
+ATTRIBUTE = f"{PREFIX}broadcaster"
 """Name of the attribute that a model has while PAB is enabled."""
 _COMPILED_LAST = (
     "a model under PAB is called from a compiled graph: after compiled = torch.compile(model) call pab.enable(compiled) or give it to the "
@@ -35,18 +41,20 @@ _COMPILED_LAST = (
 RESET = "_reset_stateful_cache"
 """Name of the method that diffusers' pipelines call at their end on all parts that have it."""
 
+_NAMES: contextvars.ContextVar[tuple[tuple[weakref.ref[Broadcaster], str | None, int | None], ...]] = contextvars.ContextVar(
+    "pab_contexts", default=()
+)
+"""Names (and steps) of contexts given in this thread or task, the innermost last."""
+
 
 class _Thread(threading.local):
     def __init__(self) -> None:  # attributes of its own in every thread: what a class has, a compiled graph takes for constant
-        self.generation: Generation | None = None
         self.call: Call | None = None
         self.enclosed = False  # whether the call was opened outside of a graph of the whole model
-        self.context: tuple[str | None, int | None] = (None, None)
-        self.graphs: Graphs | None = None
 
 
 class Broadcaster:
-    """PAB on one model.
+    """PAB on one model, from `attach` to `detach`.
 
     Args:
         model: the DiT.
@@ -62,29 +70,21 @@ class Broadcaster:
         self.cuda_graphs = False
         self.clock: Callable[[], Any] | None = None
         """Gives the timestep, where no scheduler that is followed tells the steps."""
+        self.plain_calls = 0
+        """Calls of the model without PAB before the first generation."""
+        self._signature = Signature(model)
+        self._following = Following(self, model)
+        self._lock = threading.RLock()
         self._thread = _Thread()
-        self._waiting: list[Generation] = []
+        self._running: list[Generation] = []
+        """Generations that go on and are nobody's request: those of schedulers, the first one of a bare model, an open one."""
+        self._requested: weakref.WeakSet[Generation] = weakref.WeakSet()
         self._latest: Generation | None = None
-        self._pipes: list[weakref.ref[Any]] = []
-        self._follower = Follower(self)
-        self._following = threading.Lock()
-        self._watches: list[SchedulerWatch] = []
+        self._graphs: list[Graphs] = []
         self._said: set[str] = set()
         self._attached: list[Detachable] = []
         # A graph goes by what a call decides: calls are opened outside of graphs.
         self._outside = torch.compiler.disable(Broadcaster._opened, reason=_COMPILED_LAST)
-        try:
-            for attached in adapter.attach(self):
-                self._attached.append(attached)
-            self._attached.append(attach_forward(model, self._called))
-            self.enclose(model)
-            for name, replacement in (("cache_context", self._cache_context), (RESET, self._reset)):
-                if hasattr(model, name):
-                    self._attached.append(Attached(model, name, replacement))
-            self._attached.append(Attached(model, "compile", self._compile))
-        except BaseException:
-            self.detach()
-            raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copy of the model is a plain model
@@ -102,20 +102,53 @@ class Broadcaster:
         """The generation begun last."""
         return self._latest
 
+    def summary(self) -> Summary:
+        """What the generation begun last did, and the bytes that all of them hold."""
+        held = sum(generation.meter.now for generation in self._generations())
+        found = self.summary_of(self._latest)
+        return replace(found, cache_bytes=held, plain_calls=found.plain_calls if self._latest else self.plain_calls)
+
+    def summary_of(self, generation: Generation | None) -> Summary:
+        """What a generation did."""
+        model = self._model()
+        assert model is not None
+        return summarise(generation, model)
+
+    def _generations(self) -> list[Generation]:
+        found = [*self._running, *self._requested, *([] if self._latest is None else [self._latest])]
+        return list({id(generation): generation for generation in found}.values())
+
     def configure(self, config: PABConfig, timed: bool, cuda_graphs: bool) -> None:
         """Take other rules, from the next generation on; measure seconds or do not, capture CUDA graphs or do not."""
         self.config, self.timed, self.cuda_graphs = config, timed, cuda_graphs
 
+    # Attaching
+
+    def attach(self) -> None:
+        """Put stand-ins on the model. An error in it, or an interruption, leaves what `detach` takes back."""
+        model = self._model()
+        assert model is not None
+        for attached in self.adapter.attach(self):
+            self._put(attached)
+        self._put(attach_forward(model, self._called))
+        self.enclose(model)
+        for name, replacement in (("cache_context", self._cache_context), (RESET, self._reset)):
+            if hasattr(model, name):
+                self._put(Attached(model, name, replacement))
+        self._put(Attached(model, "compile", self._compile))
+
+    def _put(self, attached: Detachable) -> None:
+        self._attached.append(attached)  # first, for an interruption in between
+        attached.attach()
+
     def detach(self) -> None:
-        """Give the model back as it was."""
-        for attached in reversed(self._attached):
-            attached.detach()
-        for watch in self._watches:
-            watch.remove(self._follower)
-        if self._latest is not None:
-            self._latest.release()
-        self._attached, self._watches, self._pipes, self._waiting = [], [], [], []
-        self._thread, self._latest = _Thread(), None
+        """Give the model back as it was. Where it was interrupted, called again it does the rest."""
+        self.release()
+        self._following.close()
+        while self._attached:
+            self._attached[-1].detach()
+            self._attached.pop()
+        self._thread, self._latest, self._graphs = _Thread(), None, []
 
     def enclose(self, compiled: nn.Module) -> None:
         """Open the calls of the model outside of the graph that it is, where it is compiled as a whole.
@@ -124,145 +157,168 @@ class Broadcaster:
             compiled: what `torch.compile(model)` gave, or the model itself, for `model.compile()`.
         """
         name = "_compiled_call_impl" if compiled is self._model() else "forward"
-        if vars(compiled).get(name) is not None and not isinstance(vars(compiled)[name], Attached):
-            self._attached.append(Attached(compiled, name, self._enclosed))
+        if vars(compiled).get(name) is not None and not is_stand_in(vars(compiled)[name]):
+            self._put(Attached(compiled, name, self._enclosed))
+
+    def _attach_again(self) -> None:
+        """Put stand-ins around what somebody has put in their place since."""
+        again = [a.name for a in tuple(self._attached) if isinstance(a, Attached) and a.attach_again()]
+        if again:
+            logger.info("%s: %s of %d modules was replaced since pab.enable; PAB is around it now", self._name, again[0], len(again))
+
+    @property
+    def _name(self) -> str:
+        return type(self._model()).__name__
 
     # Generations
 
     def _ways(self) -> dict[str, bool]:
-        """How a generation that begins now, in this thread, is run."""
+        """How a generation that begins now is run."""
         if not self.cuda_graphs:
-            self._thread.graphs = None
+            self._graphs = []
         return {"timed": self.timed, "cuda_graphs": self.cuda_graphs}
 
-    def begin(self, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Generation:
-        """Begin a generation on the bare model, in this thread."""
+    def _on_bare_model(self, num_steps: int | None, timesteps: Sequence[float] | None) -> Generation:
+        self._attach_again()
         generation = Generation(self.config, self.adapter.sublayers, num_steps=num_steps, timesteps=timesteps, **self._ways())
+        generation.at_end = self._judge
         generation.start()
         self._say(generation)
-        self._latest = self._thread.generation = generation
+        self._latest = generation
         return generation
 
-    def prepare(self, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> None:
-        """Begin the first generation on the bare model, for whichever thread calls it first."""
-        self._waiting = [self.begin(num_steps=num_steps, timesteps=timesteps)]
-        self._thread.generation = None
+    def begin(self, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Request:
+        """Begin a generation on the bare model, for whoever takes its request up."""
+        generation = self._on_bare_model(num_steps, timesteps)
+        self._requested.add(generation)
+        return Request(self, generation)
 
-    def end(self, generation: Generation) -> None:
-        """End a generation: its slots are let go and no call belongs to it any more."""
-        generation.release()
-        if self._thread.generation is generation:
-            self._thread.generation = None
+    def prepare(self, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> None:
+        """Begin a generation on the bare model, for all calls that are nobody else's."""
+        begun, before = self._on_bare_model(num_steps, timesteps), [g for g in self._running if g.scheduler is None]
+        for generation in before:
+            generation.end()
+        self._running = [*(g for g in self._running if not g.over), begun]
 
     def watch(self, pipe: Any) -> None:
         """Follow the scheduler that `pipe` holds, now and whenever it holds another."""
-        self._pipes = [ref for ref in self._pipes if ref() is not None and ref() is not pipe] + [weakref.ref(pipe)]
         model = self._model()
         if not hasattr(model, RESET):
-            self._attached.append(Attached(model, RESET, self._reset))
-        self._follow(self._held())
+            self._put(Attached(model, RESET, self._reset))
+        self._following.add(pipe)
 
     def watches(self, pipe: Any) -> bool:
         """Whether the scheduler that `pipe` holds is followed."""
-        return any(ref() is pipe for ref in self._pipes)
+        return self._following.has(pipe)
 
     def unwatch(self, pipe: Any) -> None:
         """Follow the scheduler of `pipe` no more, unless another pipeline holds it too."""
-        self._pipes = [ref for ref in self._pipes if ref() is not pipe]
-        with self._following:
-            self._leave(self._held())
+        self._following.remove(pipe)
 
-    def _held(self) -> list[Any]:
-        """The schedulers that pipelines hold now."""
-        return [pipe.scheduler for pipe in (ref() for ref in self._pipes) if pipe is not None]
-
-    def _follow(self, held: Sequence[Any]) -> list[Any]:
-        """Follow these schedulers and no others; those of them that were not followed before."""
-        new = []
-        with self._following:
-            for scheduler in held:
-                if not any(watch.scheduler is scheduler for watch in self._watches):
-                    self._watches.append(SchedulerWatch.add(scheduler, self._follower))
-                    new.append(scheduler)
-            if new:
-                self._leave(held)
-        return new
-
-    def _leave(self, held: Sequence[Any]) -> None:
-        """Follow no other schedulers than these."""
-        for watch in list(self._watches):
-            if not any(watch.scheduler is scheduler for scheduler in held):
-                watch.remove(self._follower)
-                self._watches.remove(watch)
+    def release(self) -> None:
+        """End every generation and release all that they keep. A run that goes on begins anew, at its next step."""
+        for generation in self._generations():
+            generation.at_end = None
+            generation.end()
+        self._running, self._graphs = [], []
 
     def scheduler_begins(self, scheduler: Any) -> None:
         """`set_timesteps` was called."""
-        previous = self._thread.generation
-        if previous is not None:
-            previous.release()
-        generation = Generation(
-            self.config,
-            self.adapter.sublayers,
-            timesteps=scheduler.timesteps,
-            scheduler=scheduler,
-            end=self._left_at(scheduler),
-            **self._ways(),
-        )
-        self._latest = self._thread.generation = generation
+        self._attach_again()
+        if self._following.still_called(scheduler, self.enclose, self._once):
+            self._latest = self._follow_from(scheduler)
+            note(self._latest)
 
-    def _left_at(self, scheduler: Any) -> int | None:
-        """The step at which another model takes over on every pipeline that holds `scheduler`, or None."""
-        model, pipes = self._model(), [pipe for ref in self._pipes if (pipe := ref()) is not None and pipe.scheduler is scheduler]
-        end = max((left_at(pipe, model) for pipe in pipes if model is not None), default=0)
-        return end if 0 < end < len(scheduler.timesteps) else None
+    def _follow_from(self, scheduler: Any, *, notified: bool = True) -> Generation:
+        """Begin a generation on the timesteps that `scheduler` has now.
+
+        Args:
+            notified: whether its `set_timesteps` was seen.
+        """
+        with self._lock:
+            for g in self._running:  # also that of an object which passes on what is asked of `scheduler`
+                if g.scheduler is not None and (g.scheduler is scheduler or g.timesteps.table is scheduler.timesteps):
+                    g.end()
+            end = self._following.left_at(scheduler)
+            generation = Generation(
+                self.config,
+                self.adapter.sublayers,
+                timesteps=scheduler.timesteps,
+                scheduler=scheduler,
+                notified=notified,
+                end=end,
+                **self._ways(),
+            )
+            generation.at_end = self._judge
+            self._running = [*(g for g in self._running if not g.over), generation]
+            return generation
 
     def scheduler_steps(self, scheduler: Any) -> None:
         """`step` was called."""
-        generation = self._thread.generation
-        if generation is not None and generation.started and generation.scheduler is scheduler:
-            generation.advance()
+        for generation in [g for g in self._running if g.scheduler is scheduler and not g.over]:
+            generation.stepped()
 
-    def _current(self) -> Generation:
-        thread = self._thread
-        held = self._held()
-        exchanged = self._follow(held)
-        if thread.generation is not None and not self._goes_on(thread.generation, held):
-            for scheduler in filter(has_begun, exchanged):
-                self.scheduler_begins(scheduler)
-        if self._waiting and (thread.generation is None or thread.generation.used_up):
-            with contextlib.suppress(IndexError):  # another thread was faster
-                thread.generation = self._waiting.pop()
-        if thread.generation is None:
-            begun = list(filter(has_begun, held))
-            if not begun and self.clock is not None:
-                self._latest = thread.generation = OpenGeneration(self.config, self.adapter.sublayers, self.clock, timed=self.timed)
-                return thread.generation
-            if not begun:
-                raise RuntimeError(
-                    "no generation has begun: call the model inside `with pab.generation(model, num_steps=...):`, or give num_steps to "
-                    "pab.enable; on a pipeline pass the pipeline to pab.enable"
-                )
-            self.scheduler_begins(begun[-1])
-        assert thread.generation is not None
-        return thread.generation
+    def scheduler_failed(self, scheduler: Any) -> None:
+        """`step` or `set_timesteps` raised an error."""
+        for generation in [g for g in self._running if g.scheduler is scheduler and not g.over]:
+            generation.abort()
 
-    @staticmethod
-    def _goes_on(generation: Generation, held: Sequence[Any]) -> bool:
-        """Whether a further call can belong to `generation`: steps are left, and a pipeline still holds its scheduler."""
-        scheduler = generation.scheduler
-        return not generation.used_up and (scheduler is None or any(scheduler is other for other in held))
+    def pipe_failed(self, pipe: Any) -> None:
+        """A run of `pipe` was left by an error."""
+        self.scheduler_failed(pipe.scheduler)
+
+    def _find(self, inputs: Inputs, name: str | None) -> Generation | None:
+        """The generation of a call of the model, or None where it is nobody's.
+
+        Raises:
+            RuntimeError: it may be more than one's.
+        """
+        mine = [g for g in begun_here() if g in self._requested or g in self._running]
+        if mine and mine[0].entered:
+            return mine[0]
+        following = self._following
+        following.follow()
+        going_on = [g for g in self._running if not g.over and (g.scheduler is None or following.holds(g.scheduler))]
+        found = whose(going_on, name, inputs, following.holders)
+        if found is None:
+            begun = following.begun(besides=[g.scheduler for g in going_on])
+            found = whose([self._follow_from(s, notified=False) for s in begun], name, inputs, following.holders)
+        if found is None and self.clock is not None:
+            self._latest = found = OpenGeneration(self.config, self.adapter.sublayers, self.clock, timed=self.timed)
+            self._running = [*(g for g in self._running if not g.over), found]
+        if found is None:
+            taken_up = [g for g in mine if g.entered][:1] or [g for g in self._requested if g.entered]
+            found = whose(taken_up, name, inputs, following.holders)
+        if found is not None and not found.started:
+            self._latest = found
+        return found
+
+    def _judge(self, generation: Generation) -> None:
+        """A generation is at its end: say so if it reused nothing."""
+        cause = nothing_reused(generation)
+        if generation.scheduler is not None:
+            self._following.spend(generation)
+            called = generation.started or generation.plain_calls or generation.failed
+            if generation.steps_seen and not called and self._following.only(generation.scheduler):
+                cause = NOT_CALLED
+        if cause is not None:
+            self._once(f"{self._name}: a sampling run reused nothing: {cause}")
 
     # Calls of the model
 
     @contextlib.contextmanager
     def context(self, name: str | None, step: int | None = None) -> Iterator[None]:
-        """Name the context (and the step) of the calls inside."""
-        previous = self._thread.context
-        self._thread.context = (name, step)
+        """Name the context (and the step) of the calls inside, in this thread or task."""
+        entry = weakref.ref(self), name, step
+        _NAMES.set((*_NAMES.get(), entry))
         try:
             yield
         finally:
-            self._thread.context = previous
+            _NAMES.set(tuple(other for other in _NAMES.get() if other is not entry))
+
+    def named(self) -> tuple[str | None, int | None]:
+        """Name and step of the context that calls in this thread or task have now."""
+        return next(((name, step) for ref, name, step in reversed(_NAMES.get()) if ref() is self), (None, None))
 
     @contextlib.contextmanager
     def _cache_context(self, original: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -271,12 +327,13 @@ class Broadcaster:
 
     def _reset(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """diffusers' pipelines end with this, also those that were interrupted."""
-        generation = self._thread.generation
-        if generation is not None:
-            generation.release()
-            generation.over = True
-            if isinstance(generation, OpenGeneration):
-                self._thread.generation = None
+        begun = [g for g in (*begun_here(), *self._running) if not g.over and g.started and (g in self._requested or g in self._running)]
+        if begun and (begun[0].entered or (begun[0].scheduler is None and not isinstance(begun[0], OpenGeneration))):
+            begun[0].release()  # a bare model goes on
+        elif begun:
+            begun[0].end()
+        if self._latest is not None and self._latest.over:
+            self._latest.put_away = True
         return original(*args, **kwargs)
 
     def _compile(self, original: Any, *args: Any, **kwargs: Any) -> None:
@@ -295,7 +352,7 @@ class Broadcaster:
 
     def _called(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of the model's `forward`."""
-        if self._thread.enclosed:
+        if self._thread.enclosed or torch.compiler.is_exporting():
             return forward(*args, **kwargs)
         return self._outside(self, torch.compiler.is_compiling(), forward, *args, **kwargs)
 
@@ -305,34 +362,34 @@ class Broadcaster:
         return self._run(forward, *args, **kwargs)
 
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        generation = self._current()
+        inputs = Inputs(args, kwargs, self._signature.latents(args, kwargs), self._signature.timestep(args, kwargs))
+        if self._records_gradients(inputs.tensors) or torch._C._get_tracing_state() is not None:
+            return self._plainly(forward, args, kwargs, "gradients are recorded", "call it under torch.no_grad() for PAB")
+        name, step = self.named()
+        generation = self._find(inputs, name)
+        if generation is None:
+            return self._plainly(forward, args, kwargs, *self._nobodys())
         if not generation.started:
-            generation.start(entered_at(generation.scheduler, generation.schedule, self.adapter.timestep(*args, **kwargs)))
-            self._say(generation)
+            self._start(generation, inputs)
+        call = generation.open(name, step, inputs)
+        if call is None:
+            beyond = f"it was called after the last of the {generation.schedule.num_steps} steps that its scheduler was set to"
+            return self._plainly(forward, args, kwargs, beyond, "only the steps of the schedule are under PAB")
+        exchanged = call.context.enter(inputs)
+        if exchanged is not None:
+            generation.exchanged[inputs.name_of(exchanged)] += 1
+        call.arguments = inputs.arguments
+        if not generation.cuda_graphs:
+            call.prepare()
+        call.mark(REST, inputs.tensors[0].device if inputs.tensors else None)
         thread = self._thread
-        name, step = thread.context
-        call = generation.open(name, step)
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-        plain = self._records_gradients(tensors)
-        if plain:
-            generation.plain_calls += 1
-            self._once("gradients are recorded: the model runs plainly; call it under torch.no_grad() for PAB")
-        else:
-            prompt = kwargs.get("encoder_hidden_states")
-            call.context.enter(
-                (tuple(map(Key.of, tensors)), _flags(kwargs)), prompt if name is None and isinstance(prompt, torch.Tensor) else None
-            )
-            call.arguments = Arguments.of(args, kwargs)
-            if not generation.cuda_graphs:
-                call.prepare()
-            call.mark(REST, tensors[0].device if tensors else None)
-        outer, thread.call = thread.call, None if plain else call
+        outer, thread.call = thread.call, call
         try:
-            if generation.cuda_graphs and not plain:
-                return self._graphed(call, forward, args, kwargs)
+            if generation.cuda_graphs:
+                with generation.lock:  # its graphs have one set of inputs
+                    return self._graphed(call, forward, inputs)
             out = forward(*args, **kwargs)
-            if not plain:
-                call.finish()
+            call.finish()
         except BaseException:
             generation.release()
             raise
@@ -341,13 +398,56 @@ class Broadcaster:
             thread.call = outer
         return out
 
-    def _graphed(self, call: Call, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What `forward` gives, from this thread's graphs; those of another config are let go."""
-        thread, model = self._thread, self._model()
+    def _start(self, generation: Generation, inputs: Inputs) -> None:
+        begin: int | None = 0
+        if generation.scheduler is not None:
+            begin = entered_at(generation.scheduler, generation.timesteps, inputs.timestep)
+        generation.start(begin or 0)
+        self._say(generation)
+        if begin is None and not (isinstance(inputs.timestep, torch.Tensor) and inputs.timestep.is_meta):
+            self._once(
+                f"{self._name}: where its run enters the schedule is not known, as the scheduler has no step index and the timestep of the "
+                "first call is none of the schedule's; it is taken to be the first step. In image-to-image, windows then lie too early: "
+                "call scheduler.set_begin_index"
+            )
+
+    def _plainly(self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str, what_to_do: str) -> Any:
+        """The model without PAB."""
+        (self._latest or self).plain_calls += 1
+        self._once(f"{self._name}: {why}: the model runs plainly; {what_to_do}")
+        thread = self._thread
+        outer, thread.call = thread.call, None
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            thread.call = outer
+
+    def _nobodys(self) -> tuple[str, str]:
+        """Why a call belongs to no generation, and what to do."""
+        if not self._following.pipes:
+            return "no generation has begun", (
+                "call it inside `with pab.generation(model, num_steps=...):`, or give num_steps to pab.enable; on a pipeline pass the "
+                "pipeline to pab.enable"
+            )
+        return (
+            "no sampling run that is followed has begun or has steps left",
+            "the scheduler that runs is not the one that is followed where a pipeline that shares the model was not enabled, or has a copy "
+            "of the scheduler: pab.enable every pipeline that calls the model",
+        )
+
+    def _graphed(self, call: Call, forward: Any, inputs: Inputs) -> Any:
+        """What `forward` gives, from graphs that no other generation uses now; those of another config are dropped."""
+        thread, model, generation = self._thread, self._model(), call.generation
         assert model is not None, "its forward was called"
-        if thread.graphs is None or thread.graphs.config != call.generation.config:
-            thread.graphs = Graphs(model, call.generation.config)
-        call.generation.graphs = thread.graphs
+        if generation.graphs is None:
+            with self._lock:
+                self._graphs = [graphs for graphs in self._graphs if graphs.config == generation.config]
+                free = next((graphs for graphs in self._graphs if graphs.free), None)
+                if free is None:
+                    free = Graphs(model, generation.config)
+                    self._graphs.append(free)
+                generation.graphs = free
+                free.take(generation)
 
         def compute(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             thread.call = call
@@ -355,7 +455,7 @@ class Broadcaster:
             call.finish()
             return out
 
-        return thread.graphs.run(call, model, compute, args, kwargs, self.adapter.timestep(*args, **kwargs))
+        return generation.graphs.run(call, model, compute, inputs.args, inputs.kwargs, inputs.timestep)
 
     def _records_gradients(self, tensors: Sequence[torch.Tensor]) -> bool:
         if not torch.is_grad_enabled():
@@ -370,19 +470,14 @@ class Broadcaster:
         if logger.isEnabledFor(logging.INFO):
             reused = ", ".join(f"{kind} reused {c.reused} of {len(plan.steps)}" for kind, c in plan.step_counts().items())
             steps = generation.schedule.num_steps
-            logger.info("%s: a generation of %d steps, %d patterns; %s", type(self._model()).__name__, steps, plan.patterns, reused)
-        for note in plan.notes:
-            self._once(note)
+            logger.info("%s: a generation of %d steps, %d patterns; %s", self._name, steps, plan.patterns, reused)
+        for line in plan.notes:
+            self._once(line)
 
     def _once(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
             logger.warning(message)
-
-
-def _flags(kwargs: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What says which work is asked for, such as a pass that only fills a model's own cache."""
-    return tuple((name, value) for name, value in kwargs.items() if isinstance(value, (bool, str)))
 
 
 def broadcaster_of(model: nn.Module) -> Broadcaster | None:

@@ -10,8 +10,42 @@ from dataclasses import dataclass, replace
 import torch
 
 from .costs import Arguments
+from .inputs import Inputs
 from .slots import Arena, Meter
 from .stopwatch import REST, Stopwatch
+
+
+class _Seen:
+    """A tensor among the arguments of the last call, and whether the call before it had the same.
+
+    Args:
+        tensor: it is not kept alive.
+    """
+
+    __slots__ = ("tensor", "version", "again")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = weakref.ref(tensor)
+        self.version = _version(tensor)
+        self.again = False
+
+    def exchanged(self, tensor: torch.Tensor) -> bool:
+        """Whether another tensor, or another content of it, shows that another prompt is meant."""
+        last = self.tensor()
+        if last is tensor:
+            return self.again and self.version != _version(tensor)
+        return self.again or last is not None
+
+    def then(self, tensor: torch.Tensor) -> _Seen:
+        """What is known after a call with `tensor`."""
+        if self.tensor() is not tensor or self.version != _version(tensor):
+            return _Seen(tensor)
+        self.again = True
+        return self
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # torch does not count writes to inference tensors
 
 
 @dataclass
@@ -62,23 +96,42 @@ class Context:
         self.calls: Counter[tuple[Arguments | None, tuple[str, ...], tuple[tuple[str, int], ...]]] = Counter()
         """How often the model was called with such arguments, reusing outputs of these places, sparing FLOPs of these kinds."""
         self._tallies: dict[str, Tally] = {}
-        self._inputs: Hashable = None
-        self._condition: weakref.ref[torch.Tensor] | None = None
+        self._looks: Hashable = None
+        self._steady: list[_Seen] = []
 
-    def enter(self, inputs: Hashable, condition: torch.Tensor | None) -> None:
-        """A call of the model begins. Where it does not continue the last one, every slot is let go.
+    def exchanged(self, inputs: Inputs) -> torch.Tensor | None:
+        """The argument by which a call shows that it does not continue the last one of this context, or None.
 
-        Args:
-            inputs: shapes, dtypes and devices of the model's inputs, and the flags among them.
-            condition: the prompt's tensor, if the context has only the order of the calls for a name: another one than in the last call
-                tells that a branch came or went. One made anew for each call is gone by then, and tells nothing.
+        The prompt, its mask, rotary tables, ... are the same tensors at every step, and the latents and the timestep are not. Another
+        tensor shows another prompt where the one before is still there, or was the same in two calls. One that is made for each call and
+        gone by the next shows nothing.
         """
-        last = None if self._condition is None else self._condition()
-        changed = condition is not None and last is not None and condition is not last
-        if changed or self._inputs not in (None, inputs):
+        return next((t for seen, t in zip(self._steady, inputs.steady, strict=False) if seen.exchanged(t)), None)
+
+    def continues(self, inputs: Inputs) -> bool:
+        """Whether a call has the shapes and flags of the last one, and nothing was exchanged."""
+        return self._looks in (None, inputs.looks) and self.exchanged(inputs) is None
+
+    def holds(self, inputs: Inputs) -> bool:
+        """Whether the last call had all these tensors, and at least one."""
+        pairs = list(zip(self._steady, inputs.steady, strict=False))
+        return self._looks == inputs.looks and bool(pairs) and all(seen.tensor() is t for seen, t in pairs)
+
+    def enter(self, inputs: Inputs) -> torch.Tensor | None:
+        """A call of the model begins. Where it does not continue the last one, every slot is released.
+
+        Returns:
+            The argument that was exchanged, or None.
+        """
+        same_looks = self._looks in (None, inputs.looks)
+        exchanged = self.exchanged(inputs) if same_looks else None
+        if exchanged is not None or not same_looks:
             self.arena.clear()
-        self._inputs = inputs
-        self._condition = None if condition is None else weakref.ref(condition)
+        if self._looks != inputs.looks or len(self._steady) != len(inputs.steady):
+            self._looks, self._steady = inputs.looks, [_Seen(t) for t in inputs.steady]
+        else:
+            self._steady = [seen.then(t) for seen, t in zip(self._steady, inputs.steady, strict=True)]
+        return exchanged
 
     def tally(self, kind: str) -> Tally:
         """The counts of a kind."""

@@ -37,9 +37,8 @@ class Arguments:
     nest: pytree.TreeSpec
 
     @classmethod
-    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments | None:
-        """Those of a call; None where one is an object of which nothing is known."""
-        leaves, nest = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    def of(cls, leaves: Sequence[Any], nest: pytree.TreeSpec) -> Arguments | None:
+        """Those of a call, from `(args, kwargs)` as pytree flattens them; None where one is an object of which nothing is known."""
         found: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):

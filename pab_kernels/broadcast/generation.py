@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,9 +18,11 @@ from .config import PABConfig
 from .context import Context
 from .costs import Arguments, CallCosts, call_costs
 from .costs import place as place_of
+from .inputs import Inputs
 from .plan import Action, Decision, Plan, Sublayer
 from .schedule import Schedule
 from .slots import CACHE_DTYPES, Arena, Key, Line, Meter, Slot, pack
+from .timesteps import Moment, Timesteps
 from .traced import TracedTurn
 
 if TYPE_CHECKING:
@@ -251,6 +254,10 @@ class Call:
         return self.generation.fuses(module, x)
 
 
+MOST_UNNAMED = 16
+"""Calls in one step that are told apart by their order."""
+
+
 class Generation:
     """One sampling run: its plan, its step, its contexts.
 
@@ -259,6 +266,7 @@ class Generation:
         sublayers: the model's.
         num_steps, timesteps: the full schedule.
         scheduler: whose `step` ends each step; without one, a step ends when a context is called again.
+        notified: whether `set_timesteps` of the scheduler was seen; else it was found as somebody had set it.
         timed: whether seconds are measured by kind.
         cuda_graphs: whether the model's calls are captured and replayed.
         end: the step at which another model takes over, or None.
@@ -272,6 +280,7 @@ class Generation:
         num_steps: int | None = None,
         timesteps: Sequence[float] | None = None,
         scheduler: Any = None,
+        notified: bool = True,
         timed: bool = False,
         cuda_graphs: bool = False,
         end: int | None = None,
@@ -279,7 +288,9 @@ class Generation:
         self.config = config
         self.sublayers = tuple(sublayers)
         self.schedule = Schedule.of(num_steps, timesteps, end=end)
+        self.timesteps = Timesteps(self.schedule.timesteps, timesteps)
         self.scheduler = scheduler
+        self.notified = notified
         self.timed = timed
         self.cuda_graphs = cuda_graphs
         self.graphs: Graphs | None = None
@@ -288,9 +299,26 @@ class Generation:
         self.contexts: dict[str, Context] = {}
         self.meter = Meter()
         self.plain_calls = 0
+        self.steps_seen = 0
+        """How often its scheduler stepped."""
         self.over = False
-        """Whether its pipeline has said that it is at its end."""
+        """Whether no further call belongs to it."""
+        self.put_away = False
+        """Whether its pipeline, at its end, has reset the model."""
+        self.failed = False
+        """Whether it was ended by an error."""
+        self.entered = 0
+        """How often its request is taken up now."""
+        self.at_end: Callable[[Generation], None] | None = None
+        """Called once, when its last step is taken or it is ended."""
+        self.exchanged: Counter[str] = Counter()
+        """How often arguments that should stay the same were other ones, by name."""
+        self.lock = threading.RLock()
         self._called: dict[str, int] = {}
+        self._entered: set[str] = set()  # contexts called in this step
+        self._timestep: tuple[Any, Moment | None] = (None, None)  # of the last call
+        self._in_schedule = False
+        self._branches: int | None = None
         self._costs: dict[Arguments | None, CallCosts | None] = {}
         self._fuses: dict[tuple[nn.Module, Key], bool] = {}
         self._weights: dict[tuple[float, torch.device], torch.Tensor] = {}
@@ -317,52 +345,166 @@ class Generation:
         self.step = begin
         return self.plan
 
-    def open(self, name: str | None = None, step: int | None = None) -> Call:
-        """A call of the model in context `name`, at `step` if it is given.
+    # Which calls are its own
+
+    def claims(self, timestep: Any, label: str) -> bool | None:
+        """Whether a call with this timestep, in the context `label`, can be the next one; None where that cannot be known."""
+        moment = self.timesteps.moment(timestep)
+        if moment is None or not moment.single or not self.timesteps.known:
+            return None
+        if not self.started:
+            return True if self.timesteps.places(moment) else None  # models may be called with a function of the timestep
+        if not self._in_schedule:
+            return None if self.notified or self.steps_seen or not self._called else moment == self._timestep[1]
+        if self.timesteps.at(self.step, moment):
+            return True
+        told = self.steps_seen or not self.notified
+        return not told and any(i > self.step for i in self.timesteps.places(moment))
+
+    def recognises(self, label: str, inputs: Inputs) -> bool:
+        """Whether a context that such a call could be in was last called with the same tensors, latents and timestep aside."""
+        contexts = [self.contexts.get(label)] if label else [c for key, c in self.contexts.items() if key.startswith("#")]
+        return any(context is not None and context.holds(inputs) for context in contexts)
+
+    def open(self, name: str | None, step: int | None, inputs: Inputs) -> Call | None:
+        """A call of the model in context `name`, at `step` if it is given; None where a scheduler has no step left for it.
 
         Raises:
-            RuntimeError: all steps of the plan are used.
+            RuntimeError: all steps of the plan are used, and it is one of a bare model; or too many calls without names came in one step.
         """
-        if self.plan is None:
-            self.start()
-        self.over = False
-        label = (name or "").replace("#", "##")  # a single # parts a name from the order of the call
-        if step is None and label in self._called and (self.scheduler is None or label):
-            self.advance()  # of a scheduler, where it is a copy that steps
-        at = self.step if step is None else step
-        if at not in self.schedule.steps:
-            first = f" from {self.schedule.begin} on" if self.schedule.begin else ""
-            first += f" up to {self.schedule.end}, where another model takes over," if self.schedule.end is not None else ""
-            way = (
-                "with pab.generation(model, num_steps=...):"
-                if self.scheduler is None
-                else "set_timesteps on the scheduler of an enabled pipeline; pab.enable every pipeline that shares the model; copies of a "
-                "scheduler are not followed"
-            )
-            raise RuntimeError(
-                f"the plan has {self.schedule.num_steps} steps{first} and this call would be step {at}; begin a further generation: {way}"
-            )
-        if at != self.step:
-            self._called.clear()
-            self.step = at
-        order = self._called.get(label, 0)
-        self._called[label] = order + 1
-        key = f"{label}#{order}" if order or not label else label
-        if key not in self.contexts:
-            self.contexts[key] = Context(key, self.meter, timed=self.timed)
-        return Call(self, self.contexts[key], self.step)
+        with self.lock:
+            if self.plan is None:
+                self.start()
+            moment = self.timesteps.moment(inputs.timestep) if self.scheduler is not None and not self.steps_seen else None
+            if not self.contexts:
+                self._in_schedule = bool(self.timesteps.places(moment))
+            label = label_of(name)
+            if step is None and self._begins_step(label, inputs.timestep, moment):
+                ahead = [i for i in self.timesteps.places(moment) if i > self.step]
+                self.advance(ahead[0] if ahead else None)
+            self._timestep = inputs.timestep, moment
+            at = self.step if step is None else step
+            if at not in self.schedule.steps:
+                if self.scheduler is not None and step is None:
+                    self.end()
+                    return None
+                raise RuntimeError(self._beyond(at))
+            if at != self.step:
+                self._called.clear()
+                self._entered.clear()
+                self.step = at
+            key = self._context_of(label, inputs)
+            self._called[label] = self._called.get(label, 0) + 1
+            self._entered.add(key)
+            if key not in self.contexts:
+                self.contexts[key] = Context(key, self.meter, timed=self.timed)
+            return Call(self, self.contexts[key], self.step)
 
-    def advance(self) -> None:
-        """End the step; after the last one every slot is let go."""
-        self.step += 1
-        self._called.clear()
-        if self.used_up:
-            self.release()
+    def _begins_step(self, label: str, timestep: Any, moment: Moment | None) -> bool:
+        """Whether a call is the first of a further step, which no `step` of a scheduler has told."""
+        if not self._called:
+            return False
+        if label in self._called and (self.scheduler is None or label):
+            return True  # where a scheduler is followed, copies of it step
+        if self.scheduler is None or self.steps_seen:
+            return False
+        last, before = self._timestep
+        if moment is not None and before is not None:
+            return moment.value != before.value
+        if label or timestep is last or not isinstance(timestep, torch.Tensor) or timestep.is_meta:
+            return False
+        if self._branches is None:  # not known to the host: it waits once, for the first further call
+            now, then = (self.timesteps.moment(t, wait=True) for t in (timestep, last))
+            if now is None or then is None or now.value == then.value:
+                return False
+            self._branches = sum(self._called.values())
+        return sum(self._called.values()) >= self._branches
+
+    def _context_of(self, label: str, inputs: Inputs) -> str:
+        """Key of the context of a call. Calls without names go by their order, unless the prompt says otherwise."""
+        order = self._called.get(label, 0)
+        if label:
+            return f"{label}#{order}" if order else label
+        key = f"#{order}"
+        if key in self._entered or (key in self.contexts and not self.contexts[key].continues(inputs)):
+            free = [k for k in self.contexts if k.startswith("#") and k not in self._entered]
+            known = [k for k in free if self.contexts[k].holds(inputs)]
+            if known:
+                return known[0]
+            if key in self._entered:
+                key = next(f"#{i}" for i in range(len(self.contexts) + 1) if f"#{i}" not in self._entered)
+        if order >= MOST_UNNAMED:
+            raise RuntimeError(
+                f"{order + 1} calls came in one step of the schedule; calls of up to {MOST_UNNAMED} branches without names are supported: "
+                'name the calls, `with pab.context(model, "cond"):`, or the step, `pab.context(model, "cond", step=i)`'
+            )
+        return key
+
+    def _beyond(self, at: int) -> str:
+        first = f" from {self.schedule.begin} on" if self.schedule.begin else ""
+        first += f" up to {self.schedule.end}, where another model takes over," if self.schedule.end is not None else ""
+        return (
+            f"the plan has {self.schedule.num_steps} steps{first} and this call would be step {at}; begin a further generation: "
+            "with pab.generation(model, num_steps=...):, or, where a step has several calls, name the calls: "
+            'with pab.context(model, "cond"):'
+        )
+
+    # Its steps, and its end
+
+    def advance(self, to: int | None = None) -> None:
+        """End the step; after the last one every slot is released.
+
+        Args:
+            to: the step that begins; default the next one.
+        """
+        with self.lock:
+            self.step = self.step + 1 if to is None else to
+            self._called.clear()
+            self._entered.clear()
+            if self.used_up:
+                self._finish()
+                if self.scheduler is not None:  # on a bare model a call too many is an error
+                    self.over = True
+
+    def stepped(self) -> None:
+        """Its scheduler has stepped."""
+        with self.lock:
+            self.steps_seen += 1
+            if self.started:
+                self.advance()
+            elif self.steps_seen >= self.schedule.steps.stop:
+                self.end()
+
+    def end(self) -> None:
+        """Release everything: no call belongs to it any more."""
+        with self.lock:
+            self.over = True
+            self._finish()
+
+    def abort(self) -> None:
+        """End it because of an error."""
+        self.failed = True
+        self.end()
+
+    def _finish(self) -> None:
+        self.release()
+        at_end, self.at_end = self.at_end, None
+        if at_end is not None:
+            at_end(self)
 
     def release(self) -> None:
-        """Let go of every slot."""
-        for context in self.contexts.values():
+        """Release every slot."""
+        for context in tuple(self.contexts.values()):
             context.arena.clear()
+
+    @property
+    def reuses_planned(self) -> bool:
+        """Whether the plan had a reuse at the steps that were taken."""
+        plan = self.plan
+        if plan is None:
+            return False
+        taken = range(min(self.step, self.schedule.steps.stop - 1) + 1 - self.schedule.begin)
+        return any(row[i].action is Action.REUSE for row in set(plan.rows.values()) for i in taken if i < len(row))
 
     def costs(self, model: nn.Module, calls: Set[Arguments | None]) -> dict[Arguments | None, CallCosts] | None:
         """What calls with these arguments cost without PAB; None where that of any is not known."""
@@ -387,3 +529,8 @@ class Generation:
         if key not in self._weights:
             self._weights[key] = torch.full((), value, dtype=torch.float32, device=device)  # a fill: nothing is copied from the host
         return self._weights[key]
+
+
+def label_of(name: str | None) -> str:
+    """The name of a context as its key has it: a single # parts a name from the order of the call."""
+    return (name or "").replace("#", "##")

@@ -55,7 +55,7 @@ class Graph:
 
 
 class Graphs:
-    """The graphs of one model in one thread, under one config.
+    """The graphs of one model under one config, for one generation at a time.
 
     Args:
         model: the model.
@@ -65,6 +65,7 @@ class Graphs:
     def __init__(self, model: nn.Module, config: PABConfig) -> None:
         self.config = config
         self._name = type(model).__name__
+        self._user: weakref.ref[Generation] | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -74,6 +75,16 @@ class Graphs:
         self._capture: Capture | None = None
         self._state: State | None = None
         self._seen: weakref.ref[Generation] | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether the generation that took them last has no further call: slots lie where the next one's will."""
+        user = None if self._user is None else self._user()
+        return user is None or user.over or user.used_up
+
+    def take(self, generation: Generation) -> None:
+        """Be used by `generation` from now on."""
+        self._user = weakref.ref(generation)
 
     def __len__(self) -> int:
         return len(self._graphs)

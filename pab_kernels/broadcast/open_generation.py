@@ -78,19 +78,19 @@ class OpenGeneration(Generation):
     def __init__(self, config: PABConfig, sublayers: Sequence[Sublayer], clock: Callable[[], Any], *, timed: bool = False) -> None:
         super().__init__(config, sublayers, num_steps=sys.maxsize, timed=timed)
         self._clock = clock
-        self._plan = OpenPlan(config, Schedule(sys.maxsize), self.sublayers).at(self._timestep())
+        self._plan = OpenPlan(config, Schedule(sys.maxsize), self.sublayers).at(self._asked())
         self.plan = self._plan
 
-    def _timestep(self) -> float:
+    def _asked(self) -> float:
         given = self._clock()
         try:
             return float(given)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"current_timestep_callback must give the timestep, one number; it gave {given!r}") from None
 
-    def advance(self) -> None:
+    def advance(self, to: int | None = None) -> None:
         """A further step begins, or another generation."""
-        before, now = self._plan.timestep, self._timestep()
+        before, now = self._plan.timestep, self._asked()
         super().advance()
         if now > before:
             self.release()

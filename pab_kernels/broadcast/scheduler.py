@@ -1,4 +1,4 @@
-"""Following a diffusers scheduler: `set_timesteps` begins a generation, `step` ends a step; and the models that it serves."""
+"""Following a diffusers scheduler: `set_timesteps` begins a generation, `step` ends a step."""
 
 from __future__ import annotations
 
@@ -6,65 +6,42 @@ import weakref
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
-from .attach import Attached
-from .schedule import Schedule
+from .attach import PREFIX, Attached
+from .timesteps import Timesteps
 
-DENOISERS = ("transformer", "transformer_2", "unconditional_transformer")
-"""Names of what a pipeline may call at the steps of its scheduler."""
-
-
-def denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """The models that a pipeline calls at the steps of its scheduler, by name; a compiled one is the model in it."""
-    held = {name: getattr(pipe, name, None) for name in DENOISERS}
-    return {name: getattr(model, "_orig_mod", model) for name, model in held.items() if isinstance(model, nn.Module)}
-
-
-def left_at(pipe: Any, model: nn.Module) -> int:
-    """The step of a pipeline's schedule from which it no longer calls `model`; the number of steps where it calls it to the end.
-
-    A pipeline with a `boundary_ratio` calls `transformer` at the timesteps from `boundary_ratio * num_train_timesteps` up, and
-    `transformer_2` below (Wan 2.2: an expert for much noise and one for little).
-    """
-    timesteps, models = pipe.scheduler.timesteps, denoisers(pipe)
-    ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
-    if ratio is None or "transformer_2" not in models or models.get("transformer") is not model:
-        return len(timesteps)
-    own = (timesteps >= ratio * pipe.scheduler.config.num_train_timesteps).tolist()
-    return len(own) - [*reversed(own)].index(True) if any(own) else 0
+_WATCH = f"{PREFIX}watch"
+"""Attribute that a scheduler has while it is followed."""
 
 
 def has_begun(scheduler: Any) -> bool:
-    """Whether `set_timesteps` was called; the timesteps that a new scheduler has are those of training."""
-    return getattr(scheduler, "num_inference_steps", None) is not None
+    """Whether `set_timesteps` was called, and steps are left; the timesteps that a new scheduler has are those of training."""
+    index = getattr(scheduler, "step_index", None)
+    return getattr(scheduler, "num_inference_steps", None) is not None and (index is None or index < len(scheduler.timesteps))
 
 
-def entered_at(scheduler: Any, schedule: Schedule, timestep: Any) -> int:
-    """The step of the full schedule at which the model is called first, with this timestep."""
+def entered_at(scheduler: Any, timesteps: Timesteps, timestep: Any) -> int | None:
+    """The step of the full schedule at which the model is called first, with this timestep; None where that is not known."""
     for name in ("step_index", "begin_index"):
         index = getattr(scheduler, name, None)
         if index is not None:
             return int(index)
-    timesteps = schedule.timesteps or ()
-    if isinstance(timestep, torch.Tensor):
-        if timestep.is_meta:
-            return 0
-        timesteps = tuple(torch.tensor(timesteps, dtype=torch.float64).to(timestep.dtype).tolist())
-        timestep = float(timestep.flatten()[0])  # the one read of a timestep to the host in a generation
-    places = [i for i, t in enumerate(timesteps) if t == timestep]
+    places = timesteps.places(timesteps.moment(timestep, wait=True))  # the one read of a timestep to the host in a generation
     # Schedulers of second order have timesteps twice, and take a run that is entered at one to be entered at its second place.
-    return places[min(len(places) - 1, int(hasattr(scheduler, "index_for_timestep")))] if places else 0
+    return places[min(len(places) - 1, int(hasattr(scheduler, "index_for_timestep")))] if places else None
 
 
 class Listener(Protocol):
-    """Who is told."""
+    """Receives the events of schedulers."""
 
     def scheduler_begins(self, scheduler: Any) -> None:
         """`set_timesteps` was called."""
 
     def scheduler_steps(self, scheduler: Any) -> None:
         """`step` was called."""
+
+    def scheduler_failed(self, scheduler: Any) -> None:
+        """`step` or `set_timesteps` raised an error."""
 
 
 class Follower:
@@ -74,56 +51,86 @@ class Follower:
         self._listener = weakref.ref(listener)
 
     def scheduler_begins(self, scheduler: Any) -> None:
-        """`set_timesteps` was called."""
+        """See `Listener`."""
         listener = self._listener()
         if listener is not None:
             listener.scheduler_begins(scheduler)
 
     def scheduler_steps(self, scheduler: Any) -> None:
-        """`step` was called."""
+        """See `Listener`."""
         listener = self._listener()
         if listener is not None:
             listener.scheduler_steps(scheduler)
 
+    def scheduler_failed(self, scheduler: Any) -> None:
+        """See `Listener`."""
+        listener = self._listener()
+        if listener is not None:
+            listener.scheduler_failed(scheduler)
+
 
 class SchedulerWatch:
-    """The listeners of one scheduler; its methods are attached while there is at least one."""
+    """The listeners of one scheduler; its methods are replaced while there is at least one."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        self._listeners: list[Listener] = []
-        self._attached: list[Attached] = []
+        self.listeners: list[Listener] = []
+        self.spent: weakref.ref[torch.Tensor] | None = None
+        """The timesteps of which a run was at its end."""
+        self._attached = [Attached(scheduler, "set_timesteps", self._set_timesteps), Attached(scheduler, "step", self._step)]
 
     @classmethod
     def add(cls, scheduler: Any, listener: Listener) -> SchedulerWatch:
         """Tell `listener` of `scheduler`; one watch serves all listeners of a scheduler."""
-        held = vars(scheduler).get("step")
-        replacement = held.replacement if isinstance(held, Attached) else None
-        watch = getattr(replacement, "__self__", None)
-        if not isinstance(watch, cls):
+        watch = getattr(scheduler, "__dict__", {}).get(_WATCH)
+        if not isinstance(watch, cls) or watch.scheduler is not scheduler:
             watch = cls(scheduler)
-            watch._attached = [
-                Attached(scheduler, "set_timesteps", watch._set_timesteps),
-                Attached(scheduler, "step", watch._step),
-            ]
-        watch._listeners.append(listener)
+            vars(scheduler)[_WATCH] = watch
+            for attached in watch._attached:
+                attached.attach()
+        watch.listeners.append(listener)
         return watch
 
     def remove(self, listener: Listener) -> None:
         """Tell `listener` no more; without listeners the scheduler is given back."""
-        self._listeners.remove(listener)
-        if not self._listeners:
+        if listener in self.listeners:
+            self.listeners.remove(listener)
+        if not self.listeners:
             for attached in self._attached:
                 attached.detach()
+            vars(self.scheduler).pop(_WATCH, None)
+
+    def attach_again(self) -> None:
+        """Replace methods again that somebody has replaced since."""
+        for attached in self._attached:
+            attached.attach_again()
+
+    def spend(self, timesteps: torch.Tensor | None) -> None:
+        """A run on `timesteps` is at its end: no other one begins on them."""
+        self.spent = None if timesteps is None else weakref.ref(timesteps)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether a run on the timesteps that are set was at its end."""
+        return self.spent is not None and self.spent() is self.scheduler.timesteps
 
     def _set_timesteps(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        for listener in tuple(self._listeners):
+        result = self._told(original, args, kwargs)
+        self.spent = None
+        for listener in tuple(self.listeners):
             listener.scheduler_begins(self.scheduler)
         return result
 
     def _step(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        for listener in tuple(self._listeners):
+        result = self._told(original, args, kwargs)
+        for listener in tuple(self.listeners):
             listener.scheduler_steps(self.scheduler)
         return result
+
+    def _told(self, original: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except BaseException:
+            for listener in tuple(self.listeners):
+                listener.scheduler_failed(self.scheduler)
+            raise

@@ -25,9 +25,9 @@ class Summary:
         contexts: by context and kind, how often sublayers ran, and what they cost.
         flops: of the model, with PAB; 0 where they are not known (of several: those of one), which the log says.
         flops_without: of the same calls with nothing reused.
-        cache_bytes: bytes of slots held now.
+        cache_bytes: bytes of slots held now, by all generations of the model.
         peak_cache_bytes: the most that were held.
-        plain_calls: calls of the model without PAB, because gradients were recorded.
+        plain_calls: calls of the model without PAB since that generation began: gradients were recorded, or they were outside of the run.
         rest_seconds: of the model outside of its sublayers; None where seconds were not asked for.
         graphs: CUDA graphs that are there now, of this generation and those before; None where they were not asked for.
         graph_bytes: of device memory that they keep: places of slots, inputs, and what the captured work writes.
@@ -81,7 +81,7 @@ class Summary:
         if self.graphs is not None and self.graph_bytes is not None:
             lines.append(f"{self.graphs} CUDA graphs, {self.graph_bytes / 2**20:.1f} MiB")
         if self.plain_calls:
-            lines.append(f"{self.plain_calls} calls ran plainly because gradients were recorded")
+            lines.append(f"{self.plain_calls} calls ran plainly: gradients were recorded, or they belonged to no sampling run")
         return "\n".join(lines)
 
     def _table(self, title: str, kinds: dict[str, Tally]) -> list[str]:

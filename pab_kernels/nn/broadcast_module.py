@@ -45,16 +45,16 @@ class BroadcastModule(nn.Module):
         self.register_load_state_dict_pre_hook(_restore)
 
     def join(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Membership:
-        """Follow `broadcaster` until the membership is detached."""
-        self._member = Membership(self, broadcaster, sublayer)
-        return self._member
+        """The tie to `broadcaster`, which holds from its `attach` to its `detach`."""
+        return Membership(self, broadcaster, sublayer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, computed or broadcast."""
-        call = None if self._member is None else self._member.broadcaster.call
-        if call is None or self._member is None:
+        member = self._member
+        call = None if member is None or member.module is not self else member.broadcaster.call  # a shallow copy has the member too
+        if call is None or member is None:
             return self.module(*args, **kwargs)
-        return broadcast_output(call, self._member.sublayer, self.module, args, kwargs)
+        return broadcast_output(call, member.sublayer, self.module, args, kwargs)
 
 
 class Membership:
@@ -67,6 +67,10 @@ class Membership:
 
     def __reduce__(self) -> Any:
         return (type(None), ())  # a copy of the model is a plain model
+
+    def attach(self) -> None:
+        """Run under the broadcaster."""
+        self.module._member = self
 
     def detach(self) -> None:
         """Be the wrapped module again."""

@@ -90,10 +90,6 @@ def test_an_error_in_the_middle_leaves_nothing_for_the_next_run(fail: Callable[[
     undo()
     handle.remove()
     assert tensors, "slots were held when it failed"
-    if fail is fail_in_a_block:
-        assert pab.summary(pipe).cache_bytes == 0  # elsewhere nobody tells PAB before the next run
-        assert_freed(tensors)
-    pipe.scheduler.set_timesteps(8)
     assert pab.summary(pipe).cache_bytes == 0
     assert_freed(tensors)
     assert torch.equal(sample(pipe, 8), clean)
@@ -109,8 +105,8 @@ def test_an_error_on_a_bare_model_lets_go_of_every_slot() -> None:
         raise OnPurpose
     assert pab.summary(model).cache_bytes == 0
     assert_freed(tensors)
-    with pytest.raises(RuntimeError, match="no generation has begun"):
-        model(**inputs())
+    model(**inputs())
+    assert pab.summary(model).plain_calls == 1
 
 
 def test_an_interrupted_pipeline_holds_nothing_afterwards() -> None:
@@ -145,14 +141,15 @@ def test_a_new_generation_frees_the_old_one() -> None:
     pab.enable(model, CONFIG, num_steps=8)
     model(**inputs())
     tensors = held(model)
+    pab.enable(model, num_steps=8)
+    assert pab.summary(model).cache_bytes == 0
+    assert_freed(tensors)
     with pab.generation(model, num_steps=2):
-        assert_freed(tensors)
         model(**inputs())
         tensors = held(model)
         assert pab.summary(model).cache_bytes > 0
     assert pab.summary(model).cache_bytes == 0
     assert_freed(tensors)
-    pab.enable(model, num_steps=8)
     model(**inputs())
     tensors = held(model)
     pab.disable(model)

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pab_kernels as pab
@@ -261,7 +262,7 @@ def test_floats_do_not_part_arguments_and_everything_else_does() -> None:
     x = torch.ones(2, 3)
 
     def of(*args: Any, **kwargs: Any) -> Any:
-        return Arguments.of(args, kwargs)
+        return Arguments.of(*pytree.tree_flatten((args, kwargs)))
 
     assert of(x, t=0.5) == of(x + 1, t=0.7) and hash(of(x, t=0.5)) == hash(of(x + 1, t=0.7))
     others = [of(x[:1], t=0.5), of(x.double(), t=0.5), of(x, t=1), of(x, s=0.5), of((x,), t=0.5), of(x, 0.5), of(x, t=None), of(x, t=True)]

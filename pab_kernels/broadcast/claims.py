@@ -1,0 +1,68 @@
+"""Whose call it is: which of several generations a call of the model belongs to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from .generation import Generation, label_of
+from .inputs import Inputs
+from .request import begun_here
+
+
+def whose(
+    candidates: Sequence[Generation], name: str | None, inputs: Inputs, holders: Callable[[Generation], Sequence[Any]]
+) -> Generation | None:
+    """The generation among `candidates` that a call belongs to; None where it can be none of theirs.
+
+    1. the timestep: a call at another one than a generation's next is not its own
+    2. the tensors that stay from step to step: a generation is known by those of its last call
+    3. before its first call, a generation belongs to the thread or task that began it
+    4. the functions that are running: one of them holds the pipeline, or the scheduler
+
+    Args:
+        candidates: generations that go on.
+        name: of the call's context, or None.
+        inputs: of the call.
+        holders: the pipelines and the scheduler of a generation.
+
+    Raises:
+        RuntimeError: more than one can claim the call, and nothing tells them apart.
+    """
+    label = label_of(name)
+    claims = {id(g): g.claims(inputs.timestep, label) for g in candidates}
+    left = [g for g in candidates if claims[id(g)] is not False]
+    if len(left) > 1:
+        left = [g for g in left if claims[id(g)]] or left
+    if len(left) > 1 and all(g.started for g in left):
+        left = [g for g in left if g.recognises(label, inputs)] or left
+    if len(left) > 1:
+        begun = list(begun_here())
+        left = [g for g in left if not g.started and any(g is other for other in begun)] or left
+    if len(left) < 2:
+        return left[0] if left else None
+    for values in _locals_of_callers():
+        found = [g for g in left if any(value is holder for value in values for holder in holders(g))]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            break
+    steps = ", ".join(str(g.step) for g in left)
+    raise RuntimeError(
+        f"{len(left)} sampling runs on this model go on (at steps {steps}), and nothing tells which one this call belongs to; give each "
+        "run a request of its own: request = pab.generation(model, num_steps=...), and call the model inside `with request:`. If one was "
+        "left half way, pab.release(pipe) ends it"
+    )
+
+
+def _locals_of_callers() -> Iterator[list[Any]]:
+    """The local variables of the functions that are running, the innermost first."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_locals is not frame.f_globals and not frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+            yield list(frame.f_locals.values())
+        frame = frame.f_back
+
+
+_PACKAGE = __name__.partition(".")[0]

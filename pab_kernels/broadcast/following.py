@@ -1,0 +1,147 @@
+"""The pipelines of one model, and the schedulers that they hold."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .generation import Generation
+from .pipeline import PipeListener, PipeWatch, compiled, denoisers, holds, left_at
+from .scheduler import Follower, Listener, SchedulerWatch, has_begun
+
+
+class Following:
+    """Which pipelines call a model, and whose schedulers are followed for it.
+
+    Args:
+        listener: receives their events.
+        model: the DiT.
+    """
+
+    def __init__(self, listener: Any, model: nn.Module) -> None:
+        self._listener: Listener | PipeListener = listener
+        self._model = weakref.ref(model)
+        self._follower = Follower(listener)
+        self._pipes: list[weakref.ref[Any]] = []
+        self._watches: list[SchedulerWatch] = []
+        self._lock = threading.Lock()
+
+    @property
+    def pipes(self) -> list[Any]:
+        """The pipelines that are there."""
+        return [pipe for ref in self._pipes if (pipe := ref()) is not None]
+
+    def has(self, pipe: Any) -> bool:
+        """Whether `pipe` is one of them."""
+        return any(pipe is other for other in self.pipes)
+
+    def add(self, pipe: Any) -> None:
+        """Follow the scheduler that `pipe` holds, now and whenever it holds another."""
+        model = self._model()
+        assert model is not None
+        self._pipes = [ref for ref in self._pipes if ref() is not None and ref() is not pipe] + [weakref.ref(pipe)]
+        PipeWatch.add(pipe, model, self._listener)  # type: ignore[arg-type]
+        self.follow()
+
+    def remove(self, pipe: Any) -> None:
+        """Follow the scheduler of `pipe` no more, unless another pipeline holds it too."""
+        self._pipes = [ref for ref in self._pipes if ref() is not pipe]
+        model = self._model()
+        if model is not None:
+            PipeWatch.remove(pipe, model)
+        with self._lock:
+            self._leave(self._held())
+
+    def close(self) -> None:
+        """Follow nothing any more."""
+        for pipe in self.pipes:
+            self.remove(pipe)
+        with self._lock:
+            self._leave([])
+
+    def _held(self) -> list[Any]:
+        return [pipe.scheduler for pipe in self.pipes]
+
+    def holds(self, scheduler: Any) -> bool:
+        """Whether one of the pipelines holds `scheduler`."""
+        return any(pipe.scheduler is scheduler for pipe in self.pipes)
+
+    def holders(self, generation: Generation) -> list[Any]:
+        """The scheduler of a generation, and the pipelines that hold it."""
+        scheduler = generation.scheduler
+        return [] if scheduler is None else [scheduler, *(pipe for pipe in self.pipes if pipe.scheduler is scheduler)]
+
+    def follow(self) -> None:
+        """Follow the schedulers that the pipelines hold now, and no others."""
+        held = self._held()
+        if len(held) == len(self._watches) and all(w.scheduler is s for w, s in zip(self._watches, held, strict=True)):
+            return
+        with self._lock:
+            for scheduler in held:
+                if not any(watch.scheduler is scheduler for watch in self._watches):
+                    self._watches.append(SchedulerWatch.add(scheduler, self._follower))
+            self._leave(held)
+
+    def _leave(self, held: Sequence[Any]) -> None:
+        for watch in list(self._watches):
+            if not any(watch.scheduler is scheduler for scheduler in held):
+                watch.remove(self._follower)
+                self._watches.remove(watch)
+
+    def _watch(self, scheduler: Any) -> SchedulerWatch | None:
+        return next((watch for watch in self._watches if watch.scheduler is scheduler), None)
+
+    def begun(self, besides: Sequence[Any]) -> list[Any]:
+        """Schedulers whose timesteps were set while nobody followed them and that have steps left, besides some."""
+        others = [watch for watch in self._watches if not any(watch.scheduler is scheduler for scheduler in besides)]
+        return [watch.scheduler for watch in others if has_begun(watch.scheduler) and not watch.is_spent]
+
+    def spend(self, generation: Generation) -> None:
+        """The run of `generation` is at its end, and none begins on its scheduler's timesteps but after `set_timesteps`."""
+        watch = self._watch(generation.scheduler)
+        if watch is not None:
+            watch.spend(generation.timesteps.table)
+
+    def only(self, scheduler: Any) -> bool:
+        """Whether the steps of `scheduler` are those of this model alone."""
+        watch = self._watch(scheduler)
+        pipes = [pipe for pipe in self.pipes if pipe.scheduler is scheduler]
+        return watch is not None and len(watch.listeners) == 1 and all(len(denoisers(pipe)) == 1 for pipe in pipes)
+
+    def left_at(self, scheduler: Any) -> int | None:
+        """The step at which another model takes over on every pipeline that holds `scheduler`, or None."""
+        model, pipes = self._model(), [pipe for pipe in self.pipes if pipe.scheduler is scheduler]
+        end = max((left_at(pipe, model) for pipe in pipes if model is not None), default=0)
+        return end if 0 < end < len(scheduler.timesteps) else None
+
+    def still_called(self, scheduler: Any, enclose: Callable[[nn.Module], None], warn: Callable[[str], None]) -> bool:
+        """Whether a pipeline that holds `scheduler` still calls the model; one that was compiled since is enclosed, another one told of.
+
+        Args:
+            scheduler: whose timesteps were set.
+            enclose: takes what `torch.compile` made of the model.
+            warn: takes a line about a pipeline that calls another model.
+        """
+        model, watch = self._model(), self._watch(scheduler)
+        if model is None or watch is None:
+            return False
+        watch.attach_again()
+        found = False
+        for pipe in self.pipes:
+            if pipe.scheduler is not scheduler:
+                continue
+            if not holds(pipe, model):
+                warn(
+                    f"{type(pipe).__name__} calls another model than the {type(model).__name__} that PAB was enabled on, and nothing is "
+                    "reused in it; call pab.enable(pipe) again"
+                )
+                continue
+            found = True
+            outer = compiled(pipe, model)
+            if outer is not None:
+                enclose(outer)
+        return found

@@ -1,0 +1,103 @@
+"""The arguments of a model's `forward`: where the timestep is among them, the latents, and everything that stays from step to step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .costs import Arguments
+from .slots import Key
+
+TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas")
+"""Names of the argument that holds the timestep."""
+
+
+class Signature:
+    """Names of the arguments of a model's `forward`, looked for in the models that wrappers (PEFT, DDP, FSDP) pass theirs on to.
+
+    Args:
+        model: the DiT, or what wraps it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        names = _names(model)
+        self._first = names[0] if names else None
+        self._place = next((names.index(name) for name in TIMESTEPS if name in names), None)
+
+    def timestep(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The timestep of a call, or None."""
+        for name in TIMESTEPS:
+            if kwargs.get(name) is not None:
+                return kwargs[name]
+        return args[self._place] if self._place is not None and self._place < len(args) else None
+
+    def latents(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The first argument, by its place or its name."""
+        return args[0] if args else kwargs.get(self._first or "")
+
+
+def _names(model: nn.Module) -> list[str]:
+    for module in model.modules():  # a wrapper before what it wraps
+        parameters = inspect.signature(module.forward).parameters.values()
+        names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if names:
+            return names
+    return []
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call.
+
+    Args:
+        args, kwargs: as they were given.
+        latents: the argument that holds them.
+        timestep: the argument that holds it.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    latents: Any
+    timestep: Any
+
+    @cached_property
+    def _flat(self) -> tuple[list[Any], pytree.TreeSpec]:
+        return pytree.tree_flatten((self.args, dict(self.kwargs)))
+
+    @cached_property
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors among the arguments, those in lists and dicts too."""
+        return [leaf for leaf in self._flat[0] if isinstance(leaf, torch.Tensor)]
+
+    @cached_property
+    def steady(self) -> list[torch.Tensor]:
+        """The tensors that may stay the same from step to step: all but the latents and the timestep."""
+        latents = self.latents
+        moving = [latents] if isinstance(latents, torch.Tensor) else pytree.tree_leaves(latents)
+        moving.append(self.timestep)
+        return [t for t in self.tensors if not any(t is m for m in moving)]
+
+    @cached_property
+    def looks(self) -> tuple[Any, ...]:
+        """Shapes, dtypes and devices of all tensors, and the flags: what says which work is asked for."""
+        flags = [(name, value) for name, value in self.kwargs.items() if isinstance(value, (bool, str))]
+        return (*map(Key.of, self.tensors), *flags)
+
+    @property
+    def arguments(self) -> Arguments | None:
+        """What calls with such arguments cost is kept by this."""
+        return Arguments.of(*self._flat)
+
+    def name_of(self, tensor: torch.Tensor) -> str:
+        """The name of a tensor among the arguments."""
+        for path, leaf in pytree.tree_flatten_with_path((self.args, dict(self.kwargs)))[0]:
+            if leaf is tensor:
+                return pytree.keystr(path[1:]).strip("[]'")
+        return "an argument"

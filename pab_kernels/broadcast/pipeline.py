@@ -1,0 +1,142 @@
+"""Pipelines: the models that they call at the steps of their scheduler, and the end of a run that failed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import nn
+
+from .attach import PREFIX, Attached
+
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer")
+"""Names of what a pipeline may call at the steps of its scheduler."""
+
+_WATCH = f"{PREFIX}watch"
+"""Attribute that a pipeline has while PAB is enabled on it."""
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The models that a pipeline calls at the steps of its scheduler, by name; a compiled one is the model in it."""
+    held = {name: getattr(pipe, name, None) for name in DENOISERS}
+    return {name: getattr(model, "_orig_mod", model) for name, model in held.items() if isinstance(model, nn.Module)}
+
+
+def holds(pipe: Any, model: nn.Module) -> bool:
+    """Whether a pipeline calls `model`, or something around it."""
+    return any(model is m for held in denoisers(pipe).values() for m in held.modules())
+
+
+def compiled(pipe: Any, model: nn.Module) -> nn.Module | None:
+    """What `torch.compile` made of `model`, where a pipeline holds that."""
+    held = (getattr(pipe, name, None) for name in DENOISERS)
+    return next((m for m in held if isinstance(m, nn.Module) and m is not model and getattr(m, "_orig_mod", None) is model), None)
+
+
+def left_at(pipe: Any, model: nn.Module) -> int:
+    """The step of a pipeline's schedule from which it no longer calls `model`; the number of steps where it calls it to the end.
+
+    A pipeline with a `boundary_ratio` calls `transformer` at the timesteps from `boundary_ratio * num_train_timesteps` up, and
+    `transformer_2` below (Wan 2.2: an expert for much noise and one for little).
+    """
+    timesteps, models = pipe.scheduler.timesteps, denoisers(pipe)
+    ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+    if ratio is None or "transformer_2" not in models or models.get("transformer") is not model:
+        return len(timesteps)
+    own = (timesteps >= ratio * pipe.scheduler.config.num_train_timesteps).tolist()
+    return len(own) - [*reversed(own)].index(True) if any(own) else 0
+
+
+class PipeListener(Protocol):
+    """Receives the events of pipelines."""
+
+    def pipe_failed(self, pipe: Any) -> None:
+        """The loop over the steps was left by an error."""
+
+
+class PipeWatch:
+    """The models on which PAB is enabled by way of one pipeline. A run that is left by an error within its progress bar is noticed.
+
+    Args:
+        pipe: the pipeline.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = weakref.ref(pipe)
+        self._listeners: dict[int, tuple[weakref.ref[nn.Module], weakref.ref[Any]]] = {}
+        self._attached = [Attached(pipe, "progress_bar", self._progress_bar)] if callable(getattr(pipe, "progress_bar", None)) else []
+
+    @classmethod
+    def of(cls, pipe: Any) -> PipeWatch | None:
+        """The watch of a pipeline, if it has one."""
+        watch = getattr(pipe, "__dict__", {}).get(_WATCH)
+        return watch if isinstance(watch, cls) and watch.pipe() is pipe else None  # a copy of the pipeline may hold it too
+
+    @classmethod
+    def add(cls, pipe: Any, model: nn.Module, listener: PipeListener) -> None:
+        """Tell `listener`, which is that of `model`, of failed runs of `pipe`."""
+        watch = cls.of(pipe)
+        if watch is None:
+            watch = cls(pipe)
+            vars(pipe)[_WATCH] = watch
+            for attached in watch._attached:
+                attached.attach()
+        watch._listeners[id(model)] = weakref.ref(model), weakref.ref(listener)
+
+    @classmethod
+    def remove(cls, pipe: Any, model: nn.Module) -> None:
+        """Take a model off; without models the pipeline is given back."""
+        watch = cls.of(pipe)
+        if watch is None:
+            return
+        watch._listeners.pop(id(model), None)
+        if not watch.models():
+            for attached in watch._attached:
+                attached.detach()
+            del vars(pipe)[_WATCH]
+
+    def models(self) -> list[nn.Module]:
+        """The models that are there."""
+        return [model for ref, _ in self._listeners.values() if (model := ref()) is not None]
+
+    def failed(self) -> None:
+        """A run was left by an error."""
+        pipe = self.pipe()
+        for _, ref in tuple(self._listeners.values()):
+            listener = ref()
+            if listener is not None and pipe is not None:
+                listener.pipe_failed(pipe)
+
+    def _progress_bar(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        return _Bar(original(*args, **kwargs), self)
+
+
+class _Bar:
+    """A progress bar, and what is around the steps of a run."""
+
+    def __init__(self, bar: Any, watch: PipeWatch) -> None:
+        self._bar, self._watch = bar, watch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
+
+    def __enter__(self) -> Any:
+        return self._bar.__enter__()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
+        if kind is not None:
+            self._watch.failed()
+        return self._bar.__exit__(kind, error, trace)
+
+    def __len__(self) -> int:
+        return len(self._bar)
+
+    def __iter__(self) -> Iterator[Any]:
+        whole = False
+        try:
+            yield from self._bar
+            whole = True
+        finally:
+            if not whole:
+                self._watch.failed()

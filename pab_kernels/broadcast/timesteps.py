@@ -1,0 +1,95 @@
+"""Where a call stands in its generation's schedule, told by its timestep without waiting for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The timestep of a call, as far as the host knows it.
+
+    Args:
+        value: its largest element: frames and tokens that are given are clean, at timestep 0.
+        dtype: that it was rounded to; None for a number.
+        single: whether it is one number for all rows and tokens.
+    """
+
+    value: float
+    dtype: torch.dtype | None = None
+    single: bool = True
+
+
+class Timesteps:
+    """The timesteps of a schedule.
+
+    Args:
+        host: as numbers, or None where only their count is known.
+        table: the scheduler's own tensor of them, of which loops pass views.
+    """
+
+    def __init__(self, host: Sequence[float] | None, table: Any = None) -> None:
+        self._host = host
+        self.table = table if isinstance(table, torch.Tensor) and not table.is_meta else None
+        self._rounded = cache(self._round)
+
+    def moment(self, timestep: Any, *, wait: bool = False) -> Moment | None:
+        """The moment of a call with this timestep; None where it is not known.
+
+        Known are numbers, tensors in the host's memory, and views of the scheduler's timesteps wherever they are.
+
+        Args:
+            timestep: number or tensor of any shape.
+            wait: whether the host may wait for the device to read it.
+        """
+        if isinstance(timestep, (int, float)):
+            return Moment(float(timestep))
+        if not isinstance(timestep, torch.Tensor) or timestep.is_meta or not timestep.numel():
+            return None
+        single = timestep.numel() == 1 or not any(timestep.stride())
+        if not (wait or _on_host(timestep)):
+            place = self._place_in_table(timestep) if single else None
+            return None if place is None else Moment(self._host[place], timestep.dtype)  # type: ignore[index]
+        with torch.no_grad():
+            value = timestep.item() if timestep.numel() == 1 else timestep.amax().item()
+            single = single or value == timestep.amin().item()
+        return Moment(float(value), timestep.dtype, single)
+
+    def _place_in_table(self, timestep: torch.Tensor) -> int | None:
+        """Which entry of the scheduler's tensor `timestep` is a view of."""
+        table = self.table
+        if table is None or self._host is None or table.dtype != timestep.dtype or table.ndim != 1:
+            return None
+        if table.untyped_storage()._cdata != timestep.untyped_storage()._cdata or not table.stride(0):
+            return None
+        place, rest = divmod(int(timestep.storage_offset()) - int(table.storage_offset()), int(table.stride(0)))
+        return place if not rest and 0 <= place < len(self._host) else None
+
+    def _round(self, dtype: torch.dtype | None) -> tuple[float, ...]:
+        host = self._host or ()
+        return tuple(host) if dtype is None else tuple(torch.tensor(host, dtype=torch.float64).to(dtype).tolist())
+
+    def places(self, moment: Moment | None) -> list[int]:
+        """The steps of this timestep: none where it is not in the schedule, two of some in schedules of second order."""
+        if moment is None:
+            return []
+        return [i for i, t in enumerate(self._rounded(moment.dtype)) if t == moment.value]
+
+    def at(self, step: int, moment: Moment) -> bool:
+        """Whether `moment` is the timestep of `step`."""
+        rounded = self._rounded(moment.dtype)
+        return step < len(rounded) and rounded[step] == moment.value
+
+    @property
+    def known(self) -> bool:
+        """Whether there are timesteps to compare with."""
+        return self._host is not None
+
+
+def _on_host(timestep: torch.Tensor) -> bool:
+    return timestep.device.type == "cpu"
