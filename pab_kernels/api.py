@@ -154,7 +154,7 @@ def enable_model(
             broadcaster.attach()
         if given is not None and given is not model:
             broadcaster.enclose(given)
-        broadcaster.configure(chosen, timed, cuda_graphs)
+        broadcaster.configure(chosen, timed, cuda_graphs, config is not None)
         if pipe is not None:
             broadcaster.watch(pipe)
         if num_steps is not None or timesteps is not None:

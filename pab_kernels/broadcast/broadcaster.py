@@ -39,7 +39,7 @@ _COMPILED_LAST = (
 )
 
 RESET = "_reset_stateful_cache"
-"""Name of the method that diffusers' pipelines call at their end on all parts that have it."""
+"""Name of the method that diffusers calls on a model whose cache is to begin anew."""
 
 _NAMES: contextvars.ContextVar[tuple[tuple[weakref.ref[Broadcaster], str | None, int | None], ...]] = contextvars.ContextVar(
     "pab_contexts", default=()
@@ -68,6 +68,7 @@ class Broadcaster:
         self.config = config
         self.timed = False
         self.cuda_graphs = False
+        self._chosen = True
         self.clock: Callable[[], Any] | None = None
         """Gives the timestep, where no scheduler that is followed tells the steps."""
         self.plain_calls = 0
@@ -118,9 +119,13 @@ class Broadcaster:
         found = [*self._running, *self._requested, *([] if self._latest is None else [self._latest])]
         return list({id(generation): generation for generation in found}.values())
 
-    def configure(self, config: PABConfig, timed: bool, cuda_graphs: bool) -> None:
-        """Take other rules, from the next generation on; measure seconds or do not, capture CUDA graphs or do not."""
-        self.config, self.timed, self.cuda_graphs = config, timed, cuda_graphs
+    def configure(self, config: PABConfig, timed: bool, cuda_graphs: bool, chosen: bool = True) -> None:
+        """Take other rules, from the next generation on; measure seconds or do not, capture CUDA graphs or do not.
+
+        Args:
+            chosen: whether somebody chose these rules, and is to hear of those without effect.
+        """
+        self.config, self.timed, self.cuda_graphs, self._chosen = config, timed, cuda_graphs, chosen
 
     # Attaching
 
@@ -202,9 +207,6 @@ class Broadcaster:
 
     def watch(self, pipe: Any) -> None:
         """Follow the scheduler that `pipe` holds, now and whenever it holds another."""
-        model = self._model()
-        if not hasattr(model, RESET):
-            self._put(Attached(model, RESET, self._reset))
         self._following.add(pipe)
 
     def watches(self, pipe: Any) -> bool:
@@ -267,6 +269,12 @@ class Broadcaster:
         """A run of `pipe` was left by an error."""
         self.scheduler_failed(pipe.scheduler)
 
+    def pipe_ended(self, pipe: Any) -> None:
+        """A run of `pipe` is at its end, also where it was interrupted."""
+        for generation in [g for g in self._running if g.scheduler is pipe.scheduler and g.started and not g.over]:
+            generation.end()
+            generation.put_away = True
+
     def _find(self, inputs: Inputs, name: str | None) -> Generation | None:
         """The generation of a call of the model, or None where it is nobody's.
 
@@ -326,12 +334,9 @@ class Broadcaster:
             yield
 
     def _reset(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """diffusers' pipelines end with this, also those that were interrupted."""
-        begun = [g for g in (*begun_here(), *self._running) if not g.over and g.started and (g in self._requested or g in self._running)]
-        if begun and (begun[0].entered or (begun[0].scheduler is None and not isinstance(begun[0], OpenGeneration))):
-            begun[0].release()  # a bare model goes on
-        elif begun:
-            begun[0].end()
+        """In place of what diffusers calls where a cache is to begin anew."""
+        for generation in [g for g in self._running if isinstance(g, OpenGeneration)]:
+            generation.end()
         if self._latest is not None and self._latest.over:
             self._latest.put_away = True
         return original(*args, **kwargs)
@@ -394,8 +399,8 @@ class Broadcaster:
             generation.release()
             raise
         finally:
+            thread.call = outer  # first: whatever is called here may be interrupted
             call.mark(None)
-            thread.call = outer
         return out
 
     def _start(self, generation: Generation, inputs: Inputs) -> None:
@@ -472,12 +477,12 @@ class Broadcaster:
             steps = generation.schedule.num_steps
             logger.info("%s: a generation of %d steps, %d patterns; %s", self._name, steps, plan.patterns, reused)
         for line in plan.notes:
-            self._once(line)
+            self._once(line, logging.WARNING if self._chosen else logging.INFO)
 
-    def _once(self, message: str) -> None:
+    def _once(self, message: str, level: int = logging.WARNING) -> None:
         if message not in self._said:
             self._said.add(message)
-            logger.warning(message)
+            logger.log(level, message)
 
 
 def broadcaster_of(model: nn.Module) -> Broadcaster | None:

@@ -54,9 +54,14 @@ class PipeListener(Protocol):
     def pipe_failed(self, pipe: Any) -> None:
         """The loop over the steps was left by an error."""
 
+    def pipe_ended(self, pipe: Any) -> None:
+        """A run is at its end."""
+
 
 class PipeWatch:
-    """The models on which PAB is enabled by way of one pipeline. A run that is left by an error within its progress bar is noticed.
+    """The models on which PAB is enabled by way of one pipeline.
+
+    Of diffusers' pipelines the end of a run is noticed, at which they let offloaded models go, and an error within the progress bar.
 
     Args:
         pipe: the pipeline.
@@ -65,7 +70,8 @@ class PipeWatch:
     def __init__(self, pipe: Any) -> None:
         self.pipe = weakref.ref(pipe)
         self._listeners: dict[int, tuple[weakref.ref[nn.Module], weakref.ref[Any]]] = {}
-        self._attached = [Attached(pipe, "progress_bar", self._progress_bar)] if callable(getattr(pipe, "progress_bar", None)) else []
+        methods = {"progress_bar": self._progress_bar, "maybe_free_model_hooks": self._free}
+        self._attached = [Attached(pipe, name, to) for name, to in methods.items() if callable(getattr(pipe, name, None))]
 
     @classmethod
     def of(cls, pipe: Any) -> PipeWatch | None:
@@ -100,13 +106,19 @@ class PipeWatch:
         """The models that are there."""
         return [model for ref, _ in self._listeners.values() if (model := ref()) is not None]
 
+    def _told(self) -> list[PipeListener]:
+        return [listener for _, ref in tuple(self._listeners.values()) if (listener := ref()) is not None]
+
     def failed(self) -> None:
         """A run was left by an error."""
-        pipe = self.pipe()
-        for _, ref in tuple(self._listeners.values()):
-            listener = ref()
-            if listener is not None and pipe is not None:
-                listener.pipe_failed(pipe)
+        for listener in self._told():
+            listener.pipe_failed(self.pipe())
+
+    def _free(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        for listener in self._told():
+            listener.pipe_ended(self.pipe())
+        return result
 
     def _progress_bar(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         return _Bar(original(*args, **kwargs), self)

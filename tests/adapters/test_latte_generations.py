@@ -150,6 +150,7 @@ def test_a_new_generation_frees_the_old_one() -> None:
         assert pab.summary(model).cache_bytes > 0
     assert pab.summary(model).cache_bytes == 0
     assert_freed(tensors)
+    pab.enable(model, num_steps=8)
     model(**inputs())
     tensors = held(model)
     pab.disable(model)
