@@ -148,12 +148,13 @@ class Broadcaster:
 
     def detach(self) -> None:
         """Give the model back as it was. Where it was interrupted, called again it does the rest."""
-        self.release()
+        for generation in self._generations():
+            generation.end()
         self._following.close()
         while self._attached:
             self._attached[-1].detach()
             self._attached.pop()
-        self._thread, self._latest, self._graphs = _Thread(), None, []
+        self._thread, self._latest, self._running, self._graphs = _Thread(), None, [], []
 
     def enclose(self, compiled: nn.Module) -> None:
         """Open the calls of the model outside of the graph that it is, where it is compiled as a whole.

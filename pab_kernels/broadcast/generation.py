@@ -353,7 +353,7 @@ class Generation:
         if moment is None or not moment.single or not self.timesteps.known:
             return None
         if not self.started:
-            return True if self.timesteps.places(moment) else None  # models may be called with a function of the timestep
+            return True if self.timesteps.recognise(moment) else None  # models may be called with a function of the timestep
         if not self._in_schedule:
             return None if self.notified or self.steps_seen or not self._called else moment == self._timestep[1]
         if self.timesteps.at(self.step, moment):
@@ -377,7 +377,7 @@ class Generation:
                 self.start()
             moment = self.timesteps.moment(inputs.timestep) if self.scheduler is not None and not self.steps_seen else None
             if not self.contexts:
-                self._in_schedule = bool(self.timesteps.places(moment))
+                self._in_schedule = bool(self.timesteps.recognise(moment))
             label = label_of(name)
             if step is None and self._begins_step(label, inputs.timestep, moment):
                 ahead = [i for i in self.timesteps.places(moment) if i > self.step]
@@ -503,8 +503,7 @@ class Generation:
         plan = self.plan
         if plan is None:
             return False
-        taken = range(min(self.step, self.schedule.steps.stop - 1) + 1 - self.schedule.begin)
-        return any(row[i].action is Action.REUSE for row in set(plan.rows.values()) for i in taken if i < len(row))
+        return any(decision.action is Action.REUSE for row in set(plan.rows.values()) for decision in row[: self.taken])
 
     def costs(self, model: nn.Module, calls: Set[Arguments | None]) -> dict[Arguments | None, CallCosts] | None:
         """What calls with these arguments cost without PAB; None where that of any is not known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -40,15 +40,16 @@ class Signature:
 
     def latents(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The first argument, by its place or its name."""
-        return args[0] if args else kwargs.get(self._first or "")
+        return args[0] if args else kwargs.get(self._first or "", next(iter(kwargs.values()), None))
 
 
 def _names(model: nn.Module) -> list[str]:
     for module in model.modules():  # a wrapper before what it wraps
-        parameters = inspect.signature(module.forward).parameters.values()
-        names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        if names:
-            return names
+        for forward in (module.forward, partial(type(module).forward, module)):  # somebody may have put another one on it
+            parameters = inspect.signature(forward).parameters.values()
+            names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            if names:
+                return names
     return []
 
 

@@ -218,6 +218,8 @@ class Plan:
         in_effect = {(s.kind, self.config.rule(s.kind, s.layer)) for s in self.sublayers}
         notes = []
         for kind, rule in self.config.broadcasts():
+            if rule.range == 1:
+                continue
             if kind not in present:
                 notes.append(f"{kind}: this model has no such sublayers")
             elif rule.layers is not None and not any(s.kind == kind and rule.applies_to(s.layer) for s in self.sublayers):

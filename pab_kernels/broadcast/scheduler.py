@@ -26,7 +26,7 @@ def entered_at(scheduler: Any, timesteps: Timesteps, timestep: Any) -> int | Non
         index = getattr(scheduler, name, None)
         if index is not None:
             return int(index)
-    places = timesteps.places(timesteps.moment(timestep, wait=True))  # the one read of a timestep to the host in a generation
+    places = timesteps.recognise(timesteps.moment(timestep, wait=True))  # the one read of a timestep to the host in a generation
     # Schedulers of second order have timesteps twice, and take a run that is entered at one to be entered at its second place.
     return places[min(len(places) - 1, int(hasattr(scheduler, "index_for_timestep")))] if places else None
 

@@ -36,6 +36,7 @@ class Timesteps:
     def __init__(self, host: Sequence[float] | None, table: Any = None) -> None:
         self._host = host
         self.table = table if isinstance(table, torch.Tensor) and not table.is_meta else None
+        self._divisor = 1
         self._rounded = cache(self._round)
 
     def moment(self, timestep: Any, *, wait: bool = False) -> Moment | None:
@@ -70,19 +71,33 @@ class Timesteps:
         place, rest = divmod(int(timestep.storage_offset()) - int(table.storage_offset()), int(table.stride(0)))
         return place if not rest and 0 <= place < len(self._host) else None
 
-    def _round(self, dtype: torch.dtype | None) -> tuple[float, ...]:
-        host = self._host or ()
-        return tuple(host) if dtype is None else tuple(torch.tensor(host, dtype=torch.float64).to(dtype).tolist())
+    def _round(self, dtype: torch.dtype | None, divisor: int) -> tuple[float, ...]:
+        """What the model is called with at each step, rounded as a tensor of `dtype` is."""
+        host = torch.tensor(self._host or (), dtype=torch.float64)
+        return tuple(((host if dtype is None else host.to(dtype)) / divisor).tolist())
+
+    def recognise(self, moment: Moment | None) -> list[int]:
+        """The steps at which a run can be that is called first at `moment`; from then on models are taken to be called alike.
+
+        Models are called with the timestep, or with a thousandth of it. Where both are in the schedule (1 is the last of many, and a
+        thousandth of the first), the run is at its beginning.
+        """
+        found = {}
+        for divisor in (1, 1000):
+            self._divisor = divisor
+            found[divisor] = self.places(moment)
+        self._divisor = min(found, key=lambda divisor: (not found[divisor], found[divisor]))
+        return found[self._divisor]
 
     def places(self, moment: Moment | None) -> list[int]:
         """The steps of this timestep: none where it is not in the schedule, two of some in schedules of second order."""
         if moment is None:
             return []
-        return [i for i, t in enumerate(self._rounded(moment.dtype)) if t == moment.value]
+        return [i for i, t in enumerate(self._rounded(moment.dtype, self._divisor)) if t == moment.value]
 
     def at(self, step: int, moment: Moment) -> bool:
         """Whether `moment` is the timestep of `step`."""
-        rounded = self._rounded(moment.dtype)
+        rounded = self._rounded(moment.dtype, self._divisor)
         return step < len(rounded) and rounded[step] == moment.value
 
     @property

@@ -16,7 +16,7 @@ def nothing_reused(generation: Generation) -> str | None:
             f"the argument {name} was another tensor {times} times, which shows another prompt; pass the same tensor at every step, and "
             'where branches of guidance are called one by one name them: with pab.context(model, "cond"):'
         )
-    if not any(t.computed for t in tallies):
+    if not any(t.forced for t in tallies):
         return (
             "the sublayers were not reached: another forward was put in place of those of the blocks, or a step cache skipped them; call "
             "pab.enable after whatever changes the model"
