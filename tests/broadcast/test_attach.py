@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import inspect
 import pickle
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -331,3 +333,156 @@ def test_hooks_do_not_keep_the_replacement_alive_after_it_was_detached() -> None
     gc.collect()
     assert gone() is None
     assert _out(module) == 1
+
+
+# Bound methods, as other libraries use them
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor, by: int = 1) -> Tensor:
+        """The source of this is what inspect shows."""
+        return x + 2 * by
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["of the class", "of its own"])
+def test_a_stand_in_is_a_bound_method(own: bool) -> None:
+    module = Twice()
+    if own:
+        module.forward = types.MethodType(lambda self, x, by=1: x + 2 * by, module)  # type: ignore[method-assign]
+    before = inspect.signature(module.forward)
+    attach_forward(module, _doubled).attach()
+    f = module.forward
+    assert inspect.ismethod(f) and f.__self__ is module and f.__name__ == "forward" and f == module.forward
+    assert inspect.signature(f) == before
+    assert "2 * by" in inspect.getsource(f)
+    assert f.__get__(module)(torch.zeros(1)).item() == 4
+    assert f.__func__(module, torch.zeros(1)).item() == 4
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["of the class", "of its own"])
+def test_bound_to_another_object_it_is_that_objects_method(own: bool) -> None:
+    module, other = Twice(), Twice()
+    if own:
+        module.forward = lambda x: x + 100  # type: ignore[method-assign]
+    attach_forward(module, _doubled).attach()
+    other.forward = module.forward.__func__.__get__(other)  # type: ignore[attr-defined]
+    assert other.forward(torch.zeros(1)).item() == 2
+
+
+def test_a_method_that_was_saved_and_is_restored_stands_in_again() -> None:
+    """As libraries do that put a cache around a forward and take it off."""
+    module = Inc()
+    attached = attach_forward(module, _doubled).attach()
+    module._original_forward = module.forward
+
+    def cached(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return 10 * self._original_forward(*args, **kwargs)
+
+    module.forward = cached.__get__(module)
+    assert _out(module) == 20 and not attached.attach_again()
+    module.forward = module._original_forward.__get__(module)  # type: ignore[operator]
+    assert _out(module) == 2 and not attached.attach_again()
+    attached.detach()
+    assert _out(module) == 1
+    module.forward = module._original_forward.__get__(module)  # type: ignore[operator]  restored once more, after it was detached
+    assert _out(module) == 1
+    attach_forward(module, _doubled).attach().detach()
+    assert _out(module) == 1
+
+
+def test_a_class_that_is_patched_meanwhile_runs_as_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Twice()
+    attached = attach_forward(module, _doubled).attach()
+    monkeypatch.setattr(Twice, "forward", lambda self, x: x + 50)
+    assert _out(module) == 100
+    attached.detach()
+    assert _out(module) == 50 and "forward" not in vars(module)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "seen"),
+    [
+        (lambda inner: lambda x: 10 * inner(x), True),
+        (lambda inner: functools.partial(lambda f, x: 10 * f(x), inner), True),
+        (lambda inner: functools.wraps(inner)(lambda x: 10 * inner(x)), True),
+        (lambda inner: lambda x, f=inner: 10 * f(x), True),
+        (lambda inner: types.MethodType(lambda self, x: x + 7, Inc()), False),
+    ],
+)
+def test_it_is_put_around_what_does_not_call_it(wrap: Any, seen: bool) -> None:
+    module = Inc()
+    attached = attach_forward(module, _doubled).attach()
+    module.forward = wrapper = wrap(module.forward)
+    before = _out(module)
+    assert attached.attach_again() is not seen
+    assert _out(module) == (before if seen else 2 * before)
+    attached.detach()
+    assert vars(module)["forward"] is wrapper and _out(module) == before // (2 if seen else 1)
+
+
+def test_put_around_something_that_calls_it_unseen_it_counts_once() -> None:
+    module = Inc()
+    attached = attach_forward(module, _doubled).attach()
+    unseen = {module.forward}
+    module.forward = lambda x: 10 * next(iter(unseen))(x)  # type: ignore[method-assign]
+    assert _out(module) == 20 and attached.attach_again()
+    assert _out(module) == 20
+    attached.detach()
+    assert _out(module) == 10
+
+
+# Copies that share what they are copies of
+
+
+@pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "deepcopy", "pickle"])
+def test_every_copy_is_what_the_object_was(copy_of: Any) -> None:
+    counter = Counter()
+    counter.total = 5
+    attached = Attached(counter, "add", Owner().run).attach()
+    vars(counter)["_pab_more"] = attached
+    other = copy_of(counter)
+    assert vars(other) == {"total": 5}
+    assert other.add(1) == 6 and counter.total == 5
+    assert vars(copy_of(other)) == {"total": 6}
+    del vars(counter)["_pab_more"]
+    attached.detach()
+    assert vars(counter) == {"total": 5}
+
+
+class Slotted:
+    __slots__ = ("total", "__dict__")
+
+    def add(self, amount: int) -> int:
+        return self.total + amount
+
+
+def test_a_copy_of_an_object_with_slots_and_attributes_is_whole() -> None:
+    held = Slotted()
+    held.total, held.more = 3, [1]  # type: ignore[attr-defined]
+    Attached(held, "add", _doubled).attach()
+    other = copy.copy(held)
+    assert other.total == 3 and vars(other) == {"more": [1]} and other.add(1) == 4 and held.add(1) == 8
+
+
+class StateOfItsOwn(Counter):
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "total"} | {"total": 77}
+
+
+def test_a_state_of_the_class_itself_is_kept() -> None:
+    counter = StateOfItsOwn()
+    attached = Attached(counter, "add", Owner().run).attach()
+    assert vars(copy.copy(counter)) == {"total": 77} == vars(pickle.loads(pickle.dumps(counter)))
+    attached.detach()
+    assert vars(counter) == {"total": 0}
+
+
+def test_an_object_without_attributes_of_its_own_is_refused() -> None:
+    class Bare:
+        __slots__ = ()
+
+        def add(self) -> None:
+            """Nothing."""
+
+    with pytest.raises(TypeError, match="Bare.add cannot be followed, as the object has no __dict__; wrap it in a plain class"):
+        Attached(Bare(), "add", _doubled)
