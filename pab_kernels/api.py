@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,11 @@ from .broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
 from .broadcast.config import PABConfig
 from .broadcast.generation import Generation
 from .broadcast.plan import Sublayer
-from .broadcast.presets import preset_for
+from .broadcast.presets import preset_for, preset_name
 from .broadcast.scheduler import denoisers
 from .broadcast.summary import Summary, summarise, together
+
+logger = logging.getLogger("pab_kernels")
 
 
 def _resolve(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
@@ -122,7 +125,14 @@ def enable_model(
         if config is not None:
             supported = ", ".join(map(repr, adapter.cache_points))
             raise ValueError(f"cache_point {chosen.cache_point!r} does not suit {type(model).__name__}; supported are {supported}")
-        chosen = dataclasses.replace(chosen, cache_point="pre_gate")  # published for an adapter that knows the gates
+        logger.warning(
+            "%s: its preset %r keeps outputs at cache_point %r, which is not supported for this model; they are kept at 'pre_gate' "
+            "instead, and results differ from the published ones",
+            type(model).__name__,
+            preset_name(model, timesteps_known=True),
+            chosen.cache_point,
+        )
+        chosen = dataclasses.replace(chosen, cache_point="pre_gate")
     before = None if broadcaster is None else (broadcaster.config, broadcaster.timed, broadcaster.cuda_graphs)
     timed = (before is not None and before[1]) if timed is None else timed
     cuda_graphs = (before is not None and before[2]) if cuda_graphs is None else cuda_graphs
