@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -30,8 +32,15 @@ class Attached:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.replacement is None:
-            return self.original(*args, **kwargs)
-        return self.replacement(self.original, *args, **kwargs)
+            return self._underneath()(*args, **kwargs)
+        return self.replacement(self._underneath(), *args, **kwargs)
+
+    def _underneath(self) -> Callable[..., Any]:
+        """What it stands in for: the owner's own method, or that of its class as it is now."""
+        if self._was_own or torch.compiler.is_compiling():
+            return self.original
+        method = getattr(type(self.owner), self.name, None)
+        return MethodType(method, self.owner) if isinstance(method, FunctionType) else self.original
 
     def __reduce__(self) -> Any:
         return _as_it_was, (self.original,)
@@ -62,9 +71,13 @@ def _hooks(module: nn.Module | None) -> list[Any]:
     return list(getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ()))
 
 
-def attach_forward(module: nn.Module, replacement: Callable[..., Any]) -> Attached:
-    """Replace a module's `forward`, inside of the hooks that diffusers and accelerate have put around it (offloading, casting)."""
+def innermost(module: nn.Module) -> tuple[Any, str]:
+    """Where a module's `forward` is held, inside of the hooks that diffusers and accelerate have put around it: an object and a name."""
     places: list[tuple[Any, str]] = [(h, "forward" if h.original_forward is None else "original_forward") for h in _hooks(module)]
     places += [(module, name) for name in ("_old_forward", "forward") if hasattr(module, name)]
-    innermost = next((place for place in places if getattr(getattr(*place), "__self__", None) is module), places[0])
-    return Attached(*innermost, replacement, module)
+    return next((place for place in places if getattr(getattr(*place), "__self__", None) is module), places[0])
+
+
+def attach_forward(module: nn.Module, replacement: Callable[..., Any]) -> Attached:
+    """Replace a module's `forward`, inside of the hooks that diffusers and accelerate have put around it (offloading, casting)."""
+    return Attached(*innermost(module), replacement, module)

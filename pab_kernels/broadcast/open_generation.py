@@ -98,5 +98,5 @@ class OpenGeneration(Generation):
         if now > before:
             self.release()
             self.contexts, self.meter, self.step, self.plain_calls = {}, Meter(), 0, 0
-            self._costs, self._fuses = {}, {}
+            self._costs, self._fuses, self._decided = {}, {}, {}
         self._plan.at(now)

@@ -3,7 +3,7 @@
 The published ones are those of VideoSys (commit 4cce477), with its timestep windows, MLP tables and cache points. Timesteps are compared
 as VideoSys compares them (`Broadcast.number`): rounded to bfloat16 where its Open-Sora casts them, and as they are in Open-Sora-Plan 1.2,
 whose sampler has fractional ones too. An MLP table names timesteps of the model's published schedules, of which each has some: Open-Sora's
-480p clips of 2 s have all three, longer and larger ones have one. A schedule that has none of them reuses no MLP, which `Plan.notes` reports.
+480p clips of 2 s have all three, longer and larger ones have one. Where a schedule has none of them, `Plan.notes` reports it.
 
 "demo" is for the model that comes with the package: every second output of every sublayer on the line through the two before it, in the
 default window.

@@ -147,9 +147,8 @@ def test_diffusers_defaults_are_kept() -> None:
     assert from_diffusers(_diffusers(cross_attention_block_skip_range=3)) == PABConfig(
         cross=Broadcast(3, (100, 800), "timestep", exact=True)
     )
-    assert from_diffusers(_diffusers()) == PABConfig(
-        spatial=Broadcast(2, (100, 800), "timestep", exact=True)
-    )  # diffusers warns and takes 2
+    taken = Broadcast(2, (100, 800), "timestep", exact=True)  # diffusers warns and takes 2
+    assert from_diffusers(_diffusers()) == PABConfig(spatial=taken)
 
 
 def test_diffusers_identifiers_restrict_the_layers() -> None:
