@@ -31,8 +31,8 @@ def _resolve(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
     if models and hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step"):
         return models, model_or_pipe
     raise TypeError(
-        f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer` and a `scheduler`: "
-        "pass the DiT itself"
+        f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer` or a `unet`, and a "
+        "`scheduler`: pass the denoiser itself"
     )
 
 

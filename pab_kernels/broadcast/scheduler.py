@@ -11,7 +11,7 @@ from torch import nn
 from .attach import Attached
 from .schedule import Schedule
 
-DENOISERS = ("transformer", "transformer_2", "unconditional_transformer")
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 """Names of what a pipeline may call at the steps of its scheduler."""
 
 
