@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,13 @@ from .broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
 from .broadcast.config import PABConfig
 from .broadcast.pipeline import PipeWatch, denoisers
 from .broadcast.plan import Sublayer
-from .broadcast.presets import preset_for
+from .broadcast.presets import preset_for, preset_name
 from .broadcast.request import Request
 from .broadcast.summary import Summary, together
+
+logger = logging.getLogger("pab_kernels")
+
+logger = logging.getLogger("pab_kernels")
 
 
 def _resolve(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
@@ -28,8 +33,8 @@ def _resolve(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
     if models and hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step"):
         return models, model_or_pipe
     raise TypeError(
-        f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer` and a `scheduler`: "
-        "pass the DiT itself"
+        f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer` or a `unet`, and a "
+        "`scheduler`: pass the denoiser itself"
     )
 
 
@@ -131,7 +136,14 @@ def enable_model(
         if config is not None:
             supported = ", ".join(map(repr, adapter.cache_points))
             raise ValueError(f"cache_point {chosen.cache_point!r} does not suit {type(model).__name__}; supported are {supported}")
-        chosen = dataclasses.replace(chosen, cache_point="pre_gate")  # published for an adapter that knows the gates
+        logger.warning(
+            "%s: its preset %r keeps outputs at cache_point %r, which is not supported for this model; they are kept at 'pre_gate' "
+            "instead, and results differ from the published ones",
+            type(model).__name__,
+            preset_name(model, timesteps_known=True),
+            chosen.cache_point,
+        )
+        chosen = dataclasses.replace(chosen, cache_point="pre_gate")
     before = None if broadcaster is None else (broadcaster.config, broadcaster.timed, broadcaster.cuda_graphs)
     timed = (before is not None and before[1]) if timed is None else timed
     cuda_graphs = (before is not None and before[2]) if cuda_graphs is None else cuda_graphs

@@ -114,9 +114,9 @@ def test_disable_leaves_nothing_behind(pipe: Any, what: Callable[[Any], None]) -
 
 def test_enable_that_fails_half_way_leaves_nothing_behind(pipe: Any) -> None:
     before = attributes(pipe.transformer, pipe, pipe.scheduler)
-    from pab_kernels.adapters import latte
+    from pab_kernels.adapters import generic
 
-    real = latte.attach_forward
+    real = generic.attach_forward
     for fails_at in (0, 2):
         made: list[Any] = []
 
@@ -126,7 +126,7 @@ def test_enable_that_fails_half_way_leaves_nothing_behind(pipe: Any) -> None:
             made.append(real(module, replacement))
             return made[-1]
 
-        with mock.patch.object(latte, "attach_forward", attach), pytest.raises(ArithmeticError):
+        with mock.patch.object(generic, "attach_forward", attach), pytest.raises(ArithmeticError):
             pab.enable(pipe, HALF)
         assert attributes(pipe.transformer, pipe, pipe.scheduler) == before
 
@@ -183,7 +183,11 @@ class Odd:
 @pytest.mark.parametrize(
     ("what", "kind", "message"),
     [
-        (lambda: object(), TypeError, "got object; supported are a torch.nn.Module and a pipeline with a `transformer` and a `scheduler`"),
+        (
+            lambda: object(),
+            TypeError,
+            "got object; supported are a torch.nn.Module and a pipeline with a `transformer` or a `unet`, and a `scheduler`",
+        ),
         (lambda: None, TypeError, "got NoneType; supported are"),
         (lambda: Odd(nn.Linear(1, 1), None), TypeError, "got Odd; supported are"),
         (lambda: Odd("a model", DDIMScheduler()), TypeError, "got Odd; supported are"),
@@ -193,7 +197,6 @@ class Odd:
             TypeError,
             "Linear: no attention was found in it, by projections of queries or by name; name its modules",
         ),
-        (lambda: latte_of("layer_norm"), ValueError, "norm_type='layer_norm'; supported is 'ada_norm_single'"),
     ],
 )
 def test_a_model_that_is_not_supported_is_refused(what: Callable[[], Any], kind: type[Exception], message: str) -> None:

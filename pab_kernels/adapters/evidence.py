@@ -34,6 +34,8 @@ _ASIDE = {
 """Words of what prepares the text or the latents before the blocks, and is left alone."""
 _TEMPORAL = {"temporal", "temp", "tempo"}
 _TIME = {"time", "frame", "frames"}
+_MOTION = ({"motion"}, {"animate", "diff"})
+"""Words of modules that attend over frames. A block or model that has `motion` in its class has such modules, and others."""
 _SPATIAL = {"spatial", "spatio", "space"}
 _CROSS = {"cross", "crossattn", "crossattention"}
 _ELSEWHERE = {"encoder_hidden_states", "context", "cond", "text", "memory", "y", "kv", "key_value"}
@@ -214,7 +216,7 @@ def axis(module: nn.Module, name: str, parents: Sequence[tuple[str, nn.Module]])
         temporal = _TEMPORAL | (_TIME if depth == 0 else set())
         for said in (component, type(holder).__name__):
             spoken = set(words(said))
-            if spoken & temporal:
+            if spoken & temporal or (any(motion <= spoken for motion in _MOTION) and not spoken & (_WHOLE | {"net", "model"})):
                 both = bool(spoken & _SPATIAL)
                 return ("spatial", f"over space and time by {said}") if both else ("temporal", f"temporal by {said}")
             if spoken & _SPATIAL:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,19 +30,27 @@ class GenericAdapter:
         ValueError: `kinds` does not suit the model.
     """
 
-    cache_points = ("pre_gate",)
-
     def __init__(self, model: nn.Module, kinds: Mapping[str, str | None] | None = None) -> None:
-        self.sublayers = find(model, kinds)
-        if not self.sublayers:
+        found = find(model, kinds)
+        if not found:
             raise TypeError(
                 f"{type(model).__name__}: no attention was found in it, by projections of queries or by name; name its modules: "
                 "enable(model, kinds={'blocks.*.attn': 'spatial'}), or wrap them in pab_kernels.nn.BroadcastModule"
             )
         modules = dict(model.named_modules())
-        self._modules = [modules[s.name] for s in self.sublayers]
-        around = {s.name: modules.get(s.name.rpartition(".")[0], model) for s in self.sublayers}
-        self._bypassed = [s.name for s in self.sublayers if s.kind != "block" and _has_fast_path(around[s.name])]
+        self.found = [(s, modules[s.name]) for s in found]
+        around = {s.name: modules.get(s.name.rpartition(".")[0], model) for s in found}
+        self._bypassed = [s.name for s in found if s.kind != "block" and _has_fast_path(around[s.name])]
+
+    @property
+    def cache_points(self) -> Sequence[str]:
+        """What a module gives is kept as it comes."""
+        return ("pre_gate",)
+
+    @property
+    def sublayers(self) -> Sequence[Sublayer]:
+        """All that were found."""
+        return [sublayer for sublayer, _ in self.found]
 
     def attach(self, broadcaster: Broadcaster) -> Iterator[Attached]:
         """Replace the `forward` of every module that was found.
@@ -56,8 +64,18 @@ class GenericAdapter:
                 "torch.backends.mha.set_fastpath_enabled(False) first, or leave it out and use a rule for blocks: enable(model, "
                 f"kinds={{{re.sub(r'[.]([0-9]+)[.]', '.*.', self._bypassed[0])!r}: None}})"
             )
-        for sublayer, module in zip(self.sublayers, self._modules, strict=True):
-            yield attach_forward(module, _forward(broadcaster, sublayer))
+        for sublayer, module in self.found:
+            yield attach_forward(module, self.stand_in(broadcaster, sublayer))
+
+    def stand_in(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Callable[..., Any]:
+        """What replaces the `forward` of a module; plain where the model is not called under PAB."""
+        run = broadcast_change if sublayer.kind == "block" else broadcast_output
+
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            call = broadcaster.call
+            return original(*args, **kwargs) if call is None else run(call, sublayer, original, args, kwargs)
+
+        return forward
 
 
 def _has_fast_path(module: nn.Module) -> bool:
@@ -67,14 +85,3 @@ def _has_fast_path(module: nn.Module) -> bool:
         and type(module).forward is nn.TransformerEncoderLayer.forward
         and module.self_attn.batch_first
     )
-
-
-def _forward(broadcaster: Broadcaster, sublayer: Sublayer) -> Callable[..., Any]:
-    """The stand-in for a module's `forward`; plain where the model is not called under PAB."""
-    run = broadcast_change if sublayer.kind == "block" else broadcast_output
-
-    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = broadcaster.call
-        return original(*args, **kwargs) if call is None else run(call, sublayer, original, args, kwargs)
-
-    return forward

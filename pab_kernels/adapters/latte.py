@@ -2,111 +2,186 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..broadcast.attach import Attached, attach_forward
+from ..broadcast.attach import innermost, is_of_class
 from ..broadcast.broadcaster import Broadcaster
-from ..broadcast.fusing import is_plain
+from ..broadcast.fusing import has_no_hooks, is_original, is_plain
 from ..broadcast.generation import Call, Store
 from ..broadcast.plan import Sublayer
 from ..broadcast.stopwatch import REST
 from ..broadcast.stream import ResidualStream
 from ..ops.short_attention import MAX_TOKENS
+from .generic import GenericAdapter
+
+logger = logging.getLogger("pab_kernels")
+
+_GROUPS = {"transformer_blocks": "spatial", "temporal_transformer_blocks": "temporal"}
+"""Names of the lists of blocks, and the kind of the self attention in them."""
 
 
 def handles(model: nn.Module) -> bool:
-    """Whether `model` is a Latte transformer whose blocks have adaLN-single."""
+    """Whether `model` is a Latte transformer."""
     return any(c.__name__ == "LatteTransformer3DModel" for c in type(model).__mro__)
 
 
-class LatteAdapter:
-    """Latte's blocks on the residual stream.
+class LatteAdapter(GenericAdapter):
+    """Latte's blocks on the residual stream, where they are exactly diffusers' (`LatteBlock.is_stock`, decided once a generation).
 
-    On a reuse the whole sublayer is skipped: norm, modulate, projections, attention, output projection.
-
-    Raises:
-        ValueError: the model's norms are not adaLN-single.
+    On a reuse the whole sublayer is skipped: norm, modulate, projections, attention, output projection. Every other block is run as it is,
+    with the sublayers that are found in it, and so is what a subclass of the model has beside its blocks.
     """
 
-    cache_points = ("pre_gate", "post_gate")
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        blocks = {s.name: module for s, module in self.found if s.kind == "block" and s.name.rpartition(".")[0] in _GROUPS}
+        numbered = [[name for name in blocks if name.startswith(f"{group}.")] for group in _GROUPS]
+        self.blocks = {name: LatteBlock(blocks[name], name) for pair in zip_longest(*numbered) for name in pair if name}
+        self._around = [self.blocks.get(s.name if s.kind == "block" else s.block or "") for s, _ in self.found]
+        self._reported: set[LatteBlock] = set()
 
-    def __init__(self, model: Any) -> None:
-        if model.config.norm_type != "ada_norm_single":
-            raise ValueError(f"LatteTransformer3DModel with norm_type={model.config.norm_type!r}; supported is 'ada_norm_single'")
-        self.model = model
-        self.blocks = [
-            LatteBlock(block, f"{group}.{i}", i, kind)
-            for i, pair in enumerate(zip(model.transformer_blocks, model.temporal_transformer_blocks, strict=True))
-            for group, kind, block in zip(("transformer_blocks", "temporal_transformer_blocks"), ("spatial", "temporal"), pair, strict=True)
-        ]
+    @property
+    def cache_points(self) -> Sequence[str]:
+        """A block that is run as it is applies its gate itself, to what was kept before it."""
+        return ("pre_gate", "post_gate") if all(block.is_stock() for block in self.blocks.values()) else ("pre_gate",)
 
     @property
     def sublayers(self) -> Sequence[Sublayer]:
-        """All sublayers, in the order in which they run."""
-        return [s for block in self.blocks for s in block.sublayers]
+        """All sublayers, of every block as it is now, in the order in which they run."""
+        found = list(zip(self._around, super().sublayers, strict=True))
+        within = {}
+        for block in self.blocks.values():
+            block.decide()
+            within[block] = block.sublayers if block.stock else [s for b, s in found if b is block]
+        return [*(s for sublayers in within.values() for s in sublayers), *(s for b, s in found if b is None)]
 
-    def attach(self, broadcaster: Broadcaster) -> Iterator[Attached]:
-        """Replace the blocks' `forward`."""
-        for block in self.blocks:
-            yield attach_forward(block.module, block.forward(broadcaster))
+    def stand_in(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Callable[..., Any]:
+        """That of a block, or of what is in one: of no effect while the block runs on the residual stream."""
+        generic = super().stand_in(broadcaster, sublayer)
+        block = self.blocks.get(sublayer.name if sublayer.kind == "block" else sublayer.block or "")
+        if block is None:
+            return generic
+        run = block.fused if sublayer.kind == "block" else _as_it_is
+
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            call = broadcaster.call
+            if call is not None and (block.stock if torch.compiler.is_compiling() else call.generation.once(block, block.is_stock)):
+                return run(call, original, *args, **kwargs)
+            if call is not None and call.generation.config.cache_point == "post_gate":
+                self._report(block)
+            return generic(original, *args, **kwargs)
+
+        return forward
+
+    def _report(self, block: LatteBlock) -> None:
+        """Say once that outputs are not kept where the config says."""
+        if block not in self._reported:
+            self._reported.add(block)
+            logger.warning(
+                "%s was changed after PAB was enabled: it is run as it is, and keeps outputs at cache_point 'pre_gate', not 'post_gate'",
+                block.whole.name,
+            )
+
+
+def _as_it_is(call: Call, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A module that `LatteBlock` calls, having taken its turn already."""
+    return original(*args, **kwargs)
 
 
 class LatteBlock:
-    """One block: its sublayers, and its `forward` under PAB."""
+    """One block: its sublayers, and its `forward` on the residual stream.
 
-    def __init__(self, module: Any, name: str, layer: int, kind: str) -> None:
-        self.module = module
-        self.kind = kind
+    Args:
+        module: of any class.
+        name: in the model, such as "transformer_blocks.3".
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        group, _, number = name.rpartition(".")
+        layer = int(number)
+        self.module: Any = module
         self.whole = Sublayer(name, "block", layer, "fused")
-        self.attention = Sublayer(f"{name}.attn1", kind, layer, "fused", block=name)
-        self.cross = None if module.attn2 is None else Sublayer(f"{name}.attn2", "cross", layer, "fused", block=name)
+        self.attention = Sublayer(f"{name}.attn1", _GROUPS[group], layer, "fused", block=name)
+        self.cross = Sublayer(f"{name}.attn2", "cross", layer, "fused", block=name)
         self.mlp = Sublayer(f"{name}.ff", "mlp", layer, "fused", block=name)
-        self.sublayers = [s for s in (self.attention, self.cross, self.mlp, self.whole) if s is not None]
+        self.decide()
 
-    def forward(self, broadcaster: Broadcaster) -> Any:
-        """The stand-in for the block's `forward`; plain where the model is not called under PAB."""
+    def decide(self) -> None:
+        """Look at the block as it is now: what compiled graphs go by in the generation that begins."""
+        self.stock = self.is_stock()
+        parts = {name: getattr(self.module, name, None) for name in ("attn1", "attn2", "ff")}
+        self.own_forward = {name: part is not None and not is_of_class(part.forward, part) for name, part in parts.items()}
 
-        def forward(
-            original: Any,
-            hidden_states: torch.Tensor,
-            attention_mask: torch.Tensor | None = None,
-            encoder_hidden_states: torch.Tensor | None = None,
-            encoder_attention_mask: torch.Tensor | None = None,
-            timestep: torch.Tensor | None = None,
-            cross_attention_kwargs: dict[str, Any] | None = None,
-            *args: Any,
-            **kwargs: Any,
-        ) -> torch.Tensor:
-            call = broadcaster.call
-            if call is None or timestep is None or cross_attention_kwargs:
-                return original(
-                    hidden_states,
-                    attention_mask,
-                    encoder_hidden_states,
-                    encoder_attention_mask,
-                    timestep,
-                    cross_attention_kwargs,
-                    *args,
-                    **kwargs,
-                )
-            turn = call.turn(self.whole, hidden_states)
-            stream = ResidualStream(hidden_states, call)
-            if turn.slot is not None:
-                stream.reuse(turn.slot)
-            else:
-                self._run(call, stream, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep)
-            out = stream.read()
-            if turn.store is not None:
-                turn.store.put(out - hidden_states)
-            call.mark(REST)
-            return out
+    @property
+    def sublayers(self) -> list[Sublayer]:
+        """Those of diffusers' block."""
+        return [self.attention, *([] if self.module.attn2 is None else [self.cross]), self.mlp, self.whole]
 
-        return forward
+    def is_stock(self) -> bool:
+        """Whether the block is exactly what `_run` writes out: diffusers' `BasicTransformerBlock` with adaLN-single.
+
+        Nobody may have put another `forward` in its place, on the object, in a subclass or in the class itself, nor in the classes of its
+        parts. Parts of another class are called as they are, and do not matter here.
+        """
+        from diffusers.models.attention import BasicTransformerBlock, FeedForward
+        from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+        block = self.module
+        return (
+            is_of_class(getattr(*innermost(block)), block)
+            and type(block).forward is BasicTransformerBlock.forward
+            and block.norm_type == "ada_norm_single"
+            and block.pos_embed is None
+            and not block.only_cross_attention
+            and all(is_original(owner, "forward") for owner in (BasicTransformerBlock, Attention, FeedForward))
+            and is_original(AttnProcessor2_0, "__call__")
+            and F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+        )
+
+    def fused(
+        self,
+        call: Call,
+        original: Callable[..., Any],
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The block's `forward`; diffusers' own for arguments that Latte does not give it."""
+        if timestep is None or cross_attention_kwargs or hidden_states.ndim != 3:
+            return original(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                timestep,
+                cross_attention_kwargs,
+                *args,
+                **kwargs,
+            )
+        turn = call.turn(self.whole, hidden_states)
+        stream = ResidualStream(hidden_states, call)
+        if turn.slot is not None:
+            stream.reuse(turn.slot)
+        else:
+            self._run(call, stream, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep)
+        out = stream.read()
+        if turn.store is not None:
+            turn.store.put(out - hidden_states)
+        call.mark(REST)
+        return out
 
     def _run(
         self,
@@ -131,26 +206,27 @@ class LatteBlock:
             stream.reuse(turn.slot, modulation(2) if gated_at_reuse else None)
         else:
             y = stream.norm_modulate(block.norm1, modulation(0), modulation(1))
-            _attend(stream, block.attn1, y, None, mask, modulation(2), turn.store)
+            _attend(stream, block.attn1, self.own_forward["attn1"], y, None, mask, modulation(2), turn.store)
 
-        if self.cross is not None:
+        if block.attn2 is not None:
             turn = call.turn(self.cross, x)
             if turn.slot is not None:
                 stream.reuse(turn.slot)
             else:
-                _attend(stream, block.attn2, stream.read(), text, text_mask, None, turn.store)
+                _attend(stream, block.attn2, self.own_forward["attn2"], stream.read(), text, text_mask, None, turn.store)
 
         turn = call.turn(self.mlp, x)
         if turn.slot is not None:
             stream.reuse(turn.slot, modulation(5) if gated_at_reuse else None)
         else:
             y = stream.norm_modulate(block.norm2, modulation(3), modulation(4))
-            _feed_forward(stream, block, y, modulation(5), turn.store)
+            _feed_forward(stream, block, self.own_forward["ff"], y, modulation(5), turn.store)
 
 
 def _attend(
     stream: ResidualStream,
     attn: Any,
+    own_forward: bool,
     y: torch.Tensor,
     text: torch.Tensor | None,
     mask: torch.Tensor | None,
@@ -158,7 +234,7 @@ def _attend(
     store: Store | None,
 ) -> None:
     """Add attention of `y` to itself or to `text`; the module is called as it is where anybody has changed it."""
-    if mask is not None or not _stock_attention(attn):
+    if mask is not None or own_forward or not _stock_attention(attn):
         stream.add(attn(y, encoder_hidden_states=text, attention_mask=mask), gate, store)
         return
     q, k, v = attn.to_q(y), *(projection(y if text is None else text) for projection in (attn.to_k, attn.to_v))
@@ -173,7 +249,7 @@ def _stock_attention(attn: Any) -> bool:
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
     return (
-        is_plain(attn, Attention)
+        has_no_hooks(attn, Attention)
         and type(attn.processor) is AttnProcessor2_0
         and all(getattr(attn, n) is None for n in ("norm_q", "norm_k", "spatial_norm", "group_norm"))
         and not attn.norm_cross
@@ -184,7 +260,7 @@ def _stock_attention(attn: Any) -> bool:
     )
 
 
-def _feed_forward(stream: ResidualStream, block: Any, y: torch.Tensor, gate: torch.Tensor, store: Store | None) -> None:
+def _feed_forward(stream: ResidualStream, block: Any, own_forward: bool, y: torch.Tensor, gate: torch.Tensor, store: Store | None) -> None:
     """Add the MLP of `y`; its last linear layer is the projection."""
     from diffusers.models.attention import FeedForward, _chunked_feed_forward
 
@@ -192,7 +268,7 @@ def _feed_forward(stream: ResidualStream, block: Any, y: torch.Tensor, gate: tor
         stream.add(_chunked_feed_forward(block.ff, y, block._chunk_dim, block._chunk_size), gate, store)
         return
     ff = block.ff
-    if not is_plain(ff, FeedForward) or len(ff.net) != 3 or not _inactive(ff.net[1]):
+    if own_forward or not has_no_hooks(ff, FeedForward) or len(ff.net) != 3 or not _inactive(ff.net[1]):
         stream.add(ff(y), gate, store)
         return
     stream.project(ff.net[0](y), ff.net[2], gate, store)

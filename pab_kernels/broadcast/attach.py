@@ -95,7 +95,7 @@ class Attached:
         self.detach()
         self.replacement = replacement
         if around or self.method == "forward":
-            self.holder, self.name = _innermost(self.owner)
+            self.holder, self.name = innermost(self.owner)
         self.attach()
         return True
 
@@ -109,10 +109,10 @@ class Attached:
 
 def attach_forward(module: nn.Module, replacement: Callable[..., Any]) -> Attached:
     """What is to stand in for a module's `forward`, inside of hooks that diffusers and accelerate have put around it (offloading)."""
-    return Attached(*_innermost(module), replacement, module)
+    return Attached(*innermost(module), replacement, module)
 
 
-def _innermost(module: nn.Module) -> tuple[Any, str]:
+def innermost(module: nn.Module) -> tuple[Any, str]:
     """Where a module's own `forward` is held."""
     places: list[tuple[Any, str]] = [(h, "forward" if h.original_forward is None else "original_forward") for h in _hooks(module)]
     places += [(module, name) for name in ("_old_forward", "forward") if hasattr(module, name)]
@@ -172,6 +172,13 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 _CODES = {c for f in (_of_class.__wrapped__, _of_object) for c in f.__code__.co_consts if isinstance(c, CodeType)}
+
+
+def is_of_class(forward: Any, module: nn.Module) -> bool:
+    """Whether `forward` is that of the module's class, or what stands in for that."""
+    if is_stand_in(forward):
+        return forward.__self__ is module and "attached" not in forward.__func__.__code__.co_freevars
+    return bool(forward == MethodType(type(module).forward, module))
 
 
 def is_stand_in(value: Any) -> bool:

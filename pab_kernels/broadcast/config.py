@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -24,6 +25,14 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _bfloat16(value: float) -> float:
+    """`value` rounded to float32 and then to bfloat16, both to nearest even."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    bits += 0x7FFF + (bits >> 16 & 1)
+    rounded: float = struct.unpack("<f", struct.pack("<I", bits & 0xFFFF0000))[0]
+    return rounded
+
+
 def _check_member(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{what} {value!r} is not known; supported are {', '.join(map(repr, allowed))}")
@@ -35,7 +44,7 @@ class Broadcast:
 
     Step i is reused iff `i % range != 0`, counted from the generation's first call, and i lies in the window:
     `lo <= i / N < hi` (unit "fraction", of the full schedule of N steps), `lo <= i < hi` ("step"), or `lo < int(t) < hi`
-    ("timestep", as VideoSys has it). With explicit steps `at` there is no window: each point of `at` that occurs in the schedule is
+    ("timestep", see `Broadcast.number`). With explicit steps `at` there is no window: each point of `at` that occurs in the schedule is
     computed and the `range - 1` steps after it are reused, up to the next point.
 
     With c the output computed last, at step s, and c_prev the one computed before it, at step p, step i reuses
@@ -52,6 +61,7 @@ class Broadcast:
         reuse: "hold" or "linear".
         layers: block indices to which the rule is restricted; default all.
         at: explicit points in `unit` "step" or "timestep".
+        exact: for unit "timestep", whether timesteps are compared without rounding.
 
     Raises:
         ValueError: a value is out of bounds; the message says what is supported.
@@ -63,12 +73,15 @@ class Broadcast:
     reuse: Reuse = "hold"
     layers: tuple[int, ...] | None = None
     at: tuple[int, ...] | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if not _whole(self.range) or self.range < 1:
             raise ValueError(f"range must be a whole number of at least 1, got {self.range!r}; 1 computes at every step")
         _check_member("unit", self.unit, get_args(Unit))
         _check_member("reuse", self.reuse, get_args(Reuse))
+        if not isinstance(self.exact, bool) or (self.exact and self.unit != "timestep"):
+            raise ValueError(f"exact is True or False, and only unit='timestep' rounds; got {self.exact!r} with unit {self.unit!r}")
         for name, without in (("layers", "for all layers"), ("at", "for a window")):
             given = getattr(self, name)
             if given is None:
@@ -101,6 +114,14 @@ class Broadcast:
         """Whether block `layer` is under this rule."""
         return self.layers is None or layer in self.layers
 
+    def number(self, timestep: float) -> int:
+        """The whole number that a timestep is compared as: `int(t)`, where a fractional t is first rounded to bfloat16.
+
+        That is what VideoSys compares. Its Open-Sora casts timesteps, which are fractional, to the model's bfloat16: its published point
+        676 is the timestep 674.86. Its other samplers' timesteps are whole numbers, and stay as they are. Rules with `exact` round nothing.
+        """
+        return int(timestep if self.exact or float(timestep).is_integer() else _bfloat16(timestep))
+
     def points(self, schedule: Schedule) -> tuple[int, ...]:
         """The steps of `schedule` that `at` names; empty without `at`."""
         if self.at is None:
@@ -108,7 +129,7 @@ class Broadcast:
         if self.unit == "step":
             return tuple(i for i in self.at if i in schedule.steps)
         host = schedule.require_timesteps(f"explicit steps at={self.at}")
-        return tuple(i for i in schedule.steps if int(host[i]) in self.at)
+        return tuple(i for i in schedule.steps if self.number(host[i]) in self.at)
 
     def reused(self, schedule: Schedule) -> frozenset[int]:
         """The steps at which the rule asks for reuse."""
@@ -124,12 +145,13 @@ class Broadcast:
         elif self.unit == "step":
             inside = [lo <= i < hi for i in range(schedule.num_steps)]
         else:
-            inside = [lo < int(t) < hi for t in schedule.require_timesteps(f"the window {self.window}")]
+            inside = [lo < self.number(t) < hi for t in schedule.require_timesteps(f"the window {self.window}")]
         return frozenset(i for i in schedule.steps if (i - schedule.begin) % self.range and inside[i])
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_dict` gives the rule back."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items() if v is not None}
+        written = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and (k != "exact" or v)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in written.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Broadcast:

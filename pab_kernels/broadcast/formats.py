@@ -103,7 +103,7 @@ def from_diffusers(config: Any, sublayers: Sequence[Sublayer] | None = None) -> 
     """The rules of diffusers' `PyramidAttentionBroadcastConfig`.
 
     1. `<kind>_attention_block_skip_range` is the kind's range; None leaves the kind out; spatial is 2 where all three are None.
-    2. `<kind>_attention_timestep_skip_range` is its window in timesteps.
+    2. `<kind>_attention_timestep_skip_range` is its window in timesteps, which are not rounded (`exact`).
     3. `<kind>_attention_block_identifiers` are patterns, searched in the modules' names, that restrict the kind to some layers.
 
     Each kind keeps its own range: diffusers' default patterns give the temporal blocks of Latte the spatial one. diffusers compares the
@@ -129,7 +129,7 @@ def from_diffusers(config: Any, sublayers: Sequence[Sublayer] | None = None) -> 
         named, layers = _identified(config, kind, sublayers)
         if named:
             window = _window(f"{kind}_attention_timestep_skip_range", getattr(config, f"{kind}_attention_timestep_skip_range"))
-            rules[kind] = Broadcast(reach, window, "timestep", layers=layers)
+            rules[kind] = Broadcast(reach, window, "timestep", layers=layers, exact=True)
     return PABConfig(**rules)
 
 

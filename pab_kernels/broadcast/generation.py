@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Hashable, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -321,6 +321,7 @@ class Generation:
         self._branches: int | None = None
         self._costs: dict[Arguments | None, CallCosts | None] = {}
         self._fuses: dict[tuple[nn.Module, Key], bool] = {}
+        self._decided: dict[Hashable, bool] = {}
         self._weights: dict[tuple[float, torch.device], torch.Tensor] = {}
 
     @property
@@ -521,6 +522,12 @@ class Generation:
         if key not in self._fuses:
             self._fuses[key] = fusing.fuses(module, x)
         return self._fuses[key] and not fusing.autocasts(x)
+
+    def once(self, what: Hashable, decide: Callable[[], bool]) -> bool:
+        """What `decide()` says of `what`, asked once a generation."""
+        if what not in self._decided:
+            self._decided[what] = decide()
+        return self._decided[what]
 
     def weight(self, value: float, device: torch.device) -> torch.Tensor:
         """`value` as one float32 number on `device`; made once a generation, and without waiting for the device."""

@@ -38,9 +38,12 @@ class OpenPlan(Plan):
         return ()
 
     @cached_property
-    def _ranges(self) -> dict[str, tuple[int, float, float]]:
+    def _ranges(self) -> dict[str, tuple[int, float, float, Callable[[float], int]]]:
         rules = {s.name: self.config.rule(s.kind, s.layer) for s in self.sublayers}
-        return {name: (r.range, *r.window) if r is not None and r.window is not None else (1, 0.0, 0.0) for name, r in rules.items()}
+        return {
+            name: (r.range, *r.window, r.number) if r is not None and r.window is not None else (1, 0.0, 0.0, int)
+            for name, r in rules.items()
+        }
 
     def at(self, timestep: float) -> OpenPlan:
         """This plan, at a step of `timestep`."""
@@ -49,8 +52,8 @@ class OpenPlan(Plan):
 
     def decision(self, name: str, step: int) -> Decision:
         """Reuse what was computed last where the rule asks for it; else compute, and keep it."""
-        reach, lo, hi = self._ranges[name]
-        if step % reach and lo < int(self.timestep) < hi:
+        reach, lo, hi, number = self._ranges[name]
+        if step % reach and lo < number(self.timestep) < hi:
             return Decision(Action.REUSE, 0)
         return Decision(Action.STORE if reach > 1 else Action.COMPUTE)
 
@@ -95,5 +98,5 @@ class OpenGeneration(Generation):
         if now > before:
             self.release()
             self.contexts, self.meter, self.step, self.plain_calls = {}, Meter(), 0, 0
-            self._costs, self._fuses = {}, {}
+            self._costs, self._fuses, self._decided = {}, {}, {}
         self._plan.at(now)

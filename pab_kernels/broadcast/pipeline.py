@@ -10,7 +10,7 @@ from torch import nn
 
 from .attach import PREFIX, Attached
 
-DENOISERS = ("transformer", "transformer_2", "unconditional_transformer")
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 """Names of what a pipeline may call at the steps of its scheduler."""
 
 _WATCH = f"{PREFIX}watch"

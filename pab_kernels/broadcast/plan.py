@@ -227,8 +227,9 @@ class Plan:
             elif (kind, rule) not in in_effect:  # a later rule wins
                 continue
             elif rule.at is not None:
-                found = {int((self.schedule.timesteps or ())[i]) if rule.unit == "timestep" else i for i in rule.points(self.schedule)}
-                missing = [p for p in rule.at if p not in found]
+                points = rule.points(self.schedule)
+                # A published table of timesteps serves several schedules, and each has some of its points.
+                missing = [p for p in rule.at if p not in points] if rule.unit == "step" else [] if points else rule.at
                 if missing:
                     notes.append(f"{kind}: {rule.unit}s {', '.join(map(str, missing))} do not occur in this schedule and have no effect")
             elif rule.range > 1 and not rule.reused(self.schedule):

@@ -1,8 +1,12 @@
 """Published settings, and settings for everything else.
 
-The published ones are those of VideoSys (commit 4cce477), with its timestep windows, MLP tables and cache points. An MLP table names
-timesteps of one schedule (model, size and number of steps): elsewhere its points may not occur, which `Plan.notes` then says. "demo" is for
-the model that comes with the package: every second output of every sublayer on the line through the two before it, in the default window.
+The published ones are those of VideoSys (commit 4cce477), with its timestep windows, MLP tables and cache points. Timesteps are compared
+as VideoSys compares them (`Broadcast.number`): rounded to bfloat16 where its Open-Sora casts them, and as they are in Open-Sora-Plan 1.2,
+whose sampler has fractional ones too. An MLP table names timesteps of the model's published schedules, of which each has some: Open-Sora's
+480p clips of 2 s have all three, longer and larger ones have one. Where a schedule has none of them, `Plan.notes` reports it.
+
+"demo" is for the model that comes with the package: every second output of every sublayer on the line through the two before it, in the
+default window.
 """
 
 from __future__ import annotations
@@ -12,8 +16,8 @@ from typing import Any
 from .config import Broadcast, PABConfig
 
 
-def _timesteps(lo: int, hi: int, **ranges: int) -> dict[str, Any]:
-    return {kind: Broadcast(reach, (lo, hi), "timestep") for kind, reach in ranges.items()}
+def _timesteps(lo: int, hi: int, *, exact: bool = False, **ranges: int) -> dict[str, Any]:
+    return {kind: Broadcast(reach, (lo, hi), "timestep", exact=exact) for kind, reach in ranges.items()}
 
 
 def _mlp(points: tuple[int, ...], layers: int) -> Broadcast:
@@ -26,8 +30,10 @@ _PRESETS: dict[str, PABConfig] = {
     "open-sora-1.2": PABConfig(
         **_timesteps(450, 930, spatial=2, temporal=4, cross=6), mlp=_mlp((676, 788, 864), 5), cache_point="post_gate"
     ),
-    "open-sora-plan-1.1": PABConfig(**_timesteps(100, 850, spatial=2, temporal=4, cross=6), mlp=_mlp(tuple(range(738, 425, -24)), 7)),
-    "open-sora-plan-1.2": PABConfig(**_timesteps(100, 850, spatial=2, cross=6)),
+    "open-sora-plan-1.1": PABConfig(
+        **_timesteps(100, 850, spatial=2, temporal=4, cross=6), mlp=_mlp(tuple(range(738, 425, -24)), 7), cache_point="post_gate"
+    ),
+    "open-sora-plan-1.2": PABConfig(**_timesteps(100, 850, exact=True, spatial=2, cross=6)),
     "latte": PABConfig(
         **_timesteps(100, 800, spatial=2, temporal=3, cross=6), mlp=_mlp((720, 640, 560, 480, 400), 5), cache_point="post_gate"
     ),
@@ -65,7 +71,12 @@ def preset(name: str) -> PABConfig:
     return _PRESETS[name]
 
 
-def preset_for(model: object, *, timesteps_known: bool) -> PABConfig:
-    """The preset of a model's class; `DEFAULT` where its windows count in timesteps that are not known."""
+def preset_name(model: object, *, timesteps_known: bool) -> str:
+    """The name of the preset of a model's class; `DEFAULT` where its windows count in timesteps that are not known."""
     name = next((_BY_CLASS[c.__name__] for c in type(model).__mro__ if c.__name__ in _BY_CLASS), DEFAULT)
-    return _PRESETS[name if timesteps_known else DEFAULT]
+    return name if timesteps_known else DEFAULT
+
+
+def preset_for(model: object, *, timesteps_known: bool) -> PABConfig:
+    """The preset that `preset_name` names."""
+    return _PRESETS[preset_name(model, timesteps_known=timesteps_known)]

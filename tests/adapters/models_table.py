@@ -14,6 +14,7 @@ from tests.adapters.graphed import MOVE, READ
 from tests.adapters.test_generic import COMPILED, RUN, UNKNOWN_FLOPS
 from tests.adapters.tiny_models import FAMILIES
 from tests.adapters.tiny_pipes import PIPES
+from tests.adapters.tiny_unets import UNETS
 from tests.works_with.combination import SUBJECTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -36,7 +37,9 @@ What was tested, on tiny random models of each class:
 - a pipeline by its name: whole samplings with a real scheduler against the oracle, two in a row, interrupted, at another size and number
   of steps.
 
-`LatteTransformer3DModel` has an adapter of its own, on fused operations.
+`LatteTransformer3DModel` has an adapter of its own, on fused operations. A block of it that is not exactly diffusers' (another
+`forward`, on the object, in a subclass or patched into a class; a position embedding, another kind of norm) is run as it is, module by
+module, and its outputs are kept before the gate. This is decided once a generation.
 """
 
 
@@ -59,6 +62,23 @@ def tested(name: str) -> list[str]:
     return [*said, *(f"`{pipe}`" for pipe, of in sorted(_pipelines().items()) if of == name)]
 
 
+UNET_PART = """\
+
+## UNets
+
+A pipeline with a `unet` is followed like one with a `transformer`. Motion modules (AnimateDiff, both attentions of each), temporal
+transformers and the temporal blocks of Stable Video Diffusion are temporal. Only attention, MLPs and transformer blocks are reused;
+convolutions always run. Rules restricted to `layers` count the blocks inside one transformer of the UNet. Whole samplings of these
+are tested against the oracle:
+"""
+
+
+def unets() -> str:
+    """The part of the page on UNets."""
+    lines = [f"- `{tiny.name}`: `{type(tiny.parts()['unet']).__name__}`" for tiny in UNETS]
+    return "\n".join([UNET_PART, *lines]) + "\n"
+
+
 def summary() -> str:
     """The table in one sentence, as the README has it."""
     ways = {name: tested(name) for name in EXPECTED}
@@ -75,7 +95,7 @@ def page() -> str:
         found = [part.partition(":") for part in EXPECTED[name].split()]
         columns = ["<br>".join(f"`{module}`" for kind, _, module in found if kind == column) for column in kinds]
         lines.append("| " + " | ".join([f"`{name}`", *columns, ", ".join(tested(name))]) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + unets()
 
 
 if __name__ == "__main__":

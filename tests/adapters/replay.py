@@ -137,12 +137,13 @@ def assert_runs_as_the_oracle(tiny: Pipe, steps: int, first: int = 0, **call: An
     pab.enable(pipe, PABConfig(1, 1, 1, 1, 1))
     assert torch.equal(tiny.sample(pipe, steps, **call), plain)
     pab.enable(pipe, CONFIG)
-    replay = Replay(twin, [s for s in pab.sublayers(pipe) if s.kind != "block"], RULES, first)
+    model = getattr(pipe, tiny.denoiser)
+    replay = Replay(twin, [s for s in pab.sublayers(pipe) if s.kind != "block"], RULES, first, model=getattr(twin, tiny.denoiser))
     with replay.running():
         expected = tiny.sample(twin, steps, **call)
     assert not torch.equal(expected, plain)
     for _ in range(2):
-        with counted_runs(pipe.transformer, replay.sublayers) as runs:
+        with counted_runs(model, replay.sublayers) as runs:
             assert torch.equal(tiny.sample(pipe, steps, **call), expected)
         summary = pab.summary(pipe)
         assert summary.plan is not None and summary.plan.schedule.begin == first
@@ -154,7 +155,7 @@ def assert_runs_as_the_oracle(tiny: Pipe, steps: int, first: int = 0, **call: An
     pab.disable(pipe)
     assert torch.equal(tiny.sample(pipe, steps, **call), plain)
     assert not {"step", "set_timesteps"} & vars(pipe.scheduler).keys()
-    assert not any(isinstance(v, Attached) for m in pipe.transformer.modules() for v in vars(m).values())
+    assert not any(isinstance(v, Attached) for m in model.modules() for v in vars(m).values())
     return summary
 
 

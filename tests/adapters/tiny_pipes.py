@@ -51,6 +51,7 @@ class Pipe:
         callback: whether it has `callback_on_step_end`.
         runs: of one module in one call of the model, by kind, where they are more than one.
         settings: attributes of the pipeline that its parts do not give.
+        denoiser: name of the model that is called at its steps.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Pipe:
     callback: bool = True
     runs: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    denoiser: str = "transformer"
 
     def build(self) -> Any:
         kind = getattr(diffusers, self.name)

@@ -9,7 +9,8 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pab_kernels.broadcast.config import KINDS, Broadcast, PABConfig
@@ -33,7 +34,8 @@ def broadcasts(draw: st.DrawFn) -> Broadcast:
     unit = draw(st.sampled_from(sorted(_TWO_NUMBERS)))
     if unit != "fraction" and draw(st.booleans()):
         points = draw(st.lists(st.integers(0, 999), min_size=1, max_size=5))
-        return Broadcast(draw(_RANGES), unit=unit, reuse=draw(_REUSES), layers=draw(_LAYERS), at=points)
+        exact = unit == "timestep" and draw(st.booleans())
+        return Broadcast(draw(_RANGES), unit=unit, reuse=draw(_REUSES), layers=draw(_LAYERS), at=points, exact=exact)
     window = draw(_TWO_NUMBERS[unit])
     window = None if unit == "fraction" and draw(st.booleans()) else window
     return Broadcast(draw(_RANGES), window, unit, draw(_REUSES), draw(_LAYERS))
@@ -70,6 +72,11 @@ def test_a_dict_may_have_ranges_for_rules_and_leave_out_the_rest() -> None:
 # The definition, written a second time
 
 
+def _as_videosys(t: float) -> int:
+    """A timestep as VideoSys compares it: fractional ones are those of a bfloat16 model, whole ones stay whole."""
+    return int(t) if t == int(t) else int(torch.tensor(t, dtype=torch.float32).bfloat16())
+
+
 @given(st.data(), st.integers(1, 40), _RANGES)
 @settings(max_examples=100)
 def test_a_step_is_reused_iff_off_the_beat_and_in_the_window(data: st.DataObject, num_steps: int, reach: int) -> None:
@@ -82,7 +89,7 @@ def test_a_step_is_reused_iff_off_the_beat_and_in_the_window(data: st.DataObject
         inside = {
             "fraction": lambda i=i: Fraction(str(lo)) <= Fraction(i, num_steps) < Fraction(str(hi)),
             "step": lambda i=i: i in range(lo, hi),
-            "timestep": lambda i=i: lo < timesteps[i] // 1 < hi,
+            "timestep": lambda i=i: lo < _as_videosys(timesteps[i]) < hi,
         }[unit]()
         if inside and divmod(i - begin, reach)[1] != 0:
             expected.add(i)
@@ -98,8 +105,38 @@ def test_fractions_are_of_the_full_schedule_and_the_beat_is_of_the_first_call() 
 
 def test_step_windows_end_before_hi_and_timestep_windows_leave_out_both_ends() -> None:
     assert Broadcast(9, (2, 5), "step").reused(Schedule(8)) == {2, 3, 4}
-    schedule = Schedule.of(timesteps=[900.9, 800.9, 800.0, 799.9, 101.0, 100.9, 99.0])
+    schedule = Schedule.of(timesteps=[900, 801, 800, 799, 101, 100, 99])
     assert Broadcast(9, (100, 800), "timestep").reused(schedule) == {3, 4}
+
+
+# Timesteps are compared as VideoSys compares them
+
+
+@given(st.floats(0, 1000) | st.integers(0, 4000).map(lambda v: v / 4) | st.floats(0, 1e38))
+@example(930.0)
+@example(674.8582)
+@example(738.0)  # no bfloat16
+@example(2.0**-140)
+@example(1e300)
+@settings(max_examples=300)
+def test_a_fractional_timestep_is_rounded_as_a_bfloat16_tensor_is(t: float) -> None:
+    assert Broadcast(2, (0, 1000), "timestep").number(t) == _as_videosys(t)
+    assert Broadcast(2, (0, 1000), "timestep", exact=True).number(t) == int(t)
+
+
+def test_windows_and_points_are_compared_with_the_rounded_timestep() -> None:
+    schedule = Schedule.of(timesteps=[1000, 929.5, 927.9, 674.86, 451.2, 450.4, 100])  # 1000, 928, 928, 676, 452, 450, 100
+    assert Broadcast(9, (451, 929), "timestep").reused(schedule) == {1, 2, 3, 4}
+    assert Broadcast(9, (451, 929), "timestep", exact=True).reused(schedule) == {2, 3}
+    assert Broadcast(2, unit="timestep", at=[676]).points(schedule) == (3,)
+    assert Broadcast(2, unit="timestep", at=[676], exact=True).points(schedule) == ()
+    assert Broadcast(2, unit="timestep", at=[674], exact=True).points(schedule) == (3,)
+
+
+def test_whole_timesteps_are_never_rounded() -> None:
+    """738 is a point of Open-Sora-Plan's table and no bfloat16; 721 would become Latte's point 720."""
+    assert Broadcast(2, unit="timestep", at=[738]).points(Schedule.of(timesteps=[744, 738, 732])) == (1,)
+    assert Broadcast(2, unit="timestep", at=[720]).points(Schedule.of(timesteps=[741, 721, 701])) == ()
 
 
 def test_the_default_window_is_the_middle_seventy_percent_whatever_the_rounding() -> None:
@@ -124,7 +161,7 @@ def test_each_explicit_point_is_computed_and_the_steps_after_it_are_reused(
             expected.add(i)
     assert Broadcast(reach, unit="step", at=points).reused(Schedule(n, begin=begin)) == expected
     timesteps = [1000.5 - i for i in range(n)]
-    by_timestep = Broadcast(reach, unit="timestep", at=[1000 - p for p in points])
+    by_timestep = Broadcast(reach, unit="timestep", at=[1000 - p for p in points], exact=True)
     assert by_timestep.reused(Schedule.of(timesteps=timesteps, begin=begin)) == expected
 
 
@@ -204,6 +241,8 @@ BAD_RULES: list[tuple[dict[str, Any], str]] = [
     ({"layers": [[0]]}, r"got \[\[0\]\]"),
     ({"at": (), **_STEP}, r"at must be a non-empty list of whole numbers from 0, got \(\); leave it out for a window"),
     ({"at": (1.5,), **_STEP}, r"at must be .* got \(1.5,\)"),
+    ({"exact": True}, "only unit='timestep' rounds; got True with unit 'fraction'"),
+    ({"exact": 1, "unit": "timestep", "window": (0, 9)}, "exact is True or False, .* got 1 with unit 'timestep'"),
     ({"at": (1,)}, "explicit steps `at` need unit='step' or unit='timestep', got 'fraction'"),
     ({"at": (1,), "window": (0, 9), **_STEP}, r"at=\(1,\) take no window, got \(0, 9\); leave one of the two out"),
 ]

@@ -144,8 +144,11 @@ def test_diffusers_ranges_and_windows_reuse_the_same_steps(timesteps: list[int],
 
 
 def test_diffusers_defaults_are_kept() -> None:
-    assert from_diffusers(_diffusers(cross_attention_block_skip_range=3)) == PABConfig(cross=Broadcast(3, (100, 800), "timestep"))
-    assert from_diffusers(_diffusers()) == PABConfig(spatial=Broadcast(2, (100, 800), "timestep"))  # diffusers warns and takes 2
+    assert from_diffusers(_diffusers(cross_attention_block_skip_range=3)) == PABConfig(
+        cross=Broadcast(3, (100, 800), "timestep", exact=True)
+    )
+    taken = Broadcast(2, (100, 800), "timestep", exact=True)  # diffusers warns and takes 2
+    assert from_diffusers(_diffusers()) == PABConfig(spatial=taken)
 
 
 def test_diffusers_identifiers_restrict_the_layers() -> None:
@@ -157,7 +160,8 @@ def test_diffusers_identifiers_restrict_the_layers() -> None:
         cross_attention_block_identifiers=("no_such_block",),
     )
     assert from_diffusers(config, _SUBLAYERS) == PABConfig(
-        spatial=Broadcast(2, (100, 800), "timestep", layers=(1, 2)), temporal=Broadcast(4, (100, 800), "timestep")
+        spatial=Broadcast(2, (100, 800), "timestep", layers=(1, 2), exact=True),
+        temporal=Broadcast(4, (100, 800), "timestep", exact=True),
     )
     with _refused(ValueError, "spatial_attention_block_identifiers ('^transformer_blocks\\\\.[12]\\\\.',) name modules of a model"):
         from_diffusers(config)

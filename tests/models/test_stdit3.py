@@ -159,3 +159,15 @@ def test_what_is_missing_is_refused() -> None:
         tiny()(**inputs() | {"fps": None})
     with pytest.raises(ValueError, match="skip_y_embedder is on"):
         STDiT3.from_config({"skip_y_embedder": True})
+
+
+def test_its_preset_is_not_changed_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny()
+    pab.enable(model, timesteps=[900.0, 800.0, 700.0])
+    pab.enable(model, timesteps=[900.0, 800.0])
+    (record,) = [r for r in caplog.records if r.levelname == "WARNING" and "cache_point" in r.getMessage()]
+    message = record.getMessage()
+    assert message.startswith("STDiT3: its preset 'open-sora-1.2' keeps outputs at cache_point 'post_gate'")
+    assert "they are kept at 'pre_gate' instead" in message and "\n" not in message
+    with pytest.raises(ValueError, match="cache_point 'post_gate' does not suit STDiT3; supported are 'pre_gate'"):
+        pab.enable(tiny(), pab.PABConfig.preset("open-sora-1.2"), timesteps=[900.0, 800.0])
