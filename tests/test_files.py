@@ -116,5 +116,5 @@ def test_an_error_is_one_line_that_a_terminal_can_show(error: Exception, line: s
 def test_long_things_are_shown_cut() -> None:
     itself: list[Any] = []
     itself.append(itself)
-    assert shown(itself) == "[[...]]" and shown(10**9999) == "a number of very many digits"
+    assert shown(itself) == "[[[[[[...]]]]]]" and shown(10**9999) == "a number of very many digits"
     assert len(shown(list(range(10**6)))) < 200 and len(one_line(ValueError("x" * 10**6))) < 1000
