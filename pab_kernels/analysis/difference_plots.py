@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..extras import require
+from ..files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,5 +88,6 @@ def plot_layers(analysis: Analysis, path: str | Path | None = None) -> Figure:
 
 def _saved(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
-        figure.savefig(path)
+        with replacing(path) as made:
+            figure.savefig(made)
     return figure

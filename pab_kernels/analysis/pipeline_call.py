@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+
+from ..broadcast.schedule import check_steps
+from .sampling import check_seed
 
 _FRAMES = ("num_frames", "video_length")
 """What pipelines call the number of frames."""
@@ -41,6 +45,10 @@ class Wish:
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        check_steps(self.steps or 1)
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
+        check_seed(self.seed)
         if self.size is not None and (len(self.size) not in (2, 3) or min(self.size) < 1):
             raise ValueError(f"a size is frames x height x width or height x width, each at least 1; got {'x'.join(map(str, self.size))}")
 
