@@ -82,6 +82,7 @@ class Settings:
             raise ValueError(f"ranges must be three or four whole numbers of at least 1: spatial,temporal,cross[,mlp]; got {got}")
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"the demo model has no scheduler {self.scheduler!r}; it has {', '.join(SCHEDULERS)}")
+        variants(self)  # refuses ranges that no rule has
         usable_device(self.device)
 
     @property

@@ -133,10 +133,10 @@ def from_json(text: str) -> Any:
     """The data of strict JSON.
 
     Raises:
-        ValueError: it is not JSON, holds NaN, Infinity or a name twice, or is nested too deep.
+        ValueError: it is not JSON, holds a number that is not finite or a name twice, or is nested too deep.
     """
     try:
-        return json.loads(text, object_pairs_hook=_named_once, parse_constant=_refused)
+        return json.loads(text, object_pairs_hook=_named_once, parse_constant=_refused, parse_float=_number)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
@@ -150,8 +150,13 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
+def _number(token: str) -> float:
+    number = float(token)
+    return number if math.isfinite(number) else _refused(shortened(token))
+
+
 def _refused(token: str) -> Any:
-    raise ValueError(f"{token} is not JSON; numbers are finite")
+    raise ValueError(f"{token} is no number of JSON; they are finite")
 
 
 # Messages
@@ -172,6 +177,11 @@ def shown(value: Any) -> str:
         return shortened(_REPR.repr(value))
     except ValueError:  # Python writes no integer of more than 4,300 digits
         return "a number of very many digits"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind: torch and ffmpeg go on with what is theirs."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def one_line(error: object) -> str:

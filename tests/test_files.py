@@ -89,7 +89,7 @@ def test_json_is_strict_both_ways() -> None:
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [1.5, None, None], "b": {"c": [None, None, True]}}
     assert from_json(text)["a"] == [1.5, None, None]
     for bad, message in (
-        ("[NaN]", "NaN is not JSON"),
+        ("[NaN]", "NaN is no number of JSON"),
         ('{"a": 1, "a": 2}', "'a' occurs twice"),
         ("[" * 10**5, "nested too deep"),
         ("{", "Expecting property name"),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..broadcast.schedule import check_steps
+from ..files import first_line
 from .sampling import check_seed
 
 _FRAMES = ("num_frames", "video_length")
@@ -107,8 +108,7 @@ def call(pipe: Any, wish: Wish, on_step: OnStep | None = None) -> torch.Tensor:
     try:
         output = pipe(**asked)
     except (MemoryError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{type(pipe).__name__} failed: {said}") from error
+        raise ValueError(f"{type(pipe).__name__} failed: {first_line(error)}") from error
     frames = frames_of(output)
     if not frames.isfinite().all():
         raise ValueError(f"the output of {type(pipe).__name__} is not finite; try dtype bfloat16 or float32")

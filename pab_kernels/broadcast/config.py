@@ -77,7 +77,7 @@ class Broadcast:
         unit: what `window` or `at` counts.
         reuse: "hold" or "linear".
         layers: block indices to which the rule is restricted, a list or range of at most 4,096; default all.
-        at: explicit points in `unit` "step" or "timestep", at most 100,000.
+        at: explicit points in `unit` "step" or "timestep", at most 10,000.
 
     Raises:
         ValueError: a value is out of bounds; the message says what is supported.

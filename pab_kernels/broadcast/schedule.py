@@ -10,8 +10,8 @@ from typing import Any
 
 from ..files import shown
 
-MOST_STEPS = 100_000
-"""The longest schedule: a hundred times as many steps as models are trained with."""
+MOST_STEPS = 10_000
+"""The longest schedule: ten times as many steps as models are trained with."""
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def demo(
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     failed = None
     with ctrl_c():
-        with Progress(*columns, console=notes, transient=True) as bar:
+        with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
             task = bar.add_task("loading", total=None)
             result = run_demo(settings, lambda title, done, todo: bar.update(task, description=title, completed=done, total=todo))
         if result.interrupted:

@@ -271,8 +271,8 @@ def test_a_bad_dict_is_refused_in_one_line(data: Any, message: str) -> None:
 ENDLESS: list[tuple[Callable[[], Any], str]] = [
     (lambda: Broadcast(2, layers=range(10**9)), "layers lists at most 4,096 numbers, got range(0, 1000000000); leave it out for all"),
     (lambda: Broadcast(2, layers=itertools.count()), "layers lists at most 4,096 numbers, got count("),
-    (lambda: Broadcast(2, unit="step", at=itertools.repeat(0)), "at lists at most 100,000 numbers, got repeat(0); leave it out for a"),
-    (lambda: Broadcast(2, unit="step", at=range(100_001)), "at lists at most 100,000 numbers, got range(0, 100001)"),
+    (lambda: Broadcast(2, unit="step", at=itertools.repeat(0)), "at lists at most 10,000 numbers, got repeat(0); leave it out for a"),
+    (lambda: Broadcast(2, unit="step", at=range(10_001)), "at lists at most 10,000 numbers, got range(0, 10001)"),
     (lambda: Broadcast(2, unit="timestep", at=[10**30]), "at must be at most 2**63 - 1, got 1000000000000000000000000000000"),
     (lambda: Broadcast(2, layers=[3, 2**63]), "layers must be at most 2**63 - 1, got (3, 9223372036854775808)"),
     (lambda: Broadcast(10**6000), "range must be at most 2**63 - 1, got a number of very many digits"),
@@ -282,9 +282,9 @@ ENDLESS: list[tuple[Callable[[], Any], str]] = [
     (lambda: Broadcast(2, (-math.inf, 5), "timestep"), "a window's ends must be at most 2**63 - 1, got (-inf, 5)"),
     (lambda: Broadcast(2, (0, math.nan), "step"), "window must be two numbers with lo < hi, got (0, nan)"),
     (lambda: PABConfig(spatial=[[7] * 10**6] * 10**6), "spatial must be a Broadcast, a range or None, got [[7, 7, 7"),
-    (lambda: Schedule.of(10**30), "num_steps must be at most 100,000, got 1000000000000000000000000000000"),
-    (lambda: Schedule.of(10**6000), "num_steps must be at most 100,000, got a number of very many digits"),
-    (lambda: Schedule.of(timesteps=itertools.count()), "the number of timesteps must be at most 100,000, got 100001"),
+    (lambda: Schedule.of(10**30), "num_steps must be at most 10,000, got 1000000000000000000000000000000"),
+    (lambda: Schedule.of(10**6000), "num_steps must be at most 10,000, got a number of very many digits"),
+    (lambda: Schedule.of(timesteps=itertools.count()), "the number of timesteps must be at most 10,000, got 10001"),
     (lambda: Schedule.of(timesteps=[10**400]), "timesteps must be a row of finite numbers, got [1000000"),
 ]
 
@@ -303,9 +303,9 @@ def test_layers_may_be_given_by_anything_that_lists_them() -> None:
 
 
 def test_the_longest_lists_and_schedules_are_served() -> None:
-    rule = Broadcast(2, unit="timestep", at=range(100_000), layers=range(4096))
-    assert len(rule.points(Schedule.of(timesteps=range(99_999, -1, -1)))) == 100_000 and rule.applies_to(4095)
-    assert len(Broadcast(3, (0, 1)).reused(Schedule.of(100_000))) == 66_666
+    rule = Broadcast(2, unit="timestep", at=range(10_000), layers=range(4096))
+    assert len(rule.points(Schedule.of(timesteps=range(9_999, -1, -1)))) == 10_000 and rule.applies_to(4095)
+    assert len(Broadcast(3, (0, 1)).reused(Schedule.of(10_000))) == 6_666
 
 
 def test_an_unknown_kind_has_no_rule() -> None:
