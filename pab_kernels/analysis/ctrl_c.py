@@ -67,9 +67,11 @@ def ctrl_c() -> Iterator[CtrlC]:
         yield outer
         return
     inner = CtrlC()
+    if before is not signal.default_int_handler:
+        yield inner
+        return
     try:
-        if before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, inner.handle)
+        signal.signal(signal.SIGINT, inner.handle)
         yield inner
     finally:
         signal.signal(signal.SIGINT, before)

@@ -185,10 +185,10 @@ def analyze(
     except Interrupted:
         raise
     except BaseException as error:
-        if not _is_interrupt(error):
+        if not (study.noted or _is_interrupt(error)):
             raise
         study.give_back()
-        raise Interrupted(study.analysis()) from None
+        raise Interrupted(study.analysis()) from error
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
@@ -203,12 +203,19 @@ class _Study:
         self._model = model
         self._probe: Probe | None = None
         self._broadcaster: Broadcaster | None = None
+        self._stop = CtrlC()
         self._complete = False
+
+    @property
+    def noted(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self._stop.noted > 0
 
     def measure(
         self, pipe: Any, adapter: Adapter, run: Callable[[], Any], num_steps: int | None, progress: Progress | None, stop: CtrlC
     ) -> None:
         """Run with a probe in the model."""
+        self._stop = stop
         self._probe = Probe(self._model, adapter, progress, stop.check)
         try:
             self._broadcaster = Broadcaster(self._model, self._probe, PABConfig())

@@ -317,6 +317,20 @@ def test_an_error_that_ctrl_c_became_is_ctrl_c() -> None:
     assert found.curve("spatial") == (None, pytest.approx(0.5), None, None)
 
 
+@pytest.mark.usefixtures("pythons_handler")
+def test_an_error_after_ctrl_c_is_shown_as_what_ended_the_run() -> None:
+    model = Toy()
+
+    def stop(step: int) -> None:
+        if step == 2:
+            _press()
+            raise RuntimeError("a loader was interrupted")
+
+    with pytest.raises(Interrupted) as info:
+        analyze(model, lambda: play(model, {"cond": VALUES}, stop), num_steps=4)
+    assert str(info.value.__cause__) == "a loader was interrupted" and info.value.analysis.curve("spatial")[1] == pytest.approx(0.5)
+
+
 def test_before_the_first_step_nothing_is_measured_and_the_report_is_empty(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
 
