@@ -24,10 +24,11 @@ from .broadcast.config import PABConfig
 from .broadcast.costs import on_meta
 from .broadcast.plan import Cost, Counts, Plan
 from .broadcast.schedule import check_steps
-from .files import path_of, to_json, write_text
+from .files import path_of, write_text
 from .models.demo.check import shows
 from .models.demo.pipeline import GUIDANCE, SCHEDULERS, STEPS, DemoPipeline, load
 from .models.demo.shapes import FRAMES, SIZE, VOCABULARY, Caption, parse
+from .strict_json import to_json
 
 PROMPTS = (
     "a red circle moves right at night",

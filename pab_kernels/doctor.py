@@ -16,8 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .files import to_json
 from .streams import standard_streams
+from .strict_json import to_json
 
 PACKAGES = (
     "pab-kernels",

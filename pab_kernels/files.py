@@ -1,18 +1,17 @@
-"""Files written whole or not at all, strict JSON, and errors in one line."""
+"""Files read with care, and written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
-import reprlib
 import secrets
 import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .messages import shortened, shown
 
 MOST_BYTES = 2**20
 """The longest text that `read_text` takes. A config has a few hundred bytes; a device or a video under its name has no end."""
@@ -111,87 +110,3 @@ def write_text(path: str | Path, text: str) -> Path:
     with replacing(path) as made:
         made.write_text(text, encoding="utf-8")
     return Path(path)
-
-
-# JSON
-
-
-def to_json(data: Any) -> str:
-    """`data` as strict JSON, one entry a line: a number that is not finite is null."""
-    return json.dumps(_finite(data), indent=1, allow_nan=False)
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def from_json(text: str) -> Any:
-    """The data of strict JSON.
-
-    Raises:
-        ValueError: it is not JSON, holds a number that is not finite or a name twice, or is nested too deep.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_named_once, parse_constant=_refused, parse_float=_number)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in data:
-            raise ValueError(f"{shown(name)} occurs twice")
-        data[name] = value
-    return data
-
-
-def _number(token: str) -> float:
-    number = float(token)
-    return number if math.isfinite(number) else _refused(shortened(token))
-
-
-def _refused(token: str) -> Any:
-    raise ValueError(f"{token} is no number of JSON; they are finite")
-
-
-# Messages
-
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxlong, _REPR.maxother = 5, 100, 60, 200
-_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 12
-
-
-def shortened(text: str, most: int = 200) -> str:
-    """`text`, or its two ends where it is longer than `most` characters."""
-    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]}"
-
-
-def shown(value: Any) -> str:
-    """`repr(value)`, cut where it is long: what was given may be a list of a million, or refer to itself."""
-    try:
-        return shortened(_REPR.repr(value))
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        return "a number of very many digits"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind: torch and ffmpeg go on with what is theirs."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def one_line(error: object) -> str:
-    """What an error says, on one line of at most 1,000 characters that a terminal can show.
-
-    The error of a file names the file, and gives the system's reason.
-    """
-    said = str(error).strip()
-    if isinstance(error, OSError) and error.strerror:
-        said = f"{os.fsdecode(error.filename)}: {error.strerror}" if isinstance(error.filename, (str, bytes)) else error.strerror
-    said = " ".join(said.split()) or type(error).__name__
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in said)
-    return shortened(shown, 1000)

@@ -24,7 +24,8 @@ from .broadcast.formats import named_config
 from .broadcast.presets import preset_for
 from .broadcast.summary import Summary
 from .extras import require
-from .files import path_of, to_json, write_text
+from .files import path_of, write_text
+from .strict_json import to_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 WARM_UP = 2

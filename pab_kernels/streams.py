@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from .files import one_line
+from .messages import one_line
 
 
 def fail(error: object, code: int) -> NoReturn:

@@ -1,17 +1,15 @@
-"""Files written whole or not at all, strict JSON, and errors in one line."""
+"""Files written whole or not at all."""
 
 from __future__ import annotations
 
 import errno
-import json
-import math
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pab_kernels.files import from_json, one_line, replacing, shown, to_json, write_text
+from pab_kernels.files import replacing, write_text
+from pab_kernels.messages import one_line
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -81,40 +79,3 @@ def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             write_text(path, "x")  # type: ignore[arg-type]
     assert Path("/dev/null").is_char_device() and {p.name for p in tmp_path.iterdir()} == {"pipe", "loop"}
-
-
-def test_json_is_strict_both_ways() -> None:
-    data = {"a": [1.5, math.nan, math.inf], "b": {"c": (-math.inf, None, True)}}
-    text = to_json(data)
-    assert json.loads(text, parse_constant=pytest.fail) == {"a": [1.5, None, None], "b": {"c": [None, None, True]}}
-    assert from_json(text)["a"] == [1.5, None, None]
-    for bad, message in (
-        ("[NaN]", "NaN is no number of JSON"),
-        ('{"a": 1, "a": 2}', "'a' occurs twice"),
-        ("[" * 10**5, "nested too deep"),
-        ("{", "Expecting property name"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            from_json(bad)
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (ValueError("one\ntwo\t three"), "one two three"),
-        (ValueError("a\x1b[31mb\udc80\x00"), r"a\x1b[31mb\udc80\x00"),
-        (ValueError(), "ValueError"),
-        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
-        (OSError(errno.EACCES, "Permission denied", b"raw"), "raw: Permission denied"),
-        (OSError("said by a library\nat length"), "said by a library at length"),
-    ],
-)
-def test_an_error_is_one_line_that_a_terminal_can_show(error: Exception, line: str) -> None:
-    assert one_line(error) == line
-
-
-def test_long_things_are_shown_cut() -> None:
-    itself: list[Any] = []
-    itself.append(itself)
-    assert shown(itself) == "[[[[[[...]]]]]]" and shown(10**9999) == "a number of very many digits"
-    assert len(shown(list(range(10**6)))) < 200 and len(one_line(ValueError("x" * 10**6))) < 1000

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..extras import require
-from ..files import check_regular, path_of, replacing, shortened
+from ..files import check_regular, path_of, replacing
+from ..messages import shortened
 from . import quality
 from .clips import Clip, read_clip
 from .perceptual import Distance, load_lpips

@@ -14,7 +14,7 @@ from ..broadcast.config import PABConfig
 from ..broadcast.plan import Action, Counts, Forecast, Plan
 from ..broadcast.presets import preset_for
 from ..broadcast.schedule import Schedule, check_steps
-from ..files import first_line, shown
+from ..messages import first_line, shown
 from .inputs import INPUTS, Size
 from .measure import measure
 from .transformers import build, find_config

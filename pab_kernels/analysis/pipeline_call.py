@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..broadcast.schedule import check_steps
-from ..files import first_line
+from ..messages import first_line
 from .sampling import check_seed
 
 _FRAMES = ("num_frames", "video_length")

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..extras import require
-from ..files import first_line, path_of, read_text, shortened, shown
+from ..files import path_of, read_text
+from ..messages import first_line, shortened, shown
 
 DEMO = "demo"
 """The name of the demo model, which comes with the package."""

@@ -13,7 +13,7 @@ import torch
 from .. import api
 from ..broadcast.config import PABConfig
 from ..broadcast.summary import Summary
-from ..files import shown
+from ..messages import shown
 from .memory import Peak, peak_memory
 
 T = TypeVar("T")

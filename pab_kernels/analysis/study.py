@@ -14,7 +14,8 @@ from ..adapters import adapter_for
 from ..broadcast.adapter import Adapter
 from ..broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
 from ..broadcast.config import KINDS, PABConfig
-from ..files import to_json, write_text
+from ..files import write_text
+from ..strict_json import to_json
 from .ctrl_c import CtrlC, ctrl_c
 from .differences import Differences, Probe, Progress
 from .starting_config import MIDDLE, Start, starting_config

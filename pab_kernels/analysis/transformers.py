@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from ..extras import require
-from ..files import first_line, from_json, path_of, read_text, shortened
+from ..files import path_of, read_text
+from ..messages import first_line, shortened
+from ..strict_json import from_json
 from .families import FAMILIES, family
 from .inputs import INPUTS, Size
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, get_args
 
-from ..files import shown
+from ..messages import shown
 from .schedule import MOST_STEPS, Schedule
 
 Kind = Literal["spatial", "temporal", "cross", "mlp", "block"]

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from ..extras import require
-from ..files import from_json, path_of, read_text, shortened, shown, to_json, write_text
+from ..files import path_of, read_text, write_text
+from ..messages import shortened, shown
+from ..strict_json import from_json, to_json
 from .config import KINDS, Broadcast, CachePoint, PABConfig
 from .plan import Action, Plan, Sublayer
 from .presets import presets

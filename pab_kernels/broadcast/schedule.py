@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from ..files import shown
+from ..messages import shown
 
 MOST_STEPS = 10_000
 """The longest schedule: ten times as many steps as models are trained with."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..extras import require
-from ..files import shortened
+from ..messages import shortened
 
 MOST_CHARACTERS = 2**16
 MOST_VALUES = 10_000

@@ -11,7 +11,7 @@ import typer
 
 from ..broadcast.schedule import check_steps
 from ..extras import require
-from ..files import to_json
+from ..strict_json import to_json
 from .arguments import named_arguments
 
 DEMO_PROMPT = "a red circle moves right at night"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from json import JSONDecodeError
 from typing import Any
 
-from ..files import from_json, shown
+from ..messages import shown
+from ..strict_json import from_json
 
 
 def named_arguments(given: list[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..extras import require
-from ..files import to_json
+from ..strict_json import to_json
 
 
 def _values(text: str) -> tuple[float, float]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..extras import require
-from ..files import shown, to_json
+from ..messages import shown
+from ..strict_json import to_json
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..extras import require
-from ..files import to_json
+from ..strict_json import to_json
 from .arguments import named_arguments
 
 if TYPE_CHECKING:

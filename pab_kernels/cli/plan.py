@@ -14,7 +14,7 @@ from ..broadcast.plan import Plan
 from ..broadcast.plan import plan as plan_of
 from ..broadcast.schedule import check_steps
 from ..extras import require
-from ..files import to_json
+from ..strict_json import to_json
 
 if TYPE_CHECKING:
     from rich.table import Table

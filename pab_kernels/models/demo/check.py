@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ...files import to_json, write_text
+from ...files import write_text
+from ...strict_json import to_json
 from . import shapes
 from .pipeline import GUIDANCE, DemoPipeline, load
 from .shapes import Caption
