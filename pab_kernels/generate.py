@@ -264,32 +264,37 @@ def _generate(settings: Settings, pipe: Any, config: PABConfig | None, out: Path
         with stop.interruptible():
             return call(pipe, wish, partial(progress, title) if progress else None)
 
+    def run_all() -> None:
+        if settings.compare:
+            run("warming up", replace(settings.wish, steps=min(WARM_UP, settings.wish.steps or WARM_UP)))
+        for rules in ways:
+            key, title = ("pab", "PAB") if rules else ("off", "no PAB")
+            sample_once = partial(run, title, settings.wish)
+            sampled = sample(pipe, sample_once, rules, timed=settings.timed, cuda_graphs=settings.cuda_graphs)
+            quality = compare(sampled.output, runs[0].sampled.output, lpips=False) if runs else None
+            runs.append(Run(key, rules, sampled, quality))
+            save()
+            runs[-1] = replace(runs[-1], file=_write(out / key, sampled.output, settings.fps))
+            save()
+            for path in _draw(runs, out, settings):
+                drawn.append(path)
+            stop.check()
+
     save()
+    interrupted = False
     try:
-        with _said_what_is_kept(runs, out):
-            if settings.compare:
-                run("warming up", replace(settings.wish, steps=min(WARM_UP, settings.wish.steps or WARM_UP)))
-            for rules in ways:
-                key, title = ("pab", "PAB") if rules else ("off", "no PAB")
-                sample_once = partial(run, title, settings.wish)
-                sampled = sample(pipe, sample_once, rules, timed=settings.timed, cuda_graphs=settings.cuda_graphs)
-                quality = compare(sampled.output, runs[0].sampled.output, lpips=False) if runs else None
-                runs.append(Run(key, rules, sampled, quality))
-                save()
-                runs[-1] = replace(runs[-1], file=_write(out / key, sampled.output, settings.fps))
-                save()
-                for path in _draw(runs, out, settings):
-                    drawn.append(path)
-                stop.check()
-    except KeyboardInterrupt:
-        return save(interrupted=True)
+        try:
+            with _said_what_is_kept(runs, out):
+                run_all()
+        except KeyboardInterrupt:
+            interrupted = True
+        return save(interrupted)
     except OSError as error:
         try:
-            made = save()
+            made = save(interrupted)
         except OSError:
-            made = result()
+            made = result(interrupted)
         raise NotWritten(error, made) from error
-    return save()
 
 
 def _check(pipe: Any, config: PABConfig | None) -> None:
