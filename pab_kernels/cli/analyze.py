@@ -107,7 +107,7 @@ def analyze(
                 found = study.analyze(pipe, run, progress=lambda begun, total: bar.update(task, completed=begun, total=total))
             except study.Interrupted as stopped:
                 found, interrupted = stopped.analysis, True
-        if not found.differences:
+        if interrupted and not found.differences:
             raise KeyboardInterrupt
         written: list[str] = []
         try:
