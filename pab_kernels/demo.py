@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -15,17 +14,21 @@ import torch
 
 from .adapters.latte import LatteAdapter
 from .analysis import video
+from .analysis.ctrl_c import CtrlC, ctrl_c
 from .analysis.diffusers_pab import diffusers_pab
 from .analysis.measure import measure
 from .analysis.pipelines import usable_device
 from .analysis.quality import Quality, compare
-from .analysis.sampling import execution_device, in_words, sample
+from .analysis.sampling import check_seed, execution_device, in_words, sample
 from .broadcast.config import PABConfig
 from .broadcast.costs import on_meta
 from .broadcast.plan import Cost, Counts, Plan
+from .broadcast.schedule import check_steps
+from .files import path_of, write_text
 from .models.demo.check import shows
 from .models.demo.pipeline import GUIDANCE, SCHEDULERS, STEPS, DemoPipeline, load
 from .models.demo.shapes import FRAMES, SIZE, VOCABULARY, Caption, parse
+from .strict_json import to_json
 
 PROMPTS = (
     "a red circle moves right at night",
@@ -73,11 +76,14 @@ class Settings:
             parse(prompt)
         if self.steps < 2:
             raise ValueError(f"steps must be at least 2, got {self.steps}")
+        check_steps(self.steps)
+        check_seed(self.seed, len(self.prompts))
         if self.ranges is not None and (len(self.ranges) not in (3, 4) or min(self.ranges) < 1):
             got = ",".join(map(str, self.ranges))
             raise ValueError(f"ranges must be three or four whole numbers of at least 1: spatial,temporal,cross[,mlp]; got {got}")
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"the demo model has no scheduler {self.scheduler!r}; it has {', '.join(SCHEDULERS)}")
+        variants(self)  # refuses ranges that no rule has
         usable_device(self.device)
 
     @property
@@ -261,7 +267,7 @@ def _costs(transformer: Any, batch: int) -> tuple[dict[str, Cost], int]:
     return measure(on_meta(transformer), inputs, LatteAdapter(transformer).sublayers).costs()
 
 
-def _run(demo: DemoPipeline, settings: Settings, variant: Variant, steps: int, on_step: Callable[[], None]) -> Run:
+def _run(demo: DemoPipeline, settings: Settings, variant: Variant, steps: int, on_step: Callable[[], None], stop: CtrlC) -> Run:
     """Sample all clips one way."""
     pipe, transformer = demo.pipe, demo.pipe.transformer
     schedule = demo.schedule(steps)
@@ -276,7 +282,8 @@ def _run(demo: DemoPipeline, settings: Settings, variant: Variant, steps: int, o
         return {}
 
     def generate() -> torch.Tensor:
-        return demo.generate(settings.captions, settings.seeds, steps, settings.guidance, callback)
+        with stop.interruptible():
+            return demo.generate(settings.captions, settings.seeds, steps, settings.guidance, callback)
 
     if variant.diffusers is None:
         sampled = sample(pipe, generate, variant.config)
@@ -310,7 +317,13 @@ def run_demo(settings: Settings, progress: Progress | None = None) -> Result:
         settings: what to run.
         progress: called after every step.
     """
-    demo = load(settings.scheduler, settings.device)
+    with ctrl_c() as stop:
+        with stop.interruptible():
+            demo = load(settings.scheduler, settings.device)
+        return _run_all(demo, settings, stop, progress)
+
+
+def _run_all(demo: DemoPipeline, settings: Settings, stop: CtrlC, progress: Progress | None) -> Result:
     device = in_words(execution_device(demo.pipe))
     listed = variants(settings)
     calls = demo.schedule(settings.steps).num_steps
@@ -325,7 +338,8 @@ def run_demo(settings: Settings, progress: Progress | None = None) -> Result:
             progress(title, steps_done, sum(todo.values()))
 
     try:
-        demo.generate(settings.captions, settings.seeds, steps=2, guidance=settings.guidance)  # warm up
+        with stop.interruptible():
+            demo.generate(settings.captions, settings.seeds, steps=2, guidance=settings.guidance)  # warm up
         for variant in listed:
             steps = settings.steps
             if variant.like:
@@ -335,7 +349,7 @@ def run_demo(settings: Settings, progress: Progress | None = None) -> Result:
                     report(variant.title, 0)
                     continue
                 todo[variant.key] = demo.schedule(steps).num_steps
-            runs[variant.key] = _run(demo, settings, variant, steps, partial(report, variant.title, 1))
+            runs[variant.key] = _run(demo, settings, variant, steps, partial(report, variant.title, 1), stop)
     except KeyboardInterrupt:
         interrupted = True
     return Result(settings, tuple(_compared(list(runs.values()))), interrupted, {**demo.training, "sha256": demo.sha256}, device)
@@ -350,7 +364,9 @@ def _compared(runs: list[Run]) -> list[Run]:
 
 
 def write(result: Result, folder: str | Path, scale: int = 5) -> list[Path]:
-    """Write the clips side by side (GIF, MP4), each plan as a pyramid (PNG), and the figures (JSON).
+    """Write the clips side by side (GIF, MP4), each plan as a pyramid (PNG), and before all of them the figures (JSON).
+
+    Every file is written whole or not at all.
 
     Args:
         result: at least one finished run.
@@ -359,9 +375,13 @@ def write(result: Result, folder: str | Path, scale: int = 5) -> list[Path]:
 
     Returns:
         The files written.
+
+    Raises:
+        OSError: a file cannot be written; those before it are.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    figures = write_text(folder / "results.json", to_json(result.to_dict()) + "\n")
     columns = [
         (run.title, video.below(run.seconds, result.runs[0].seconds, run.psnr[0] if run.quality else None), run.clips)
         for run in result.runs
@@ -372,6 +392,4 @@ def write(result: Result, folder: str | Path, scale: int = 5) -> list[Path]:
         if run.plan is not None:
             written.append(folder / f"schedule-{run.variant.key}.png")
             run.plan.plot(str(written[-1]))
-    written.append(folder / "results.json")
-    written[-1].write_text(json.dumps(result.to_dict(), indent=1) + "\n")
-    return written
+    return [*written, figures]

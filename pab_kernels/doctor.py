@@ -6,10 +6,8 @@ It needs nothing but Python, and never fails: what cannot be found out is said i
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +15,9 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from .streams import standard_streams
+from .strict_json import to_json
 
 PACKAGES = (
     "pab-kernels",
@@ -306,7 +307,7 @@ def _triton_cache() -> Cache:
 def print_report(as_json: bool = False) -> None:
     """Print what `doctor` finds, as text or as JSON."""
     report = doctor()
-    text = json.dumps(report.to_dict(), indent=1) if as_json else str(report)
+    text = to_json(report.to_dict()) if as_json else str(report)
     print(text.encode("ascii", "backslashreplace").decode("ascii"))
 
 
@@ -314,8 +315,8 @@ def main() -> None:
     """`python -m pab_kernels.doctor`."""
     parser = argparse.ArgumentParser(prog="python -m pab_kernels.doctor", description="Show what is installed and what of it works.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    print_report(parser.parse_args().json)
-    sys.exit(0)
+    with standard_streams():
+        print_report(parser.parse_args().json)
 
 
 if __name__ == "__main__":

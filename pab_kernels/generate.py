@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 from . import api
 from .analysis import video
 from .analysis.comparison import Comparison, compare
+from .analysis.ctrl_c import CtrlC, ctrl_c
 from .analysis.pipeline_call import Wish, arguments, call
 from .analysis.pipelines import load_pipeline
 from .analysis.sampling import Sampled, execution_device, in_words, sample
@@ -24,10 +24,15 @@ from .broadcast.formats import named_config
 from .broadcast.presets import preset_for
 from .broadcast.summary import Summary
 from .extras import require
+from .files import path_of, write_text
+from .strict_json import to_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 WARM_UP = 2
 """Steps that are run before the runs that are compared, so that the first of them does not pay for loading."""
+
+MOST_FPS, MOST_SECONDS_A_FRAME = 1000, 1000
+"""What players show."""
 
 Progress = Callable[[str, int, int | None], None]
 """Called after every step with the run's title, the steps done and, where they are known, the steps to do."""
@@ -69,8 +74,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype {self.dtype!r} is not supported; there are {', '.join(DTYPES)}")
-        if self.fps <= 0:
+        if not self.fps > 0:
             raise ValueError(f"fps must be positive, got {self.fps}")
+        if not MOST_SECONDS_A_FRAME >= 1 / self.fps >= 1 / MOST_FPS:
+            raise ValueError(f"fps must be from {1 / MOST_SECONDS_A_FRAME:g} to {MOST_FPS}, got {self.fps}")
         if self.pab == "off":
             if self.compare or self.timed or self.cuda_graphs:
                 raise ValueError("with PAB off there is nothing to compare, to time and to capture; choose auto, a preset or a config file")
@@ -99,15 +106,15 @@ class Run:
         key: "off" or "pab", its name in files.
         config: PAB's rules, or None.
         sampled: output, seconds, memory, PAB's summary.
-        file: the video or the image.
         quality: against the run without PAB, where there was one.
+        file: the video or the image; None until it is written.
     """
 
     key: str
     config: PABConfig | None
     sampled: Sampled[torch.Tensor]
-    file: Path
     quality: Comparison | None = None
+    file: Path | None = None
 
     @property
     def title(self) -> str:
@@ -128,7 +135,7 @@ class Run:
         s, memory = self.summary, self.sampled.memory
         return {
             "key": self.key,
-            "file": self.file.name,
+            "file": self.file.name if self.file else None,
             "config": self.config.to_dict() if self.config else None,
             "seconds": round(self.sampled.seconds, 4),
             "speedup": round(self.speedup(reference), 4) if reference.key == "off" else None,
@@ -179,11 +186,24 @@ class Result:
         }
 
 
+class NotWritten(OSError):
+    """A file could not be written.
+
+    Args:
+        error: why.
+        result: all finished runs, with the files that were written.
+    """
+
+    def __init__(self, error: OSError, result: Result) -> None:
+        super().__init__(error.errno, error.strerror, error.filename)
+        self.result = result
+
+
 def generate(settings: Settings, out: str | Path, progress: Progress | None = None) -> Result:
     """Generate, write what comes out and how long it took, and compare.
 
-    The pipeline is loaded once. Every run begins with the same noise. After each, its video or image and `results.json` are written to
-    `out`, so that an interruption (Ctrl-C) or an error later on keeps what is finished.
+    The pipeline is loaded once. Every run begins with the same noise. After each, `results.json` and its video or image are written to
+    `out`, so that an interruption (Ctrl-C) or an error later on keeps what is finished. A file is written whole or not at all.
 
     Args:
         settings: what to generate.
@@ -195,10 +215,20 @@ def generate(settings: Settings, out: str | Path, progress: Progress | None = No
 
     Raises:
         FileNotFoundError: there is no such model.
+        NotWritten: a file cannot be written; it has the runs that were measured.
+        OSError: the folder cannot be written to, before anything is run.
         ValueError: the model or the pipeline does not support what was asked for, or a run fails.
         ModuleNotFoundError: a package is not installed.
     """
-    out = Path(out)
+    out = path_of(out)
+    with ctrl_c() as stop:
+        with stop.interruptible():
+            pipe, config = _loaded(settings)
+        return _generate(settings, pipe, config, out, stop, progress)
+
+
+def _loaded(settings: Settings) -> tuple[Any, PABConfig | None]:
+    """The pipeline and PAB's rules for it; what does not suit it is refused before anything is run or written."""
     wanted = getattr(torch, settings.dtype) if settings.dtype else None
     pipe = load_pipeline(
         settings.model, dtype=wanted, device=settings.device, offload=settings.offload, local_files_only=settings.local_files_only
@@ -209,6 +239,10 @@ def generate(settings: Settings, out: str | Path, progress: Progress | None = No
         raise ValueError(f"CUDA graphs need a CUDA device, and the pipeline is on {execution_device(pipe)}; leave cuda_graphs out")
     arguments(pipe, settings.wish)
     _check(pipe, config)
+    return pipe, config
+
+
+def _generate(settings: Settings, pipe: Any, config: PABConfig | None, out: Path, stop: CtrlC, progress: Progress | None) -> Result:
     ways: list[PABConfig | None] = [None] if settings.compare or config is None else []
     ways += [config] if config is not None else []
     out.mkdir(parents=True, exist_ok=True)
@@ -217,31 +251,50 @@ def generate(settings: Settings, out: str | Path, progress: Progress | None = No
     pipeline, transformer = type(pipe).__name__, type(pipe.transformer).__name__
     device, dtype = in_words(execution_device(pipe)), str(pipe.transformer.dtype).removeprefix("torch.")
 
+    def result(interrupted: bool = False, *further: Path) -> Result:
+        files = (*(run.file for run in runs if run.file), *drawn, *further)
+        return Result(settings, pipeline, transformer, device, dtype, tuple(runs), len(ways), files, interrupted)
+
     def save(interrupted: bool = False) -> Result:
-        files = (*(run.file for run in runs), *drawn, out / "results.json")
-        result = Result(settings, pipeline, transformer, device, dtype, tuple(runs), len(ways), files, interrupted)
-        files[-1].write_text(json.dumps(result.to_dict(), indent=1) + "\n")
-        return result
+        made = result(interrupted, out / "results.json")
+        write_text(made.files[-1], to_json(made.to_dict()) + "\n")
+        return made
 
     def run(title: str, wish: Wish) -> torch.Tensor:
-        return call(pipe, wish, partial(progress, title) if progress else None)
+        with stop.interruptible():
+            return call(pipe, wish, partial(progress, title) if progress else None)
+
+    def run_all() -> None:
+        if settings.compare:
+            run("warming up", replace(settings.wish, steps=min(WARM_UP, settings.wish.steps or WARM_UP)))
+        for rules in ways:
+            key, title = ("pab", "PAB") if rules else ("off", "no PAB")
+            sample_once = partial(run, title, settings.wish)
+            sampled = sample(pipe, sample_once, rules, timed=settings.timed, cuda_graphs=settings.cuda_graphs)
+            quality = compare(sampled.output, runs[0].sampled.output, lpips=False) if runs else None
+            runs.append(Run(key, rules, sampled, quality))
+            save()
+            runs[-1] = replace(runs[-1], file=_write(out / key, sampled.output, settings.fps))
+            save()
+            for path in _draw(runs, out, settings):
+                drawn.append(path)
+            stop.check()
 
     save()
+    interrupted = False
     try:
-        with _said_what_is_kept(runs, out):
-            if settings.compare:
-                run("warming up", replace(settings.wish, steps=min(WARM_UP, settings.wish.steps or WARM_UP)))
-            for rules in ways:
-                key, title = ("pab", "PAB") if rules else ("off", "no PAB")
-                sampled = sample(pipe, partial(run, title, settings.wish), rules, timed=settings.timed, cuda_graphs=settings.cuda_graphs)
-                runs.append(Run(key, rules, sampled, _write(out / key, sampled.output, settings.fps)))
-                save()
-                if len(runs) > 1:
-                    runs[-1] = replace(runs[-1], quality=compare(sampled.output, runs[0].sampled.output, lpips=False))
-                drawn += _draw(runs, out, settings)
-    except KeyboardInterrupt:
-        return save(interrupted=True)
-    return save()
+        try:
+            with _said_what_is_kept(runs, out):
+                run_all()
+        except KeyboardInterrupt:
+            interrupted = True
+        return save(interrupted)
+    except OSError as error:
+        try:
+            made = save(interrupted)
+        except OSError:
+            made = result(interrupted)
+        raise NotWritten(error, made) from error
 
 
 def _check(pipe: Any, config: PABConfig | None) -> None:
@@ -260,7 +313,7 @@ def _said_what_is_kept(runs: Sequence[Run], out: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        kept = f"; kept in {out}: {', '.join(run.file.name for run in runs)}" if runs else ""
+        kept = f"; kept in {out}: {', '.join(run.file.name for run in runs if run.file)}" if runs else ""
         raise ValueError(f"{error}{kept}") from error
 
 
@@ -272,15 +325,14 @@ def _write(stem: Path, film: torch.Tensor | np.ndarray, fps: float) -> Path:
     return video.write_mp4(stem.with_suffix(".mp4"), pixels, fps, repeats=1)
 
 
-def _draw(runs: Sequence[Run], out: Path, settings: Settings) -> list[Path]:
+def _draw(runs: Sequence[Run], out: Path, settings: Settings) -> Iterator[Path]:
     """Draw what stands beside the run that was finished last: its plan, and where there are two, both side by side."""
-    run, files = runs[-1], []
+    run = runs[-1]
     if run.summary is not None and run.summary.plan is not None:
-        files.append(out / "schedule.png")
-        run.summary.plan.plot(str(files[-1]))
+        run.summary.plan.plot(str(out / "schedule.png"))
+        yield out / "schedule.png"
     if run.quality is not None:
         psnr = [r.quality.total.psnr if r.quality else None for r in runs]
         below = [video.below(r.sampled.seconds, runs[0].sampled.seconds, value) for r, value in zip(runs, psnr, strict=True)]
         columns = [(r.title, words, r.sampled.output[None]) for r, words in zip(runs, below, strict=True)]
-        files.append(_write(out / "side-by-side", video.side_by_side(columns, [settings.wish.prompt], scale=1), settings.fps))
-    return files
+        yield _write(out / "side-by-side", video.side_by_side(columns, [settings.wish.prompt], scale=1), settings.fps)

@@ -27,8 +27,10 @@ torch.set_num_threads(1)  # shapes are tiny: a second thread costs more than it 
 # pytest listens to loggers that do not propagate, and torch traces every compilation for whoever listens to this one.
 logging.getLogger("torch.__trace").propagate = True
 
-# The same examples in every run, and no time limit on one: timings are not tests.
-hypothesis.settings.register_profile("pab_kernels", derandomize=True, deadline=None, database=None)
+# The same examples in every run, and no time limit on one or on the search for them: timings are not tests.
+hypothesis.settings.register_profile(
+    "pab_kernels", derandomize=True, deadline=None, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("pab_kernels")
 
 

@@ -49,7 +49,22 @@ OPTIONAL = (
 )
 """What the package uses and does not need for `import pab_kernels`."""
 
-ROOMS = ("extras", "ops", "broadcast", "nn", "models", "parallel", "adapters", "api", "patch", "analysis")
+ROOMS = (
+    "extras",
+    "messages",
+    "strict_json",
+    "files",
+    "streams",
+    "ops",
+    "broadcast",
+    "nn",
+    "models",
+    "parallel",
+    "adapters",
+    "api",
+    "patch",
+    "analysis",
+)
 """From the bottom to the top: a room imports itself and what is to its left. `demo`, `doctor` and `cli` stand above all of them."""
 
 MAX_LINES = 400

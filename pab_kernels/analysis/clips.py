@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..extras import require
+from ..files import check_regular, path_of
+from ..messages import first_line, shortened
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -61,8 +65,9 @@ def read_clip(source: Any, name: str = "clip", values: tuple[float, float] = (0.
         ModuleNotFoundError: the package that reads it is not installed.
     """
     if isinstance(source, (str, Path)):
-        name, source = str(source), Path(source)
-        if not source.exists():
+        source = path_of(source)
+        name = shortened(str(source))
+        if not os.path.lexists(source):
             raise FileNotFoundError(f"there is no file or folder {name}")
         return _checked(_channels_first(_read(source), name), name, values)
     return _checked(_channels_first(_array(source), name), name, values)
@@ -75,19 +80,25 @@ def _read(path: Path) -> np.ndarray:
     reader = next((read for endings, read in _READERS if ending in endings), None)
     if reader is None:
         supported = " ".join(VIDEOS + IMAGES + TENSORS)
-        raise ValueError(f"{path} ends in {ending or 'nothing'}; supported are folders of images and {supported}: convert it")
+        raise ValueError(
+            f"{shortened(str(path))} ends in {ending or 'nothing'}; supported are folders of images and {supported}: convert it"
+        )
     return _decoded(reader, path)
 
 
 def _decoded(reader: Callable[[Path], np.ndarray], path: Path) -> np.ndarray:
-    """What `reader` makes of a file; whatever its library raises on a damaged one becomes one line."""
+    """What `reader` makes of a file; whatever its library raises on a damaged one becomes one line, and what it warns of is left out."""
     try:
-        return reader(path)
-    except (ModuleNotFoundError, MemoryError, PermissionError):
+        check_regular(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return reader(path)
+    except (ModuleNotFoundError, PermissionError):
         raise
+    except MemoryError:  # also where a header lies about what follows
+        raise ValueError(f"{path} does not fit into memory") from None
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {said}") from error
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {first_line(error)}") from error
 
 
 def _read_folder(path: Path) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..extras import require
+from ..files import check_regular, path_of, replacing
+from ..messages import shortened
 from . import quality
 from .clips import Clip, read_clip
 from .perceptual import Distance, load_lpips
@@ -120,7 +123,8 @@ class Comparison:
         axes[-1].xaxis.get_major_locator().set_params(integer=True)
         figure.suptitle(f"A: {self.a}   B: {self.b}", fontsize=10)
         if path is not None:
-            figure.savefig(path, dpi=150)
+            with replacing(path) as made:
+                figure.savefig(made, dpi=150)
         return figure
 
 
@@ -136,15 +140,18 @@ def check_plot_path(path: str | Path) -> None:
     """Refuse a picture that could not be written, before anything is measured.
 
     Raises:
-        ValueError: its ending is not supported.
+        ValueError: its ending or its name is not supported.
         FileNotFoundError: its folder does not exist.
     """
-    path = Path(path)
+    path = path_of(path)
     supported = sorted(require("matplotlib.backend_bases", "plotting a comparison").FigureCanvasBase.get_supported_filetypes())
     if path.suffix[1:].lower() not in supported:
-        raise ValueError(f"{path} cannot be drawn; supported endings are {' '.join('.' + ending for ending in supported)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}; make it first")
+        raise ValueError(f"{shortened(str(path))} cannot be drawn; supported endings are {' '.join('.' + ending for ending in supported)}")
+    if not os.path.isdir(path.parent):
+        folder, name = shortened(str(path.parent)), shortened(path.name)
+        raise FileNotFoundError(f"there is no folder {folder} for {name}; make it first")
+    if path.exists():
+        check_regular(path)
 
 
 def compare(
@@ -177,7 +184,7 @@ def compare(
     >>> round(compare(np.full((2, 3, 8, 8), 0.6), np.full((2, 3, 8, 8), 0.5), lpips=False).total.psnr, 6)
     20.0
     """
-    if len(values) != 2 or not values[0] < values[1]:
+    if len(values) != 2 or not values[0] < values[1] or not all(map(math.isfinite, values)):
         raise ValueError(f"values must be two numbers, black below white, got {values}; they are (0, 1) or (-1, 1) for most models")
     require("skimage.metrics", "measuring PSNR and SSIM")
     clips = read_clip(a, "A", values), read_clip(b, "B", values)

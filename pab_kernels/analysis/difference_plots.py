@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from ..extras import require
+from ..files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +28,11 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> Figure:
     return figure
 
 
+def _drawn(value: float | None) -> TypeGuard[float]:
+    """Whether a difference has a place on a logarithmic scale."""
+    return value is not None and 0 < value < math.inf
+
+
 def plot_curves(analysis: Analysis, path: str | Path | None = None) -> Figure:
     """Draw the relative and the mean squared difference of each kind over the steps, means over layers, on logarithmic scales.
 
@@ -41,7 +48,7 @@ def plot_curves(analysis: Analysis, path: str | Path | None = None) -> Figure:
     locator = require("matplotlib.ticker", "drawing differences").MaxNLocator
     for ax, what in zip(figure.axes, _TITLES, strict=True):
         for kind in analysis.kinds:
-            points = [(i, v) for i, v in enumerate(analysis.curve(kind, what)) if v]
+            points = [(i, v) for i, v in enumerate(analysis.curve(kind, what)) if _drawn(v)]
             steps, values = [i for i, _ in points], [v for _, v in points]
             ax.plot(steps, values, _STYLES.get(kind, "-"), color=COLOURS[kind], label=kind, linewidth=1.6)
         if start is not None:
@@ -71,10 +78,10 @@ def plot_layers(analysis: Analysis, path: str | Path | None = None) -> Figure:
     figure = _figure(max(len(maps), 1), 1, (8, 0.4 + height))
     log_norm = require("matplotlib.colors", "drawing differences").LogNorm
     locator = require("matplotlib.ticker", "drawing differences").MaxNLocator
-    values = [v for rows in maps.values() for row in rows.values() for v in row if v]
+    values = [v for rows in maps.values() for row in rows.values() for v in row if _drawn(v)]
     norm = log_norm(min(values), max(values)) if values else None
     for ax, (kind, rows) in zip(figure.axes, maps.items(), strict=False):
-        grid = [[float("nan") if v is None else v for v in row] for row in rows.values()]
+        grid = [[v if _drawn(v) else math.nan for v in row] for row in rows.values()]
         image = ax.imshow(grid, aspect="auto", norm=norm, cmap="viridis", interpolation="nearest")
         ax.set_ylabel(f"{kind}\nlayer", fontsize=9)
         ax.xaxis.set_major_locator(locator(integer=True))
@@ -87,5 +94,6 @@ def plot_layers(analysis: Analysis, path: str | Path | None = None) -> Figure:
 
 def _saved(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
-        figure.savefig(path)
+        with replacing(path) as made:
+            figure.savefig(made)
     return figure

@@ -25,6 +25,9 @@ from ..broadcast.broadcaster import Broadcaster
 from ..broadcast.generation import Call
 from ..broadcast.plan import Sublayer
 
+_Place = tuple[str, str, int]
+"""Context, sublayer, step."""
+
 Progress = Callable[[int, int], None]
 """Called with the number of steps that were begun, and of all."""
 
@@ -55,18 +58,24 @@ class Probe:
         model: the DiT.
         adapter: of the model; its sublayers are measured.
         progress: called at the beginning of every step.
+        check: called before every sublayer; what it raises ends the run.
+
+    It may be interrupted between any two instructions: a difference and what it is of are one entry of a list, and one that is found
+    twice counts once.
     """
 
     cache_points = ("pre_gate",)
 
-    def __init__(self, model: nn.Module, adapter: Adapter, progress: Progress | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, progress: Progress | None = None, check: Callable[[], None] = lambda: None
+    ) -> None:
         self.sublayers = adapter.sublayers
         self._modules = [model.get_submodule(s.name) for s in self.sublayers]
         self._progress = progress
+        self._check = check
         self._last: dict[tuple[str, str], tuple[int, list[torch.Tensor]]] = {}
-        self._found: list[tuple[str, str, int]] = []  # context, sublayer, step
-        self._values: list[torch.Tensor] = []  # [2] for each of `_found` not yet in a batch
-        self._batches: list[torch.Tensor] = []
+        self._found: list[tuple[_Place, torch.Tensor]] = []  # [2] each, not yet in a batch
+        self._batches: list[tuple[list[_Place], torch.Tensor]] = []  # [places, 2]
         self._step = -1
         self.num_steps = 0
         self.timesteps: tuple[float, ...] | None = None
@@ -84,10 +93,10 @@ class Probe:
     def differences(self) -> list[Differences]:
         """All that was measured so far; the one read from the device."""
         self._batch()
-        read = torch.cat([batch.cpu() for batch in self._batches]).tolist() if self._batches else []
         rows: dict[tuple[str, str], dict[int, list[float]]] = {}
-        for (context, name, step), pair in zip(self._found, read, strict=True):
-            rows.setdefault((context, name), {})[step] = pair
+        for places, batch in self._batches:
+            for (context, name, step), pair in zip(places, batch.tolist(), strict=True):
+                rows.setdefault((context, name), {})[step] = pair
         by_name = {s.name: s for s in self.sublayers}
 
         def column(row: dict[int, list[float]], which: int) -> tuple[float | None, ...]:
@@ -103,6 +112,7 @@ class Probe:
             call = broadcaster.call
             if call is None:
                 return original(*args, **kwargs)
+            self._check()
             streams = _tensors((args, kwargs)) if sublayer.kind == "block" else []
             before = {tuple(x.shape): x for x in reversed(streams)}
             # A block may write to its stream in place; its inputs are needed as they were.
@@ -121,7 +131,7 @@ class Probe:
             self._step = call.step
             self._batch()
             schedule = call.generation.schedule
-            self.num_steps, self.timesteps = schedule.num_steps, schedule.timesteps
+            self.timesteps, self.num_steps = schedule.timesteps, schedule.num_steps
             if self._progress:
                 self._progress(call.step - schedule.begin + 1, schedule.num_steps - schedule.begin)
         key = (call.context.name, sublayer.name)
@@ -129,16 +139,15 @@ class Probe:
         if step == call.step or not tensors:
             return  # a module that runs several times in one call is measured the first time
         if step == call.step - 1 and [t.shape for t in last] == [t.shape for t in tensors]:
-            self._found.append((*key, call.step))
-            self._values.append(_compared(tensors, last))
+            self._found.append(((*key, call.step), _compared(tensors, last)))
         del last
         self._last[key] = call.step, [t.clone() for t in tensors]  # whoever gets the output may write to it
 
     def _batch(self) -> None:
         """The values of a step as one tensor."""
-        if self._values:
-            self._batches.append(torch.stack(self._values))
-            self._values = []
+        if self._found:
+            self._batches.append(([place for place, _ in self._found], torch.stack([pair for _, pair in self._found])))
+            self._found = []
 
 
 def _tensors(nest: Any) -> list[torch.Tensor]:

@@ -13,13 +13,17 @@ from ..adapters import adapter_for
 from ..broadcast.config import PABConfig
 from ..broadcast.plan import Action, Counts, Forecast, Plan
 from ..broadcast.presets import preset_for
-from ..broadcast.schedule import Schedule
+from ..broadcast.schedule import Schedule, check_steps
+from ..messages import first_line, shown
 from .inputs import INPUTS, Size
 from .measure import measure
 from .transformers import build, find_config
 
 CACHE_DTYPES = (None, "int8", "float8_e4m3fn")
 """The dtypes that a cache is forecast in; None is the model's."""
+
+MOST = 1_000_000
+"""The most frames, rows, columns, clips and tokens that are forecast: beyond, the sizes of tensors overflow."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -154,6 +158,10 @@ def forecast(
     for name, value in (("batch", batch), ("text", text), ("steps", steps)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, value in (("batch", batch), ("text", text), *zip(Size._fields, size or (), strict=False)):
+        if value is not None and value > MOST:
+            raise ValueError(f"{name} must be at most {MOST:,}, got {shown(value)}")
+    check_steps(steps or 1)
     source = find_config(model)
     clip = Size(*(size or source.size or _missing(source.name, "size")))
     if min(clip) < 1:
@@ -162,11 +170,14 @@ def forecast(
     how = INPUTS[source.class_name]
     transformer = build(source, DTYPES[dtype])
     latents = how.latents(transformer.config, clip)
-    inputs = how.tensors(transformer.config, how.batch * batch, latents, text or how.text, DTYPES[dtype], clip)
     config = config or preset_for(transformer, timesteps_known=True)
     sublayers = tuple(adapter_for(transformer).sublayers)
     plan = Plan(config, Schedule.of(timesteps=how.timesteps(steps, latents, clip)), sublayers)
-    measured = measure(transformer, inputs, plan.sublayers)
+    try:
+        inputs = how.tensors(transformer.config, how.batch * batch, latents, text or how.text, DTYPES[dtype], clip)
+        measured = measure(transformer, inputs, plan.sublayers)
+    except (RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{source.name} does not run on a clip of {clip}: {first_line(error)}") from error
     found = {str(kept or "model"): plan.forecast(*measured.costs(kept), how.contexts) for kept in CACHE_DTYPES}
     costs, rest = measured.costs()
     calls = how.contexts * len(plan.steps)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+
+from ..broadcast.schedule import check_steps
+from ..messages import first_line
+from .sampling import check_seed
 
 _FRAMES = ("num_frames", "video_length")
 """What pipelines call the number of frames."""
@@ -41,6 +46,10 @@ class Wish:
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        check_steps(self.steps or 1)
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
+        check_seed(self.seed)
         if self.size is not None and (len(self.size) not in (2, 3) or min(self.size) < 1):
             raise ValueError(f"a size is frames x height x width or height x width, each at least 1; got {'x'.join(map(str, self.size))}")
 
@@ -99,8 +108,7 @@ def call(pipe: Any, wish: Wish, on_step: OnStep | None = None) -> torch.Tensor:
     try:
         output = pipe(**asked)
     except (MemoryError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{type(pipe).__name__} failed: {said}") from error
+        raise ValueError(f"{type(pipe).__name__} failed: {first_line(error)}") from error
     frames = frames_of(output)
     if not frames.isfinite().all():
         raise ValueError(f"the output of {type(pipe).__name__} is not finite; try dtype bfloat16 or float32")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from ..extras import require
+from ..files import path_of, read_text
+from ..messages import first_line, shortened, shown
 
 DEMO = "demo"
 """The name of the demo model, which comes with the package."""
@@ -55,12 +58,12 @@ def load_pipeline(
     diffusers = require("diffusers", "loading a pipeline")
     source = _source(model)
     kind = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
-    local = local_files_only or Path(source).is_dir()
+    local = local_files_only or os.path.isdir(source)
     try:
         with _quiet(diffusers.utils.logging):
             pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=kind, local_files_only=local)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        raise ValueError(f"{model} could not be loaded as a diffusers pipeline: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RecursionError) as error:
+        raise ValueError(f"{shortened(str(model))} could not be loaded as a diffusers pipeline: {first_line(error)}") from error
     if not isinstance(getattr(pipe, "transformer", None), nn.Module):
         parts = ", ".join(sorted(pipe.components))
         raise ValueError(f"{model} is a {type(pipe).__name__} without a `transformer`; it has {parts}. PAB is for diffusion transformers")
@@ -93,23 +96,27 @@ def usable_device(device: str | torch.device | None = None) -> torch.device:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used here: {_first_line(error)}") from None
+        raise ValueError(f"device {shown(str(device))} cannot be used here: {first_line(error)}") from None
     return target
 
 
 def _source(model: str | Path) -> str:
     """What `from_pretrained` takes: a folder with a pipeline in it, or an id."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
+    try:
+        folder = path_of(model).expanduser()
+    except RuntimeError:  # ~somebody, who is not here
+        folder = Path(model)
+    if os.path.isdir(folder):
+        if not os.path.isfile(folder / "model_index.json"):
             raise FileNotFoundError(f"{model} is no diffusers pipeline: no model_index.json; give what save_pretrained wrote")
-        if _DEMO_PARTS in (folder / "model_index.json").read_text():
+        if _DEMO_PARTS in read_text(folder / "model_index.json"):
             importlib.import_module(_DEMO_PARTS)  # diffusers takes classes of other packages only where these are imported
         return str(folder)
     text = str(model)
-    looks_like_a_path = isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1 or folder.exists()
+    looks_like_a_path = isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1 or os.path.exists(folder)
     if looks_like_a_path:
-        raise FileNotFoundError(f"there is no folder {model}; give the folder of a diffusers pipeline, an id such as owner/name, or 'demo'")
+        name = shortened(str(model))
+        raise FileNotFoundError(f"there is no folder {name}; give the folder of a diffusers pipeline, an id such as owner/name, or 'demo'")
     return text
 
 
@@ -125,7 +132,3 @@ def _quiet(logging: Any) -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -13,6 +13,7 @@ import torch
 from .. import api
 from ..broadcast.config import PABConfig
 from ..broadcast.summary import Summary
+from ..messages import shown
 from .memory import Peak, peak_memory
 
 T = TypeVar("T")
@@ -63,6 +64,16 @@ def sample(
     finally:
         if config is not None:
             api.disable(pipe)
+
+
+def check_seed(first: int, count: int = 1) -> None:
+    """Refuse seeds that torch's generators do not take.
+
+    Raises:
+        ValueError: one of `count` seeds from `first` on does not fit into 64 bits.
+    """
+    if not -(2**63) <= first <= 2**64 - count:
+        raise ValueError(f"seed must fit into 64 bits, got {shown(first)}")
 
 
 def execution_device(pipe: Any) -> torch.device:

@@ -45,7 +45,7 @@ class Start:
 
 
 def starting_config(relative: Curves, mse: Curves, num_steps: int) -> Start | None:
-    """A window and ranges from measured differences; None where attention was not measured in the middle of the schedule.
+    """A window and ranges from measured differences; None where attention was not measured in the middle, or is not finite there.
 
     1. A step is calm if for every attention kind its relative difference is at most twice that kind's median over the middle 70 % of
        the schedule. The window is the longest run of calm steps.
@@ -70,7 +70,11 @@ def starting_config(relative: Curves, mse: Curves, num_steps: int) -> Start | No
         return all((v := relative[kind][i]) is not None and v <= bounds[kind] for kind in attention)
 
     window = _longest(list(map(calm, range(num_steps))))
+    if window[0] == window[1]:  # nowhere calm: what was measured is not finite
+        return None
     drift = {kind: math.sqrt(mean(_present(mse[kind], range(*window)))) for kind in attention}
+    if not all(map(math.isfinite, drift.values())):
+        return None
     largest = max(drift.values())
     ranges = {kind: MOST if own == 0 else min(MOST, 1 + int(largest / own)) for kind, own in drift.items()}
     shortest = MOST

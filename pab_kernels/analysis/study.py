@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,12 @@ import torch
 from torch import nn
 
 from ..adapters import adapter_for
+from ..broadcast.adapter import Adapter
 from ..broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
 from ..broadcast.config import KINDS, PABConfig
+from ..files import write_text
+from ..strict_json import to_json
+from .ctrl_c import CtrlC, ctrl_c
 from .differences import Differences, Probe, Progress
 from .starting_config import MIDDLE, Start, starting_config
 
@@ -25,7 +28,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a measurement.
 
     Args:
-        analysis: of the steps that were run.
+        analysis: of the steps that were run, perhaps of none.
     """
 
     def __init__(self, analysis: Analysis) -> None:
@@ -90,10 +93,8 @@ class Analysis:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write all of it as JSON."""
-        path = Path(path)
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        return path
+        """Write all of it as JSON; a difference that is not finite is null."""
+        return write_text(path, to_json(self.to_dict()) + "\n")
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw a curve for each kind, steps from left to right. Needs matplotlib."""
@@ -157,8 +158,11 @@ def analyze(
         kinds: as in `pab.enable`.
         progress: called at every step with the number of steps begun and of all.
 
+    The first Ctrl-C stops the run before the next sublayer of the model, or at its end where no further one runs; the second stops it
+    at once, wherever it is. Either way what was measured is kept and the model is given back.
+
     Raises:
-        Interrupted: Ctrl-C; its `analysis` has what was measured until then.
+        Interrupted: Ctrl-C, or a KeyboardInterrupt of `run`; its `analysis` has what was measured until then.
         ValueError: PAB is enabled on the model, the number of steps is missing, or the model was not called.
         TypeError: no sublayers are found in the model.
     """
@@ -171,28 +175,75 @@ def analyze(
         raise ValueError(f"PAB is enabled on this {type(model).__name__}: what is reused does not differ; pab.disable it first")
     if (pipe is None) != (num_steps is not None):
         raise ValueError("num_steps is needed for a bare module, and only there: a pipeline's scheduler tells it")
-    probe = Probe(model, adapter_for(model, kinds), progress)
-    broadcaster = Broadcaster(model, probe, PABConfig())
-    setattr(model, ATTRIBUTE, broadcaster)
-    complete = False
+    study = _Study(model)
     try:
-        broadcaster.attach()
-        if pipe is None:
-            broadcaster.prepare(num_steps=num_steps)
-        else:
-            broadcaster.watch(pipe)
-        with torch.no_grad():
-            run()
-        complete = True
-    except KeyboardInterrupt:
-        raise Interrupted(_analysis(model, probe, complete)) from None
-    finally:
-        broadcaster.detach()
-        delattr(model, ATTRIBUTE)
-    if not probe.num_steps:
-        raise ValueError(f"run() did not call the {type(model).__name__}: there is nothing to compare")
-    return _analysis(model, probe, complete)
+        with ctrl_c() as stop:
+            study.measure(pipe, adapter_for(model, kinds), run, num_steps, progress, stop)
+            found = study.analysis()
+            if stop.noted:
+                raise Interrupted(found)
+            return found
+    except Interrupted:
+        raise
+    except BaseException as error:
+        if not (study.noted or _is_interrupt(error)):
+            raise
+        study.give_back()
+        raise Interrupted(study.analysis()) from error
 
 
-def _analysis(model: nn.Module, probe: Probe, complete: bool) -> Analysis:
-    return Analysis(type(model).__name__, probe.num_steps, probe.timesteps, complete, tuple(probe.differences()))
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: libraries turn it into errors of theirs where it lands in their callbacks."""
+    return error is not None and (isinstance(error, KeyboardInterrupt) or _is_interrupt(error.__cause__ or error.__context__))
+
+
+class _Study:
+    """A measurement that may end at any moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._probe: Probe | None = None
+        self._broadcaster: Broadcaster | None = None
+        self._stop = CtrlC()
+        self._complete = False
+
+    @property
+    def noted(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self._stop.noted > 0
+
+    def measure(
+        self, pipe: Any, adapter: Adapter, run: Callable[[], Any], num_steps: int | None, progress: Progress | None, stop: CtrlC
+    ) -> None:
+        """Run with a probe in the model."""
+        self._stop = stop
+        self._probe = Probe(self._model, adapter, progress, stop.check)
+        try:
+            self._broadcaster = Broadcaster(self._model, self._probe, PABConfig())
+            setattr(self._model, ATTRIBUTE, self._broadcaster)
+            self._broadcaster.attach()
+            if pipe is None:
+                self._broadcaster.prepare(num_steps=num_steps)
+            else:
+                self._broadcaster.watch(pipe)
+            with stop.interruptible(patience=1), torch.no_grad():
+                run()
+            self._complete = True
+        finally:
+            self.give_back()
+        if not self._probe.num_steps:
+            raise ValueError(f"run() did not call the {type(self._model).__name__}: there is nothing to compare")
+
+    def give_back(self) -> None:
+        """Take the probe out of the model."""
+        if self._broadcaster is not None:
+            self._broadcaster.detach()
+            vars(self._model).pop(ATTRIBUTE, None)
+            self._broadcaster = None
+
+    def analysis(self) -> Analysis:
+        """What was measured so far."""
+        name, probe = type(self._model).__name__, self._probe
+        if probe is None:
+            return Analysis(name, 0, None, False, ())
+        return Analysis(name, probe.num_steps, probe.timesteps, self._complete, tuple(probe.differences()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +12,9 @@ from typing import Any
 import torch
 
 from ..extras import require
+from ..files import path_of, read_text
+from ..messages import first_line, shortened
+from ..strict_json import from_json
 from .families import FAMILIES, family
 from .inputs import INPUTS, Size
 
@@ -54,8 +57,8 @@ def find_config(model: str | Path | Mapping[str, Any]) -> Source:
     known = next((f for key, f in FAMILIES.items() if name.lower() in (key, f.checkpoint.lower())), None)
     if known is not None:
         return Source(name, known.config["_class_name"], known.config, known.sizes[0], known.steps)
-    path = Path(name)
-    if path.exists() or path.suffix == ".json":
+    path = path_of(name)
+    if os.path.exists(path) or path.suffix == ".json":
         return _source(name, _read(_file(path)))
     if _HUB_ID.fullmatch(name):
         return _source(name, _read(_fetched(name)))
@@ -64,15 +67,20 @@ def find_config(model: str | Path | Mapping[str, Any]) -> Source:
 
 
 def _file(path: Path) -> Path:
-    found = next((p for p in (path, path / _FILE, path / "transformer" / _FILE) if p.is_file()), None)
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"there is no {shortened(str(path))}")
+    if not os.path.isdir(path):
+        return path
+    found = next((p for p in (path / _FILE, path / "transformer" / _FILE) if p.is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"there is no {path}" if not path.exists() else f"{path} has no {_FILE} and no transformer/{_FILE}")
+        raise FileNotFoundError(f"{path} has no {_FILE} and no transformer/{_FILE}")
     return found
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    text = read_text(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = from_json(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, Mapping):
@@ -146,8 +154,8 @@ def build(source: Source, dtype: torch.dtype) -> Any:
     try:
         with torch.device("meta"):
             model = cls.from_config(source.config)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise ValueError(f"{source.name}: {source.class_name} does not take this config: {error}") from None
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, ArithmeticError, MemoryError) as error:
+        raise ValueError(f"{source.name}: {source.class_name} does not take this config: {first_line(error)}") from None
     in_float32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import math
+import os
+import re
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..extras import require
+from ..files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -102,13 +106,16 @@ def side_by_side(columns: Sequence[tuple[str, str, torch.Tensor]], captions: Seq
 def write_gif(path: str | Path, film: np.ndarray, fps: float = 6) -> Path:
     """Write `film` `[frames, height, width, 3]` uint8 as a GIF that repeats for ever."""
     imageio: Any = require("imageio.v3", "writing clips")
-    imageio.imwrite(path, film, extension=".gif", duration=1000 / fps, loop=0)
+    encoded: bytes = imageio.imwrite("<bytes>", film, extension=".gif", duration=1000 / fps, loop=0)
+    with replacing(path) as made:
+        made.write_bytes(encoded)
     return Path(path)
 
 
 def write_png(path: str | Path, image: np.ndarray) -> Path:
     """Write `image` `[height, width, 3]` uint8."""
-    require("PIL.Image", "writing images").fromarray(image).save(path)
+    with replacing(path) as made:
+        require("PIL.Image", "writing images").fromarray(image).save(made)
     return Path(path)
 
 
@@ -116,16 +123,27 @@ def write_mp4(path: str | Path, film: np.ndarray, fps: float = 6, repeats: int =
     """Write `film` `[frames, height, width, 3]` uint8 as H.264 that any player shows, `repeats` times in a row.
 
     Such a video has an even height and width: an odd one gets its last line twice.
+
+    Raises:
+        OSError: the file cannot be written, or ffmpeg fails; the message has its last line.
     """
-    require("imageio_ffmpeg", "writing MP4 files")
-    imageio: Any = require("imageio.v2", "writing clips")
+    ffmpeg = require("imageio_ffmpeg", "writing MP4 files").get_ffmpeg_exe()
     film = np.pad(film, ((0, 0), (0, film.shape[1] % 2), (0, film.shape[2] % 2), (0, 0)), mode="edge")
-    with contextlib.closing(
-        imageio.get_writer(
-            str(path), format="FFMPEG", mode="I", fps=fps, codec="libx264", pixelformat="yuv420p", quality=8, macro_block_size=2
-        )
-    ) as writer:
-        for _ in range(repeats):
-            for frame in film:
-                writer.append_data(frame)
+    frames = np.ascontiguousarray(np.tile(film, (repeats, 1, 1, 1)))
+    given = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{film.shape[2]}x{film.shape[1]}", "-r", f"{fps:.6g}", "-i", "-")
+    wanted = ("-an", "-c:v", "libx264", "-crf", "10", "-pix_fmt", "yuv420p", "-f", "mp4")
+    with replacing(path) as made:
+        command = (ffmpeg, "-v", "error", "-y", *given, *wanted, os.fspath(made))
+        done = subprocess.run(command, input=frames.reshape(-1).data, capture_output=True)
+        if done.returncode != 0:
+            raise _reason(done.stderr.decode(errors="replace"))
     return Path(path)
+
+
+def _reason(said: str) -> OSError:
+    """Why ffmpeg ended with an error, by what it printed: the system's reason, or its last line."""
+    number = next((n for n in errno.errorcode if os.strerror(n) in said), None)
+    if number is not None:
+        return OSError(number, os.strerror(number))
+    last = (said.strip().splitlines() or ["it gave no reason"])[-1]
+    return OSError(None, "ffmpeg failed: " + re.sub(r"^(\[[^]]*\] )+", "", last))  # without the address of what failed

@@ -6,9 +6,12 @@ import dataclasses
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from typing import Any, Literal, get_args
 
-from .schedule import Schedule
+from ..messages import shown
+from .schedule import MOST_STEPS, Schedule
 
 Kind = Literal["spatial", "temporal", "cross", "mlp", "block"]
 Unit = Literal["fraction", "step", "timestep"]
@@ -19,6 +22,12 @@ CacheDtype = Literal["float8_e4m3fn", "int8"]
 KINDS: tuple[str, ...] = get_args(Kind)
 DEFAULT_WINDOW = (0.15, 0.85)
 """The stable middle of the sampling, as fractions of the schedule (PAB, section 3.1: the first and last 15 % change fast)."""
+
+
+MOST_LAYERS = 4096
+"""The most blocks that a rule lists."""
+LARGEST = 2**63 - 1
+"""The largest number in a rule: that of an index."""
 
 
 def _whole(value: Any) -> bool:
@@ -33,9 +42,26 @@ def _bfloat16(value: float) -> float:
     return rounded
 
 
+def _check_size(name: str, *values: float) -> None:
+    if any(abs(value) > LARGEST for value in values):
+        raise ValueError(f"{name} must be at most 2**63 - 1, got {shown(values[0] if len(values) == 1 else values)}")
+
+
+def _listed(name: str, given: Any, most: int, without: str) -> tuple[int, ...]:
+    """The numbers of a list of any kind, in order and once each."""
+    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
+    values = tuple(islice(given, most + 1)) if several else ()
+    if len(values) > most:
+        raise ValueError(f"{name} lists at most {most:,} numbers, got {shown(given)}; leave it out {without}")
+    if not values or not all(_whole(v) and v >= 0 for v in values):
+        raise ValueError(f"{name} must be a non-empty list of whole numbers from 0, got {shown(given)}; leave it out {without}")
+    _check_size(name, *values)
+    return tuple(sorted(set(values)))
+
+
 def _check_member(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{what} {value!r} is not known; supported are {', '.join(map(repr, allowed))}")
+        raise ValueError(f"{what} {shown(value)} is not known; supported are {', '.join(map(repr, allowed))}")
 
 
 @dataclass(frozen=True)
@@ -59,8 +85,8 @@ class Broadcast:
         window: `(lo, hi)`; default (0.15, 0.85) for fractions, and to be given for the other units.
         unit: what `window` or `at` counts.
         reuse: "hold" or "linear".
-        layers: block indices to which the rule is restricted; default all.
-        at: explicit points in `unit` "step" or "timestep".
+        layers: block indices to which the rule is restricted, a list or range of at most 4,096; default all.
+        at: explicit points in `unit` "step" or "timestep", at most 10,000.
         exact: for unit "timestep", whether timesteps are compared without rounding.
 
     Raises:
@@ -77,42 +103,44 @@ class Broadcast:
 
     def __post_init__(self) -> None:
         if not _whole(self.range) or self.range < 1:
-            raise ValueError(f"range must be a whole number of at least 1, got {self.range!r}; 1 computes at every step")
+            raise ValueError(f"range must be a whole number of at least 1, got {shown(self.range)}; 1 computes at every step")
+        _check_size("range", self.range)
         _check_member("unit", self.unit, get_args(Unit))
         _check_member("reuse", self.reuse, get_args(Reuse))
         if not isinstance(self.exact, bool) or (self.exact and self.unit != "timestep"):
-            raise ValueError(f"exact is True or False, and only unit='timestep' rounds; got {self.exact!r} with unit {self.unit!r}")
-        for name, without in (("layers", "for all layers"), ("at", "for a window")):
-            given = getattr(self, name)
-            if given is None:
-                continue
-            values = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else ()
-            if not values or not all(_whole(v) and v >= 0 for v in values):
-                raise ValueError(f"{name} must be a non-empty list of whole numbers from 0, got {given!r}; leave it out {without}")
-            object.__setattr__(self, name, tuple(sorted(set(values))))
+            raise ValueError(f"exact is True or False, and only unit='timestep' rounds; got {shown(self.exact)} with unit {self.unit!r}")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _listed("layers", self.layers, MOST_LAYERS, "for all layers"))
+        if self.at is not None:
+            object.__setattr__(self, "at", _listed("at", self.at, MOST_STEPS, "for a window"))
         if self.at is not None:
             if self.window is not None:
-                raise ValueError(f"explicit steps at={self.at} take no window, got {self.window}; leave one of the two out")
+                raise ValueError(f"explicit steps at={shown(self.at)} take no window, got {shown(self.window)}; leave one of the two out")
             if self.unit == "fraction":
                 raise ValueError("explicit steps `at` need unit='step' or unit='timestep', got 'fraction'")
             return
         window = DEFAULT_WINDOW if self.window is None and self.unit == "fraction" else self.window
         if window is None:
             raise ValueError(f"unit {self.unit!r} needs a window (lo, hi) in {self.unit}s")
-        pair = tuple(window) if isinstance(window, Iterable) and not isinstance(window, str) else ()
+        pair = tuple(islice(window, 3)) if isinstance(window, Iterable) and not isinstance(window, str) else ()
         if len(pair) != 2:
-            raise ValueError(f"window must be a pair (lo, hi), got {window!r}")
+            raise ValueError(f"window must be a pair (lo, hi), got {shown(window)}")
         lo, hi = pair
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (lo, hi)) or not lo < hi:
-            raise ValueError(f"window must be two numbers with lo < hi, got {window!r}")
+            raise ValueError(f"window must be two numbers with lo < hi, got {shown(window)}")
+        _check_size("a window's ends", lo, hi)
         if (lo < 0 and self.unit != "timestep") or (self.unit == "fraction" and hi > 1):
             bounds = "0 <= lo < hi <= 1; for steps or timesteps pass that unit" if self.unit == "fraction" else "0 <= lo < hi"
-            raise ValueError(f"window {window!r} is out of bounds; unit {self.unit!r} supports {bounds}")
+            raise ValueError(f"window {shown(window)} is out of bounds; unit {self.unit!r} supports {bounds}")
         object.__setattr__(self, "window", (lo, hi))
 
     def applies_to(self, layer: int) -> bool:
         """Whether block `layer` is under this rule."""
-        return self.layers is None or layer in self.layers
+        return self.layers is None or layer in self._layers
+
+    @cached_property
+    def _layers(self) -> frozenset[int]:
+        return frozenset(self.layers or ())
 
     def number(self, timestep: float) -> int:
         """The whole number that a timestep is compared as: `int(t)`, where a fractional t is first rounded to bfloat16.
@@ -128,8 +156,8 @@ class Broadcast:
             return ()
         if self.unit == "step":
             return tuple(i for i in self.at if i in schedule.steps)
-        host = schedule.require_timesteps(f"explicit steps at={self.at}")
-        return tuple(i for i in schedule.steps if self.number(host[i]) in self.at)
+        host, at = schedule.require_timesteps(f"explicit steps at={shown(self.at)}"), frozenset(self.at)
+        return tuple(i for i in schedule.steps if self.number(host[i]) in at)
 
     def reused(self, schedule: Schedule) -> frozenset[int]:
         """The steps at which the rule asks for reuse."""
@@ -161,14 +189,14 @@ class Broadcast:
 
 def _known_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(data, Mapping):
-        raise ValueError(f"{cls.__name__} is read from a dict, got {data!r}")
+        raise ValueError(f"{cls.__name__} is read from a dict, got {shown(data)}")
     names = [f.name for f in dataclasses.fields(cls)]
     missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in data]
     if missing:
-        raise ValueError(f"{cls.__name__} needs {', '.join(map(repr, missing))}, got {dict(data)!r}")
+        raise ValueError(f"{cls.__name__} needs {', '.join(map(repr, missing))}, got {shown(dict(data))}")
     unknown = [name for name in data if name not in names]
     if unknown:
-        raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}; it has {', '.join(names)}")
+        raise ValueError(f"{cls.__name__} has no field {', '.join(map(shown, unknown[:8]))}; it has {', '.join(names)}")
     return dict(data)
 
 
@@ -211,14 +239,14 @@ class PABConfig:
             if _whole(value):
                 object.__setattr__(self, kind, Broadcast(value))
             elif value is not None and not isinstance(value, Broadcast):
-                raise ValueError(f"{kind} must be a Broadcast, a range or None, got {value!r}")
+                raise ValueError(f"{kind} must be a Broadcast, a range or None, got {shown(value)}")
         if not isinstance(self.rules, (tuple, list)):
-            raise ValueError(f"rules must be a list of (kind, Broadcast) pairs, got {self.rules!r}")
+            raise ValueError(f"rules must be a list of (kind, Broadcast) pairs, got {shown(self.rules)}")
         rules = []
         for rule in self.rules:
             kind, broadcast = rule if isinstance(rule, (tuple, list)) and len(rule) == 2 else (None, None)
             if not isinstance(broadcast, Broadcast):
-                raise ValueError(f"rules must be (kind, Broadcast) pairs, got {rule!r}")
+                raise ValueError(f"rules must be (kind, Broadcast) pairs, got {shown(rule)}")
             _check_member("kind", kind, KINDS)
             rules.append((kind, broadcast))
         object.__setattr__(self, "rules", tuple(rules))

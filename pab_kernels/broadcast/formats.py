@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 from ..extras import require
+from ..files import path_of, read_text, write_text
+from ..messages import shortened, shown
+from ..strict_json import from_json, to_json
 from .config import KINDS, Broadcast, CachePoint, PABConfig
 from .plan import Action, Plan, Sublayer
 from .presets import presets
+from .schedule import MOST_STEPS, check_steps
+from .yaml_text import from_yaml
 
 _ENDINGS = (".json", ".yaml", ".yml")
 _ATTENTIONS = ("spatial", "temporal", "cross")
@@ -30,7 +36,8 @@ _VIDEOSYS = (
 
 def _ending(path: Path) -> str:
     if path.suffix.lower() not in _ENDINGS:
-        raise ValueError(f"{path}: a config file ends in .json, .yaml or .yml, got {path.suffix or 'no ending'!r}; rename it")
+        got = shown(path.suffix or "no ending")
+        raise ValueError(f"{shortened(str(path))}: a config file ends in .json, .yaml or .yml, got {got}; rename it")
     return path.suffix.lower()
 
 
@@ -38,16 +45,16 @@ def save_config(config: PABConfig, path: str | Path) -> Path:
     """Write `config` as JSON or YAML, by the ending of `path`; `load_config` gives it back.
 
     Raises:
+        OSError: the file cannot be written; what was there before is as it was.
         ValueError: the ending is not .json, .yaml or .yml.
         ModuleNotFoundError: for YAML, PyYAML is not installed.
     """
-    path = Path(path)
+    path = path_of(path)
     if _ending(path) == ".json":
-        text = json.dumps(config.to_dict(), indent=1) + "\n"
+        text = to_json(config.to_dict()) + "\n"
     else:
         text = require("yaml", "writing YAML files").safe_dump(config.to_dict(), sort_keys=False)
-    path.write_text(text, encoding="utf-8")
-    return path
+    return write_text(path, text)
 
 
 def load_config(path: str | Path) -> PABConfig:
@@ -57,43 +64,36 @@ def load_config(path: str | Path) -> PABConfig:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the ending, the syntax or a value is not supported.
+        ValueError: it is no file that can be read, or the ending, the syntax or a value is not supported. A number that is not finite, a
+            field that occurs twice and what is far larger than a config are not.
         ModuleNotFoundError: for YAML, PyYAML is not installed.
     """
-    path = Path(path)
-    ending = _ending(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; save_config writes one")
+    path = path_of(path)
+    read = from_json if _ending(path) == ".json" else from_yaml
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if ending == ".json" else _from_yaml(text)
-        return PABConfig.from_dict(data)
+        return PABConfig.from_dict(read(text))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {shortened(str(error), 1000)}") from None
 
 
-def named_config(name: str) -> PABConfig:
+def named_config(name: str | Path) -> PABConfig:
     """The config of a preset's name, or of a file's path: what command lines take.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: there is no such preset, or the file does not hold a config.
     """
+    name = str(path_of(name))
     if name in presets():
         return presets()[name]
-    if Path(name).suffix.lower() in _ENDINGS or Path(name).exists():
+    if Path(name).suffix.lower() in _ENDINGS or os.path.exists(name):
         return load_config(name)
     near = difflib.get_close_matches(name, presets(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
-    raise ValueError(f"there is no preset {name!r}{hint} there are {', '.join(sorted(presets()))}; a file ends in .json, .yaml or .yml")
-
-
-def _from_yaml(text: str) -> Any:
-    yaml: Any = require("yaml", "reading YAML files")
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+    raise ValueError(
+        f"there is no preset {shown(name)}{hint} there are {', '.join(sorted(presets()))}; a file ends in .json, .yaml or .yml"
+    )
 
 
 # diffusers
@@ -254,9 +254,11 @@ def from_steps_masks(**masks: Sequence[int] | str) -> PABConfig:
     for kind, mask in masks.items():
         if kind not in KINDS:
             raise ValueError(f"a mask is for a kind, got {kind!r}; kinds are {', '.join(KINDS)}")
-        cells = [str(int(cell)) if cell in (0, 1, "0", "1") else "?" for cell in mask] if isinstance(mask, Iterable) else []
+        row = islice(mask, MOST_STEPS + 1) if isinstance(mask, Iterable) else ()
+        cells = [str(int(cell)) if cell in (0, 1, "0", "1") else "?" for cell in row]
         if "?" in cells or cells[:1] != ["1"]:
-            raise ValueError(f"the mask of {kind} must be a row of 1 (compute) and 0 (reuse) that begins with 1, got {mask!r}")
+            raise ValueError(f"the mask of {kind} must be a row of 1 (compute) and 0 (reuse) that begins with 1, got {shown(mask)}")
+        check_steps(len(cells), f"the steps of the mask of {kind}")
         lengths[kind] = len(cells)
         longest = max(map(len, "".join(cells).split("1")))
         rules[kind] = Broadcast(longest + 1, unit="step", at=tuple(i for i, cell in enumerate(cells) if cell == "1"))

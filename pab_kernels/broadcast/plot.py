@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..extras import require
+from ..files import replacing
 from .plan import Action, Decision, Plan
 
 if TYPE_CHECKING:
@@ -100,5 +101,6 @@ def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:
     style = {"frameon": False, "fontsize": 9, "handlelength": 1.1, "columnspacing": 1.4}
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), **style)
     if path is not None:
-        figure.savefig(path)
+        with replacing(path) as made:
+            figure.savefig(made)
     return figure

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
+
+from ..messages import shown
+
+MOST_STEPS = 10_000
+"""The longest schedule: ten times as many steps as models are trained with."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,15 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f"num_steps must be a whole number of at least 1, got {self.num_steps!r}")
+            raise ValueError(f"num_steps must be a whole number of at least 1, got {shown(self.num_steps)}")
+        check_steps(self.num_steps, "num_steps")
         if self.timesteps is not None and len(self.timesteps) != self.num_steps:
             raise ValueError(f"num_steps={self.num_steps} does not fit {len(self.timesteps)} timesteps; pass one of the two")
         if self.end is not None and (isinstance(self.end, bool) or not isinstance(self.end, int) or not 0 < self.end <= self.num_steps):
-            raise ValueError(f"end must be a whole number in 1..{self.num_steps}, got {self.end!r}")
+            raise ValueError(f"end must be a whole number in 1..{self.num_steps}, got {shown(self.end)}")
         stop = self.num_steps if self.end is None else self.end
         if isinstance(self.begin, bool) or not isinstance(self.begin, int) or not 0 <= self.begin < stop:
-            raise ValueError(f"begin must be a whole number in 0..{stop - 1}, got {self.begin!r}")
+            raise ValueError(f"begin must be a whole number in 0..{stop - 1}, got {shown(self.begin)}")
 
     @property
     def steps(self) -> range:
@@ -64,11 +70,22 @@ class Schedule:
         return self.timesteps
 
 
+def check_steps(steps: int, name: str = "steps") -> None:
+    """Refuse a number of steps that nobody samples, before anything is made for each of them.
+
+    Raises:
+        ValueError: there are more than `MOST_STEPS`.
+    """
+    if steps > MOST_STEPS:
+        raise ValueError(f"{name} must be at most {MOST_STEPS:,}, got {shown(steps)}")
+
+
 def _row_of_numbers(values: Any) -> tuple[float, ...]:
     try:
-        host = tuple(map(float, values))
-    except (TypeError, ValueError):
+        host = tuple(map(float, islice(values, MOST_STEPS + 1)))  # a generator may have no end
+    except (OverflowError, TypeError, ValueError):
         host = ()
+    check_steps(len(host), "the number of timesteps")
     if not host or not all(map(math.isfinite, host)):
-        raise ValueError(f"timesteps must be a row of finite numbers, got {reprlib.repr(values)}; a scheduler's `timesteps` are one")
+        raise ValueError(f"timesteps must be a row of finite numbers, got {shown(values)}; a scheduler's `timesteps` are one")
     return host

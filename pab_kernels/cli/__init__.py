@@ -5,32 +5,33 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from ..extras import require
-
-
-def _fail(error: object, code: int = 2) -> NoReturn:
-    """End with one line."""
-    print(f"pab: {error}", file=sys.stderr)
-    raise SystemExit(code)
+from ..streams import fail, standard_streams
 
 
 def _ends_with_one_line(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, whose errors become one line: exit code 2 for what the user gave, 1 for what is not installed, 130 for Ctrl-C."""
+    """`command`, whose errors become one line.
+
+    Exit code 2 for what the user gave; 1 for what is not installed and for what the machine lacks: space, memory, rights; 130 for Ctrl-C.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
         except ModuleNotFoundError as error:
-            _fail(error, 1)
-        except (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-            _fail(error)
+            fail(error, 1)
+        except (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+            fail(error, 2)
+        except BrokenPipeError:  # who reads the report has read enough
+            raise SystemExit(1) from None
+        except (OSError, MemoryError) as error:
+            fail(error, 1)
         except KeyboardInterrupt:
-            _fail("interrupted", 130)
+            fail("interrupted", 130)
 
     return run
 
@@ -83,8 +84,10 @@ def build_app() -> Any:
 
 def main() -> None:
     """The console script `pab`."""
-    try:
-        app = build_app()
-    except ModuleNotFoundError as error:
-        _fail(error, 1)
-    app(prog_name="pab")
+    with standard_streams():
+        try:
+            build_app()(prog_name="pab")
+        except ModuleNotFoundError as error:
+            fail(error, 1)
+        except KeyboardInterrupt:
+            fail("interrupted", 130)

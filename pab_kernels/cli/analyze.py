@@ -3,14 +3,15 @@
 # No `from __future__ import annotations` here: typer reads the command's annotations at run time.
 
 import inspect
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..broadcast.schedule import check_steps
 from ..extras import require
+from ..strict_json import to_json
 from .arguments import named_arguments
 
 DEMO_PROMPT = "a red circle moves right at night"
@@ -81,9 +82,13 @@ def analyze(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..analysis import study
+    from ..analysis.ctrl_c import ctrl_c
+    from ..analysis.sampling import check_seed
 
     if steps < 3:
         raise ValueError(f"--steps must be at least 3, to have a beginning, a middle and an end; got {steps}")
+    check_steps(steps, "--steps")
+    check_seed(seed)
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in dtypes:
         raise ValueError(f"--dtype is float32, bfloat16 or float16, got {dtype!r}")
@@ -94,29 +99,41 @@ def analyze(
 
     notes = Console(stderr=True)
     columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
-    interrupted = False
-    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task("sampling", total=steps)
+    interrupted, failed = False, None
+    with ctrl_c() as stop:
+        with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+            task = bar.add_task("sampling", total=steps)
+            try:
+                found = study.analyze(pipe, run, progress=lambda begun, total: bar.update(task, completed=begun, total=total))
+            except study.Interrupted as stopped:
+                found, interrupted = stopped.analysis, True
+        if interrupted and not found.differences:
+            raise KeyboardInterrupt
+        written: list[str] = []
         try:
-            found = study.analyze(pipe, run, progress=lambda begun, total: bar.update(task, completed=begun, total=total))
-        except study.Interrupted as stop:
-            found, interrupted = stop.analysis, True
-    written = _write(found, out, plot)
-    print(json.dumps(found.to_dict(), indent=1) if as_json else found)
-    print(f"{'interrupted: what was measured until then is' if interrupted else 'written'} in {out}: {', '.join(written)}", file=notes.file)
-    if interrupted:
+            for name in _write(found, out, plot):
+                written.append(name)
+        except OSError as error:
+            failed = error
+        print(to_json(found.to_dict()) if as_json else found)
+        if failed is None:
+            until = "interrupted: what was measured until then is" if interrupted else "written"
+            print(f"{until} in {out}: {', '.join(written)}", file=notes.file)
+    if failed is not None:
+        raise failed
+    if interrupted or stop.noted:
         raise KeyboardInterrupt
 
 
-def _write(found: Any, out: Path, plot: bool) -> list[str]:
-    """Write the files; their names."""
+def _write(found: Any, out: Path, plot: bool) -> Iterator[str]:
+    """Write the files, what was measured first; their names."""
     from ..broadcast.formats import save_config
 
-    written = [found.save(out / "analysis.json").name]
+    yield found.save(out / "analysis.json").name
     if found.start is not None:
-        written.append(save_config(found.start.config, out / "start.yaml").name)
+        yield save_config(found.start.config, out / "start.yaml").name
     if plot:
         found.plot(out / "curves.png")
+        yield "curves.png"
         found.plot_layers(out / "layers.png")
-        written += ["curves.png", "layers.png"]
-    return written
+        yield "layers.png"

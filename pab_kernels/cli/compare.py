@@ -2,13 +2,13 @@
 
 # No `from __future__ import annotations` here: typer reads the command's annotations at run time.
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..extras import require
+from ..strict_json import to_json
 
 
 def _values(text: str) -> tuple[float, float]:
@@ -51,6 +51,12 @@ def compare(
             bar.update(task, description="comparing", completed=done, total=todo)
 
         result = comparison.compare(a, b, values=black_and_white, lpips=lpips, progress=progress)
+    failed = None
     if plot is not None:
-        result.plot(plot)
-    print(json.dumps(result.to_dict(), indent=1) if as_json else result)
+        try:
+            result.plot(plot)
+        except OSError as error:
+            failed = error
+    print(to_json(result.to_dict()) if as_json else result)
+    if failed is not None:
+        raise failed

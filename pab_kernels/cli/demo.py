@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations` here: typer reads the command's annotations at run time.
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..extras import require
+from ..messages import shown
+from ..strict_json import to_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,6 +33,8 @@ def _spread_over(prompts: tuple[str, ...], clips: int | None) -> tuple[str, ...]
     count = len(prompts) if clips is None else clips
     if count < 1:
         raise ValueError(f"--clips must be at least 1, got {clips}")
+    if count > MOST_CLIPS:
+        raise ValueError(f"--clips must be at most {MOST_CLIPS:,}, got {shown(count)}")
     return tuple(prompts[i % len(prompts)] for i in range(count))
 
 
@@ -42,6 +45,8 @@ def _measured(spread: tuple[float, float], digits: int, clips: int) -> str:
     return f"{mean:.{digits}f}" + (f"±{deviation:.{digits}f}" if clips > 1 else "")
 
 
+MOST_CLIPS = 1000
+"""They are sampled as one batch."""
 HEADINGS = ("run", "spatial", "temporal", "cross", "mlp", "seconds", "speed-up", "FLOPs", "PSNR, dB", "SSIM", "shown", "MiB kept")
 WIDE = 122
 """Columns of a terminal that the table needs; in a narrower one it is turned on its side."""
@@ -117,6 +122,7 @@ def demo(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from ..analysis.ctrl_c import ctrl_c
     from ..demo import PROMPTS, Settings, run_demo, write
 
     prompts = _spread_over(tuple(prompt or PROMPTS), clips)
@@ -124,19 +130,26 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     notes = Console(stderr=True)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
-    with Progress(*columns, console=notes, transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-        result = run_demo(settings, lambda title, done, todo: bar.update(task, description=title, completed=done, total=todo))
-    if result.interrupted:
-        notes.print(f"interrupted: {len(result.runs)} of the runs are finished" + ("" if result.runs else ", nothing to report"))
-    if result.runs:
-        written = write(result, out)
-        if as_json:
-            print(json.dumps(result.to_dict(), indent=1))
-        else:
-            console = Console() if sys.stdout.isatty() else Console(width=WIDE)
-            console.print(results_table(result, console.width))
-        for path in written:
-            print(path, file=sys.stderr if as_json else sys.stdout)
+    failed = None
+    with ctrl_c():
+        with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+            task = bar.add_task("loading", total=None)
+            result = run_demo(settings, lambda title, done, todo: bar.update(task, description=title, completed=done, total=todo))
+        if result.interrupted:
+            notes.print(f"interrupted: {len(result.runs)} of the runs are finished" + ("" if result.runs else ", nothing to report"))
+        if result.runs:
+            try:
+                written = write(result, out)
+            except OSError as error:
+                written, failed = [], error
+            if as_json:
+                print(to_json(result.to_dict()))
+            else:
+                console = Console() if sys.stdout.isatty() else Console(width=WIDE)
+                console.print(results_table(result, console.width))
+            for path in written:
+                print(path, file=sys.stderr if as_json else sys.stdout)
+    if failed is not None:
+        raise failed
     if result.interrupted:
         raise SystemExit(130)

@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations` here: typer reads the command's annotations at run time.
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..extras import require
+from ..strict_json import to_json
 from .arguments import named_arguments
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _row(run: "Run", reference: "Run") -> list[str]:
         f"{summary.peak_cache_bytes / 2**20:.1f}" if summary else "",
         "" if compared is None else "same" if math.isinf(compared.total.psnr) else f"{compared.total.psnr:.1f}",
         "" if compared is None else f"{compared.total.ssim:.3f}",
-        run.file.name,
+        run.file.name if run.file else "not written",
     ]
 
 
@@ -101,7 +101,7 @@ def generate(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..analysis.pipeline_call import Wish
-    from ..generate import Settings
+    from ..generate import NotWritten, Settings
     from ..generate import generate as run
 
     for package in ("diffusers", "transformers"):
@@ -114,16 +114,22 @@ def generate(
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
-        result = run(settings, out, lambda title, done, todo: bar.update(task, description=title, completed=done, total=todo))
+        try:
+            result = run(settings, out, lambda title, done, todo: bar.update(task, description=title, completed=done, total=todo))
+            failed = None
+        except NotWritten as error:
+            result, failed = error.result, error
     if as_json:
-        print(json.dumps(result.to_dict(), indent=1))
+        print(to_json(result.to_dict()))
     elif result.runs:
         (Console() if sys.stdout.isatty() else Console(width=120)).print(results_table(result))
         for run_ in result.runs:
             if run_.summary is not None:
                 print(run_.summary)
-    for path in result.files:
+    for path in result.files if failed is None or not as_json else ():
         print(path, file=sys.stderr if as_json else sys.stdout)
+    if failed is not None:
+        raise failed
     if result.interrupted:
         notes.print(f"interrupted: {len(result.runs)} of {result.planned} runs are finished and kept in {out}", soft_wrap=True)
         raise SystemExit(130)

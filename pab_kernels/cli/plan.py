@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations` here: typer reads the command's annotations at run time.
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,9 @@ from ..broadcast.config import PABConfig
 from ..broadcast.formats import named_config
 from ..broadcast.plan import Plan
 from ..broadcast.plan import plan as plan_of
+from ..broadcast.schedule import check_steps
 from ..extras import require
+from ..strict_json import to_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,7 +98,7 @@ def _print_families(as_json: bool) -> None:
             name: {"checkpoint": f.checkpoint, "class": f.config["_class_name"], "sizes": [list(s) for s in f.sizes], "steps": f.steps}
             for name, f in FAMILIES.items()
         }
-        print(json.dumps(listed, indent=1))
+        print(to_json(listed))
         return
     rows = [[name, f.checkpoint, ", ".join(map(str, f.sizes)), str(f.steps)] for name, f in FAMILIES.items()]
     _print(_table(("model", "checkpoint", "sizes", "steps"), rows, words=3))
@@ -116,7 +117,7 @@ def _schedule(config: str | None, steps: int | None) -> Plan:
 
 def _report_schedule(made: Plan, as_json: bool) -> None:
     masks = {label: "".join(d.action.value for d in row) for label, row in made.grouped()}
-    print(json.dumps({"steps": made.schedule.num_steps, "config": made.config.to_dict(), "schedule": masks}, indent=1) if as_json else made)
+    print(to_json({"steps": made.schedule.num_steps, "config": made.config.to_dict(), "schedule": masks}) if as_json else made)
 
 
 def plan(
@@ -151,6 +152,7 @@ def plan(
     for name, value in (("--steps", steps), ("--batch", batch), ("--text", text)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    check_steps(steps or 1, "--steps")
     if plot is not None:
         from ..analysis.comparison import check_plot_path
 
@@ -167,7 +169,7 @@ def plan(
         found = forecast(model, _size(size), steps=steps, config=rules, dtype=dtype, batch=batch, text=text)
         made = found.plan
         if as_json:
-            print(json.dumps(found.to_dict(), indent=1))
+            print(to_json(found.to_dict()))
         else:
             print(f"{found.model}, {found.clip}, {found.dtype}, {found.batch} clip(s)", made, sep="\n")
             _print(forecast_table(found))

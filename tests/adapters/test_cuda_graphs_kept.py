@@ -34,6 +34,7 @@ from tests.adapters.test_generic import outputs, same
 from tests.adapters.tiny_latte import noise, prompt
 from tests.adapters.tiny_models import FAMILIES
 from tests.graph_recorder import Recorder
+from tests.hang import HANG
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
@@ -222,7 +223,7 @@ def test_threads_that_share_a_model_have_graphs_of_their_own(recorders: list[Rec
     wanted = [generated(eager)]
     with pab.generation(eager, num_steps=STEPS):
         wanted.append(generated(eager, 1))
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=HANG)
     found: list[Any] = [None, None]
     begun = [contextlib.nullcontext(), pab.generation(model, num_steps=STEPS)]  # the first takes what `enable` began in this thread
 
@@ -242,7 +243,7 @@ def test_threads_that_share_a_model_have_graphs_of_their_own(recorders: list[Rec
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(HANG)
     for out, other in zip(found, wanted, strict=True):
         assert isinstance(out, list), out
         assert same(out, other)

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteSchedul
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from tests.adapters.tiny_latte import LAYERS, counted_operations, inputs, noise, prompt, run_model, sample, tiny_latte, tiny_pipe
+from tests.hang import HANG
 from tests.oracle import Oracle, Rule
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates
@@ -43,7 +44,7 @@ def in_threads(*work: Callable[[], Any]) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(240)
+        thread.join(HANG)
     for result in results:
         if isinstance(result, BaseException):
             raise result
@@ -58,7 +59,7 @@ def test_pipelines_in_two_threads_do_not_touch_each_other(shared: bool) -> None:
     for pipe in pipes:
         pab.enable(pipe, CONFIG)
     alone = [sample(pipe, **kwargs) for pipe, kwargs in zip(pipes, settings, strict=True)]
-    barrier = threading.Barrier(2, timeout=240)
+    barrier = threading.Barrier(2, timeout=HANG)
 
     def step_by_step(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         barrier.wait()  # both are after step i: their calls alternate
@@ -82,7 +83,7 @@ def test_an_error_in_one_thread_leaves_the_other_alone() -> None:
     for pipe in pipes:
         pab.enable(pipe, CONFIG)
     alone = sample(pipes[1], 8)
-    barrier = threading.Barrier(2, timeout=240)
+    barrier = threading.Barrier(2, timeout=HANG)
 
     def wait(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if i < 4:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
+import pickle
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -301,6 +305,46 @@ def test_a_bad_dict_is_refused_in_one_line(data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         PABConfig.from_dict(data)
     assert "\n" not in str(error.value)
+
+
+ENDLESS: list[tuple[Callable[[], Any], str]] = [
+    (lambda: Broadcast(2, layers=range(10**9)), "layers lists at most 4,096 numbers, got range(0, 1000000000); leave it out for all"),
+    (lambda: Broadcast(2, layers=itertools.count()), "layers lists at most 4,096 numbers, got count("),
+    (lambda: Broadcast(2, unit="step", at=itertools.repeat(0)), "at lists at most 10,000 numbers, got repeat(0); leave it out for a"),
+    (lambda: Broadcast(2, unit="step", at=range(10_001)), "at lists at most 10,000 numbers, got range(0, 10001)"),
+    (lambda: Broadcast(2, unit="timestep", at=[10**30]), "at must be at most 2**63 - 1, got 1000000000000000000000000000000"),
+    (lambda: Broadcast(2, layers=[3, 2**63]), "layers must be at most 2**63 - 1, got (3, 9223372036854775808)"),
+    (lambda: Broadcast(10**6000), "range must be at most 2**63 - 1, got a number of very many digits"),
+    (lambda: Broadcast(-(10**6000)), "range must be a whole number of at least 1, got a number of very many digits"),
+    (lambda: Broadcast(2, itertools.count()), "window must be a pair (lo, hi), got count("),
+    (lambda: Broadcast(2, (0, math.inf), "step"), "a window's ends must be at most 2**63 - 1, got (0, inf)"),
+    (lambda: Broadcast(2, (-math.inf, 5), "timestep"), "a window's ends must be at most 2**63 - 1, got (-inf, 5)"),
+    (lambda: Broadcast(2, (0, math.nan), "step"), "window must be two numbers with lo < hi, got (0, nan)"),
+    (lambda: PABConfig(spatial=[[7] * 10**6] * 10**6), "spatial must be a Broadcast, a range or None, got [[7, 7, 7"),
+    (lambda: Schedule.of(10**30), "num_steps must be at most 10,000, got 1000000000000000000000000000000"),
+    (lambda: Schedule.of(10**6000), "num_steps must be at most 10,000, got a number of very many digits"),
+    (lambda: Schedule.of(timesteps=itertools.count()), "the number of timesteps must be at most 10,000, got 10001"),
+    (lambda: Schedule.of(timesteps=[10**400]), "timesteps must be a row of finite numbers, got [1000000"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), ENDLESS, ids=[message for _, message in ENDLESS])
+def test_what_has_no_end_is_refused_at_once_in_one_short_line(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}[^\n]*$") as error:
+        make()
+    assert len(str(error.value)) < 400
+
+
+def test_layers_may_be_given_by_anything_that_lists_them() -> None:
+    rule = Broadcast(2, layers=(1, 3, 5))
+    assert Broadcast(2, layers=range(1, 6, 2)) == Broadcast(2, layers=(i for i in (5, 3, 1, 3))) == rule
+    assert pickle.loads(pickle.dumps(rule)) == rule and [i for i in range(7) if rule.applies_to(i)] == [1, 3, 5]
+
+
+def test_the_longest_lists_and_schedules_are_served() -> None:
+    rule = Broadcast(2, unit="timestep", at=range(10_000), layers=range(4096))
+    assert len(rule.points(Schedule.of(timesteps=range(9_999, -1, -1)))) == 10_000 and rule.applies_to(4095)
+    assert len(Broadcast(3, (0, 1)).reused(Schedule.of(10_000))) == 6_666
 
 
 def test_an_unknown_kind_has_no_rule() -> None:

@@ -32,7 +32,8 @@ def _compiled(version: str) -> dict[tuple[str, int], list[dict]]:
         if not OLDEST.is_dir():
             pytest.skip(f"Triton 3.6.0 is not at {OLDEST}: `make test` installs it there")
         env["PYTHONPATH"] = str(OLDEST)
-    env["TRITON_CACHE_DIR"] = str(Path(sys.prefix) / f"triton-cache-{version}")  # kernels that did not change are not compiled again
+    cache = os.environ.get("TRITON_CACHE_DIR", Path(sys.prefix) / "triton-cache")
+    env["TRITON_CACHE_DIR"] = f"{cache}-{version}"  # kernels that did not change are not compiled again
     command = [sys.executable, "-m", "tests.kernels.compilation", *map(str, ARCHS)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...files import write_text
+from ...strict_json import to_json
 from . import shapes
 from .pipeline import GUIDANCE, DemoPipeline, load
 from .shapes import Caption
@@ -192,7 +192,7 @@ def main() -> None:
     print(f" in {time.monotonic() - begin:.0f} s\n\n{describe(demo, report, args.steps, args.guidance)}")
     if args.json:
         run = {"steps": args.steps, "guidance": args.guidance, "sha256": demo.sha256}
-        Path(args.json).write_text(json.dumps(run | report.to_dict(), indent=1) + "\n")
+        write_text(args.json, to_json(run | report.to_dict()) + "\n")
 
 
 if __name__ == "__main__":
