@@ -1,4 +1,4 @@
-"""Cases of `broadcast_residual`: the plain norm-modulate, and one to three slots in the model's dtype or 8 bits."""
+"""Cases of `broadcast_residual`: the plain norm-modulate, and one to three slots, or lines, in the model's dtype or 8 bits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pab_kernels.ops import Norm, Quantized, broadcast_residual_out, dequantize, quantize
+from pab_kernels.ops import Line, Norm, Quantized, broadcast_residual_out, quantize
 
 from .candidates import backends, plain_torch
-from .case import Case, Draw, Inputs, Outputs, doubled
+from .case import Case, Draw, Inputs, Outputs, doubled, plain_value
 from .geometries import Geometry
 
 OP = "broadcast_residual"
@@ -23,11 +23,11 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Options:
-    """What varies: dtype of each slot (None for the activations'), and what comes with them."""
+    """What varies: dtype of each slot (None for the activations'), whether they are lines through two, and what comes with them."""
 
     slots: tuple[torch.dtype | None, ...] = ()
     gated: bool = True
-    weighted: bool = False
+    lines: bool = False
     norm: Literal["layer", "rms"] | None = "layer"
     affine: bool = False
     modulated: bool = True
@@ -43,10 +43,12 @@ TIMED = {
     "1 int8 slot": Options((INT8,)),
     "1 fp8 slot": Options((FP8,)),
     "3 int8 slots": Options((INT8,) * 3),
+    "1 line": Options((None,), lines=True),
+    "1 int8 line": Options((INT8,), lines=True),
 }
 
 FURTHER = {
-    "2 mixed slots, weights, affine rms": Options((None, FP8), weighted=True, norm="rms", affine=True, modulated=False),
+    "2 mixed lines, affine rms": Options((None, FP8), lines=True, norm="rms", affine=True, modulated=False),
     "1 ungated slot, affine layer": Options((None,), gated=False, affine=True),
     "2 int8 slots, no norm": Options((INT8, INT8), norm=None, modulated=False),
 }
@@ -63,16 +65,18 @@ def _case(name: str, geometry: Geometry, dtype: torch.dtype, title: str, options
     batch, tokens, channels = geometry.batch, geometry.frames * geometry.tokens, geometry.channels
 
     def draw(draw: Draw) -> Inputs:
-        def slot(kept: torch.dtype | None) -> Tensor | Quantized:
+        def output(kept: torch.dtype | None) -> Tensor | Quantized:
             values = draw(batch, tokens, channels)
             return values if kept is None else quantize(values, kept)
+
+        def slot(kept: torch.dtype | None) -> Tensor | Quantized | Line:
+            return Line(output(kept), output(kept), draw(1, dtype=torch.float32)[0]) if options.lines else output(kept)
 
         count = len(options.slots)
         return {
             "x": draw(batch, tokens, channels),
             "slots": [slot(kept) for kept in options.slots],
             "gates": [draw(batch, 1, channels) if options.gated else None for _ in range(count)],
-            "weights": [draw(1, dtype=torch.float32)[0] if options.weighted else None for _ in range(count)],
             "weight": draw(channels) if options.affine else None,
             "bias": draw(channels) if options.affine and options.norm == "layer" else None,
             "shift": draw(batch, 1, channels) if options.modulated else None,
@@ -105,10 +109,8 @@ def plain_of(options: Options) -> Callable[[Inputs], Outputs]:
 
     def plain(inputs: Inputs) -> Outputs:
         x = inputs["x"]
-        for slot, gate, weight in zip(inputs["slots"], inputs["gates"], inputs["weights"], strict=True):
-            addition = dequantize(slot, x.dtype) if isinstance(slot, Quantized) else slot
-            if weight is not None:
-                addition = (addition * weight).to(x.dtype)
+        for slot, gate in zip(inputs["slots"], inputs["gates"], strict=True):
+            addition = plain_value(slot, x.dtype)
             x = x + (addition if gate is None else gate * addition)
         x_new = x if options.slots else None
         if options.norm is None:
@@ -124,7 +126,7 @@ def plain_of(options: Options) -> Callable[[Inputs], Outputs]:
 
 def _call(options: Options, backend: str, inputs: Inputs, places: Outputs) -> Outputs:
     norm = None if options.norm is None else Norm(options.norm, inputs["weight"], inputs["bias"], EPS)
-    given = {name: inputs[name] for name in ("gates", "weights", "shift", "scale")}
+    given = {name: inputs[name] for name in ("gates", "shift", "scale")}
     broadcast_residual_out(inputs["x"], inputs["slots"], x_out=places[0], y_out=places[1], norm=norm, backend=backend, **given)
     return places
 

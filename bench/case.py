@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pab_kernels.ops import Quantized, dequantize
+from pab_kernels.ops import Line, Quantized, dequantize
 
 Inputs = dict[str, Any]
-"""Tensors and `Quantized` by name, or lists of them."""
+"""Tensors, `Quantized` and `Line` by name, or lists of them."""
 
 Outputs = tuple[Any, ...]
 """Tensors, `Quantized` or None."""
@@ -90,6 +90,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in inputs or outputs."""
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, Line):
+        yield from tensors([value.newest, value.before, value.weight])
     elif isinstance(value, Quantized):
         yield from (value.data, value.scale)
     elif isinstance(value, dict):
@@ -108,11 +110,22 @@ def doubled(value: Any) -> Any:
     """Inputs in float64: floating tensors converted, 8-bit slots dequantised, all else as it is."""
     if isinstance(value, Quantized):
         return dequantize(value, torch.float32).double()
+    if isinstance(value, Line):
+        return Line(*map(doubled, (value.newest, value.before, value.weight)))
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, dict):
         return {name: doubled(part) for name, part in value.items()}
     return [doubled(part) for part in value] if isinstance(value, list) else value
+
+
+def plain_value(slot: Tensor | Quantized | Line, dtype: torch.dtype) -> Tensor:
+    """A slot, dequantised, or the value on a line, as a user would write it."""
+    if isinstance(slot, Line):
+        wide = torch.promote_types(dtype, torch.float32)
+        newest, before = (plain_value(output, wide).to(wide) for output in (slot.newest, slot.before))
+        return (newest + slot.weight * (newest - before)).to(dtype)
+    return dequantize(slot, dtype) if isinstance(slot, Quantized) else slot
 
 
 def floats(value: Tensor | Quantized) -> Tensor:

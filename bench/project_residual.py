@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pab_kernels.ops import Quantized, dequantize, empty_quantized, linear_flops, project_residual_out, quantize
+from pab_kernels.ops import Line, Quantized, empty_quantized, linear_flops, project_residual_out, quantize
 
 from .candidates import backends, plain_torch
-from .case import Case, Draw, Inputs, Outputs, doubled, floats
+from .case import Case, Draw, Inputs, Outputs, doubled, floats, plain_value
 from .geometries import Geometry
 
 OP = "project_residual"
@@ -22,11 +22,12 @@ OP = "project_residual"
 
 @dataclass(frozen=True)
 class Options:
-    """What varies: what is stored, its dtype (None for the activations'), and the cached outputs added, by dtype."""
+    """What varies: what is stored, its dtype (None for the activations'), and the cached outputs added, by dtype, or lines through two."""
 
     store: Literal["pre_gate", "post_gate"] | None = None
     store_dtype: torch.dtype | None = None
     slots: tuple[torch.dtype | None, ...] = ()
+    lines: bool = False
     gated: bool = True
     bias: bool = True
 
@@ -39,6 +40,7 @@ TIMED = {
     "gate, store int8": Options("pre_gate", INT8),
     "gate, store fp8": Options("pre_gate", FP8),
     "gate, 1 slot": Options(slots=(None,)),
+    "gate, 1 line": Options(slots=(None,), lines=True),
 }
 
 FURTHER = {
@@ -58,9 +60,12 @@ def _case(name: str, geometry: Geometry, dtype: torch.dtype, title: str, options
     batch, tokens, channels = geometry.batch, geometry.frames * geometry.tokens, geometry.channels
 
     def draw(draw: Draw) -> Inputs:
-        def slot(kept: torch.dtype | None) -> Tensor | Quantized:
+        def output(kept: torch.dtype | None) -> Tensor | Quantized:
             values = draw(batch, tokens, channels)
             return values if kept is None else quantize(values, kept)
+
+        def slot(kept: torch.dtype | None) -> Tensor | Quantized | Line:
+            return Line(output(kept), output(kept), draw(1, dtype=torch.float32)[0]) if options.lines else output(kept)
 
         return {
             "a": draw(batch, tokens, channels),
@@ -79,7 +84,7 @@ def _case(name: str, geometry: Geometry, dtype: torch.dtype, title: str, options
         kept = options.store_dtype
         return torch.empty_like(x), torch.empty_like(x) if kept is None else empty_quantized(x.shape, kept, device=x.device)
 
-    exact_options = Options(options.store, None, options.slots, options.gated, options.bias)
+    exact_options = replace(options, store_dtype=None)
     plain = plain_of(options)
     return Case(
         OP,
@@ -105,7 +110,7 @@ def plain_of(options: Options) -> Callable[[Inputs], Outputs]:
         gated = inputs["gate"] * projected if options.gated else projected
         x = inputs["x"] + gated
         for slot, gate in zip(inputs["slots"], inputs["gates"], strict=True):
-            x = x + gate * (dequantize(slot, x.dtype) if isinstance(slot, Quantized) else slot)
+            x = x + gate * plain_value(slot, x.dtype)
         if options.store is None:
             return x, None
         stored = projected if options.store == "pre_gate" else gated

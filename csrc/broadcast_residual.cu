@@ -13,6 +13,7 @@ constexpr int kApart = kWarp * 8;  // channels between the vectors of a thread
 template <typename T, int kLaneVectors, int kSlotsHeld, bool kAligned>
 __global__ void __launch_bounds__(max_block(kLaneVectors), 1)
     broadcast_residual_kernel(const BroadcastResidualArguments a, const int row_threads) {
+  constexpr bool kLines = kSlotsHeld == 2;  // a slot and the one before it, of one term after the other
   const bool warp_rows = row_threads == kWarp;
   const int lane = warp_rows ? threadIdx.x % kWarp : threadIdx.x;
   const Place place(a, warp_rows ? blockIdx.x * kWarpRows + threadIdx.x / kWarp : blockIdx.x);
@@ -34,44 +35,63 @@ __global__ void __launch_bounds__(max_block(kLaneVectors), 1)
   read_row(place.row<T>(kX), x);
   Vector8<T> slots[kSlotsHeld][kLaneVectors];
   float slot_scales[kSlotsHeld][kLaneVectors];
-  float weights[kSlotsHeld];
-#pragma unroll
-  for (int i = 0; i < kSlotsHeld; ++i) {
-    if (i >= a.slots) break;
-    weights[i] = a.weights[i] == nullptr ? 1.0f : *a.weights[i];
-    if (is_activation(a.slot_dtypes[i])) {
-      read_row(place.row<T>(kSlots + i), slots[i]);
+  const auto read_slot = [&](int slot, int held) {
+    if (is_activation(a.slot_dtypes[slot])) {
+      read_row(place.row<T>(kSlots + slot), slots[held]);
     } else {
-      const std::uint8_t* row = place.row<std::uint8_t>(kSlots + i);
-      const float* scales = place.row<float>(kSlotScales + i);
+      const std::uint8_t* row = place.row<std::uint8_t>(kSlots + slot);
+      const float* scales = place.row<float>(kSlotScales + slot);
 #pragma unroll
       for (int v = 0; v < kLaneVectors; ++v) {
-        *reinterpret_cast<uint2*>(&slots[i][v]) = read_bytes<kAligned>(row + first + v * kApart, live[v]);
-        slot_scales[i][v] = live[v] > 0 ? scales[first / kSlotGroup + v * (kApart / kSlotGroup)] : 0.0f;
+        *reinterpret_cast<uint2*>(&slots[held][v]) = read_bytes<kAligned>(row + first + v * kApart, live[v]);
+        slot_scales[held][v] = live[v] > 0 ? scales[first / kSlotGroup + v * (kApart / kSlotGroup)] : 0.0f;
       }
     }
-  }
+  };
 
   float sum[kLaneVectors][8];
-#pragma unroll
-  for (int v = 0; v < kLaneVectors; ++v) widen8(x[v], sum[v]);
-#pragma unroll
-  for (int i = 0; i < kSlotsHeld; ++i) {
-    if (i >= a.slots) break;
+  // Term i, of the slot that is held there; on a line the one before it is held in the other place.
+  const auto add_term = [&](int i, int held) {
     const bool gated = a.operands[kGates + i] != nullptr;
     Vector8<T> gate[kLaneVectors];
     if (gated) read_row(place.row<T>(kGates + i), gate);
+    const bool line = kLines && a.weights[i] != nullptr;
+    const float weight = line ? *a.weights[i] : 0.0f;
 #pragma unroll
     for (int v = 0; v < kLaneVectors; ++v) {
       float c[8];
-      widen_slot(slots[i][v], a.slot_dtypes[i], slot_scales[i][v], c);
+      widen_slot(slots[held][v], a.slot_dtypes[i], slot_scales[held][v], c);
+      if (line) {
+        float before[8];
+        widen_slot(slots[kSlotsHeld - 1][v], a.slot_dtypes[kMaxSlots + i], slot_scales[kSlotsHeld - 1][v], before);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) c[k] += weight * (c[k] - before[k]);
+      }
       float g[8];
       if (gated) widen8(gate[v], g);
 #pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        c[k] *= weights[i];
-        sum[v][k] += gated ? g[k] * c[k] : c[k];
-      }
+      for (int k = 0; k < 8; ++k) sum[v][k] += gated ? g[k] * c[k] : c[k];
+    }
+  };
+
+#pragma unroll
+  for (int v = 0; v < kLaneVectors; ++v) widen8(x[v], sum[v]);
+  if constexpr (kLines) {
+    for (int i = 0; i < a.slots; ++i) {
+      read_slot(i, 0);
+      if (a.weights[i] != nullptr) read_slot(kMaxSlots + i, 1);
+      add_term(i, 0);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSlotsHeld; ++i) {
+      if (i >= a.slots) break;
+      read_slot(i, i);
+    }
+#pragma unroll
+    for (int i = 0; i < kSlotsHeld; ++i) {
+      if (i >= a.slots) break;
+      add_term(i, i);
     }
   }
 #pragma unroll
@@ -151,22 +171,23 @@ using Kernel = void (*)(BroadcastResidualArguments, int);
 
 // Of those that hold enough slots, the one that holds the fewest.
 template <typename T, int kLaneVectors, bool kAligned>
-Kernel with_slots(int slots) {
+Kernel with_slots(int slots, bool lines) {
+  if (lines) return broadcast_residual_kernel<T, kLaneVectors, 2, kAligned>;
   if (slots == 1) return broadcast_residual_kernel<T, kLaneVectors, 1, kAligned>;
   return broadcast_residual_kernel<T, kLaneVectors, 3, kAligned>;
 }
 
 template <typename T>
-Kernel choose_kernel(const BroadcastResidualPlan& plan, int slots) {
-  if (plan.vector_bytes < 16) return broadcast_residual_kernel<T, 2, 3, false>;
+Kernel choose_kernel(const BroadcastResidualPlan& plan, int slots, bool lines) {
+  if (plan.vector_bytes < 16) return lines ? broadcast_residual_kernel<T, 2, 2, false> : broadcast_residual_kernel<T, 2, 3, false>;
   if constexpr (sizeof(T) == 4) {
-    return with_slots<T, 2, true>(slots);
+    return with_slots<T, 2, true>(slots, lines);
   } else {
     switch (plan.lane_vectors) {
-      case 1: return with_slots<T, 1, true>(slots);
-      case 3: return with_slots<T, 3, true>(slots);
-      case 4: return with_slots<T, 4, true>(slots);
-      default: return with_slots<T, 5, true>(slots);
+      case 1: return with_slots<T, 1, true>(slots, lines);
+      case 3: return with_slots<T, 3, true>(slots, lines);
+      case 4: return with_slots<T, 4, true>(slots, lines);
+      default: return with_slots<T, 5, true>(slots, lines);
     }
   }
 }
@@ -177,8 +198,10 @@ Kernel choose_kernel(const BroadcastResidualPlan& plan, int slots) {
 extern "C" int pab_broadcast_residual(const pab::BroadcastResidualArguments* a, void* stream) {
   using namespace pab;
   const BroadcastResidualPlan plan = plan_broadcast_residual(*a);
-  const Kernel kernel = a->dtype == DType::kFloat32   ? choose_kernel<float>(plan, a->slots)
-                        : a->dtype == DType::kFloat16 ? choose_kernel<__half>(plan, a->slots)
-                                                      : choose_kernel<__nv_bfloat16>(plan, a->slots);
+  bool lines = false;
+  for (int i = 0; i < kMaxSlots; ++i) lines |= a->weights[i] != nullptr;
+  const Kernel kernel = a->dtype == DType::kFloat32   ? choose_kernel<float>(plan, a->slots, lines)
+                        : a->dtype == DType::kFloat16 ? choose_kernel<__half>(plan, a->slots, lines)
+                                                      : choose_kernel<__nv_bfloat16>(plan, a->slots, lines);
   return launch_kernel(kernel, plan, stream, *a, plan.row_threads);
 }

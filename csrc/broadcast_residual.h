@@ -1,5 +1,6 @@
 // The operation broadcast_residual: cached outputs added to the residual stream, then a norm and modulation, in one pass over memory.
-//   1. x' = x + sum_i gate_i * (weight_i * slot_i);  slot_i = data_i * slot_scale_i where it has 8 bits
+//   1. x' = x + sum_i gate_i * c_i;  c_i = slot_i or, on a line, slot_i + weight_i * (slot_i - before_i)
+//      where a slot of 8 bits is data * scale
 //   2. layer: z = (x' - m) / sqrt(mean (x' - m)^2 + eps), m = mean x';  rms: z = x' / sqrt(mean x'^2 + eps)
 //   3. y = (norm_weight * z + norm_bias) * (1 + scale) + shift
 // Everything is float32, but x' rounds once to its dtype, and y, computed from the rounded x', once.
@@ -13,7 +14,7 @@ constexpr int kMaxSlots = 3;
 constexpr int kMaxDims = 4;        // leading dimensions, once those that all operands walk through alike are joined
 constexpr int kSlotGroup = 128;    // channels that share a scale in an 8-bit slot
 
-// Operands over tokens. Slots, gates and scales of slots are three each.
+// Operands over tokens. Slots, those before them, gates, and scales of both are three each.
 enum Operand : int {
   kX,
   kXOut,
@@ -21,9 +22,11 @@ enum Operand : int {
   kScale,
   kShift,
   kSlots,
-  kGates = kSlots + kMaxSlots,
+  kBefore = kSlots + kMaxSlots,
+  kGates = kBefore + kMaxSlots,
   kSlotScales = kGates + kMaxSlots,
-  kOperands = kSlotScales + kMaxSlots
+  kBeforeScales = kSlotScales + kMaxSlots,
+  kOperands = kBeforeScales + kMaxSlots
 };
 
 enum class NormKind : int { kNone, kLayer, kRms };
@@ -34,14 +37,14 @@ struct BroadcastResidualArguments {
   std::int64_t sizes[kMaxDims];               // of the leading dimensions, the innermost first
   std::int64_t dims;                          // how many of them there are, at least 1
   std::int64_t channels;
-  const float* weights[kMaxSlots];            // one number each; nullptr: 1
+  const float* weights[kMaxSlots];            // of a line, one number each; nullptr: no line
   const void* norm_weight;                    // [channels]; nullptr: 1
   const void* norm_bias;                      // [channels]; nullptr: 0
   float eps;
   int slots;
   NormKind norm;
   DType dtype;                                // of all but 8-bit slots and float32 scales and weights
-  DType slot_dtypes[kMaxSlots];               // dtype, int8 or float8 e4m3
+  DType slot_dtypes[2 * kMaxSlots];           // dtype, int8 or float8 e4m3; of slots, and of those before them
 };
 
 }  // namespace pab

@@ -8,10 +8,14 @@ const char* refuse(const BroadcastResidualArguments& a) {
   if (a.channels < 1 || a.channels > kMaxChannels) return "1 to 8192 channels are supported";
   if (a.slots < 0 || a.slots > kMaxSlots) return "up to 3 slots are supported";
   for (int i = 0; i < a.slots; ++i) {
-    if (is_activation(a.slot_dtypes[i])) {
-      if (a.slot_dtypes[i] != a.dtype) return "a slot has the dtype of the activations, or is int8 or float8_e4m3fn";
-    } else if (a.operands[kSlotScales + i] == nullptr) {
-      return "a slot of 8 bits has scales";
+    if ((a.weights[i] == nullptr) != (a.operands[kBefore + i] == nullptr)) return "a line has a weight and a slot before the newest";
+    for (int slot = i; slot < 2 * kMaxSlots; slot += kMaxSlots) {
+      if (a.operands[kSlots + slot] == nullptr) continue;
+      if (is_activation(a.slot_dtypes[slot])) {
+        if (a.slot_dtypes[slot] != a.dtype) return "a slot has the dtype of the activations, or is int8 or float8_e4m3fn";
+      } else if (a.operands[kSlotScales + slot] == nullptr) {
+        return "a slot of 8 bits has scales";
+      }
     }
   }
   if (a.dims < 1 || a.dims > kMaxDims) return "1 to 4 leading dimensions are supported";
@@ -22,11 +26,12 @@ const char* refuse(const BroadcastResidualArguments& a) {
 bool all_aligned(const BroadcastResidualArguments& a) {
   if (a.channels % 8 != 0) return false;
   for (int operand = kX; operand < kSlotScales; ++operand) {
-    const int slot = operand - kSlots;
-    const int size = size_of(slot >= 0 && slot < a.slots ? a.slot_dtypes[slot] : a.dtype), bytes = size == 1 ? 8 : 16;
+    if (a.operands[operand] == nullptr) continue;
+    const bool is_slot = operand >= kSlots && operand < kGates;
+    const int size = size_of(is_slot ? a.slot_dtypes[operand - kSlots] : a.dtype), bytes = size == 1 ? 8 : 16;
     if (!is_aligned(a.operands[operand], bytes)) return false;
     for (int dim = 0; dim < a.dims; ++dim) {
-      if (a.operands[operand] != nullptr && ((a.strides[operand][dim] * size) & (bytes - 1)) != 0) return false;
+      if (((a.strides[operand][dim] * size) & (bytes - 1)) != 0) return false;
     }
   }
   return is_aligned(a.norm_weight, 16) && is_aligned(a.norm_bias, 16);

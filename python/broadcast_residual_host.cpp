@@ -12,14 +12,20 @@ namespace {
 using Strides = std::vector<std::int64_t>;
 using Where = std::optional<std::pair<std::uintptr_t, Strides>>;  // address and strides over the leading dimensions, the outermost first
 
-// Joined leading dimensions and the plan.
+// Joined leading dimensions and the plan. A term is a line where the slot before it has a dtype.
 py::tuple plan(const Strides& sizes, std::int64_t channels, DType dtype, const std::vector<DType>& slot_dtypes,
-               const std::vector<Where>& operands) {
+               const std::vector<std::optional<DType>>& before_dtypes, const std::vector<Where>& operands) {
+  static const float weight = 0.5f;
   BroadcastResidualArguments a{};
   a.dtype = dtype;
   a.channels = channels;
   a.slots = static_cast<int>(slot_dtypes.size());
   for (std::size_t i = 0; i < slot_dtypes.size() && i < kMaxSlots; ++i) a.slot_dtypes[i] = slot_dtypes[i];
+  for (std::size_t i = 0; i < before_dtypes.size() && i < kMaxSlots; ++i) {
+    if (!before_dtypes[i]) continue;
+    a.slot_dtypes[kMaxSlots + i] = *before_dtypes[i];
+    a.weights[i] = &weight;
+  }
   if (operands.size() != kOperands) throw py::value_error("an entry for each operand");
   for (int operand = 0; operand < kOperands; ++operand) {
     if (operands[operand]) a.operands[operand] = address(operands[operand]->first);
@@ -46,9 +52,9 @@ void bind_broadcast_residual(py::module_& module) {
       .def_readonly("row_threads", &BroadcastResidualPlan::row_threads);
   module.def("broadcast_residual_max_block", &max_block, "lane_vectors"_a,
              "Threads of a block that the kernels with this many vectors a thread are compiled for.");
-  module.def("plan_broadcast_residual", &plan, "sizes"_a, "channels"_a, "dtype"_a, "slot_dtypes"_a, "operands"_a,
+  module.def("plan_broadcast_residual", &plan, "sizes"_a, "channels"_a, "dtype"_a, "slot_dtypes"_a, "before_dtypes"_a, "operands"_a,
              "The leading dimensions that are left, the innermost first, each operand's strides over them, and the plan; Nones where they "
-             "are too many. Operands: x, x_out, y_out, scale, shift, 3 slots, 3 gates, 3 scales of slots: None or address and strides.");
+             "are too many. Operands: x, x_out, y_out, scale, shift, 3 slots, 3 before them, 3 gates, 6 scales of slots: None or address and strides.");
 }
 
 }  // namespace pab

@@ -1,8 +1,11 @@
-// torch.ops.pab_kernels_cuda.broadcast_residual and broadcast_residual_one, whose schemas are in cuda.py of the operation.
+// torch.ops.pab_kernels_cuda.broadcast_residual, broadcast_residual_one and broadcast_residual_lines, whose schemas are in cuda.py of the operation.
 // Everything that the kernel relies on is checked here, so that a call that is right needs no checks in Python.
 #include "../csrc/broadcast_residual.h"
 
+#include <cmath>
+
 #include "../csrc/broadcast_residual_plan.h"
+#include "overlap.h"
 #include "torch_tensor.h"
 
 namespace pab {
@@ -83,29 +86,78 @@ struct Call {
     if (!t) return;
     check_kind(*t);
     set_same(operand, *t, arguments.channels);
-    for (size_t dim = 0; dim < sizes[operand].size(); ++dim) {
-      require(strides[operand][dim] != 0 || sizes[operand][dim] < 2, "the elements of an output overlap");
-    }
+    require(!overlaps_itself(memory(operand)), "the elements of an output overlap");
     arguments.operands[operand] = t->mutable_data_ptr();
   }
 
-  void add_slot(const MaybeTensor& slot, const MaybeTensor& scale, const MaybeTensor& gate, const MaybeTensor& weight) {
+  Memory memory(int operand) const {
+    Memory m;
+    m.begin = reinterpret_cast<std::uintptr_t>(arguments.operands[operand]);
+    const bool is_slot = operand >= kSlots && operand < kGates;
+    m.item = operand >= kSlotScales ? 4 : size_of(is_slot ? arguments.slot_dtypes[operand - kSlots] : arguments.dtype);
+    m.rank = static_cast<int>(sizes[operand].size());
+    for (int dim = 0; dim < m.rank; ++dim) m.sizes[dim] = sizes[operand][dim], m.strides[dim] = strides[operand][dim];
+    return m;
+  }
+
+  // Neighbouring numbers that are no operand over tokens.
+  static Memory memory(const void* begin, std::int64_t bytes) {
+    Memory m;
+    m.begin = reinterpret_cast<std::uintptr_t>(begin);
+    m.rank = 1, m.sizes[0] = bytes, m.strides[0] = 1;
+    return m;
+  }
+
+  // An output shares memory with nothing else, unless it is x_out and x.
+  void check_apart() const {
+    const BroadcastResidualArguments& a = arguments;
+    for (const int written : {kXOut, kYOut}) {
+      if (a.operands[written] == nullptr) continue;
+      const Memory out = memory(written);
+      const auto require_apart = [&](const Memory& other) { require(!overlap(out, other), "an output shares memory with another tensor"); };
+      for (int operand = 0; operand < kOperands; ++operand) {
+        if (operand == written || a.operands[operand] == nullptr) continue;
+        const Memory other = memory(operand);
+        if (written != kXOut || operand != kX || !same(out, other)) require_apart(other);
+      }
+      for (const void* affine : {a.norm_weight, a.norm_bias}) {
+        if (affine != nullptr) require_apart(memory(affine, a.channels * size_of(a.dtype)));
+      }
+      for (const float* weight : a.weights) {
+        if (weight != nullptr) require_apart(memory(weight, sizeof(float)));
+      }
+    }
+  }
+
+  // The slot of a term or, kMaxSlots further on, the one before it.
+  void set_slot(int number, const Tensor& slot, const MaybeTensor& scale) {
+    if (scale) {
+      const Kind own(slot);
+      require(own.device_type == kind.device_type && own.device == kind.device, "a slot is not on x's device");
+      arguments.slot_dtypes[number] = dtype_of(slot);
+      require(!is_activation(arguments.slot_dtypes[number]), "a slot with scales does not have 8 bits");
+      check_kind(*scale, true);
+      set_same(kSlotScales + number, *scale, ceil_div(arguments.channels, kSlotGroup));
+    } else {
+      check_kind(slot);
+      arguments.slot_dtypes[number] = arguments.dtype;
+    }
+    set_same(kSlots + number, slot, arguments.channels);
+  }
+
+  void add_slot(const MaybeTensor& slot, const MaybeTensor& scale, const MaybeTensor& gate) {
     if (!slot) return;
     const int i = arguments.slots++;
-    if (scale) {
-      const Kind own(*slot);
-      require(own.device_type == kind.device_type && own.device == kind.device, "a slot is not on x's device");
-      arguments.slot_dtypes[i] = dtype_of(*slot);
-      require(!is_activation(arguments.slot_dtypes[i]), "a slot with scales does not have 8 bits");
-      check_kind(*scale, true);
-      set_same(kSlotScales + i, *scale, ceil_div(arguments.channels, kSlotGroup));
-    } else {
-      check_kind(*slot);
-      arguments.slot_dtypes[i] = arguments.dtype;
-    }
-    set_same(kSlots + i, *slot, arguments.channels);
+    set_slot(i, *slot, scale);
     set_broadcast(kGates + i, gate);
+  }
+
+  // Makes the slot that was added last a line's newest.
+  void set_before(const MaybeTensor& before, const MaybeTensor& scale, const MaybeTensor& weight) {
+    require(before.has_value() == weight.has_value(), "a line has a slot before the newest and a weight");
     if (!weight) return;
+    const int i = arguments.slots - 1;
+    set_slot(kMaxSlots + i, *before, scale);
     check_kind(*weight, true);
     require(weight->numel() == 1 && weight->dim() <= 1, "a weight is not one number");
     arguments.weights[i] = static_cast<const float*>(weight->const_data_ptr());
@@ -126,6 +178,7 @@ struct Call {
     require(norm >= 0 && norm <= 2 && (norm > 0 || a.slots > 0), "there is neither a slot nor a norm");
     require((norm > 0 || (!shift && !scale)) && (norm != 2 || !norm_bias), "a shift or scale without a norm, or a bias of an RMS norm");
     a.norm = static_cast<NormKind>(norm);
+    require(std::isfinite(eps) && eps >= 0, "eps is not a finite number from 0 on");
     a.eps = static_cast<float>(eps);
     a.norm_weight = affine(norm_weight);
     a.norm_bias = affine(norm_bias);
@@ -133,6 +186,7 @@ struct Call {
     set_broadcast(kScale, scale);
     set_written(kXOut, x_out, a.slots > 0);
     set_written(kYOut, y_out, a.norm != NormKind::kNone);
+    check_apart();
     append_dimensions();
     const char* refusal = plan_broadcast_residual(a).refusal;
     launch_on(x, "broadcast_residual", refusal, [&](void* stream) { return pab_broadcast_residual(&a, stream); });
@@ -144,6 +198,7 @@ struct Call {
     for (int64_t outward = 1; outward <= leading; ++outward) {
       int64_t steps[kOperands] = {};
       for (int operand = 0; operand < kOperands; ++operand) {
+        if (arguments.operands[operand] == nullptr) continue;
         const int64_t own = static_cast<int64_t>(sizes[operand].size()) - 1 - outward;
         if (own >= 0 && sizes[operand][own] != 1) steps[operand] = strides[operand][own];
       }
@@ -153,26 +208,44 @@ struct Call {
   }
 };
 
-// The operations tell that they ran. Most calls have one slot or none, and every argument of an operation costs: theirs have their own.
+// The operations tell that they ran.
 bool broadcast_residual_one(const Tensor& x, int64_t norm, double eps, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
                             const MaybeTensor& shift, const MaybeTensor& scale, const MaybeTensor& x_out, const MaybeTensor& y_out,
-                            const MaybeTensor& slot, const MaybeTensor& slot_scale, const MaybeTensor& gate, const MaybeTensor& weight) {
+                            const MaybeTensor& slot, const MaybeTensor& slot_scale, const MaybeTensor& gate) {
   Call call(x);
-  call.add_slot(slot, slot_scale, gate, weight);
+  call.add_slot(slot, slot_scale, gate);
   call.launch(norm, eps, norm_weight, norm_bias, shift, scale, x_out, y_out);
   return true;
 }
 
 bool broadcast_residual(const Tensor& x, int64_t norm, double eps, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
                         const MaybeTensor& shift, const MaybeTensor& scale, const MaybeTensor& x_out, const MaybeTensor& y_out,
-                        const MaybeTensor& slot_0, const MaybeTensor& slot_scale_0, const MaybeTensor& gate_0, const MaybeTensor& weight_0,
-                        const MaybeTensor& slot_1, const MaybeTensor& slot_scale_1, const MaybeTensor& gate_1, const MaybeTensor& weight_1,
-                        const MaybeTensor& slot_2, const MaybeTensor& slot_scale_2, const MaybeTensor& gate_2,
-                        const MaybeTensor& weight_2) {
+                        const MaybeTensor& slot_0, const MaybeTensor& slot_scale_0, const MaybeTensor& gate_0,
+                        const MaybeTensor& slot_1, const MaybeTensor& slot_scale_1, const MaybeTensor& gate_1,
+                        const MaybeTensor& slot_2, const MaybeTensor& slot_scale_2, const MaybeTensor& gate_2) {
   Call call(x);
-  call.add_slot(slot_0, slot_scale_0, gate_0, weight_0);
-  call.add_slot(slot_1, slot_scale_1, gate_1, weight_1);
-  call.add_slot(slot_2, slot_scale_2, gate_2, weight_2);
+  call.add_slot(slot_0, slot_scale_0, gate_0);
+  call.add_slot(slot_1, slot_scale_1, gate_1);
+  call.add_slot(slot_2, slot_scale_2, gate_2);
+  call.launch(norm, eps, norm_weight, norm_bias, shift, scale, x_out, y_out);
+  return true;
+}
+
+bool broadcast_residual_lines(const Tensor& x, int64_t norm, double eps, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
+                              const MaybeTensor& shift, const MaybeTensor& scale, const MaybeTensor& x_out, const MaybeTensor& y_out,
+                              const MaybeTensor& slot_0, const MaybeTensor& slot_scale_0, const MaybeTensor& gate_0,
+                              const MaybeTensor& before_0, const MaybeTensor& before_scale_0, const MaybeTensor& weight_0,
+                              const MaybeTensor& slot_1, const MaybeTensor& slot_scale_1, const MaybeTensor& gate_1,
+                              const MaybeTensor& before_1, const MaybeTensor& before_scale_1, const MaybeTensor& weight_1,
+                              const MaybeTensor& slot_2, const MaybeTensor& slot_scale_2, const MaybeTensor& gate_2,
+                              const MaybeTensor& before_2, const MaybeTensor& before_scale_2, const MaybeTensor& weight_2) {
+  Call call(x);
+  call.add_slot(slot_0, slot_scale_0, gate_0);
+  call.set_before(before_0, before_scale_0, weight_0);
+  call.add_slot(slot_1, slot_scale_1, gate_1);
+  call.set_before(before_1, before_scale_1, weight_1);
+  call.add_slot(slot_2, slot_scale_2, gate_2);
+  call.set_before(before_2, before_scale_2, weight_2);
   call.launch(norm, eps, norm_weight, norm_bias, shift, scale, x_out, y_out);
   return true;
 }
@@ -183,4 +256,5 @@ bool broadcast_residual(const Tensor& x, int64_t norm, double eps, const MaybeTe
 STABLE_TORCH_LIBRARY_IMPL(pab_kernels_cuda, CUDA, library) {
   library.impl("broadcast_residual", TORCH_BOX(&pab::broadcast_residual));
   library.impl("broadcast_residual_one", TORCH_BOX(&pab::broadcast_residual_one));
+  library.impl("broadcast_residual_lines", TORCH_BOX(&pab::broadcast_residual_lines));
 }

@@ -103,43 +103,39 @@ class Oracle:
                     stack.enter_context(mock.patch.object(block, "forward", forward))
             yield
 
-    def _said_again(self, name: str, kind: str, layer: int, context: str, step: int) -> list[Tensor] | None:
-        """What a reuse adds to the stream, one after the other; None where the sublayer is to be computed."""
+    def _said_again(self, name: str, kind: str, layer: int, context: str, step: int) -> Tensor | None:
+        """What a reuse adds to the stream; None where the sublayer is to be computed."""
         rules = [rule for rule in self.rules.get(kind, ()) if rule.layers is None or layer in rule.layers]
         written = self.written.get((context, name), [])
         if not rules or not rules[-1].reuses(step, self.first, self.timesteps) or not written:
             return None
         kept = [(at, out if self.dtype is None else rounded_to_8_bits(out, self.dtype)) for at, out in written[-2:]]
         if rules[-1].reuse == "hold" or len(kept) == 1:
-            return [kept[-1][1]]
+            return kept[-1][1]
         (p, c_prev), (s, c) = kept
-        w = (step - s) / (s - p)
-        return [(factor * out.float()).to(out.dtype) for factor, out in ((1 + w, c), (-w, c_prev))]
+        w = torch.tensor((step - s) / (s - p))
+        return (c.float() + w * (c.float() - c_prev.float())).to(c.dtype)
 
     def _write_down(self, name: str, context: str, step: int, out: Tensor) -> None:
         self.computed.setdefault(name, []).append((context, step))
         self.written.setdefault((context, name), []).append((step, out.clone()))
 
-    def _sublayer(self, name: str, kind: str, layer: int, context: str, step: int, compute: Callable[[], Tensor]) -> list[Tensor]:
+    def _sublayer(self, name: str, kind: str, layer: int, context: str, step: int, compute: Callable[[], Tensor]) -> Tensor:
         """What is added to the stream: what `compute` gives, or what is said again of what it gave in this context."""
         again = self._said_again(name, kind, layer, context, step)
         if again is not None:
             return again
         out = compute()
         self._write_down(name, context, step, out)
-        return [out]
+        return out
 
     def _block(self, block: Any, name: str, kind: str, layer: int, context: str, step: int) -> Callable[..., Tensor]:
         def added(x: Tensor, part: str, part_kind: str, gate: Tensor | None, compute: Callable[[], Tensor]) -> Tensor:
             """x and the gated output of a sublayer."""
             if gate is not None and self.post_gate:
-                outs = self._sublayer(f"{name}.{part}", part_kind, layer, context, step, lambda: gate * compute())
-                gate = None
-            else:
-                outs = self._sublayer(f"{name}.{part}", part_kind, layer, context, step, compute)
-            for out in outs:
-                x = (out if gate is None else gate * out) + x
-            return x
+                return self._sublayer(f"{name}.{part}", part_kind, layer, context, step, lambda: gate * compute()) + x
+            out = self._sublayer(f"{name}.{part}", part_kind, layer, context, step, compute)
+            return (out if gate is None else gate * out) + x
 
         def inside(x: Tensor, text: Tensor | None, text_mask: Tensor | None, timestep: Tensor) -> Tensor:
             shift1, scale1, gate1, shift2, scale2, gate2 = (block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)).chunk(
@@ -156,13 +152,11 @@ class Oracle:
         def forward(
             x: Tensor, mask: Any, text: Tensor | None, text_mask: Tensor | None, timestep: Tensor, *rest: Any, **kwargs: Any
         ) -> Tensor:
-            changes = self._said_again(name, "block", layer, context, step)
-            if changes is None:
+            change = self._said_again(name, "block", layer, context, step)
+            if change is None:
                 out = inside(x, text, text_mask, timestep)
                 self._write_down(name, context, step, out - x)
                 return out
-            for change in changes:
-                x = change + x
-            return x
+            return change + x
 
         return forward

@@ -209,10 +209,9 @@ class Call:
             return ()
         return newest, before
 
-    def line_weights(self, newest: Slot, before: Slot) -> tuple[float, float]:
-        """The weights of a line through two slots at this step."""
-        w = (self.step - newest.source) / (newest.source - before.source)
-        return 1 + w, -w
+    def line_weight(self, newest: Slot, before: Slot) -> float:
+        """The weight of a line through two slots at this step."""
+        return (self.step - newest.source) / (newest.source - before.source)
 
     def _read(self, name: str, decision: Decision) -> Slot | Line | None:
         """What a planned reuse reads, or None where it is not there."""
@@ -221,9 +220,7 @@ class Call:
             return slots[0] if slots else None
         if self.context.arena.fixed:
             return Line(slots[0], slots[1], self.context.arena.weights[name])
-        device = slots[0].key.device
-        of_newest, of_before = (self.generation.weight(w, device) for w in self.line_weights(*slots))
-        return Line(slots[0], slots[1], (of_newest, of_before))
+        return Line(slots[0], slots[1], self.generation.weight(self.line_weight(*slots), slots[0].key.device))
 
     @property
     def measured(self) -> str | None:

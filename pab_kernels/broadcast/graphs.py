@@ -42,7 +42,7 @@ class Graph:
     Args:
         replay: queues its work.
         out: the output, where every replay leaves it.
-        weights: of all lines that it reads, two a line.
+        weights: of all lines that it reads.
         changes: to the arena.
         counts: what was counted.
     """
@@ -128,12 +128,12 @@ class Graphs:
             self._inputs[looks] = like(given)
         inputs = self._inputs[looks]
         copy_into(inputs, given)
-        weights = graph.weights if graph else _fixed_numbers(2 * len(lines), device)
+        weights = graph.weights if graph else _fixed_numbers(len(lines), device)
         if lines:
-            host = torch.tensor([w for line in lines.values() for w in line], dtype=torch.float32, pin_memory=device.type == "cuda")
+            host = torch.tensor(list(lines.values()), dtype=torch.float32, pin_memory=device.type == "cuda")
             weights.copy_(host, non_blocking=True)
         if graph is None:
-            arena.weights = {name: (weights[2 * i], weights[2 * i + 1]) for i, name in enumerate(lines)}
+            arena.weights = {name: weights[i] for i, name in enumerate(lines)}
             graph, out = self._first(call, arena, model, lambda call: compute(call, *inputs), weights)
             self._graphs[key] = graph
             return _copied(out)
@@ -233,14 +233,14 @@ def _plan(call: Call) -> Plan:
     return plan
 
 
-def _turns(call: Call) -> tuple[Hashable, dict[str, tuple[float, float]]]:
+def _turns(call: Call) -> tuple[Hashable, dict[str, float]]:
     """What every sublayer is to do in a call, slots told by where they lie; and the weights of the lines that are read, by sublayer.
 
     A planned reuse whose slots are not there is told from a planned computation: it is counted as forced.
     """
     plan = _plan(call)
     turns: list[Hashable] = []
-    lines: dict[str, tuple[float, float]] = {}
+    lines: dict[str, float] = {}
     for sublayer in plan.sublayers:
         name = where = sublayer.name
         decision = plan.decision(name, call.step)
@@ -252,7 +252,7 @@ def _turns(call: Call) -> tuple[Hashable, dict[str, tuple[float, float]]]:
             slots = call.sources(where, decision)
             read.append(tuple((id(slot.value), slot.key) for slot in slots))
             if len(slots) == 2:
-                lines[where] = call.line_weights(*slots)
+                lines[where] = call.line_weight(*slots)
             where = place(name, len(read))
         forced = None if all(read) else plan.held(name, call.step) > 0
         turns.append((*read, forced))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..ops.cached_outputs import line_value
 from ..ops.quantize import Quantized
 from .generation import Call, Turn
 from .plan import Sublayer
@@ -125,9 +126,7 @@ def extended(line: Line) -> Any:
     def extended(c: Any, dtype: torch.dtype | None, c_prev: Any, dtype_prev: torch.dtype | None) -> Any:
         if dtype is None or not dtype.is_floating_point or dtype != dtype_prev or c.shape != c_prev.shape:
             return _leaf(c, dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        c, c_prev = unpack(c, wide).to(wide), unpack(c_prev, wide).to(wide)
-        return (c - line.weights[1] * (c - c_prev)).to(dtype)
+        return line_value(c, c_prev, line.weight, dtype)
 
     return pytree.tree_unflatten(list(map(extended, leaves, dtypes, leaves_before, dtypes_before)), nest)
 

@@ -53,38 +53,28 @@ class Slot:
     nbytes: int
     dtype: torch.dtype | None = None
 
-    @property
-    def terms(self) -> tuple[tuple[Slot, torch.Tensor | None], ...]:
-        """What is added up where it is reused: slots, each with its weight or None for 1."""
-        return ((self, None),)
-
 
 @dataclass(frozen=True)
 class Line:
     """The straight line through the two newest outputs of a sublayer, read at a later step: a linear reuse.
 
         1. w = (step - newest.source) / (newest.source - before.source)
-        2. value = newest + w (newest - before) = (1 + w) newest - w before
+        2. value = newest + w (newest - before), in float32 (float64 where they are) and rounded once
 
     Args:
         newest: the output computed last.
         before: the one computed before it, by an earlier step.
-        weights: 1 + w and -w, each one float32 number on the slots' device.
+        weight: w, one float32 number on the slots' device.
     """
 
     newest: Slot
     before: Slot
-    weights: tuple[torch.Tensor, torch.Tensor]
+    weight: torch.Tensor
 
     @property
     def key(self) -> Key:
         """Of the input that both were computed from."""
         return self.newest.key
-
-    @property
-    def terms(self) -> tuple[tuple[Slot, torch.Tensor | None], ...]:
-        """What is added up: both slots with their weights."""
-        return ((self.newest, self.weights[0]), (self.before, self.weights[1]))
 
 
 def _is_leaf(value: Any) -> bool:
@@ -147,7 +137,7 @@ class Arena:
 
     def __init__(self, meter: Meter) -> None:
         self.meters: dict[str, Meter] = {}  # of this arena, by kind
-        self.weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of lines, by sublayer, where it is `fixed`
+        self.weights: Mapping[str, torch.Tensor] = {}  # of lines, by sublayer, where it is `fixed`
         self._meter = meter
         self._kinds: dict[str, str] = {}
         self._slots: dict[str, tuple[Slot, ...]] = {}  # the newest first

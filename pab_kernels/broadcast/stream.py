@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..ops.cached_outputs import CachedOutput
+from ..ops.cached_outputs import line_value
 from .generation import Call, Store
 from .slots import Line, Slot, unpack
 
@@ -32,7 +32,7 @@ class ResidualStream:
         self._x = _dense(x)
         self._call = call
         self._projection: tuple[torch.Tensor, nn.Linear, torch.Tensor | None, Store | None, str | None] | None = None
-        self._pending: list[CachedOutput] = []
+        self._pending: list[tuple[Any, torch.Tensor | None]] = []  # slots or lines, and their gates
 
     def read(self) -> torch.Tensor:
         """The stream itself, everything added."""
@@ -48,8 +48,8 @@ class ResidualStream:
             y = norm(self.read())
             y = y if scale is None else y * (1 + scale)
             return y if shift is None else y + shift
-        slots, gates, weights = self._take()
-        self._x, y = ops.broadcast_residual(self._x, slots, gates=gates, weights=weights, norm=form, shift=shift, scale=scale)
+        slots, gates = self._take()
+        self._x, y = ops.broadcast_residual(self._x, slots, gates=gates, norm=form, shift=shift, scale=scale)
         assert y is not None
         return y
 
@@ -74,33 +74,35 @@ class ResidualStream:
     def reuse(self, slot: Slot | Line, gate: torch.Tensor | None = None) -> None:
         """Add `gate * slot`: nothing runs until the stream is read. Leave `gate` out where the slot was kept after it.
 
-        A `Line` is two additions, each rounded to the stream's dtype: `gate * ((1 + w) newest)`, then `gate * (-w before)`.
+        A `Line` is one addition: `gate * (newest + w (newest - before))`, the line rounded once.
         """
-        for term, weight in slot.terms:
-            if term.dtype is None or term.dtype == self._x.dtype:
-                self._hold(term.value, gate, weight)
-            else:  # autocast: dequantised to its own dtype, the sum is promoted as it was when computed
-                self._hold(unpack(term.value, term.dtype), gate, weight)
+        if isinstance(slot, Line):
+            own, before = _dtype(slot.newest, self._x), _dtype(slot.before, self._x)
+            value, fits = ops.Line(slot.newest.value, slot.before.value, slot.weight), own == before == self._x.dtype
+        else:
+            own, value = _dtype(slot, self._x), slot.value
+            fits = own == self._x.dtype
+        # Under autocast it is dequantised to its own dtype, and the sum is promoted as it was when computed.
+        self._hold(value if fits else _unpacked(value, own), gate)
 
-    def _hold(self, value: Any, gate: torch.Tensor | None, weight: torch.Tensor | None = None) -> None:
+    def _hold(self, value: Any, gate: torch.Tensor | None) -> None:
         mixed = isinstance(value, torch.Tensor) and value.dtype != self._x.dtype  # autocast, or a module that computes in float32
         if mixed or value.shape != self._x.shape or not _fits(gate, self._x):
             self._flush()
-            value = unpack(value, self._x.dtype)
-            value = value if weight is None else (weight * value.float()).to(value.dtype)  # as the operations do
+            value = _unpacked(value, self._x.dtype)
             self._x = _dense((value if gate is None else gate * value) + self._x)
             return
         if len(self._pending) == (MOST_PENDING - 1 if self._projection is not None else MOST_PENDING):
             self._flush()
-        self._pending.append(CachedOutput(value, gate, weight))
+        self._pending.append((value, gate))
 
-    def _take(self) -> tuple[list[Any], list[torch.Tensor | None], list[torch.Tensor | None]]:
-        """Slots, gates and weights of all that is pending; nothing is pending any more."""
+    def _take(self) -> tuple[list[Any], list[torch.Tensor | None]]:
+        """Slots and gates of all that is pending; nothing is pending any more."""
         pending, self._pending = self._pending, []
-        return [c.slot for c in pending], [c.gate for c in pending], [c.weight for c in pending]
+        return [value for value, _ in pending], [gate for _, gate in pending]
 
     def _flush(self) -> None:
-        slots, gates, weights = self._take()
+        slots, gates = self._take()
         if self._projection is not None:
             a, linear, gate, store, kind = self._projection
             self._projection, flushing = None, self._call.measured
@@ -115,13 +117,12 @@ class ResidualStream:
                 store_dtype=None if store is None else store.dtype,
                 slots=slots,
                 gates=gates,
-                weights=weights,
             )
             if store is not None:
                 store.put(kept)
             self._call.mark(flushing)
         elif slots:
-            self._x, _ = ops.broadcast_residual(self._x, slots, gates=gates, weights=weights)
+            self._x, _ = ops.broadcast_residual(self._x, slots, gates=gates)
 
 
 def _norm_of(norm: nn.Module, x: torch.Tensor) -> ops.Norm | None:
@@ -138,6 +139,16 @@ def _norm_of(norm: nn.Module, x: torch.Tensor) -> ops.Norm | None:
 def _fits(t: torch.Tensor | None, x: torch.Tensor) -> bool:
     """Whether the operations take `t` as a gate, scale or shift on `x`; otherwise the expression is run as it stands."""
     return t is None or (t.dtype == x.dtype and t.ndim <= x.ndim and t.shape[-1:] == x.shape[-1:] and t.stride(-1) == 1)
+
+
+def _dtype(slot: Slot, x: torch.Tensor) -> torch.dtype:
+    """Of the output that a slot keeps; x's where it was quantised and nobody knows from what."""
+    return slot.value.dtype if isinstance(slot.value, torch.Tensor) else slot.dtype or x.dtype
+
+
+def _unpacked(value: Any, dtype: torch.dtype) -> Any:
+    """A slot's value in `dtype` where it was quantised, or the one on a line, rounded to `dtype`."""
+    return line_value(value.newest, value.before, value.weight, dtype) if isinstance(value, ops.Line) else unpack(value, dtype)
 
 
 def _dense(t: torch.Tensor) -> torch.Tensor:

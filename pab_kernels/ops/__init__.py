@@ -10,6 +10,7 @@ from .attention import attention, attention_out
 from .attention.options import QKNorm, Rope
 from .backend import BACKENDS, BackendError
 from .broadcast_residual import broadcast_residual, broadcast_residual_out
+from .cached_outputs import Line
 from .dequantize import dequantize, dequantize_out
 from .flops import attention_flops, flop_counter, linear_flops
 from .norm import Norm
@@ -20,6 +21,7 @@ from .short_attention import short_attention, short_attention_out
 __all__ = [
     "BACKENDS",
     "BackendError",
+    "Line",
     "Norm",
     "QKNorm",
     "Quantized",

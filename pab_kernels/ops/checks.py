@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .overlap import overlaps_itself
+
+LARGEST = sys.float_info.max
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -54,15 +59,29 @@ def check_shape(op: str, name: str, t: Any, shape: Sequence[int], dtype: torch.d
 
 def check_operand(op: str, name: str, t: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     """A tensor of exactly this shape, dtype and device, last dimension contiguous."""
+    if isinstance(t, Tensor) and t.is_contiguous() and t.dtype == dtype and t.shape == shape and t.device == device:
+        return  # as nearly all are, at a third of what it costs to find out what is wrong
     check_shape(op, name, t, shape, dtype, device)
     check_last_stride(op, name, t)
 
 
 def check_output(op: str, name: str, t: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    """An operand that is written: no two of its elements share memory."""
+    """An operand that is written: no two of its elements share memory, and autograd does not follow it."""
     check_operand(op, name, t, shape, dtype, device)
-    if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True)):
+    if overlaps_itself(t):
         raise ValueError(f"{op}: {name} has strides {t.stride()}; an output whose elements do not overlap is supported: pass a real tensor")
+    if t.requires_grad:
+        raise ValueError(f"{op}: {name} requires a gradient; what is written is not recorded, other tensors are supported: detach it")
+
+
+def check_number(op: str, name: str, value: Any, least: float = -LARGEST) -> None:
+    """A finite number from `least` on."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}; a number is supported: pass a float")
+    if not least <= value <= LARGEST:
+        given = "too large for a float" if isinstance(value, int) and abs(value) > LARGEST else value
+        from_least = "" if least < 0 else f" from {least:g} on"
+        raise ValueError(f"{op}: {name} is {given}; a finite number{from_least} is supported: pass one")
 
 
 def check_broadcasts(op: str, name: str, t: Any, x: Tensor) -> None:

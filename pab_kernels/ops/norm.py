@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_operand
+from .checks import LARGEST, check_number, check_operand
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Norm:
         kind: "layer" (mean and variance) or "rms" (root mean square).
         weight: `[C]` in x's dtype, or None.
         bias: `[C]` in x's dtype, or None; only for "layer".
-        eps: added to the variance or mean square.
+        eps: added to the variance or mean square; finite, 0 or more.
     """
 
     kind: Literal["layer", "rms"] = "layer"
@@ -43,6 +43,8 @@ def check_norm(op: str, name: str, norm: Any, shape: tuple[int, ...], dtype: tor
         raise ValueError(f"{op}: {name}.kind is {norm.kind!r}; 'layer' and 'rms' are supported: pass one of these")
     if norm.kind == "rms" and norm.bias is not None:
         raise ValueError(f"{op}: {name}.bias is given with kind 'rms'; a bias is supported with 'layer' only: pass None")
+    if type(norm.eps) is not float or not 0.0 <= norm.eps <= LARGEST:
+        check_number(op, f"{name}.eps", norm.eps, 0.0)
     for part, t in (("weight", norm.weight), ("bias", norm.bias)):
         if t is not None:
             check_operand(op, f"{name}.{part}", t, shape, dtype, device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_output
-from .quantize import LIMITS, Quantized, check_quantized
+from .quantize import EIGHT_BITS, Quantized, check_quantized
 
 STORED_OUTPUTS = ("Tensor(b!)? stored_out", "Tensor(c!)? stored_scale_out")
 """The schema of a stored output that is written."""
@@ -17,7 +17,7 @@ STORED_OUTPUTS = ("Tensor(b!)? stored_out", "Tensor(c!)? stored_scale_out")
 
 def check_store_dtype(op: str, dtype: Any, own: torch.dtype) -> None:
     """None, the dtype of the activations, or an 8-bit one."""
-    if dtype is not None and dtype != own and dtype not in LIMITS:
+    if dtype is not None and dtype != own and dtype not in EIGHT_BITS:
         raise TypeError(f"{op}: store_dtype is {dtype}; {own}, torch.int8 and torch.float8_e4m3fn are supported: pass one of these or None")
 
 
@@ -33,6 +33,13 @@ def check_stored_out(op: str, stored: Any, shape: Sequence[int], group: int, lik
 def flatten_stored(stored: Tensor | Quantized | None) -> tuple[Tensor | None, Tensor | None]:
     """Data and scale."""
     return (stored.data, stored.scale) if isinstance(stored, Quantized) else (stored, None)
+
+
+def named_stored(stored: Tensor | Quantized | None) -> tuple[tuple[str, Tensor | None], ...]:
+    """What is written of a stored output, by name."""
+    if isinstance(stored, Quantized):
+        return ("stored_out.data", stored.data), ("stored_out.scale", stored.scale)
+    return (("stored_out", stored),)
 
 
 def unflatten_stored(data: Tensor | None, scale: Tensor | None, group: int) -> Tensor | Quantized | None:

@@ -16,7 +16,18 @@ from torch.nn.utils import parametrize
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
-from tests.adapters.tiny_latte import FRAMES, LAYERS, counted_calls, counted_operations, noise, prompt, sample, tiny_latte, tiny_pipe
+from tests.adapters.tiny_latte import (
+    FRAMES,
+    LAYERS,
+    counted_calls,
+    counted_operations,
+    inputs,
+    noise,
+    prompt,
+    sample,
+    tiny_latte,
+    tiny_pipe,
+)
 
 NOTHING_REUSED = {
     "no rules": PABConfig(),
@@ -418,3 +429,24 @@ def test_hooks_of_diffusers_and_accelerate_on_model_and_blocks_work_around_pab(w
         assert torch.equal(sample(pipe, 3), plain)
     assert not operations["attention"].called
     assert len(seen) == 6 * (1 + LAYERS)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "float8_e4m3fn"])
+@torch.no_grad()
+def test_a_large_output_that_does_not_change_stays_finite_in_float16_under_a_linear_rule(cache_dtype: Any) -> None:
+    """The same input at every step: the line through two equal outputs is that output, far from where float16 ends though it is."""
+    model = tiny_latte(torch.float16)
+    model.transformer_blocks[0].ff.net[2].bias.fill_(4e4)
+    model.adaln_single.linear.weight[5 * 64 :] = 0
+    model.adaln_single.linear.bias[5 * 64 :] = 0
+    model.transformer_blocks[0].scale_shift_table[5] = 0.01  # a small gate, as adaLN-zero has
+    given = {name: t.half() if t.is_floating_point() else t for name, t in inputs().items()}
+    results = {}
+    for reuse in ("hold", "linear"):
+        pab.enable(model, PABConfig(mlp=Broadcast(4, (0, 1), reuse=reuse), cache_dtype=cache_dtype), num_steps=12)
+        results[reuse] = [model(**given).sample for _ in range(12)]
+        summary = pab.summary(model)
+        assert sum(kinds["mlp"].reused for kinds in summary.contexts.values()) > 0
+        pab.disable(model)
+    for held, extended in zip(results["hold"], results["linear"], strict=True):
+        assert held.isfinite().all() and torch.equal(held, extended)

@@ -69,11 +69,8 @@ def test_the_line_reads_what_lies_on_it() -> None:
     for step in range(8):
         turn = take(generation)
         if isinstance(turn.slot, Line):
-            assert [slot.source for slot, _ in turn.slot.terms] == [4, 0]
-            along = sum(slot.source * weight for slot, weight in turn.slot.terms if weight is not None)
-            assert along == pytest.approx(step) and sum(turn.slot.weights) == pytest.approx(1)
-        elif turn.slot is not None:
-            assert turn.slot.terms == ((turn.slot, None),)
+            newest, before = turn.slot.newest.source, turn.slot.before.source
+            assert (newest, before) == (4, 0) and newest + turn.slot.weight * (newest - before) == pytest.approx(step)
     assert step == 7 and isinstance(turn.slot, Line)
 
 
@@ -130,7 +127,7 @@ def test_the_weight_is_that_of_the_steps_that_were_really_computed() -> None:
     for step in (0, 1, 2, 3, 4, 5, 9):
         take(generation, step)
     slot = take(generation, 11).slot
-    assert isinstance(slot, Line) and slot.weights == (torch.tensor(1 + 2 / 5), torch.tensor(-2 / 5))
+    assert isinstance(slot, Line) and slot.weight == torch.tensor(2 / 5)
     assert (slot.newest.value == 9).all() and (slot.before.value == 4).all()
 
 
@@ -219,7 +216,7 @@ def test_whatever_calls_are_missing_only_own_earlier_outputs_are_read(rule: Broa
             if all(present[begin_at:step]):
                 assert decision.action is not Action.REUSE
         else:
-            slots = [slot for slot, _ in turn.slot.terms]
+            slots = [turn.slot.newest, turn.slot.before] if isinstance(turn.slot, Line) else [turn.slot]
             assert len(slots) == 1 + (decision.previous is not None)
             assert [slot.source for slot in slots] == computed[: -len(slots) - 1 : -1], "the newest first"
             assert all((slot.value == slot.source).all() for slot in slots)
@@ -240,7 +237,7 @@ def test_whatever_calls_are_missing_only_own_earlier_outputs_are_read(rule: Broa
 @pytest.mark.parametrize("cache_dtype", [None, "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_stream_extends_outputs_that_lie_on_a_line(dtype: torch.dtype, cache_dtype: Any) -> None:
-    """Against float64: what is on a straight line over the steps is hit, but for the roundings of slots, factors and stream."""
+    """Against float64: what is on a straight line over the steps is hit, but for the roundings of slots, line and stream."""
     torch.manual_seed(3)
     x, start, slope, gate = (torch.randn(s, dtype=torch.float64) for s in ((2, 3, 130), (2, 3, 130), (2, 3, 130), (2, 1, 130)))
     generation = begin(Broadcast(4, (3, 99), "step", "linear"), 12, cache_dtype=cache_dtype)
@@ -257,7 +254,7 @@ def test_a_stream_extends_outputs_that_lie_on_a_line(dtype: torch.dtype, cache_d
             stream.reuse(turn.slot, gate.to(dtype))
             error = (stream.read().double() - (x + gate * exact)).abs().max()
             size = max(v.abs().max() for v in (x, start, slope)) * max(1.0, gate.abs().max())
-            assert error <= (turn.slot.weights[0] - turn.slot.weights[1]) * 3 * rounding * size
+            assert error <= (1 + 2 * turn.slot.weight) * 2 * rounding * size
 
 
 @torch.no_grad()
@@ -267,10 +264,10 @@ def test_under_autocast_a_line_of_another_dtype_is_added_as_the_plain_expression
     newest, before = (Slot(v, key, source, 32, v.dtype) for v, source in zip(values, (4, 1), strict=True))
     x, gate = torch.randn(2, 8), torch.randn(8)
     stream = ResidualStream(x, begin(Broadcast(2), 9).open())
-    w = 2 / 3
-    stream.reuse(Line(newest, before, (torch.tensor(1 + w), torch.tensor(-w))), gate)
-    first, second = ((factor * v.float()).bfloat16() for factor, v in zip((1 + w, -w), values, strict=True))
-    assert torch.equal(stream.read(), gate * second + (gate * first + x))
+    w = torch.tensor(2 / 3)
+    stream.reuse(Line(newest, before, w), gate)
+    c, c_prev = (v.float() for v in values)
+    assert torch.equal(stream.read(), gate * (c + w * (c - c_prev)).bfloat16() + x)
 
 
 def test_a_schedule_that_is_entered_in_the_middle_begins_without_a_line() -> None:

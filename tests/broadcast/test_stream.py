@@ -239,18 +239,17 @@ def test_any_program_gives_what_the_plain_chain_gives(
             continue
         gate = _modulation(rest[1], size, dtype)
         if step in ("reuse", "line"):
-            weights = (None,) if step == "reuse" else (torch.tensor(5 / 3), torch.tensor(-2 / 3))
-            slots = []
-            for weight in weights:
-                value = torch.randn(shape).to(torch.float32 if rest[0] == "float32" else dtype)
+            slots, own = [], torch.float32 if rest[0] == "float32" else dtype
+            for _ in range(1 if step == "reuse" else 2):
+                value: Any = torch.randn(shape).to(own)
                 if rest[0] in ("int8", "float8"):
-                    quantized = quantize(value, torch.int8 if rest[0] == "int8" else torch.float8_e4m3fn)
-                    slots.append(_slot(quantized))
-                    value = dequantize(quantized, chain.x.dtype)
-                else:
-                    slots.append(_slot(value))
-                chain.add(value if weight is None else (weight * value.float()).to(value.dtype), gate, None)
-            stream.reuse(slots[0] if len(slots) == 1 else Line(*slots, weights), gate)
+                    value = quantize(value, torch.int8 if rest[0] == "int8" else torch.float8_e4m3fn)
+                slots.append(_slot(value))
+            reads = [dequantize(s.value, torch.float32) if isinstance(s.value, Quantized) else s.value.float() for s in slots]
+            weight = torch.tensor(2 / 3)
+            value = reads[0] if step == "reuse" else reads[0] + weight * (reads[0] - reads[1])
+            chain.add(value.to(chain.x.dtype if isinstance(slots[0].value, Quantized) else own), gate, None)
+            stream.reuse(slots[0] if step == "reuse" else Line(*slots, weight), gate)
             continue
         store = _store(call, i, given_x) if rest[2] else None
         stored = (i, cache_point, cache_dtype) if rest[2] else None
@@ -309,8 +308,7 @@ def _run(program: str, call: Call, *, linear: nn.Module | None = None, norm: nn.
         elif step == "R":
             stream.reuse(_slot(torch.randn(2, 3, 8)), gate)
         elif step == "L":
-            weights = (torch.tensor(1.5), torch.tensor(-0.5))
-            stream.reuse(Line(_slot(torch.randn(2, 3, 8)), _slot(torch.randn(2, 3, 8)), weights), gate)
+            stream.reuse(Line(_slot(torch.randn(2, 3, 8)), _slot(torch.randn(2, 3, 8)), torch.tensor(0.5)), gate)
         elif step == "N":
             stream.norm_modulate(norm or nn.LayerNorm(8), torch.randn(8), torch.randn(2, 1, 8))
         else:
@@ -353,8 +351,9 @@ def _run(program: str, call: Call, *, linear: nn.Module | None = None, norm: nn.
         ("LX", 1, 0),
         ("LN", 1, 0),
         ("RLN", 1, 0),
-        ("LLN", 2, 0),  # three and one
-        ("LLLN", 2, 0),
+        ("LLN", 1, 0),
+        ("LLLN", 1, 0),
+        ("LLLLN", 2, 0),
         ("PLN", 1, 1),
         ("PLLN", 1, 1),
         ("PRLLX", 1, 1),

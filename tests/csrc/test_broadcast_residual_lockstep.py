@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pab_kernels.ops import Norm, Quantized, quantize
+from pab_kernels.ops import Line, Norm, Quantized, quantize
 from tests.csrc.machine import NUMBERS, Machine, library
-from tests.ops.broadcast_residual_cases import NORMS, assert_right, call, exact, poisoned, rounded_once
+from tests.ops.broadcast_residual_cases import LINES, NORMS, assert_right, call, exact, move_slot, poisoned, rounded_once
 from tests.ops.tensors import DTYPES, EIGHT_BITS, assert_accurate, draws, parts
 
-OPERANDS, DIMS = 14, 4
+OPERANDS, DIMS = 20, 4
 
 
 class Arguments(ctypes.Structure):
@@ -34,7 +34,7 @@ class Arguments(ctypes.Structure):
         ("slots", ctypes.c_int),
         ("norm", ctypes.c_int),
         ("dtype", ctypes.c_int),
-        ("slot_dtypes", ctypes.c_int * 3),
+        ("slot_dtypes", ctypes.c_int * 6),
     ]
 
 
@@ -53,15 +53,18 @@ def aligned(t: Tensor, offset: int = 0) -> Tensor:
 def launch(kernels: Any, args: Any, options: dict[str, Any], outputs: tuple[Tensor | None, Tensor | None], order: bool = False) -> Any:
     """The kernel on these tensors where they are, into `outputs`; it must write them, once, and nothing else."""
     (x, slots), norm = args, options.get("norm")
-    count, lacking = len(slots), [None] * (3 - len(slots))
-    data, scales = zip(*((s.data, s.scale) if isinstance(s, Quantized) else (s, None) for s in slots), strict=True) if slots else ((), ())
-    operands = [x, *outputs, options.get("scale"), options.get("shift")]
-    operands += [*data, *lacking, *options["gates"], *lacking, *scales, *lacking]
-    given = Arguments(channels=x.shape[-1], slots=count, dtype=NUMBERS[x.dtype], norm=NORMS.index(norm and norm.kind))
+    lines = [s if isinstance(s, Line) else Line(s, None, None) for s in slots] + [Line(None, None, None)] * (3 - len(slots))
+    held = [line.newest for line in lines] + [line.before for line in lines]
+    data, scales = zip(*((s.data, s.scale) if isinstance(s, Quantized) else (s, None) for s in held), strict=True)
+    weights = [line.weight for line in lines]
+    operands = [x, *outputs, options.get("scale"), options.get("shift"), *data, *options["gates"], *[None] * (3 - len(slots)), *scales]
+    given = Arguments(channels=x.shape[-1], slots=len(slots), dtype=NUMBERS[x.dtype], norm=NORMS.index(norm and norm.kind))
     for i, t in enumerate(operands):
         given.operands[i] = None if t is None else t.data_ptr()
-    for i, (slot, weight) in enumerate(zip(data, options["weights"], strict=True)):
-        given.slot_dtypes[i], given.weights[i] = NUMBERS[slot.dtype], None if weight is None else weight.data_ptr()
+    for i, slot in enumerate(data):
+        given.slot_dtypes[i] = 0 if slot is None else NUMBERS[slot.dtype]
+    for i, weight in enumerate(weights):
+        given.weights[i] = None if weight is None else weight.data_ptr()
     dims = [dim for dim in range(x.ndim - 1) if x.shape[dim] != 1][::-1] or [0]
     given.dims = len(dims)
     for place, dim in enumerate(dims):
@@ -74,7 +77,7 @@ def launch(kernels: Any, args: Any, options: dict[str, Any], outputs: tuple[Tens
         given.eps = norm.eps
         given.norm_weight, given.norm_bias = (None if t is None else t.data_ptr() for t in (norm.weight, norm.bias))
     written = [t for t in outputs if t is not None]
-    read = [t for t in (*operands, *options["weights"], *affine) if t is not None and all(t is not w for w in written)]
+    read = [t for t in (*operands, *weights, *affine) if t is not None and all(t is not w for w in written)]
     Machine(kernels, order).launch("pab_broadcast_residual", given, read, written)
     return x if outputs[0] is None else outputs[0], outputs[1]
 
@@ -83,14 +86,12 @@ def run(kernels: Any, args: Any, options: dict[str, Any], offset: int = 0, order
     """All tensors aligned, or `offset` elements beyond that; the results are right, the new x bit for bit."""
 
     def place(value: Any) -> Any:
-        if isinstance(value, Quantized):
-            return Quantized(aligned(value.data, offset), value.scale)
-        return aligned(value, offset) if isinstance(value, Tensor) and value.numel() > 1 else value
+        return aligned(value, offset) if isinstance(value, Tensor) else value
 
     def outputs() -> Tensor:
         return poisoned(args[0]) if offset == 8 else aligned(torch.full_like(args[0], torch.nan), offset)
 
-    placed = (place(args[0]), [place(slot) for slot in args[1]])
+    placed = (place(args[0]), [move_slot(slot, place) for slot in args[1]])
     given = {name: [place(t) for t in value] if isinstance(value, list) else place(value) for name, value in options.items()}
     if (norm := options.get("norm")) is not None:
         given["norm"] = Norm(norm.kind, place(norm.weight), place(norm.bias), norm.eps)
@@ -101,7 +102,7 @@ def run(kernels: Any, args: Any, options: dict[str, Any], offset: int = 0, order
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("kinds", ["", "m", "i", "f", "mi", "fim", "mmm"])
+@pytest.mark.parametrize("kinds", ["", "m", "i", "f", "mi", "fim", "mmm", *LINES])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_option(kernels, dtype, kinds, norm):
     if kinds or norm:
@@ -111,7 +112,12 @@ def test_every_option(kernels, dtype, kinds, norm):
 
 @pytest.mark.parametrize("channels", [1, 7, 8, 128, 512, 520, 1152, 1536, 1920, 2304, 3072, 4096, 5120, 6000, 8191, 8192])
 def test_every_width(kernels, channels):
-    for kinds, norm, dtype in (("i", "layer", torch.bfloat16), ("mfm", "rms", torch.float16), ("", "layer", torch.float32)):
+    for kinds, norm, dtype in (
+        ("i", "layer", torch.bfloat16),
+        ("mfm", "rms", torch.float16),
+        ("", "layer", torch.float32),
+        ("MI", "rms", torch.bfloat16),
+    ):
         run(kernels, *call((1, 2, channels), kinds, norm, dtype, device="cpu"))
 
 
@@ -134,7 +140,7 @@ def test_any_number_of_tokens(kernels, tokens):
 def test_gate_shift_and_scale_broadcast_by_row_frame_or_token(kernels, shape):
     draw = draws(torch.bfloat16, 1)
     x, slot = draw(2, 3, 4, 152), draw(2, 3, 4, 152)
-    run(kernels, (x, [slot]), {"gates": [draw(*shape)], "weights": [None], "norm": Norm(), "shift": draw(*shape), "scale": draw(152)})
+    run(kernels, (x, [slot]), {"gates": [draw(*shape)], "norm": Norm(), "shift": draw(*shape), "scale": draw(152)})
 
 
 @pytest.mark.parametrize("by", [8, 3])
@@ -168,10 +174,21 @@ def test_a_group_of_zeros_a_ragged_one_and_what_is_not_finite(kernels, dtype, ki
     assert torch.equal(outs.isnan(), expected.isnan()) and torch.equal(outs.nan_to_num(7), expected.nan_to_num(7))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_constant_on_a_line_is_given_back_as_it_is(kernels, dtype):
+    c, x, weight = torch.full((2, 136), 4e4, dtype=dtype), torch.zeros(2, 136, dtype=dtype), torch.tensor(3 / 4)
+    values = draws(dtype, 7)(2, 136)
+    for newest, gates in ((c, [None]), (values, [None]), (c, [None, torch.full((136,), 2**-8, dtype=dtype), None])):
+        lines = [Line(newest, newest.clone(), weight)] * len(gates)
+        out = torch.full_like(x, torch.nan)
+        launch(kernels, (x if len(gates) == 1 else -c, lines), {"gates": gates}, (out, None))
+        assert torch.equal(out, newest if len(gates) == 1 else c + 2**-8 * c)
+
+
 def test_the_mean_does_not_swallow_the_variance(kernels):
     """Two passes: numbers far from 0 that hardly differ."""
     x = 1000 + draws(torch.float32)(3, 1152)
-    options = {"gates": [], "weights": [], "norm": Norm()}
+    options = {"gates": [], "norm": Norm()}
     y = launch(kernels, (x, []), options, (None, torch.full_like(x, torch.nan)))[1]
     assert_accurate(y, torch.nn.functional.layer_norm(x, (1152,), eps=1e-6), exact(x, [], **options)[1])
 

@@ -15,7 +15,7 @@ _host = host()
 
 SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
 ACTIVATIONS, EIGHT_BITS = ("float32", "float16", "bfloat16"), ("int8", "float8_e4m3fn")
-X, SLOTS, GATES, SLOT_SCALES, OPERANDS = 0, 5, 8, 11, 14
+X, SLOTS, GATES, SLOT_SCALES = 0, 5, 11, 14
 
 
 @st.composite
@@ -35,20 +35,23 @@ def calls(draw):
     channels = draw(st.one_of(st.sampled_from([128, 1152, 1536, 1920, 2304, 3072, 4096, 5120, 8192]), st.integers(1, 8192)))
     dtype = draw(st.sampled_from(ACTIVATIONS))
     slots = draw(st.lists(st.sampled_from((dtype, *EIGHT_BITS)), max_size=3))
+    before = [draw(st.sampled_from((None, dtype, *EIGHT_BITS))) for _ in slots]
     contiguous = [channels * math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))]
     plain = draw(st.booleans())
 
     def operand():
         return 4096 + (0 if plain else 4 * draw(st.integers(0, 8))), contiguous if plain else list(draw(layouts(sizes, channels)))
 
-    there = [True, *draw(st.tuples(*[st.booleans()] * 4)), *(i < len(slots) for i in range(3))]
-    there += [draw(st.booleans()) and i < len(slots) for i in range(3)] + [i < len(slots) and slots[i] in EIGHT_BITS for i in range(3)]
-    return {"sizes": sizes, "channels": channels, "dtype": dtype, "slots": slots, "operands": [operand() if i else None for i in there]}
+    reads = [*slots, *[None] * (3 - len(slots)), *before, *[None] * (3 - len(slots))]
+    there = [True, *draw(st.tuples(*[st.booleans()] * 4)), *(read is not None for read in reads)]
+    there += [draw(st.booleans()) and i < len(slots) for i in range(3)] + [read in EIGHT_BITS for read in reads]
+    operands = [operand() if i else None for i in there]
+    return {"sizes": sizes, "channels": channels, "dtype": dtype, "slots": slots, "before": before, "operands": operands}
 
 
-def plan(sizes, channels, dtype, slots, operands):
-    dtypes = [getattr(_host.DType, name) for name in (dtype, *slots)]
-    return _host.plan_broadcast_residual(sizes, channels, dtypes[0], dtypes[1:], operands)
+def plan(sizes, channels, dtype, slots, before, operands):
+    own, *dtypes = (name and getattr(_host.DType, name) for name in (dtype, *slots, *before))
+    return _host.plan_broadcast_residual(sizes, channels, own, dtypes[: len(slots)], dtypes[len(slots) :], operands)
 
 
 @given(calls(), st.randoms(use_true_random=False))
@@ -86,7 +89,8 @@ def test_eight_channels_at_once_are_taken_exactly_where_all_of_them_are_aligned(
         return
     aligned = call["channels"] % 8 == 0
     for i, operand in enumerate(call["operands"][:SLOT_SCALES]):
-        dtype = call["slots"][i - SLOTS] if SLOTS <= i < GATES and i - SLOTS < len(call["slots"]) else call["dtype"]
+        of_kind = call["slots"] if i < SLOTS + 3 else call["before"]
+        dtype = of_kind[(i - SLOTS) % 3] if SLOTS <= i < GATES and operand is not None else call["dtype"]
         width = 16 if SIZE[dtype] > 1 else 8
         aligned &= operand is None or all(n % width == 0 for n in (operand[0], *(SIZE[dtype] * stride for stride in operand[1])))
     assert made.vector_bytes == (16 if aligned else SIZE[call["dtype"]])
@@ -95,8 +99,19 @@ def test_eight_channels_at_once_are_taken_exactly_where_all_of_them_are_aligned(
 
 def contiguous(*sizes, dtype="bfloat16", slots=(), channels=1152, **change):
     where = (4096, [channels * math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))])
-    there = [where] * 5 + [where if i < len(slots) else None for i in range(3)] * 3
-    return {"sizes": sizes, "channels": channels, "dtype": dtype, "slots": list(slots), "operands": there} | change
+    there, lacking = [where if i < len(slots) else None for i in range(3)], [None] * 3
+    operands = [*[where] * 5, *there, *lacking, *there, *there, *lacking]
+    return {"sizes": sizes, "channels": channels, "dtype": dtype, "slots": list(slots), "before": [], "operands": operands} | change
+
+
+def on_a_line(dtype="bfloat16", **missing):
+    """One slot, and the one before it; `missing` are operands by number."""
+    call = contiguous(5, slots=["bfloat16"]) | {"before": [dtype]}
+    for operand in (SLOTS + 3, SLOT_SCALES + 3):
+        call["operands"][operand] = call["operands"][X]
+    for operand in missing.values():
+        call["operands"][operand] = None
+    return call
 
 
 def test_tokens_that_all_operands_walk_through_alike_are_one_dimension():
@@ -134,6 +149,13 @@ def test_the_widths_of_models_leave_few_threads_idle(channels, lane_vectors, row
 )
 def test_refusals_are_sentences(change, message):
     assert plan(**contiguous(5) | change)[2].refusal == message
+
+
+def test_what_is_no_line_is_refused():
+    assert plan(**on_a_line())[2].refusal is None and plan(**on_a_line("int8"))[2].refusal is None
+    assert plan(**on_a_line("float16"))[2].refusal == "a slot has the dtype of the activations, or is int8 or float8_e4m3fn"
+    assert plan(**on_a_line("int8", scale=SLOT_SCALES + 3))[2].refusal == "a slot of 8 bits has scales"
+    assert plan(**on_a_line(before=SLOTS + 3))[2].refusal == "a line has a weight and a slot before the newest"
 
 
 def test_more_dimensions_than_there_is_room_for_are_refused():

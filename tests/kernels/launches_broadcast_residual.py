@@ -22,22 +22,20 @@ def _eight_bits(*sizes: int, dtype: torch.dtype) -> Quantized:
     return Quantized(_meta(*sizes, dtype=dtype), _meta(*sizes[:-1], -(-sizes[-1] // 128), dtype=torch.float32))
 
 
-def _add(channels: int, *slots: torch.dtype, tokens: int = 15 * 1590, norm: Norm | None = None) -> Callable[[], Any]:
-    """x `[2, tokens, C]`, slots of these dtypes, gate, shift and scale of each batch row."""
+def _add(channels: int, *slots: torch.dtype, tokens: int = 15 * 1590, norm: Norm | None = None, lines: bool = False) -> Callable[[], Any]:
+    """x `[2, tokens, C]`, slots of these dtypes or lines through two such, gate, shift and scale of each batch row."""
     x, vector = _meta(2, tokens, channels), _meta(2, 1, channels)
     kept = [_meta(*x.shape) if dtype == x.dtype else _eight_bits(*x.shape, dtype=dtype) for dtype in slots]
-    cached = [CachedOutput(slot, vector, None) for slot in kept]
+    weight = _meta(1, dtype=torch.float32)
+    cached = [CachedOutput(slot, vector, slot, weight) if lines else CachedOutput(slot, vector) for slot in kept]
     return lambda: broadcast_residual(x, cached, norm or Norm(), vector, vector)
 
 
 def _add_by_frame() -> Callable[[], Any]:
-    """Gates of each row, frame and token; one slot is weighted; nothing is normed; float32."""
+    """Gates of each row, frame and token; nothing is normed; float32."""
     sizes = (2, 16, 1024, 1152)
     x, gates = _meta(*sizes, dtype=torch.float32), [_meta(2, 1, 1, 1152), _meta(16, 1, 1152), _meta(*sizes)]
-    weights = [_meta(1), None, None]
-    return lambda: broadcast_residual(
-        x, [CachedOutput(x, g.float(), None if w is None else w.float()) for g, w in zip(gates, weights, strict=True)], None, None, None
-    )
+    return lambda: broadcast_residual(x, [CachedOutput(x, gate.float()) for gate in gates], None, None, None)
 
 
 BF16, INT8, FP8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
@@ -49,6 +47,11 @@ LAUNCHES = {
     "open_sora_3_slots": Launch(_add(1152, BF16, BF16, BF16), wide=16),
     "open_sora_fp8": Launch(_add(1152, FP8), wide=4, archs=(90, 100)),  # scales are 4 bytes; float8 needs sm_89
     "open_sora_2_int8": Launch(_add(1152, INT8, INT8), wide=4),
+    "open_sora_line": Launch(_add(1152, BF16, lines=True), wide=4),  # weights are 4 bytes
+    "open_sora_3_lines": Launch(_add(1152, BF16, BF16, BF16, lines=True), wide=4),
+    "open_sora_int8_line": Launch(_add(1152, INT8, lines=True), wide=4),
+    "cogvideox_3072_line": Launch(_add(3072, BF16, tokens=17776, lines=True), wide=4),
+    "wan_5120_3_int8_lines": Launch(_add(5120, INT8, INT8, INT8, tokens=32760, lines=True), wide=4),
     "pixart_1536_rms": Launch(_add(1536, BF16, tokens=4096, norm=Norm("rms", _meta(1536))), wide=16),
     "1920": Launch(_add(1920, BF16), wide=16),
     "open_sora_plan_2304": Launch(_add(2304, BF16, tokens=28 * 900), wide=16),

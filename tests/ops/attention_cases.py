@@ -27,6 +27,12 @@ LENGTHS = torch.tensor([3, 4])
 ROOTS = torch.ones(2, 7)
 
 OPTIONS_REFUSED = [
+    ({"softmax_scale": float("nan")}, ValueError, "softmax_scale is nan; a finite number"),
+    ({"softmax_scale": float("-inf")}, ValueError, "softmax_scale is -inf"),
+    ({"softmax_scale": 10**400}, ValueError, "softmax_scale is too large for a float"),
+    ({"softmax_scale": True}, TypeError, "softmax_scale is a bool"),
+    ({"rope": Rope(torch.ones(7, 4), torch.ones(7, 4), "no")}, TypeError, "rope.interleaved is a str"),
+    ({"q_norm": QKNorm(eps=-1.0)}, ValueError, "q_norm.eps is -1.0"),
     ({"softmax_scale": torch.ones(())}, TypeError, "softmax_scale is a Tensor"),
     ({"q_norm": "rms"}, TypeError, "q_norm is a str"),
     ({"q_norm": Norm("rms")}, TypeError, "q_norm is a Norm"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pab_kernels.ops import Norm, Quantized, broadcast_residual, dequantize, quantize
+from pab_kernels.ops import Line, Norm, Quantized, broadcast_residual, dequantize, quantize
 from pab_kernels.ops.broadcast_residual.reference import broadcast_residual_rounded_once
 from pab_kernels.ops.cached_outputs import check_cached_outputs
 from tests.ops.tensors import KERNEL_DEVICE, assert_accurate, draws
@@ -15,10 +16,39 @@ from tests.ops.tensors import KERNEL_DEVICE, assert_accurate, draws
 NORMS = (None, "layer", "rms")
 
 
-def draw_slots(draw: Any, shape: tuple[int, ...], kinds: str) -> list[Any]:
-    """One slot a letter: `m` the model's dtype, `i` int8, `f` float8."""
+LINES = ("M", "F", "mI", "MiF", "XMI")
+"""Terms of which some are lines, as `draw_slots` has them."""
+
+
+def draw_slots(draw: Any, shape: tuple[int, ...], kinds: str, weight: float = 0.7) -> list[Any]:
+    """One term a letter: `m` a slot in the model's dtype, `i` in int8, `f` in float8; `M`, `I`, `F` a line through two such; `X` a line
+    through an int8 slot and one in the model's dtype."""
     made = {"m": lambda t: t, "i": lambda t: quantize(t, torch.int8), "f": lambda t: quantize(t, torch.float8_e4m3fn)}
-    return [made[kind](draw(*shape)) for kind in kinds]
+    slots: list[Any] = []
+    for kind in kinds:
+        newest = draw(*shape)
+        if kind.islower():
+            slots.append(made[kind](newest))
+            continue
+        reads = "im" if kind == "X" else 2 * kind.lower()
+        values = [made[read](t) for read, t in zip(reads, (newest, draw(*shape)), strict=True)]
+        slots.append(Line(*values, torch.tensor(weight, device=newest.device)))
+    return slots
+
+
+def move_slot(slot: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """A slot or a line, each tensor moved; scales and weights stay."""
+    if isinstance(slot, Line):
+        return Line(move_slot(slot.newest, move), move_slot(slot.before, move), slot.weight)
+    return Quantized(move(slot.data), slot.scale, slot.group) if isinstance(slot, Quantized) else move(slot)
+
+
+def slot_in_float64(slot: Any) -> Tensor:
+    """The value of a slot or a line."""
+    if isinstance(slot, Line):
+        newest, before = slot_in_float64(slot.newest), slot_in_float64(slot.before)
+        return newest + slot.weight.double() * (newest - before)
+    return dequantize(slot, torch.float64) if isinstance(slot, Quantized) else slot.double()
 
 
 def call(
@@ -30,14 +60,10 @@ def call(
     seed: int = 0,
     device: str = KERNEL_DEVICE,
 ) -> tuple[Any, dict]:
-    """Arguments with a gate, scale and shift a batch row and a weight, by turns."""
+    """Arguments with a gate, scale and shift a batch row, by turns."""
     draw = draws(dtype, seed, device)
     row = (shape[0], *(1,) * (len(shape) - 2), shape[-1])
-    weight = torch.tensor(0.7, device=device)
-    options: dict[str, Any] = {
-        "gates": [draw(*row) if i != 1 else None for i in range(len(kinds))],
-        "weights": [weight if i == 1 else None for i in range(len(kinds))],
-    }
+    options: dict[str, Any] = {"gates": [draw(*row) if i != 1 else None for i in range(len(kinds))]}
     if norm:
         weight, bias = (draw(shape[-1]), draw(shape[-1]) if norm == "layer" else None) if affine else (None, None)
         options |= {"norm": Norm(norm, weight, bias, 1e-5), "shift": draw(*row), "scale": draw(*row)}
@@ -52,12 +78,11 @@ def poisoned(t: Tensor) -> Tensor:
     return inside
 
 
-def exact(x: Tensor, slots: list[Any], *, gates: Any, weights: Any, norm: Any = None, shift: Any = None, scale: Any = None) -> list[Any]:
+def exact(x: Tensor, slots: list[Any], *, gates: Any, norm: Any = None, shift: Any = None, scale: Any = None) -> list[Any]:
     """The mathematics in float64; y from the x that was rounded."""
     total = x.double()
-    for slot, gate, weight in zip(slots, gates, weights, strict=True):
-        value = dequantize(slot, torch.float64) if isinstance(slot, Quantized) else slot.double()
-        total = total + value * (1 if gate is None else gate.double()) * (1 if weight is None else weight.double())
+    for slot, gate in zip(slots, gates, strict=True):
+        total = total + slot_in_float64(slot) * (1 if gate is None else gate.double())
     if norm is None:
         return [total, None]
     z = total.to(x.dtype).double()
@@ -70,9 +95,9 @@ def exact(x: Tensor, slots: list[Any], *, gates: Any, weights: Any, norm: Any = 
     return [total, z if shift is None else z + shift.double()]
 
 
-def rounded_once(x: Tensor, slots: list[Any], *, gates: Any, weights: Any, norm: Any = None, shift: Any = None, scale: Any = None) -> Any:
+def rounded_once(x: Tensor, slots: list[Any], *, gates: Any, norm: Any = None, shift: Any = None, scale: Any = None) -> Any:
     """The reference that rounds where kernels do."""
-    return broadcast_residual_rounded_once(x, check_cached_outputs("test", x, slots, gates, weights, 3), norm, shift, scale)
+    return broadcast_residual_rounded_once(x, check_cached_outputs("test", x, slots, gates, 3), norm, shift, scale)
 
 
 def assert_rounded_once(got: Any, args: Any, options: dict[str, Any]) -> None:

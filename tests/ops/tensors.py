@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
-from pab_kernels.ops import Quantized
+from pab_kernels.ops import Line, Quantized
 
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the tests run Triton kernels: compiled on a GPU, else in Triton's interpreter."""
@@ -29,6 +29,8 @@ def parts(value: Any) -> list[Tensor]:
     """The tensors in a result."""
     if isinstance(value, Quantized):
         return [value.data, value.scale]
+    if isinstance(value, Line):
+        return parts([value.newest, value.before, value.weight])
     if isinstance(value, (tuple, list)):
         return [t for part in value for t in parts(part)]
     return [] if value is None else [value]

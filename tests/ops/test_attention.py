@@ -234,6 +234,7 @@ def test_keys_beyond_the_length_are_not_read(index, dtype):
 def test_lengths_of_the_first_batch_dimension_hold_for_the_second():
     q, k, v = qkv(2, 3)
     by_row = attention(q, k, v, key_lengths=torch.tensor([4, 0]))[0]
+    assert_same(by_row, attention(q, k, v, key_lengths=torch.tensor([4, -(2**40)]))[0])
     assert_same(by_row, attention(q, k, v, key_lengths=torch.tensor([[4, 4, 4], [0, 0, 0]]))[0])
     assert by_row[0].abs().min() > 0 and (by_row[1] == 0).all()
 

@@ -126,8 +126,8 @@ def test_float8_is_left_to_the_reference_on_a_gpu_that_lacks_it(case: str, monke
         arguments = {
             "attention": (q, q, q, *(None,) * 5, torch.float8_e4m3fn),
             "short_attention": (q, q, q, *(None,) * 4, torch.float8_e4m3fn),
-            "broadcast_residual": (q, [CachedOutput(slot, None, None)], None, None, None),
-            "project_residual slot": (q, q, None, q, None, None, q.dtype, [CachedOutput(slot, None, None)]),
+            "broadcast_residual": (q, [CachedOutput(slot)], None, None, None),
+            "project_residual slot": (q, q, None, q, None, None, q.dtype, [CachedOutput(slot)]),
             "project_residual store": (q, q, None, q, None, "pre_gate", torch.float8_e4m3fn, []),
         }[case]
         assert choose(op, "auto", arguments) == "reference"

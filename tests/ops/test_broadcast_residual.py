@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pab_kernels.ops import Norm, QKNorm, broadcast_residual, broadcast_residual_out, dequantize, quantize
+from pab_kernels.ops import Line, Norm, QKNorm, broadcast_residual, broadcast_residual_out, dequantize, quantize
 from tests.ops.tensors import (
     DTYPES,
     EIGHT_BITS,
@@ -36,9 +36,10 @@ def everything(dtype=torch.float32, shape=(2, 7, 136), seed=0):
     """A call with all that there is."""
     draw = draws(dtype, seed)
     x, gate = draw(*shape), draw(shape[0], *(1,) * (len(shape) - 2), shape[-1])
-    return (x, slots_of(draw, shape, 3)), {
+    slots = slots_of(draw, shape, 3)
+    slots[1:] = Line(slots[1], draw(*shape), torch.tensor(0.3)), Line(slots[2], quantize(draw(*shape), torch.int8), torch.tensor([1.7]))
+    return (x, slots), {
         "gates": [gate, None, draw(*shape)],
-        "weights": [None, torch.tensor(0.3), torch.tensor([1.7])],
         "norm": Norm("layer", draw(shape[-1]), draw(shape[-1]), 1e-5),
         "shift": draw(*gate.shape),
         "scale": draw(shape[-1]),
@@ -63,12 +64,12 @@ def test_it_is_the_models_own_arithmetic_bit_for_bit(dtype, count, kind):
         draw = draws(dtype)
         x, slots = draw(*shape), slots_of(draw, shape, count)
         shift, scale, gate = (draw(shape[0], *(1,) * (len(shape) - 2), shape[-1]) for _ in range(3))
-        weight = torch.tensor(0.7)
+        before, weight = quantize(draw(*shape), torch.int8), torch.tensor(0.7)
+        slots[2:] = [Line(slot, before, weight) for slot in slots[2:]]
         got = broadcast_residual(
             x,
             slots,
             gates=[gate, None, None][:count],
-            weights=[None, None, weight][:count],
             norm=kind and Norm(kind),
             shift=shift if kind else None,
             scale=scale if kind else None,
@@ -79,7 +80,8 @@ def test_it_is_the_models_own_arithmetic_bit_for_bit(dtype, count, kind):
         if count > 1:
             expected = dequantize(slots[1], dtype) + expected
         if count > 2:
-            expected = (weight * dequantize(slots[2], dtype).float()).to(dtype) + expected
+            newest, before = (dequantize(slot, torch.float32) for slot in (slots[2].newest, slots[2].before))
+            expected = (newest + weight * (newest - before)).to(dtype) + expected
         assert_same(got[0], expected)
         if kind is None:
             assert got[1] is None
@@ -96,15 +98,15 @@ def test_error_against_float64(shape, dtype, kind):
     x, a, b = draw(*shape), draw(*shape), draw(*shape)
     gate, shift, scale = draw(*shape), draw(*shape), draw(*shape)
     weight, bias, factor = draw(shape[-1]), None if kind == "rms" else draw(shape[-1]), torch.tensor(1.3)
-    eight = quantize(b, torch.int8)
+    eight, before = quantize(b, torch.int8), draw(*shape)
     got = broadcast_residual(
-        x, [a, eight], gates=[None, gate], weights=[factor, None], norm=Norm(kind, weight, bias, 1e-3), shift=shift, scale=scale
+        x, [Line(a, before, factor), eight], gates=[None, gate], norm=Norm(kind, weight, bias, 1e-3), shift=shift, scale=scale
     )
     norm64 = layer_norm if kind == "layer" else rms_norm
 
     def formula(to, norm):
-        terms = [t.to(to) for t in (x, a, dequantize(eight, torch.float64), gate, factor)]
-        new = terms[0] + terms[4] * terms[1] + terms[3] * terms[2]
+        terms = [t.to(to) for t in (x, a, before, factor, dequantize(eight, torch.float64), gate)]
+        new = terms[0] + (terms[1] + terms[3] * (terms[1] - terms[2])) + terms[5] * terms[4]
         y = norm(new) * weight.to(to) + (0 if bias is None else bias.to(to))
         return new, y * (1 + scale.to(to)) + shift.to(to)
 
@@ -125,7 +127,7 @@ def test_without_slots_x_is_returned_as_it_is():
 
 def test_nothing_that_is_given_is_written_or_returned():
     (x, slots), options = everything()
-    given = [x, *parts(slots), *parts(options["gates"]), *parts(options["weights"]), options["shift"], options["scale"]]
+    given = [x, *parts(slots), *parts(options["gates"]), options["shift"], options["scale"]]
     kept = [t.clone() for t in given]
     results = broadcast_residual(x, slots, **options)
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(given, kept, strict=True)) and {t._version for t in given} == {0}
@@ -206,6 +208,8 @@ def test_meta_and_fake_tensors():
 
     def on(device):
         def move(t):
+            if isinstance(t, Line):
+                return Line(move(t.newest), move(t.before), move(t.weight))
             return type(t)(t.data.to(device), t.scale.to(device), t.group) if hasattr(t, "group") else t if t is None else t.to(device)
 
         norm = Norm("layer", move(options["norm"].weight), move(options["norm"].bias))
@@ -225,6 +229,8 @@ def sample(count, kind, quantized=True):
     data = [s if isinstance(s, torch.Tensor) else s.data for s in slots]
     scales = [None if isinstance(s, torch.Tensor) else s.scale for s in slots]
     gates, weights = [draw(2, 1, 136), None, None][:count], [None, torch.tensor(0.5), None][:count]
+    if count > 1:  # the second is a line
+        data, scales = [*data, None, draw(2, 7, 136), None], [*scales, None, None, None]
     modulate = (draw(2, 1, 136), draw(2, 1, 136)) if kind else (None, None)
     args = (x, data, scales, gates, weights, kind, draw(136) if kind else None, None, 1e-6, *modulate, "auto")
     return args, (torch.empty_like(x) if count else None, torch.empty_like(x) if kind else None)
@@ -274,9 +280,9 @@ def test_compiled_out(in_place):
 def test_gradients_flow_through_the_reference_and_not_through_the_rest():
     draw = draws()
     x, slot = draw(2, 7, 8).requires_grad_(), draw(2, 7, 8).requires_grad_()
-    for t in broadcast_residual(x, [slot], norm=Norm(), weights=[torch.tensor(2.0)]):
+    for t in broadcast_residual(x, [Line(slot, torch.zeros_like(slot), torch.tensor(2.0))], norm=Norm()):
         t.sum().backward(retain_graph=True)
-    assert torch.allclose(x.grad, torch.ones_like(x), atol=1e-5) and torch.allclose(slot.grad, 2 * x.grad, atol=1e-5)
+    assert torch.allclose(x.grad, torch.ones_like(x), atol=1e-5) and torch.allclose(slot.grad, 3 * x.grad, atol=1e-5)
     args, _ = sample(1, "layer")
     assert_refuses(RuntimeError, "has no gradient", lambda: OP(args[0].requires_grad_(), *args[1:])[0].sum().backward())
     out = torch.empty(2, 7, 8)
@@ -287,6 +293,7 @@ def test_gradients_flow_through_the_reference_and_not_through_the_rest():
 X = draws()(2, 7, 136)
 EIGHT = quantize(X, torch.int8)
 META = X.to("meta")
+ONE = torch.tensor(1.0)
 
 
 @pytest.mark.parametrize(
@@ -321,16 +328,26 @@ META = X.to("meta")
         ((X, [X]), {"gates": [X[..., :1]]}, ValueError, "gates[0] has shape (2, 7, 1)"),
         ((X, [X]), {"gates": [X[None]]}, ValueError, "gates[0] has shape (1, 2, 7, 136)"),
         ((X, [X]), {"gates": [X.mT.contiguous().mT]}, ValueError, "gates[0] has stride 7"),
-        ((X, [X]), {"weights": torch.ones(1)}, TypeError, "weights is a Tensor"),
-        ((X, [X]), {"weights": [None, None]}, ValueError, "weights has length 2"),
-        ((X, [X]), {"weights": [0.5]}, TypeError, "weights[0] is a float"),
-        ((X, [X]), {"weights": [torch.ones(1).half()]}, TypeError, "weights[0] has dtype torch.float16"),
-        ((X, [X]), {"weights": [torch.ones(1, device="meta")]}, ValueError, "weights[0] is on meta"),
-        ((X, [X]), {"weights": [torch.ones(2)]}, ValueError, "weights[0] has shape (2,)"),
-        ((X, [X]), {"weights": [torch.ones(1, 1)]}, ValueError, "weights[0] has shape (1, 1)"),
+        ((X, [Line(X, X, 0.5)]), {}, TypeError, "slots[0].weight is a float"),
+        ((X, [Line(X, X, None)]), {}, TypeError, "slots[0].weight is a NoneType"),
+        ((X, [Line(X, X, ONE.half())]), {}, TypeError, "slots[0].weight has dtype torch.float16"),
+        ((X, [Line(X, X, ONE.to("meta"))]), {}, ValueError, "slots[0].weight is on meta"),
+        ((X, [Line(X, X, torch.ones(2))]), {}, ValueError, "slots[0].weight has shape (2,)"),
+        ((X, [Line(X, X, torch.ones(1, 1))]), {}, ValueError, "slots[0].weight has shape (1, 1)"),
+        ((X, [X, Line(None, X, ONE)]), {}, TypeError, "slots[1].newest is a NoneType"),
+        ((X, [Line(X, X[:1], ONE)]), {}, ValueError, "slots[0].before has shape (1, 7, 136)"),
+        ((X, [Line(EIGHT, X.half(), ONE)]), {}, TypeError, "slots[0].before has dtype torch.float16"),
+        ((X, [Line(X, quantize(X, torch.int8, group=64), ONE)]), {}, ValueError, "slots[0].before has groups of 64 channels"),
+        ((X, [Line(Line(X, X, ONE), X, ONE)]), {}, TypeError, "slots[0].newest is a Line"),
         ((X,), {"norm": "layer"}, TypeError, "norm is a str"),
         ((X,), {"norm": QKNorm()}, TypeError, "norm is a QKNorm"),
         ((X,), {"norm": Norm("batch")}, ValueError, "norm.kind is 'batch'"),
+        ((X,), {"norm": Norm(eps=-1e-6)}, ValueError, "norm.eps is -1e-06; a finite number from 0 on"),
+        ((X,), {"norm": Norm(eps=float("nan"))}, ValueError, "norm.eps is nan"),
+        ((X,), {"norm": Norm(eps=float("inf"))}, ValueError, "norm.eps is inf"),
+        ((X,), {"norm": Norm(eps=10**400)}, ValueError, "norm.eps is too large for a float"),
+        ((X,), {"norm": Norm(eps="1e-6")}, TypeError, "norm.eps is a str"),
+        ((X,), {"norm": Norm(eps=ONE)}, TypeError, "norm.eps is a Tensor"),
         ((X,), {"norm": Norm("rms", bias=X[0, 0])}, ValueError, "norm.bias is given with kind 'rms'"),
         ((X,), {"norm": Norm("rms", torch.ones(8))}, ValueError, "norm.weight has shape (8,)"),
         ((X,), {"norm": Norm("layer", bias=X[0, 0].half())}, TypeError, "norm.bias has dtype torch.float16"),

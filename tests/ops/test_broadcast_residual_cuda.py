@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from pab_kernels.ops import Norm, broadcast_residual, broadcast_residual_out, cuda_library, quantize
 from pab_kernels.ops.cached_outputs import check_cached_outputs
-from tests.ops.broadcast_residual_cases import NORMS, assert_rounded_once, call, check, poisoned, rounded_once
+from tests.ops.broadcast_residual_cases import LINES, NORMS, assert_rounded_once, call, check, poisoned, rounded_once
 from tests.ops.tensors import DTYPES, EIGHT_BITS, Guarded, assert_refuses, assert_same, called_when_compiled, draws, opcheck
 
 if not torch.cuda.is_available():
@@ -33,7 +33,7 @@ def _gradient(request):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("kinds", ["", "m", "mi", "fim"])
+@pytest.mark.parametrize("kinds", ["", "m", "mi", "fim", *LINES])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_is_accurate(dtype, kinds, norm):
     if kinds or norm:
@@ -57,7 +57,7 @@ def test_any_number_of_tokens(tokens):
 def test_gate_shift_and_scale_broadcast_by_row_frame_or_token(shape):
     draw = draws(torch.bfloat16, 1, "cuda")
     x, slot = draw(2, 3, 4, 152), draw(2, 3, 4, 152)
-    check((x, [slot]), {"gates": [draw(*shape)], "weights": [None], "norm": Norm(), "shift": draw(*shape), "scale": draw(152)}, "cuda")
+    check((x, [slot]), {"gates": [draw(*shape)], "norm": Norm(), "shift": draw(*shape), "scale": draw(152)}, "cuda")
 
 
 @pytest.mark.parametrize("offset", [8, 3])
@@ -156,7 +156,7 @@ def test_compiled_it_is_one_operation_that_torch_knows():
     from pab_kernels.ops.broadcast_residual import _flatten
 
     args, options = call((2, 7, 136), "mi", "layer", torch.bfloat16)
-    cached = check_cached_outputs("test", *args, options["gates"], options["weights"], 3)
+    cached = check_cached_outputs("test", *args, options["gates"], 3)
     opcheck(
         torch.ops.pab_kernels.broadcast_residual.default,
         (*_flatten(args[0], cached, options["norm"], options["shift"], options["scale"]), "cuda"),

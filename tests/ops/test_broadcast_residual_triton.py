@@ -12,7 +12,7 @@ from torch import Tensor
 from pab_kernels.ops import BackendError, Norm, broadcast_residual, broadcast_residual_out, quantize
 from pab_kernels.ops.backend import choose
 from pab_kernels.ops.cached_outputs import check_cached_outputs
-from tests.ops.broadcast_residual_cases import NORMS, call, poisoned
+from tests.ops.broadcast_residual_cases import LINES, NORMS, call, poisoned
 from tests.ops.broadcast_residual_cases import check as check_backend
 from tests.ops.tensors import (
     DTYPES,
@@ -37,7 +37,7 @@ def check(args: Any, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("kinds", ["", "m", "mi", "fim"])
+@pytest.mark.parametrize("kinds", ["", "m", "mi", "fim", *LINES])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_is_accurate(dtype: torch.dtype, kinds: str, norm: str | None) -> None:
     if kinds or norm:
@@ -69,7 +69,7 @@ GATE_SHAPES = [(152,), (2, 1, 1, 152), (1, 3, 1, 152), (2, 3, 1, 152), (2, 3, 4,
 def test_gate_shift_and_scale_broadcast_by_row_frame_or_token(shape: tuple[int, ...]) -> None:
     draw = draws(torch.bfloat16, 1, KERNEL_DEVICE)
     x, slot = draw(2, 3, 4, 152), draw(2, 3, 4, 152)
-    options = {"gates": [draw(*shape)], "weights": [None], "norm": Norm("layer"), "shift": draw(*shape), "scale": draw(152)}
+    options = {"gates": [draw(*shape)], "norm": Norm("layer"), "shift": draw(*shape), "scale": draw(152)}
     check((x, [slot]), options)
     check((x, [slot]), options | {"gates": [None], "scale": draw(*shape), "shift": draw(2, 1, 1, 152)})
 
@@ -91,7 +91,7 @@ def test_views_with_padded_strides_are_read_in_place(offset: int) -> None:
 def test_operands_in_another_order_of_dimensions_and_expanded_ones() -> None:
     draw = draws(torch.bfloat16, 2, KERNEL_DEVICE)
     x, slot = draw(5, 2, 136).transpose(0, 1), draw(1, 1, 136).expand(2, 5, 136)
-    check((x, [slot]), {"gates": [draw(2, 1, 136).expand(2, 5, 136)], "weights": [None], "norm": Norm("rms")})
+    check((x, [slot]), {"gates": [draw(2, 1, 136).expand(2, 5, 136)], "norm": Norm("rms")})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -131,7 +131,7 @@ def test_one_launch_and_no_copies() -> None:
     args, options = call((2, 7, 136), "mif", "layer", torch.bfloat16)
     args = (args[0].transpose(0, 1), args[1][:1])
     args[1][0] = args[1][0].transpose(0, 1)
-    options |= {"gates": [None], "weights": [None], "shift": None, "scale": None}
+    options |= {"gates": [None], "shift": None, "scale": None}
     original, seen = kernel._broadcast_residual_kernel, []
 
     class Counting:
@@ -148,12 +148,12 @@ def test_it_is_deterministic() -> None:
     assert_same(broadcast_residual(*args, **options, backend="triton"), broadcast_residual(*args, **options, backend="triton"))
 
 
-@pytest.mark.parametrize("kinds, norm", [("mi", "layer"), ("f", None), ("", "rms")])
+@pytest.mark.parametrize("kinds, norm", [("mi", "layer"), ("f", None), ("", "rms"), ("Mi", "layer"), ("I", None)])
 def test_registered_fake_and_compiled(kinds: str, norm: str | None) -> None:
     from pab_kernels.ops.broadcast_residual import _flatten
 
     args, options = call((2, 7, 136), kinds, norm, torch.bfloat16)
-    cached = check_cached_outputs("test", *args, options["gates"], options["weights"], 3)
+    cached = check_cached_outputs("test", *args, options["gates"], 3)
     flat = _flatten(args[0], cached, options.get("norm"), options.get("shift"), options.get("scale"))
     opcheck(torch.ops.pab_kernels.broadcast_residual.default, (*flat, "triton"))
     result, called = called_when_compiled(lambda *a: broadcast_residual(*a, **options, backend="triton"), *args)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pab_kernels.ops import broadcast_residual, dequantize, project_residual, project_residual_out, quantize
+from pab_kernels.ops import Line, broadcast_residual, dequantize, project_residual, project_residual_out, quantize
 from tests.ops.tensors import (
     DTYPES,
     EIGHT_BITS,
@@ -33,13 +33,12 @@ def inputs(dtype=torch.float32, shape=(2, 7, 136), k=40, seed=0):
 
 
 def rest(dtype=torch.float32, shape=(2, 7, 136)):
-    """A gate, and two cached outputs with gates and weights."""
+    """A gate, a line and a cached output with a gate."""
     draw = draws(dtype, 1)
     return {
         "gate": draw(shape[0], *(1,) * (len(shape) - 2), shape[-1]),
-        "slots": [draw(*shape), quantize(draw(*shape), torch.int8)],
+        "slots": [Line(draw(*shape), draw(*shape), torch.tensor(0.6)), quantize(draw(*shape), torch.int8)],
         "gates": [None, draw(*shape)],
-        "weights": [torch.tensor(0.6), None],
     }
 
 
@@ -73,8 +72,9 @@ def test_error_against_float64(shape, dtype, with_bias):
     def formula(to):
         linear = [None if t is None else t.to(to) for t in (a, weight, bias)]
         g = more["gate"].to(to) * F.linear(*linear)
-        first, second = more["slots"][0].to(to), dequantize(more["slots"][1], torch.float64).to(to)
-        return g + x.to(to) + 0.6 * first + more["gates"][1].to(to) * second, g
+        line, second = more["slots"][0], dequantize(more["slots"][1], torch.float64).to(to)
+        first = line.newest.to(to) + 0.6 * (line.newest.to(to) - line.before.to(to))
+        return g + x.to(to) + first + more["gates"][1].to(to) * second, g
 
     for got, same, exact in zip((x_new, stored), formula(dtype), formula(torch.float64), strict=True):
         assert_accurate(got, same, exact)
@@ -159,8 +159,8 @@ def sample(store, store_dtype):
     """Arguments of the registered operation, and the outputs that it needs."""
     a, weight, bias, x = inputs()
     more = rest()
-    slot, eight = more["slots"]
-    cached = ([slot, eight.data], [None, eight.scale], more["gates"], more["weights"])
+    line, eight = more["slots"]
+    cached = ([line.newest, eight.data, line.before, None], [None, eight.scale, None, None], more["gates"], [line.weight, None])
     args = (a, weight, bias, x, more["gate"], store, store_dtype or x.dtype, *cached, "auto")
     results = parts(project_residual(a, weight, bias, x, store=store, store_dtype=store_dtype, **more))
     return args, [torch.empty_like(t) for t in results] + [None] * (3 - len(results)), results
@@ -237,7 +237,8 @@ REFUSED = [
     ({"store": "unprojected"}, ValueError, "store is 'unprojected'"),
     ({"slots": [X] * 3}, ValueError, "slots has length 3; up to 2"),
     ({"slots": [X], "gates": [None, None]}, ValueError, "gates has length 2"),
-    ({"slots": [X], "weights": [2.0]}, TypeError, "weights[0] is a float"),
+    ({"slots": [Line(X, X, 2.0)]}, TypeError, "slots[0].weight is a float"),
+    ({"slots": [Line(X, X[:1], torch.tensor(2.0))]}, ValueError, "slots[0].before has shape (1, 7, 136)"),
 ]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pab_kernels.ops import BackendError, Quantized, dequantize, project_residual, project_residual_out, quantize
 from pab_kernels.ops.backend import choose
 from pab_kernels.ops.cached_outputs import check_cached_outputs, flatten_cached_outputs
+from tests.ops.broadcast_residual_cases import draw_slots, slot_in_float64
 from tests.ops.tensors import (
     DTYPES,
     EIGHT_BITS,
@@ -36,16 +37,10 @@ from pab_kernels.ops.project_residual.reference import project_residual_rounded_
 STORES = [(None, None), ("pre_gate", None), ("post_gate", None), ("pre_gate", torch.int8), ("post_gate", torch.float8_e4m3fn)]
 
 
-def draw_slots(draw: Any, shape: tuple[int, ...], kinds: str) -> list[Any]:
-    """One slot a letter: `m` the model's dtype, `i` int8, `f` float8."""
-    made = {"m": lambda t: t, "i": lambda t: quantize(t, torch.int8), "f": lambda t: quantize(t, torch.float8_e4m3fn)}
-    return [made[kind](draw(*shape)) for kind in kinds]
-
-
 def call(
     shape: tuple[int, ...] = (2, 7, 136), kinds: str = "", dtype: torch.dtype = torch.bfloat16, k: int = 40, **options: Any
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments with a bias and a gate a batch row; the first slot has a gate, the second a weight."""
+    """Arguments with a bias and a gate a batch row; the first slot has a gate."""
     draw = draws(dtype, 0, KERNEL_DEVICE)
     row = (shape[0], *(1,) * (len(shape) - 2), shape[-1])
     args = [draw(*shape[:-1], k), draw(shape[-1], k) / k**0.5, draw(shape[-1]), draw(*shape)]
@@ -53,26 +48,24 @@ def call(
         "gate": draw(*row),
         "slots": draw_slots(draw, shape, kinds),
         "gates": [draw(*row) if i == 0 else None for i in range(len(kinds))],
-        "weights": [torch.tensor(0.7, device=KERNEL_DEVICE) if i == 1 else None for i in range(len(kinds))],
     }
     return args, given | options
 
 
-def exact(a: Tensor, weight: Tensor, bias: Any, x: Tensor, *, gate: Any, slots: Any, gates: Any, weights: Any, store: Any) -> list[Any]:
+def exact(a: Tensor, weight: Tensor, bias: Any, x: Tensor, *, gate: Any, slots: Any, gates: Any, store: Any) -> list[Any]:
     """The mathematics in float64; the new x, and what is stored of it before it is quantised."""
     p = torch.nn.functional.linear(a.double(), weight.double(), None if bias is None else bias.double())
     gated = p if gate is None else gate.double() * p
     total = x.double() + gated
-    for slot, slot_gate, slot_weight in zip(slots, gates, weights, strict=True):
-        value = dequantize(slot, torch.float64) if isinstance(slot, Quantized) else slot.double()
-        total = total + value * (1 if slot_gate is None else slot_gate.double()) * (1 if slot_weight is None else slot_weight.double())
+    for slot, slot_gate in zip(slots, gates, strict=True):
+        total = total + slot_in_float64(slot) * (1 if slot_gate is None else slot_gate.double())
     return [total, p if store == "pre_gate" else gated]
 
 
 def flat(args: list[Any], options: dict[str, Any]) -> tuple[Any, ...]:
     """The arguments as the backends take them."""
     store, dtype = options.get("store"), options.get("store_dtype") or args[3].dtype
-    cached = check_cached_outputs("test", args[3], options["slots"], options["gates"], options["weights"], 2)
+    cached = check_cached_outputs("test", args[3], options["slots"], options["gates"], 2)
     return (*args, options["gate"], store, dtype, cached)
 
 
@@ -87,7 +80,7 @@ def check(args: list[Any], options: dict[str, Any], identical: bool = False) -> 
     rounded = project_residual_rounded_once(*flat(args, options))
     if identical:
         assert_same(got, rounded)
-    true = exact(*args, **{name: options.get(name) for name in ("gate", "slots", "gates", "weights", "store")})
+    true = exact(*args, **{name: options.get(name) for name in ("gate", "slots", "gates", "store")})
     assert_accurate(got[0], reference[0], true[0])
     assert all(t.is_contiguous() for t in parts(got))
     if got[1] is None:
@@ -101,7 +94,7 @@ def check(args: list[Any], options: dict[str, Any], identical: bool = False) -> 
 
 
 @pytest.mark.parametrize(("store", "store_dtype"), STORES)
-@pytest.mark.parametrize("kinds", ["", "m", "if"])
+@pytest.mark.parametrize("kinds", ["", "m", "if", "M", "XF"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_is_accurate(dtype: torch.dtype, kinds: str, store: Any, store_dtype: Any) -> None:
     check(*call(kinds=kinds, dtype=dtype, store=store, store_dtype=store_dtype))
@@ -119,7 +112,7 @@ def test_it_rounds_where_it_says(dtype: torch.dtype, store: Any, store_dtype: An
         return (torch.randint(-24, 25, sizes, generator=generator) / 8).to(dtype).to(KERNEL_DEVICE)
 
     args = [draw(*t.shape) for t in args]
-    options |= {"gate": draw(2, 1, 200), "slots": [draw(*shape), draw(*shape)], "gates": [draw(2, 1, 200), None], "weights": [None, None]}
+    options |= {"gate": draw(2, 1, 200), "slots": [draw(*shape), draw(*shape)], "gates": [draw(2, 1, 200), None]}
     check(args, options, identical=True)
 
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pab_kernels.ops import Quantized, dequantize, empty_quantized, quantize
-from tests.ops.tensors import DTYPES, EIGHT_BITS, assert_refuses, assert_same, draws
+from pab_kernels.ops import Quantized, dequantize, dequantize_out, empty_quantized, quantize, quantize_out
+from tests.ops.tensors import DTYPES, EIGHT_BITS, assert_refuses, assert_same, called_when_compiled, draws
 
 
 @pytest.mark.parametrize("channels", [1, 72, 128, 136, 1152])
@@ -136,6 +136,8 @@ def test_quantising_again_changes_nothing(values, group, dtype):
         ((torch.ones(3), torch.uint8), TypeError, "dtype is torch.uint8"),
         ((torch.ones(3), torch.int8, 0), ValueError, "group is 0"),
         ((torch.ones(3), torch.int8, 2.5), ValueError, "group is 2.5"),
+        ((torch.ones(3), torch.int8, True), ValueError, "group is True"),
+        ((torch.ones(3), [torch.int8]), TypeError, "dtype is [torch.int8]"),
     ],
 )
 def test_refused(args, error, message):
@@ -145,6 +147,40 @@ def test_refused(args, error, message):
 def test_an_empty_one_of_another_dtype_is_refused():
     assert_refuses(TypeError, "dtype is torch.float32", empty_quantized, (2, 3), torch.float32)
     assert_refuses(ValueError, "group is -1", empty_quantized, (2, 3), torch.int8, -1)
+    for shape in ((), (-1, 4), "ab", (2.0, 3)):
+        assert_refuses(ValueError, f"shape is {shape!r}", empty_quantized, shape, torch.int8)
+
+
+def test_what_is_no_quantized_is_refused():
+    x, scale = torch.ones(2, 8), torch.ones(2, 1)
+    for data, error, message in (
+        ("eight", TypeError, "data is a str"),
+        (torch.zeros((), dtype=torch.int8), ValueError, "data has no dimensions"),
+        (x, TypeError, "data's dtype is torch.float32"),
+    ):
+        assert_refuses(error, message, dequantize, Quantized(data, scale), torch.float32)
+    assert_refuses(TypeError, "out.data is a str", quantize_out, x, Quantized("eight", scale))
+
+
+@pytest.mark.parametrize("group", [137, 10**9, 10**12, 2**31, 2**63, 10**400])
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_a_group_wider_than_the_channels_is_one_group(dtype, group):
+    x = draws()(3, 136)
+    wide, whole = quantize(x, dtype, group), quantize(x, dtype, 136)
+    assert wide.group == group and wide.scale.shape == (3, 1) == empty_quantized((3, 136), dtype, group).scale.shape
+    assert_same((wide.data, wide.scale), (whole.data, whole.scale))
+    assert_same(dequantize(wide, torch.float32), dequantize(whole, torch.float32))
+    out, values = empty_quantized((3, 136), dtype, group), torch.empty(3, 136)
+    quantize_out(x, out)
+    dequantize_out(out, values)
+    assert_same((out.data, out.scale, values), (whole.data, whole.scale, dequantize(whole, torch.float32)))
+    (compiled, dequantized), _ = called_when_compiled(lambda t: ((q := quantize(t, dtype, group)), dequantize(q, torch.float32)), x)
+    assert_same((compiled.data, dequantized), (whole.data, values))
+
+
+def test_no_channels_have_no_group():
+    assert quantize(torch.empty(4, 0), torch.int8).scale.shape == (4, 0)
+    assert dequantize(quantize(torch.empty(4, 0), torch.int8, 7), torch.float32).shape == (4, 0)
 
 
 def test_it_is_compared_by_identity():

@@ -12,13 +12,16 @@ from torch import Tensor
 from ..backend import implementation
 from ..checks import check_output, check_tensor
 from ..flops import attention_flops
+from ..overlap import check_apart
 from ..quantize import Quantized
 from ..registration import register
-from ..stored import STORED_OUTPUTS, check_store_dtype, check_stored_out, flatten_stored, unflatten_stored
+from ..stored import STORED_OUTPUTS, check_store_dtype, check_stored_out, flatten_stored, named_stored, unflatten_stored
 from .layout import empty_output
 from .options import OPTIONS_SCHEMA, QKNorm, Rope, check_options, check_qkv, flatten_options, unflatten_options
 
 OP = "attention"
+
+_READ = ("q", "k", "v", "softmax_scale", "key_lengths", "q_norm", "k_norm", "rope", "store_dtype")
 
 
 def attention(
@@ -49,8 +52,9 @@ def attention(
         q: `[*batch, N, H, D]`, float, one or two batch dimensions, any strides with a contiguous last dimension; D from
             32 to 128.
         k, v: `[*batch, M, H, D]`, as q.
-        softmax_scale: None for D ** -0.5.
-        key_lengths: int32 or int64 `[*batch]` or `[first batch dimension]`, or None for all keys.
+        softmax_scale: a finite number, or None for D ** -0.5.
+        key_lengths: int32 or int64 `[*batch]` or `[first batch dimension]`, or None for all keys. Never read on the host: a length below
+            0 counts as 0, one beyond M as M.
         q_norm, k_norm, rope: see `QKNorm` and `Rope`.
         store_dtype: None to store nothing, q's dtype, torch.int8 or torch.float8_e4m3fn.
         backend: "auto", or one that must serve.
@@ -89,8 +93,8 @@ def attention_out(
 ) -> None:
     """`attention` into out, of q's shape and dtype and any strides with a contiguous last dimension, and into stored_out if given.
 
-    stored_out is a tensor as out or a `Quantized` with group D. Nothing that is written may overlap what is read. Not recorded by
-    autograd.
+    stored_out is a tensor as out or a `Quantized` with group D. Outputs may not overlap themselves, each other or what is read. Not
+    recorded by autograd.
     """
     _check(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope)
     check_output(OP, "out", out, q.shape, q.dtype, q.device)
@@ -99,8 +103,7 @@ def attention_out(
         options = flatten_options(softmax_scale, q_norm, k_norm, rope)
         torch.ops.pab_kernels.attention_out(q, k, v, key_lengths, *options, dtype, backend, out, *flatten_stored(stored_out))
     else:
-        arguments = (q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, dtype)
-        implementation(OP, backend, arguments, "_out")(*arguments, out, stored_out)
+        _write((q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, dtype), backend, out, stored_out)
 
 
 def pack_stored(outputs: Sequence[Tensor], q: Tensor) -> Tensor | Quantized | None:
@@ -139,7 +142,12 @@ def _out(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, *args: Any
     softmax_scale, *rest = unflatten_options(*options)
     stored = unflatten_stored(stored_out, stored_scale_out, q.shape[-1])
     arguments = (q, k, v, softmax_scale, key_lengths, *rest, store_dtype)
-    implementation(OP, backend, arguments, "_out")(*arguments, out, stored)
+    _write(arguments, backend, out, stored)
+
+
+def _write(arguments: tuple[Any, ...], backend: str, out: Tensor, stored_out: Tensor | Quantized | None) -> None:
+    check_apart(OP, (("out", out), *named_stored(stored_out)), zip(_READ, arguments, strict=True))
+    implementation(OP, backend, arguments, "_out")(*arguments, out, stored_out)
 
 
 def fake_attention(q: Tensor, *args: Any) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_activation, check_operand, check_shape
+from ..checks import check_activation, check_number, check_operand, check_shape
 from ..norm import NORM_SCHEMA, Norm, apply_norm, check_norm, check_norm_type, flatten_norm
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 128
@@ -69,10 +69,8 @@ def check_qkv(op: str, q: Any, k: Any, v: Any) -> None:
 
 
 def check_options(op: str, q: Tensor, k: Tensor, softmax_scale: Any, q_norm: Any, k_norm: Any, rope: Any) -> None:
-    if softmax_scale is not None and not isinstance(softmax_scale, (int, float)):
-        raise TypeError(
-            f"{op}: softmax_scale is a {type(softmax_scale).__name__}; a number is supported: pass a float or None for D ** -0.5"
-        )
+    if softmax_scale is not None:
+        check_number(op, "softmax_scale", softmax_scale)
     for name, norm, t in (("q_norm", q_norm, q), ("k_norm", k_norm, k)):
         if norm is None:
             continue
@@ -87,6 +85,8 @@ def check_options(op: str, q: Tensor, k: Tensor, softmax_scale: Any, q_norm: Any
         return
     if not isinstance(rope, Rope):
         raise TypeError(f"{op}: rope is a {type(rope).__name__}; pab_kernels.ops.Rope is supported: pass one or None")
+    if not isinstance(rope.interleaved, bool):
+        raise TypeError(f"{op}: rope.interleaved is a {type(rope.interleaved).__name__}; True and False are supported: pass one of these")
     check_activation(op, "rope.cos", rope.cos)
     half = rope.cos.shape[-1]
     for name, table in (("cos", rope.cos), ("sin", rope.sin)):

@@ -12,25 +12,28 @@ from ..backend import implementation, load
 from ..cached_outputs import (
     CACHED_SCHEMA,
     CachedOutput,
+    Line,
     check_cached_outputs,
     flatten_cached_outputs,
     unflatten_cached_outputs,
 )
 from ..checks import check_activation, check_broadcasts, check_output
 from ..norm import NORM_SCHEMA, Norm, check_norm, check_norm_type, flatten_norm, unflatten_norm
+from ..overlap import check_apart
 from ..quantize import Quantized
 from ..registration import register
 
 OP = "broadcast_residual"
 MAX_SLOTS = 3
 
+_READ = ("x", "slots or gates", "norm", "shift", "scale")
+
 
 def broadcast_residual(
     x: Tensor,
-    slots: Sequence[Tensor | Quantized] = (),
+    slots: Sequence[Tensor | Quantized | Line] = (),
     *,
     gates: Sequence[Tensor | None] | None = None,
-    weights: Sequence[Tensor | None] | None = None,
     norm: Norm | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
@@ -38,18 +41,17 @@ def broadcast_residual(
 ) -> tuple[Tensor, Tensor | None]:
     """Add up to three cached outputs to the residual stream, then norm and modulate it.
 
-        1. for each slot: c = slot (dequantised); c = weight * c (in float32); c = gate * c; x = c + x
+        1. for each slot: c = slot, dequantised, or the value on a `Line`; c = gate * c; x = c + x
         2. y = norm(x); y = y * (1 + scale); y = y + shift
 
-    Every assignment rounds to x's dtype; a norm is float32 inside. An absent gate, weight, scale or shift is skipped, not multiplied.
-    Memory: (6 + 2n) bytes a channel for n bf16 slots, (6 + n) for 8-bit ones, 4 for none. In eager the reference is plain torch and so
-    differentiable; compiled, it is for inference.
+    Every assignment rounds to x's dtype; a norm is float32 inside. An absent gate, scale or shift is skipped, not multiplied.
+    Memory: (6 + 2n) bytes a channel for n bf16 slots, (6 + n) for 8-bit ones, 4 for none; a line reads two. In eager the reference is
+    plain torch and so differentiable; compiled, it is for inference.
 
     Args:
         x: `[..., C]`, float, last dimension contiguous.
-        slots: up to three, each x's shape and dtype or a `Quantized` in groups of 128.
+        slots: up to three, each x's shape and dtype, a `Quantized` in groups of 128, or a `Line` through two such.
         gates: one entry per slot: None or x's dtype, broadcasting to x with all C channels (per batch row, frame or token).
-        weights: one entry per slot: None or one float32 number on x's device, shape `()` or `(1,)`.
         norm: None for no y.
         shift, scale: as a gate.
         backend: "auto", or one that must serve.
@@ -62,10 +64,10 @@ def broadcast_residual(
         BackendError: `backend` cannot serve.
     """
     if _may_be_attempted(backend):
-        made = load(OP, backend, "attempt_new")(x, slots, gates, weights, norm, shift, scale)
+        made = load(OP, backend, "attempt_new")(x, slots, gates, norm, shift, scale)
         if made is not None:
             return made
-    cached = _check(x, slots, gates, weights, norm, shift, scale)
+    cached = _check(x, slots, gates, norm, shift, scale)
     if torch.compiler.is_compiling():
         outputs = torch.ops.pab_kernels.broadcast_residual(*_flatten(x, cached, norm, shift, scale), backend)
         return outputs[0] if cached else x, None if norm is None else outputs[-1]
@@ -75,12 +77,11 @@ def broadcast_residual(
 
 def broadcast_residual_out(
     x: Tensor,
-    slots: Sequence[Tensor | Quantized] = (),
+    slots: Sequence[Tensor | Quantized | Line] = (),
     *,
     x_out: Tensor | None = None,
     y_out: Tensor | None = None,
     gates: Sequence[Tensor | None] | None = None,
-    weights: Sequence[Tensor | None] | None = None,
     norm: Norm | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
@@ -88,11 +89,11 @@ def broadcast_residual_out(
 ) -> None:
     """`broadcast_residual` into tensors of x's shape and dtype: x_out with slots, y_out with a norm, else None.
 
-    x_out may be x itself; nothing else that is written may overlap what is read. Not recorded by autograd.
+    x_out may be x itself; apart from that, outputs may not overlap themselves, each other or what is read. Not recorded by autograd.
     """
-    if _may_be_attempted(backend) and load(OP, backend, "attempt")(x, slots, gates, weights, norm, shift, scale, x_out, y_out):
+    if _may_be_attempted(backend) and load(OP, backend, "attempt")(x, slots, gates, norm, shift, scale, x_out, y_out):
         return
-    cached = _check(x, slots, gates, weights, norm, shift, scale)
+    cached = _check(x, slots, gates, norm, shift, scale)
     for name, out, computed in (("x_out", x_out, cached), ("y_out", y_out, norm)):
         source = "slots" if name == "x_out" else "norm"
         if out is None and computed:
@@ -104,8 +105,7 @@ def broadcast_residual_out(
     if torch.compiler.is_compiling():
         torch.ops.pab_kernels.broadcast_residual_out(*_flatten(x, cached, norm, shift, scale), backend, x_out, y_out)
     else:
-        arguments = (x, cached, norm, shift, scale)
-        implementation(OP, backend, arguments, "_out")(*arguments, x_out, y_out)
+        _write((x, cached, norm, shift, scale), backend, x_out, y_out)
 
 
 def _may_be_attempted(backend: str) -> bool:
@@ -113,9 +113,9 @@ def _may_be_attempted(backend: str) -> bool:
     return backend == "cuda" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
 
 
-def _check(x: Any, slots: Any, gates: Any, weights: Any, norm: Any, shift: Any, scale: Any) -> tuple[CachedOutput, ...]:
+def _check(x: Any, slots: Any, gates: Any, norm: Any, shift: Any, scale: Any) -> tuple[CachedOutput, ...]:
     check_activation(OP, "x", x)
-    cached = check_cached_outputs(OP, x, slots, gates, weights, MAX_SLOTS)
+    cached = check_cached_outputs(OP, x, slots, gates, MAX_SLOTS)
     if norm is not None:
         check_norm_type(OP, "norm", norm, Norm)
         check_norm(OP, "norm", norm, x.shape[-1:], x.dtype, x.device)
@@ -147,7 +147,11 @@ def _functional(*args: Any) -> list[Tensor]:
 
 def _out(*args: Any) -> None:
     *flat, backend, x_out, y_out = args
-    arguments = _unflatten(*flat)
+    _write(_unflatten(*flat), backend, x_out, y_out)
+
+
+def _write(arguments: tuple[Any, ...], backend: str, x_out: Tensor | None, y_out: Tensor | None) -> None:
+    check_apart(OP, (("x_out", x_out), ("y_out", y_out)), zip(_READ, arguments, strict=True), ("x_out", "x"))
     implementation(OP, backend, arguments, "_out")(*arguments, x_out, y_out)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cached_outputs import CachedOutput
+from ..cached_outputs import CachedOutput, Line
 from ..cuda_library import kernel, refuse
 from ..norm import Norm
 from ..quantize import GROUP, Quantized
@@ -29,14 +29,20 @@ _KINDS = {"layer": 1, "rms": 2}
 _LISTS = (list, tuple)
 
 
-def _schema(slots: int) -> str:
-    added = (f"Tensor? slot_{i}=None, Tensor? slot_scale_{i}=None, Tensor? gate_{i}=None, Tensor? weight_{i}=None" for i in range(slots))
+_TERM = ("slot", "slot_scale", "gate")
+_LINE = (*_TERM, "before", "before_scale", "weight")
+
+
+def _schema(slots: int, term: Sequence[str]) -> str:
+    added = (f"Tensor? {name}_{i}=None" for i in range(slots) for name in term)
     norm = "int norm, float norm_eps, Tensor? norm_weight, Tensor? norm_bias"
     return f"Tensor x, {norm}, Tensor? shift, Tensor? scale, Tensor(a!)? x_out, Tensor(b!)? y_out, {', '.join(added)}"
 
 
-_kernel = kernel("broadcast_residual", _schema(MAX_SLOTS), tells=True)
-_kernel_one = kernel("broadcast_residual_one", _schema(1), tells=True)
+# Most calls have one slot or none and no line, and every argument of an operation costs.
+_kernel_one = kernel("broadcast_residual_one", _schema(1, _TERM), tells=True)
+_kernel = kernel("broadcast_residual", _schema(MAX_SLOTS, _TERM), tells=True)
+_kernel_lines = kernel("broadcast_residual_lines", _schema(MAX_SLOTS, _LINE), tells=True)
 
 
 def refusal(x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift: Tensor | None, scale: Tensor | None) -> str | None:
@@ -73,62 +79,85 @@ def broadcast_residual_out(
 ) -> None:
     if x.numel() == 0:
         return
+    lines = any(c.weight is not None for c in cached)
     slots: list[Tensor | None] = []
-    for slot, gate, weight in cached:
-        slots += (slot.data, slot.scale, gate, weight) if isinstance(slot, Quantized) else (slot, None, gate, weight)
-    _launch(x, slots, norm, shift, scale, x_out, y_out)
+    for slot, gate, before, weight in cached:
+        slots += (*_parts(slot), gate, *_parts(before), weight) if lines else (*_parts(slot), gate)
+    _launch(x, slots, lines, norm, shift, scale, x_out, y_out)
+
+
+def _parts(slot: Any) -> tuple[Any, Any]:
+    """Data and scale."""
+    return (slot.data, slot.scale) if isinstance(slot, Quantized) else (slot, None)
 
 
 def _launch(
     x: Tensor,
     slots: list[Any],
+    lines: bool,
     norm: Norm | None,
     shift: Tensor | None,
     scale: Tensor | None,
     x_out: Tensor | None,
     y_out: Tensor | None,
 ) -> bool:
-    """Whether it ran. `slots`: four entries each."""
-    call = _kernel_one if len(slots) <= 4 else _kernel
+    """Whether it ran. `slots`: three entries each, six where there are lines."""
+    call = _kernel_lines if lines else _kernel_one if len(slots) <= 3 else _kernel
     if norm is None:
         return call(x, 0, 0.0, None, None, shift, scale, x_out, y_out, *slots)
     return call(x, _KINDS[norm.kind], norm.eps, norm.weight, norm.bias, shift, scale, x_out, y_out, *slots)
 
 
-def attempt(x: Any, slots: Any, gates: Any, weights: Any, norm: Any, shift: Any, scale: Any, x_out: Any, y_out: Any) -> bool:
+def attempt(x: Any, slots: Any, gates: Any, norm: Any, shift: Any, scale: Any, x_out: Any, y_out: Any) -> bool:
     """`broadcast_residual_out` of arguments that nobody has checked: C++ does, at a tenth of what it costs in Python.
 
     False, and nothing is launched, where something is not as it is to be; then the checks in Python say what.
     """
+    for out in (x_out, y_out):  # what C++ cannot ask
+        if isinstance(out, Tensor) and (out.requires_grad or out.is_inference()):
+            return False
+    return _attempt(x, slots, gates, norm, shift, scale, x_out, y_out)
+
+
+def _attempt(x: Any, slots: Any, gates: Any, norm: Any, shift: Any, scale: Any, x_out: Any, y_out: Any) -> bool:
     if not isinstance(slots, _LISTS) or len(slots) > MAX_SLOTS:
         return False
-    for values in (gates, weights):
-        if values is not None and not (isinstance(values, _LISTS) and len(values) == len(slots)):
-            return False
-    if norm is not None and (type(norm) is not Norm or norm.kind not in _KINDS):
+    if gates is not None and not (isinstance(gates, _LISTS) and len(gates) == len(slots)):
         return False
+    try:
+        if norm is not None and (type(norm) is not Norm or norm.kind not in _KINDS or type(norm.eps) is not float):
+            return False
+        flat: list[Any] = []
+        for i, slot in enumerate(slots):
+            if isinstance(slot, Quantized):
+                if slot.group != GROUP:
+                    return False
+                flat += (slot.data, slot.scale, gates and gates[i])
+            elif isinstance(slot, Line):
+                return _attempt_lines(x, slots, gates, norm, shift, scale, x_out, y_out)
+            else:
+                flat += (slot, None, gates and gates[i])
+        return refuse(x) is None and _launch(x, flat, False, norm, shift, scale, x_out, y_out)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def _attempt_lines(x: Any, slots: Any, gates: Any, norm: Any, shift: Any, scale: Any, x_out: Any, y_out: Any) -> bool:
+    """`attempt` where any slot is a line."""
     flat: list[Any] = []
     for i, slot in enumerate(slots):
-        gate, weight = gates and gates[i], weights and weights[i]
-        if isinstance(slot, Quantized):
-            if slot.group != GROUP:
-                return False
-            flat += (slot.data, slot.scale, gate, weight)
-        else:
-            flat += (slot, None, gate, weight)
-    try:
-        if refuse(x) is not None:
+        newest, before, weight = (slot.newest, slot.before, slot.weight) if isinstance(slot, Line) else (slot, None, None)
+        if any(isinstance(read, Quantized) and read.group != GROUP for read in (newest, before)):
             return False
-        return _launch(x, flat, norm, shift, scale, x_out, y_out)
-    except (AttributeError, RuntimeError):
-        return False
+        flat += (*_parts(newest), gates and gates[i], *_parts(before), weight)
+    return refuse(x) is None and _launch(x, flat, True, norm, shift, scale, x_out, y_out)
 
 
-def attempt_new(x: Any, slots: Any, gates: Any, weights: Any, norm: Any, shift: Any, scale: Any) -> tuple[Tensor, Tensor | None] | None:
+def attempt_new(x: Any, slots: Any, gates: Any, norm: Any, shift: Any, scale: Any) -> tuple[Tensor, Tensor | None] | None:
     """`broadcast_residual` as `attempt` does it, or None."""
     if not isinstance(x, Tensor):
         return None
     x_out = torch.empty_like(x, memory_format=torch.contiguous_format) if slots else None
     y_out = torch.empty_like(x, memory_format=torch.contiguous_format) if norm is not None else None
-    served = attempt(x, slots, gates, weights, norm, shift, scale, x_out, y_out)
+    served = _attempt(x, slots, gates, norm, shift, scale, x_out, y_out)
     return (x if x_out is None else x_out, y_out) if served else None

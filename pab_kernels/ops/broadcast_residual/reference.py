@@ -8,10 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..cached_outputs import CachedOutput, add_cached_outputs
-from ..dequantize.reference import dequantize
+from ..cached_outputs import CachedOutput, add_cached_outputs, add_in_float32
 from ..norm import Norm, apply_norm
-from ..quantize import Quantized
 
 
 def broadcast_residual(
@@ -49,15 +47,7 @@ def broadcast_residual_rounded_once(
     x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`broadcast_residual` as the kernels round: everything in float32, the new x rounded once, and y, computed from it, rounded once."""
-    x_new = x.float()
-    for slot, gate, weight in cached:
-        c = dequantize(slot, torch.float32) if isinstance(slot, Quantized) else slot.float()
-        if weight is not None:
-            c = weight * c
-        if gate is not None:
-            c = gate.float() * c
-        x_new = x_new + c
-    x_new = x_new.to(x.dtype)
+    x_new = add_in_float32(x.float(), cached).to(x.dtype)
     if norm is None:
         return x_new, None
     weight, bias = (None if t is None else t.float() for t in (norm.weight, norm.bias))

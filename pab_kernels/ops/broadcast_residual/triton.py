@@ -1,6 +1,6 @@
 """`broadcast_residual` in Triton: one kernel, one pass over memory, a token's channels in the registers of its warps.
 
-    1. x' = x + sum_i gate_i * (weight_i * slot_i);  slot_i = data_i * slot_scale_i where it has 8 bits
+    1. x' = x + sum_i gate_i * c_i;  c_i = slot_i or, on a line, slot_i + weight_i * (slot_i - before_i);  a slot of 8 bits is data * scale
     2. layer: z = (x' - m) / sqrt(mean (x' - m)^2 + eps), m = mean x';  rms: z = x' / sqrt(mean x'^2 + eps)
     3. y = (norm_weight * z + norm_bias) * (1 + scale) + shift
 
@@ -26,9 +26,9 @@ from torch import Tensor
 
 from ..addresses import addresses, index_of, layout, offset_of
 from ..backend import refuse_device, refuse_float8
-from ..cached_outputs import CachedOutput
+from ..cached_outputs import CachedOutput, flatten_cached_outputs, holds_float8
 from ..norm import Norm, flatten_norm
-from ..quantize import GROUP, Quantized
+from ..quantize import GROUP
 from ..rounding import INTERPRETED, narrow
 
 MAX_CHANNELS = 8192
@@ -89,6 +89,18 @@ def _load_slot_scale(ptr, index, strides, live, FIRST: tl.constexpr, W: tl.const
     return tl.reshape(tl.broadcast_to(scales[:, :, None], [ROWS, groups, SLOT_GROUP]), [ROWS, W])
 
 
+@triton.jit
+def _load_cached(
+    ptrs, scale_ptrs, index, strides, scale_strides, live,
+    SLOT: tl.constexpr, FIRST: tl.constexpr, W: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """These channels of one of the slots in float32, dequantised where it has scales."""
+    slot = _load(ptrs[SLOT], index, strides[SLOT], live, FIRST, W, C, UNIT).to(tl.float32)
+    if scale_ptrs[SLOT] is not None:
+        slot *= _load_slot_scale(scale_ptrs[SLOT], index, scale_strides[SLOT], live, FIRST, W, C, ROWS)
+    return slot
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _broadcast_residual_kernel(
     x_ptr, scale_ptr, shift_ptr, x_out_ptr, y_out_ptr, slot_ptrs, gate_ptrs, slot_scale_ptrs, weight_ptrs, norm_weight_ptr, norm_bias_ptr,
@@ -96,23 +108,27 @@ def _broadcast_residual_kernel(
     sizes, tokens, eps,
     NORM: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """A program: ROWS tokens. Leading dimensions have these `sizes`; strides over them are in UNITs, those of slot scales in elements."""
+    """A program: ROWS tokens. Leading dimensions have these `sizes`; strides over them are in UNITs, those of slot scales in elements.
+
+    There is a slot for each gate and, where there are lines, behind all of these one more, the one before it.
+    """
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     live = token < tokens
     index = index_of(token, sizes)
 
     weights: tl.tuple = ()
-    for i in tl.static_range(len(slot_ptrs)):
+    for i in tl.static_range(len(gate_ptrs)):
         weights += (1.0 if weight_ptrs[i] is None else tl.load(weight_ptrs[i]),)
     x: tl.tuple = ()
     for first in tl.static_range(0, C, W):
         new = _load(x_ptr, index, x_strides, live, first, W, C, UNIT).to(tl.float32)  # [ROWS, W]
-        for i in tl.static_range(len(slot_ptrs)):
-            slot = _load(slot_ptrs[i], index, slot_strides[i], live, first, W, C, UNIT).to(tl.float32)
-            if slot_scale_ptrs[i] is not None:
-                slot *= _load_slot_scale(slot_scale_ptrs[i], index, slot_scale_strides[i], live, first, W, C, ROWS)
+        for i in tl.static_range(len(gate_ptrs)):
+            slot = _load_cached(slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, live, i, first, W, C, UNIT, ROWS)
             if weight_ptrs[i] is not None:
-                slot *= weights[i]
+                before = _load_cached(
+                    slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, live, len(gate_ptrs) + i, first, W, C, UNIT, ROWS
+                )
+                slot += weights[i] * (slot - before)
             if gate_ptrs[i] is not None:
                 slot *= _load(gate_ptrs[i], index, gate_strides[i], live, first, W, C, UNIT).to(tl.float32)
             new += slot
@@ -178,9 +194,7 @@ def refusal(x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift:
         return f"x has {channels} channels; up to {MAX_CHANNELS} are supported"
     if x.numel() > MAX_TOKENS * channels:
         return f"x has {x.numel() // channels} tokens; up to {MAX_TOKENS} are supported"
-    if any(isinstance(c.slot, Quantized) and c.slot.data.dtype == torch.float8_e4m3fn for c in cached):
-        return refuse_float8(x, "a slot")
-    return None
+    return refuse_float8(x, "a slot") if holds_float8(cached) else None
 
 
 def broadcast_residual(
@@ -204,9 +218,7 @@ def broadcast_residual_out(
     if x.numel() == 0:
         return
     *leading, channels = x.shape
-    slots = tuple(c.slot.data if isinstance(c.slot, Quantized) else c.slot for c in cached)
-    slot_scales = tuple(c.slot.scale if isinstance(c.slot, Quantized) else None for c in cached)
-    gates, weights = tuple(c.gate for c in cached), tuple(c.weight for c in cached)
+    slots, slot_scales, gates, weights = flatten_cached_outputs(cached)
     kind, norm_weight, norm_bias, eps = flatten_norm(norm)
     at = addresses(tuple(leading), tuple(map(layout, (x, scale, shift, x_out, y_out, *slots, *gates))), tuple(map(layout, slot_scales)))
     chosen, tokens = tile(channels, x.element_size()), x.numel() // channels

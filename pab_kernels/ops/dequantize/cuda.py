@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..cuda_library import kernel, refuse, rows
-from ..quantize.quantized import Quantized
+from ..quantize.quantized import Quantized, group_width
 
 _kernel = kernel("dequantize", "Tensor data, Tensor scale, int group, Tensor(a!) out")
 
@@ -28,6 +28,6 @@ def dequantize_out(q: Quantized, dtype: torch.dtype, out: Tensor) -> None:
     if out.numel() == 0:
         return
     written = rows(out)
-    _kernel(rows(q.data), rows(q.scale), q.group, written)
+    _kernel(rows(q.data), rows(q.scale), group_width(q.group, q.shape[-1]), written)
     if written is not out and written.data_ptr() != out.data_ptr():  # its rows have no common stride
         out.copy_(written.view(out.shape))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quantize.quantized import Quantized
+from ..quantize.quantized import Quantized, group_width
 
 
 def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
-    scale = q.scale.unsqueeze(-1).expand(*q.scale.shape, q.group).flatten(-2)[..., : q.shape[-1]]
+    width = group_width(q.group, q.shape[-1])
+    scale = q.scale.unsqueeze(-1).expand(*q.scale.shape, width).flatten(-2)[..., : q.shape[-1]]
     return (q.data.float() * scale).to(dtype)
 
 

@@ -13,18 +13,22 @@ from ..backend import implementation
 from ..cached_outputs import (
     CACHED_SCHEMA,
     CachedOutput,
+    Line,
     check_cached_outputs,
     flatten_cached_outputs,
     unflatten_cached_outputs,
 )
 from ..checks import check_activation, check_broadcasts, check_operand, check_output
 from ..flops import linear_flops
+from ..overlap import check_apart
 from ..quantize import GROUP, Quantized, empty_quantized
 from ..registration import register
-from ..stored import STORED_OUTPUTS, check_store_dtype, check_stored_out, flatten_stored, unflatten_stored
+from ..stored import STORED_OUTPUTS, check_store_dtype, check_stored_out, flatten_stored, named_stored, unflatten_stored
 
 OP = "project_residual"
 MAX_SLOTS = 2
+
+_READ = ("a", "weight", "bias", "x", "gate", "store", "store_dtype", "slots or gates")
 
 
 def project_residual(
@@ -36,9 +40,8 @@ def project_residual(
     gate: Tensor | None = None,
     store: Literal["pre_gate", "post_gate"] | None = None,
     store_dtype: torch.dtype | None = None,
-    slots: Sequence[Tensor | Quantized] = (),
+    slots: Sequence[Tensor | Quantized | Line] = (),
     gates: Sequence[Tensor | None] | None = None,
-    weights: Sequence[Tensor | None] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | Quantized | None]:
     """Project a sublayer's output, gate it, add it and up to two cached outputs to the residual stream, and store it.
@@ -58,7 +61,7 @@ def project_residual(
         gate: None or x's dtype, broadcasting to x with all C channels.
         store: which to store, or None.
         store_dtype: x's dtype (also None), torch.int8 or torch.float8_e4m3fn.
-        slots, gates, weights: as in `broadcast_residual`, up to two.
+        slots, gates: as in `broadcast_residual`, up to two.
         backend: "auto", or one that must serve.
 
     Returns:
@@ -68,7 +71,7 @@ def project_residual(
         TypeError, ValueError: an argument is not of this kind.
         BackendError: `backend` cannot serve.
     """
-    cached = _check(a, weight, bias, x, gate, store, slots, gates, weights)
+    cached = _check(a, weight, bias, x, gate, store, slots, gates)
     check_store_dtype(OP, store_dtype, x.dtype)
     if store is None and store_dtype is not None:
         raise ValueError(f"{OP}: store_dtype is {store_dtype} and store is None; a dtype is supported with a store: pass store='pre_gate'")
@@ -91,16 +94,15 @@ def project_residual_out(
     stored_out: Tensor | Quantized | None = None,
     gate: Tensor | None = None,
     store: Literal["pre_gate", "post_gate"] | None = None,
-    slots: Sequence[Tensor | Quantized] = (),
+    slots: Sequence[Tensor | Quantized | Line] = (),
     gates: Sequence[Tensor | None] | None = None,
-    weights: Sequence[Tensor | None] | None = None,
     backend: str = "auto",
 ) -> None:
     """`project_residual` into x_out, of x's shape and dtype, and with `store` into stored_out, whose dtype is the store's.
 
-    x_out may be x itself; nothing else that is written may overlap what is read. Not recorded by autograd.
+    x_out may be x itself; apart from that, outputs may not overlap themselves, each other or what is read. Not recorded by autograd.
     """
-    cached = _check(a, weight, bias, x, gate, store, slots, gates, weights)
+    cached = _check(a, weight, bias, x, gate, store, slots, gates)
     check_output(OP, "x_out", x_out, x.shape, x.dtype, x.device)
     if (store is None) != (stored_out is None):
         came = "None" if stored_out is None else "given"
@@ -111,11 +113,10 @@ def project_residual_out(
             a, weight, bias, x, gate, store, dtype, *flatten_cached_outputs(cached), backend, x_out, *flatten_stored(stored_out)
         )
     else:
-        arguments = (a, weight, bias, x, gate, store, dtype, cached)
-        implementation(OP, backend, arguments, "_out")(*arguments, x_out, stored_out)
+        _write((a, weight, bias, x, gate, store, dtype, cached), backend, x_out, stored_out)
 
 
-def _check(a: Any, weight: Any, bias: Any, x: Any, gate: Any, store: Any, slots: Any, gates: Any, weights: Any) -> tuple[CachedOutput, ...]:
+def _check(a: Any, weight: Any, bias: Any, x: Any, gate: Any, store: Any, slots: Any, gates: Any) -> tuple[CachedOutput, ...]:
     check_activation(OP, "x", x)
     check_activation(OP, "a", a)
     check_operand(OP, "a", a, (*x.shape[:-1], a.shape[-1]), x.dtype, x.device)
@@ -126,7 +127,7 @@ def _check(a: Any, weight: Any, bias: Any, x: Any, gate: Any, store: Any, slots:
         check_broadcasts(OP, "gate", gate, x)
     if store not in (None, "pre_gate", "post_gate"):
         raise ValueError(f"{OP}: store is {store!r}; None, 'pre_gate' and 'post_gate' are supported: pass one of these")
-    return check_cached_outputs(OP, x, slots, gates, weights, MAX_SLOTS)
+    return check_cached_outputs(OP, x, slots, gates, MAX_SLOTS)
 
 
 def _functional(*args: Any) -> list[Tensor]:
@@ -138,9 +139,13 @@ def _functional(*args: Any) -> list[Tensor]:
 
 def _out(*args: Any) -> None:
     *flat, backend, x_out, stored_out, stored_scale_out = args
-    stored = unflatten_stored(stored_out, stored_scale_out, GROUP)
     arguments = (*flat[:7], unflatten_cached_outputs(*flat[7:]))
-    implementation(OP, backend, arguments, "_out")(*arguments, x_out, stored)
+    _write(arguments, backend, x_out, unflatten_stored(stored_out, stored_scale_out, GROUP))
+
+
+def _write(arguments: tuple[Any, ...], backend: str, x_out: Tensor, stored_out: Tensor | Quantized | None) -> None:
+    check_apart(OP, (("x_out", x_out), *named_stored(stored_out)), zip(_READ, arguments, strict=True), ("x_out", "x"))
+    implementation(OP, backend, arguments, "_out")(*arguments, x_out, stored_out)
 
 
 def _fake(

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cached_outputs import CachedOutput, add_cached_outputs
-from ..dequantize.reference import dequantize
+from ..cached_outputs import CachedOutput, add_cached_outputs, add_in_float32
 from ..quantize import GROUP, Quantized
 from ..quantize.reference import quantize
 from ..stored import copy_stored
@@ -65,14 +64,7 @@ def project_residual_rounded_once(
     """`project_residual` as the kernels round: everything in float32; p, what is stored of it and the new x round once each."""
     p = F.linear(a.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     gated = p.float() if gate is None else gate.float() * p.float()
-    x_new = gated + x.float()
-    for slot, slot_gate, slot_weight in cached:
-        c = dequantize(slot, torch.float32) if isinstance(slot, Quantized) else slot.float()
-        if slot_weight is not None:
-            c = slot_weight * c
-        if slot_gate is not None:
-            c = slot_gate.float() * c
-        x_new = x_new + c
+    x_new = add_in_float32(gated + x.float(), cached)
     if store is None:
         return x_new.to(x.dtype), None
     stored = p if store == "pre_gate" else gated.to(x.dtype)

@@ -1,7 +1,7 @@
 """`project_residual` in Triton: a persistent GEMM whose epilogue stores, gates and adds; the projection never goes to memory for that.
 
     1. p = a weight^T + bias
-    2. x' = x + gate * p + sum_i gate_i * (weight_i * slot_i);  slot_i = data_i * slot_scale_i where it has 8 bits
+    2. x' = x + gate * p + sum_i gate_i * c_i;  c_i as in `broadcast_residual`
     3. stored = p or gate * p, quantised with a scale for its 128 channels if it has 8 bits
 
 A program takes one tile of tokens and 128 channels after the other: that is one group of an 8-bit slot, and C = 1152 is 9 of them. Where
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..addresses import UNIT, addresses, index_of, layout, offset_of
 from ..backend import refuse_device, refuse_float8
-from ..cached_outputs import CachedOutput
+from ..cached_outputs import CachedOutput, flatten_cached_outputs, holds_float8
 from ..quantize import GROUP, Quantized, empty_quantized
 from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
 from ..stored import flatten_stored
@@ -110,6 +110,17 @@ def _mask(live, channels, C: tl.constexpr, COLUMNS: tl.constexpr):
     return mask
 
 
+@triton.jit
+def _load_cached(
+    ptrs, scale_ptrs, index, strides, scale_strides, group, channels, live, mask, SLOT: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """These channels of one of the slots in float32, dequantised where it has scales, with that of their group."""
+    slot = _load(ptrs[SLOT], index, strides[SLOT], channels, mask, UNIT)
+    if scale_ptrs[SLOT] is not None:
+        slot *= tl.load(scale_ptrs[SLOT] + offset_of(index, scale_strides[SLOT]) + group, mask=live, other=0.0)[:, None]
+    return slot
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _project_residual_kernel(
     a_ptr, weight_ptr, bias_ptr, x_ptr, gate_ptr, x_out_ptr, stored_ptr, stored_scale_ptr,
@@ -121,13 +132,14 @@ def _project_residual_kernel(
 ):  # fmt: skip
     """A program: one tile in as many as there are programs.
 
-    Leading dimensions have these `sizes`; strides over them are in UNITs, those of scales in elements.
+    Leading dimensions have these `sizes`; strides over them are in UNITs, those of scales in elements. Slots are as in
+    `_broadcast_residual_kernel`.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     if stored_ptr is not None:
         stored_dtype: tl.constexpr = stored_ptr.dtype.element_ty
     slot_weights: tl.tuple = ()
-    for i in tl.static_range(len(slot_ptrs)):
+    for i in tl.static_range(len(slot_gate_ptrs)):
         slot_weights += (1.0 if slot_weight_ptrs[i] is None else tl.load(slot_weight_ptrs[i]),)
     row_tiles, column_tiles = tl.cdiv(tokens, ROWS), tl.cdiv(C, COLUMNS)
     for number in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLAT):
@@ -170,13 +182,16 @@ def _project_residual_kernel(
             if gate_ptr is not None:
                 gated *= _load(gate_ptr, index, gate_strides, channels, mask, UNIT)
             new = gated + _load(x_ptr, index, x_strides, channels, mask, UNIT)
-            for i in tl.static_range(len(slot_ptrs)):
-                slot = _load(slot_ptrs[i], index, slot_strides[i], channels, mask, UNIT)
-                if slot_scale_ptrs[i] is not None:
-                    scale_ptrs = slot_scale_ptrs[i] + offset_of(index, slot_scale_strides[i]) + group
-                    slot *= tl.load(scale_ptrs, mask=live, other=0.0)[:, None]
+            for i in tl.static_range(len(slot_gate_ptrs)):
+                slot = _load_cached(
+                    slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, group, channels, live, mask, i, UNIT
+                )
                 if slot_weight_ptrs[i] is not None:
-                    slot *= slot_weights[i]
+                    before = _load_cached(
+                        slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, group, channels, live, mask,
+                        len(slot_gate_ptrs) + i, UNIT,
+                    )  # fmt: skip
+                    slot += slot_weights[i] * (slot - before)
                 if slot_gate_ptrs[i] is not None:
                     slot *= _load(slot_gate_ptrs[i], index, slot_gate_strides[i], channels, mask, UNIT)
                 new += slot
@@ -219,7 +234,7 @@ def refusal(
         return "a has no channels; one or more are supported"
     if x.numel() > MAX_TOKENS * x.shape[-1]:
         return f"x has {x.numel() // x.shape[-1]} tokens; up to {MAX_TOKENS} are supported"
-    if any(isinstance(c.slot, Quantized) and c.slot.data.dtype == torch.float8_e4m3fn for c in cached):
+    if holds_float8(cached):
         return refuse_float8(x, "a slot")
     return refuse_float8(x, "store_dtype") if store_dtype == torch.float8_e4m3fn else None
 
@@ -285,9 +300,7 @@ def project_in_tiles(
     """The launch of a call, with this tile."""
     *leading, channels = x.shape
     tokens = x.numel() // channels
-    slots = tuple(c.slot.data if isinstance(c.slot, Quantized) else c.slot for c in cached)
-    slot_scales = tuple(c.slot.scale if isinstance(c.slot, Quantized) else None for c in cached)
-    gates, weights = tuple(c.gate for c in cached), tuple(c.weight for c in cached)
+    slots, slot_scales, gates, weights = flatten_cached_outputs(cached)
     stored, stored_scale = flatten_stored(stored_out)
     operands, scales = (a, x, gate, x_out, stored, *slots, *gates), (stored_scale, *slot_scales)
     at = addresses(tuple(leading), tuple(map(layout, operands)), tuple(map(layout, scales)))

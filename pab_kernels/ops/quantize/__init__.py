@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ..backend import implementation
-from ..checks import check_float
+from ..checks import check_float, check_tensor
+from ..overlap import check_apart
 from ..registration import register
 from . import reference
 from .quantized import (
+    EIGHT_BITS,
     GROUP,
     LIMITS,
     Quantized,
@@ -19,9 +21,11 @@ from .quantized import (
     check_quantized,
     check_quantized_dtype,
     empty_quantized,
+    group_width,
 )
 
 __all__ = [
+    "EIGHT_BITS",
     "GROUP",
     "LIMITS",
     "Quantized",
@@ -29,6 +33,7 @@ __all__ = [
     "check_quantized",
     "check_quantized_dtype",
     "empty_quantized",
+    "group_width",
     "quantize",
     "quantize_out",
 ]
@@ -48,7 +53,7 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int = GROUP, *, backend: str 
     Args:
         x: `[..., C]`, float, any strides.
         dtype: torch.int8 or torch.float8_e4m3fn.
-        group: channels to a scale; the last group may be shorter.
+        group: channels to a scale, 1 or more; the last group may be shorter, and one wider than C is one group.
         backend: "auto", or one that must serve.
 
     Returns:
@@ -62,22 +67,23 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int = GROUP, *, backend: str 
     if torch.compiler.is_compiling():
         if backend in ("auto", "reference"):
             return reference.quantize(x, dtype, group)
-        data, scale = torch.ops.pab_kernels.quantize(x, dtype, group, backend)
+        data, scale = torch.ops.pab_kernels.quantize(x, dtype, group_width(group, x.shape[-1]), backend)
         return Quantized(data, scale, group)
     return implementation(OP, backend, (x, dtype, group))(x, dtype, group)
 
 
 def quantize_out(x: Tensor, out: Quantized, *, backend: str = "auto") -> None:
-    """`quantize` into `out`, in its dtype and groups. Not recorded by autograd."""
+    """`quantize` into `out`, in its dtype and groups. Its data and scales may not overlap each other or x. Not recorded by autograd."""
     if not isinstance(out, Quantized):
         raise TypeError(f"{OP}: out is a {type(out).__name__}; a Quantized is supported: make one with empty_quantized")
+    check_tensor(OP, "out.data", out.data)
     dtype, group = out.data.dtype, out.group
     _check(x, dtype, group)
     check_quantized(OP, "out", out, x.shape, group, x.device, output=True)
     if torch.compiler.is_compiling():
-        torch.ops.pab_kernels.quantize_out(x, dtype, group, backend, out.data, out.scale)
+        torch.ops.pab_kernels.quantize_out(x, dtype, group_width(group, x.shape[-1]), backend, out.data, out.scale)
     else:
-        implementation(OP, backend, (x, dtype, group), "_out")(x, dtype, group, out)
+        _write(x, dtype, group, backend, out)
 
 
 def _check(x: Any, dtype: Any, group: Any) -> None:
@@ -92,7 +98,12 @@ def _functional(x: Tensor, dtype: torch.dtype, group: int, backend: str) -> list
 
 
 def _out(x: Tensor, dtype: torch.dtype, group: int, backend: str, data_out: Tensor, scale_out: Tensor) -> None:
-    implementation(OP, backend, (x, dtype, group), "_out")(x, dtype, group, Quantized(data_out, scale_out, group))
+    _write(x, dtype, group, backend, Quantized(data_out, scale_out, group))
+
+
+def _write(x: Tensor, dtype: torch.dtype, group: int, backend: str, out: Quantized) -> None:
+    check_apart(OP, (("out.data", out.data), ("out.scale", out.scale)), (("x", x),))
+    implementation(OP, backend, (x, dtype, group), "_out")(x, dtype, group, out)
 
 
 def _fake(x: Tensor, dtype: torch.dtype, group: int, backend: str) -> list[Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..cuda_library import kernel, refuse, rows
-from .quantized import Quantized, empty_quantized
+from .quantized import Quantized, empty_quantized, group_width
 
 MAX_GROUP = 128
 """Channels that a team of 16 lanes holds in registers."""
@@ -18,8 +18,8 @@ def refusal(x: Tensor, dtype: torch.dtype, group: int) -> str | None:
     """Why this kernel cannot serve; None where it can."""
     if x.dtype == torch.float64:
         return "x is torch.float64; float16, bfloat16 and float32 are supported"
-    if group > MAX_GROUP:
-        return f"group is {group}; up to {MAX_GROUP} are supported"
+    if (width := group_width(group, x.shape[-1])) > MAX_GROUP:
+        return f"a group has {width} channels; up to {MAX_GROUP} are supported"
     return refuse(x)
 
 
@@ -33,7 +33,7 @@ def quantize_out(x: Tensor, dtype: torch.dtype, group: int, out: Quantized) -> N
     if x.numel() == 0:
         return
     data, scale = rows(out.data), rows(out.scale)
-    _kernel(rows(x), group, data, scale)
+    _kernel(rows(x), group_width(group, x.shape[-1]), data, scale)
     for written, place in ((data, out.data), (scale, out.scale)):
         if written is not place and written.data_ptr() != place.data_ptr():  # its rows have no common stride
             place.copy_(written.view(place.shape))

@@ -17,6 +17,8 @@ GROUP = 128
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """The largest magnitude that is used of each 8-bit dtype."""
 
+EIGHT_BITS = tuple(LIMITS)
+
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
@@ -25,7 +27,7 @@ class Quantized:
     Args:
         data: `[..., C]`, int8 or float8_e4m3fn.
         scale: `[..., ceil(C / group)]`, float32; the last group may be shorter than the others.
-        group: channels to a scale.
+        group: channels to a scale; one wider than C is all of them.
     """
 
     data: Tensor
@@ -50,22 +52,28 @@ class Quantized:
 
 def check_quantized_dtype(op: str, name: str, dtype: Any) -> None:
     """One of the 8-bit dtypes."""
-    if dtype not in LIMITS:
+    if dtype not in EIGHT_BITS:
         raise TypeError(f"{op}: {name} is {dtype}; torch.int8 and torch.float8_e4m3fn are supported: pass one of these")
 
 
 def check_group(op: str, group: Any) -> None:
     """A number of channels."""
-    if not isinstance(group, int) or group < 1:
-        raise ValueError(f"{op}: group is {group!r}; a positive number of channels is supported: pass {GROUP} or the head dimension")
+    if not isinstance(group, int) or isinstance(group, bool) or group < 1:
+        raise ValueError(f"{op}: group is {group!r}; a whole number from 1 on is supported: pass {GROUP} or the head dimension")
+
+
+def group_width(group: int, channels: int) -> int:
+    """Channels of a group, at least 1, where there are so many in all."""
+    return max(1, min(group, channels))
 
 
 def check_quantized(
     op: str, name: str, q: Quantized, shape: Sequence[int], group: int, device: torch.device, *, output: bool = False
 ) -> None:
     """A `Quantized` of this shape, group and device, with scales to match."""
-    check_tensor(op, f"{name}.data", q.data)
-    check_quantized_dtype(op, f"{name}.data's dtype", q.data.dtype)
+    if not isinstance(q.data, Tensor) or q.data.dtype not in EIGHT_BITS:
+        check_tensor(op, f"{name}.data", q.data)
+        check_quantized_dtype(op, f"{name}.data's dtype", q.data.dtype)
     if q.group != group:
         raise ValueError(f"{op}: {name} has groups of {q.group} channels; {group} is supported here: quantise it with group={group}")
     check = check_output if output else check_operand
@@ -77,8 +85,15 @@ def empty_quantized(shape: Sequence[int], dtype: torch.dtype, group: int = GROUP
     """An uninitialised `Quantized` of this shape, for the `_out` operations to write."""
     check_quantized_dtype("empty_quantized", "dtype", dtype)
     check_group("empty_quantized", group)
-    return Quantized(
-        torch.empty(tuple(shape), dtype=dtype, device=device),
-        torch.empty((*shape[:-1], -(-shape[-1] // group)), dtype=torch.float32, device=device),
-        group,
-    )
+    try:
+        return Quantized(
+            torch.empty(tuple(shape), dtype=dtype, device=device),
+            torch.empty((*shape[:-1], -(-shape[-1] // group)), dtype=torch.float32, device=device),
+            group,
+        )
+    except (TypeError, IndexError, RuntimeError):
+        if isinstance(shape, (tuple, list)) and shape and all(isinstance(n, int) and n >= 0 for n in shape):
+            raise
+        raise ValueError(
+            f"empty_quantized: shape is {shape!r}; at least one size, each 0 or more, is supported: pass [..., channels]"
+        ) from None

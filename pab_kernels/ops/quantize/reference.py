@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .quantized import LIMITS, Quantized
+from .quantized import LIMITS, Quantized, group_width
 
 
 def quantize(x: Tensor, dtype: torch.dtype, group: int) -> Quantized:
     limit, channels = LIMITS[dtype], x.shape[-1]
-    groups = -(-channels // group)
-    grouped = F.pad(x.float(), (0, groups * group - channels)).unflatten(-1, (groups, group))  # [..., groups, group]
+    width = group_width(group, channels)
+    groups = -(-channels // width)
+    grouped = F.pad(x.float(), (0, groups * width - channels)).unflatten(-1, (groups, width))  # [..., groups, width]
     scale = grouped.abs().amax(-1) / limit
     data = grouped / scale.masked_fill(scale == 0, 1).unsqueeze(-1)
     if dtype == torch.int8:

@@ -15,12 +15,15 @@ from ..attention import count_flops, fake_attention, pack_stored
 from ..attention.options import OPTIONS_SCHEMA, QKNorm, Rope, check_options, check_qkv, flatten_options, unflatten_options
 from ..backend import implementation
 from ..checks import check_output
+from ..overlap import check_apart
 from ..quantize import Quantized
 from ..registration import register
-from ..stored import STORED_OUTPUTS, check_store_dtype, check_stored_out, flatten_stored, unflatten_stored
+from ..stored import STORED_OUTPUTS, check_store_dtype, check_stored_out, flatten_stored, named_stored, unflatten_stored
 
 OP = "short_attention"
 MAX_TOKENS = 64
+
+_READ = ("q", "k", "v", "softmax_scale", "q_norm", "k_norm", "rope", "store_dtype")
 
 
 def short_attention(
@@ -85,8 +88,7 @@ def short_attention_out(
         options = flatten_options(softmax_scale, q_norm, k_norm, rope)
         torch.ops.pab_kernels.short_attention_out(q, k, v, *options, dtype, backend, out, *flatten_stored(stored_out))
     else:
-        arguments = (q, k, v, softmax_scale, q_norm, k_norm, rope, dtype)
-        implementation(OP, backend, arguments, "_out")(*arguments, out, stored_out)
+        _write((q, k, v, softmax_scale, q_norm, k_norm, rope, dtype), backend, out, stored_out)
 
 
 def _check(q: Any, k: Any, v: Any, softmax_scale: Any, q_norm: Any, k_norm: Any, rope: Any) -> None:
@@ -109,7 +111,12 @@ def _out(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> None:
     *options, store_dtype, backend, out, stored_out, stored_scale_out = args
     stored = unflatten_stored(stored_out, stored_scale_out, q.shape[-1])
     arguments = (q, k, v, *unflatten_options(*options), store_dtype)
-    implementation(OP, backend, arguments, "_out")(*arguments, out, stored)
+    _write(arguments, backend, out, stored)
+
+
+def _write(arguments: tuple[Any, ...], backend: str, out: Tensor, stored_out: Tensor | Quantized | None) -> None:
+    check_apart(OP, (("out", out), *named_stored(stored_out)), zip(_READ, arguments, strict=True))
+    implementation(OP, backend, arguments, "_out")(*arguments, out, stored_out)
 
 
 register(
