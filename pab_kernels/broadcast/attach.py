@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 PREFIX = "_pab_"
@@ -38,7 +39,7 @@ class Attached:
     """
 
     # Slots: functools.update_wrapper, which hooks use, copies a wrapped object's __dict__ into the wrapper, and would keep all this alive.
-    __slots__ = ("holder", "name", "owner", "method", "original", "replacement", "_stand_in", "_before")
+    __slots__ = ("holder", "name", "owner", "method", "original", "replacement", "_stand_in", "_before", "_of_class")
 
     def __init__(self, holder: Any, name: str, replacement: Callable[..., Any], module: nn.Module | None = None) -> None:
         if not hasattr(holder, "__dict__"):
@@ -50,13 +51,16 @@ class Attached:
         self.original: Callable[..., Any] = getattr(holder, name, _nothing)
         self._stand_in: MethodType | None = None
         self._before: Any = _ABSENT
+        self._of_class: FunctionType | None = None
 
     def attach(self) -> Attached:
         """Put the stand-in where the method is."""
         self._before = vars(self.holder).get(self.name, _ABSENT)
         self.original = getattr(self.holder, self.name, _nothing)
         of_class = getattr(type(self.owner), self.method, None)
+        self._of_class = None
         if isinstance(of_class, FunctionType) and self.original == MethodType(of_class, self.owner):
+            self._of_class = of_class
             vars(self.owner).setdefault(_RECORDS, {})[self.method] = self
             self._stand_in = MethodType(_of_class(of_class, self.method), self.owner)
         else:
@@ -84,12 +88,15 @@ class Attached:
             _tidy(copied)
 
     def attach_again(self) -> bool:
-        """Put the stand-in around what somebody has put in its place since; whether that was so.
+        """Put the stand-in around what somebody has put in its place, or into its class, since; whether that was so.
 
         A wrapper or a hook that calls the stand-in is left where it is. One of which that cannot be seen runs inside of the new stand-in,
         and the one that it calls is then the original.
         """
-        if self.replacement is _call or any(self._places()) or _leads_to(getattr(self.owner, self.method, None), self._stand_in):
+        if self.replacement is _call:
+            return False
+        patched = self._of_class is not None and getattr(type(self.owner), self.method, None) is not self._of_class
+        if not patched and (any(self._places()) or _leads_to(getattr(self.owner, self.method, None), self._stand_in)):
             return False
         replacement, around = self.replacement, self.holder is not self.owner or self.name != self.method
         self.detach()
@@ -133,7 +140,8 @@ def _of_class(function: FunctionType, method: str) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original = functools.partial(getattr(type(self), method), self)
+        # A compiled graph cannot look it up where torch knows the class; `attach_again` sees to a class that was patched.
+        original = functools.partial(function if torch.compiler.is_compiling() else getattr(type(self), method), self)
         attached = self.__dict__.get(_RECORDS, {}).get(method)
         return original(*args, **kwargs) if attached is None else attached.replacement(original, *args, **kwargs)
 

@@ -445,15 +445,17 @@ class Broadcaster:
         """What `forward` gives, from graphs that no other generation uses now; those of another config are dropped."""
         thread, model, generation = self._thread, self._model(), call.generation
         assert model is not None, "its forward was called"
-        if generation.graphs is None:
-            with self._lock:
-                self._graphs = [graphs for graphs in self._graphs if graphs.config == generation.config]
-                free = next((graphs for graphs in self._graphs if graphs.free), None)
-                if free is None:
-                    free = Graphs(model, generation.config)
-                    self._graphs.append(free)
-                generation.graphs = free
-                free.take(generation)
+        with self._lock:
+            graphs = generation.graphs
+            if graphs is None or graphs.user is not generation:
+                self._graphs = [g for g in self._graphs if g.config == generation.config]
+                graphs = next((g for g in self._graphs if g.free), None)
+                if graphs is None:
+                    graphs = Graphs(model, generation.config)
+                    self._graphs.append(graphs)
+                graphs.take(generation)
+                generation.graphs = graphs
+            graphs.running = True
 
         def compute(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             thread.call = call
@@ -461,7 +463,10 @@ class Broadcaster:
             call.finish()
             return out
 
-        return generation.graphs.run(call, model, compute, inputs.args, inputs.kwargs, inputs.timestep)
+        try:
+            return graphs.run(call, model, compute, inputs.args, inputs.kwargs, inputs.timestep)
+        finally:
+            graphs.running = False
 
     def _records_gradients(self, tensors: Sequence[torch.Tensor]) -> bool:
         if not torch.is_grad_enabled():

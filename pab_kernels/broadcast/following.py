@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from .generation import Generation
-from .pipeline import PipeListener, PipeWatch, compiled, denoisers, holds, left_at
-from .scheduler import Follower, Listener, SchedulerWatch, has_begun
+from .pipeline import PipeWatch, compiled, denoisers, holds, left_at
+from .scheduler import Follower, SchedulerWatch, has_begun
 
 
 class Following:
@@ -23,7 +23,7 @@ class Following:
     """
 
     def __init__(self, listener: Any, model: nn.Module) -> None:
-        self._listener: Listener | PipeListener = listener
+        self._listener: weakref.ref[Any] = weakref.ref(listener)
         self._model = weakref.ref(model)
         self._follower = Follower(listener)
         self._pipes: list[weakref.ref[Any]] = []
@@ -41,10 +41,10 @@ class Following:
 
     def add(self, pipe: Any) -> None:
         """Follow the scheduler that `pipe` holds, now and whenever it holds another."""
-        model = self._model()
-        assert model is not None
+        model, listener = self._model(), self._listener()
+        assert model is not None and listener is not None
         self._pipes = [ref for ref in self._pipes if ref() is not None and ref() is not pipe] + [weakref.ref(pipe)]
-        PipeWatch.add(pipe, model, self._listener)  # type: ignore[arg-type]
+        PipeWatch.add(pipe, model, listener)
         self.follow()
 
     def remove(self, pipe: Any) -> None:

@@ -18,7 +18,7 @@ from .config import PABConfig
 from .context import Context
 from .costs import Arguments, CallCosts, call_costs
 from .costs import place as place_of
-from .inputs import Inputs
+from .inputs import NO_INPUTS, Inputs
 from .plan import Action, Decision, Plan, Sublayer
 from .schedule import Schedule
 from .slots import CACHE_DTYPES, Arena, Key, Line, Meter, Slot, pack
@@ -364,7 +364,7 @@ class Generation:
         contexts = [self.contexts.get(label)] if label else [c for key, c in self.contexts.items() if key.startswith("#")]
         return any(context is not None and context.holds(inputs) for context in contexts)
 
-    def open(self, name: str | None, step: int | None, inputs: Inputs) -> Call | None:
+    def open(self, name: str | None = None, step: int | None = None, inputs: Inputs = NO_INPUTS) -> Call | None:
         """A call of the model in context `name`, at `step` if it is given; None where a scheduler has no step left for it.
 
         Raises:

@@ -29,7 +29,7 @@ from .generation import Call, Generation
 from .host_state import State, difference, host_state
 from .plan import Action, Plan
 from .signature import copy_into, like, signature, tensors_of
-from .slots import Meter
+from .slots import Arena, Meter
 
 Compute = Callable[[Call, tuple[Any, ...], Mapping[str, Any]], Any]
 """The model's output in a call, on its arguments by place and by name."""
@@ -65,6 +65,8 @@ class Graphs:
     def __init__(self, model: nn.Module, config: PABConfig) -> None:
         self.config = config
         self._name = type(model).__name__
+        self.running = False
+        """Whether they are in a call."""
         self._user: weakref.ref[Generation] | None = None
         self._clear()
 
@@ -77,14 +79,20 @@ class Graphs:
         self._seen: weakref.ref[Generation] | None = None
 
     @property
+    def user(self) -> Generation | None:
+        """The generation whose slots lie in their places."""
+        return None if self._user is None else self._user()
+
+    @property
     def free(self) -> bool:
-        """Whether the generation that took them last has no further call: slots lie where the next one's will."""
-        user = None if self._user is None else self._user()
-        return user is None or user.over or user.used_up
+        """Whether no generation has slots there, or will have at the end of a call."""
+        return not self.running and (self.user is None or self.user.meter.now == 0)
 
     def take(self, generation: Generation) -> None:
-        """Be used by `generation` from now on."""
+        """Be used by `generation`, which has no slots yet, from now on."""
         self._user = weakref.ref(generation)
+        for context in generation.contexts.values():
+            context.arena = Arena(generation.meter)
 
     def __len__(self) -> int:
         return len(self._graphs)

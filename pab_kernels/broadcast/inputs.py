@@ -102,3 +102,7 @@ class Inputs:
             if leaf is tensor:
                 return pytree.keystr(path[1:]).strip("[]'")
         return "an argument"
+
+
+NO_INPUTS = Inputs((), {}, None, None)
+"""Those of a call without arguments."""

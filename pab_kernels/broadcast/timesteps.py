@@ -53,9 +53,11 @@ class Timesteps:
         if not isinstance(timestep, torch.Tensor) or timestep.is_meta or not timestep.numel():
             return None
         single = timestep.numel() == 1 or not any(timestep.stride())
+        place = self._place_in_table(timestep) if single else None
+        if place is not None and self._host is not None:
+            return Moment(self._host[place], timestep.dtype)
         if not (wait or _on_host(timestep)):
-            place = self._place_in_table(timestep) if single else None
-            return None if place is None else Moment(self._host[place], timestep.dtype)  # type: ignore[index]
+            return None
         with torch.no_grad():
             value = timestep.item() if timestep.numel() == 1 else timestep.amax().item()
             single = single or value == timestep.amin().item()

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
-from pab_kernels.broadcast.attach import Attached
+from pab_kernels.broadcast.attach import is_stand_in
 from pab_kernels.broadcast.plan import Sublayer
 from pab_kernels.broadcast.summary import Summary
 from tests.adapters.tiny_pipes import Pipe
@@ -155,7 +155,7 @@ def assert_runs_as_the_oracle(tiny: Pipe, steps: int, first: int = 0, **call: An
     pab.disable(pipe)
     assert torch.equal(tiny.sample(pipe, steps, **call), plain)
     assert not {"step", "set_timesteps"} & vars(pipe.scheduler).keys()
-    assert not any(isinstance(v, Attached) for m in model.modules() for v in vars(m).values())
+    assert not any(is_stand_in(v) for m in model.modules() for v in vars(m).values())
     return summary
 
 

@@ -67,7 +67,7 @@ def test_latte_gives_the_bits_and_counts_of_eager_pab_with_a_graph_for_each_patt
     for seed in range(2):
         if seed:
             for model in (eager, graphed):
-                broadcaster_of(model).begin(num_steps=STEPS)  # type: ignore[union-attr]
+                broadcaster_of(model).prepare(num_steps=STEPS)  # type: ignore[union-attr]
         assert same(generated(graphed, seed), generated(eager, seed))
         assert counted(graphed) == counted(eager)
         (recorder,) = recorders

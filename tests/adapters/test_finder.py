@@ -18,6 +18,7 @@ from pab_kernels import Broadcast, PABConfig
 from pab_kernels.adapters import latte
 from pab_kernels.adapters.finder import find
 from pab_kernels.adapters.generic import GenericAdapter
+from pab_kernels.broadcast.inputs import Signature
 from pab_kernels.broadcast.plan import Sublayer
 from tests.adapters.expected_models import EXPECTED
 from tests.adapters.tiny_latte import inputs, tiny_latte
@@ -423,10 +424,10 @@ def test_the_timestep_is_found_by_its_name(name: str) -> None:
     namespace: dict[str, Any] = {}
     exec(f"def forward(x, {name}, text=None): pass", namespace)
     model.forward = namespace["forward"]
-    adapter = GenericAdapter(model)
-    assert adapter.timestep("x", 500) == adapter.timestep("x", **{name: 500}) == 500
-    assert adapter.timestep("x") is None
-    assert GenericAdapter(DiT(blocks=[SoraBlock()])).timestep("x", 500) is None
+    signature = Signature(model)
+    assert signature.timestep(("x", 500), {}) == signature.timestep(("x",), {name: 500}) == 500
+    assert signature.timestep(("x",), {}) is None
+    assert Signature(DiT(blocks=[SoraBlock()])).timestep(("x", 500), {}) is None
 
 
 def test_a_block_that_returns_no_stream_is_refused_by_name() -> None:

@@ -13,9 +13,9 @@ import torch
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
-from pab_kernels.broadcast.attach import Attached
+from pab_kernels.broadcast.attach import is_stand_in
 from pab_kernels.broadcast.broadcaster import broadcaster_of
-from pab_kernels.broadcast.scheduler import left_at
+from pab_kernels.broadcast.pipeline import left_at
 from tests.adapters.replay import CONFIG, RULES, Replay
 from tests.adapters.tiny_pipes import Pipe, embedding, named, transformer
 
@@ -84,7 +84,7 @@ def test_each_transformer_has_its_own_steps_and_both_are_the_oracle(scheduler: A
     assert torch.equal(tiny.sample(pipe, STEPS), plain)
     assert not {"step", "set_timesteps"} & vars(pipe.scheduler).keys()
     for name in MODELS:
-        assert not any(isinstance(v, Attached) for m in getattr(pipe, name).modules() for v in vars(m).values())
+        assert not any(is_stand_in(v) for m in getattr(pipe, name).modules() for v in vars(m).values())
     with pytest.raises(RuntimeError, match="PAB is not enabled"):
         pab.summary(pipe)
 
@@ -206,7 +206,7 @@ def test_a_config_that_the_second_refuses_leaves_the_first_as_it_was() -> None:
     pipe.transformer_2, second = odd.transformer_2, pipe.transformer_2
     with pytest.raises(TypeError, match="no attention was found"):
         pab.enable(pipe)
-    assert isinstance(vars(pipe.scheduler)["step"], Attached)
+    assert is_stand_in(vars(pipe.scheduler)["step"])
     pipe.transformer_2 = second
     pab.disable(pipe)
     assert "step" not in vars(pipe.scheduler)
@@ -239,7 +239,7 @@ def test_a_context_is_of_both_and_a_generation_of_a_bare_module_of_one() -> None
     pab.enable(pipe, CONFIG)
     with pab.context(pipe, "mine"):
         for name in MODELS:
-            assert broadcaster_of(getattr(pipe, name))._thread.context == ("mine", None)  # type: ignore[union-attr]
+            assert broadcaster_of(getattr(pipe, name)).named() == ("mine", None)  # type: ignore[union-attr]
     with (
         pytest.raises(ValueError, match="this pipeline has transformer, transformer_2; pass one of them"),
         pab.generation(pipe, num_steps=2),

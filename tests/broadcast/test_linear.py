@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pab_kernels.broadcast.config import Broadcast, PABConfig
 from pab_kernels.broadcast.generation import Generation, Turn
+from pab_kernels.broadcast.inputs import Inputs
 from pab_kernels.broadcast.plan import Action, Sublayer
 from pab_kernels.broadcast.schedule import Schedule
 from pab_kernels.broadcast.slots import Key, Line, Slot
@@ -169,9 +170,9 @@ def test_changed_inputs_let_go_of_both_outputs() -> None:
     for _ in range(3):
         take(generation)
     context = generation.contexts["cond"]
-    context.enter((1,), None)
+    context.enter(Inputs((torch.ones(1),), {}, None, None))
     assert generation.meter.now == 48
-    context.enter((2,), None)
+    context.enter(Inputs((torch.ones(2),), {}, None, None))
     assert generation.meter.now == 0
 
 
