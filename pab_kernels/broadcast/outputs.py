@@ -26,7 +26,7 @@ def broadcast_output(call: Call, sublayer: Sublayer, compute: Callable[..., Any]
         TypeError: there is no tensor among the inputs.
     """
     around = call.measured
-    turn = call.turn(sublayer, _tensors(sublayer, args, kwargs)[0])
+    turn = call.turn(sublayer, args[0] if args and isinstance(args[0], torch.Tensor) else _tensors(sublayer, args, kwargs)[0])
     if turn.slot is not None:
         out = _read(turn)
     else:
@@ -101,12 +101,16 @@ def _read(turn: Turn) -> Any:
 
 def kept(out: Any) -> tuple[Any, list[torch.dtype | None]]:
     """What a slot keeps of an output: tensors of its own, as whoever gets the output may write to it, and their dtypes."""
+    if isinstance(out, torch.Tensor):
+        return out.clone(), [out.dtype]
     leaves, nest = pytree.tree_flatten(out)
     return pytree.tree_unflatten(list(map(_cloned, leaves)), nest), [v.dtype if isinstance(v, torch.Tensor) else None for v in leaves]
 
 
 def handed_out(kept: Any, dtypes: list[torch.dtype | None]) -> Any:
     """The output again, in tensors that may be written to."""
+    if isinstance(kept, torch.Tensor):
+        return kept.clone()
     leaves, nest = pytree.tree_flatten(kept)
     return pytree.tree_unflatten(list(map(_leaf, leaves, dtypes)), nest)
 
