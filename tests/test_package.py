@@ -26,7 +26,7 @@ import pab_kernels
 PACKAGE = Path(pab_kernels.__file__).parent
 ROOT = Path(__file__).parents[1]
 
-PUBLIC = {"enable", "disable", "generation", "context", "sublayers", "plan", "summary", "Broadcast", "PABConfig", "Plan"} | {
+PUBLIC = {"enable", "disable", "release", "generation", "context", "sublayers", "plan", "summary", "Broadcast", "PABConfig", "Plan"} | {
     "patch_diffusers",
     "unpatch_diffusers",
 }

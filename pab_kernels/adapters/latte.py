@@ -14,8 +14,8 @@ from torch import nn
 from .. import ops
 from ..broadcast.attach import innermost, is_of_class
 from ..broadcast.broadcaster import Broadcaster
+from ..broadcast.call import Call, Store
 from ..broadcast.fusing import has_no_hooks, is_original, is_plain
-from ..broadcast.generation import Call, Store
 from ..broadcast.plan import Sublayer
 from ..broadcast.stopwatch import REST
 from ..broadcast.stream import ResidualStream

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ..broadcast.adapter import Adapter
 from ..broadcast.attach import Attached, attach_forward
 from ..broadcast.broadcaster import Broadcaster
-from ..broadcast.generation import Call
+from ..broadcast.call import Call
 from ..broadcast.plan import Sublayer
 
 _Place = tuple[str, str, int]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import logging
 import threading
 import weakref
@@ -16,18 +15,20 @@ from torch import nn
 
 from .adapter import Adapter, Detachable
 from .attach import PREFIX, Attached, attach_forward, is_stand_in
-from .claims import whose
+from .call import Call
 from .config import PABConfig
 from .following import Following
-from .generation import Call, Generation
-from .graphs import Graphs
+from .generation import Generation
+from .graph_pool import GraphPool
 from .inputs import Inputs, Signature
+from .names import named, naming
 from .open_generation import OpenGeneration
-from .request import Request, begun_here, note
+from .request import Request
+from .runs import Runs
 from .scheduler import entered_at
 from .stopwatch import REST
 from .summary import Summary, summarise
-from .verdict import NOT_CALLED, nothing_reused
+from .verdict import NOT_BEGUN, NOT_CALLED, NOT_ENTERED, NOT_FOLLOWED, nothing_reused
 
 logger = logging.getLogger("pab_kernels")
 
@@ -40,11 +41,6 @@ _COMPILED_LAST = (
 
 RESET = "_reset_stateful_cache"
 """Name of the method that diffusers calls on a model whose cache is to begin anew."""
-
-_NAMES: contextvars.ContextVar[tuple[tuple[weakref.ref[Broadcaster], str | None, int | None], ...]] = contextvars.ContextVar(
-    "pab_contexts", default=()
-)
-"""Names (and steps) of contexts given in this thread or task, the innermost last."""
 
 
 class _Thread(threading.local):
@@ -75,13 +71,9 @@ class Broadcaster:
         """Calls of the model without PAB before the first generation."""
         self._signature = Signature(model)
         self._following = Following(self, model)
-        self._lock = threading.RLock()
+        self._runs = Runs(self._following, weakref.WeakMethod(self._generation))
         self._thread = _Thread()
-        self._running: list[Generation] = []
-        """Generations that go on and are nobody's request: those of schedulers, the first one of a bare model, an open one."""
-        self._requested: weakref.WeakSet[Generation] = weakref.WeakSet()
-        self._latest: Generation | None = None
-        self._graphs: list[Graphs] = []
+        self._graphs = GraphPool()
         self._said: set[str] = set()
         self._attached: list[Detachable] = []
         # A graph goes by what a call decides: calls are opened outside of graphs.
@@ -101,23 +93,19 @@ class Broadcaster:
     @property
     def latest(self) -> Generation | None:
         """The generation begun last."""
-        return self._latest
+        return self._runs.latest
 
     def summary(self) -> Summary:
         """What the generation begun last did, and the bytes that all of them hold."""
-        held = sum(generation.meter.now for generation in self._generations())
-        found = self.summary_of(self._latest)
-        return replace(found, cache_bytes=held, plain_calls=found.plain_calls if self._latest else self.plain_calls)
+        held = sum(generation.meter.now for generation in self._runs.all())
+        found = self.summary_of(self.latest)
+        return replace(found, cache_bytes=held, plain_calls=found.plain_calls if self.latest else self.plain_calls)
 
     def summary_of(self, generation: Generation | None) -> Summary:
         """What a generation did."""
         model = self._model()
         assert model is not None
         return summarise(generation, model)
-
-    def _generations(self) -> list[Generation]:
-        found = [*self._running, *self._requested, *([] if self._latest is None else [self._latest])]
-        return list({id(generation): generation for generation in found}.values())
 
     def configure(self, config: PABConfig, timed: bool, cuda_graphs: bool, chosen: bool = True) -> None:
         """Take other rules, from the next generation on; measure seconds or do not, capture CUDA graphs or do not.
@@ -148,13 +136,14 @@ class Broadcaster:
 
     def detach(self) -> None:
         """Give the model back as it was. Where it was interrupted, called again it does the rest."""
-        for generation in self._generations():
+        for generation in self._runs.all():
             generation.end()
         self._following.close()
         while self._attached:
             self._attached[-1].detach()
             self._attached.pop()
-        self._thread, self._latest, self._running, self._graphs = _Thread(), None, [], []
+        self._runs.clear()
+        self._thread, self._graphs = _Thread(), GraphPool()
 
     def enclose(self, compiled: nn.Module) -> None:
         """Open the calls of the model outside of the graph that it is, where it is compiled as a whole.
@@ -178,33 +167,26 @@ class Broadcaster:
 
     # Generations
 
-    def _ways(self) -> dict[str, bool]:
-        """How a generation that begins now is run."""
+    def _generation(self, **schedule: Any) -> Generation:
+        """A generation that begins now; on the bare model it starts at once."""
         if not self.cuda_graphs:
-            self._graphs = []
-        return {"timed": self.timed, "cuda_graphs": self.cuda_graphs}
-
-    def _on_bare_model(self, num_steps: int | None, timesteps: Sequence[float] | None) -> Generation:
-        self._attach_again()
-        generation = Generation(self.config, self.adapter.sublayers, num_steps=num_steps, timesteps=timesteps, **self._ways())
+            self._graphs = GraphPool()
+        generation = Generation(self.config, self.adapter.sublayers, timed=self.timed, cuda_graphs=self.cuda_graphs, **schedule)
         generation.at_end = self._judge
-        generation.start()
-        self._say(generation)
-        self._latest = generation
+        if generation.scheduler is None:
+            generation.start()
+            self._say(generation)
         return generation
 
     def begin(self, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Request:
         """Begin a generation on the bare model, for whoever takes its request up."""
-        generation = self._on_bare_model(num_steps, timesteps)
-        self._requested.add(generation)
-        return Request(self, generation)
+        self._attach_again()
+        return Request(self, self._runs.request(num_steps, timesteps))
 
     def prepare(self, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> None:
         """Begin a generation on the bare model, for all calls that are nobody else's."""
-        begun, before = self._on_bare_model(num_steps, timesteps), [g for g in self._running if g.scheduler is None]
-        for generation in before:
-            generation.end()
-        self._running = [*(g for g in self._running if not g.over), begun]
+        self._attach_again()
+        self._runs.on_bare_model(num_steps, timesteps)
 
     def watch(self, pipe: Any) -> None:
         """Follow the scheduler that `pipe` holds, now and whenever it holds another."""
@@ -220,50 +202,25 @@ class Broadcaster:
 
     def release(self) -> None:
         """End every generation and release all that they keep. A run that goes on begins anew, at its next step."""
-        for generation in self._generations():
+        for generation in self._runs.all():
             generation.at_end = None
             generation.end()
-        self._running, self._graphs = [], []
+        self._graphs = GraphPool()
 
     def scheduler_begins(self, scheduler: Any) -> None:
         """`set_timesteps` was called."""
         self._attach_again()
         if self._following.still_called(scheduler, self.enclose, self._once):
-            self._latest = self._follow_from(scheduler)
-            note(self._latest)
-
-    def _follow_from(self, scheduler: Any, *, notified: bool = True) -> Generation:
-        """Begin a generation on the timesteps that `scheduler` has now.
-
-        Args:
-            notified: whether its `set_timesteps` was seen.
-        """
-        with self._lock:
-            for g in self._running:  # also that of an object which passes on what is asked of `scheduler`
-                if g.scheduler is not None and (g.scheduler is scheduler or g.timesteps.table is scheduler.timesteps):
-                    g.end()
-            end = self._following.left_at(scheduler)
-            generation = Generation(
-                self.config,
-                self.adapter.sublayers,
-                timesteps=scheduler.timesteps,
-                scheduler=scheduler,
-                notified=notified,
-                end=end,
-                **self._ways(),
-            )
-            generation.at_end = self._judge
-            self._running = [*(g for g in self._running if not g.over), generation]
-            return generation
+            self._runs.follow(scheduler)
 
     def scheduler_steps(self, scheduler: Any) -> None:
         """`step` was called."""
-        for generation in [g for g in self._running if g.scheduler is scheduler and not g.over]:
+        for generation in self._runs.of(scheduler):
             generation.stepped()
 
     def scheduler_failed(self, scheduler: Any) -> None:
         """`step` or `set_timesteps` raised an error."""
-        for generation in [g for g in self._running if g.scheduler is scheduler and not g.over]:
+        for generation in self._runs.of(scheduler):
             generation.abort()
 
     def pipe_failed(self, pipe: Any) -> None:
@@ -272,34 +229,15 @@ class Broadcaster:
 
     def pipe_ended(self, pipe: Any) -> None:
         """A run of `pipe` is at its end, also where it was interrupted."""
-        for generation in [g for g in self._running if g.scheduler is pipe.scheduler and g.started and not g.over]:
+        for generation in [g for g in self._runs.of(pipe.scheduler) if g.started]:
             generation.end()
             generation.put_away = True
 
     def _find(self, inputs: Inputs, name: str | None) -> Generation | None:
-        """The generation of a call of the model, or None where it is nobody's.
-
-        Raises:
-            RuntimeError: it may be more than one's.
-        """
-        mine = [g for g in begun_here() if g in self._requested or g in self._running]
-        if mine and mine[0].entered:
-            return mine[0]
-        following = self._following
-        following.follow()
-        going_on = [g for g in self._running if not g.over and (g.scheduler is None or following.holds(g.scheduler))]
-        found = whose(going_on, name, inputs, following.holders)
-        if found is None:
-            begun = following.begun(besides=[g.scheduler for g in going_on])
-            found = whose([self._follow_from(s, notified=False) for s in begun], name, inputs, following.holders)
+        """The generation of a call; see `Runs.find`."""
+        found = self._runs.find(inputs, name)
         if found is None and self.clock is not None:
-            self._latest = found = OpenGeneration(self.config, self.adapter.sublayers, self.clock, timed=self.timed)
-            self._running = [*(g for g in self._running if not g.over), found]
-        if found is None:
-            taken_up = [g for g in mine if g.entered][:1] or [g for g in self._requested if g.entered]
-            found = whose(taken_up, name, inputs, following.holders)
-        if found is not None and not found.started:
-            self._latest = found
+            found = self._runs.add(OpenGeneration(self.config, self.adapter.sublayers, self.clock, timed=self.timed))
         return found
 
     def _judge(self, generation: Generation) -> None:
@@ -315,19 +253,9 @@ class Broadcaster:
 
     # Calls of the model
 
-    @contextlib.contextmanager
-    def context(self, name: str | None, step: int | None = None) -> Iterator[None]:
+    def context(self, name: str | None, step: int | None = None) -> contextlib.AbstractContextManager[None]:
         """Name the context (and the step) of the calls inside, in this thread or task."""
-        entry = weakref.ref(self), name, step
-        _NAMES.set((*_NAMES.get(), entry))
-        try:
-            yield
-        finally:
-            _NAMES.set(tuple(other for other in _NAMES.get() if other is not entry))
-
-    def named(self) -> tuple[str | None, int | None]:
-        """Name and step of the context that calls in this thread or task have now."""
-        return next(((name, step) for ref, name, step in reversed(_NAMES.get()) if ref() is self), (None, None))
+        return naming(self, name, step)
 
     @contextlib.contextmanager
     def _cache_context(self, original: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -336,10 +264,11 @@ class Broadcaster:
 
     def _reset(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of what diffusers calls where a cache is to begin anew."""
-        for generation in [g for g in self._running if isinstance(g, OpenGeneration)]:
-            generation.end()
-        if self._latest is not None and self._latest.over:
-            self._latest.put_away = True
+        for generation in self._runs.of(None):
+            if isinstance(generation, OpenGeneration):
+                generation.end()
+        if self.latest is not None and self.latest.over:
+            self.latest.put_away = True
         return original(*args, **kwargs)
 
     def _compile(self, original: Any, *args: Any, **kwargs: Any) -> None:
@@ -371,10 +300,10 @@ class Broadcaster:
         inputs = Inputs(args, kwargs, self._signature.latents(args, kwargs), self._signature.timestep(args, kwargs))
         if self._records_gradients(inputs.tensors) or torch._C._get_tracing_state() is not None:
             return self._plainly(forward, args, kwargs, "gradients are recorded", "call it under torch.no_grad() for PAB")
-        name, step = self.named()
+        name, step = named(self)
         generation = self._find(inputs, name)
         if generation is None:
-            return self._plainly(forward, args, kwargs, *self._nobodys())
+            return self._plainly(forward, args, kwargs, *(NOT_FOLLOWED if self._following.pipes else NOT_BEGUN))
         if not generation.started:
             self._start(generation, inputs)
         call = generation.open(name, step, inputs)
@@ -411,15 +340,11 @@ class Broadcaster:
         generation.start(begin or 0)
         self._say(generation)
         if begin is None and not (isinstance(inputs.timestep, torch.Tensor) and inputs.timestep.is_meta):
-            self._once(
-                f"{self._name}: where its run enters the schedule is not known, as the scheduler has no step index and the timestep of the "
-                "first call is none of the schedule's; it is taken to be the first step. In image-to-image, windows then lie too early: "
-                "call scheduler.set_begin_index"
-            )
+            self._once(f"{self._name}: {NOT_ENTERED}")
 
     def _plainly(self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str, what_to_do: str) -> Any:
         """The model without PAB."""
-        (self._latest or self).plain_calls += 1
+        (self.latest or self).plain_calls += 1
         self._once(f"{self._name}: {why}: the model runs plainly; {what_to_do}")
         thread = self._thread
         outer, thread.call = thread.call, None
@@ -428,34 +353,11 @@ class Broadcaster:
         finally:
             thread.call = outer
 
-    def _nobodys(self) -> tuple[str, str]:
-        """Why a call belongs to no generation, and what to do."""
-        if not self._following.pipes:
-            return "no generation has begun", (
-                "call it inside `with pab.generation(model, num_steps=...):`, or give num_steps to pab.enable; on a pipeline pass the "
-                "pipeline to pab.enable"
-            )
-        return (
-            "no sampling run that is followed has begun or has steps left",
-            "the scheduler that runs is not the one that is followed where a pipeline that shares the model was not enabled, or has a copy "
-            "of the scheduler: pab.enable every pipeline that calls the model",
-        )
-
     def _graphed(self, call: Call, forward: Any, inputs: Inputs) -> Any:
         """What `forward` gives, from graphs that no other generation uses now; those of another config are dropped."""
         thread, model, generation = self._thread, self._model(), call.generation
         assert model is not None, "its forward was called"
-        with self._lock:
-            graphs = generation.graphs
-            if graphs is None or graphs.user is not generation:
-                self._graphs = [g for g in self._graphs if g.config == generation.config]
-                graphs = next((g for g in self._graphs if g.free), None)
-                if graphs is None:
-                    graphs = Graphs(model, generation.config)
-                    self._graphs.append(graphs)
-                graphs.take(generation)
-                generation.graphs = graphs
-            graphs.running = True
+        graphs = self._graphs.taken_by(generation, model)
 
         def compute(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             thread.call = call

@@ -20,12 +20,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from .call import Call
 from .capture import Capture, CudaCapture, line_of
 from .config import PABConfig
 from .context import Context
 from .costs import place
 from .fixed_arena import Change, FixedArena, Places
-from .generation import Call, Generation
+from .generation import Generation
 from .host_state import State, difference, host_state
 from .plan import Action, Plan
 from .signature import copy_into, like, signature, tensors_of

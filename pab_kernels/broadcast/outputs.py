@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..ops.cached_outputs import line_value
 from ..ops.quantize import Quantized
-from .generation import Call, Turn
+from .call import Call, Turn
 from .plan import Sublayer
 from .slots import Line, unpack
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import ops
 from ..ops.cached_outputs import line_value
-from .generation import Call, Store
+from .call import Call, Store
 from .slots import Line, Slot, unpack
 
 MOST_PENDING = 3

@@ -1,4 +1,4 @@
-"""Why a generation reused nothing."""
+"""Why a run reused nothing, why a call runs plainly, and what to do: the texts of warnings."""
 
 from __future__ import annotations
 
@@ -32,4 +32,23 @@ def nothing_reused(generation: Generation) -> str | None:
 NOT_CALLED = (
     "its scheduler stepped and the model was not called under PAB: the pipeline calls another model, or a forward that does not lead to "
     "this one; call pab.enable(pipe) again"
+)
+
+NOT_BEGUN = (
+    "no generation has begun",
+    "call it inside `with pab.generation(model, num_steps=...):`, or give num_steps to pab.enable; on a pipeline pass the pipeline to "
+    "pab.enable",
+)
+"""Of a call on a bare model."""
+
+NOT_FOLLOWED = (
+    "no sampling run that is followed has begun or has steps left",
+    "the scheduler that runs is not the one that is followed where a pipeline that shares the model was not enabled, or has a copy of the "
+    "scheduler: pab.enable every pipeline that calls the model",
+)
+"""Of a call where pipelines are followed."""
+
+NOT_ENTERED = (
+    "where its run enters the schedule is not known, as the scheduler has no step index and the timestep of the first call is none of the "
+    "schedule's; it is taken to be the first step. In image-to-image, windows then lie too early: call scheduler.set_begin_index"
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..broadcast.generation import Call
+from ..broadcast.call import Call
 from ..broadcast.slots import Key
 from ..ops.flops import linear_flops
 from .broadcast_module import BroadcastModule

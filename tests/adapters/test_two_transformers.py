@@ -15,6 +15,7 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.attach import is_stand_in
 from pab_kernels.broadcast.broadcaster import broadcaster_of
+from pab_kernels.broadcast.names import named as name_of
 from pab_kernels.broadcast.pipeline import left_at
 from tests.adapters.replay import CONFIG, RULES, Replay
 from tests.adapters.tiny_pipes import Pipe, embedding, named, transformer
@@ -239,7 +240,7 @@ def test_a_context_is_of_both_and_a_generation_of_a_bare_module_of_one() -> None
     pab.enable(pipe, CONFIG)
     with pab.context(pipe, "mine"):
         for name in MODELS:
-            assert broadcaster_of(getattr(pipe, name)).named() == ("mine", None)  # type: ignore[union-attr]
+            assert name_of(broadcaster_of(getattr(pipe, name))) == ("mine", None)  # type: ignore[union-attr]
     with (
         pytest.raises(ValueError, match="this pipeline has transformer, transformer_2; pass one of them"),
         pab.generation(pipe, num_steps=2),

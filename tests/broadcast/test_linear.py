@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pab_kernels.broadcast.call import Turn
 from pab_kernels.broadcast.config import Broadcast, PABConfig
-from pab_kernels.broadcast.generation import Generation, Turn
+from pab_kernels.broadcast.generation import Generation
 from pab_kernels.broadcast.inputs import Inputs
 from pab_kernels.broadcast.plan import Action, Sublayer
 from pab_kernels.broadcast.schedule import Schedule

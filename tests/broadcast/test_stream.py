@@ -15,8 +15,9 @@ from torch.nn.utils import parametrize
 
 from pab_kernels import ops
 from pab_kernels.broadcast import stream as stream_module
+from pab_kernels.broadcast.call import Call, Store
 from pab_kernels.broadcast.config import CacheDtype, CachePoint, PABConfig
-from pab_kernels.broadcast.generation import Call, Generation, Store
+from pab_kernels.broadcast.generation import Generation
 from pab_kernels.broadcast.plan import Sublayer
 from pab_kernels.broadcast.slots import CACHE_DTYPES, Key, Line, Slot
 from pab_kernels.broadcast.stream import ResidualStream
