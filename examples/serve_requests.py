@@ -18,7 +18,7 @@ from torch import Tensor
 import pab_kernels as pab
 from pab_kernels.analysis.pipelines import load_pipeline
 
-STEPS, GUIDANCE = 20, 3.0
+STEPS, GUIDANCE = 12, 3.0
 PROMPTS = ("a red circle moves right at night", "a green bar moves up at dawn", "a blue column moves left in the day")
 
 pipe = load_pipeline("demo")

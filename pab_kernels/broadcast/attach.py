@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -227,7 +228,9 @@ def _leads_to(function: Any, stand_in: MethodType | None) -> bool:
         if isinstance(value, FunctionType):
             names = value.__code__.co_names
             waiting += [value.__globals__[name] for name in names if isinstance(value.__globals__.get(name), MethodType)]
-            waiting += inspect.getclosurevars(value).nonlocals.values()
+            for cell in value.__closure__ or ():
+                with contextlib.suppress(ValueError):  # it is empty
+                    waiting.append(cell.cell_contents)
             waiting += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values()]
         elif isinstance(value, functools.partial):
             waiting += [value.func, *value.args, *value.keywords.values()]

@@ -46,7 +46,10 @@ class Signature:
 def _names(model: nn.Module) -> list[str]:
     for module in model.modules():  # a wrapper before what it wraps
         for forward in (module.forward, partial(type(module).forward, module)):  # somebody may have put another one on it
-            parameters = inspect.signature(forward).parameters.values()
+            try:
+                parameters = inspect.signature(forward).parameters.values()
+            except (TypeError, ValueError):  # written in C, or compiled by TorchScript
+                continue
             names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
             if names:
                 return names
