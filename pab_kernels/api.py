@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from .adapters import adapter_for
+from .broadcast.attach import tidy
 from .broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
 from .broadcast.config import PABConfig
+from .broadcast.names import Naming
 from .broadcast.pipeline import PipeWatch, denoisers
 from .broadcast.plan import Sublayer
-from .broadcast.presets import preset_for, preset_name
+from .broadcast.presets import preset_for, preset_name, presets
 from .broadcast.request import Request
 from .broadcast.summary import Summary, together
 
@@ -40,9 +42,10 @@ def _resolve(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
 
 def _all_models(model_or_pipe: Any) -> list[nn.Module]:
     """The DiTs, and those that a pipeline held when PAB was enabled on it."""
-    models, pipe = _resolve(model_or_pipe)
-    watch = None if pipe is None else PipeWatch.of(pipe)
-    return list({id(model): model for model in (*models.values(), *(watch.models() if watch else ()))}.values())
+    watch = None if isinstance(model_or_pipe, nn.Module) else PipeWatch.of(model_or_pipe)
+    known = [] if watch is None else watch.models()
+    models = known if known and not denoisers(model_or_pipe) else [*_resolve(model_or_pipe)[0].values(), *known]
+    return list({id(model): model for model in models}.values())
 
 
 def _enabled(model_or_pipe: Any) -> dict[str, Broadcaster]:
@@ -166,7 +169,7 @@ def enable_model(
             broadcaster.attach()
         if given is not None and given is not model:
             broadcaster.enclose(given)
-        broadcaster.configure(chosen, timed, cuda_graphs, config is not None)
+        broadcaster.configure(chosen, timed, cuda_graphs, config is not None and config not in presets().values())
         if pipe is not None:
             broadcaster.watch(pipe)
         if num_steps is not None or timesteps is not None:
@@ -187,6 +190,7 @@ def disable(model_or_pipe: Any) -> None:
         if broadcaster is not None:
             broadcaster.detach()
             delattr(model, ATTRIBUTE)
+            tidy(model)
 
 
 def release(model_or_pipe: Any) -> None:
@@ -230,9 +234,8 @@ def generation(model: Any, *, num_steps: int | None = None, timesteps: Sequence[
     return broadcaster.begin(num_steps=num_steps, timesteps=timesteps)
 
 
-@contextlib.contextmanager
-def context(model: Any, name: str, step: int | None = None) -> Iterator[None]:
-    """Name the context of the calls inside, such as "cond" and "uncond" where a pipeline calls the model once for each.
+def context(model: Any, name: str, step: int | None = None) -> contextlib.AbstractContextManager[None]:
+    """Name the context of the calls inside `with`, such as "cond" and "uncond" where a pipeline calls the model once for each.
 
     Args:
         model: a DiT, or its pipeline, on which PAB is enabled.
@@ -247,10 +250,7 @@ def context(model: Any, name: str, step: int | None = None) -> Iterator[None]:
         raise ValueError(f"a context needs a name, got {name!r}")
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
         raise ValueError(f"step must be a whole number from 0, got {step!r}; leave it out where the calls tell it")
-    with contextlib.ExitStack() as stack:
-        for broadcaster in _enabled(model).values():
-            stack.enter_context(broadcaster.context(name, step))
-        yield
+    return Naming(list(_enabled(model).values()), name, step)
 
 
 def sublayers(model: Any, kinds: Mapping[str, str | None] | None = None) -> list[Sublayer]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..adapters import adapter_for
 from ..broadcast.adapter import Adapter
+from ..broadcast.attach import tidy
 from ..broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
 from ..broadcast.config import KINDS, PABConfig
 from ..files import write_text
@@ -239,6 +240,7 @@ class _Study:
         if self._broadcaster is not None:
             self._broadcaster.detach()
             vars(self._model).pop(ATTRIBUTE, None)
+            tidy(self._model)
             self._broadcaster = None
 
     def analysis(self) -> Analysis:

@@ -67,7 +67,7 @@ class Attached:
         else:
             self._stand_in = MethodType(_of_object(self), self.owner)
         for copied in (self.holder, self.owner):
-            vars(copied).setdefault("__getstate__", MethodType(_state_of_copies, copied))
+            leave_out_of_copies(copied)
         vars(self.holder)[self.name] = self._stand_in
         return self
 
@@ -86,7 +86,7 @@ class Attached:
         if records.get(self.method) is self:
             del records[self.method]
         for copied in (self.holder, self.owner):
-            _tidy(copied)
+            tidy(copied)
 
     def attach_again(self) -> bool:
         """Put the stand-in around what somebody has put in its place, or into its class, since; whether that was so.
@@ -271,10 +271,16 @@ def _plain(owner: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _tidy(owner: Any) -> None:
-    """Take away what only objects with stand-ins have."""
+def leave_out_of_copies(owner: Any) -> None:
+    """Let copies of an object, and pickled ones, have no stand-ins and no attributes that begin with `PREFIX`."""
+    vars(owner).setdefault("__getstate__", MethodType(_state_of_copies, owner))
+
+
+def tidy(owner: Any) -> None:
+    """Take away what only objects with stand-ins, or attributes of ours, have."""
     held = vars(owner)
     if not held.get(_RECORDS, True):
         del held[_RECORDS]
-    if getattr(held.get("__getstate__"), "__func__", None) is _state_of_copies and not any(map(is_stand_in, held.values())):
+    ours = any(is_stand_in(value) or name.startswith(PREFIX) for name, value in held.items())
+    if not ours and getattr(held.get("__getstate__"), "__func__", None) is _state_of_copies:
         del held["__getstate__"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .adapter import Adapter, Detachable
 from .attach import PREFIX, Attached, attach_forward, is_stand_in
@@ -21,7 +22,7 @@ from .following import Following
 from .generation import Generation
 from .graph_pool import GraphPool
 from .inputs import Inputs, Signature
-from .names import named, naming
+from .names import Naming, named
 from .open_generation import OpenGeneration
 from .request import Request
 from .runs import Runs
@@ -111,7 +112,7 @@ class Broadcaster:
         """Take other rules, from the next generation on; measure seconds or do not, capture CUDA graphs or do not.
 
         Args:
-            chosen: whether somebody chose these rules, and is to hear of those without effect.
+            chosen: whether somebody wrote these rules for the model, and is to hear of those without effect; a preset is for many models.
         """
         self.config, self.timed, self.cuda_graphs, self._chosen = config, timed, cuda_graphs, chosen
 
@@ -223,6 +224,10 @@ class Broadcaster:
         for generation in self._runs.of(scheduler):
             generation.abort()
 
+    def schedulers_changed(self) -> None:
+        """A pipeline holds another scheduler, or is gone."""
+        self._runs.end_unheld()
+
     def pipe_failed(self, pipe: Any) -> None:
         """A run of `pipe` was left by an error."""
         self.scheduler_failed(pipe.scheduler)
@@ -253,9 +258,9 @@ class Broadcaster:
 
     # Calls of the model
 
-    def context(self, name: str | None, step: int | None = None) -> contextlib.AbstractContextManager[None]:
+    def context(self, name: str | None, step: int | None = None) -> Naming:
         """Name the context (and the step) of the calls inside, in this thread or task."""
-        return naming(self, name, step)
+        return Naming([self], name, step)
 
     @contextlib.contextmanager
     def _cache_context(self, original: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -298,7 +303,7 @@ class Broadcaster:
 
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = Inputs(args, kwargs, self._signature.latents(args, kwargs), self._signature.timestep(args, kwargs))
-        if self._records_gradients(inputs.tensors) or torch._C._get_tracing_state() is not None:
+        if self._records_gradients(inputs.tensors) or _is_transformed(inputs.tensors):
             return self._plainly(forward, args, kwargs, "gradients are recorded", "call it under torch.no_grad() for PAB")
         name, step = named(self)
         generation = self._find(inputs, name)
@@ -326,6 +331,7 @@ class Broadcaster:
             out = forward(*args, **kwargs)
             call.finish()
         except BaseException:
+            generation.failed = True
             generation.release()
             raise
         finally:
@@ -371,10 +377,10 @@ class Broadcaster:
             graphs.running = False
 
     def _records_gradients(self, tensors: Sequence[torch.Tensor]) -> bool:
-        if not torch.is_grad_enabled():
-            return False
+        if any(t.requires_grad for t in tensors):  # in a checkpoint, which records them later, too
+            return True
         model = self._model()
-        return any(t.requires_grad for t in tensors) or (model is not None and any(p.requires_grad for p in model.parameters()))
+        return torch.is_grad_enabled() and model is not None and any(p.requires_grad for p in model.parameters())
 
     def _say(self, generation: Generation) -> None:
         plan = generation.plan
@@ -391,6 +397,15 @@ class Broadcaster:
         if message not in self._said:
             self._said.add(message)
             logger.log(level, message)
+
+
+def _is_transformed(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a call is traced, differentiated or batched by a transform, or of tensors without contents: no step of a run."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(isinstance(t, FakeTensor) for t in tensors)
+    )
 
 
 def broadcaster_of(model: nn.Module) -> Broadcaster | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .generation import Generation, label_of
@@ -19,7 +19,7 @@ def whose(
     1. the timestep: a call at another one than a generation's next is not its own
     2. the tensors that stay from step to step: a generation is known by those of its last call
     3. before its first call, a generation belongs to the thread or task that began it
-    4. the functions that are running: one of them holds the pipeline, or the scheduler
+    4. the function that calls the model: it holds the pipeline, or the scheduler
 
     Args:
         candidates: generations that go on.
@@ -35,19 +35,17 @@ def whose(
     left = [g for g in candidates if claims[id(g)] is not False]
     if len(left) > 1:
         left = [g for g in left if claims[id(g)]] or left
-    if len(left) > 1 and all(g.started for g in left):
+    if len(left) > 1 and all(g.contexts for g in left):
         left = [g for g in left if g.recognises(label, inputs)] or left
     if len(left) > 1:
         begun = list(begun_here())
-        left = [g for g in left if not g.started and any(g is other for other in begun)] or left
+        left = [g for g in left if not g.contexts and any(g is other for other in begun)] or left
     if len(left) < 2:
         return left[0] if left else None
-    for values in _locals_of_callers():
-        found = [g for g in left if any(value is holder for value in values for holder in holders(g))]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            break
+    held = _held_by_caller()
+    found = [g for g in left if any(value is holder for value in held for holder in holders(g))]
+    if len(found) == 1:
+        return found[0]
     steps = ", ".join(str(g.step) for g in left)
     raise RuntimeError(
         f"{len(left)} sampling runs on this model go on (at steps {steps}), and nothing tells which one this call belongs to; give each "
@@ -56,13 +54,16 @@ def whose(
     )
 
 
-def _locals_of_callers() -> Iterator[list[Any]]:
-    """The local variables of the functions that are running, the innermost first."""
+def _held_by_caller() -> list[Any]:
+    """What the function that calls the model holds: its local variables, and the attributes of its `self`."""
     frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_locals is not frame.f_globals and not frame.f_globals.get("__name__", "").startswith(_PACKAGE):
-            yield list(frame.f_locals.values())
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         frame = frame.f_back
+    if frame is None or frame.f_locals is frame.f_globals:
+        return []
+    held = list(frame.f_locals.values())
+    return held + list(getattr(frame.f_locals.get("self"), "__dict__", {}).values())
 
 
-_PACKAGE = __name__.partition(".")[0]
+_BETWEEN = (__name__.partition(".")[0], "torch", "accelerate", "peft")
+"""Packages whose functions stand between that function and the model."""

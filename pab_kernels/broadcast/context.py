@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -16,36 +17,56 @@ from .stopwatch import REST, Stopwatch
 
 
 class _Seen:
-    """A tensor among the arguments of the last call, and whether the call before it had the same.
+    """An argument of the last call, and whether the call before it had the same.
+
+    A view is known by what it is a view of and where it begins there: one that is made for each call is the same again.
 
     Args:
-        tensor: it is not kept alive.
+        value: a tensor, which is not kept alive, or a number.
     """
 
-    __slots__ = ("tensor", "version", "again")
+    __slots__ = ("_tensor", "_where", "_version", "again")
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = weakref.ref(tensor)
-        self.version = _version(tensor)
+    def __init__(self, value: Any) -> None:
         self.again = False
+        self._tensor: weakref.ref[torch.Tensor] | None = None
+        self._where, self._version = value, 0
+        if isinstance(value, torch.Tensor):
+            base, self._where, self._version = _anchor(value)
+            self._tensor = weakref.ref(base)
 
-    def exchanged(self, tensor: torch.Tensor) -> bool:
-        """Whether another tensor, or another content of it, shows that another prompt is meant."""
-        last = self.tensor()
-        if last is tensor:
-            return self.again and self.version != _version(tensor)
-        return self.again or last is not None
+    def same(self, value: Any) -> bool:
+        """Whether it is this one again, as it was."""
+        if not isinstance(value, torch.Tensor):
+            return self._tensor is None and bool(self._where == value)
+        base, where, version = _anchor(value)
+        return self._tensor is not None and self._tensor() is base and (self._where, self._version) == (where, version)
 
-    def then(self, tensor: torch.Tensor) -> _Seen:
-        """What is known after a call with `tensor`."""
-        if self.tensor() is not tensor or self.version != _version(tensor):
-            return _Seen(tensor)
+    def exchanged(self, value: Any) -> bool:
+        """Whether another one shows that another prompt is meant: this one is still there, or was the same in two calls."""
+        if self.same(value):
+            return False
+        if self.again or self._tensor is None or not isinstance(value, torch.Tensor):
+            return self.again
+        last, (base, where, _) = self._tensor(), _anchor(value)
+        return last is not None and (last is not base or self._where != where)
+
+    def then(self, value: Any) -> _Seen:
+        """What is known after a call with `value`."""
+        if not self.same(value):
+            return _Seen(value)
         self.again = True
         return self
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # torch does not count writes to inference tensors
+def _anchor(tensor: torch.Tensor) -> tuple[torch.Tensor, Hashable, int]:
+    """The tensor that a view is of, or the tensor itself; where the view lies in it; and how often it was written to."""
+    if tensor.is_inference():  # torch does not count the writes
+        return tensor, None, 0
+    base = tensor._base if tensor._is_view() else None
+    if base is None:
+        return tensor, None, tensor._version
+    return base, (tensor.storage_offset(), tuple(tensor.shape), tensor.stride()), tensor._version
 
 
 @dataclass
@@ -99,7 +120,7 @@ class Context:
         self._looks: Hashable = None
         self._steady: list[_Seen] = []
 
-    def exchanged(self, inputs: Inputs) -> torch.Tensor | None:
+    def exchanged(self, inputs: Inputs) -> Any:
         """The argument by which a call shows that it does not continue the last one of this context, or None.
 
         The prompt, its mask, rotary tables, ... are the same tensors at every step, and the latents and the timestep are not. Another
@@ -113,11 +134,11 @@ class Context:
         return self._looks in (None, inputs.looks) and self.exchanged(inputs) is None
 
     def holds(self, inputs: Inputs) -> bool:
-        """Whether the last call had all these tensors, and at least one."""
+        """Whether the last call had all these tensors and numbers, and at least one."""
         pairs = list(zip(self._steady, inputs.steady, strict=False))
-        return self._looks == inputs.looks and bool(pairs) and all(seen.tensor() is t for seen, t in pairs)
+        return self._looks == inputs.looks and bool(pairs) and all(seen.same(value) for seen, value in pairs)
 
-    def enter(self, inputs: Inputs) -> torch.Tensor | None:
+    def enter(self, inputs: Inputs) -> Any:
         """A call of the model begins. Where it does not continue the last one, every slot is released.
 
         Returns:

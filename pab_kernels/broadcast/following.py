@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from torch import nn
 from .generation import Generation
 from .pipeline import PipeWatch, compiled, denoisers, holds, left_at
 from .scheduler import Follower, SchedulerWatch, has_begun
+
+logger = logging.getLogger("pab_kernels")
 
 
 class Following:
@@ -25,10 +28,13 @@ class Following:
     def __init__(self, listener: Any, model: nn.Module) -> None:
         self._listener: weakref.ref[Any] = weakref.ref(listener)
         self._model = weakref.ref(model)
+        self._id = id(model)
         self._follower = Follower(listener)
         self._pipes: list[weakref.ref[Any]] = []
         self._watches: list[SchedulerWatch] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._gone = weakref.finalize(model, _model_is_gone, self, type(model).__name__)
+        self._gone.atexit = False
 
     @property
     def pipes(self) -> list[Any]:
@@ -43,16 +49,15 @@ class Following:
         """Follow the scheduler that `pipe` holds, now and whenever it holds another."""
         model, listener = self._model(), self._listener()
         assert model is not None and listener is not None
-        self._pipes = [ref for ref in self._pipes if ref() is not None and ref() is not pipe] + [weakref.ref(pipe)]
+        others = [ref for ref in self._pipes if ref() is not None and ref() is not pipe]
+        self._pipes = [*others, weakref.ref(pipe, self._pipe_is_gone)]
         PipeWatch.add(pipe, model, listener)
         self.follow()
 
     def remove(self, pipe: Any) -> None:
         """Follow the scheduler of `pipe` no more, unless another pipeline holds it too."""
+        PipeWatch.remove(pipe, self._id)
         self._pipes = [ref for ref in self._pipes if ref() is not pipe]
-        model = self._model()
-        if model is not None:
-            PipeWatch.remove(pipe, model)
         with self._lock:
             self._leave(self._held())
 
@@ -62,18 +67,26 @@ class Following:
             self.remove(pipe)
         with self._lock:
             self._leave([])
+        self._gone.detach()
+
+    def _pipe_is_gone(self, _: Any) -> None:
+        with self._lock:
+            self._leave(self._held())
 
     def _held(self) -> list[Any]:
-        return [pipe.scheduler for pipe in self.pipes]
+        return [scheduler for pipe in self.pipes if (scheduler := getattr(pipe, "scheduler", None)) is not None]
+
+    def _with(self, scheduler: Any) -> list[Any]:
+        return [pipe for pipe in self.pipes if getattr(pipe, "scheduler", None) is scheduler]
 
     def holds(self, scheduler: Any) -> bool:
         """Whether one of the pipelines holds `scheduler`."""
-        return any(pipe.scheduler is scheduler for pipe in self.pipes)
+        return any(scheduler is held for held in self._held())
 
     def holders(self, generation: Generation) -> list[Any]:
         """The scheduler of a generation, and the pipelines that hold it."""
         scheduler = generation.scheduler
-        return [] if scheduler is None else [scheduler, *(pipe for pipe in self.pipes if pipe.scheduler is scheduler)]
+        return [] if scheduler is None else [scheduler, *self._with(scheduler)]
 
     def follow(self) -> None:
         """Follow the schedulers that the pipelines hold now, and no others."""
@@ -87,10 +100,13 @@ class Following:
             self._leave(held)
 
     def _leave(self, held: Sequence[Any]) -> None:
-        for watch in list(self._watches):
-            if not any(watch.scheduler is scheduler for scheduler in held):
-                watch.remove(self._follower)
-                self._watches.remove(watch)
+        left = [watch for watch in self._watches if not any(watch.scheduler is scheduler for scheduler in held)]
+        for watch in left:
+            watch.remove(self._follower)
+            self._watches.remove(watch)
+        listener = self._listener()
+        if left and listener is not None:
+            listener.schedulers_changed()
 
     def _watch(self, scheduler: Any) -> SchedulerWatch | None:
         return next((watch for watch in self._watches if watch.scheduler is scheduler), None)
@@ -109,12 +125,11 @@ class Following:
     def only(self, scheduler: Any) -> bool:
         """Whether the steps of `scheduler` are those of this model alone."""
         watch = self._watch(scheduler)
-        pipes = [pipe for pipe in self.pipes if pipe.scheduler is scheduler]
-        return watch is not None and len(watch.listeners) == 1 and all(len(denoisers(pipe)) == 1 for pipe in pipes)
+        return watch is not None and len(watch.listeners) == 1 and all(len(denoisers(pipe)) == 1 for pipe in self._with(scheduler))
 
     def left_at(self, scheduler: Any) -> int | None:
         """The step at which another model takes over on every pipeline that holds `scheduler`, or None."""
-        model, pipes = self._model(), [pipe for pipe in self.pipes if pipe.scheduler is scheduler]
+        model, pipes = self._model(), self._with(scheduler)
         end = max((left_at(pipe, model) for pipe in pipes if model is not None), default=0)
         return end if 0 < end < len(scheduler.timesteps) else None
 
@@ -131,9 +146,7 @@ class Following:
             return False
         watch.attach_again()
         found = False
-        for pipe in self.pipes:
-            if pipe.scheduler is not scheduler:
-                continue
+        for pipe in self._with(scheduler):
             if not holds(pipe, model):
                 warn(
                     f"{type(pipe).__name__} calls another model than the {type(model).__name__} that PAB was enabled on, and nothing is "
@@ -145,3 +158,14 @@ class Following:
             if outer is not None:
                 enclose(outer)
         return found
+
+
+def _model_is_gone(following: Following, name: str) -> None:
+    """The model was let go while pipelines are followed for it: they call another one now."""
+    for pipe in following.pipes:
+        logger.warning(
+            "the %s of a %s on which PAB was enabled is gone, and nothing is reused in another one; call pab.enable(pipe) again",
+            name,
+            type(pipe).__name__,
+        )
+    following.close()

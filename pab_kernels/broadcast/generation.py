@@ -25,8 +25,8 @@ from .timesteps import Moment, Timesteps
 if TYPE_CHECKING:
     from .graphs import Graphs
 
-MOST_UNNAMED = 16
-"""Calls in one step that are told apart by their order."""
+MOST_ALIKE = 16
+"""Calls of one name, or without one, that are told apart by their order in a step."""
 
 
 class Generation:
@@ -78,8 +78,8 @@ class Generation:
         """Whether its pipeline, at its end, has reset the model."""
         self.failed = False
         """Whether it was ended by an error."""
-        self.entered = 0
-        """How often its request is taken up now."""
+        self.entered: list[Any] = []
+        """Frames of the functions that have taken its request up now."""
         self.at_end: Callable[[Generation], None] | None = None
         """Called once, when its last step is taken or it is ended."""
         self.exchanged: Counter[str] = Counter()
@@ -130,7 +130,7 @@ class Generation:
             return None if self.notified or self.steps_seen or not self._called else moment == self._timestep[1]
         if self.timesteps.at(self.step, moment):
             return True
-        told = self.steps_seen or not self.notified
+        told = self.steps_seen or not (self.notified or moment.own)
         return not told and any(i > self.step for i in self.timesteps.places(moment))
 
     def recognises(self, label: str, inputs: Inputs) -> bool:
@@ -147,7 +147,7 @@ class Generation:
         with self.lock:
             if self.plan is None:
                 self.start()
-            moment = self.timesteps.moment(inputs.timestep) if self.scheduler is not None and not self.steps_seen else None
+            moment = self.timesteps.moment(inputs.timestep) if self.timesteps.known and not self.steps_seen else None
             if not self.contexts:
                 self._in_schedule = bool(self.timesteps.recognise(moment))
             label = label_of(name)
@@ -176,13 +176,15 @@ class Generation:
         """Whether a call is the first of a further step, which no `step` of a scheduler has told."""
         if not self._called:
             return False
-        if label in self._called and (self.scheduler is None or label):
-            return True  # where a scheduler is followed, copies of it step
-        if self.scheduler is None or self.steps_seen:
+        if self.scheduler is None:
+            return label in self._called
+        if self.steps_seen:
             return False
         last, before = self._timestep
-        if moment is not None and before is not None:
+        if moment is not None and before is not None and (moment.single or not label):
             return moment.value != before.value
+        if label in self._called and label:
+            return True  # copies of the scheduler step
         if label or timestep is last or not isinstance(timestep, torch.Tensor) or timestep.is_meta:
             return False
         if self._branches is None:  # not known to the host: it waits once, for the first further call
@@ -195,6 +197,11 @@ class Generation:
     def _context_of(self, label: str, inputs: Inputs) -> str:
         """Key of the context of a call. Calls without names go by their order, unless the prompt says otherwise."""
         order = self._called.get(label, 0)
+        if order >= MOST_ALIKE:
+            raise RuntimeError(
+                f"{order + 1} calls came in one step of the schedule; calls of up to {MOST_ALIKE} branches without names are supported: "
+                'name the calls, `with pab.context(model, "cond"):`, or the step, `pab.context(model, "cond", step=i)`'
+            )
         if label:
             return f"{label}#{order}" if order else label
         key = f"#{order}"
@@ -205,11 +212,6 @@ class Generation:
                 return known[0]
             if key in self._entered:
                 key = next(f"#{i}" for i in range(len(self.contexts) + 1) if f"#{i}" not in self._entered)
-        if order >= MOST_UNNAMED:
-            raise RuntimeError(
-                f"{order + 1} calls came in one step of the schedule; calls of up to {MOST_UNNAMED} branches without names are supported: "
-                'name the calls, `with pab.context(model, "cond"):`, or the step, `pab.context(model, "cond", step=i)`'
-            )
         return key
 
     def _beyond(self, at: int) -> str:
@@ -251,6 +253,8 @@ class Generation:
         """Release everything: no call belongs to it any more."""
         with self.lock:
             self.over = True
+            for context in self.contexts.values():
+                context.arena.close()
             self._finish()
 
     def abort(self) -> None:

@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .costs import Arguments
+from .signature import PLAIN
 from .slots import Key
 
-TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas")
+TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas", "time")
 """Names of the argument that holds the timestep."""
 
 
@@ -28,8 +29,9 @@ class Signature:
 
     def __init__(self, model: nn.Module) -> None:
         names = _names(model)
-        self._first = names[0] if names else None
         self._place = next((names.index(name) for name in TIMESTEPS if name in names), None)
+        self._first = int(self._place == 0)
+        self._name = names[self._first] if self._first < len(names) else None
 
     def timestep(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The timestep of a call, or None."""
@@ -39,8 +41,10 @@ class Signature:
         return args[self._place] if self._place is not None and self._place < len(args) else None
 
     def latents(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The first argument, by its place or its name."""
-        return args[0] if args else kwargs.get(self._first or "", next(iter(kwargs.values()), None))
+        """The first argument that is not the timestep, by its place or its name."""
+        if self._first < len(args):
+            return args[self._first]
+        return kwargs.get(self._name or "", next((value for name, value in kwargs.items() if name not in TIMESTEPS), None))
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -81,12 +85,23 @@ class Inputs:
         return [leaf for leaf in self._flat[0] if isinstance(leaf, torch.Tensor)]
 
     @cached_property
-    def steady(self) -> list[torch.Tensor]:
-        """The tensors that may stay the same from step to step: all but the latents and the timestep."""
+    def steady(self) -> list[Any]:
+        """The tensors and numbers that may stay the same from step to step: all but the latents and the timestep.
+
+        Tensors are looked for in objects too, such as dataclasses.
+        """
         latents = self.latents
         moving = [latents] if isinstance(latents, torch.Tensor) else pytree.tree_leaves(latents)
         moving.append(self.timestep)
-        return [t for t in self.tensors if not any(t is m for m in moving)]
+        found: list[Any] = []
+        for leaf in self._flat[0]:
+            if any(leaf is m for m in moving):
+                continue
+            if isinstance(leaf, (torch.Tensor, int, float)):
+                found.append(leaf)
+            elif not isinstance(leaf, PLAIN) and hasattr(leaf, "__dict__"):
+                found += [held for held in pytree.tree_leaves(list(vars(leaf).values())) if isinstance(held, torch.Tensor)]
+        return found
 
     @cached_property
     def looks(self) -> tuple[Any, ...]:
@@ -99,12 +114,13 @@ class Inputs:
         """What calls with such arguments cost is kept by this."""
         return Arguments.of(*self._flat)
 
-    def name_of(self, tensor: torch.Tensor) -> str:
-        """The name of a tensor among the arguments."""
+    def name_of(self, value: Any) -> str:
+        """What messages call one of the arguments."""
         for path, leaf in pytree.tree_flatten_with_path((self.args, dict(self.kwargs)))[0]:
-            if leaf is tensor:
-                return pytree.keystr(path[1:]).strip("[]'")
-        return "an argument"
+            if leaf is value:
+                name = pytree.keystr(path[1:]).strip("[]'")
+                return f"number {int(name) + 1}" if name.isdigit() else name
+        return "that holds the prompt"
 
 
 NO_INPUTS = Inputs((), {}, None, None)

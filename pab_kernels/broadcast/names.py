@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import weakref
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
-_GIVEN: contextvars.ContextVar[tuple[tuple[weakref.ref[Any], str | None, int | None], ...]] = contextvars.ContextVar(
-    "pab_contexts", default=()
-)
-"""For whom a name was given, the name, and the step; the innermost last."""
+from .request import entering, running
 
 
-@contextlib.contextmanager
-def naming(owner: Any, name: str | None, step: int | None) -> Iterator[None]:
-    """Give a name, and perhaps a step, to the calls inside."""
-    entry = weakref.ref(owner), name, step
-    _GIVEN.set((*_GIVEN.get(), entry))
-    try:
-        yield
-    finally:  # in another context, as where a generator is resumed in another thread, it is not there
-        _GIVEN.set(tuple(other for other in _GIVEN.get() if other is not entry))
+class Naming:
+    """Gives a name, and perhaps a step, to the calls inside of `with`.
+
+    Args:
+        owners: for whom.
+        name: of the context.
+        step: of the full schedule, or None.
+    """
+
+    def __init__(self, owners: Sequence[Any], name: str | None, step: int | None) -> None:
+        self._owners = [weakref.ref(owner) for owner in owners]
+        self.name, self.step = name, step
+        self.frames: list[Any] = []
+        """Of the functions that it is given in."""
+
+    def is_for(self, owner: Any) -> bool:
+        """Whether it is given for `owner`."""
+        return any(ref() is owner for ref in self._owners)
+
+    def __enter__(self) -> None:
+        self.frames.append(entering())
+        _GIVEN.set((*_GIVEN.get(), self))
+
+    def __exit__(self, *_: object) -> None:  # in another thread, as where a generator is resumed there, it is not in force
+        self.frames.pop()
+        _GIVEN.set(tuple(other for other in _GIVEN.get() if other is not self))
+
+
+_GIVEN: contextvars.ContextVar[tuple[Naming, ...]] = contextvars.ContextVar("pab_contexts", default=())
+"""In this thread or task, the innermost last."""
 
 
 def named(owner: Any) -> tuple[str | None, int | None]:
-    """The name and step that calls have now."""
-    return next(((name, step) for ref, name, step in reversed(_GIVEN.get()) if ref() is owner), (None, None))
+    """The name and step that calls have now; of several, those given by a function that runs, and not by a generator that waits."""
+    given = [naming for naming in reversed(_GIVEN.get()) if naming.is_for(owner)]
+    if len(given) > 1:
+        given = [naming for naming in given if running(naming.frames)] or given
+    return (given[0].name, given[0].step) if given else (None, None)

@@ -5,7 +5,6 @@ Where a plan is made in advance, what no later step reads is not kept. Here ever
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from .config import PABConfig
 from .generation import Generation
 from .plan import Action, Decision, Plan, Sublayer
-from .schedule import Schedule
+from .schedule import MOST_STEPS, Schedule
 from .slots import Meter
 
 
@@ -79,9 +78,9 @@ class OpenGeneration(Generation):
     """
 
     def __init__(self, config: PABConfig, sublayers: Sequence[Sublayer], clock: Callable[[], Any], *, timed: bool = False) -> None:
-        super().__init__(config, sublayers, num_steps=sys.maxsize, timed=timed)
+        super().__init__(config, sublayers, num_steps=MOST_STEPS, timed=timed)
         self._clock = clock
-        self._plan = OpenPlan(config, Schedule(sys.maxsize), self.sublayers).at(self._asked())
+        self._plan = OpenPlan(config, Schedule(MOST_STEPS), self.sublayers).at(self._asked())
         self.plan = self._plan
 
     def _asked(self) -> float:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from .attach import PREFIX, Attached
+from .attach import PREFIX, Attached, leave_out_of_copies, tidy
 
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 """Names of what a pipeline may call at the steps of its scheduler."""
@@ -86,21 +86,23 @@ class PipeWatch:
         if watch is None:
             watch = cls(pipe)
             vars(pipe)[_WATCH] = watch
+            leave_out_of_copies(pipe)
             for attached in watch._attached:
                 attached.attach()
         watch._listeners[id(model)] = weakref.ref(model), weakref.ref(listener)
 
     @classmethod
-    def remove(cls, pipe: Any, model: nn.Module) -> None:
-        """Take a model off; without models the pipeline is given back."""
+    def remove(cls, pipe: Any, model: int) -> None:
+        """Take a model off, by its `id`; without models the pipeline is given back."""
         watch = cls.of(pipe)
         if watch is None:
             return
-        watch._listeners.pop(id(model), None)
+        watch._listeners.pop(model, None)
         if not watch.models():
             for attached in watch._attached:
                 attached.detach()
-            del vars(pipe)[_WATCH]
+            vars(pipe).pop(_WATCH, None)
+            tidy(pipe)
 
     def models(self) -> list[nn.Module]:
         """The models that are there."""

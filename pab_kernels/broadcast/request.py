@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextvars
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .generation import Generation
 from .plan import Plan
@@ -38,6 +39,33 @@ def _forget(generation: Generation) -> None:
     if place is not None:  # else it was taken up in another thread, as where a generator is resumed in one
         del refs[place]
         _CURRENT.set(tuple(refs))
+
+
+def entering() -> Any:
+    """The frame of the function whose `with` is being entered, through the context managers that others have made around it."""
+    frame: Any = sys._getframe(2)
+    while frame.f_back is not None and (_is_between(frame) or _is_of(frame.f_back, "contextlib")):
+        frame = frame.f_back
+    return frame
+
+
+def running(frames: Sequence[Any]) -> bool:
+    """Whether the function of the last of these frames is being run now: a generator that waits is not."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame is not frames[-1]:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _is_between(frame: Any) -> bool:
+    return _is_of(frame, "contextlib") or _is_of(frame, _PACKAGE)
+
+
+def _is_of(frame: Any, package: str) -> bool:
+    return bool(frame.f_globals.get("__name__", "").partition(".")[0] == package)
+
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 class Request:
@@ -81,12 +109,12 @@ class Request:
     def __enter__(self) -> Request:
         if self.generation.over and not self.generation.used_up:
             raise RuntimeError("this request is closed, or ended by an error; begin another one: pab.generation(model, num_steps=...)")
-        self.generation.entered += 1
+        self.generation.entered.append(entering())
         note(self.generation)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.generation.entered -= 1
+        self.generation.entered.pop()
         _forget(self.generation)
         if kind is not None:
             self.generation.abort()

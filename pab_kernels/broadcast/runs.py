@@ -11,7 +11,7 @@ from .claims import whose
 from .following import Following
 from .generation import Generation
 from .inputs import Inputs
-from .request import begun_here, note
+from .request import begun_here, note, running
 
 
 class Runs:
@@ -44,6 +44,13 @@ class Runs:
     def of(self, scheduler: Any) -> list[Generation]:
         """Those of a scheduler that go on."""
         return [g for g in self._running if g.scheduler is scheduler and not g.over]
+
+    def end_unheld(self) -> None:
+        """End those of schedulers that no pipeline holds any more."""
+        for g in self._running:
+            if g.scheduler is not None and not g.over and not self._following.holds(g.scheduler):
+                g.abort()
+        self._running = [g for g in self._running if not g.over]
 
     def clear(self) -> None:
         """Forget all."""
@@ -99,6 +106,9 @@ class Runs:
             RuntimeError: it may be more than one's.
         """
         mine = [g for g in begun_here() if g in self._requested or g in self._running]
+        taken_up = [g for g in mine if g.entered]
+        if len(taken_up) > 1 and mine[0].entered:  # nested, or held open by generators of which some wait
+            return next((g for g in taken_up if running(g.entered)), taken_up[0])
         if mine and mine[0].entered:
             return mine[0]
         following = self._following
@@ -109,7 +119,7 @@ class Runs:
             begun = following.begun(besides=[g.scheduler for g in going_on])
             found = whose([self._from(s, notified=False) for s in begun], name, inputs, following.holders)
         if found is None:
-            taken_up = [g for g in mine if g.entered][:1] or [g for g in self._requested if g.entered]
+            taken_up = taken_up[:1] or [g for g in self._requested if g.entered]
             found = whose(taken_up, name, inputs, following.holders)
         if found is not None and not found.started:
             self.latest = found

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .attach import PREFIX, Attached
+from .attach import PREFIX, Attached, tidy
 from .timesteps import Timesteps
 
 _WATCH = f"{PREFIX}watch"
@@ -99,6 +99,7 @@ class SchedulerWatch:
             for attached in self._attached:
                 attached.detach()
             vars(self.scheduler).pop(_WATCH, None)
+            tidy(self.scheduler)
 
     def attach_again(self) -> None:
         """Replace methods again that somebody has replaced since."""

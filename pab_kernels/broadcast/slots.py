@@ -136,6 +136,7 @@ class Arena:
     """Whether slots lie where they lay in other generations."""
 
     def __init__(self, meter: Meter) -> None:
+        self.closed = False
         self.meters: dict[str, Meter] = {}  # of this arena, by kind
         self.weights: Mapping[str, torch.Tensor] = {}  # of lines, by sublayer, where it is `fixed`
         self._meter = meter
@@ -144,6 +145,8 @@ class Arena:
 
     def put(self, name: str, kind: str, value: Any, key: Key, source: int, dtype: torch.dtype | None = None, most: int = 1) -> None:
         """Keep `value` for sublayer `name`, of `kind`, as the newest of at most `most` outputs; older ones are let go first."""
+        if self.closed:
+            return
         self.release(name, most - 1)
         slot = Slot(value, key, source, nbytes(value), dtype)
         self._kinds[name] = kind
@@ -167,6 +170,11 @@ class Arena:
         """Let go of every slot."""
         for name in list(self._slots):
             self.release(name)
+
+    def close(self) -> None:
+        """Let go of every slot, and keep no further one: a call may go on whose generation has ended."""
+        self.closed = True
+        self.clear()
 
     def _count(self, name: str, count: int) -> None:
         self._meter.add(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,11 +19,13 @@ class Moment:
         value: its largest element: frames and tokens that are given are clean, at timestep 0.
         dtype: that it was rounded to; None for a number.
         single: whether it is one number for all rows and tokens.
+        own: whether it is a view of the scheduler's own timesteps.
     """
 
     value: float
     dtype: torch.dtype | None = None
     single: bool = True
+    own: bool = False
 
 
 class Timesteps:
@@ -48,14 +51,14 @@ class Timesteps:
             timestep: number or tensor of any shape.
             wait: whether the host may wait for the device to read it.
         """
-        if isinstance(timestep, (int, float)):
-            return Moment(float(timestep))
-        if not isinstance(timestep, torch.Tensor) or timestep.is_meta or not timestep.numel():
+        if not isinstance(timestep, torch.Tensor):
+            return _of_numbers(timestep)
+        if timestep.is_meta or not timestep.numel():
             return None
         single = timestep.numel() == 1 or not any(timestep.stride())
         place = self._place_in_table(timestep) if single else None
         if place is not None and self._host is not None:
-            return Moment(self._host[place], timestep.dtype)
+            return Moment(self._host[place], timestep.dtype, own=True)
         if not (wait or _on_host(timestep)):
             return None
         with torch.no_grad():
@@ -92,20 +95,33 @@ class Timesteps:
         return found[self._divisor]
 
     def places(self, moment: Moment | None) -> list[int]:
-        """The steps of this timestep: none where it is not in the schedule, two of some in schedules of second order."""
+        """The steps of this timestep: none where it is not in the schedule, two of some in schedules of second order.
+
+        Where none has it exactly, as it was rounded on another way, it is that of the nearest step within bfloat16's precision.
+        """
         if moment is None:
             return []
-        return [i for i, t in enumerate(self._rounded(moment.dtype, self._divisor)) if t == moment.value]
+        times = self._rounded(moment.dtype, self._divisor)
+        near = min(times, key=lambda t: abs(t - moment.value), default=math.inf)
+        return [i for i, t in enumerate(times) if t == near] if math.isclose(near, moment.value, rel_tol=2**-7) else []
 
     def at(self, step: int, moment: Moment) -> bool:
         """Whether `moment` is the timestep of `step`."""
-        rounded = self._rounded(moment.dtype, self._divisor)
-        return step < len(rounded) and rounded[step] == moment.value
+        return step in self.places(moment)
 
     @property
     def known(self) -> bool:
         """Whether there are timesteps to compare with."""
         return self._host is not None
+
+
+def _of_numbers(timestep: Any) -> Moment | None:
+    """That of a number of any library, or of a list of numbers."""
+    try:
+        values = [float(t) for t in timestep] if isinstance(timestep, (list, tuple)) else [float(timestep)]
+    except (TypeError, ValueError):
+        return None
+    return Moment(max(values), single=len(set(values)) == 1) if values else None
 
 
 def _on_host(timestep: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import pab_kernels as pab
 from tests.broadcast.toy import CONFIG, Pipe, Toy, counts, noise, toy
+from tests.hang import HANG
 
 STEPS = 7
 NAN = torch.full_like(noise(0, 3), float("nan"))
@@ -118,13 +119,17 @@ def test_tasks_of_one_event_loop_have_requests_of_their_own() -> None:
     model = toy()
     pab.enable(model, CONFIG)
 
+    async def turn() -> None:
+        """Let the other tasks run."""
+        await asyncio.get_running_loop().run_in_executor(None, lambda: None)
+
     async def run(seed: int) -> list[Tensor]:
         out = []
         with pab.generation(model, num_steps=STEPS):
             for step in range(STEPS):
-                await asyncio.sleep(0)
+                await turn()
                 with pab.context(model, "cond"):
-                    await asyncio.sleep(0)
+                    await turn()
                     out.append(bare(model, step, seed))
         return out
 
@@ -257,7 +262,7 @@ def test_two_generators_are_resumed_by_whichever_thread_is_free() -> None:
 def test_runs_in_two_threads_with_one_prompt_do_not_mix() -> None:
     same_prompt = noise(300, 3)
     a, b, right_a, right_b = pair(a=same_prompt, b=same_prompt)
-    barrier, got = threading.Barrier(2, timeout=600), {}
+    barrier, got = threading.Barrier(2, timeout=HANG), {}
 
     def work(pipe: Pipe, seed: int) -> None:
         for x in pipe.steps(STEPS, seed):

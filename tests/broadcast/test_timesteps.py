@@ -51,7 +51,7 @@ def test_a_view_of_the_schedule_is_known_without_reading_it(monkeypatch: pytest.
     monkeypatch.setattr(Tensor, "item", lambda t: pytest.fail("it was read"))
     for i, t in enumerate(TABLE):
         for view in (t, t[None], t.expand(3), TABLE[i : i + 1]):
-            assert host().moment(view) == Moment(float(TABLE.tolist()[i]), torch.float32)
+            assert host().moment(view) == Moment(float(TABLE.tolist()[i]), torch.float32, own=True)
     for other in (TABLE[0] + 0, TABLE[:2], TABLE.clone()[0], TABLE.view(torch.int32)[0]):
         assert host().moment(other) is None
 

@@ -89,8 +89,8 @@ def check(args: list[Any], options: dict[str, Any], identical: bool = False) -> 
     assert_accurate(value(got[1]), value(reference[1]), true[1])
     for a, b in zip(parts(got), parts(rounded), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        # Sums in another order move a number to the other side of a rounding now and then, no more.
-        assert a.dtype == torch.float32 or (a.float() != b.float()).double().mean() < 0.02
+        # Sums in another order, as other processors have them, move a number to the other side of a rounding now and then, no more.
+        assert a.dtype == torch.float32 or (a.float() != b.float()).sum() <= max(1, 0.02 * a.numel())
 
 
 @pytest.mark.parametrize(("store", "store_dtype"), STORES)
