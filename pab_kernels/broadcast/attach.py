@@ -99,10 +99,10 @@ class Attached:
         patched = self._of_class is not None and getattr(type(self.owner), self.method, None) is not self._of_class
         if not patched and (any(self._places()) or _leads_to(getattr(self.owner, self.method, None), self._stand_in)):
             return False
-        replacement, around = self.replacement, self.holder is not self.owner or self.name != self.method
+        replacement = self.replacement
         self.detach()
         self.replacement = replacement
-        if around or self.method == "forward":
+        if self.method == "forward":
             self.holder, self.name = innermost(self.owner)
         self.attach()
         return True
