@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <utility>
 
 namespace pab {
 
@@ -41,15 +42,23 @@ inline bool same(const Memory& a, const Memory& b) {
   return true;
 }
 
+// A few items in order. What std::sort does beyond sixteen of them makes g++ warn of arrays that are shorter.
+template <typename Item, typename Before>
+void sort_few(Item* items, int count, Before before) {
+  for (int end = 1; end < count; ++end) {
+    for (int i = end; i > 0 && before(items[i], items[i - 1]); --i) std::swap(items[i], items[i - 1]);
+  }
+}
+
 // Each stride, from the least on, is to reach beyond all that the smaller ones span.
 inline bool overlaps_itself(const Memory& m) {
-  std::array<std::pair<std::int64_t, std::int64_t>, kMaxRank> steps;
+  std::array<std::pair<std::int64_t, std::int64_t>, kMaxRank> steps{};
   int count = 0;
   for (int dim = 0; dim < m.rank; ++dim) {
     if (m.sizes[dim] == 0) return false;
     if (m.sizes[dim] > 1) steps[count++] = {m.strides[dim], m.sizes[dim]};
   }
-  std::sort(steps.begin(), steps.begin() + count);
+  sort_few(steps.data(), count, [](const auto& x, const auto& y) { return x.first < y.first; });
   std::int64_t reach = 1;
   for (int i = 0; i < count; ++i) {
     if (steps[i].first < reach) return true;
@@ -79,7 +88,7 @@ inline bool reaches(std::int64_t distance, const Term* terms, const Term* end, i
 // Whether a byte belongs to both.
 inline bool overlap(const Memory& a, const Memory& b) {
   if (!meet(a, b)) return false;
-  std::array<Term, 2 * (kMaxRank + 1)> terms;
+  std::array<Term, 2 * (kMaxRank + 1)> terms{};
   int count = 0;
   const auto add = [&](std::int64_t stride, std::int64_t least, std::int64_t most) {
     if (stride == 0) return;
@@ -95,7 +104,7 @@ inline bool overlap(const Memory& a, const Memory& b) {
   for (int dim = 0; dim < b.rank; ++dim) add(b.strides[dim] * b.item, 1 - b.sizes[dim], 0);
   add(1, 0, a.item - 1);
   add(1, 1 - b.item, 0);
-  std::sort(terms.begin(), terms.begin() + count, [](const Term& x, const Term& y) { return x.stride > y.stride; });
+  sort_few(terms.data(), count, [](const Term& x, const Term& y) { return x.stride > y.stride; });
   int left = 10000;
   return reaches(static_cast<std::int64_t>(b.begin - a.begin), terms.data(), terms.data() + count, left);
 }
