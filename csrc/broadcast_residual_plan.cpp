@@ -10,7 +10,7 @@ const char* refuse(const BroadcastResidualArguments& a) {
   for (int i = 0; i < a.slots; ++i) {
     if ((a.weights[i] == nullptr) != (a.operands[kBefore + i] == nullptr)) return "a line has a weight and a slot before the newest";
     for (int slot = i; slot < 2 * kMaxSlots; slot += kMaxSlots) {
-      if (a.operands[kSlots + slot] == nullptr) continue;
+      if (slot != i && a.operands[kSlots + slot] == nullptr) continue;  // it holds: there is none before the newest
       if (is_activation(a.slot_dtypes[slot])) {
         if (a.slot_dtypes[slot] != a.dtype) return "a slot has the dtype of the activations, or is int8 or float8_e4m3fn";
       } else if (a.operands[kSlotScales + slot] == nullptr) {

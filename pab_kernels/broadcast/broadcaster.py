@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .adapter import Adapter, Detachable
 from .attach import PREFIX, Attached, attach_forward, is_stand_in
@@ -21,7 +20,7 @@ from .config import PABConfig
 from .following import Following
 from .generation import Generation
 from .graph_pool import GraphPool
-from .inputs import Inputs, Signature
+from .inputs import Inputs, Signature, is_transformed, records_gradients
 from .names import Naming, named
 from .open_generation import OpenGeneration
 from .request import Request
@@ -303,7 +302,7 @@ class Broadcaster:
 
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = Inputs(args, kwargs, self._signature.latents(args, kwargs), self._signature.timestep(args, kwargs))
-        if self._records_gradients(inputs.tensors) or _is_transformed(inputs.tensors):
+        if records_gradients(self._model(), inputs.tensors) or is_transformed(inputs.tensors):
             return self._plainly(forward, args, kwargs, "gradients are recorded", "call it under torch.no_grad() for PAB")
         name, step = named(self)
         generation = self._find(inputs, name)
@@ -376,12 +375,6 @@ class Broadcaster:
         finally:
             graphs.running = False
 
-    def _records_gradients(self, tensors: Sequence[torch.Tensor]) -> bool:
-        if any(t.requires_grad for t in tensors):  # in a checkpoint, which records them later, too
-            return True
-        model = self._model()
-        return torch.is_grad_enabled() and model is not None and any(p.requires_grad for p in model.parameters())
-
     def _say(self, generation: Generation) -> None:
         plan = generation.plan
         if plan is None:
@@ -397,15 +390,6 @@ class Broadcaster:
         if message not in self._said:
             self._said.add(message)
             logger.log(level, message)
-
-
-def _is_transformed(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether a call is traced, differentiated or batched by a transform, or of tensors without contents: no step of a run."""
-    return (
-        torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(isinstance(t, FakeTensor) for t in tensors)
-    )
 
 
 def broadcaster_of(model: nn.Module) -> Broadcaster | None:

@@ -152,7 +152,7 @@ class Generation:
                 self._in_schedule = bool(self.timesteps.recognise(moment))
             label = label_of(name)
             if step is None and self._begins_step(label, inputs.timestep, moment):
-                ahead = [i for i in self.timesteps.places(moment) if i > self.step]
+                ahead = [i for i in self.timesteps.places(moment) if i > self.step and self.scheduler is not None]
                 self.advance(ahead[0] if ahead else None)
             self._timestep = inputs.timestep, moment
             at = self.step if step is None else step

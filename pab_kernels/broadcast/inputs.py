@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from .costs import Arguments
@@ -125,3 +126,19 @@ class Inputs:
 
 NO_INPUTS = Inputs((), {}, None, None)
 """Those of a call without arguments."""
+
+
+def records_gradients(model: nn.Module | None, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a call of `model` on `tensors` records gradients, or will be repeated to record them (checkpoints)."""
+    if any(t.requires_grad for t in tensors):
+        return True
+    return torch.is_grad_enabled() and model is not None and any(p.requires_grad for p in model.parameters())
+
+
+def is_transformed(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a call is traced, differentiated or batched by a transform, or of tensors without contents: no step of a run."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(isinstance(t, FakeTensor) for t in tensors)
+    )
