@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import pab_kernels as pab
 from pab_kernels.broadcast import timesteps
 from pab_kernels.broadcast.timesteps import Moment, Timesteps
-from tests.broadcast.toy import CONFIG, TOKENS, Pipe, noise, toy
+from tests.broadcast.toy import CONFIG, TOKENS, Pipe, Wrapper, noise, toy
 
 TABLE = torch.tensor([999.0, 875.0, 750.0, 750.0, 2.0])
 
@@ -67,15 +67,6 @@ def test_a_run_is_entered_where_its_timestep_or_a_thousandth_of_it_is() -> None:
 
 
 # Entering a schedule in the middle
-
-
-class Wrapper(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
 
 
 def peft(model: nn.Module) -> nn.Module:

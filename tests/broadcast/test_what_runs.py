@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast import timesteps
-from tests.broadcast.toy import CONFIG, EVERY_STEP, ONES, Pipe, Toy, counts, integrate, noise, queries, toy
+from tests.broadcast.toy import CONFIG, EVERY_STEP, ONES, Pipe, Toy, Wrapper, counts, integrate, noise, queries, toy
 
 STEPS = 8
 HALF = PABConfig(spatial=Broadcast(2, EVERY_STEP))
@@ -112,23 +112,6 @@ def test_disable_takes_back_what_the_pipeline_no_longer_holds() -> None:
     assert "forward" not in vars(old) and "step" not in vars(scheduler) and "step" not in vars(pipe.scheduler)
     pipe.transformer, pipe.scheduler = old, scheduler
     assert torch.equal(pipe.sample(), before)
-
-
-class Wrapper(nn.Module):
-    """As PEFT, DDP and FSDP wrap a model."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.module, name)
 
 
 def test_a_model_wrapped_after_enable_is_broadcast(caplog: pytest.LogCaptureFixture) -> None:

@@ -57,6 +57,23 @@ class Toy(nn.Module):
         return x
 
 
+class Wrapper(nn.Module):
+    """As PEFT, DDP and FSDP wrap a model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
 class Pipe:
     """A loop of somebody's own around a model and a scheduler."""
 
