@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .adapters import adapter_for
-from .broadcast.attach import tidy
+from .broadcast.attach import take_off
 from .broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
 from .broadcast.config import PABConfig
 from .broadcast.names import Naming
@@ -102,11 +102,12 @@ def enable(
     with contextlib.ExitStack() as undo:
         for name, model in models.items():
             given = model_or_pipe if pipe is None else getattr(pipe, name)
-            undo.callback(enable_model(model, pipe, config, num_steps, timesteps, timed, cuda_graphs, kinds, given))
+            enable_model(undo, model, pipe, config, num_steps, timesteps, timed, cuda_graphs, kinds, given)
         undo.pop_all()
 
 
 def enable_model(
+    undo: contextlib.ExitStack,
     model: nn.Module,
     pipe: Any,
     config: PABConfig | None,
@@ -116,10 +117,11 @@ def enable_model(
     cuda_graphs: bool | None = None,
     kinds: Mapping[str, str | None] | None = None,
     given: nn.Module | None = None,
-) -> Callable[[], None]:
-    """Switch PAB on for one model (see `enable`); what undoes it.
+) -> None:
+    """Switch PAB on for one model (see `enable`).
 
     Args:
+        undo: takes what undoes it.
         given: the model, or what `torch.compile` made of it; default the model.
     """
     broadcaster = broadcaster_of(model)
@@ -154,7 +156,6 @@ def enable_model(
         raise ValueError(
             "timed measures between sublayers, and a CUDA graph runs as a whole; supported is one of them: leave the other out"
         )
-    undo = contextlib.ExitStack()
     if broadcaster is None:
         broadcaster = Broadcaster(model, adapter, chosen)
         undo.callback(disable, model)
@@ -163,21 +164,16 @@ def enable_model(
         undo.callback(broadcaster.configure, *before)
         if pipe is not None and not broadcaster.watches(pipe):
             undo.callback(broadcaster.unwatch, pipe)
-    try:
-        if before is None:
-            setattr(model, ATTRIBUTE, broadcaster)
-            broadcaster.attach()
-        if given is not None and given is not model:
-            broadcaster.enclose(given)
-        broadcaster.configure(chosen, timed, cuda_graphs, config is not None and config not in presets().values())
-        if pipe is not None:
-            broadcaster.watch(pipe)
-        if num_steps is not None or timesteps is not None:
-            broadcaster.prepare(num_steps=num_steps, timesteps=timesteps)
-    except BaseException:
-        undo.close()
-        raise
-    return undo.close
+    if before is None:
+        setattr(model, ATTRIBUTE, broadcaster)
+        broadcaster.attach()
+    if given is not None and given is not model:
+        broadcaster.enclose(given)
+    broadcaster.configure(chosen, timed, cuda_graphs, config is not None and config not in presets().values())
+    if pipe is not None:
+        broadcaster.watch(pipe)
+    if num_steps is not None or timesteps is not None:
+        broadcaster.prepare(num_steps=num_steps, timesteps=timesteps)
 
 
 def disable(model_or_pipe: Any) -> None:
@@ -189,8 +185,7 @@ def disable(model_or_pipe: Any) -> None:
         broadcaster = broadcaster_of(model)
         if broadcaster is not None:
             broadcaster.detach()
-            delattr(model, ATTRIBUTE)
-            tidy(model)
+            take_off(model, ATTRIBUTE)
 
 
 def release(model_or_pipe: Any) -> None:

@@ -114,7 +114,9 @@ def _enable(patch: _Patch, model: Any, config: Any) -> bool:
     pipe = _pipe_of(callback, model)
     held = vars(pipe).values() if pipe is not None else ()
     compiled = next((m for m in held if isinstance(m, nn.Module) and getattr(m, "_orig_mod", None) is model), model)
-    api.enable_model(model, pipe, rules, given=compiled)
+    with contextlib.ExitStack() as undo:
+        api.enable_model(undo, model, pipe, rules, given=compiled)
+        undo.pop_all()
     broadcaster = broadcaster_of(model)
     assert broadcaster is not None
     broadcaster.clock = callback

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..adapters import adapter_for
 from ..broadcast.adapter import Adapter
-from ..broadcast.attach import tidy
+from ..broadcast.attach import take_off
 from ..broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
 from ..broadcast.config import KINDS, PABConfig
 from ..files import write_text
@@ -239,8 +239,7 @@ class _Study:
         """Take the probe out of the model."""
         if self._broadcaster is not None:
             self._broadcaster.detach()
-            vars(self._model).pop(ATTRIBUTE, None)
-            tidy(self._model)
+            take_off(self._model, ATTRIBUTE)
             self._broadcaster = None
 
     def analysis(self) -> Analysis:

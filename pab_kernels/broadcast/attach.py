@@ -86,7 +86,7 @@ class Attached:
         if records.get(self.method) is self:
             del records[self.method]
         for copied in (self.holder, self.owner):
-            tidy(copied)
+            take_off(copied)
 
     def attach_again(self) -> bool:
         """Put the stand-in around what somebody has put in its place, or into its class, since; whether that was so.
@@ -276,11 +276,15 @@ def leave_out_of_copies(owner: Any) -> None:
     vars(owner).setdefault("__getstate__", MethodType(_state_of_copies, owner))
 
 
-def tidy(owner: Any) -> None:
-    """Take away what only objects with stand-ins, or attributes of ours, have."""
+def take_off(owner: Any, name: str = "") -> None:
+    """Take away an attribute of ours, and what only objects with stand-ins, or attributes of ours, have.
+
+    Interrupted, it leaves the attribute or nothing.
+    """
     held = vars(owner)
     if not held.get(_RECORDS, True):
         del held[_RECORDS]
-    ours = any(is_stand_in(value) or name.startswith(PREFIX) for name, value in held.items())
-    if not ours and getattr(held.get("__getstate__"), "__func__", None) is _state_of_copies:
+    others = any(is_stand_in(value) or (key.startswith(PREFIX) and key != name) for key, value in held.items())
+    if not others and getattr(held.get("__getstate__"), "__func__", None) is _state_of_copies:
         del held["__getstate__"]
+    held.pop(name, None)

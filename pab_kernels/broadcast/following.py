@@ -96,7 +96,9 @@ class Following:
         with self._lock:
             for scheduler in held:
                 if not any(watch.scheduler is scheduler for watch in self._watches):
-                    self._watches.append(SchedulerWatch.add(scheduler, self._follower))
+                    watch = SchedulerWatch.of(scheduler)
+                    self._watches.append(watch)  # first, for an interruption in between
+                    watch.add(self._follower)
             self._leave(held)
 
     def _leave(self, held: Sequence[Any]) -> None:

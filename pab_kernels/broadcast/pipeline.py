@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from .attach import PREFIX, Attached, leave_out_of_copies, tidy
+from .attach import PREFIX, Attached, leave_out_of_copies, take_off
 
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 """Names of what a pipeline may call at the steps of its scheduler."""
@@ -101,8 +101,7 @@ class PipeWatch:
         if not watch.models():
             for attached in watch._attached:
                 attached.detach()
-            vars(pipe).pop(_WATCH, None)
-            tidy(pipe)
+            take_off(pipe, _WATCH)
 
     def models(self) -> list[nn.Module]:
         """The models that are there."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .attach import PREFIX, Attached, tidy
+from .attach import PREFIX, Attached, take_off
 from .timesteps import Timesteps
 
 _WATCH = f"{PREFIX}watch"
@@ -80,16 +80,18 @@ class SchedulerWatch:
         self._attached = [Attached(scheduler, "set_timesteps", self._set_timesteps), Attached(scheduler, "step", self._step)]
 
     @classmethod
-    def add(cls, scheduler: Any, listener: Listener) -> SchedulerWatch:
-        """Tell `listener` of `scheduler`; one watch serves all listeners of a scheduler."""
+    def of(cls, scheduler: Any) -> SchedulerWatch:
+        """The watch of `scheduler`, or a new one: one serves all its listeners."""
         watch = getattr(scheduler, "__dict__", {}).get(_WATCH)
-        if not isinstance(watch, cls) or watch.scheduler is not scheduler:
-            watch = cls(scheduler)
-            vars(scheduler)[_WATCH] = watch
-            for attached in watch._attached:
+        return watch if isinstance(watch, cls) and watch.scheduler is scheduler else cls(scheduler)
+
+    def add(self, listener: Listener) -> None:
+        """Tell `listener` of the scheduler. An interruption leaves what `remove` takes back."""
+        if not self.listeners:
+            vars(self.scheduler)[_WATCH] = self
+            for attached in self._attached:
                 attached.attach()
-        watch.listeners.append(listener)
-        return watch
+        self.listeners.append(listener)
 
     def remove(self, listener: Listener) -> None:
         """Tell `listener` no more; without listeners the scheduler is given back."""
@@ -98,8 +100,7 @@ class SchedulerWatch:
         if not self.listeners:
             for attached in self._attached:
                 attached.detach()
-            vars(self.scheduler).pop(_WATCH, None)
-            tidy(self.scheduler)
+            take_off(self.scheduler, _WATCH)
 
     def attach_again(self) -> None:
         """Replace methods again that somebody has replaced since."""

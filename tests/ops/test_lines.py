@@ -79,3 +79,9 @@ def test_a_line_rounds_once() -> None:
     c, c_prev = (torch.full((1, 8), value, dtype=torch.bfloat16) for value in (1.0, 0.9921875))
     got = broadcast_residual(torch.zeros_like(c), [Line(c, c_prev, torch.tensor(1.0))])[0]
     assert torch.equal(got, torch.full_like(c, 1.0078125))
+
+
+def test_weights_of_single_slots_are_refused() -> None:
+    c = torch.ones(1, 8)
+    with pytest.raises(ValueError, match=r"slots=\[Line\(newest, before, weight\)\]"):
+        broadcast_residual(c, [c, c], weights=[torch.tensor(1.5), torch.tensor(-0.5)])  # type: ignore[arg-type]

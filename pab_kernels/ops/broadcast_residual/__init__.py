@@ -34,6 +34,7 @@ def broadcast_residual(
     slots: Sequence[Tensor | Quantized | Line] = (),
     *,
     gates: Sequence[Tensor | None] | None = None,
+    weights: None = None,
     norm: Norm | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
@@ -52,6 +53,7 @@ def broadcast_residual(
         x: `[..., C]`, float, last dimension contiguous.
         slots: up to three, each x's shape and dtype, a `Quantized` in groups of 128, or a `Line` through two such.
         gates: one entry per slot: None or x's dtype, broadcasting to x with all C channels (per batch row, frame or token).
+        weights: refused. Two weighted slots would be rounded one after the other, and the first may overflow; a `Line` rounds once.
         norm: None for no y.
         shift, scale: as a gate.
         backend: "auto", or one that must serve.
@@ -63,6 +65,8 @@ def broadcast_residual(
         TypeError, ValueError: an argument is not of this kind.
         BackendError: `backend` cannot serve.
     """
+    if weights is not None:
+        raise ValueError(f"{OP}: weights is given; kept outputs are weighted as a line: slots=[Line(newest, before, weight)]")
     if _may_be_attempted(backend):
         made = load(OP, backend, "attempt_new")(x, slots, gates, norm, shift, scale)
         if made is not None:

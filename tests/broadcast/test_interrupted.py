@@ -1,0 +1,124 @@
+"""`enable` and `disable` interrupted between any two lines of the package: what is left is taken back."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pab_kernels as pab
+from tests.broadcast.toy import CONFIG, Pipe, toy
+
+PACKAGE = str(Path(pab.__file__).parent)
+MOST_LINES = 100_000
+
+
+class _Interrupted(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def _interrupted_at(moments: set[int], lines: list[str]) -> Iterator[None]:
+    """Raise before some of the lines of the package that run within, counted from 0."""
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            lines.append(frame.f_code.co_name)
+            if len(lines) - 1 in moments:
+                raise _Interrupted
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def _run(action: Callable[[], Any], moments: set[int]) -> list[str]:
+    """Names of the functions whose lines ran until the interruption, or until `action` was done."""
+    lines: list[str] = []
+    with contextlib.suppress(_Interrupted), _interrupted_at(moments, lines):
+        action()
+    return lines
+
+
+def _attributes(pipe: Pipe) -> list[tuple[str, ...]]:
+    return [tuple(sorted(vars(part))) for part in (pipe, pipe.scheduler, *pipe.transformer.modules())]
+
+
+def _plain(pipe: Pipe, before: list[tuple[str, ...]], plain: torch.Tensor) -> bool:
+    return _attributes(pipe) == before and torch.equal(pipe.sample(2), plain)
+
+
+def _taken_back(pipe: Pipe, moment: int, before: list[tuple[str, ...]]) -> bool:
+    _run(lambda: pab.enable(pipe, CONFIG), {moment})
+    taken_back = _attributes(pipe) == before
+    pab.disable(pipe)
+    return taken_back
+
+
+@pytest.fixture
+def pipe() -> Pipe:
+    return Pipe(toy())
+
+
+def test_an_interrupted_enable_leaves_nothing(pipe: Pipe) -> None:
+    plain = pipe.sample(2)
+    before = _attributes(pipe)
+    pab.enable(pipe, CONFIG)  # modules that are imported late are there from now on
+    pab.disable(pipe)
+    whole = len(_run(lambda: pab.enable(pipe, CONFIG), set()))
+    pab.disable(pipe)
+    assert 500 < whole < MOST_LINES
+    done = [moment for moment in range(0, whole, 3) if not _taken_back(pipe, moment, before)]
+    assert all(moment > whole - 10 for moment in done), "before its last lines, in which all is done"
+    assert torch.equal(pipe.sample(2), plain)
+
+
+@pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
+def test_an_interrupted_disable_is_done_by_the_next_one(pipe: Pipe, times: int) -> None:
+    plain = pipe.sample(2)
+    before = _attributes(pipe)
+    pab.enable(pipe, CONFIG)
+    whole = len(_run(lambda: pab.disable(pipe), set()))
+    assert 100 < whole < MOST_LINES
+    for moment in range(0, whole, 3):
+        pab.enable(pipe, CONFIG)
+        for again in range(times):
+            _run(lambda: pab.disable(pipe), {moment // (again + 1)})
+        pab.disable(pipe)
+        assert _plain(pipe, before, plain), moment
+
+
+def test_an_enable_interrupted_while_it_takes_back_is_taken_back_by_disable(pipe: Pipe) -> None:
+    plain = pipe.sample(2)
+    before = _attributes(pipe)
+    pab.enable(pipe, CONFIG)
+    pab.disable(pipe)
+    whole = len(_run(lambda: pab.enable(pipe, CONFIG), set()))
+    pab.disable(pipe)
+    for moment in range(whole // 3, whole, 41):
+        for later in range(1, 200, 17):
+            _run(lambda: pab.enable(pipe, CONFIG), {moment, moment + later})
+            pab.disable(pipe)
+            assert _plain(pipe, before, plain), (moment, later)
+
+
+def test_an_interrupted_enable_of_an_enabled_model_leaves_it_enabled_as_it_was(pipe: Pipe) -> None:
+    pab.enable(pipe, CONFIG)
+    wanted, other = pipe.sample(4), pab.PABConfig(spatial=2)
+    enabled = _attributes(pipe)
+    for moment in range(0, len(_run(lambda: pab.enable(pipe, CONFIG), set())), 3):
+        _run(lambda: pab.enable(pipe, other), {moment})
+        assert _attributes(pipe) == enabled, moment
+        if moment % 10 == 0:
+            assert torch.equal(pipe.sample(4), wanted), moment
