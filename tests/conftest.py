@@ -49,6 +49,13 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _no_mode_is_left() -> Iterator[None]:
+    """Where torch takes a dispatch mode to be active, it compiles once more what it has compiled already."""
+    yield
+    assert not torch.utils._python_dispatch.is_in_any_mode_without_ignore_compile_internals()
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ class Arguments:
         leaves = [torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Key) else v[1] for v in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.nest)
         return args, kwargs
+
+
+COUNTING = threading.Lock()
+"""One thread counts at a time. Torch keeps in global variables whether a dispatch mode is active; two threads that leave theirs in another
+order than they entered them leave it set for good, and `torch.compile` then compiles again what it has compiled already."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ def call_costs(model: nn.Module, sublayers: Sequence[Sublayer], arguments: Argum
     try:
         plain = on_meta(model)
         args, kwargs = arguments.on_meta()
-        with torch.no_grad(), flop_counter() as counter, watched(plain, sublayers, counter) as runs:
+        with COUNTING, torch.no_grad(), flop_counter() as counter, watched(plain, sublayers, counter) as runs:
             torch.compiler.disable(plain.forward)(*args, **kwargs)
     except Exception as error:  # whatever a model's own code raises where tensors have no values
         logger.info("%s: FLOPs are not known, as it does not run on the meta device: %s: %s", name, type(error).__name__, error)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig, ops
-from pab_kernels.broadcast import generation
+from pab_kernels.broadcast import costs, generation
 from pab_kernels.broadcast.costs import Arguments, call_costs, on_meta
 from pab_kernels.nn import BroadcastModule, PABAttention, PABCrossAttention
 
@@ -279,6 +279,23 @@ def test_a_call_that_failed_is_not_counted(model: nn.Module) -> None:
         with mock.patch.object(model.layer.out, "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
             model(x)
     assert pab.summary(model).flops == counted > 0
+
+
+def test_two_threads_that_count_leave_no_dispatch_mode_set(model: nn.Module) -> None:
+    """Torch keeps in a global variable whether one is active: of two that overlap, the one that ends last would leave it set."""
+    x = torch.ones(1, 5, C)
+    with torch.no_grad(), pab.generation(model, num_steps=STEPS):
+        model(x)
+    inside: list[bool] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        inside.append(costs.COUNTING.locked())
+        return x
+
+    with mock.patch.object(type(model.layer.out), "forward", forward):
+        pab.summary(model)
+    assert inside == [True] and not costs.COUNTING.locked()
+    assert not torch.utils._python_dispatch.is_in_any_mode_without_ignore_compile_internals()
 
 
 class Reader(nn.Module):
