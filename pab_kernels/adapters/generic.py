@@ -11,7 +11,7 @@ from torch import nn
 
 from ..broadcast.attach import Attached, attach_forward
 from ..broadcast.broadcaster import Broadcaster
-from ..broadcast.outputs import broadcast_change, broadcast_output
+from ..broadcast.outputs import Broadcast, broadcast_change, broadcast_output
 from ..broadcast.plan import Sublayer
 from .finder import find
 
@@ -65,17 +65,12 @@ class GenericAdapter:
                 f"kinds={{{re.sub(r'[.]([0-9]+)[.]', '.*.', self._bypassed[0])!r}: None}})"
             )
         for sublayer, module in self.found:
-            yield attach_forward(module, self.stand_in(broadcaster, sublayer))
+            within = {s.kind for s, _ in self.found if s.block == sublayer.name} if sublayer.kind == "block" else ()
+            yield attach_forward(module, self.stand_in(broadcaster, sublayer), ", ".join(sorted(within or {sublayer.kind})))
 
     def stand_in(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Callable[..., Any]:
-        """What replaces the `forward` of a module; plain where the model is not called under PAB."""
-        run = broadcast_change if sublayer.kind == "block" else broadcast_output
-
-        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            call = broadcaster.call
-            return original(*args, **kwargs) if call is None else run(call, sublayer, original, args, kwargs)
-
-        return forward
+        """What replaces the `forward` of a module."""
+        return Broadcast(broadcaster.current(sublayer.name), broadcast_change if sublayer.kind == "block" else broadcast_output)
 
 
 def _has_fast_path(module: nn.Module) -> bool:

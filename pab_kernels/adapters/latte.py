@@ -14,11 +14,13 @@ from torch import nn
 from .. import ops
 from ..broadcast.attach import innermost, is_of_class
 from ..broadcast.broadcaster import Broadcaster
-from ..broadcast.call import Call, Store
+from ..broadcast.call import Call
 from ..broadcast.fusing import has_no_hooks, is_original, is_plain
 from ..broadcast.plan import Sublayer
+from ..broadcast.slots import Line, Slot
 from ..broadcast.stopwatch import REST
 from ..broadcast.stream import ResidualStream
+from ..broadcast.turn import CurrentTurn, Turn
 from ..ops.short_attention import MAX_TOKENS
 from .generic import GenericAdapter
 
@@ -69,17 +71,8 @@ class LatteAdapter(GenericAdapter):
         block = self.blocks.get(sublayer.name if sublayer.kind == "block" else sublayer.block or "")
         if block is None:
             return generic
-        run = block.fused if sublayer.kind == "block" else _as_it_is
-
-        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            call = broadcaster.call
-            if call is not None and (block.stock if torch.compiler.is_compiling() else call.generation.once(block, block.is_stock)):
-                return run(call, original, *args, **kwargs)
-            if call is not None and call.generation.config.cache_point == "post_gate":
-                self._report(block)
-            return generic(original, *args, **kwargs)
-
-        return forward
+        run = _AsItIs() if sublayer.kind != "block" else FusedBlock(block, [broadcaster.current(s.name) for s in block.parts])
+        return _StockOrGeneric(broadcaster, block, run, generic, self._report)
 
     def _report(self, block: LatteBlock) -> None:
         """Say once that outputs are not kept where the config says."""
@@ -91,13 +84,43 @@ class LatteAdapter(GenericAdapter):
             )
 
 
-def _as_it_is(call: Call, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A module that `LatteBlock` calls, having taken its turn already."""
-    return original(*args, **kwargs)
+class _StockOrGeneric:
+    """What replaces the `forward` of a block, or of a sublayer in it: `fused` where the block is diffusers' own, else `generic`."""
+
+    def __init__(
+        self,
+        broadcaster: Broadcaster,
+        block: LatteBlock,
+        fused: Callable[..., Any],
+        generic: Callable[..., Any],
+        report: Callable[[LatteBlock], None],
+    ) -> None:
+        self.broadcaster = broadcaster
+        self.block = block
+        self.fused = fused
+        self.generic = generic
+        self.report = report
+
+    def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call, block = self.broadcaster.call, self.block
+        if call is None:
+            return original(*args, **kwargs)
+        if block.stock if torch.compiler.is_compiling() else call.generation.once(block, block.is_stock):
+            return self.fused(call, original, *args, **kwargs)
+        if call.generation.config.cache_point == "post_gate":
+            self.report(block)
+        return self.generic(original, *args, **kwargs)
+
+
+class _AsItIs:
+    """Of a module that `FusedBlock` calls, having taken its turn already."""
+
+    def __call__(self, call: Call, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
 
 
 class LatteBlock:
-    """One block: its sublayers, and its `forward` on the residual stream.
+    """One block, and its sublayers.
 
     Args:
         module: of any class.
@@ -121,9 +144,14 @@ class LatteBlock:
         self.own_forward = {name: part is not None and not is_of_class(part.forward, part) for name, part in parts.items()}
 
     @property
+    def parts(self) -> list[Sublayer]:
+        """All that such a block can have."""
+        return [self.attention, self.cross, self.mlp, self.whole]
+
+    @property
     def sublayers(self) -> list[Sublayer]:
         """Those of diffusers' block."""
-        return [self.attention, *([] if self.module.attn2 is None else [self.cross]), self.mlp, self.whole]
+        return [s for s in self.parts if s is not self.cross or self.module.attn2 is not None]
 
     def is_stock(self) -> bool:
         """Whether the block is exactly what `_run` writes out: diffusers' `BasicTransformerBlock` with adaLN-single.
@@ -146,7 +174,20 @@ class LatteBlock:
             and F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
         )
 
-    def fused(
+
+class FusedBlock:
+    """The `forward` of diffusers' block on the residual stream.
+
+    Args:
+        block: the block.
+        current: of its self attention, its cross attention, its MLP and of the block itself.
+    """
+
+    def __init__(self, block: LatteBlock, current: Sequence[CurrentTurn]) -> None:
+        self.block = block
+        self.attention, self.cross, self.mlp, self.whole = current
+
+    def __call__(
         self,
         call: Call,
         original: Callable[..., Any],
@@ -159,7 +200,7 @@ class LatteBlock:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The block's `forward`; diffusers' own for arguments that Latte does not give it."""
+        """The block's output; diffusers' own `forward` for arguments that Latte does not give it."""
         if timestep is None or cross_attention_kwargs or hidden_states.ndim != 3:
             return original(
                 hidden_states,
@@ -171,15 +212,16 @@ class LatteBlock:
                 *args,
                 **kwargs,
             )
-        turn = call.turn(self.whole, hidden_states)
+        turn = self.whole.turn
+        slot = None if turn is None else turn.take(hidden_states)
         stream = ResidualStream(hidden_states, call)
-        if turn.slot is not None:
-            stream.reuse(turn.slot)
+        if slot is not None:
+            stream.reuse(slot)
         else:
             self._run(call, stream, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep)
         out = stream.read()
-        if turn.store is not None:
-            turn.store.put(out - hidden_states)
+        if turn is not None and turn.stores:
+            turn.put(out - hidden_states)
         call.mark(REST)
         return out
 
@@ -194,33 +236,34 @@ class LatteBlock:
         timestep: torch.Tensor,
     ) -> None:
         """Self attention, cross attention, MLP. `x` is the block's input; only its shape, dtype and device are used."""
-        block = self.module
-        chunks = timestep.reshape(x.shape[0], 6, -1)
-        gated_at_reuse = call.generation.config.cache_point == "pre_gate"
-
-        def modulation(i: int) -> torch.Tensor:  # [rows, 1, C]
-            return block.scale_shift_table[None, i : i + 1] + chunks[:, i : i + 1]
-
-        turn = call.turn(self.attention, x)
-        if turn.slot is not None:
-            stream.reuse(turn.slot, modulation(2) if gated_at_reuse else None)
+        block, own_forward = self.block.module, self.block.own_forward
+        modulation = (block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)).chunk(6, dim=1)  # each [rows, 1, C]
+        turn, slot = _taken(self.attention, x)
+        if slot is not None:
+            stream.reuse(slot, None if turn.gated else modulation[2])
         else:
-            y = stream.norm_modulate(block.norm1, modulation(0), modulation(1))
-            _attend(stream, block.attn1, self.own_forward["attn1"], y, None, mask, modulation(2), turn.store)
+            y = stream.norm_modulate(block.norm1, modulation[0], modulation[1])
+            _attend(stream, block.attn1, own_forward["attn1"], y, None, mask, modulation[2], turn)
 
         if block.attn2 is not None:
-            turn = call.turn(self.cross, x)
-            if turn.slot is not None:
-                stream.reuse(turn.slot)
+            turn, slot = _taken(self.cross, x)
+            if slot is not None:
+                stream.reuse(slot)
             else:
-                _attend(stream, block.attn2, self.own_forward["attn2"], stream.read(), text, text_mask, None, turn.store)
+                _attend(stream, block.attn2, own_forward["attn2"], stream.read(), text, text_mask, None, turn)
 
-        turn = call.turn(self.mlp, x)
-        if turn.slot is not None:
-            stream.reuse(turn.slot, modulation(5) if gated_at_reuse else None)
+        turn, slot = _taken(self.mlp, x)
+        if slot is not None:
+            stream.reuse(slot, None if turn.gated else modulation[5])
         else:
-            y = stream.norm_modulate(block.norm2, modulation(3), modulation(4))
-            _feed_forward(stream, block, self.own_forward["ff"], y, modulation(5), turn.store)
+            y = stream.norm_modulate(block.norm2, modulation[3], modulation[4])
+            _feed_forward(stream, block, own_forward["ff"], y, modulation[5], turn)
+
+
+def _taken(current: CurrentTurn, x: torch.Tensor) -> tuple[Turn, Slot | Line | None]:
+    """The turn of a sublayer, and what it reuses."""
+    assert current.turn is not None, "a call is open"
+    return current.turn, current.turn.take(x)
 
 
 def _attend(
@@ -231,17 +274,17 @@ def _attend(
     text: torch.Tensor | None,
     mask: torch.Tensor | None,
     gate: torch.Tensor | None,
-    store: Store | None,
+    turn: Turn,
 ) -> None:
     """Add attention of `y` to itself or to `text`; the module is called as it is where anybody has changed it."""
     if mask is not None or own_forward or not _stock_attention(attn):
-        stream.add(attn(y, encoder_hidden_states=text, attention_mask=mask), gate, store)
+        stream.add(attn(y, encoder_hidden_states=text, attention_mask=mask), gate, turn if turn.stores else None)
         return
     q, k, v = attn.to_q(y), *(projection(y if text is None else text) for projection in (attn.to_k, attn.to_v))
     q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))  # [rows, tokens, H, D]
     operation = ops.short_attention if text is None and y.shape[1] <= MAX_TOKENS else ops.attention
     out, _ = operation(q, k, v)
-    stream.project(out.flatten(-2), attn.to_out[0], gate, store)
+    stream.project(out.flatten(-2), attn.to_out[0], gate, turn if turn.stores else None)
 
 
 def _stock_attention(attn: Any) -> bool:
@@ -260,18 +303,18 @@ def _stock_attention(attn: Any) -> bool:
     )
 
 
-def _feed_forward(stream: ResidualStream, block: Any, own_forward: bool, y: torch.Tensor, gate: torch.Tensor, store: Store | None) -> None:
+def _feed_forward(stream: ResidualStream, block: Any, own_forward: bool, y: torch.Tensor, gate: torch.Tensor, turn: Turn) -> None:
     """Add the MLP of `y`; its last linear layer is the projection."""
     from diffusers.models.attention import FeedForward, _chunked_feed_forward
 
     if block._chunk_size is not None:
-        stream.add(_chunked_feed_forward(block.ff, y, block._chunk_dim, block._chunk_size), gate, store)
+        stream.add(_chunked_feed_forward(block.ff, y, block._chunk_dim, block._chunk_size), gate, turn if turn.stores else None)
         return
     ff = block.ff
     if own_forward or not has_no_hooks(ff, FeedForward) or len(ff.net) != 3 or not _inactive(ff.net[1]):
-        stream.add(ff(y), gate, store)
+        stream.add(ff(y), gate, turn if turn.stores else None)
         return
-    stream.project(ff.net[0](y), ff.net[2], gate, store)
+    stream.project(ff.net[0](y), ff.net[2], gate, turn if turn.stores else None)
 
 
 def _inactive(dropout: Any) -> bool:

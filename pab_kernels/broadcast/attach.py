@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -34,20 +35,22 @@ class Attached:
         name: of the attribute.
         replacement: what is called instead.
         module: whose `forward` the attribute holds, where the holder is a hook around it, or may become one.
+        role: what the object is among those of its class: `torch.compile` keeps the graphs of each role apart.
 
     Raises:
         TypeError: the holder has no attributes of its own.
     """
 
     # Slots: functools.update_wrapper, which hooks use, copies a wrapped object's __dict__ into the wrapper, and would keep all this alive.
-    __slots__ = ("holder", "name", "owner", "method", "original", "replacement", "_stand_in", "_before", "_of_class")
+    __slots__ = ("holder", "name", "owner", "method", "role", "original", "replacement", "_stand_in", "_before", "_of_class")
 
-    def __init__(self, holder: Any, name: str, replacement: Callable[..., Any], module: nn.Module | None = None) -> None:
+    def __init__(self, holder: Any, name: str, replacement: Callable[..., Any], module: nn.Module | None = None, role: str = "") -> None:
         if not hasattr(holder, "__dict__"):
             raise TypeError(f"{type(holder).__name__}.{name} cannot be followed, as the object has no __dict__; wrap it in a plain class")
         self.holder, self.name = holder, name
         self.owner: Any = holder if module is None else module
         self.method = name if module is None else "forward"
+        self.role = role
         self.replacement = replacement
         self.original: Callable[..., Any] = getattr(holder, name, _nothing)
         self._stand_in: MethodType | None = None
@@ -63,7 +66,7 @@ class Attached:
         if isinstance(of_class, FunctionType) and self.original == MethodType(of_class, self.owner):
             self._of_class = of_class
             vars(self.owner).setdefault(_RECORDS, {})[self.method] = self
-            self._stand_in = MethodType(_of_class(of_class, self.method), self.owner)
+            self._stand_in = MethodType(_of_class(of_class, self.method, self.role), self.owner)
         else:
             self._stand_in = MethodType(_of_object(self), self.owner)
         for copied in (self.holder, self.owner):
@@ -115,9 +118,9 @@ class Attached:
                     yield holder, name
 
 
-def attach_forward(module: nn.Module, replacement: Callable[..., Any]) -> Attached:
+def attach_forward(module: nn.Module, replacement: Callable[..., Any], role: str = "") -> Attached:
     """What is to stand in for a module's `forward`, inside of hooks that diffusers and accelerate have put around it (offloading)."""
-    return Attached(*innermost(module), replacement, module)
+    return Attached(*innermost(module), replacement, module, role)
 
 
 def innermost(module: nn.Module) -> tuple[Any, str]:
@@ -135,22 +138,27 @@ def _hooks(module: Any) -> list[Any]:
 # Stand-ins
 
 
+_CODES: weakref.WeakSet[CodeType] = weakref.WeakSet()
+"""The code of all stand-ins."""
+
+
 @functools.lru_cache(maxsize=256)
-def _of_class(function: FunctionType, method: str) -> Callable[..., Any]:
-    """The stand-in for a method of a class, one for all its objects."""
+def _of_class(function: FunctionType, method: str, role: str) -> Any:
+    """The stand-in for a method of a class, one for all its objects in a role."""
 
     @functools.wraps(function)
     def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A compiled graph cannot look it up where torch knows the class; `attach_again` sees to a class that was patched.
-        original = functools.partial(function if torch.compiler.is_compiling() else getattr(type(self), method), self)
+        compiling = torch.compiler.is_dynamo_compiling()
+        original = functools.partial(function, self) if compiling else MethodType(getattr(type(self), method), self)
         attached = self.__dict__.get(_RECORDS, {}).get(method)
         return original(*args, **kwargs) if attached is None else attached.replacement(original, *args, **kwargs)
 
-    stand_in.__name__ = method
-    return stand_in
+    # torch.compile keeps graphs, their limit and what it knows of shapes by code.
+    return _named(stand_in, method, f"{function.__module__}.{function.__qualname__}" + (f" ({role})" if role else ""))
 
 
-def _of_object(attached: Attached) -> Callable[..., Any]:
+def _of_object(attached: Attached) -> Any:
     """The stand-in for a method that one object has of its own."""
     original = attached.original
 
@@ -161,13 +169,21 @@ def _of_object(attached: Attached) -> Callable[..., Any]:
             return original(*args, **kwargs) if own is None else own(self, *args, **kwargs)
         return attached.replacement(original, *args, **kwargs)
 
-    stand_in.__name__ = attached.method
+    function = _named(stand_in, attached.method, "stand_in")
     try:
         parameters = inspect.signature(original).parameters.values()
     except (TypeError, ValueError):  # written in C
-        return stand_in
+        return function
     bound = inspect.Parameter("_self", inspect.Parameter.POSITIONAL_ONLY)  # left out in the signature of the bound method
-    stand_in.__signature__ = inspect.Signature([bound, *parameters])  # type: ignore[attr-defined]
+    function.__signature__ = inspect.Signature([bound, *parameters])
+    return function
+
+
+def _named(stand_in: Any, name: str, code: str) -> Any:
+    """A stand-in under the name of what it stands in for, with code of its own."""
+    stand_in.__code__ = stand_in.__code__.replace(co_name=code)
+    stand_in.__name__ = name
+    _CODES.add(stand_in.__code__)
     return stand_in
 
 
@@ -178,9 +194,6 @@ def _call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """The method of an object that has none."""
-
-
-_CODES = {c for f in (_of_class.__wrapped__, _of_object) for c in f.__code__.co_consts if isinstance(c, CodeType)}
 
 
 def is_of_class(forward: Any, module: nn.Module) -> bool:

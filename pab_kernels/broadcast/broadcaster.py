@@ -28,6 +28,7 @@ from .runs import Runs
 from .scheduler import entered_at
 from .stopwatch import REST
 from .summary import Summary, summarise
+from .turn import CurrentTurn, Turn
 from .verdict import NOT_BEGUN, NOT_CALLED, NOT_ENTERED, NOT_FOLLOWED, nothing_reused
 
 logger = logging.getLogger("pab_kernels")
@@ -46,6 +47,7 @@ RESET = "_reset_stateful_cache"
 class _Thread(threading.local):
     def __init__(self) -> None:  # attributes of its own in every thread: what a class has, a compiled graph takes for constant
         self.call: Call | None = None
+        self.entered: list[tuple[CurrentTurn, Turn]] = []  # its turns, where sublayers find them
         self.enclosed = False  # whether the call was opened outside of a graph of the whole model
 
 
@@ -76,6 +78,7 @@ class Broadcaster:
         self._graphs = GraphPool()
         self._said: set[str] = set()
         self._attached: list[Detachable] = []
+        self._current: dict[str, CurrentTurn] = {}
         # A graph goes by what a call decides: calls are opened outside of graphs.
         self._outside = torch.compiler.disable(Broadcaster._opened, reason=_COMPILED_LAST)
 
@@ -89,6 +92,21 @@ class Broadcaster:
     def call(self) -> Call | None:
         """The call of the model that this thread is in, or None where the model is to run plainly."""
         return self._thread.call
+
+    def current(self, name: str) -> CurrentTurn:
+        """The turns of sublayer `name`, one in each thread."""
+        return self._current.setdefault(name, CurrentTurn())
+
+    def _enter(self, call: Call | None) -> None:
+        """From here on, in this thread, sublayers have their turns in `call`; without one they run plainly."""
+        thread, last = self._thread, self._thread.entered
+        thread.call = call
+        turns = {} if call is None else call.turns
+        thread.entered = [(current, turns[name]) for name, current in self._current.items() if name in turns]
+        for current, _ in last:
+            current.turn = None
+        for current, turn in thread.entered:
+            current.turn = turn
 
     @property
     def latest(self) -> Generation | None:
@@ -321,20 +339,21 @@ class Broadcaster:
         if not generation.cuda_graphs:
             call.prepare()
         call.mark(REST, inputs.tensors[0].device if inputs.tensors else None)
-        thread = self._thread
-        outer, thread.call = thread.call, call
+        outer = self.call
         try:
+            self._enter(call)
             if generation.cuda_graphs:
                 with generation.lock:  # its graphs have one set of inputs
                     return self._graphed(call, forward, inputs)
             out = forward(*args, **kwargs)
             call.finish()
         except BaseException:
+            call.count()
             generation.failed = True
             generation.release()
             raise
         finally:
-            thread.call = outer  # first: whatever is called here may be interrupted
+            self._enter(outer)  # first: whatever is called here may be interrupted
             call.mark(None)
         return out
 
@@ -351,21 +370,21 @@ class Broadcaster:
         """The model without PAB."""
         (self.latest or self).plain_calls += 1
         self._once(f"{self._name}: {why}: the model runs plainly; {what_to_do}")
-        thread = self._thread
-        outer, thread.call = thread.call, None
+        outer = self.call
         try:
+            self._enter(None)
             return forward(*args, **kwargs)
         finally:
-            thread.call = outer
+            self._enter(outer)
 
     def _graphed(self, call: Call, forward: Any, inputs: Inputs) -> Any:
         """What `forward` gives, from graphs that no other generation uses now; those of another config are dropped."""
-        thread, model, generation = self._thread, self._model(), call.generation
+        model, generation = self._model(), call.generation
         assert model is not None, "its forward was called"
         graphs = self._graphs.taken_by(generation, model)
 
         def compute(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-            thread.call = call
+            self._enter(call)
             out = forward(*args, **kwargs)
             call.finish()
             return out

@@ -156,7 +156,10 @@ class Context:
 
     def tally(self, kind: str) -> Tally:
         """The counts of a kind."""
-        return self._tallies.setdefault(kind, Tally())
+        found = self._tallies.get(kind)
+        if found is None:
+            found = self._tallies[kind] = Tally()
+        return found
 
     def add(self, other: Context) -> None:
         """Count what `other` counted once more."""

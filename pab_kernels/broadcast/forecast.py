@@ -33,7 +33,7 @@ def forecast(plan: Plan, costs: Mapping[str, Cost], rest_flops: int = 0, context
     cache = []
     for step in plan.steps:
         for name in contexts * list(plan.rows):  # in the order in which they run
-            change = plan.held(name, step) - (plan.held(name, step - 1) if step > plan.steps.start else 0)
+            change = plan.decision(name, step).held - (plan.decision(name, step - 1).held if step > plan.steps.start else 0)
             for meter in (kinds[name], "all") if change else ():
                 held[meter] += change * costs[name].slot_bytes
                 peak[meter] = max(peak[meter], held[meter])

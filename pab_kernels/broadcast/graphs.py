@@ -148,7 +148,7 @@ class Graphs:
             return _copied(out)
         graph.replay()
         call.context.add(graph.counts)
-        arena.repeat(graph.changes, call.step, lambda name: _plan(call).held(name, call.step))
+        arena.repeat(graph.changes, call.step, lambda name: _plan(call).decision(name, call.step).held)
         return _copied(graph.out)
 
     def _first(
@@ -263,7 +263,7 @@ def _turns(call: Call) -> tuple[Hashable, dict[str, float]]:
             if len(slots) == 2:
                 lines[where] = call.line_weight(*slots)
             where = place(name, len(read))
-        forced = None if all(read) else plan.held(name, call.step) > 0
+        forced = None if all(read) else decision.held > 0
         turns.append((*read, forced))
     return tuple(turns), lines
 

@@ -50,15 +50,15 @@ class OpenPlan(Plan):
         return self
 
     def decision(self, name: str, step: int) -> Decision:
-        """Reuse what was computed last where the rule asks for it; else compute, and keep it."""
+        """Reuse what was computed last where the rule asks for it; else compute, and keep it where it may ever be reused."""
         reach, lo, hi, number = self._ranges[name]
         if step % reach and lo < number(self.timestep) < hi:
-            return Decision(Action.REUSE, 0)
-        return Decision(Action.STORE if reach > 1 else Action.COMPUTE)
+            return Decision(Action.REUSE, 0, held=1)
+        return Decision(Action.STORE, held=1) if reach > 1 else Decision(Action.COMPUTE)
 
-    def held(self, name: str, step: int) -> int:
-        """One output of every sublayer that is ever reused."""
-        return int(self._ranges[name][0] > 1)
+    def decisions(self, step: int) -> list[Decision]:
+        """A decision for each sublayer."""
+        return [self.decision(name, step) for name in self.rows]
 
     def __str__(self) -> str:
         return "decided step by step: the schedule is not known"

@@ -14,30 +14,50 @@ from torch.utils import _pytree as pytree
 
 from ..ops.cached_outputs import line_value
 from ..ops.quantize import Quantized
-from .call import Call, Turn
 from .plan import Sublayer
-from .slots import Line, unpack
+from .slots import Line, Slot, is_quantised, unpack
+from .turn import CurrentTurn, Turn
 
 
-def broadcast_output(call: Call, sublayer: Sublayer, compute: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+class Broadcast:
+    """What replaces the `forward` of a sublayer: computed or given back as the plan says, plain where no call of the model is open.
+
+    All sublayers of a kind have equal ones, so that a compiled graph of one block serves for every equal block.
+
+    Args:
+        current: the sublayer's.
+        run: `broadcast_output` or `broadcast_change`.
+    """
+
+    def __init__(self, current: CurrentTurn, run: Callable[[Turn, Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]) -> None:
+        self.current = current
+        self.run = run
+
+    def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        turn = self.current.turn
+        return original(*args, **kwargs) if turn is None else self.run(turn, original, args, kwargs)
+
+
+def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The output of `compute(*args, **kwargs)`, computed or given back as the plan says.
 
     Raises:
         TypeError: there is no tensor among the inputs.
     """
-    around = call.measured
-    turn = call.turn(sublayer, args[0] if args and isinstance(args[0], torch.Tensor) else _tensors(sublayer, args, kwargs)[0])
-    if turn.slot is not None:
-        out = _read(turn)
+    around = turn.call.measured if turn.timed else None
+    slot = turn.take(args[0] if args and isinstance(args[0], torch.Tensor) else _tensors(turn.sublayer, args, kwargs)[0])
+    if slot is not None:
+        out = _read(slot, _as_it_is if turn.reads_last else None)
     else:
         out = compute(*args, **kwargs)
-        if turn.store is not None:
-            turn.store.put(kept(out))
-    call.mark(around)
+        if turn.stores:
+            turn.put(kept(out, None if turn.dtype is None else _cloned_unless_quantised))
+    if turn.timed:
+        turn.call.mark(around)
     return out
 
 
-def broadcast_change(call: Call, sublayer: Sublayer, compute: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The output of a whole block: computed, or its inputs and the change that it made to them when it was computed.
 
         1. computed: out_j = block(...), and for each tensor out_j that continues the input in_k, change_j = out_j - in_k
@@ -48,23 +68,23 @@ def broadcast_change(call: Call, sublayer: Sublayer, compute: Callable[..., Any]
     Raises:
         TypeError: there is no tensor among the inputs, or an output does not continue exactly one input.
     """
-    inputs, around = _tensors(sublayer, args, kwargs), call.measured
-    turn = call.turn(sublayer, inputs[0])
-    if turn.slot is not None:
-        pairs, changed = _read(turn)
+    inputs, around = _tensors(turn.sublayer, args, kwargs), turn.call.measured if turn.timed else None
+    slot = turn.take(inputs[0])
+    if slot is not None:
+        pairs, changed = _read(slot, _as_it_is)  # adding it makes new tensors
         leaves, nest = pytree.tree_flatten(changed)
         out = pytree.tree_unflatten([c if k is None else inputs[k] + c for k, c in zip(pairs, leaves, strict=True)], nest)
-        call.mark(around)
-        return out
-    # The inputs by now: a block may write to its stream in place.
-    before = [x.clone() if x.is_floating_point() else x for x in inputs] if turn.store is not None else inputs
-    out = compute(*args, **kwargs)
-    if turn.store is not None:
-        leaves, nest = pytree.tree_flatten(out)
-        pairs = _continued(sublayer, inputs, leaves)
-        changes = [leaf if k is None else leaf - before[k] for k, leaf in zip(pairs, leaves, strict=True)]
-        turn.store.put(kept((pairs, pytree.tree_unflatten(changes, nest))))
-    call.mark(around)
+    else:
+        # The inputs by now: a block may write to its stream in place.
+        before = [x.clone() if x.is_floating_point() else x for x in inputs] if turn.stores else inputs
+        out = compute(*args, **kwargs)
+        if turn.stores:
+            leaves, nest = pytree.tree_flatten(out)
+            pairs = _continued(turn.sublayer, inputs, leaves)
+            changes = [leaf if k is None else leaf - before[k] for k, leaf in zip(pairs, leaves, strict=True)]
+            turn.put(kept((pairs, pytree.tree_unflatten(changes, nest)), _as_it_is))  # the changes are nobody else's
+    if turn.timed:
+        turn.call.mark(around)
     return out
 
 
@@ -94,29 +114,60 @@ def _continued(sublayer: Sublayer, inputs: Sequence[torch.Tensor], outputs: Sequ
     return tuple(pairs)
 
 
-def _read(turn: Turn) -> Any:
-    assert turn.slot is not None
-    return extended(turn.slot) if isinstance(turn.slot, Line) else handed_out(*turn.slot.value)
+def _read(slot: Slot | Line, own: Callable[[Any], Any] | None) -> Any:
+    if isinstance(slot, Line):
+        return extended(slot)
+    value, dtypes = slot.value
+    return handed_out(value, dtypes, own)
 
 
-def kept(out: Any) -> tuple[Any, list[torch.dtype | None]]:
-    """What a slot keeps of an output: tensors of its own, as whoever gets the output may write to it, and their dtypes."""
+def kept(out: Any, own: Callable[[Any], Any] | None = None) -> tuple[Any, list[torch.dtype | None]]:
+    """What a slot keeps of an output, and the dtypes of its tensors.
+
+    Args:
+        out: the output.
+        own: makes a tensor the slot's own, as whoever gets the output may write to it; default a copy.
+    """
+    own = own or _cloned
     if isinstance(out, torch.Tensor):
-        return out.clone(), [out.dtype]
+        return own(out), [out.dtype]
+    if _is_tensors(out):
+        return tuple([own(v) for v in out]), [v.dtype for v in out]
     leaves, nest = pytree.tree_flatten(out)
-    return pytree.tree_unflatten(list(map(_cloned, leaves)), nest), [v.dtype if isinstance(v, torch.Tensor) else None for v in leaves]
+    return pytree.tree_unflatten(list(map(own, leaves)), nest), [v.dtype if isinstance(v, torch.Tensor) else None for v in leaves]
 
 
-def handed_out(kept: Any, dtypes: list[torch.dtype | None]) -> Any:
-    """The output again, in tensors that may be written to."""
+def handed_out(kept: Any, dtypes: list[torch.dtype | None], own: Callable[[Any], Any] | None = None) -> Any:
+    """The output again, its tensors by `own` such as may be written to; default copies."""
+    own = own or _cloned
     if isinstance(kept, torch.Tensor):
-        return kept.clone()
+        return own(kept)
+    if _is_tensors(kept):
+        return tuple([own(v) for v in kept])
     leaves, nest = pytree.tree_flatten(kept)
-    return pytree.tree_unflatten(list(map(_leaf, leaves, dtypes)), nest)
+    return pytree.tree_unflatten([_unpacked(v, dtype, own) for v, dtype in zip(leaves, dtypes, strict=True)], nest)
 
 
-def _leaf(value: Any, dtype: torch.dtype | None) -> Any:
-    return unpack(value, dtype) if dtype and isinstance(value, Quantized) else _cloned(value)
+def _is_tensors(out: Any) -> bool:
+    """Whether it is a plain tuple of tensors: what most modules return that do not return one."""
+    return type(out) is tuple and all(isinstance(v, torch.Tensor) for v in out)
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _cloned_unless_quantised(value: Any) -> Any:
+    """Quantising makes a tensor of its own."""
+    return value if isinstance(value, torch.Tensor) and is_quantised(value) else _cloned(value)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _unpacked(value: Any, dtype: torch.dtype | None, own: Callable[[Any], Any]) -> Any:
+    return unpack(value, dtype) if dtype and isinstance(value, Quantized) else own(value)
 
 
 def extended(line: Line) -> Any:
@@ -129,11 +180,7 @@ def extended(line: Line) -> Any:
 
     def extended(c: Any, dtype: torch.dtype | None, c_prev: Any, dtype_prev: torch.dtype | None) -> Any:
         if dtype is None or not dtype.is_floating_point or dtype != dtype_prev or c.shape != c_prev.shape:
-            return _leaf(c, dtype)
+            return _unpacked(c, dtype, _cloned)
         return line_value(c, c_prev, line.weight, dtype)
 
     return pytree.tree_unflatten(list(map(extended, leaves, dtypes, leaves_before, dtypes_before)), nest)
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from .config import KINDS, Broadcast, PABConfig
@@ -55,13 +54,13 @@ class Decision:
         action: what is done.
         source: for a reuse, the step whose output is read.
         previous: for a linear reuse, the step computed before `source`, whose output is read too; None where `source` is held.
-        last: for a reuse, whether no later step reads what `source` computed.
+        held: how many outputs are held after it: the newest ones, as a later step reads them.
     """
 
     action: Action
     source: int | None = None
     previous: int | None = None
-    last: bool = False
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,23 +119,26 @@ class Forecast:
 def _row(rule: Broadcast | None, block: Sequence[Decision] | None, schedule: Schedule) -> tuple[Decision, ...]:
     """The decisions of one sublayer, for the steps of `schedule`."""
     steps = schedule.steps
-    runs = [i for i in steps if block is None or block[i - schedule.begin].action is not Action.REUSE]
+    running = [i for i in steps if block is None or block[i - schedule.begin].action is not Action.REUSE]
     reused = rule.reused(schedule) if rule else frozenset()
     linear = rule is not None and rule.reuse == "linear"
     cells: dict[int, Decision] = {}
     source = previous = None
-    for i in runs:
+    for i in running:
         if source is not None and i in reused:
             cells[i] = Decision(Action.REUSE, source, previous)
         else:
             previous, source = source if linear else None, i
     last_reads = _last_reads(cells)
-    for i in runs:
-        if i in cells:
-            cells[i] = replace(cells[i], last=last_reads[cells[i].source] == i)
-        else:
-            cells[i] = Decision(Action.STORE if i in last_reads else Action.COMPUTE)
-    return tuple(cells.get(i, Decision(Action.SKIP)) for i in steps)
+    released = Counter(last_reads.values())
+    held, row = 0, []
+    for i in steps:
+        cell = cells.get(i, Decision(Action.SKIP))
+        if i in running and i not in cells:
+            cell = Decision(Action.STORE if i in last_reads else Action.COMPUTE)
+        held += (cell.action is Action.STORE) - released[i]
+        row.append(replace(cell, held=held))
+    return tuple(row)
 
 
 def _last_reads(cells: Mapping[int, Decision]) -> dict[int | None, int]:
@@ -259,23 +261,9 @@ class Plan:
         stored = actions.count(Action.STORE)
         return Counts(actions.count(Action.COMPUTE) + stored, stored, actions.count(Action.REUSE), actions.count(Action.SKIP))
 
-    def alive(self, step: int) -> tuple[str, ...]:
-        """Names of the sublayers whose outputs are held after `step`, once for each output."""
-        return tuple(name for name in self.rows for _ in range(self.held(name, step)))
-
-    def held(self, name: str, step: int) -> int:
-        """How many outputs of sublayer `name` are held after `step`: the newest ones, as a later step reads them."""
-        return self._held[name][step - self.schedule.begin]
-
-    @cached_property
-    def _held(self) -> dict[str, tuple[int, ...]]:
-        counted = {row: self._count_held(row) for row in set(self.rows.values())}
-        return {name: counted[row] for name, row in self.rows.items()}
-
-    def _count_held(self, row: Sequence[Decision]) -> tuple[int, ...]:
-        cells = dict(zip(self.steps, row, strict=True))
-        dropped = Counter(_last_reads(cells).values())
-        return tuple(accumulate((cell.action is Action.STORE) - dropped[i] for i, cell in cells.items()))
+    def decisions(self, step: int) -> Sequence[Decision]:
+        """The column of `step`: a decision for each of its sublayers."""
+        return [row[step - self.schedule.begin] for row in self.rows.values()]
 
     @cached_property
     def patterns(self) -> int:

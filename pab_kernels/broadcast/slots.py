@@ -32,7 +32,7 @@ class Key:
 
     def matches(self, x: torch.Tensor) -> bool:
         """Whether `x` has this key."""
-        return self.shape == tuple(x.shape) and self.dtype == x.dtype and self.device == x.device
+        return x.shape == self.shape and x.dtype == self.dtype and x.device == self.device
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,17 @@ def _is_leaf(value: Any) -> bool:
     return isinstance(value, Quantized)
 
 
+def is_quantised(t: torch.Tensor) -> bool:
+    """Whether an 8-bit slot keeps `t` quantised: a floating-point tensor `[..., C]`."""
+    return t.is_floating_point() and t.ndim > 0
+
+
 def pack(value: Any, dtype: torch.dtype | None) -> Any:
-    """`value` as it is kept: floating-point tensors `[..., C]` in it quantised to `dtype`, if one is given."""
+    """`value` as it is kept: quantised to `dtype` where it `is_quantised`, if one is given."""
     if dtype is None:
         return value
     return pytree.tree_map(
-        lambda v: quantize(v, dtype, GROUP) if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim else v,
+        lambda v: quantize(v, dtype, GROUP) if isinstance(v, torch.Tensor) and is_quantised(v) else v,
         value,
         is_leaf=_is_leaf,
     )
@@ -99,6 +104,12 @@ def unpack(value: Any, dtype: torch.dtype) -> Any:
 
 def nbytes(value: Any) -> int:
     """Bytes of all tensors in `value`."""
+    if isinstance(value, (torch.Tensor, Quantized)):
+        return value.nbytes
+    if type(value) in (tuple, list):
+        return sum([nbytes(v) for v in value])
+    if value is None or isinstance(value, (int, float, str, torch.dtype)):
+        return 0
     return sum(v.nbytes for v in pytree.tree_leaves(value, is_leaf=_is_leaf) if isinstance(v, (torch.Tensor, Quantized)))
 
 
@@ -122,7 +133,8 @@ class Meter:
     def add(self, count: int) -> None:
         """Count bytes in, or out where `count` is negative."""
         self.now += count
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:
+            self.peak = self.now
 
 
 class Arena:
@@ -160,11 +172,16 @@ class Arena:
 
     def release(self, name: str, most: int = 0) -> None:
         """Let go of the slots of sublayer `name`, but for the `most` newest ones."""
-        slots = self._slots.pop(name, ())
-        if slots[:most]:
+        slots = self._slots.get(name)
+        if slots is None or len(slots) <= most:
+            return
+        if most:
             self._slots[name] = slots[:most]
-        if slots[most:]:
-            self._count(name, -sum(slot.nbytes for slot in slots[most:]))
+        else:
+            del self._slots[name]
+        freed = slots[0].nbytes if len(slots) == 1 else sum([slot.nbytes for slot in slots[most:]])
+        self._meter.now -= freed
+        self.meters[self._kinds[name]].now -= freed
 
     def clear(self) -> None:
         """Let go of every slot."""
@@ -178,7 +195,10 @@ class Arena:
 
     def _count(self, name: str, count: int) -> None:
         self._meter.add(count)
-        self.meters.setdefault(self._kinds[name], Meter()).add(count)
+        meter = self.meters.get(self._kinds[name])
+        if meter is None:
+            meter = self.meters[self._kinds[name]] = Meter()
+        meter.add(count)
 
     def __len__(self) -> int:
         return sum(map(len, self._slots.values()))

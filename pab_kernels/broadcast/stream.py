@@ -9,8 +9,9 @@ from torch import nn
 
 from .. import ops
 from ..ops.cached_outputs import line_value
-from .call import Call, Store
+from .call import Call
 from .slots import Line, Slot, unpack
+from .turn import Turn
 
 MOST_PENDING = 3
 """Additions that one `broadcast_residual` takes."""
@@ -31,7 +32,7 @@ class ResidualStream:
     def __init__(self, x: torch.Tensor, call: Call) -> None:
         self._x = _dense(x)
         self._call = call
-        self._projection: tuple[torch.Tensor, nn.Linear, torch.Tensor | None, Store | None, str | None] | None = None
+        self._projection: tuple[torch.Tensor, nn.Linear, torch.Tensor | None, Turn | None, str | None] | None = None
         self._pending: list[tuple[Any, torch.Tensor | None]] = []  # slots or lines, and their gates
 
     def read(self) -> torch.Tensor:
@@ -53,8 +54,8 @@ class ResidualStream:
         assert y is not None
         return y
 
-    def project(self, a: torch.Tensor, linear: nn.Module, gate: torch.Tensor | None = None, store: Store | None = None) -> None:
-        """Add `gate * linear(a)`, and keep the projection in `store`."""
+    def project(self, a: torch.Tensor, linear: nn.Module, gate: torch.Tensor | None = None, store: Turn | None = None) -> None:
+        """Add `gate * linear(a)`, and keep the projection for the turn `store`."""
         if not self._call.fuses(linear, a) or a.dtype != self._x.dtype or a.stride(-1) != 1 or not _fits(gate, self._x):
             self.add(linear(a), gate, store)
             return
@@ -62,9 +63,9 @@ class ResidualStream:
         self._flush()
         self._projection = (a, linear, gate, store, self._call.measured)
 
-    def add(self, out: torch.Tensor, gate: torch.Tensor | None = None, store: Store | None = None) -> None:
-        """Add `gate * out`, an output that was projected elsewhere, and keep it in `store`."""
-        if store is not None and store.point == "post_gate" and gate is not None:
+    def add(self, out: torch.Tensor, gate: torch.Tensor | None = None, store: Turn | None = None) -> None:
+        """Add `gate * out`, an output that was projected elsewhere, and keep it for the turn `store`."""
+        if store is not None and store.gated and gate is not None:
             out, gate = gate * out, None
         out = _dense(out)
         if store is not None:
@@ -113,7 +114,7 @@ class ResidualStream:
                 linear.bias,
                 self._x,
                 gate=gate,
-                store=None if store is None else store.point,
+                store=None if store is None else "post_gate" if store.gated else "pre_gate",
                 store_dtype=None if store is None else store.dtype,
                 slots=slots,
                 gates=gates,

@@ -51,10 +51,8 @@ class BroadcastModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, computed or broadcast."""
         member = self._member
-        call = None if member is None or member.module is not self else member.broadcaster.call  # a shallow copy has the member too
-        if call is None or member is None:
-            return self.module(*args, **kwargs)
-        return broadcast_output(call, member.sublayer, self.module, args, kwargs)
+        turn = None if member is None or member.module is not self else member.current.turn  # a shallow copy has the member too
+        return self.module(*args, **kwargs) if turn is None else broadcast_output(turn, self.module, args, kwargs)
 
 
 class Membership:
@@ -64,6 +62,7 @@ class Membership:
         self.module = module
         self.broadcaster = broadcaster
         self.sublayer = sublayer
+        self.current = broadcaster.current(sublayer.name)
 
     def __reduce__(self) -> Any:
         return (type(None), ())  # a copy of the model is a plain model

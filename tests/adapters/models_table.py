@@ -31,7 +31,7 @@ What was tested, on tiny random models of each class:
 - **run**: range 1 is the model itself to the bit, every second step in two contexts is what a record-and-replay oracle says, runs and
   FLOPs are those counted, and after `disable` nothing is left. *no FLOPs*: all but FLOPs, as the class does not run on the meta device.
 - **blocks**: the same with a rule for blocks.
-- **compiled**: its blocks under `torch.compile(fullgraph=True)`, a graph for each block and pattern.
+- **compiled**: its blocks under `torch.compile(fullgraph=True)`: a graph for each class of blocks and pattern.
 - **graphs**: `cuda_graphs=True` without a GPU: on the CPU a recorder stands for the device ([CUDA graphs](cuda_graphs.md)).
 - **combinations**: what [works_with.md](works_with.md) says of it.
 - a pipeline by its name: whole samplings with a real scheduler against the oracle, two in a row, interrupted, at another size and number

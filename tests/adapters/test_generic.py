@@ -211,12 +211,15 @@ def check(
             assert (tallies[kind].computed, tallies[kind].reused) == (number * STEPS // 2, number * STEPS // 2)
 
 
-COMPILED = ["WanTransformer3DModel", "FluxTransformer2DModel"]
+COMPILED = {"WanTransformer3DModel": 2, "FluxTransformer2DModel": 5}
 
 
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_blocks_run_as_the_plan_says(name: str) -> None:
-    """With `fullgraph=True`: a graph for each block and pattern, and none in a second generation."""
+@pytest.mark.parametrize(("name", "graphs"), COMPILED.items())
+def test_compiled_blocks_run_as_the_plan_says(name: str, graphs: int) -> None:
+    """With `fullgraph=True`: a graph for each class of blocks and pattern, and none in a second generation.
+
+    Flux' first single block sees its stream with other strides than the next one, where it computes.
+    """
     from torch._dynamo.testing import CompileCounter
 
     tiny = next(t for t in FAMILIES if t.name == name)
@@ -227,16 +230,15 @@ def test_compiled_blocks_run_as_the_plan_says(name: str) -> None:
     blocks = [s.name for s in pab.sublayers(compiled) if s.kind == "block"]
     torch._dynamo.reset()
     counter = CompileCounter()
-    with torch._dynamo.config.patch(recompile_limit=64):
-        for block in blocks:
-            compiled.get_submodule(block).compile(fullgraph=True, backend=counter)
-        for _ in range(2):
-            with pab.generation(eager, num_steps=STEPS), pab.generation(compiled, num_steps=STEPS):
-                for seed in range(STEPS):
-                    for a, b in zip(outputs(compiled, tiny(seed)), outputs(eager, tiny(seed)), strict=True):
-                        torch.testing.assert_close(a, b)
-            assert counter.frame_count == 2 * len(blocks)
-            assert pab.summary(compiled) == pab.summary(eager)
+    for block in blocks:
+        compiled.get_submodule(block).compile(fullgraph=True, backend=counter)
+    for _ in range(2):
+        with pab.generation(eager, num_steps=STEPS), pab.generation(compiled, num_steps=STEPS):
+            for seed in range(STEPS):
+                for a, b in zip(outputs(compiled, tiny(seed)), outputs(eager, tiny(seed)), strict=True):
+                    torch.testing.assert_close(a, b)
+        assert counter.frame_count == graphs
+        assert pab.summary(compiled) == pab.summary(eager)
 
 
 def _wan() -> tuple[Any, dict[str, Any]]:

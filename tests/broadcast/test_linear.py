@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pab_kernels.broadcast.call import Turn
 from pab_kernels.broadcast.config import Broadcast, PABConfig
 from pab_kernels.broadcast.generation import Generation
 from pab_kernels.broadcast.inputs import Inputs
@@ -30,20 +29,29 @@ def begin(rule: Broadcast, num_steps: int, **config: Any) -> Generation:
     return Generation(PABConfig(spatial=rule, **config), [SUBLAYER], num_steps=num_steps)
 
 
-def take(generation: Generation, step: int | None = None, x: Tensor = X, name: str | None = "cond") -> Turn:
-    """One call at a step: its turn. What is to be stored is a tensor of the number of the step."""
+class Taken(NamedTuple):
+    slot: Any
+    stores: bool
+
+
+def take(generation: Generation, step: int | None = None, x: Tensor = X, name: str | None = "cond") -> Taken:
+    """What the sublayer reads in one call at a step. What is to be stored is a tensor of the number of the step."""
     call = generation.open(name, step)
-    turn = call.turn(SUBLAYER, x)
-    if turn.store is not None:
-        turn.store.put(torch.full_like(x, call.step))
-    return turn
+    assert call is not None
+    call.prepare()
+    turn = call.turns["a"]
+    slot = turn.take(x)
+    if slot is None and turn.stores:
+        turn.put(torch.full_like(x, call.step))
+    call.finish()
+    return Taken(slot, slot is None and turn.stores)
 
 
-def said(turn: Turn) -> str:
+def said(turn: Taken) -> str:
     """S for a store, # for a compute, else what is read: the source, and the one before it."""
     if isinstance(turn.slot, Line):
         return f"{turn.slot.newest.source} {turn.slot.before.source}"
-    return str(turn.slot.source) if turn.slot else "S" if turn.store else "#"
+    return str(turn.slot.source) if turn.slot else "S" if turn.stores else "#"
 
 
 def forced(generation: Generation, name: str = "cond") -> int:
@@ -183,7 +191,7 @@ def test_both_outputs_are_freed_when_the_last_reader_is_done_with_them() -> None
     for _ in range(6):
         turn = take(generation)
         slot = generation.contexts["cond"].arena.get("a")
-        if turn.store is not None and slot is not None:
+        if turn.stores and slot is not None:
             refs.append(weakref.ref(slot.value))
         alive = [ref() is not None for ref in refs]
         assert alive == [True] * len(refs) if generation.step <= 3 else not any(alive)
@@ -226,9 +234,9 @@ def test_whatever_calls_are_missing_only_own_earlier_outputs_are_read(rule: Broa
             assert all(slot.source >= i for slot, i in zip(slots, planned, strict=True)), "older than planned"
             if all(present[begin_at:step]):
                 assert [slot.source for slot in slots] == planned
-        assert generation.meter.now <= 24 * plan.held("a", step)
+        assert generation.meter.now <= 24 * plan.decision("a", step).held
         if all(present[begin_at : step + 1]):
-            assert generation.meter.now == 24 * plan.held("a", step)
+            assert generation.meter.now == 24 * plan.decision("a", step).held
     generation.release()
     assert generation.meter.now == 0
 
@@ -248,15 +256,17 @@ def test_a_stream_extends_outputs_that_lie_on_a_line(dtype: torch.dtype, cache_d
         for step in range(12):
             call = generation.open()
             stream = ResidualStream(x.to(dtype), call)
-            turn, exact = call.turn(SUBLAYER, x.to(dtype)), start + step * slope / 12
-            if turn.slot is None:
-                stream.add(exact.to(dtype), gate.to(dtype), turn.store)
+            call.prepare()
+            turn, exact = call.turns["a"], start + step * slope / 12
+            slot = turn.take(x.to(dtype))
+            if slot is None:
+                stream.add(exact.to(dtype), gate.to(dtype), turn if turn.stores else None)
                 continue
-            assert isinstance(turn.slot, Line)
-            stream.reuse(turn.slot, gate.to(dtype))
+            assert isinstance(slot, Line)
+            stream.reuse(slot, gate.to(dtype))
             error = (stream.read().double() - (x + gate * exact)).abs().max()
             size = max(v.abs().max() for v in (x, start, slope)) * max(1.0, gate.abs().max())
-            assert error <= (1 + 2 * turn.slot.weight) * 2 * rounding * size
+            assert error <= (1 + 2 * slot.weight) * 2 * rounding * size
 
 
 @torch.no_grad()

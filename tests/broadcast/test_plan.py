@@ -121,7 +121,7 @@ def test_every_source_is_an_earlier_store_with_no_run_in_between(made: Plan) -> 
         for step in made.steps:
             d = made.decision(name, step)
             if d.action is not REUSE:
-                assert d.source is None and d.previous is None and not d.last
+                assert d.source is None and d.previous is None
                 continue
             assert d.source is not None and made.schedule.begin <= d.source < step
             for read, until in ((d.source, step), *([] if d.previous is None else [(d.previous, d.source)])):
@@ -131,7 +131,7 @@ def test_every_source_is_an_earlier_store_with_no_run_in_between(made: Plan) -> 
 
 @given(plans())
 @_any_plan
-def test_an_output_is_stored_iff_a_later_step_reads_it_and_the_last_read_is_marked(made: Plan) -> None:
+def test_an_output_is_stored_iff_a_later_step_reads_it(made: Plan) -> None:
     for name, row in made.rows.items():
         readers: dict[int, list[int]] = {}
         for step in made.steps:
@@ -139,8 +139,6 @@ def test_an_output_is_stored_iff_a_later_step_reads_it_and_the_last_read_is_mark
             for read in {d.source, d.previous} - {None}:
                 readers.setdefault(read, []).append(step)
         assert {step for step in made.steps if made.decision(name, step).action is STORE} == set(readers)
-        lasts = {step for step in made.steps if readers.get(made.decision(name, step).source, [None])[-1] == step}
-        assert {step for step in made.steps if made.decision(name, step).last} == lasts
         assert row[0].action in (COMPUTE, STORE), "the first step has nothing to reuse"
 
 
@@ -157,16 +155,13 @@ def test_a_sublayer_is_skipped_exactly_under_a_reused_block(made: Plan) -> None:
 @_any_plan
 def test_slots_live_from_the_store_to_the_last_read(made: Plan) -> None:
     for step in made.steps:
-        expected = []
         for name in made.rows:
             later = {(made.decision(name, i).source, made.decision(name, i).previous) for i in made.steps if i > step}
             kept = {read for reads in later for read in reads if read is not None and read <= step}
-            assert made.held(name, step) == len(kept) <= 2
+            assert made.decision(name, step).held == len(kept) <= 2
             computed = [i for i in made.steps if i <= step and made.decision(name, i).action in (COMPUTE, STORE)]
             assert not kept or sorted(kept) == computed[-len(kept) :], "the newest ones"
-            expected += [name] * len(kept)
-        assert made.alive(step) == tuple(expected)
-    assert made.alive(made.schedule.num_steps - 1) == (), "nothing outlives the generation"
+    assert not any(d.held for d in made.decisions(made.schedule.num_steps - 1)), "nothing outlives the generation"
 
 
 @given(plans())
@@ -250,7 +245,7 @@ def test_range_one_computes_always_and_stores_nothing() -> None:
 def test_a_store_may_come_before_the_window_opens() -> None:
     row = plan(PABConfig(cross=Broadcast(6, (7, 9), "step")), num_steps=10).rows["cross"]
     assert [d.action.value for d in row] == list("######S..#")
-    assert row[7] == Decision(REUSE, 6) and row[8] == Decision(REUSE, 6, last=True)
+    assert row[7] == Decision(REUSE, 6, held=1) and row[8] == Decision(REUSE, 6, held=0)
 
 
 def test_a_window_that_holds_the_first_step_does_not_reuse_it() -> None:
@@ -264,7 +259,7 @@ def test_entered_in_the_middle_the_range_counts_from_there_and_the_window_from_t
     made = Plan(PABConfig(spatial=3), Schedule(20, begin=9))
     assert list(made.steps) == list(range(9, 20))
     assert "".join(d.action.value for d in made.rows["spatial"]) == "S..S..S.###"
-    assert made.decision("spatial", 10) == Decision(REUSE, 9)
+    assert made.decision("spatial", 10) == Decision(REUSE, 9, held=1)
     assert str(made).startswith("20 steps, entered at 9, ")
 
 
@@ -274,8 +269,8 @@ def test_a_slot_is_kept_across_steps_at_which_the_block_around_it_is_reused() ->
     made = Plan(config, Schedule(8), sublayers)
     assert "".join(d.action.value for d in made.rows["b"]) == "S..S..##"
     assert "".join(d.action.value for d in made.rows["b.attn"]) == "S  .  .#"
-    assert [made.decision("b.attn", step) for step in (3, 6)] == [Decision(REUSE, 0), Decision(REUSE, 0, last=True)]
-    assert made.alive(4) == ("b.attn", "b") and made.alive(5) == ("b.attn",) and made.alive(6) == ()
+    assert [made.decision("b.attn", step) for step in (3, 6)] == [Decision(REUSE, 0, held=1), Decision(REUSE, 0, held=0)]
+    assert [[d.held for d in made.decisions(step)] for step in (4, 5, 6)] == [[1, 1], [1, 0], [0, 0]]
 
 
 def test_a_block_without_a_rule_is_left_out_and_its_sublayers_go_their_own_way() -> None:
@@ -292,44 +287,44 @@ def test_two_sublayers_of_one_name_are_refused() -> None:
 
 
 def _table(rule: Broadcast, schedule: Schedule) -> str:
-    """A line a step: mark, source, previous, `!` where the source is read last, outputs held afterwards."""
+    """A line a step: mark, source, previous, outputs held afterwards."""
     made = Plan(PABConfig(cross=rule), schedule)
     lines = []
     for step in made.steps:
         d = made.decision("cross", step)
         reads = " ".join("-" if i is None else str(i) for i in (d.source, d.previous))
-        lines.append(f"{step} {d.action.value} {reads} {'!' if d.last else '-'} {made.held('cross', step)}")
+        lines.append(f"{step} {d.action.value} {reads} {d.held}")
     return "\n".join(lines)
 
 
 def test_a_linear_row_keeps_the_two_outputs_that_its_reuses_read() -> None:
     rule = Broadcast(3, (4, 9), "step", "linear")
     assert _table(rule, Schedule(12)).split("\n") == [
-        "0 # - - - 0",
-        "1 # - - - 0",
-        "2 S - - - 1",
-        "3 S - - - 2",
-        "4 . 3 2 - 2",
-        "5 . 3 2 - 1",
-        "6 S - - - 2",
-        "7 . 6 3 - 2",
-        "8 . 6 3 ! 0",
-        "9 # - - - 0",
-        "10 # - - - 0",
-        "11 # - - - 0",
+        "0 # - - 0",
+        "1 # - - 0",
+        "2 S - - 1",
+        "3 S - - 2",
+        "4 . 3 2 2",
+        "5 . 3 2 1",
+        "6 S - - 2",
+        "7 . 6 3 2",
+        "8 . 6 3 0",
+        "9 # - - 0",
+        "10 # - - 0",
+        "11 # - - 0",
     ]
 
 
 def test_a_linear_row_without_anything_before_its_source_holds() -> None:
     assert _table(Broadcast(3, (0, 1), reuse="linear"), Schedule(5, begin=0)).split("\n") == [
-        "0 S - - - 1",
-        "1 . 0 - - 1",
-        "2 . 0 - - 1",
-        "3 S - - - 2",
-        "4 . 3 0 ! 0",
+        "0 S - - 1",
+        "1 . 0 - 1",
+        "2 . 0 - 1",
+        "3 S - - 2",
+        "4 . 3 0 0",
     ]
     entered = _table(Broadcast(2, (0, 1), reuse="linear"), Schedule(9, begin=5)).split("\n")
-    assert entered == ["5 S - - - 1", "6 . 5 - - 1", "7 S - - - 2", "8 . 7 5 ! 0"]
+    assert entered == ["5 S - - 1", "6 . 5 - 1", "7 S - - 2", "8 . 7 5 0"]
 
 
 def test_a_linear_output_is_let_go_between_two_stretches_of_reuse() -> None:
@@ -342,9 +337,9 @@ def test_a_line_reaches_over_steps_at_which_the_block_is_reused() -> None:
     config = PABConfig(spatial=Broadcast(4, (4, 9), "step", "linear"), block=Broadcast(3, (1, 9), "step"))
     made = Plan(config, Schedule(10), sublayers)
     assert "".join(d.action.value for d in made.rows["b.attn"]) == "S  S  .  #"
-    assert made.decision("b.attn", 6) == Decision(REUSE, 3, 0, last=True)
-    assert [made.held("b.attn", step) for step in made.steps] == [1, 1, 1, 2, 2, 2, 0, 0, 0, 0]
-    assert made.alive(4) == ("b.attn", "b.attn", "b")
+    assert made.decision("b.attn", 6) == Decision(REUSE, 3, 0, held=0)
+    assert [made.decision("b.attn", step).held for step in made.steps] == [1, 1, 1, 2, 2, 2, 0, 0, 0, 0]
+    assert [d.held for d in made.decisions(4)] == [2, 1]
 
 
 def test_linear_of_range_one_stores_nothing() -> None:
@@ -479,7 +474,7 @@ def test_a_plan_that_ends_early_is_the_beginning_of_the_whole_one_and_keeps_noth
         assert early.steps == range(end)
         for name, row in early.rows.items():
             assert [d.source for d in row] == [d.source for d in whole.rows[name][:end]]
-            assert early.held(name, end - 1) == 0
+            assert early.decision(name, end - 1).held == 0
             read = {d.source for d in row}
             assert all((d.action is Action.STORE) == (i in read) for i, d in enumerate(row) if d.action is not Action.REUSE)
     assert "10 steps, left at 5, " in str(Plan(config, Schedule(10, timesteps, end=5)))

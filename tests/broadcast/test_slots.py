@@ -182,15 +182,19 @@ def test_a_slot_is_freed_when_its_last_reader_is_done_with_it() -> None:
     generation = Generation(PABConfig(spatial=3), [sublayer], num_steps=6)
     refs: list[weakref.ref[torch.Tensor]] = []
     for _ in range(6):
-        turn = generation.open().turn(sublayer, x)
-        if turn.store is not None:
+        call = generation.open()
+        assert call is not None
+        call.prepare()
+        turn = call.turns["a"]
+        slot = turn.take(x)
+        if slot is None and turn.stores:
             out = torch.zeros(2, 3)
             refs.append(weakref.ref(out))
-            turn.store.put(out)
+            turn.put(out)
             del out
-        alive = generation.plan is not None and bool(generation.plan.alive(generation.step))
+        alive = generation.plan is not None and generation.plan.decision("a", generation.step).held > 0
         assert generation.meter.now == (24 if alive else 0)
-        assert [ref() is not None for ref in refs[-1:]] == ([turn.slot is not None or alive] if refs else [])
-        del turn
+        assert [ref() is not None for ref in refs[-1:]] == ([slot is not None or alive] if refs else [])
+        del turn, call, slot
         assert [ref() is not None for ref in refs] == [False] * (len(refs) - 1) + ([alive] if refs else [])
     assert len(refs) == 2

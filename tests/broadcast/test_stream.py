@@ -15,12 +15,13 @@ from torch.nn.utils import parametrize
 
 from pab_kernels import ops
 from pab_kernels.broadcast import stream as stream_module
-from pab_kernels.broadcast.call import Call, Store
+from pab_kernels.broadcast.call import Call
 from pab_kernels.broadcast.config import CacheDtype, CachePoint, PABConfig
 from pab_kernels.broadcast.generation import Generation
 from pab_kernels.broadcast.plan import Sublayer
 from pab_kernels.broadcast.slots import CACHE_DTYPES, Key, Line, Slot
 from pab_kernels.broadcast.stream import ResidualStream
+from pab_kernels.broadcast.turn import Turn
 from pab_kernels.ops import Quantized, dequantize, quantize
 
 SUBLAYERS = [Sublayer(f"s{i}", "spatial", i) for i in range(12)]
@@ -29,13 +30,16 @@ SUBLAYERS = [Sublayer(f"s{i}", "spatial", i) for i in range(12)]
 def _call(cache_dtype: CacheDtype | None = None, cache_point: CachePoint = "pre_gate") -> Call:
     """A call at a step at which every sublayer stores."""
     config = PABConfig.from_dict({"spatial": {"range": 2, "window": [0, 1]}, "cache_dtype": cache_dtype, "cache_point": cache_point})
-    return Generation(config, SUBLAYERS, num_steps=2).open()
+    call = Generation(config, SUBLAYERS, num_steps=2).open()
+    assert call is not None
+    call.prepare()
+    return call
 
 
-def _store(call: Call, i: int, x: Tensor) -> Store:
-    store = call.turn(SUBLAYERS[i], x).store
-    assert store is not None
-    return store
+def _store(call: Call, i: int, x: Tensor) -> Turn:
+    turn = call.turns[SUBLAYERS[i].name]
+    assert turn.take(x) is None and turn.stores
+    return turn
 
 
 def _kept(call: Call, i: int) -> Any:

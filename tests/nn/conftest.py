@@ -10,8 +10,7 @@ import torch
 
 @pytest.fixture
 def compiler() -> Iterator[None]:
-    """A compiler that has seen nothing, and makes a graph for each module and action."""
+    """A compiler that has seen nothing."""
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=64):
-        yield
+    yield
     torch._dynamo.reset()

@@ -41,8 +41,7 @@ SMALL_WAN, SMALL_FLUX, SMALL_LATTE = map(of_one_layer, (WAN, FLUX, LATTE))
 @pytest.fixture(autouse=True)
 def _forgotten_graphs() -> Iterator[None]:
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=64):
-        yield
+    yield
     torch._dynamo.reset()
 
 
