@@ -30,7 +30,7 @@ from tests.adapters.graphed import (
     graphs_of,
     pair,
 )
-from tests.adapters.test_generic import outputs, same
+from tests.adapters.outputs import outputs, same
 from tests.adapters.tiny_latte import noise, prompt
 from tests.adapters.tiny_models import FAMILIES
 from tests.graph_recorder import Recorder

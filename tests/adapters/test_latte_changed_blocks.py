@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
+from tests.adapters.compiled_latte import compiled, config, outputs
 from tests.adapters.replay import CONFIG, RULES, Replay, assert_runs_as_the_oracle
-from tests.adapters.test_latte_compiled import compiled, config, inputs, noise, outputs, prompt
-from tests.adapters.tiny_latte import counted_operations, sample, tiny_latte, tiny_pipe
+from tests.adapters.tiny_latte import counted_operations, inputs, noise, prompt, sample, tiny_latte, tiny_pipe
 from tests.adapters.tiny_pipes import PIPES
 
 LATTE = next(tiny for tiny in PIPES if tiny.name == "LattePipeline")
