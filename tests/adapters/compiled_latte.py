@@ -15,6 +15,9 @@ from tests.adapters.tiny_latte import inputs, noise, prompt
 STEPS = 9
 CONTEXTS = ("cond", "uncond")
 
+THIRDS = PABConfig(spatial=Broadcast(3, (0, 1)), temporal=Broadcast(3, (0, 1)))
+"""Two patterns in each block: a graph takes a second to trace, and most tests need no more of them."""
+
 
 def config(reuse: Any = "hold", **options: Any) -> PABConfig:
     rules = {"spatial": 2, "temporal": 3, "cross": 4, "mlp": 2}
