@@ -30,7 +30,7 @@ demo: $(VENV)/demo.stamp  ## sample a small video model with and without PAB and
 	$(BIN)/pab demo $(ARGS)
 
 test: lint extension  ## lint, then run the tests: make test ARGS='-k plan'
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile $(MODELS) $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(MODELS) $(ARGS)
 
 lint: $(VENV)/test.stamp $(VENV)/oldest-triton.stamp  ## check style, format and types
 	$(BIN)/ruff check .

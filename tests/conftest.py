@@ -13,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import logging
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -53,3 +54,22 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+LONGEST = (
+    "kernels/test_compiled.py",
+    "adapters/test_latte_compiled.py",
+    "works_with/test_compile.py",
+    "works_with/test_context_parallel.py",
+    "csrc/test_wheel.py",
+    "csrc/test_compiled.py",
+    "test_docs.py",
+    "broadcast/test_interrupted.py",
+    "adapters/test_latte_triton.py",
+)
+"""Files with few tests that take long: they come first, so that no worker is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))

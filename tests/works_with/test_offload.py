@@ -12,6 +12,7 @@ import torch
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from tests.adapters.tiny_latte import sample, tiny_pipe
+from tests.pairs import pairs
 from tests.works_with.combination import (
     COGVIDEOX,
     FLUX,
@@ -50,9 +51,11 @@ def test_sequential_offload(subject: Subject) -> None:
     check(subject, combine)
 
 
-@pytest.mark.parametrize("prefetch", [False, True], ids=["on demand", "prefetched"])
-@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
-@pytest.mark.parametrize("subject", [WAN, FLUX, LATTE], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("subject", "kind", "prefetch"),
+    pairs([WAN, FLUX, LATTE], ["block_level", "leaf_level"], [False, True]),
+    ids=lambda v: {False: "on demand", True: "prefetched"}[v] if isinstance(v, bool) else getattr(v, "name", v),
+)
 def test_group_offload(subject: Subject, kind: str, prefetch: bool) -> None:
     with offloading():
         check(subject, lambda model: grouped(model, kind, prefetch=prefetch))
