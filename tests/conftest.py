@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import logging
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,18 @@ def _poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(3, dtype=torch.bfloat16)).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _forgotten_graphs() -> Iterator[None]:
+    """No test finds what another one compiled.
+
+    torch keeps the graphs of a process by code, and `Module.compile` compiles code that all modules share: those left behind count against
+    the limit of the next test. Whoever needs more than the limit of 8 patches `recompile_limit`.
+    """
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)
