@@ -12,7 +12,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import logging
 import random
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -56,7 +58,38 @@ def _no_mode_is_left() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _forgotten_graphs() -> Iterator[None]:
+    """No test finds what another one compiled.
+
+    torch keeps the graphs of a process by code, and `Module.compile` compiles code that all modules share: those left behind count against
+    the limit of the next test. Whoever needs more than the limit of 8 patches `recompile_limit`.
+    """
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+LONGEST = (
+    "kernels/test_compiled.py",
+    "adapters/test_latte_compiled.py",
+    "works_with/test_compile.py",
+    "works_with/test_context_parallel.py",
+    "csrc/test_wheel.py",
+    "csrc/test_compiled.py",
+    "test_docs.py",
+    "broadcast/test_interrupted.py",
+    "adapters/test_latte_triton.py",
+)
+"""Files with few tests that take long: they come first, so that no worker is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))

@@ -9,9 +9,9 @@ import functools
 from pathlib import Path
 
 from pab_kernels.broadcast.config import KINDS
+from tests.adapters.classes import COMPILED, RUN, UNKNOWN_FLOPS
 from tests.adapters.expected_models import EXPECTED
 from tests.adapters.graphed import MOVE, READ
-from tests.adapters.test_generic import COMPILED, RUN, UNKNOWN_FLOPS
 from tests.adapters.tiny_models import FAMILIES
 from tests.adapters.tiny_pipes import PIPES
 from tests.adapters.tiny_unets import UNETS

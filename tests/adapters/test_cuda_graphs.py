@@ -14,6 +14,7 @@ from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.broadcaster import broadcaster_of
 from pab_kernels.broadcast.signature import tensors_of
 from pab_kernels.nn import BroadcastModule
+from tests.adapters.classes import parameters
 from tests.adapters.graphed import (
     CONFIGS,
     CONTEXTS,
@@ -29,7 +30,7 @@ from tests.adapters.graphed import (
     graphs_of,
     pair,
 )
-from tests.adapters.test_generic import outputs, same
+from tests.adapters.outputs import outputs, same
 from tests.adapters.tiny_latte import noise, sample, tiny_pipe
 from tests.adapters.tiny_models import FAMILIES
 from tests.graph_recorder import Recorder
@@ -108,7 +109,7 @@ def test_a_capture_in_a_further_generation_would_read_and_write_the_same_memory(
     assert again == first and all(first)
 
 
-@pytest.mark.parametrize("tiny", [t for t in FAMILIES if not t.name.startswith(READ)], ids=lambda t: t.name)
+@pytest.mark.parametrize("tiny", parameters(t for t in FAMILIES if not t.name.startswith(READ)))
 def test_a_family_of_diffusers_gives_the_bits_of_eager_pab(tiny: Any, recorders: list[Recorder]) -> None:
     thorough = tiny.name.startswith(("CogVideoX", "Wan", "Flux", "ZImage"))
     steps, contexts, generations = (6, CONTEXTS, 2) if thorough else (4, CONTEXTS[:1], 1)

@@ -13,7 +13,7 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.nn import BroadcastModule
 from tests.adapters.graphed import CONFIGS, CONTEXTS, counted
-from tests.adapters.test_generic import outputs, same
+from tests.adapters.outputs import outputs, same
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.adapters.tiny_models import FAMILIES
 

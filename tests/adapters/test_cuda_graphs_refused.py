@@ -30,7 +30,7 @@ from tests.adapters.graphed import (
     config,
     pair,
 )
-from tests.adapters.test_generic import outputs, same
+from tests.adapters.outputs import outputs, same
 from tests.adapters.tiny_latte import inputs, noise, tiny_latte
 from tests.adapters.tiny_models import FAMILIES
 from tests.graph_recorder import Recorder

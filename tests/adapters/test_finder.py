@@ -405,6 +405,21 @@ def test_the_change_of_a_block_is_added_to_its_new_input() -> None:
     assert torch.equal(model(b, text), b + (plain - a))
 
 
+def test_what_a_block_returns_beside_its_stream_is_returned_again() -> None:
+    class Telling(ModeBlock):
+        def forward(self, x: Tensor, text: Tensor) -> Any:
+            return super().forward(x, text), None
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Telling()])}).eval().requires_grad_(False)
+    model.forward = lambda x, text: model["blocks"][0](x, text)
+    a, b, text = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    plain, _ = model(a, text)
+    pab.enable(model, PABConfig(block=Broadcast(2, (0, 1))), num_steps=2)
+    assert torch.equal(model(a, text)[0], plain)
+    out, told = model(b, text)
+    assert torch.equal(out, b + (plain - a)) and told is None
+
+
 def test_the_change_of_a_block_that_writes_to_its_stream() -> None:
     class InPlace(ModeBlock):
         def forward(self, x: Tensor, text: Tensor) -> Tensor:

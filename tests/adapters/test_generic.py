@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import diffusers
 import pytest
 import torch
 from diffusers.models import transformers
@@ -23,27 +22,21 @@ from pab_kernels import Broadcast, PABConfig, ops
 from pab_kernels.adapters import evidence, finder, generic
 from pab_kernels.analysis import analyze
 from pab_kernels.broadcast.plan import Sublayer
-from tests.adapters import tiny_models_a_to_k, tiny_models_k_to_z
+from tests.adapters.classes import COMPILED, RUN, UNKNOWN_FLOPS, UNLIKE, family, parameters
 from tests.adapters.expected_models import EXPECTED
-from tests.adapters.tiny_models import FAMILIES, TEXT, Tiny
+from tests.adapters.outputs import outputs, same
+from tests.adapters.tiny_models import Tiny
+from tests.adapters.tiny_pipes import named
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
     pytest.mark.filterwarnings("ignore:(?s)In CPU autocast:UserWarning"),  # Mochi asks for float32 in autocast
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers' schedulers and numpy
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),  # AnyFlowFAR, Kandinsky6SR, Wan-Animate 2
 ]
 
-RUN = FAMILIES + tiny_models_a_to_k.MORE + tiny_models_k_to_z.MORE
 EVERY_SECOND = Broadcast(2, (0, 1))
 STEPS = 4
-
-
-def outputs(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
-    return [v for v in pytree.tree_leaves(model(**inputs)) if isinstance(v, Tensor)]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 @contextlib.contextmanager
@@ -82,15 +75,10 @@ def said_again(model: nn.Module, sublayers: list[Sublayer], written: dict[str, A
         yield
 
 
-UNKNOWN_FLOPS = (
-    {"MochiTransformer3DModel", "Lumina2Transformer2DModel"} | tiny_models_a_to_k.UNKNOWN_FLOPS | tiny_models_k_to_z.UNKNOWN_FLOPS
-)
-"""What does not run on the meta device: their FLOPs are not known. (Mochi asks for autocast there, and torch counts no flex attention.)"""
-
-
 def test_every_class_is_run() -> None:
     """Latte is run by the tests of its own adapter."""
     assert {tiny.name for tiny in RUN} | {"LatteTransformer3DModel"} == set(EXPECTED)
+    assert {tiny.name for tiny in RUN} > set(UNLIKE)
 
 
 def test_no_class_is_special_cased_on_the_generic_path() -> None:
@@ -103,15 +91,25 @@ def _without_numbers(name: str) -> str:
     return re.sub(r"\.(\d+|\*)(?=\.|$)", "", name)
 
 
-@pytest.mark.parametrize("tiny", [tiny for tiny in RUN if hasattr(transformers, tiny.name)], ids=lambda t: t.name)
-def test_a_family_of_diffusers(tiny: Tiny) -> None:
-    model = tiny.build()
-    sublayers = pab.sublayers(model)
+HERE = [tiny for tiny in RUN if hasattr(transformers, tiny.name)]
+"""Those that the installed diffusers has."""
+
+
+@pytest.mark.parametrize("tiny", HERE, ids=lambda t: t.name)
+def test_the_sublayers_of_a_family_are_found(tiny: Tiny) -> None:
+    sublayers = pab.sublayers(tiny.build())
     kinds = {(_without_numbers(s.name), s.kind) for s in sublayers if s.kind != "block"}
     assert kinds == {(_without_numbers(name), kind) for name, kind in tiny.kinds.items()}
     assert all(s.why and s.how == "module" for s in sublayers)
     inside = [s for s in sublayers if s.block is not None]
     assert all(s.name.startswith(f"{s.block}.") and s.block.endswith(f".{s.layer}") for s in inside)
+
+
+@pytest.mark.parametrize("tiny", parameters(HERE))
+def test_a_family_of_diffusers(tiny: Tiny) -> None:
+    model = tiny.build()
+    sublayers = pab.sublayers(model)
+    kinds = {s.kind for s in sublayers}
     before = {name: dict(vars(m)) for name, m in model.named_modules()}
     plain = {seed: outputs(model, tiny(seed)) for seed in range(4)}
     assert all(out.isfinite().all() for outs in plain.values() for out in outs)
@@ -119,7 +117,7 @@ def test_a_family_of_diffusers(tiny: Tiny) -> None:
     one = Broadcast(1)
     pab.enable(model, PABConfig(one, one, one, one, one), num_steps=STEPS)
     assert all(same(outputs(model, tiny(seed)), plain[seed]) for seed in range(4))
-    assert set(pab.summary(model).contexts["#0"]) == {kind for _, kind in kinds} | {"block"}
+    assert set(pab.summary(model).contexts["#0"]) == kinds
 
     # Two contexts with inputs of their own: the first call of each is the model's own, the second says its attention again.
     rules = PABConfig(EVERY_SECOND, EVERY_SECOND, EVERY_SECOND, EVERY_SECOND)
@@ -211,9 +209,6 @@ def check(
             assert (tallies[kind].computed, tallies[kind].reused) == (number * STEPS // 2, number * STEPS // 2)
 
 
-COMPILED = {"WanTransformer3DModel": 2, "FluxTransformer2DModel": 5}
-
-
 @pytest.mark.parametrize(("name", "graphs"), COMPILED.items())
 def test_compiled_blocks_run_as_the_plan_says(name: str, graphs: int) -> None:
     """With `fullgraph=True`: a graph for each class of blocks and pattern, and none in a second generation.
@@ -222,7 +217,7 @@ def test_compiled_blocks_run_as_the_plan_says(name: str, graphs: int) -> None:
     """
     from torch._dynamo.testing import CompileCounter
 
-    tiny = next(t for t in FAMILIES if t.name == name)
+    tiny = family(name)
     eager, compiled = tiny.build(), tiny.build()
     rules = PABConfig(spatial=EVERY_SECOND, cross=EVERY_SECOND, mlp=EVERY_SECOND)
     for model in (eager, compiled):
@@ -241,52 +236,12 @@ def test_compiled_blocks_run_as_the_plan_says(name: str, graphs: int) -> None:
         assert pab.summary(compiled) == pab.summary(eager)
 
 
-def _wan() -> tuple[Any, dict[str, Any]]:
-    transformer = FAMILIES[1].build()
-    pipe = diffusers.WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler()
-    )
-    return pipe, {"height": 32, "width": 48, "num_frames": 9, "guidance_scale": 4.0}
-
-
-def _cogvideox() -> tuple[Any, dict[str, Any]]:
-    transformer = FAMILIES[0].build()
-    pipe = diffusers.CogVideoXPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=diffusers.CogVideoXDDIMScheduler()
-    )
-    return pipe, {"height": 64, "width": 48, "num_frames": 5, "guidance_scale": 4.0}
-
-
-@pytest.mark.parametrize(
-    ("make", "contexts"), [(_wan, ("cond", "uncond")), (_cogvideox, ("cond_uncond",))], ids=["a call a branch", "batched"]
-)
-def test_a_pipeline_without_an_adapter_of_its_own(make: Callable[[], tuple[Any, dict[str, Any]]], contexts: tuple[str, ...]) -> None:
-    pipe, size = make()
-    pipe.set_progress_bar_config(disable=True)
-    prompts = [torch.randn(1, TEXT, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
-
-    def sample(steps: int = 6) -> Tensor:
-        return pipe(
-            prompt_embeds=prompts[0],
-            negative_prompt_embeds=prompts[1],
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(0),
-            output_type="latent",
-            **size,
-        ).frames
-
-    plain = sample()
-    pab.enable(pipe, PABConfig(1, 1, 1, 1, 1))
-    assert torch.equal(sample(), plain)
-    pab.enable(pipe, PABConfig(spatial=EVERY_SECOND, mlp=Broadcast(3, (0, 1))))
-    first, second = sample(), sample()
-    assert torch.equal(first, second) and not torch.equal(first, plain)
-    summary = pab.summary(pipe)
-    assert tuple(summary.contexts) == contexts and summary.forced == 0 and summary.cache_bytes == 0
-    for tallies in summary.contexts.values():
-        assert (tallies["spatial"].computed, tallies["spatial"].reused) == (2 * 3, 2 * 3)
-        assert (tallies["mlp"].computed, tallies["mlp"].reused) == (2 * 2, 2 * 4)
-    pab.disable(pipe)
-    assert torch.equal(sample(), plain)
-    found = analyze(pipe, sample)
-    assert {d.context for d in found.differences} == set(contexts) and found.num_steps == 6
+@pytest.mark.parametrize("name", ["WanPipeline", "CogVideoXPipeline"])
+def test_a_pipeline_without_an_adapter_of_its_own_is_analysed(name: str) -> None:
+    """Its samplings under PAB are those of tests/adapters/test_pipelines.py. Guidance here is a call a branch, and batched."""
+    tiny = named(name)
+    pipe = tiny.build()
+    plain = tiny.sample(pipe)
+    found = analyze(pipe, lambda: tiny.sample(pipe))
+    assert {d.context for d in found.differences} == set(tiny.contexts) and found.num_steps == 6
+    assert torch.equal(tiny.sample(pipe), plain)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
+from tests.adapters.compiled_latte import THIRDS, compiled, outputs
 from tests.adapters.replay import CONFIG, RULES, Replay, assert_runs_as_the_oracle
-from tests.adapters.test_latte_compiled import compiled, config, inputs, noise, outputs, prompt
-from tests.adapters.tiny_latte import counted_operations, sample, tiny_latte, tiny_pipe
+from tests.adapters.tiny_latte import counted_operations, inputs, noise, prompt, sample, tiny_latte, tiny_pipe
 from tests.adapters.tiny_pipes import PIPES
 
 LATTE = next(tiny for tiny in PIPES if tiny.name == "LattePipeline")
@@ -277,7 +277,7 @@ def test_changed_and_unchanged_blocks_compile() -> None:
     models = [tiny_latte(num_layers=1) for _ in range(2)]
     for model in models:
         subclassed(model.transformer_blocks[0])
-        pab.enable(model, config(), num_steps=9)
+        pab.enable(model, THIRDS, num_steps=9)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=64):
         graphs = compiled(models[1])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +13,8 @@ from torch import Tensor
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.broadcaster import broadcaster_of
+from tests.adapters.compiled_latte import STEPS, THIRDS, compiled, config, outputs
 from tests.adapters.tiny_latte import inputs, noise, prompt, tiny_latte
-
-STEPS = 9
-CONTEXTS = ("cond", "uncond")
 
 
 @pytest.fixture(autouse=True)
@@ -24,36 +22,6 @@ def _forgotten_graphs() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def config(reuse: Any = "hold", **options: Any) -> PABConfig:
-    rules = {"spatial": 2, "temporal": 3, "cross": 4, "mlp": 2}
-    return PABConfig(**{kind: Broadcast(reach, reuse=reuse) for kind, reach in rules.items()}, **options)  # type: ignore[arg-type]
-
-
-def compiled(model: Any) -> Counter[str]:
-    """Compile every block of the model; the graphs that are made, by block."""
-    graphs: Counter[str] = Counter()
-    for group in ("transformer_blocks", "temporal_transformer_blocks"):
-        for i, block in enumerate(getattr(model, group)):
-
-            def backend(graph: Any, _: Any, name: str = f"{group}.{i}") -> Any:
-                graphs[name] += 1
-                return graph
-
-            block.compile(fullgraph=True, backend=backend)
-    return graphs
-
-
-def outputs(model: Any, x: Any = noise, names: tuple[str, ...] = CONTEXTS) -> list[Tensor]:
-    """What the model gives at every step, in contexts of different prompts."""
-    found = []
-    with torch.no_grad():
-        for step in range(STEPS):
-            for i, name in enumerate(names):
-                with pab.context(model, name, step):
-                    found.append(model(**inputs() | {"hidden_states": x(step), "encoder_hidden_states": prompt(i)}).sample)
-    return found
 
 
 def patterns(model: Any, block: str) -> int:
@@ -73,8 +41,8 @@ def enabled(pab_config: PABConfig) -> Any:
 
 @pytest.mark.parametrize(
     "pab_config",
-    [config(cache_point="post_gate"), config("linear"), config("linear", cache_dtype="float8_e4m3fn")],
-    ids=["hold", "linear", "linear fp8"],
+    [config("linear"), replace(THIRDS, cache_point="post_gate"), replace(THIRDS, cache_dtype="float8_e4m3fn")],
+    ids=["linear", "gated", "fp8"],
 )
 def test_as_many_graphs_as_patterns_and_none_in_a_second_generation(pab_config: PABConfig) -> None:
     plain, model = enabled(pab_config), enabled(pab_config)
@@ -94,7 +62,7 @@ def test_as_many_graphs_as_patterns_and_none_in_a_second_generation(pab_config: 
 
 
 def test_a_whole_block_may_be_reused() -> None:
-    pab_config = config(block=Broadcast(2, (0.7, 0.95)))
+    pab_config = replace(THIRDS, block=Broadcast(2, (0.7, 0.95)))
     plain, model = enabled(pab_config), enabled(pab_config)
     compiled(model)
     for a, b in zip(outputs(model), outputs(plain), strict=True):
@@ -106,7 +74,7 @@ def test_what_was_computed_from_another_shape_is_not_reused() -> None:
     def changing(step: int) -> Tensor:
         return noise(step, height=16 if step < 4 else 8)
 
-    plain, model = enabled(config()), enabled(config())
+    plain, model = enabled(THIRDS), enabled(THIRDS)
     compiled(model)
     with torch._dynamo.config.patch(recompile_limit=16):  # both shapes have graphs of their own, as they have without PAB
         for a, b in zip(outputs(model, changing), outputs(plain, changing), strict=True):
@@ -115,7 +83,7 @@ def test_what_was_computed_from_another_shape_is_not_reused() -> None:
 
 
 def test_a_context_that_comes_late_computes_first() -> None:
-    models = [enabled(config("linear")), enabled(config("linear"))]
+    models = [enabled(PABConfig(spatial=Broadcast(3, (0, 1), reuse="linear"))) for _ in range(2)]
     compiled(models[1])
     results = []
     for model in models:
@@ -132,7 +100,7 @@ def test_a_context_that_comes_late_computes_first() -> None:
 
 
 def test_an_exception_in_a_compiled_block_leaves_nothing_behind() -> None:
-    model = enabled(config())
+    model = enabled(THIRDS)
     compiled(model)
     with torch.no_grad(), pytest.raises(RuntimeError):
         for step in range(STEPS):
@@ -145,7 +113,7 @@ def test_disable_gives_the_plain_model_back() -> None:
     model = tiny_latte(num_layers=1)
     with torch.no_grad():
         before = model(**inputs()).sample
-        pab.enable(model, config(), num_steps=STEPS)
+        pab.enable(model, THIRDS, num_steps=STEPS)
         compiled(model)
         outputs(model, names=("cond",))
         pab.disable(model)

@@ -19,6 +19,7 @@ from pab_kernels.analysis.measure import measure
 from pab_kernels.broadcast.costs import on_meta
 from pab_kernels.broadcast.plan import Forecast
 from tests.adapters.tiny_latte import FRAMES, LAYERS, SIZE, TEXT, TEXT_CHANNELS, noise, prompt, sample, tiny_latte, tiny_pipe
+from tests.pairs import pairs
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -93,10 +94,10 @@ def test_an_mlp_in_chunks_costs_what_all_chunks_do() -> None:
     assert summary.peak_cache_bytes == expected.peak_cache_bytes > 0
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("cache_point", ["pre_gate", "post_gate"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@BOTH
+@pytest.mark.parametrize(
+    ("rules", "cache_dtype", "cache_point", "dtype"),
+    pairs([EVERYTHING, LINEAR], [None, "int8", "float8_e4m3fn"], ["pre_gate", "post_gate"], [torch.float32, torch.bfloat16]),
+)
 def test_peak_cache_bytes_are_forecast(rules: Any, cache_dtype: Any, cache_point: Any, dtype: torch.dtype) -> None:
     pipe = tiny_pipe(model=tiny_latte(dtype))
     pab.enable(pipe, PABConfig(**rules, cache_dtype=cache_dtype, cache_point=cache_point))
@@ -137,9 +138,9 @@ def test_the_forecast_holds_for_any_rules(config: PABConfig) -> None:
     assert summary.cache_bytes == expected.cache_bytes[-1] == 0
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("cache_point", ["pre_gate", "post_gate"])
-@BOTH
+@pytest.mark.parametrize(
+    ("rules", "cache_dtype", "cache_point"), pairs([EVERYTHING, LINEAR], [None, "int8", "float8_e4m3fn"], ["pre_gate", "post_gate"])
+)
 def test_a_generation_runs_on_the_meta_device(rules: Any, cache_dtype: Any, cache_point: Any) -> None:
     model = tiny_latte().to("meta")
     config = PABConfig(**rules, cache_dtype=cache_dtype, cache_point=cache_point)

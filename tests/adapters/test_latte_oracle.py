@@ -14,6 +14,7 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from tests.adapters.tiny_latte import noise, prompt, run_model, tiny_latte
 from tests.oracle import Oracle, Rule
+from tests.pairs import pairs
 
 TIMESTEPS = list(range(950, -1, -100))  # 10 steps
 TEXTS = {"cond": prompt(1), "uncond": prompt(2)}
@@ -84,9 +85,7 @@ def reusing(reuse: str, rules: dict[str, Any]) -> dict[str, list[Rule]]:
     return {kind: [replace(rule, reuse=reuse) for rule in ([of] if isinstance(of, Rule) else of)] for kind, of in rules.items()}
 
 
-@pytest.mark.parametrize("reuse", ["hold", "linear"])
-@pytest.mark.parametrize("post_gate", [False, True], ids=["pre-gate", "post-gate"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "post_gate", "reuse"), pairs(list(CASES), [False, True], ["hold", "linear"]))
 def test_two_contexts_are_bit_identical_to_the_oracle(case: str, post_gate: bool, reuse: str) -> None:
     got, expected, summary = both(reusing(reuse, CASES[case]), post_gate=post_gate)
     assert torch.equal(got, expected)
@@ -123,17 +122,20 @@ def test_batched_and_separate_guidance_give_the_same(cache_point: str, reuse: st
     assert (x - separate).norm() < 1e-4 * separate.norm()  # a GEMM of two rows may add up in another order than two of one
 
 
-@pytest.mark.parametrize("post_gate", [False, True], ids=["pre-gate", "post-gate"])
-@pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.01), ("float8_e4m3fn", 0.04)])
-@pytest.mark.parametrize("reuse", ["hold", "linear"])
-@pytest.mark.parametrize("case", ["everything", "block", "sublayers of blocks that are reused"])
-def test_8_bit_slots_round_as_the_oracle_does_and_change_little(case: str, reuse: str, dtype: str, bound: float, post_gate: bool) -> None:
+BOUNDS = {"int8": 0.01, "float8_e4m3fn": 0.04}
+
+
+@pytest.mark.parametrize(
+    ("case", "reuse", "dtype", "post_gate"),
+    pairs(["everything", "block", "sublayers of blocks that are reused"], ["hold", "linear"], list(BOUNDS), [False, True]),
+)
+def test_8_bit_slots_round_as_the_oracle_does_and_change_little(case: str, reuse: str, dtype: str, post_gate: bool) -> None:
     rules = reusing(reuse, CASES[case])
     got, expected, summary = both(rules, dtype=dtype, post_gate=post_gate)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     exact, _, wide = both(rules, post_gate=post_gate)
     error = (got - exact).norm() / exact.norm()
-    assert 0 < error < (bound if reuse == "hold" else 4 * bound)  # the line magnifies what rounding does to the two outputs
+    assert 0 < error < BOUNDS[dtype] * (1 if reuse == "hold" else 4)  # the line magnifies what rounding does to the two outputs
     assert summary.peak_cache_bytes < 0.3 * wide.peak_cache_bytes
 
 

@@ -33,8 +33,7 @@ def outputs(config: PABConfig, dtype: torch.dtype) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
-@pytest.mark.parametrize("reuse", ["hold", "linear"])
+@pytest.mark.parametrize(("reuse", "cache_dtype"), [("hold", None), ("linear", "int8")])  # tests/ops has every kernel with both
 def test_it_agrees_with_the_reference(reuse: Any, cache_dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = [Broadcast(reach, WINDOW, reuse=reuse) for reach in (2, 3, 4, 2)]
     config = PABConfig(spatial=rules[0], temporal=rules[1], cross=rules[2], mlp=rules[3], cache_dtype=cache_dtype)

@@ -9,20 +9,13 @@ from unittest import mock
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline, UNet2DModel
 
 from pab_kernels.analysis import pipelines
 from pab_kernels.analysis.pipelines import load_pipeline
+from tests.analysis.tiny_dit import tiny_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-
-def tiny_dit() -> DiTPipeline:
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, sample_size=4, patch_size=2
-    )
-    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
-    return DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler())
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from pab_kernels import PABConfig, cli
 from pab_kernels.broadcast.formats import load_config
-from tests.analysis.test_pipelines import tiny_dit
+from tests.analysis.tiny_dit import tiny_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 

@@ -24,7 +24,7 @@ pytest.importorskip("yaml")
 
 from typer.testing import CliRunner
 
-from pab_kernels import cli
+from pab_kernels import cli, demo
 from pab_kernels.analysis.clips import read_clip
 from pab_kernels.analysis.study import Analysis
 
@@ -183,8 +183,16 @@ def test_generate_keeps_the_runs_and_every_file_is_whole(files: int, kept: list[
         assert all(run["file"] is None or run["file"] in kept for run in runs)
 
 
+@pytest.fixture(scope="module")
+def sampled() -> demo.Result:
+    return demo.run_demo(demo.Settings(demo.PROMPTS[:1], steps=2, device="cpu"))
+
+
 @pytest.mark.parametrize("files", [0, 1, 3])
-def test_demo_prints_what_it_cannot_write(files: int, full: Any, tmp_path: Path) -> None:
+def test_demo_prints_what_it_cannot_write(
+    files: int, full: Any, sampled: demo.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "run_demo", lambda settings, progress: sampled)
     full(files)
     result = pab("demo", "--steps", 2, "--clips", 1, "--device", "cpu", "--out", tmp_path)
     _failed(result, tmp_path / ("results.json", "clips.gif", "", "schedule-demo.png")[files])

@@ -27,9 +27,9 @@ int aoti_torch_get_device_index(void*, int32_t* index) { *index = 0; return 0; }
 """
 
 
-def bound(op: str, folder: Path, *, optimised: bool = True) -> ctypes.CDLL:
+def bound(op: str, folder: Path) -> ctypes.CDLL:
     """The kernel of an operation under the machine; around it its binding, loaded into torch."""
-    kernels = library(f"{op}.cu", folder, [f"{op}_plan.cpp"], optimised=optimised)
+    kernels = library(f"{op}.cu", folder, [f"{op}_plan.cpp"])
     source = (ROOT / "python" / f"{op}_torch.cpp").read_text()
     assert source.count("pab_kernels_cuda, CUDA, library") == 1
     (folder / "binding.cpp").write_text(source.replace("pab_kernels_cuda, CUDA, library", "pab_kernels_cuda, CPU, library"))

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from pab_kernels.ops.cuda_library import LIBRARY, build_info
-from tests.kernels.compilation import OPCODE, tool
+from tests.kernels.compilation import OPCODE
+from tests.kernels.disassembly import disassembly, tool
 
 USAGE = re.compile(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 FUNCTION = re.compile(r"^\s*\.section\s+\.text\.(\w+)", re.MULTILINE)
@@ -74,9 +75,10 @@ def readable(mangled: list[str]) -> list[str]:
 
 def _inspect(cubin: Path) -> list[dict[str, Any]]:
     arch = re.search(r"sm_(\w+)\.cubin$", cubin.name)
-    usage = USAGE.findall(_run(tool("cuobjdump"), "-res-usage", str(cubin)))
+    resources, code = disassembly(cubin.read_bytes())
+    usage = USAGE.findall(resources)
     assert arch and usage, cubin
-    pieces = FUNCTION.split(_run(tool("nvdisasm"), "-c", str(cubin)))
+    pieces = FUNCTION.split(code)
     sass = dict(zip(pieces[1::2], pieces[2::2], strict=True))
     records = []
     for kernel, (mangled, registers, stack, shared, local) in zip(readable([u[0] for u in usage]), usage, strict=True):

@@ -15,9 +15,9 @@ NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3,
 """`DType` of csrc/plan.h."""
 
 
-def library(kernels: str, folder: Path, host: Sequence[str], *, optimised: bool = True) -> ctypes.CDLL:
+def library(kernels: str, folder: Path, host: Sequence[str]) -> ctypes.CDLL:
     """The kernels of a file of csrc/, with files of plain C++ beside them."""
-    loaded = ctypes.CDLL(str(compiled(kernels, folder, host, optimised=optimised)))
+    loaded = ctypes.CDLL(str(compiled(kernels, folder, host)))
     loaded.lockstep_error.restype = ctypes.c_char_p
     loaded.lockstep_counts.restype = ctypes.POINTER(ctypes.c_uint8)
     loaded.lockstep_counts.argtypes = [ctypes.c_void_p, ctypes.c_int]

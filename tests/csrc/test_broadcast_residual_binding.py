@@ -25,7 +25,7 @@ cuda = import_module("pab_kernels.ops.broadcast_residual.cuda")
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     """The machine, under the binding that is loaded into torch."""
-    return bound("broadcast_residual", tmp_path_factory.mktemp("binding"), optimised=False)
+    return bound("broadcast_residual", tmp_path_factory.mktemp("binding"))
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ import importlib
 import json
 import pkgutil
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.kernels.disassembly import disassembly
 
 PLAIN_DOT = re.compile(r"\btt\.dot\b.*parent = #blocked")
 """A product by multiply-adds in Triton's IR; one on tensor cores has the layout of an mma, or is another operation."""
@@ -82,23 +82,12 @@ def _captured(arch: int) -> Iterator[list[tuple[str, Any]]]:
         JITFunction.run = original
 
 
-def tool(name: str) -> str:
-    """A tool of the CUDA toolkit, as the triton package has it."""
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
 def inspect(kernel: Any) -> dict[str, Any]:
     """Registers, shared memory and the opcodes of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run([tool("cuobjdump"), "-res-usage", cubin.name], capture_output=True, text=True, check=True)
-        sass = subprocess.run([tool("nvdisasm"), "-c", cubin.name], capture_output=True, text=True, check=True).stdout
-    registers = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+    usage, code = disassembly(kernel.asm["cubin"])
+    registers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert registers, usage
-    opcodes = [match[1] for match in map(OPCODE.match, sass.splitlines()) if match]
+    opcodes = [match[1] for match in map(OPCODE.match, code.splitlines()) if match]
     before_stores = opcodes[: next((i for i, op in enumerate(opcodes) if op.startswith("STG")), len(opcodes))]
     return {
         "registers": int(registers[1]),

@@ -14,6 +14,9 @@ from pab_kernels.ops import Line, Quantized
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the tests run Triton kernels: compiled on a GPU, else in Triton's interpreter."""
 
+MANY = 1590 if KERNEL_DEVICE == "cuda" else 331
+"""Tokens of a video of Open-Sora, or as many as take the interpreter a second or two: more than fill the tiles of several programs."""
+
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)

@@ -330,9 +330,9 @@ def flat(q, k, v, store_dtype, options):
     return (q, k, v, options["key_lengths"], options["softmax_scale"], *norms, rope.cos, rope.sin, rope.interleaved, store_dtype, "triton")
 
 
-@pytest.mark.parametrize("store_dtype", [torch.bfloat16, torch.int8])
-def test_the_registered_operations_pass_opcheck(store_dtype):
-    args = flat(*qkv(2, queries=5), store_dtype, everything(5, 40))
+def test_the_registered_operations_pass_opcheck():
+    """What is stored in another dtype is checked with the reference, and its layout by the test of the fake."""
+    args = flat(*qkv(2, queries=5), torch.int8, everything(5, 40))
     opcheck(torch.ops.pab_kernels.attention.default, args)
     results = torch.ops.pab_kernels.attention.default(*args)
     outputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in results]

@@ -18,6 +18,7 @@ from tests.ops.tensors import (
     DTYPES,
     EIGHT_BITS,
     KERNEL_DEVICE,
+    MANY,
     Guarded,
     assert_refuses,
     assert_same,
@@ -26,6 +27,7 @@ from tests.ops.tensors import (
     opcheck,
     parts,
 )
+from tests.pairs import pairs
 
 pytest.importorskip("triton")
 
@@ -36,12 +38,12 @@ def check(args: Any, options: dict[str, Any]) -> None:
     check_backend(args, options, "triton")
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("kinds", ["", "m", "mi", "fim", *LINES])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "kinds", "norm"),
+    pairs(DTYPES, ["m", "mi", "fim", *LINES], NORMS) + [(dtype, "", norm) for dtype in DTYPES for norm in NORMS[1:]],
+)
 def test_it_is_accurate(dtype: torch.dtype, kinds: str, norm: str | None) -> None:
-    if kinds or norm:
-        check(*call((2, 7, 136), kinds, norm, dtype))
+    check(*call((2, 7, 136), kinds, norm, dtype))
 
 
 @pytest.mark.parametrize("channels", [8, 128, 1152, 1536, 1920, 2304, 3072, 5120, 8192])
@@ -49,9 +51,9 @@ def test_any_width(channels: int) -> None:
     check(*call((1, 3, channels), "mi", "layer", torch.bfloat16))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 127, 1590])
+@pytest.mark.parametrize("tokens", [1, 7, 127, MANY])
 def test_any_number_of_tokens(tokens: int) -> None:
-    check(*call((1, tokens, 136 if tokens > 200 else 1152), "f", "layer", torch.bfloat16, affine=False))
+    check(*call((1, tokens, 136 if tokens > 100 else 1152), "f", "layer", torch.bfloat16, affine=False))
 
 
 @pytest.mark.parametrize("kind", EIGHT_BITS)
@@ -144,11 +146,11 @@ def test_one_launch_and_no_copies() -> None:
 
 
 def test_it_is_deterministic() -> None:
-    args, options = call((3, 50, 1152), "mi", "layer", torch.bfloat16)
+    args, options = call((3, 50, 1152) if KERNEL_DEVICE == "cuda" else (3, 5, 264), "mi", "layer", torch.bfloat16)
     assert_same(broadcast_residual(*args, **options, backend="triton"), broadcast_residual(*args, **options, backend="triton"))
 
 
-@pytest.mark.parametrize("kinds, norm", [("mi", "layer"), ("f", None), ("", "rms"), ("Mi", "layer"), ("I", None)])
+@pytest.mark.parametrize("kinds, norm", [("", "rms"), ("Mi", "layer"), ("I", None)])
 def test_registered_fake_and_compiled(kinds: str, norm: str | None) -> None:
     from pab_kernels.ops.broadcast_residual import _flatten
 

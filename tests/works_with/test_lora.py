@@ -11,23 +11,18 @@ import torch
 import pab_kernels as pab
 from tests.works_with.combination import COGVIDEOX, FLUX, LATTE, STEPS, TWO, WAN, Replay, Subject, check, counted, run, same, sublayers
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+
+import peft
+
+from tests.works_with.lora import inject
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),  # peft's, of a second adapter
 ]
 
-TARGETS = ["to_q", "to_v", "to_out.0", "proj", "net.0.proj", "net.2"]
 subjects = pytest.mark.parametrize("subject", [WAN, FLUX, COGVIDEOX, LATTE], ids=lambda s: s.name)
-
-
-def inject(model: Any, name: str = "first", seed: int = 0) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False)
-        peft.inject_adapter_in_model(config, model, name)
-    model.requires_grad_(False)
 
 
 @subjects

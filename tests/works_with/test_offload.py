@@ -1,24 +1,18 @@
-"""Weights that are elsewhere until a module runs: model, sequential and group offloading of accelerate and diffusers.
-
-Without an accelerator, group offloading moves nothing; here it loses what it offloads, and gives it back where it onloads.
-"""
+"""Weights that are elsewhere until a module runs: model, sequential and group offloading of accelerate and diffusers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import accelerate
 import pytest
 import torch
-from diffusers.hooks.group_offloading import GroupOffloadingConfig, GroupOffloadingType, ModuleGroup, _apply_group_offloading
-from torch import Tensor
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from tests.adapters.tiny_latte import sample, tiny_pipe
+from tests.pairs import pairs
 from tests.works_with.combination import (
     COGVIDEOX,
     FLUX,
@@ -34,10 +28,10 @@ from tests.works_with.combination import (
     same,
     sublayers,
 )
+from tests.works_with.group_offloading import CPU, grouped, offloading
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers' own use
 
-CPU = torch.device("cpu")
 subjects = pytest.mark.parametrize("subject", [WAN, COGVIDEOX, LATTE], ids=lambda s: s.name)
 
 
@@ -57,56 +51,11 @@ def test_sequential_offload(subject: Subject) -> None:
     check(subject, combine)
 
 
-class Stream:
-    """What group offloading asks of a stream."""
-
-    def synchronize(self) -> None:
-        pass
-
-
-@contextmanager
-def offloading() -> Iterator[list[ModuleGroup]]:
-    """Groups lose their weights where they are offloaded; yields the groups that were onloaded, in order."""
-    onloaded: list[ModuleGroup] = []
-    away: dict[int, list[tuple[Tensor, Tensor]]] = {}
-
-    def tensors(group: ModuleGroup) -> list[Tensor]:
-        return [t for m in group.modules for t in (*m.parameters(), *m.buffers())] + group.parameters + group.buffers
-
-    def offload(group: ModuleGroup) -> None:
-        if id(group) not in away:
-            away[id(group)] = [(t, t.data) for t in tensors(group)]
-            for t, data in away[id(group)]:
-                t.data = torch.full_like(data, float("nan") if data.is_floating_point() else 77)
-        group.offload_device = CPU  # that of its weights, by which a group knows that it is offloaded
-
-    def onload(group: ModuleGroup) -> None:
-        onloaded.append(group)
-        for t, data in away.pop(id(group), ()):
-            t.data = data
-        group.offload_device = torch.device("meta")
-
-    with mock.patch.object(ModuleGroup, "offload_", offload), mock.patch.object(ModuleGroup, "onload_", onload):
-        yield onloaded
-
-
-def grouped(model: Any, kind: str, *, prefetch: bool = False) -> None:
-    config = GroupOffloadingConfig(
-        onload_device=CPU,
-        offload_device=CPU,
-        offload_type=GroupOffloadingType(kind),
-        non_blocking=False,
-        record_stream=prefetch,
-        low_cpu_mem_usage=True,
-        num_blocks_per_group=1,
-        stream=Stream() if prefetch else None,  # type: ignore[arg-type]
-    )
-    _apply_group_offloading(model, config)
-
-
-@pytest.mark.parametrize("prefetch", [False, True], ids=["on demand", "prefetched"])
-@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
-@pytest.mark.parametrize("subject", [WAN, FLUX, LATTE], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("subject", "kind", "prefetch"),
+    pairs([WAN, FLUX, LATTE], ["block_level", "leaf_level"], [False, True]),
+    ids=lambda v: {False: "on demand", True: "prefetched"}[v] if isinstance(v, bool) else getattr(v, "name", v),
+)
 def test_group_offload(subject: Subject, kind: str, prefetch: bool) -> None:
     with offloading():
         check(subject, lambda model: grouped(model, kind, prefetch=prefetch))

@@ -6,15 +6,14 @@ import copy
 import gc
 import weakref
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import pytest
 import torch
 
 import pab_kernels as pab
-from tests.adapters.test_generic import _wan
 from tests.adapters.tiny_latte import sample, tiny_pipe
+from tests.adapters.tiny_pipes import named
 from tests.works_with.combination import FLUX, LATTE, STEPS, TWO, WAN, Subject, run, same
 
 pytestmark = [
@@ -71,19 +70,15 @@ def test_a_pipeline_saved_while_enabled(tmp_path: Path) -> None:
     assert not torch.allclose(plain, reused)
 
 
-def _latte() -> tuple[Any, dict[str, Any]]:
-    return tiny_pipe(diffusers.DDIMScheduler()), {}
-
-
-@pytest.mark.parametrize(("make", "compiled"), [(_latte, False), (_wan, False), (_wan, True)], ids=["Latte", "Wan", "Wan compiled"])
-def test_nothing_keeps_a_pipeline_alive_after_disable(make: Any, compiled: bool) -> None:
+@pytest.mark.parametrize(("subject", "compiled"), [(LATTE, False), (WAN, False), (WAN, True)], ids=["Latte", "Wan", "Wan compiled"])
+def test_nothing_keeps_a_pipeline_alive_after_disable(subject: Subject, compiled: bool) -> None:
     """Not even until the collector comes; what `compile` leaves in a model refers to it, and is for the collector."""
-    pipe = make()[0]
+    pipe = named("LattePipeline" if subject is LATTE else "WanPipeline").build()
     if compiled:
         pipe.transformer.compile(backend="eager")
     pab.enable(pipe, TWO)
     pipe.scheduler.set_timesteps(4)
-    pipe.transformer(**(LATTE if make is _latte else WAN).inputs(0))
+    pipe.transformer(**subject.inputs(0))
     torch._dynamo.reset()
     summary = pab.summary(pipe)
     refs = [weakref.ref(o) for o in (pipe, pipe.transformer, pipe.scheduler, *pipe.transformer.modules())]

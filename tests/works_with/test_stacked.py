@@ -10,7 +10,7 @@ from diffusers import MagCacheConfig
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from tests.works_with.combination import FLUX, STEPS, WAN, Subject, check
-from tests.works_with.test_offload import grouped, offloading
+from tests.works_with.group_offloading import grouped, offloading
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers' own use
 
@@ -27,7 +27,7 @@ def _the_default_afterwards() -> Iterator[None]:
 @pytest.mark.parametrize("subject", [WAN, FLUX], ids=lambda s: s.name)
 def test_all_at_once(subject: Subject, kind: str) -> None:
     pytest.importorskip("peft")
-    from tests.works_with.test_lora import inject
+    from tests.works_with.lora import inject
 
     def combine(model: Any) -> None:
         inject(model)
