@@ -125,6 +125,23 @@ def test_inputs_that_are_written_over_at_every_step_are_no_other_prompts() -> No
     assert pab.summary(model).forced == 0
 
 
+class TimestepFirst(Toy):
+    def forward(self, timestep: Tensor, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden_states, timestep, encoder_hidden_states)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_latents_behind_the_timestep_are_no_prompt(by_name: bool) -> None:
+    model = TimestepFirst().eval().requires_grad_(False)
+    pab.enable(model, CROSS, num_steps=STEPS)
+    latents = [noise(i) for i in range(STEPS)]  # all are kept alive
+    with torch.no_grad():
+        for i, x in enumerate(latents):
+            t = torch.tensor([9.0 - i])
+            model(timestep=t, hidden_states=x, encoder_hidden_states=POS) if by_name else model(t, x, POS)
+    assert pab.summary(model).forced == 0
+
+
 def test_text_keys_and_values_are_those_of_the_prompt_that_is_there() -> None:
     from pab_kernels.nn import PABCrossAttention
 
