@@ -15,7 +15,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 import pab_kernels as pab
-from tests.broadcast.toy import CONFIG, Pipe, Toy, counts, noise, toy
+from pab_kernels import Broadcast, PABConfig
+from tests.broadcast.toy import CONFIG, EVERY_STEP, Pipe, Toy, counts, noise, toy
 from tests.hang import HANG
 
 STEPS = 7
@@ -67,11 +68,12 @@ def test_a_nested_request_ends_and_the_outer_one_goes_on(steps: int | None) -> N
         for step in range(STEPS):
             out.append(bare(model, step, 0))
             if step == 3:
-                with pab.generation(model, num_steps=5):
-                    for i in range(3):  # left half way
+                inner = pab.generation(model, num_steps=5)
+                with inner:
+                    for i in range(3):  # left half way, and kept
                         assert bare(model, i, 1, NAN).isnan().all()
         assert outer.step == STEPS - 1
-    assert same(out, alone(0)) and pab.summary(outer).forced == 0
+    assert same(out, alone(0)) and pab.summary(outer).forced == 0 and inner.step == 2
 
 
 def test_the_first_generation_of_a_bare_model_goes_on_after_a_request() -> None:
@@ -187,6 +189,19 @@ def test_what_a_request_keeps_is_released_when_it_is_closed_fails_or_is_forgotte
         assert pab.summary(model).cache_bytes == 0, "nobody holds it"
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    "end", [lambda model, request: request.close(), lambda model, request: pab.release(model)], ids=["close", "release"]
+)
+def test_calls_in_a_request_that_is_over_run_plainly(end: Any) -> None:
+    model = toy()
+    pab.enable(model, CONFIG)
+    with pab.generation(model, num_steps=STEPS) as request:
+        bare(model, 0, 0)
+        end(model, request)
+        assert torch.equal(bare(model, 1, 0), bare(toy(), 1, 0))
+    assert pab.summary(model).plain_calls == 1
 
 
 def test_release_lets_go_of_everything_in_all_threads_and_the_model_stays_enabled() -> None:
@@ -470,6 +485,37 @@ def test_a_run_left_by_an_error_in_its_loop_holds_nothing() -> None:
         assert pab.summary(pipe).cache_bytes == 0
     pab.disable(pipe)
     assert "progress_bar" not in vars(pipe) and not [name for name in vars(pipe) if name.startswith("_pab")]
+
+
+class Barred(Pipe):
+    def progress_bar(self, steps: Any) -> list[Any]:
+        return list(steps)
+
+    def run(self, left_at: int | None = None) -> None:
+        """A loop over the progress bar that integrates by itself, with another prompt at every step."""
+        self.scheduler.set_timesteps(STEPS)
+        prompts = []
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            prompts.append(noise(i, 3))
+            with torch.no_grad():
+                self.transformer(noise(0), t.expand(1), prompts[-1])
+            if i == left_at:
+                raise ConnectionError
+
+
+def test_a_run_left_in_a_loop_over_its_progress_bar_holds_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = Barred(toy())
+    pab.enable(pipe, PABConfig(spatial=Broadcast(4, EVERY_STEP)))
+    with pytest.raises(ConnectionError):
+        pipe.run(left_at=0)
+    assert pab.summary(pipe).cache_bytes == 0
+    with pytest.raises(ConnectionError):
+        pipe.run(left_at=3)
+    pipe.scheduler.set_timesteps(STEPS)
+    assert not caplog.records, "it failed"
+    pipe.run()
+    pipe.scheduler.set_timesteps(STEPS)
+    assert "reused nothing" in caplog.text, "it did not fail"
 
 
 @pytest.mark.parametrize("where", ["step", "set_timesteps"])
