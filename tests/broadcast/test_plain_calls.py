@@ -118,14 +118,15 @@ def test_a_model_with_gradients_is_broadcast_where_none_are_recorded() -> None:
 def test_a_plain_call_within_a_call_takes_none_of_its_turns() -> None:
     _, model, steps = runs("a pipeline")
     _, _, expected = runs("a pipeline")
-    plain, given, inside = toy(), (noise(7).requires_grad_(), torch.tensor([321.0]), noise(8, 3)), []
+    plain, began, ended = toy(), [], []
 
-    def evaluation_of_the_whole(*_: Any) -> None:
-        if not inside:
-            inside.append(True)
+    def of_the_whole(*_: Any) -> None:
+        if len(began) == len(ended):
+            began.append(True)
+            given = noise(len(began)).requires_grad_(), torch.tensor([321.0]), noise(8, 3)
             with torch.enable_grad():
                 assert torch.equal(model(*given), plain(*given))
-            inside.clear()
+            ended.append(True)
 
-    model.blocks[1].register_forward_pre_hook(evaluation_of_the_whole)
+    model.blocks[1].register_forward_pre_hook(of_the_whole)
     assert all(torch.equal(got, right) for got, right in zip(steps, expected, strict=True))

@@ -125,6 +125,23 @@ def test_inputs_that_are_written_over_at_every_step_are_no_other_prompts() -> No
     assert pab.summary(model).forced == 0
 
 
+def test_branches_in_another_order_keep_their_slots_though_one_has_another_prompt_at_every_step() -> None:
+    pipe, texts = Pipe(toy()), [noise(20 + i, 3) for i in range(STEPS)]
+    pab.enable(pipe, CROSS)
+    sample(pipe, by_keyword, lambda i: {"cond": POS, "uncond": texts[i]} if i else {"uncond": texts[i], "cond": POS})
+    uncond, cond = (pab.summary(pipe).contexts[f"#{i}"]["cross"] for i in range(2))
+    assert uncond.reused == 0 and cond.forced == 0
+
+
+def test_a_flag_that_is_another_one_half_way_is_computed_with() -> None:
+    model = toy()
+    pab.enable(model, CROSS, num_steps=2)
+    with torch.no_grad():
+        for i, flag in enumerate(("front", "side")):
+            model(noise(i), torch.tensor([9.0 - i]), POS, guidance=flag)
+    assert pab.summary(model).contexts["#0"]["cross"].forced == 2
+
+
 class TimestepFirst(Toy):
     def forward(self, timestep: Tensor, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(hidden_states, timestep, encoder_hidden_states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import logging
@@ -75,14 +76,33 @@ def test_a_variable_that_is_left_over_in_an_outer_function_decides_nothing() -> 
     assert all(map(torch.equal, last, right))
 
 
-def test_generators_that_hold_a_request_open_are_resumed_in_turn() -> None:
+@contextlib.contextmanager
+def at_once(request: Any, context: Any) -> Iterator[None]:
+    with request, context:
+        yield
+
+
+@contextlib.contextmanager
+def on_a_stack(request: Any, context: Any) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(request)
+        stack.enter_context(context)
+        yield
+
+
+@pytest.mark.parametrize("way", [None, at_once, on_a_stack], ids=lambda way: way and way.__name__)
+def test_generators_that_hold_a_request_open_are_resumed_in_turn(way: Any) -> None:
     model = toy()
     pab.enable(model, CONFIG)
 
     def one(seed: int) -> Iterator[Tensor]:
-        with pab.generation(model, num_steps=STEPS), pab.context(model, f"of {seed}"):
-            for step in range(STEPS):
-                yield bare(model, step, seed)
+        request, context = pab.generation(model, num_steps=STEPS), pab.context(model, f"of {seed}")
+        if way is None:
+            with request, context:
+                yield from (bare(model, step, seed) for step in range(STEPS))
+        else:
+            with way(request, context):
+                yield from (bare(model, step, seed) for step in range(STEPS))
 
     runs = [one(seed) for seed in range(3)]
     outs = [[next(run) for run in runs] for _ in range(STEPS)]
