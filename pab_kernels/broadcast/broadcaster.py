@@ -82,12 +82,6 @@ class Broadcaster:
         # A graph goes by what a call decides: calls are opened outside of graphs.
         self._outside = torch.compiler.disable(Broadcaster._opened, reason=_COMPILED_LAST)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None  # a copy of the model is a plain model
-
-    def __reduce__(self) -> Any:
-        return (type(None), ())
-
     @property
     def call(self) -> Call | None:
         """The call of the model that this thread is in, or None where the model is to run plainly."""
@@ -267,7 +261,7 @@ class Broadcaster:
         cause = nothing_reused(generation)
         if generation.scheduler is not None:
             self._following.spend(generation)
-            called = generation.started or generation.plain_calls or generation.failed
+            called = generation.started or generation.plain_calls
             if generation.steps_seen and not called and self._following.only(generation.scheduler):
                 cause = NOT_CALLED
         if cause is not None:

@@ -158,7 +158,6 @@ class Generation:
             at = self.step if step is None else step
             if at not in self.schedule.steps:
                 if self.scheduler is not None and step is None:
-                    self.end()
                     return None
                 raise RuntimeError(self._beyond(at))
             if at != self.step:

@@ -113,13 +113,13 @@ class Runs:
             return mine[0]
         following = self._following
         following.follow()
-        going_on = [g for g in self._running if not g.over and (g.scheduler is None or following.holds(g.scheduler))]
+        going_on = [g for g in self._running if not g.over]
         found = whose(going_on, name, inputs, following.holders)
         if found is None:
             begun = following.begun(besides=[g.scheduler for g in going_on])
             found = whose([self._from(s, notified=False) for s in begun], name, inputs, following.holders)
         if found is None:
-            taken_up = taken_up[:1] or [g for g in self._requested if g.entered]
+            taken_up = taken_up[:1] or [g for g in self._requested if g.entered and not g.over]
             found = whose(taken_up, name, inputs, following.holders)
         if found is not None and not found.started:
             self.latest = found

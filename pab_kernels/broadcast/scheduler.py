@@ -118,7 +118,6 @@ class SchedulerWatch:
 
     def _set_timesteps(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         result = self._told(original, args, kwargs)
-        self.spent = None
         for listener in tuple(self.listeners):
             listener.scheduler_begins(self.scheduler)
         return result

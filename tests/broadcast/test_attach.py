@@ -7,6 +7,7 @@ import functools
 import gc
 import inspect
 import pickle
+import threading
 import types
 import weakref
 from collections.abc import Callable
@@ -41,13 +42,10 @@ def _doubled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 class Owner:
-    """As the broadcaster: not to be copied with the model, and its bound method is the replacement."""
+    """As the broadcaster: its bound method is the replacement."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> Any:
-        return (type(None), ())
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # which cannot be copied
 
     def run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return _doubled(original, *args, **kwargs)
@@ -390,6 +388,17 @@ def test_a_method_that_was_saved_and_is_restored_stands_in_again() -> None:
     assert _out(module) == 1
 
 
+def test_a_stand_in_that_somebody_kept_and_puts_on_again_is_not_what_was_there() -> None:
+    module = Inc()
+    attached = attach_forward(module, _doubled).attach()
+    kept = module.forward
+    attached.detach()
+    module.forward = kept  # type: ignore[method-assign]
+    assert _out(module) == 1
+    attach_forward(module, _doubled).attach().detach()
+    assert _out(module) == 1 and "forward" not in vars(module)
+
+
 def test_a_class_that_is_patched_meanwhile_runs_as_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Twice()
     attached = attach_forward(module, _doubled).attach()
@@ -399,9 +408,25 @@ def test_a_class_that_is_patched_meanwhile_runs_as_patched(monkeypatch: pytest.M
     assert _out(module) == 50 and "forward" not in vars(module)
 
 
+def test_in_a_compiled_graph_a_class_that_was_patched_runs_as_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Twice()
+    attached = attach_forward(module, _doubled).attach()
+    monkeypatch.setattr(Twice, "forward", lambda self, x: x + 50)
+    assert attached.attach_again() and not attached.attach_again()
+    assert torch.compile(module, backend="eager")(torch.zeros(1)).item() == 100
+    torch._dynamo.reset()
+
+
+def _by_a_global_name(inner: Any) -> Any:
+    names = {"inner": inner}
+    exec("def wrapper(x): return 10 * inner(x)", names)
+    return names["wrapper"]
+
+
 @pytest.mark.parametrize(
     ("wrap", "seen"),
     [
+        (_by_a_global_name, True),
         (lambda inner: lambda x: 10 * inner(x), True),
         (lambda inner: functools.partial(lambda f, x: 10 * f(x), inner), True),
         (lambda inner: functools.wraps(inner)(lambda x: 10 * inner(x)), True),

@@ -105,3 +105,28 @@ def test_a_run_that_records_gradients_is_plain_and_takes_no_steps_of_a_bare_mode
         model(noise(0), torch.tensor([1.0]), noise(1, 3))
     summary = pab.summary(model)
     assert summary.plain_calls == 3 and not summary.contexts
+
+
+def test_a_model_with_gradients_is_broadcast_where_none_are_recorded() -> None:
+    pipe = Pipe(toy().requires_grad_(True))
+    pab.enable(pipe, CONFIG)
+    pipe.sample(STEPS)
+    summary = pab.summary(pipe)
+    assert summary.plain_calls == 0 and summary.contexts["#0"]["spatial"].reused > 0
+
+
+def test_a_plain_call_within_a_call_takes_none_of_its_turns() -> None:
+    _, model, steps = runs("a pipeline")
+    _, _, expected = runs("a pipeline")
+    plain, began, ended = toy(), [], []
+
+    def of_the_whole(*_: Any) -> None:
+        if len(began) == len(ended):
+            began.append(True)
+            given = noise(len(began)).requires_grad_(), torch.tensor([321.0]), noise(8, 3)
+            with torch.enable_grad():
+                assert torch.equal(model(*given), plain(*given))
+            ended.append(True)
+
+    model.blocks[1].register_forward_pre_hook(of_the_whole)
+    assert all(torch.equal(got, right) for got, right in zip(steps, expected, strict=True))

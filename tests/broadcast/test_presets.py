@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 
 import pytest
 import torch
 from torch import nn
 
+import pab_kernels as pab
 from pab_kernels.broadcast.config import Broadcast, PABConfig
 from pab_kernels.broadcast.plan import Action, Plan, Sublayer, plan
 from pab_kernels.broadcast.presets import preset_for, presets
 from pab_kernels.broadcast.schedule import Schedule
+from tests.broadcast.toy import EVERY_STEP, toy
 
 
 def _shifted(r: float, num_steps: int = 30) -> list[float]:
@@ -173,3 +176,13 @@ def test_a_model_gets_the_preset_of_its_class_or_of_a_base_class() -> None:
 def test_without_timesteps_the_preset_is_one_that_needs_none() -> None:
     config = preset_for(LatteTransformer3DModel(), timesteps_known=False)
     assert Plan(config, Schedule(20), (Sublayer("a", "spatial", 0),)).counts()["spatial"].reused > 0
+
+
+def test_rules_without_effect_are_a_warning_where_somebody_wrote_them_for_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    """A preset is for many models: of its rules one reads with INFO."""
+    caplog.set_level(logging.INFO, "pab_kernels")
+    written = PABConfig(spatial=Broadcast(2, EVERY_STEP), temporal=Broadcast(4, EVERY_STEP))
+    for config, level in ((None, logging.INFO), (PABConfig.preset("pab246"), logging.INFO), (written, logging.WARNING)):
+        caplog.clear()
+        pab.enable(toy(), config, num_steps=8)
+        assert [r.levelno for r in caplog.records if "temporal: this model has no such sublayers" in r.getMessage()] == [level]

@@ -125,6 +125,40 @@ def test_inputs_that_are_written_over_at_every_step_are_no_other_prompts() -> No
     assert pab.summary(model).forced == 0
 
 
+def test_branches_in_another_order_keep_their_slots_though_one_has_another_prompt_at_every_step() -> None:
+    pipe, texts = Pipe(toy()), [noise(20 + i, 3) for i in range(STEPS)]
+    pab.enable(pipe, CROSS)
+    sample(pipe, by_keyword, lambda i: {"cond": POS, "uncond": texts[i]} if i else {"uncond": texts[i], "cond": POS})
+    uncond, cond = (pab.summary(pipe).contexts[f"#{i}"]["cross"] for i in range(2))
+    assert uncond.reused == 0 and cond.forced == 0
+
+
+def test_a_flag_that_is_another_one_half_way_is_computed_with() -> None:
+    model = toy()
+    pab.enable(model, CROSS, num_steps=2)
+    with torch.no_grad():
+        for i, flag in enumerate(("front", "side")):
+            model(noise(i), torch.tensor([9.0 - i]), POS, guidance=flag)
+    assert pab.summary(model).contexts["#0"]["cross"].forced == 2
+
+
+class TimestepFirst(Toy):
+    def forward(self, timestep: Tensor, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden_states, timestep, encoder_hidden_states)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_latents_behind_the_timestep_are_no_prompt(by_name: bool) -> None:
+    model = TimestepFirst().eval().requires_grad_(False)
+    pab.enable(model, CROSS, num_steps=STEPS)
+    latents = [noise(i) for i in range(STEPS)]  # all are kept alive
+    with torch.no_grad():
+        for i, x in enumerate(latents):
+            t = torch.tensor([9.0 - i])
+            model(timestep=t, hidden_states=x, encoder_hidden_states=POS) if by_name else model(t, x, POS)
+    assert pab.summary(model).forced == 0
+
+
 def test_text_keys_and_values_are_those_of_the_prompt_that_is_there() -> None:
     from pab_kernels.nn import PABCrossAttention
 

@@ -15,7 +15,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 import pab_kernels as pab
-from tests.broadcast.toy import CONFIG, Pipe, Toy, counts, noise, toy
+from pab_kernels import Broadcast, PABConfig
+from tests.broadcast.toy import CONFIG, EVERY_STEP, Pipe, Toy, counts, noise, toy
 from tests.hang import HANG
 
 STEPS = 7
@@ -58,19 +59,21 @@ def test_three_requests_are_mixed_step_by_step() -> None:
     assert pab.summary(model).cache_bytes == 0
 
 
-def test_a_nested_request_ends_and_the_outer_one_goes_on() -> None:
+@pytest.mark.parametrize("steps", [None, STEPS], ids=["alone", "besides a generation of the bare model"])
+def test_a_nested_request_ends_and_the_outer_one_goes_on(steps: int | None) -> None:
     model = toy()
-    pab.enable(model, CONFIG)
+    pab.enable(model, CONFIG, num_steps=steps)
     out = []
     with pab.generation(model, num_steps=STEPS) as outer:
         for step in range(STEPS):
             out.append(bare(model, step, 0))
             if step == 3:
-                with pab.generation(model, num_steps=5):
-                    for i in range(3):  # left half way
+                inner = pab.generation(model, num_steps=5)
+                with inner:
+                    for i in range(3):  # left half way, and kept
                         assert bare(model, i, 1, NAN).isnan().all()
         assert outer.step == STEPS - 1
-    assert same(out, alone(0)) and pab.summary(outer).forced == 0
+    assert same(out, alone(0)) and pab.summary(outer).forced == 0 and inner.step == 2
 
 
 def test_the_first_generation_of_a_bare_model_goes_on_after_a_request() -> None:
@@ -188,6 +191,19 @@ def test_what_a_request_keeps_is_released_when_it_is_closed_fails_or_is_forgotte
         gc.enable()
 
 
+@pytest.mark.parametrize(
+    "end", [lambda model, request: request.close(), lambda model, request: pab.release(model)], ids=["close", "release"]
+)
+def test_calls_in_a_request_that_is_over_run_plainly(end: Any) -> None:
+    model = toy()
+    pab.enable(model, CONFIG)
+    with pab.generation(model, num_steps=STEPS) as request:
+        bare(model, 0, 0)
+        end(model, request)
+        assert torch.equal(bare(model, 1, 0), bare(toy(), 1, 0))
+    assert pab.summary(model).plain_calls == 1
+
+
 def test_release_lets_go_of_everything_in_all_threads_and_the_model_stays_enabled() -> None:
     model = toy()
     pab.enable(model, CONFIG)
@@ -303,6 +319,151 @@ def test_runs_at_other_timesteps_are_told_apart_before_either_was_called() -> No
     assert torch.equal(last_a, right_a) and torch.equal(last_b, right_b)
 
 
+# Whose call it is, where only one thing tells
+
+
+def _step(pipe: Pipe, i: int) -> Tensor:
+    """A call at step `i` from a function that holds neither the pipeline nor its scheduler, and the scheduler's step."""
+    t = pipe.scheduler.timesteps[i]
+    out = _call(pipe.transformer, t.expand(1), pipe.prompt)
+    pipe.scheduler.step(out, t, noise(1))
+    return out
+
+
+def _held_step(pipe: Pipe, i: int) -> Tensor:
+    t = pipe.scheduler.timesteps[i]
+    with torch.no_grad():
+        out = pipe.transformer(noise(1), t.expand(1), pipe.prompt)
+    pipe.scheduler.step(out, t, noise(1))
+    return out
+
+
+def _whole(pipe: Pipe) -> list[Tensor]:
+    pipe.scheduler.set_timesteps(STEPS)
+    return [_step(pipe, i) for i in range(STEPS)]
+
+
+def test_the_prompt_tells_two_runs_in_lockstep_apart() -> None:
+    a, b, *_ = pair()
+    right = _whole(a), _whole(b)
+    a.scheduler.set_timesteps(STEPS)
+    outs: tuple[list[Tensor], list[Tensor]] = [_step(a, 0)], []
+    b.scheduler.set_timesteps(STEPS)
+    for i in range(STEPS):
+        outs[1].append(_step(b, i))
+        if i + 1 < STEPS:
+            outs[0].append(_step(a, i + 1))
+    assert same(outs[0], right[0]) and same(outs[1], right[1])
+
+
+def test_the_thread_that_began_a_run_tells_whose_its_first_call_is() -> None:
+    """Also where another run was last called with the same prompt."""
+    same_prompt = noise(300, 3)
+    a, b, *_ = pair(a=same_prompt, b=same_prompt)
+    right = _whole(a)
+    pools = [ThreadPoolExecutor(1) for _ in range(2)]
+    for pool, pipe in zip(pools, (a, b), strict=True):
+        pool.submit(pipe.scheduler.set_timesteps, STEPS).result()
+    t, outs = a.scheduler.timesteps[0], []
+    for pool, pipe in zip(pools, (a, b), strict=True):
+        outs.append(pool.submit(_call, pipe.transformer, t.expand(1), same_prompt).result())
+    assert same(outs, [right[0]] * 2) and pab.summary(a).plain_calls == 0
+    for pipe, out in zip((a, b), outs, strict=True):
+        pipe.scheduler.step(out, t, noise(1))
+    for i in range(1, STEPS):
+        assert same([_held_step(pipe, i) for pipe in (a, b)], [right[i]] * 2), i
+
+
+def test_the_timestep_tells_apart_two_runs_that_were_not_called_yet() -> None:
+    model, prompt = toy(), noise(300, 3)
+    a, b = Pipe(model, prompt=prompt), Pipe(model, DDIMScheduler(), prompt)
+    for pipe in (a, b):
+        pab.enable(pipe, CONFIG)
+    right = _whole(a), _whole(b)
+    a.scheduler.set_timesteps(STEPS)
+    b.scheduler.set_timesteps(STEPS)
+    outs = [(_step(a, i), _step(b, i)) for i in range(STEPS)]
+    assert same([x for x, _ in outs], right[0]) and same([y for _, y in outs], right[1])
+
+
+def test_a_run_at_its_timestep_goes_before_the_bare_model() -> None:
+    model = toy()
+    pipe = Pipe(model, prompt=noise(300, 3))
+    pab.enable(pipe, CONFIG)
+    right = _whole(pipe)
+    pab.enable(model, CONFIG, num_steps=STEPS)
+    pipe.scheduler.set_timesteps(STEPS)
+    outs = []
+    for i in range(STEPS):
+        outs.append((_step(pipe, i), bare(model, i, 0, pipe.prompt)))
+    assert same([x for x, _ in outs], right) and same([y for _, y in outs], _alone(pipe.prompt))
+
+
+def _alone(text: Tensor) -> list[Tensor]:
+    model = toy()
+    pab.enable(model, CONFIG, num_steps=STEPS)
+    return [bare(model, i, 0, text) for i in range(STEPS)]
+
+
+def test_variables_of_a_module_tell_nothing() -> None:
+    """In a notebook a pipeline of an earlier cell is one of them."""
+    same_prompt = noise(300, 3)
+    a, b, *_ = pair(a=same_prompt, b=same_prompt)
+    for pipe in (a, b):
+        pipe.scheduler.set_timesteps(STEPS)
+    cell = {"pipe": a, "call": (noise(1), a.scheduler.timesteps[0].expand(1), same_prompt)}
+    with torch.no_grad(), pytest.raises(RuntimeError, match="2 sampling runs on this model go on"):
+        exec("pipe.transformer(*call)", cell)
+
+
+def test_where_steps_are_told_a_call_at_a_later_timestep_is_no_step() -> None:
+    pipe, plain = Pipe(toy()), toy()
+    pab.enable(pipe, CONFIG)
+    right = list(pipe.steps(STEPS, 0))
+    for i, x in enumerate(pipe.steps(STEPS, 0)):
+        assert torch.equal(x, right[i])
+        if i + 3 < STEPS:
+            later = noise(7), pipe.scheduler.timesteps[i + 3].expand(1), noise(8, 3)
+            with torch.no_grad():
+                assert torch.equal(pipe.transformer(*later), plain(*later)), i
+    assert pab.summary(pipe).plain_calls == STEPS - 3
+
+
+def test_calls_at_timesteps_of_no_schedule_after_timesteps_were_set_are_no_run() -> None:
+    pipe, plain = Pipe(toy()), toy()
+    pipe.scheduler.set_timesteps(STEPS)
+    pab.enable(pipe, CONFIG)
+    for i in range(4):
+        given = noise(i), torch.tensor([5000.0 + 100 * i]), pipe.prompt
+        with torch.no_grad():
+            assert torch.equal(pipe.transformer(*given), plain(*given)), i
+
+
+def test_a_request_here_goes_before_one_that_is_taken_up_elsewhere() -> None:
+    model, elsewhere = toy(), ThreadPoolExecutor(1)
+    pipe = Pipe(model)
+    pab.enable(pipe, CONFIG)
+    here, other = (pab.generation(model, num_steps=STEPS) for _ in range(2))
+    elsewhere.submit(other.__enter__).result()
+    elsewhere.submit(bare, model, 0, 0).result()
+    with here:
+        out = [bare(model, 0, 0)]
+        pipe.scheduler.set_timesteps(STEPS)
+        _step(pipe, 0)  # a run that begins inside
+        out += [bare(model, step, 0) for step in range(1, STEPS)]
+    assert same(out, alone(0))
+
+
+def test_of_a_bare_model_the_generation_begun_last_goes_on() -> None:
+    model = toy()
+    pab.enable(model, CONFIG, num_steps=STEPS)
+    for step in range(3):
+        bare(model, step, 0)
+    pab.enable(model, num_steps=STEPS)
+    assert pab.summary(model).cache_bytes == 0
+    assert same([bare(model, step, 0) for step in range(STEPS)], alone(0))
+
+
 # Runs that were left
 
 
@@ -324,6 +485,37 @@ def test_a_run_left_by_an_error_in_its_loop_holds_nothing() -> None:
         assert pab.summary(pipe).cache_bytes == 0
     pab.disable(pipe)
     assert "progress_bar" not in vars(pipe) and not [name for name in vars(pipe) if name.startswith("_pab")]
+
+
+class Barred(Pipe):
+    def progress_bar(self, steps: Any) -> list[Any]:
+        return list(steps)
+
+    def run(self, left_at: int | None = None) -> None:
+        """A loop over the progress bar that integrates by itself, with another prompt at every step."""
+        self.scheduler.set_timesteps(STEPS)
+        prompts = []
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            prompts.append(noise(i, 3))
+            with torch.no_grad():
+                self.transformer(noise(0), t.expand(1), prompts[-1])
+            if i == left_at:
+                raise ConnectionError
+
+
+def test_a_run_left_in_a_loop_over_its_progress_bar_holds_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = Barred(toy())
+    pab.enable(pipe, PABConfig(spatial=Broadcast(4, EVERY_STEP)))
+    with pytest.raises(ConnectionError):
+        pipe.run(left_at=0)
+    assert pab.summary(pipe).cache_bytes == 0
+    with pytest.raises(ConnectionError):
+        pipe.run(left_at=3)
+    pipe.scheduler.set_timesteps(STEPS)
+    assert not caplog.records, "it failed"
+    pipe.run()
+    pipe.scheduler.set_timesteps(STEPS)
+    assert "reused nothing" in caplog.text, "it did not fail"
 
 
 @pytest.mark.parametrize("where", ["step", "set_timesteps"])

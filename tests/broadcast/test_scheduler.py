@@ -30,12 +30,6 @@ class Listener:
         self.told.append("failed")
 
 
-def follow(scheduler: Any, listener: Any) -> SchedulerWatch:
-    watch = SchedulerWatch.of(scheduler)
-    watch.add(listener)
-    return watch
-
-
 class Scheduler:
     """The two methods that are followed."""
 
@@ -58,9 +52,15 @@ def scheduler() -> Scheduler:
     return Scheduler()
 
 
+def followed(scheduler: Any, listener: Listener) -> SchedulerWatch:
+    watch = SchedulerWatch.of(scheduler)
+    watch.add(listener)
+    return watch
+
+
 def test_a_listener_is_told_after_the_scheduler_has_done_its_part(scheduler: Scheduler) -> None:
     listener = Listener()
-    follow(scheduler, listener)
+    followed(scheduler, listener)
     scheduler.set_timesteps(3, device="cpu")
     assert [scheduler.step(10, t) for t in (3, 2)] == [9, 9]
     scheduler.set_timesteps(num_inference_steps=5)
@@ -70,7 +70,7 @@ def test_a_listener_is_told_after_the_scheduler_has_done_its_part(scheduler: Sch
 
 def test_a_call_that_fails_begins_and_ends_nothing(scheduler: Scheduler) -> None:
     listener = Listener()
-    follow(scheduler, listener)
+    followed(scheduler, listener)
     for call in (lambda: scheduler.set_timesteps(0), lambda: scheduler.step(1, 99)):
         with pytest.raises(ValueError, match="no "):
             call()
@@ -79,8 +79,8 @@ def test_a_call_that_fails_begins_and_ends_nothing(scheduler: Scheduler) -> None
 
 def test_two_listeners_share_a_scheduler_and_leave_it_one_by_one(scheduler: Scheduler) -> None:
     first, second = Listener(), Listener()
-    watch = follow(scheduler, first)
-    assert follow(scheduler, second) is watch
+    watch = followed(scheduler, first)
+    assert followed(scheduler, second) is watch
     scheduler.set_timesteps(2)
     watch.remove(first)
     scheduler.step(1, 2)
@@ -92,7 +92,7 @@ def test_two_listeners_share_a_scheduler_and_leave_it_one_by_one(scheduler: Sche
 
 def test_two_schedulers_are_apart(scheduler: Scheduler) -> None:
     other, listeners = Scheduler(), [Listener(), Listener()]
-    watches = [follow(s, listener) for s, listener in zip((scheduler, other), listeners, strict=True)]
+    watches = [followed(s, listener) for s, listener in zip((scheduler, other), listeners, strict=True)]
     assert watches[0] is not watches[1]
     other.set_timesteps(2)
     assert [listener.told for listener in listeners] == [[], ["begin"]]
@@ -105,8 +105,8 @@ def test_a_listener_that_leaves_when_told_does_not_hide_the_news_from_the_next(s
             watch.remove(self)
 
     leaving, staying = Leaving(), Listener()
-    watch = follow(scheduler, leaving)
-    follow(scheduler, staying)
+    watch = followed(scheduler, leaving)
+    followed(scheduler, staying)
     scheduler.set_timesteps(2)
     scheduler.step(1, 2)
     assert (leaving.told, staying.told) == (["begin"], ["begin", "step"])
@@ -114,12 +114,12 @@ def test_a_listener_that_leaves_when_told_does_not_hide_the_news_from_the_next(s
 
 def test_methods_that_others_wrapped_since_stay_and_tell_nobody_after_the_last_listener_left(scheduler: Scheduler) -> None:
     listener, late = Listener(), Listener()
-    watch = follow(scheduler, listener)
+    watch = followed(scheduler, listener)
     inner = scheduler.step
     scheduler.step = wrapper = lambda *args: 2 * inner(*args)  # type: ignore[method-assign]
     scheduler.set_timesteps(2)
     assert scheduler.step(5, 2) == 8
-    again = follow(scheduler, late)
+    again = followed(scheduler, late)
     assert scheduler.step(5, 1) == 8
     assert (listener.told, late.told) == (["begin", "step", "step"], ["step"])
     watch.remove(listener)
@@ -130,17 +130,17 @@ def test_methods_that_others_wrapped_since_stay_and_tell_nobody_after_the_last_l
 
 def test_a_deep_copy_is_a_plain_scheduler(scheduler: Scheduler) -> None:
     listener = Listener()
-    watch = follow(scheduler, listener)
+    watch = followed(scheduler, listener)
     other = copy.deepcopy(scheduler)
     other.set_timesteps(4)
     assert other.step(1, 4) == 0
     assert listener.told == [] and scheduler.timesteps == []
-    assert follow(other, Listener()) is not watch
+    assert followed(other, Listener()) is not watch
 
 
 def test_signatures_are_those_of_the_scheduler(scheduler: Scheduler) -> None:
     before = [inspect.signature(m) for m in (scheduler.set_timesteps, scheduler.step)]
-    watch = follow(scheduler, Listener())
+    watch = followed(scheduler, Listener())
     assert [inspect.signature(m) for m in (scheduler.set_timesteps, scheduler.step)] == before
     assert "eta" in inspect.signature(scheduler.step).parameters  # what pipelines ask for
     watch.remove(watch.listeners[0])
@@ -175,7 +175,7 @@ def test_diffusers_schedulers_take_as_many_steps_as_they_have_timesteps(name: st
     diffusers = pytest.importorskip("diffusers")
     scheduler, listener = getattr(diffusers, name)(**options), Listener()
     methods = set(vars(scheduler))
-    watch = follow(scheduler, listener)
+    watch = followed(scheduler, listener)
     assert "num_inference_steps" in inspect.signature(scheduler.set_timesteps).parameters
     for num_steps in (20, 12):  # a second generation with fewer steps
         listener.told.clear()

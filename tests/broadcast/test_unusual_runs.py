@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import logging
 import pickle
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import pab_kernels as pab
@@ -73,14 +76,33 @@ def test_a_variable_that_is_left_over_in_an_outer_function_decides_nothing() -> 
     assert all(map(torch.equal, last, right))
 
 
-def test_generators_that_hold_a_request_open_are_resumed_in_turn() -> None:
+@contextlib.contextmanager
+def at_once(request: Any, context: Any) -> Iterator[None]:
+    with request, context:
+        yield
+
+
+@contextlib.contextmanager
+def on_a_stack(request: Any, context: Any) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(request)
+        stack.enter_context(context)
+        yield
+
+
+@pytest.mark.parametrize("way", [None, at_once, on_a_stack], ids=lambda way: way and way.__name__)
+def test_generators_that_hold_a_request_open_are_resumed_in_turn(way: Any) -> None:
     model = toy()
     pab.enable(model, CONFIG)
 
     def one(seed: int) -> Iterator[Tensor]:
-        with pab.generation(model, num_steps=STEPS), pab.context(model, f"of {seed}"):
-            for step in range(STEPS):
-                yield bare(model, step, seed)
+        request, context = pab.generation(model, num_steps=STEPS), pab.context(model, f"of {seed}")
+        if way is None:
+            with request, context:
+                yield from (bare(model, step, seed) for step in range(STEPS))
+        else:
+            with way(request, context):
+                yield from (bare(model, step, seed) for step in range(STEPS))
 
     runs = [one(seed) for seed in range(3)]
     outs = [[next(run) for run in runs] for _ in range(STEPS)]
@@ -183,8 +205,10 @@ CONDITIONS = {"cond": Condition(POS), "uncond": Condition(NEG)}
 BOTH = torch.cat([NEG, POS])
 
 
-@pytest.mark.parametrize("prompt", [in_an_object, as_a_number, as_views])
-def test_a_branch_that_comes_late_is_told_by_a_prompt_in_any_form(prompt: Any) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "first"), [(in_an_object, 1), (in_an_object, 4), (as_views, 1), (as_views, 4), (as_a_number, 4)]
+)  # a number that was there once may be a counter
+def test_a_branch_that_comes_late_is_told_by_a_prompt_in_any_form(prompt: Any, first: int) -> None:
     """The text itself is made anew for every call and shows nothing."""
 
     def sample(config: PABConfig, named: bool) -> list[Tensor]:
@@ -192,7 +216,7 @@ def test_a_branch_that_comes_late_is_told_by_a_prompt_in_any_form(prompt: Any) -
         pab.enable(pipe, config)
         pipe.scheduler.set_timesteps(STEPS)
         for i, t in enumerate(pipe.scheduler.timesteps):
-            for name in ("uncond", "cond") if i >= 4 else ("cond",):
+            for name in ("uncond", "cond") if i >= first else ("cond",):
                 text = (POS if name == "cond" else NEG) + 0
                 with torch.no_grad(), pab.context(pipe, name) if named else torch.no_grad():
                     outs.append(pipe.transformer(noise(i), t.expand(1), text, **prompt(i, name)))
@@ -200,7 +224,7 @@ def test_a_branch_that_comes_late_is_told_by_a_prompt_in_any_form(prompt: Any) -
         return outs
 
     told, right, plain = sample(CROSS, False), sample(CROSS, True), sample(PABConfig(), False)
-    first = 4  # the negative branch's first call
+    # The negative branch's first call.
     assert torch.equal(told[first], right[first]) and torch.equal(told[first], plain[first])
 
 
@@ -242,6 +266,20 @@ def test_transforms_of_functions_run_plainly_within_a_run() -> None:
     assert pab.summary(pipe).plain_calls == 2
 
 
+def test_tracing_and_fake_tensors_at_the_next_timestep_are_no_step() -> None:
+    pipe, plain = Pipe(toy()), toy()
+    pab.enable(pipe, CONFIG)
+    next(pipe.steps(STEPS, 0))
+    given = noise(0), pipe.scheduler.timesteps[1].expand(1), pipe.prompt
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, and warns of numbers that it takes for constant
+        traced: Any = torch.jit.trace(pipe.transformer, given, check_trace=False)
+        assert torch.allclose(traced(*given), plain(*given))
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+        pipe.transformer(*map(fake.from_tensor, given))
+    assert pab.summary(pipe).plain_calls == 2
+
+
 # Parts that are gone, copies, memory
 
 
@@ -280,7 +318,7 @@ def test_an_error_in_the_model_is_no_run_that_reused_nothing(caplog: pytest.LogC
     pab.enable(pipe, PABConfig(spatial=Broadcast(2, EVERY_STEP)))
     steps = pipe.steps(STEPS, 0)
     next(steps)
-    handle = pipe.transformer.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    handle = pipe.transformer.blocks[0].register_forward_pre_hook(lambda *_: 1 / 0)  # before anything is reused
     with pytest.raises(ZeroDivisionError):
         next(steps)
     handle.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import types
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 from torch import Tensor, nn
 
 import pab_kernels as pab
@@ -73,6 +74,24 @@ def test_a_loop_that_integrates_by_itself_is_broadcast(
         assert len(summary.contexts) == branches and summary.forced == 0 and summary.cache_bytes == 0
     waits = len(reads) - (steps if timestep in (as_number, made_for_each_call) else 0)  # of the loop itself
     assert read or waits <= 1 + 2 * branches, "no step may wait for the device"
+
+
+@pytest.mark.parametrize("whose", ["a scheduler's", "a bare model's"])
+def test_timesteps_that_a_loop_leaves_out_are_steps_of_a_scheduler_and_none_of_a_bare_model(whose: str) -> None:
+    """Every second step of a schedule is computed: here all that are taken, or every second one of them."""
+    pipe = Pipe(toy())
+    pipe.scheduler.set_timesteps(STEPS)
+    times = pipe.scheduler.timesteps
+    of_scheduler = whose == "a scheduler's"
+    pab.enable(pipe if of_scheduler else pipe.transformer, HALF, timesteps=None if of_scheduler else times.tolist())
+    if of_scheduler:
+        pipe.scheduler.set_timesteps(STEPS)
+        times = pipe.scheduler.timesteps
+    ran = queries(pipe.transformer)
+    with torch.no_grad():
+        for t in times[::2]:
+            pipe.transformer(noise(0), t.expand(1), pipe.prompt)
+    assert len(ran) == (STEPS // 2 if of_scheduler else STEPS // 4)
 
 
 def test_a_loop_whose_steps_cannot_be_told_is_stopped_before_contexts_pile_up() -> None:
@@ -172,6 +191,32 @@ def test_another_forward_put_on_after_enable_runs_and_is_broadcast(change: Any, 
         assert torch.equal(pipe.sample(), plain) and vars(pipe.transformer.get_submodule(where))["forward"] is mine
 
 
+@pytest.mark.parametrize("begin", ["a request", "the bare model"])
+def test_another_forward_put_on_a_bare_model_is_broadcast_from_the_next_generation_on(begin: str) -> None:
+    model, text = toy(), noise(1, 3)
+    pab.enable(model, HALF, num_steps=STEPS)
+    own_function(model.blocks[0].attn)
+    ran = queries(model)
+    request = pab.generation(model, num_steps=STEPS) if begin == "a request" else pab.enable(model, num_steps=STEPS)
+    with torch.no_grad(), request or contextlib.nullcontext():
+        for i in range(STEPS):
+            model(noise(i), torch.tensor([9.0 - i]), text)
+    assert len(ran) == STEPS // 2
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers
+def test_another_step_put_on_a_scheduler_after_enable_is_followed() -> None:
+    """Of second order it has each timestep twice, and only its steps part them."""
+    pipe = Pipe(toy(), HeunDiscreteScheduler())
+    pab.enable(pipe, CONFIG)
+    right = pipe.sample()
+    own = types.MethodType(lambda self, *args, **kwargs: type(self).step(self, *args, **kwargs), pipe.scheduler)
+    pipe.scheduler.step = own
+    assert torch.equal(pipe.sample(), right) and len(pab.summary(pipe).contexts) == 1
+    pab.disable(pipe)
+    assert vars(pipe.scheduler)["step"] is own
+
+
 def test_a_class_patched_after_enable_runs_as_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, original, called = enabled(ONES), Toy.forward, []
     plain = Pipe(toy()).sample()
@@ -230,6 +275,37 @@ def test_a_scheduler_that_steps_while_another_model_is_called_is_told(caplog: py
         for t in pipe.scheduler.timesteps:
             x = pipe.scheduler.step(other(x, t.expand(1), pipe.prompt), t, x).prev_sample
     assert len(said(caplog)) == 1 and "its scheduler stepped and the model was not called under PAB" in said(caplog)[0]
+
+
+def test_calls_that_each_have_a_name_of_their_own_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = enabled()
+    pipe.scheduler.set_timesteps(STEPS)
+    with torch.no_grad():
+        for i, t in enumerate(pipe.scheduler.timesteps):
+            with pab.context(pipe, f"step {i}"):
+                pipe.transformer(noise(0), t.expand(1), pipe.prompt)
+            pipe.scheduler.step(noise(0), t, noise(0))
+    assert len(said(caplog)) == 1 and "reused nothing: every call was in a context of its own" in said(caplog)[0]
+
+
+@pytest.mark.parametrize("other", ["pipeline", "transformer_2"])
+def test_a_model_that_is_not_called_where_another_one_has_its_scheduler_is_not_told(other: str, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = enabled()
+    if other == "transformer_2":
+        pipe.transformer_2 = toy(1)  # type: ignore[attr-defined]
+    twin = Pipe(toy(1), pipe.scheduler) if other == "pipeline" else pipe
+    pab.enable(twin, CONFIG)
+    pipe.sample()
+    assert counts(pipe)["spatial"][1] > 0 and not said(caplog)
+
+
+def test_a_run_that_records_gradients_is_told_of_them_alone(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = enabled()
+    pipe.scheduler.set_timesteps(STEPS)
+    for t in pipe.scheduler.timesteps:
+        out = pipe.transformer(noise(0).requires_grad_(), t.expand(1), pipe.prompt)
+        pipe.scheduler.step(out.detach(), t, noise(0))
+    assert len(said(caplog)) == 1 and "gradients are recorded" in said(caplog)[0]
 
 
 @pytest.mark.parametrize("config", [CONFIG, ONES, PABConfig(spatial=Broadcast(2, (0.0, 0.1)))])
