@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -23,7 +23,7 @@ from .broadcast.summary import Summary, together
 
 logger = logging.getLogger("pab_kernels")
 
-logger = logging.getLogger("pab_kernels")
+T = TypeVar("T")
 
 
 def _resolve(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
@@ -59,7 +59,7 @@ def _enabled(model_or_pipe: Any) -> dict[str, Broadcaster]:
 
 
 def enable(
-    model_or_pipe: Any,
+    model_or_pipe: T,
     config: PABConfig | None = None,
     *,
     num_steps: int | None = None,
@@ -67,7 +67,7 @@ def enable(
     timed: bool | None = None,
     cuda_graphs: bool | None = None,
     kinds: Mapping[str, str | None] | None = None,
-) -> None:
+) -> T:
     """Switch PAB on.
 
     On a pipeline, `set_timesteps` on the scheduler that it holds begins each generation. On a bare module `num_steps` or `timesteps` begins
@@ -90,6 +90,9 @@ def enable(
         kinds: patterns of module names and the kind that these modules are taken for, or None to leave them alone, where `sublayers` shows
             that they were taken for something else. In a pattern `*` is any part of one component of a name, `**` any part of the whole.
 
+    Returns:
+        What it was given.
+
     Raises:
         TypeError: no sublayers are found in the model.
         ValueError: the config or `kinds` do not suit the model, or the config the schedule; or `timed` does not suit `cuda_graphs`.
@@ -101,9 +104,10 @@ def enable(
         raise TypeError(f"config must be a PABConfig, got {type(config).__name__}; PABConfig.preset(name) gives a named one")
     with contextlib.ExitStack() as undo:
         for name, model in models.items():
-            given = model_or_pipe if pipe is None else getattr(pipe, name)
+            given: Any = model_or_pipe if pipe is None else getattr(pipe, name)
             enable_model(undo, model, pipe, config, num_steps, timesteps, timed, cuda_graphs, kinds, given)
         undo.pop_all()
+    return model_or_pipe
 
 
 def enable_model(

@@ -104,6 +104,7 @@ def test_disable_leaves_nothing_behind(pipe: Any, what: Callable[[Any], None]) -
     with torch.no_grad():
         what(pipe)
     assert attributes(pipe.transformer, pipe, pipe.scheduler) != before
+    assert pab.enable(pipe) is pipe and pab.enable(pipe.transformer) is pipe.transformer
     pab.disable(pipe)
     assert attributes(pipe.transformer, pipe, pipe.scheduler) == before
     assert torch.equal(sample(pipe, 3), plain)
@@ -120,10 +121,10 @@ def test_enable_that_fails_half_way_leaves_nothing_behind(pipe: Any) -> None:
     for fails_at in (0, 2):
         made: list[Any] = []
 
-        def attach(module: Any, replacement: Any, made: list[Any] = made, fails_at: int = fails_at) -> Any:
+        def attach(*args: Any, made: list[Any] = made, fails_at: int = fails_at) -> Any:
             if len(made) == fails_at:
                 raise ArithmeticError("on purpose")
-            made.append(real(module, replacement))
+            made.append(real(*args))
             return made[-1]
 
         with mock.patch.object(generic, "attach_forward", attach), pytest.raises(ArithmeticError):
