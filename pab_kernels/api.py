@@ -23,8 +23,6 @@ from .broadcast.summary import Summary, together
 
 logger = logging.getLogger("pab_kernels")
 
-logger = logging.getLogger("pab_kernels")
-
 
 def _resolve(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
     """The DiTs by their names in the pipeline around them, and that or None."""
