@@ -84,6 +84,7 @@ def test_a_character_that_the_encoding_lacks_is_escaped(capsys: Any, monkeypatch
         ("plan --config pab246 --steps 9", "> /dev/full", 1, 1),
         ("plan --config pab246 --steps 9", ">&-", 1, 1),
         ("plan --list", "| true", 0, 0),
+        ("plan --config pab246 --steps 9999 --json", "| true", 0, 0),  # more than a pipe holds
         ("--help", "> /dev/full", 1, 1),
         ("plan --config pab246 --steps 0", "2> /dev/full", 2, 0),
     ],

@@ -17,7 +17,7 @@ from .slots import Meter
 
 
 class OpenPlan(Plan):
-    """The decisions of the step that runs. Its rules hold outputs, in windows of timesteps; no step of it is known in advance."""
+    """The decisions of the step that runs; none is known in advance. Rules hold outputs, in windows of timesteps that are not rounded."""
 
     timestep: float
 
@@ -37,12 +37,9 @@ class OpenPlan(Plan):
         return ()
 
     @cached_property
-    def _ranges(self) -> dict[str, tuple[int, float, float, Callable[[float], int]]]:
+    def _ranges(self) -> dict[str, tuple[int, float, float]]:
         rules = {s.name: self.config.rule(s.kind, s.layer) for s in self.sublayers}
-        return {
-            name: (r.range, *r.window, r.number) if r is not None and r.window is not None else (1, 0.0, 0.0, int)
-            for name, r in rules.items()
-        }
+        return {name: (r.range, *r.window) if r is not None and r.window is not None else (1, 0.0, 0.0) for name, r in rules.items()}
 
     def at(self, timestep: float) -> OpenPlan:
         """This plan, at a step of `timestep`."""
@@ -51,8 +48,8 @@ class OpenPlan(Plan):
 
     def decision(self, name: str, step: int) -> Decision:
         """Reuse what was computed last where the rule asks for it; else compute, and keep it where it may ever be reused."""
-        reach, lo, hi, number = self._ranges[name]
-        if step % reach and lo < number(self.timestep) < hi:
+        reach, lo, hi = self._ranges[name]
+        if step % reach and lo < int(self.timestep) < hi:
             return Decision(Action.REUSE, 0, held=1)
         return Decision(Action.STORE, held=1) if reach > 1 else Decision(Action.COMPUTE)
 

@@ -72,8 +72,6 @@ def extent(t: Tensor) -> int:
     """Bytes from the first element to the end of the last one."""
     if t.is_contiguous():
         return t.nbytes
-    if 0 in t.shape:
-        return 0
     return t.itemsize * (1 + sum([(size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)]))
 
 
@@ -84,7 +82,7 @@ def overlaps_itself(t: Tensor) -> bool:
     reach = 1
     for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1):
         if stride < reach:
-            return 0 not in t.shape
+            return True
         reach += stride * (size - 1)
     return False
 

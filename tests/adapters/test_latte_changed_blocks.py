@@ -144,6 +144,7 @@ def test_a_method_that_was_replaced_in_its_class_is_used(owner: Any, name: str, 
     monkeypatch.setattr(owner, name, scaled(getattr(owner, name)))
     assert not torch.equal(LATTE.sample(LATTE.build(), 2), plain)
     assert_runs_as_the_oracle(LATTE, STEPS)
+    assert set(how(LATTE.build()).values()) == {"fused" if owner in (nn.LayerNorm, nn.Linear) else "module"}
 
 
 def without_text(model: Any) -> None:
@@ -167,6 +168,12 @@ def of_unequal_length(model: Any) -> None:
     model.temporal_transformer_blocks = model.temporal_transformer_blocks[:1]
 
 
+def with_forwards_of_its_own(model: Any) -> None:
+    block = model.transformer_blocks[1]
+    for part in (block.attn1, block.attn2, block.ff):
+        part.forward = scaled(part.forward)
+
+
 def chunked(model: Any) -> None:
     model.transformer_blocks[0].forward = scaled(model.transformer_blocks[0].forward)
     model.transformer_blocks[0].set_chunk_feed_forward(8, 1)
@@ -174,7 +181,7 @@ def chunked(model: Any) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [without_text, with_two_attentions, with_another_table, foreign, of_unequal_length, chunked],
+    [without_text, with_two_attentions, with_another_table, foreign, of_unequal_length, with_forwards_of_its_own, chunked],
     ids=lambda c: c.__name__.replace("_", " "),
 )
 def test_a_model_with_other_parts_is_run_as_it_is(change: Callable[[Any], None]) -> None:

@@ -269,17 +269,18 @@ def test_a_stream_extends_outputs_that_lie_on_a_line(dtype: torch.dtype, cache_d
             assert error <= (1 + 2 * slot.weight) * 2 * rounding * size
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=["both", "one of two"])
 @torch.no_grad()
-def test_under_autocast_a_line_of_another_dtype_is_added_as_the_plain_expression() -> None:
+def test_under_autocast_a_line_of_another_dtype_is_added_as_the_plain_expression(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     key = Key((2, 8), torch.float32, torch.device("cpu"))
-    values = [torch.randn(2, 8).bfloat16() for _ in range(2)]
+    values = [torch.randn(2, 8).to(dtype) for dtype in dtypes]
     newest, before = (Slot(v, key, source, 32, v.dtype) for v, source in zip(values, (4, 1), strict=True))
     x, gate = torch.randn(2, 8), torch.randn(8)
     stream = ResidualStream(x, begin(Broadcast(2), 9).open())
     w = torch.tensor(2 / 3)
     stream.reuse(Line(newest, before, w), gate)
     c, c_prev = (v.float() for v in values)
-    assert torch.equal(stream.read(), gate * (c + w * (c - c_prev)).bfloat16() + x)
+    assert torch.equal(stream.read(), gate * (c + w * (c - c_prev)).to(dtypes[0]) + x)
 
 
 def test_a_schedule_that_is_entered_in_the_middle_begins_without_a_line() -> None:

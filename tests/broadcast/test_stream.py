@@ -442,6 +442,14 @@ def test_eight_bits_are_kept_and_not_added() -> None:
 
 
 @torch.no_grad()
+def test_eight_bits_of_another_dtype_are_added_as_that() -> None:
+    x, kept = torch.randn(2, 130), quantize(torch.randn(2, 130).bfloat16(), torch.int8)
+    stream = ResidualStream(x, _call("int8"))
+    stream.reuse(Slot(kept, Key.of(x), 0, 0, torch.bfloat16))
+    assert torch.equal(stream.read(), dequantize(kept, torch.bfloat16) + x)
+
+
+@torch.no_grad()
 def test_an_output_that_is_the_stream_itself_is_kept_as_a_copy() -> None:
     call, x = _call(), torch.randn(2, 3, 8)
     stream = ResidualStream(x, call)

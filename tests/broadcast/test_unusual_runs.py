@@ -321,6 +321,7 @@ def test_an_error_in_the_model_is_no_run_that_reused_nothing(caplog: pytest.LogC
     handle = pipe.transformer.blocks[0].register_forward_pre_hook(lambda *_: 1 / 0)  # before anything is reused
     with pytest.raises(ZeroDivisionError):
         next(steps)
+    assert pab.summary(pipe).cache_bytes == 0
     handle.remove()
     pipe.sample()
     assert not said(caplog)

@@ -12,6 +12,7 @@ from pab_kernels.broadcast.outputs import extended
 from pab_kernels.broadcast.slots import Key, Slot
 from pab_kernels.broadcast.slots import Line as LineOfSlots
 from pab_kernels.ops import Line, Norm, broadcast_residual, dequantize, project_residual, quantize
+from pab_kernels.ops.cached_outputs import CachedOutput, holds_float8
 from tests.ops.tensors import DTYPES, KERNEL_DEVICE, draws
 
 WEIGHTS = (1 / 2, 3 / 4, 5 / 6, 5.0)
@@ -39,6 +40,14 @@ def test_a_large_constant_in_float16_is_given_back_as_it_is(backend: str, weight
     assert torch.equal(three, gate * c + (gate * c + gate * c)) and y is not None and y.isfinite().all()
     a, zeros = x[..., :8], torch.zeros(136, 8, dtype=torch.float16, device=KERNEL_DEVICE)
     assert torch.equal(project_residual(a, zeros, None, x, slots=[line], gates=[gate], backend=backend)[0], gate * c)
+
+
+def test_a_difference_that_float16_does_not_hold_is_extended(backend: str) -> None:
+    c = torch.full((1, 3, 136), 4e4, dtype=torch.float16, device=KERNEL_DEVICE)
+    line, x, wanted = Line(c, -c, number(1 / 4)), torch.zeros_like(c), torch.full_like(c, 6e4)
+    assert torch.equal(broadcast_residual(x, [line], backend=backend)[0], wanted)
+    a, zeros = x[..., :8], torch.zeros(136, 8, dtype=torch.float16, device=KERNEL_DEVICE)
+    assert torch.equal(project_residual(a, zeros, None, x, slots=[line], backend=backend)[0], wanted)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -79,6 +88,14 @@ def test_a_line_rounds_once() -> None:
     c, c_prev = (torch.full((1, 8), value, dtype=torch.bfloat16) for value in (1.0, 0.9921875))
     got = broadcast_residual(torch.zeros_like(c), [Line(c, c_prev, torch.tensor(1.0))])[0]
     assert torch.equal(got, torch.full_like(c, 1.0078125))
+
+
+@pytest.mark.parametrize("which", ["newest", "before"])
+def test_either_output_of_a_line_may_be_what_a_device_has_no_float8_for(which: str) -> None:
+    slots = {"newest": torch.ones(1, 8), "before": torch.ones(1, 8)}
+    assert not holds_float8([CachedOutput(slots["newest"], None, slots["before"], torch.tensor(1.0))])
+    slots |= {which: quantize(torch.ones(1, 8), torch.float8_e4m3fn)}
+    assert holds_float8([CachedOutput(slots["newest"], None, slots["before"], torch.tensor(1.0))])
 
 
 def test_weights_of_single_slots_are_refused() -> None:

@@ -67,6 +67,14 @@ def test_a_tensor_of_which_two_elements_share_memory_overlaps_itself(t: Tensor) 
         assert any(outer < 1 + inner * (size - 1) for (inner, size), (outer, _) in itertools.pairwise([(1, 1), *steps]))
 
 
+def test_tensors_that_are_woven_too_closely_to_be_told_apart_are_taken_to_overlap() -> None:
+    """Even and odd bytes, at strides in four dimensions of which no two are multiples of each other."""
+    buffer, strides = torch.zeros(20_000, dtype=torch.int8), (74, 62, 58, 46)
+    for size, taken in ((2, False), (30, True)):
+        even, odd = (buffer.as_strided((size,) * 4, strides, begin) for begin in (0, 1))
+        assert overlap(even, odd) == taken
+
+
 def test_halves_of_one_buffer_do_not_overlap() -> None:
     draw = draws()
     x, slot, both = draw(3, 8), draw(3, 8), torch.empty(3, 16)

@@ -149,6 +149,8 @@ def test_an_empty_one_of_another_dtype_is_refused():
     assert_refuses(ValueError, "group is -1", empty_quantized, (2, 3), torch.int8, -1)
     for shape in ((), (-1, 4), "ab", (2.0, 3)):
         assert_refuses(ValueError, f"shape is {shape!r}", empty_quantized, shape, torch.int8)
+    with pytest.raises(RuntimeError, match="nowhere"):  # no fault of the shape's
+        empty_quantized((2, 8), torch.int8, device="nowhere")
 
 
 def test_what_is_no_quantized_is_refused():
