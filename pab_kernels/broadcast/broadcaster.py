@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from .runs import Runs
 from .scheduler import entered_at
 from .stopwatch import REST
 from .summary import Summary, summarise
-from .turn import CurrentTurn, Turn
+from .turn import CurrentCall, CurrentTurn
 from .verdict import NOT_BEGUN, NOT_CALLED, NOT_ENTERED, NOT_FOLLOWED, nothing_reused
 
 logger = logging.getLogger("pab_kernels")
@@ -42,13 +41,6 @@ _COMPILED_LAST = (
 
 RESET = "_reset_stateful_cache"
 """Name of the method that diffusers calls on a model whose cache is to begin anew."""
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:  # attributes of its own in every thread: what a class has, a compiled graph takes for constant
-        self.call: Call | None = None
-        self.entered: list[tuple[CurrentTurn, Turn]] = []  # its turns, where sublayers find them
-        self.enclosed = False  # whether the call was opened outside of a graph of the whole model
 
 
 class Broadcaster:
@@ -74,7 +66,7 @@ class Broadcaster:
         self._signature = Signature(model)
         self._following = Following(self, model)
         self._runs = Runs(self._following, weakref.WeakMethod(self._generation))
-        self._thread = _Thread()
+        self._thread = CurrentCall()
         self._graphs = GraphPool()
         self._said: set[str] = set()
         self._attached: list[Detachable] = []
@@ -92,15 +84,7 @@ class Broadcaster:
         return self._current.setdefault(name, CurrentTurn())
 
     def _enter(self, call: Call | None) -> None:
-        """From here on, in this thread, sublayers have their turns in `call`; without one they run plainly."""
-        thread, last = self._thread, self._thread.entered
-        thread.call = call
-        turns = {} if call is None else call.turns
-        thread.entered = [(current, turns[name]) for name, current in self._current.items() if name in turns]
-        for current, _ in last:
-            current.turn = None
-        for current, turn in thread.entered:
-            current.turn = turn
+        self._thread.enter(call, self._current)
 
     @property
     def latest(self) -> Generation | None:
@@ -155,7 +139,7 @@ class Broadcaster:
             self._attached[-1].detach()
             self._attached.pop()
         self._runs.clear()
-        self._thread, self._graphs = _Thread(), GraphPool()
+        self._thread, self._graphs = CurrentCall(), GraphPool()
 
     def enclose(self, compiled: nn.Module) -> None:
         """Open the calls of the model outside of the graph that it is, where it is compiled as a whole.

@@ -180,8 +180,7 @@ class Arena:
         else:
             del self._slots[name]
         freed = slots[0].nbytes if len(slots) == 1 else sum([slot.nbytes for slot in slots[most:]])
-        self._meter.now -= freed
-        self.meters[self._kinds[name]].now -= freed
+        self._count(name, -freed)
 
     def clear(self) -> None:
         """Let go of every slot."""

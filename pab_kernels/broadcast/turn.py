@@ -7,6 +7,7 @@ that changes from step to step: it takes in what it reuses as tensors, and leave
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,29 @@ class CurrentTurn(threading.local):
 
     def __init__(self) -> None:  # an attribute of its own in every thread: what a class has, a compiled graph takes for constant
         self.turn: Turn | None = None
+
+
+class CurrentCall(threading.local):
+    """The call of the model that a thread is in, and whether it was opened outside of a graph of the whole model."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.enclosed = False
+        self._entered: list[tuple[CurrentTurn, Turn]] = []
+
+    def enter(self, call: Call | None, current: Mapping[str, CurrentTurn]) -> None:
+        """From here on, in this thread, sublayers have their turns in `call`; without one they run plainly.
+
+        Args:
+            current: where each sublayer finds its turn, by name.
+        """
+        left, turns = self._entered, {} if call is None else call.turns
+        self.call = call
+        self._entered = [(place, turns[name]) for name, place in current.items() if name in turns]
+        for place, _ in left:
+            place.turn = None
+        for place, turn in self._entered:
+            place.turn = turn
 
 
 class Turn:

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 import pab_kernels as pab
-from tests.broadcast.test_requests import STEPS, alone, bare, call, pair, same
+from tests.broadcast.several_runs import STEPS, alone, bare, call, pair, same
 from tests.broadcast.toy import CONFIG, Pipe, noise, toy
 
 

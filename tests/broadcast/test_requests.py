@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,26 +16,11 @@ from torch import Tensor
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
+from tests.broadcast.several_runs import STEPS, alone, bare, call, pair, same
 from tests.broadcast.toy import CONFIG, EVERY_STEP, Pipe, Toy, counts, noise, toy
 from tests.hang import HANG
 
-STEPS = 7
 NAN = torch.full_like(noise(0, 3), float("nan"))
-
-
-def bare(model: Toy, step: int, seed: int, text: Tensor | None = None) -> Tensor:
-    with torch.no_grad():
-        return model(noise(10 * seed + step), torch.tensor([float(900 - step)]), noise(100 + seed, 3) if text is None else text)
-
-
-def alone(seed: int, steps: int = STEPS) -> list[Tensor]:
-    model = toy()
-    pab.enable(model, CONFIG, num_steps=steps)
-    return [bare(model, i, seed) for i in range(steps)]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 # Requests on a bare model
@@ -229,14 +214,6 @@ def test_release_lets_go_of_everything_in_all_threads_and_the_model_stays_enable
 # Runs of pipelines that share a model
 
 
-def pair(scheduler: Callable[[], Any] | None = None, **prompts: Tensor) -> tuple[Pipe, Pipe, Tensor, Tensor]:
-    model = toy()
-    pipes = [Pipe(model, scheduler and scheduler(), prompts.get(name, noise(200 + i, 3))) for i, name in enumerate("ab")]
-    for pipe in pipes:
-        pab.enable(pipe, CONFIG)
-    return *pipes, pipes[0].sample(STEPS, 1), pipes[1].sample(STEPS, 2)  # type: ignore[return-value]
-
-
 @pytest.mark.parametrize("scheduler", [None, DDIMScheduler])
 @pytest.mark.parametrize("late", [0, 1, 3])
 @pytest.mark.parametrize("name", [None, "cond"])
@@ -303,10 +280,6 @@ def test_a_call_that_two_runs_can_claim_is_refused_before_anything_is_read() -> 
         call(a.transformer, t, same_prompt)
     pab.release(b)
     assert torch.equal(a.sample(STEPS, 1), right_a)
-
-
-def call(model: Any, t: Tensor, prompt: Tensor) -> Tensor:
-    return model(noise(1), t, prompt)
 
 
 def test_runs_at_other_timesteps_are_told_apart_before_either_was_called() -> None:

@@ -197,8 +197,9 @@ def test_another_forward_put_on_a_bare_model_is_broadcast_from_the_next_generati
     pab.enable(model, HALF, num_steps=STEPS)
     own_function(model.blocks[0].attn)
     ran = queries(model)
-    request = pab.generation(model, num_steps=STEPS) if begin == "a request" else pab.enable(model, num_steps=STEPS)
-    with torch.no_grad(), request or contextlib.nullcontext():
+    if begin == "the bare model":
+        pab.enable(model, num_steps=STEPS)
+    with torch.no_grad(), pab.generation(model, num_steps=STEPS) if begin == "a request" else contextlib.nullcontext():
         for i in range(STEPS):
             model(noise(i), torch.tensor([9.0 - i]), text)
     assert len(ran) == STEPS // 2
