@@ -272,8 +272,8 @@ def main() -> None:
             found = rows_of(name, ours[name], others[name])
         rows += found
         print(*map(_printed, found), sep="\n", flush=True)
-    if args.out:
-        write(args.out, rows, "cpu")
+        if args.out:  # after every model: an interruption loses none that is done
+            write(args.out, rows, "cpu")
 
 
 if __name__ == "__main__":
