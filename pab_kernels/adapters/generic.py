@@ -11,7 +11,7 @@ from torch import nn
 
 from ..broadcast.attach import Attached, attach_forward
 from ..broadcast.broadcaster import Broadcaster
-from ..broadcast.outputs import Broadcast, broadcast_change, broadcast_output
+from ..broadcast.outputs import BroadcastForward, broadcast_change, broadcast_output
 from ..broadcast.plan import Sublayer
 from .finder import find
 
@@ -65,12 +65,12 @@ class GenericAdapter:
                 f"kinds={{{re.sub(r'[.]([0-9]+)[.]', '.*.', self._bypassed[0])!r}: None}})"
             )
         for sublayer, module in self.found:
-            within = {s.kind for s, _ in self.found if s.block == sublayer.name} if sublayer.kind == "block" else ()
-            yield attach_forward(module, self.stand_in(broadcaster, sublayer), ", ".join(sorted(within or {sublayer.kind})))
+            within = {s.kind for s, _ in self.found if s.block == sublayer.name}
+            yield attach_forward(module, self.stand_in(broadcaster, sublayer), role=", ".join(sorted(within or {sublayer.kind})))
 
     def stand_in(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Callable[..., Any]:
         """What replaces the `forward` of a module."""
-        return Broadcast(broadcaster.current(sublayer.name), broadcast_change if sublayer.kind == "block" else broadcast_output)
+        return BroadcastForward(broadcaster.current(sublayer.name), broadcast_change if sublayer.kind == "block" else broadcast_output)
 
 
 def _has_fast_path(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -71,8 +72,8 @@ class LatteAdapter(GenericAdapter):
         block = self.blocks.get(sublayer.name if sublayer.kind == "block" else sublayer.block or "")
         if block is None:
             return generic
-        run = _AsItIs() if sublayer.kind != "block" else FusedBlock(block, [broadcaster.current(s.name) for s in block.parts])
-        return _StockOrGeneric(broadcaster, block, run, generic, self._report)
+        fused = FusedBlock(block, [broadcaster.current(s.name) for s in block.parts]) if sublayer.kind == "block" else _as_it_is
+        return _FusedOrGeneric(broadcaster, block, fused, generic, self._report)
 
     def _report(self, block: LatteBlock) -> None:
         """Say once that outputs are not kept where the config says."""
@@ -84,22 +85,15 @@ class LatteAdapter(GenericAdapter):
             )
 
 
-class _StockOrGeneric:
-    """What replaces the `forward` of a block, or of a sublayer in it: `fused` where the block is diffusers' own, else `generic`."""
+@dataclass(eq=False)
+class _FusedOrGeneric:
+    """Replaces the `forward` of a block, or of a sublayer in it: `fused` where the block is diffusers' own, else `generic`."""
 
-    def __init__(
-        self,
-        broadcaster: Broadcaster,
-        block: LatteBlock,
-        fused: Callable[..., Any],
-        generic: Callable[..., Any],
-        report: Callable[[LatteBlock], None],
-    ) -> None:
-        self.broadcaster = broadcaster
-        self.block = block
-        self.fused = fused
-        self.generic = generic
-        self.report = report
+    broadcaster: Broadcaster
+    block: LatteBlock
+    fused: Callable[..., Any]
+    generic: Callable[..., Any]
+    report: Callable[[LatteBlock], None]
 
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call, block = self.broadcaster.call, self.block
@@ -112,11 +106,9 @@ class _StockOrGeneric:
         return self.generic(original, *args, **kwargs)
 
 
-class _AsItIs:
-    """Of a module that `FusedBlock` calls, having taken its turn already."""
-
-    def __call__(self, call: Call, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs)
+def _as_it_is(call: Call, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A module that `FusedBlock` calls, having taken its turn already."""
+    return original(*args, **kwargs)
 
 
 class LatteBlock:
@@ -243,21 +235,21 @@ class FusedBlock:
             stream.reuse(slot, None if turn.gated else modulation[2])
         else:
             y = stream.norm_modulate(block.norm1, modulation[0], modulation[1])
-            _attend(stream, block.attn1, own_forward["attn1"], y, None, mask, modulation[2], turn)
+            _attend(stream, block.attn1, own_forward["attn1"], y, None, mask, modulation[2], turn.store)
 
         if block.attn2 is not None:
             turn, slot = _taken(self.cross, x)
             if slot is not None:
                 stream.reuse(slot)
             else:
-                _attend(stream, block.attn2, own_forward["attn2"], stream.read(), text, text_mask, None, turn)
+                _attend(stream, block.attn2, own_forward["attn2"], stream.read(), text, text_mask, None, turn.store)
 
         turn, slot = _taken(self.mlp, x)
         if slot is not None:
             stream.reuse(slot, None if turn.gated else modulation[5])
         else:
             y = stream.norm_modulate(block.norm2, modulation[3], modulation[4])
-            _feed_forward(stream, block, own_forward["ff"], y, modulation[5], turn)
+            _feed_forward(stream, block, own_forward["ff"], y, modulation[5], turn.store)
 
 
 def _taken(current: CurrentTurn, x: torch.Tensor) -> tuple[Turn, Slot | Line | None]:
@@ -274,17 +266,17 @@ def _attend(
     text: torch.Tensor | None,
     mask: torch.Tensor | None,
     gate: torch.Tensor | None,
-    turn: Turn,
+    store: Turn | None,
 ) -> None:
     """Add attention of `y` to itself or to `text`; the module is called as it is where anybody has changed it."""
     if mask is not None or own_forward or not _stock_attention(attn):
-        stream.add(attn(y, encoder_hidden_states=text, attention_mask=mask), gate, turn if turn.stores else None)
+        stream.add(attn(y, encoder_hidden_states=text, attention_mask=mask), gate, store)
         return
     q, k, v = attn.to_q(y), *(projection(y if text is None else text) for projection in (attn.to_k, attn.to_v))
     q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))  # [rows, tokens, H, D]
     operation = ops.short_attention if text is None and y.shape[1] <= MAX_TOKENS else ops.attention
     out, _ = operation(q, k, v)
-    stream.project(out.flatten(-2), attn.to_out[0], gate, turn if turn.stores else None)
+    stream.project(out.flatten(-2), attn.to_out[0], gate, store)
 
 
 def _stock_attention(attn: Any) -> bool:
@@ -303,18 +295,18 @@ def _stock_attention(attn: Any) -> bool:
     )
 
 
-def _feed_forward(stream: ResidualStream, block: Any, own_forward: bool, y: torch.Tensor, gate: torch.Tensor, turn: Turn) -> None:
+def _feed_forward(stream: ResidualStream, block: Any, own_forward: bool, y: torch.Tensor, gate: torch.Tensor, store: Turn | None) -> None:
     """Add the MLP of `y`; its last linear layer is the projection."""
     from diffusers.models.attention import FeedForward, _chunked_feed_forward
 
     if block._chunk_size is not None:
-        stream.add(_chunked_feed_forward(block.ff, y, block._chunk_dim, block._chunk_size), gate, turn if turn.stores else None)
+        stream.add(_chunked_feed_forward(block.ff, y, block._chunk_dim, block._chunk_size), gate, store)
         return
     ff = block.ff
     if own_forward or not has_no_hooks(ff, FeedForward) or len(ff.net) != 3 or not _inactive(ff.net[1]):
-        stream.add(ff(y), gate, turn if turn.stores else None)
+        stream.add(ff(y), gate, store)
         return
-    stream.project(ff.net[0](y), ff.net[2], gate, turn if turn.stores else None)
+    stream.project(ff.net[0](y), ff.net[2], gate, store)
 
 
 def _inactive(dropout: Any) -> bool:

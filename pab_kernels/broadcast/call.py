@@ -31,7 +31,6 @@ class Call:
         """Places of the outputs that were reused, in their order."""
         self.spared: Counter[str] = Counter()
         """By kind, FLOPs that sublayers which ran did without."""
-        self.timed = context.stopwatch is not None
         self.turns: dict[str, Turn] = {}
         """By sublayer of the plan, once they are decided."""
 
@@ -62,7 +61,7 @@ class Call:
 
     def read(self, place: str, decision: Decision) -> Slot | Line | None:
         """What a planned reuse reads at a `place` in the arena, or None where it is not there."""
-        slots = self.sources(place, decision) if decision.action is Action.REUSE else ()
+        slots = self.sources(place, decision)
         if len(slots) < 2:
             return slots[0] if slots else None
         newest, before = slots
@@ -73,7 +72,7 @@ class Call:
     @property
     def measured(self) -> str | None:
         """What time belongs to now, where it is measured."""
-        return self.context.stopwatch.kind if not torch.compiler.is_compiling() and self.context.stopwatch is not None else None
+        return None if torch.compiler.is_dynamo_compiling() or self.context.stopwatch is None else self.context.stopwatch.kind
 
     def mark(self, kind: str | None, device: torch.device | None = None) -> None:
         """From here on time belongs to `kind`, or to nobody. Costs nothing where it is not measured, as in compiled graphs.
@@ -82,7 +81,7 @@ class Call:
             kind: of sublayers, or `stopwatch.REST`.
             device: on which they run; that of the mark before if it is left out.
         """
-        if not torch.compiler.is_compiling() and self.context.stopwatch is not None:
+        if not torch.compiler.is_dynamo_compiling() and self.context.stopwatch is not None:
             self.context.stopwatch.mark(kind, device)
 
     def spare(self, kind: str, flops: int) -> None:

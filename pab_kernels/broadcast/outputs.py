@@ -7,6 +7,7 @@ An output may be a tensor or any nest of tensors, and is kept whole. A linear re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,19 +20,19 @@ from .slots import Line, Slot, is_quantised, unpack
 from .turn import CurrentTurn, Turn
 
 
-class Broadcast:
-    """What replaces the `forward` of a sublayer: computed or given back as the plan says, plain where no call of the model is open.
+@dataclass(eq=False)
+class BroadcastForward:
+    """Replaces the `forward` of a sublayer: its output is computed or given back as the plan says. Outside of a call it runs plainly.
 
-    All sublayers of a kind have equal ones, so that a compiled graph of one block serves for every equal block.
+    A compiled graph finds the turn at the same place in every equal block, so that one graph serves all of them.
 
     Args:
-        current: the sublayer's.
+        current: the turn of the sublayer.
         run: `broadcast_output` or `broadcast_change`.
     """
 
-    def __init__(self, current: CurrentTurn, run: Callable[[Turn, Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]) -> None:
-        self.current = current
-        self.run = run
+    current: CurrentTurn
+    run: Callable[[Turn, Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]
 
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         turn = self.current.turn
@@ -44,7 +45,7 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     Raises:
         TypeError: there is no tensor among the inputs.
     """
-    around = turn.call.measured if turn.timed else None
+    around = turn.call.measured
     slot = turn.take(args[0] if args and isinstance(args[0], torch.Tensor) else _tensors(turn.sublayer, args, kwargs)[0])
     if slot is not None:
         out = _read(slot, _as_it_is if turn.reads_last else None)
@@ -52,8 +53,7 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
         out = compute(*args, **kwargs)
         if turn.stores:
             turn.put(kept(out, None if turn.dtype is None else _cloned_unless_quantised))
-    if turn.timed:
-        turn.call.mark(around)
+    turn.call.mark(around)
     return out
 
 
@@ -68,7 +68,7 @@ def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     Raises:
         TypeError: there is no tensor among the inputs, or an output does not continue exactly one input.
     """
-    inputs, around = _tensors(turn.sublayer, args, kwargs), turn.call.measured if turn.timed else None
+    inputs, around = _tensors(turn.sublayer, args, kwargs), turn.call.measured
     slot = turn.take(inputs[0])
     if slot is not None:
         pairs, changed = _read(slot, _as_it_is)  # adding it makes new tensors
@@ -83,8 +83,7 @@ def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
             pairs = _continued(turn.sublayer, inputs, leaves)
             changes = [leaf if k is None else leaf - before[k] for k, leaf in zip(pairs, leaves, strict=True)]
             turn.put(kept((pairs, pytree.tree_unflatten(changes, nest)), _as_it_is))  # the changes are nobody else's
-    if turn.timed:
-        turn.call.mark(around)
+    turn.call.mark(around)
     return out
 
 

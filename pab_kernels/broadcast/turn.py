@@ -67,7 +67,6 @@ class Turn:
     def __init__(self, call: Call, sublayer: Sublayer, decision: Decision, slot: Slot | Line | None) -> None:
         config = call.generation.config
         self.call = call
-        self.timed = call.timed
         self.sublayer = sublayer
         self.decision = decision
         self.slot = slot
@@ -95,8 +94,7 @@ class Turn:
         if torch.compiler.is_dynamo_compiling():
             return self._take_in_graph(x)
         self.runs += 1
-        if self.timed:
-            self.call.mark(self.sublayer.kind, x.device)
+        self.call.mark(self.sublayer.kind, x.device)
         if self.runs > 1:
             self._again()
         slot, held = self.slot, self.decision.held
@@ -111,6 +109,11 @@ class Turn:
         if self.stores:
             self._input = Key.of(x)
         return None
+
+    @property
+    def store(self) -> Turn | None:
+        """The turn itself where the output is to be kept, else None."""
+        return self if self.stores else None
 
     def put(self, value: Any) -> None:
         """Keep an output, quantised to `dtype` if it is not yet."""

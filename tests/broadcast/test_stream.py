@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,139 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from pab_kernels import ops
-from pab_kernels.broadcast import stream as stream_module
-from pab_kernels.broadcast.call import Call
-from pab_kernels.broadcast.config import CacheDtype, CachePoint, PABConfig
-from pab_kernels.broadcast.generation import Generation
-from pab_kernels.broadcast.plan import Sublayer
+from pab_kernels.broadcast.config import CacheDtype
 from pab_kernels.broadcast.slots import CACHE_DTYPES, Key, Line, Slot
 from pab_kernels.broadcast.stream import ResidualStream
-from pab_kernels.broadcast.turn import Turn
 from pab_kernels.ops import Quantized, dequantize, quantize
-
-SUBLAYERS = [Sublayer(f"s{i}", "spatial", i) for i in range(12)]
-
-
-def _call(cache_dtype: CacheDtype | None = None, cache_point: CachePoint = "pre_gate") -> Call:
-    """A call at a step at which every sublayer stores."""
-    config = PABConfig.from_dict({"spatial": {"range": 2, "window": [0, 1]}, "cache_dtype": cache_dtype, "cache_point": cache_point})
-    call = Generation(config, SUBLAYERS, num_steps=2).open()
-    assert call is not None
-    call.prepare()
-    return call
-
-
-def _store(call: Call, i: int, x: Tensor) -> Turn:
-    turn = call.turns[SUBLAYERS[i].name]
-    assert turn.take(x) is None and turn.stores
-    return turn
-
-
-def _kept(call: Call, i: int) -> Any:
-    slot = call.context.arena.get(SUBLAYERS[i].name)
-    return None if slot is None else slot.value
-
-
-def _slot(value: Any) -> Slot:
-    return Slot(value, Key((), torch.float32, torch.device("cpu")), 0, 0)
-
-
-# Modules that are plain, and others that must be called as they are
-
-
-class _Halved(nn.Linear):
-    def forward(self, a: Tensor) -> Tensor:
-        return super().forward(a) / 2
-
-
-class _Single(nn.Module):
-    """Computes in float32, whatever it is given."""
-
-    def __init__(self, k: int, c: int) -> None:
-        super().__init__()
-        self.inner = nn.Linear(k, c)
-
-    def forward(self, a: Tensor) -> Tensor:
-        return self.inner(a.float())
-
-
-class _ChannelsOuter(nn.Linear):
-    def forward(self, a: Tensor) -> Tensor:
-        return super().forward(a).transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
-class _Negated(nn.Module):
-    def forward(self, w: Tensor) -> Tensor:
-        return -w
-
-
-class _Centred(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x - x.mean(-1, keepdim=True)
-
-
-class _DoubledNorm(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def _hooked(module: nn.Module) -> nn.Module:
-    module.register_forward_hook(lambda m, args, out: 3 * out)
-    return module
-
-
-def _pre_hooked(module: nn.Module) -> nn.Module:
-    module.register_forward_pre_hook(lambda m, args: (args[0] + 1,))
-    return module
-
-
-def _own_forward(module: nn.Module) -> nn.Module:
-    original = module.forward
-    module.forward = lambda *args: original(*args) + 1
-    return module
-
-
-def _parametrized(module: nn.Module) -> nn.Module:
-    parametrize.register_parametrization(module, "weight", _Negated())
-    return module
-
-
-LINEARS: dict[str, Callable[[int, int], nn.Module]] = {
-    "plain": nn.Linear,
-    "no bias": lambda k, c: nn.Linear(k, c, bias=False),
-    "hooked": lambda k, c: _hooked(nn.Linear(k, c)),
-    "pre-hooked": lambda k, c: _pre_hooked(nn.Linear(k, c)),
-    "own forward": lambda k, c: _own_forward(nn.Linear(k, c)),
-    "parametrized": lambda k, c: _parametrized(nn.Linear(k, c)),
-    "subclass": _Halved,
-    "sequence": lambda k, c: nn.Sequential(nn.Linear(k, c), nn.Tanh()),
-    "float32 inside": _Single,
-    "channels outermost": _ChannelsOuter,
-}
-NORMS: dict[str, Callable[[torch.Size], nn.Module]] = {
-    "layer": lambda s: nn.LayerNorm(s[-1], elementwise_affine=False, eps=1e-6),
-    "affine layer": lambda s: _scrambled(nn.LayerNorm(s[-1])),
-    "layer without bias": lambda s: _scrambled(nn.LayerNorm(s[-1], bias=False)),
-    "layer over tokens too": lambda s: nn.LayerNorm(s[-2:], elementwise_affine=False),
-    "affine layer over tokens too": lambda s: _scrambled(nn.LayerNorm(s[-2:])),
-    "rms": lambda s: _scrambled(nn.RMSNorm(s[-1], eps=1e-3)),
-    "rms with torch's eps": lambda s: nn.RMSNorm(s[-1], elementwise_affine=False),
-    "rms over tokens too": lambda s: nn.RMSNorm(s[-2:], eps=1e-6),
-    "hooked": lambda s: _hooked(nn.LayerNorm(s[-1])),
-    "subclass": lambda s: _DoubledNorm(s[-1]),
-    "custom": lambda s: _Centred(),
-    "none": lambda s: nn.Identity(),
-}
-
-
-def _scrambled(norm: nn.Module) -> nn.Module:
-    for p in norm.parameters():
-        nn.init.normal_(p)
-    return norm
-
+from tests.broadcast.streams import LINEARS, NORMS, kept_by, slot_of, storing_call, taken
 
 # Random programs
 
@@ -230,7 +102,7 @@ def test_any_program_gives_what_the_plain_chain_gives(
         "expanded": lambda: torch.randn(shape[-1]).to(dtype).expand(shape),
     }[layout]()
     before, version = given_x.clone(), given_x._version
-    chain, call = _Chain(before.contiguous()), _call(cache_dtype, cache_point)
+    chain, call = _Chain(before.contiguous()), storing_call(cache_dtype, cache_point)
     stream = ResidualStream(given_x, call)
     size = torch.Size(shape)
     for i, (step, *rest) in enumerate(program):
@@ -249,14 +121,14 @@ def test_any_program_gives_what_the_plain_chain_gives(
                 value: Any = torch.randn(shape).to(own)
                 if rest[0] in ("int8", "float8"):
                     value = quantize(value, torch.int8 if rest[0] == "int8" else torch.float8_e4m3fn)
-                slots.append(_slot(value))
+                slots.append(slot_of(value))
             reads = [dequantize(s.value, torch.float32) if isinstance(s.value, Quantized) else s.value.float() for s in slots]
             weight = torch.tensor(2 / 3)
             value = reads[0] if step == "reuse" else reads[0] + weight * (reads[0] - reads[1])
             chain.add(value.to(chain.x.dtype if isinstance(slots[0].value, Quantized) else own), gate, None)
             stream.reuse(slots[0] if step == "reuse" else Line(*slots, weight), gate)
             continue
-        store = _store(call, i, given_x) if rest[2] else None
+        store = taken(call, i, given_x) if rest[2] else None
         stored = (i, cache_point, cache_dtype) if rest[2] else None
         if step == "project":
             linear = LINEARS[rest[0]](rest[3], shape[-1])
@@ -273,144 +145,10 @@ def test_any_program_gives_what_the_plain_chain_gives(
     assert _same(result, chain.x)
     assert _same(given_x, before) and given_x._version == version, "the given tensor was written"
     for i, expected in chain.stored.items():
-        kept = _kept(call, i)
+        kept = kept_by(call, i)
         assert _same(kept, expected)
         for t in (kept.data, kept.scale) if isinstance(kept, Quantized) else (kept,):
             assert t.untyped_storage().data_ptr() not in (given_x.untyped_storage().data_ptr(), result.untyped_storage().data_ptr())
-
-
-# How many operations run
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts the fused operations that the stream calls."""
-    calls: Counter[str] = Counter()
-
-    def wrapped(name: str) -> Callable[..., Any]:
-        original = getattr(ops, name)
-
-        def operation(*args: Any, **kwargs: Any) -> Any:
-            calls[name] += 1
-            return original(*args, **kwargs)
-
-        return operation
-
-    for name in ("broadcast_residual", "project_residual"):
-        monkeypatch.setattr(stream_module.ops, name, wrapped(name))
-    return calls
-
-
-def _run(program: str, call: Call, *, linear: nn.Module | None = None, norm: nn.Module | None = None, gate: Tensor | None = None) -> None:
-    """P projects, A adds, R reuses, L reuses two outputs, N norms and modulates, X reads."""
-    x = torch.randn(2, 3, 8)
-    stream = ResidualStream(x, call)
-    for step in program:
-        if step == "P":
-            stream.project(torch.randn(2, 3, 4), linear or nn.Linear(4, 8), gate)
-        elif step == "A":
-            stream.add(torch.randn(2, 3, 8), gate)
-        elif step == "R":
-            stream.reuse(_slot(torch.randn(2, 3, 8)), gate)
-        elif step == "L":
-            stream.reuse(Line(_slot(torch.randn(2, 3, 8)), _slot(torch.randn(2, 3, 8)), torch.tensor(0.5)), gate)
-        elif step == "N":
-            stream.norm_modulate(norm or nn.LayerNorm(8), torch.randn(8), torch.randn(2, 1, 8))
-        else:
-            stream.read()
-
-
-@pytest.mark.parametrize(
-    ("program", "broadcasts", "projections"),
-    [
-        ("", 0, 0),
-        ("X", 0, 0),
-        ("N", 1, 0),
-        ("NN", 2, 0),
-        ("RX", 1, 0),
-        ("RXX", 1, 0),
-        ("RRR", 0, 0),  # nothing has read the stream yet
-        ("RN", 1, 0),
-        ("RRRN", 1, 0),
-        ("RARN", 1, 0),
-        ("RRRRN", 2, 0),
-        ("RRRRRRN", 2, 0),
-        ("RRRRRRRN", 3, 0),
-        ("PX", 0, 1),
-        ("PN", 1, 1),
-        ("PRX", 0, 1),
-        ("PRN", 1, 1),
-        ("PRRX", 0, 1),
-        ("PRRN", 1, 1),
-        ("PRRRX", 1, 1),
-        ("PRRRN", 1, 1),  # two go with the projection, one with the norm
-        ("PRRRRN", 1, 1),
-        ("PRRRRRN", 1, 1),
-        ("PRRRRRRN", 2, 1),
-        ("PP", 0, 1),
-        ("PPX", 0, 2),
-        ("PRPRX", 0, 2),
-        ("RPX", 1, 1),
-        ("RRRPRRN", 2, 1),
-        ("RXRN", 2, 0),
-        ("LX", 1, 0),
-        ("LN", 1, 0),
-        ("RLN", 1, 0),
-        ("LLN", 1, 0),
-        ("LLLN", 1, 0),
-        ("LLLLN", 2, 0),
-        ("PLN", 1, 1),
-        ("PLLN", 1, 1),
-        ("PRLLX", 1, 1),
-        ("PLPLX", 0, 2),
-    ],
-)
-@torch.no_grad()
-def test_operations_are_as_few_as_promised(program: str, broadcasts: int, projections: int, counted: Counter[str]) -> None:
-    for gate in (None, torch.randn(2, 1, 8)):
-        counted.clear()
-        _run(program, _call(), gate=gate)
-        assert (counted["broadcast_residual"], counted["project_residual"]) == (broadcasts, projections)
-
-
-@pytest.mark.parametrize("name", ["hooked", "pre-hooked", "own forward", "parametrized", "subclass"])
-@torch.no_grad()
-def test_a_linear_that_anybody_changed_is_called_and_not_fused(name: str, counted: Counter[str]) -> None:
-    _run("PRX", _call(), linear=LINEARS[name](4, 8))
-    assert counted == {"broadcast_residual": 1}
-
-
-@pytest.mark.parametrize(
-    ("name", "fused"),
-    [("layer", True), ("affine layer", True), ("layer without bias", True), ("rms", True), ("rms with torch's eps", True)]
-    + [(name, False) for name in ("hooked", "subclass", "custom", "layer over tokens too", "rms over tokens too")],
-)
-@torch.no_grad()
-def test_only_plain_norms_over_the_channels_are_fused(name: str, fused: bool, counted: Counter[str]) -> None:
-    _run("N", _call(), norm=NORMS[name](torch.Size((2, 3, 8))))
-    assert counted["broadcast_residual"] == fused
-    _run("RN", _call(), norm=NORMS[name](torch.Size((2, 3, 8))))
-    assert counted["broadcast_residual"] == 1 + fused
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@torch.no_grad()
-def test_an_rms_norm_without_eps_has_that_of_torch(dtype: torch.dtype) -> None:
-    for size in (1e-3, 1e-5, 1e-9):  # the eps decides
-        x = (size * torch.randn(5, 8)).to(dtype)
-        assert torch.equal(ResidualStream(x, _call()).norm_modulate(nn.RMSNorm(8, dtype=dtype)), nn.RMSNorm(8, dtype=dtype)(x))
-
-
-@torch.no_grad()
-def test_reuse_before_the_projection_is_added_before_it() -> None:
-    # 1e8 + 1 - 1e8 is 0 in float32 and 1e8 - 1e8 + 1 is 1: the order of additions is kept.
-    one = nn.Linear(1, 1, bias=False)
-    nn.init.ones_(one.weight)
-    stream = ResidualStream(torch.full((1, 1), 1e8), _call())
-    stream.reuse(_slot(torch.ones(1, 1)))
-    stream.project(torch.full((1, 1), -1e8), one)
-    stream.reuse(_slot(torch.full((1, 1), 3.0)))
-    assert stream.read().item() == 3
 
 
 # Single cases
@@ -418,55 +156,55 @@ def test_reuse_before_the_projection_is_added_before_it() -> None:
 
 @torch.no_grad()
 def test_a_projection_is_stored_when_the_stream_is_read() -> None:
-    call, x = _call(), torch.randn(2, 3, 8)
+    call, x = storing_call(), torch.randn(2, 3, 8)
     linear, a, gate = nn.Linear(4, 8), torch.randn(2, 3, 4), torch.randn(8)
     stream = ResidualStream(x, call)
-    stream.project(a, linear, gate, _store(call, 0, x))
-    assert _kept(call, 0) is None
+    stream.project(a, linear, gate, taken(call, 0, x))
+    assert kept_by(call, 0) is None
     stream.read()
-    assert torch.equal(_kept(call, 0), linear(a))
+    assert torch.equal(kept_by(call, 0), linear(a))
 
 
 @torch.no_grad()
 def test_eight_bits_are_kept_and_not_added() -> None:
     for add in (True, False):
-        call, x = _call("int8", "post_gate"), torch.randn(2, 130)
+        call, x = storing_call("int8", "post_gate"), torch.randn(2, 130)
         linear, a, gate = nn.Linear(4, 130), torch.randn(2, 4), torch.randn(130)
         stream = ResidualStream(x, call)
         if add:
-            stream.add(linear(a), gate, _store(call, 0, x))
+            stream.add(linear(a), gate, taken(call, 0, x))
         else:
-            stream.project(a, linear, gate, _store(call, 0, x))
+            stream.project(a, linear, gate, taken(call, 0, x))
         assert torch.equal(stream.read(), gate * linear(a) + x)
-        assert _same(_kept(call, 0), quantize(gate * linear(a), torch.int8))
+        assert _same(kept_by(call, 0), quantize(gate * linear(a), torch.int8))
 
 
 @torch.no_grad()
 def test_eight_bits_of_another_dtype_are_added_as_that() -> None:
     x, kept = torch.randn(2, 130), quantize(torch.randn(2, 130).bfloat16(), torch.int8)
-    stream = ResidualStream(x, _call("int8"))
+    stream = ResidualStream(x, storing_call("int8"))
     stream.reuse(Slot(kept, Key.of(x), 0, 0, torch.bfloat16))
     assert torch.equal(stream.read(), dequantize(kept, torch.bfloat16) + x)
 
 
 @torch.no_grad()
 def test_an_output_that_is_the_stream_itself_is_kept_as_a_copy() -> None:
-    call, x = _call(), torch.randn(2, 3, 8)
+    call, x = storing_call(), torch.randn(2, 3, 8)
     stream = ResidualStream(x, call)
-    stream.project(stream.read(), nn.Identity(), None, _store(call, 0, x))
-    stream.project(stream.read().view(6, 8).view(2, 3, 8), nn.Identity(), None, _store(call, 1, x))
+    stream.project(stream.read(), nn.Identity(), None, taken(call, 0, x))
+    stream.project(stream.read().view(6, 8).view(2, 3, 8), nn.Identity(), None, taken(call, 1, x))
     result = stream.read()
-    kept = [_kept(call, i).clone() for i in range(2)]
+    kept = [kept_by(call, i).clone() for i in range(2)]
     assert torch.equal(kept[0], x) and torch.equal(kept[1], 2 * x)
     x.zero_()  # as a model may that works in place
     result.zero_()
-    assert all(torch.equal(_kept(call, i), kept[i]) for i in range(2))
+    assert all(torch.equal(kept_by(call, i), kept[i]) for i in range(2))
 
 
 @torch.no_grad()
 def test_without_additions_the_stream_is_the_given_tensor() -> None:
     x = torch.randn(2, 3, 8)
-    stream = ResidualStream(x, _call())
+    stream = ResidualStream(x, storing_call())
     stream.norm_modulate(nn.LayerNorm(8))
     assert stream.read() is x
 
@@ -475,30 +213,50 @@ def test_without_additions_the_stream_is_the_given_tensor() -> None:
 def test_under_autocast_nothing_is_fused_and_the_chain_is_the_plain_one(counted: Counter[str]) -> None:
     linear, norm = nn.Linear(8, 8), nn.LayerNorm(8)
     x, gate, cached = torch.randn(2, 3, 8), torch.randn(8), torch.randn(2, 3, 8).bfloat16()
-    call = _call()
+    call = storing_call()
     with torch.autocast("cpu", torch.bfloat16):
         stream = ResidualStream(x, call)
         y = stream.norm_modulate(norm, gate, gate)
-        stream.project(y, linear, gate, _store(call, 0, x))
-        stream.reuse(_slot(cached), gate)
+        stream.project(y, linear, gate, taken(call, 0, x))
+        stream.reuse(slot_of(cached), gate)
         result = stream.read()
         plain_y = norm(x) * (1 + gate) + gate
         assert _same(y, plain_y)
         assert _same(result, gate * cached + (gate * linear(plain_y) + x))
-        assert _kept(call, 0).dtype == torch.bfloat16
+        assert kept_by(call, 0).dtype == torch.bfloat16
     assert counted == {}
 
 
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
 @torch.no_grad()
 def test_a_stream_runs_on_the_meta_device(cache_dtype: CacheDtype | None, counted: Counter[str]) -> None:
-    call = _call(cache_dtype)
+    call = storing_call(cache_dtype)
     with torch.device("meta"):
         x = torch.randn(2, 3, 8)
         stream = ResidualStream(x, call)
         y = stream.norm_modulate(nn.LayerNorm(8), torch.randn(8), torch.randn(2, 1, 8))
-        stream.project(y, nn.Linear(8, 8), torch.randn(8), _store(call, 0, x))
-        stream.add(torch.randn(2, 3, 8), None, _store(call, 1, x))
-        stream.reuse(_slot(torch.randn(2, 3, 8)))
+        stream.project(y, nn.Linear(8, 8), torch.randn(8), taken(call, 0, x))
+        stream.add(torch.randn(2, 3, 8), None, taken(call, 1, x))
+        stream.reuse(slot_of(torch.randn(2, 3, 8)))
         assert stream.norm_modulate(nn.LayerNorm(8)).shape == (2, 3, 8)
     assert counted == {"broadcast_residual": 2, "project_residual": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@torch.no_grad()
+def test_an_rms_norm_without_eps_has_that_of_torch(dtype: torch.dtype) -> None:
+    for size in (1e-3, 1e-5, 1e-9):  # the eps decides
+        x = (size * torch.randn(5, 8)).to(dtype)
+        assert torch.equal(ResidualStream(x, storing_call()).norm_modulate(nn.RMSNorm(8, dtype=dtype)), nn.RMSNorm(8, dtype=dtype)(x))
+
+
+@torch.no_grad()
+def test_reuse_before_the_projection_is_added_before_it() -> None:
+    # 1e8 + 1 - 1e8 is 0 in float32 and 1e8 - 1e8 + 1 is 1: the order of additions is kept.
+    one = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(one.weight)
+    stream = ResidualStream(torch.full((1, 1), 1e8), storing_call())
+    stream.reuse(slot_of(torch.ones(1, 1)))
+    stream.project(torch.full((1, 1), -1e8), one)
+    stream.reuse(slot_of(torch.full((1, 1), 3.0)))
+    assert stream.read().item() == 3

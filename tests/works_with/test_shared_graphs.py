@@ -136,6 +136,18 @@ def test_many_blocks_need_no_more_graphs_than_two() -> None:
     assert counts[0] == counts[1]
 
 
+def test_measuring_seconds_adds_no_graph() -> None:
+    model, arguments, groups = _family("WanTransformer3DModel", "blocks")
+    counter = CompileCounter()
+    pab.enable(model, PABConfig(spatial=RULE), num_steps=STEPS)
+    _compiled(model, groups, counter)
+    for timed in (False, True):
+        pab.enable(model, num_steps=STEPS, timed=timed)
+        _run(model, arguments)
+        assert counter.frame_count == 2
+    assert pab.summary(model).rest_seconds is not None
+
+
 def test_classes_of_blocks_share_no_limit() -> None:
     """torch keeps graphs by the code of what is compiled: the code of every class is one of its own."""
     model, _, groups = _family("FluxTransformer2DModel", "transformer_blocks", "single_transformer_blocks")
