@@ -121,10 +121,10 @@ def test_enable_that_fails_half_way_leaves_nothing_behind(pipe: Any) -> None:
     for fails_at in (0, 2):
         made: list[Any] = []
 
-        def attach(*args: Any, made: list[Any] = made, fails_at: int = fails_at) -> Any:
+        def attach(*args: Any, made: list[Any] = made, fails_at: int = fails_at, **kwargs: Any) -> Any:
             if len(made) == fails_at:
                 raise ArithmeticError("on purpose")
-            made.append(real(*args))
+            made.append(real(*args, **kwargs))
             return made[-1]
 
         with mock.patch.object(generic, "attach_forward", attach), pytest.raises(ArithmeticError):

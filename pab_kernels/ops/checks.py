@@ -84,12 +84,25 @@ def check_number(op: str, name: str, value: Any, least: float = -LARGEST) -> Non
         raise ValueError(f"{op}: {name} is {given}; a finite number{from_least} is supported: pass one")
 
 
+def _fits(shape: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether `shape` broadcasts to `full` and has all of its channels."""
+    ndim = len(shape)
+    if ndim != len(full):
+        full = full[-ndim:] if 0 < ndim < len(full) else ()
+    for n, m in zip(shape, full, strict=False):  # a loop: a generator costs three times as much
+        if n not in (1, m):
+            return False
+    return bool(full) and shape[-1] == full[-1]
+
+
 def check_broadcasts(op: str, name: str, t: Any, x: Tensor) -> None:
     """A tensor of x's dtype and device that broadcasts to x and has all of x's channels."""
+    full = x.shape
+    if isinstance(t, Tensor) and t.is_contiguous() and t.dtype == x.dtype and t.device == x.device and _fits(t.shape, full):
+        return  # as nearly all do
     check_kind(op, name, t, x.dtype, x.device)
-    shape, full = t.shape, x.shape
-    fits = 0 < len(shape) <= len(full) and shape[-1] == full[-1]
-    if not fits or any(n != 1 and n != m for n, m in zip(shape[::-1], full[::-1], strict=False)):
+    shape = t.shape
+    if not _fits(shape, full):
         raise ValueError(
             f"{op}: {name} has shape {tuple(shape)}; what broadcasts to {tuple(full)} and has its {full[-1]} channels is supported: "
             "unsqueeze the missing dimensions"

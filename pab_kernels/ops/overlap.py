@@ -48,23 +48,13 @@ def check_apart(
                     raise ValueError(_message(op, name, other))
             written.append((name, t, first, last))
     for argument, value in arguments if written else ():
-        if type(value) in _OWN_MEMORY:
-            reads = [value]
-        elif value is None:
-            continue
-        else:
-            _collect(value, reads := [])
+        reads: list[Tensor] = []
+        _collect(value, reads)
         for read in reads:
-            p, reach = read.data_ptr(), -1
+            begin = read.data_ptr()
+            end = begin + (read.nbytes if read.is_contiguous() else extent(read))
             for name, t, first, last in written:
-                if p >= last:
-                    continue
-                if p < first:
-                    if reach < 0:
-                        reach = extent(read)
-                    if p + reach <= first:
-                        continue
-                if overlap(t, read) and (in_place != (name, argument) or not _same(t, read)):
+                if begin < last and first < end and overlap(t, read) and (in_place != (name, argument) or not _same(t, read)):
                     raise ValueError(_message(op, name, argument, in_place))
 
 
@@ -124,12 +114,16 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _collect(value: Any, found: list[Tensor]) -> None:
-    """Append the tensors with memory of their own in a tuple or a dataclass, however deep."""
-    for part in value if isinstance(value, tuple) else getattr(value, "__dict__", {}).values():
-        kind = type(part)
-        if kind in _OWN_MEMORY:
-            found.append(part)
-        elif part is not None and kind not in _PLAIN and not isinstance(part, Tensor):
+    """Append the tensors with memory of their own in a value, in a tuple or in a dataclass, however deep."""
+    kind = type(value)
+    if kind in _OWN_MEMORY:
+        found.append(value)
+    elif isinstance(value, tuple):
+        for part in value:
+            if part is not None:
+                _collect(part, found)
+    elif not (value is None or kind in _PLAIN or isinstance(value, Tensor)):
+        for part in getattr(value, "__dict__", {}).values():
             _collect(part, found)
 
 

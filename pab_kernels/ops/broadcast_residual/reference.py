@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ..cached_outputs import CachedOutput, add_cached_outputs, add_in_float32
 from ..norm import Norm, apply_norm
+from ..registration import not_recorded
 
 
 def broadcast_residual(
@@ -26,7 +26,7 @@ def broadcast_residual(
     return x_new, y.contiguous()
 
 
-@torch.no_grad()
+@not_recorded
 def broadcast_residual_out(
     x: Tensor,
     cached: Sequence[CachedOutput],

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..quantize.quantized import Quantized, group_width
+from ..registration import not_recorded
 
 
 def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
@@ -14,6 +15,6 @@ def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
     return (q.data.float() * scale).to(dtype)
 
 
-@torch.no_grad()
+@not_recorded
 def dequantize_out(q: Quantized, dtype: torch.dtype, out: Tensor) -> None:
     out.copy_(dequantize(q, dtype))

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..cached_outputs import CachedOutput, add_cached_outputs, add_in_float32
 from ..quantize import GROUP, Quantized
 from ..quantize.reference import quantize
+from ..registration import not_recorded
 from ..stored import copy_stored
 
 
@@ -33,7 +34,7 @@ def project_residual(
     return x_new, stored.contiguous() if store_dtype == x.dtype else quantize(stored, store_dtype, GROUP)
 
 
-@torch.no_grad()
+@not_recorded
 def project_residual_out(
     a: Tensor,
     weight: Tensor,

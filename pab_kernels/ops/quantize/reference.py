@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..registration import not_recorded
 from .quantized import LIMITS, Quantized, group_width
 
 
@@ -23,7 +24,7 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int) -> Quantized:
     return Quantized(data.to(dtype).contiguous(), scale, group)
 
 
-@torch.no_grad()
+@not_recorded
 def quantize_out(x: Tensor, dtype: torch.dtype, group: int, out: Quantized) -> None:
     q = quantize(x, dtype, group)
     out.data.copy_(q.data)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..attention.options import QKNorm, Rope
 from ..attention.reference import attention
 from ..quantize import Quantized
+from ..registration import not_recorded
 from ..stored import copy_stored
 
 
@@ -24,7 +25,7 @@ def short_attention(
     return attention(q, k, v, softmax_scale, None, q_norm, k_norm, rope, store_dtype)
 
 
-@torch.no_grad()
+@not_recorded
 def short_attention_out(
     q: Tensor,
     k: Tensor,
