@@ -18,7 +18,7 @@ from ..broadcast.broadcaster import Broadcaster
 from ..broadcast.call import Call
 from ..broadcast.fusing import has_no_hooks, is_original, is_plain
 from ..broadcast.plan import Sublayer
-from ..broadcast.slots import Line, Slot
+from ..broadcast.slots import Extrapolation, Slot
 from ..broadcast.stopwatch import REST
 from ..broadcast.stream import ResidualStream
 from ..broadcast.turn import CurrentTurn, Turn
@@ -252,7 +252,7 @@ class FusedBlock:
             _feed_forward(stream, block, own_forward["ff"], y, modulation[5], turn.store)
 
 
-def _taken(current: CurrentTurn, x: torch.Tensor) -> tuple[Turn, Slot | Line | None]:
+def _taken(current: CurrentTurn, x: torch.Tensor) -> tuple[Turn, Slot | Extrapolation | None]:
     """The turn of a sublayer, and what it reuses."""
     assert current.turn is not None, "a call is open"
     return current.turn, current.turn.take(x)

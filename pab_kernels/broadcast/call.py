@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from .context import Context
 from .costs import Arguments
 from .plan import Action, Decision
-from .slots import Line, Slot
+from .slots import Extrapolation, Slot
 from .turn import Turn
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Call:
         self.generation = generation
         self.context = context
         self.step = step
+        self.stopwatch = context.stopwatch
         self.arguments: Arguments | None = None
         """What the model was called with."""
         self.reused: list[str] = []
@@ -40,39 +42,40 @@ class Call:
         assert plan is not None
         for sublayer, decision in zip(plan.sublayers, plan.decisions(self.step), strict=True):
             slot = self.read(sublayer.name, decision) if decision.action is Action.REUSE else None
-            self.turns[sublayer.name] = Turn(self, sublayer, decision, slot)
+            self.turns[sublayer.name] = turn = Turn(self, sublayer, decision, slot)
+            turn.idle = sublayer.name in plan.idle
 
-    def sources(self, name: str, decision: Decision) -> tuple[Slot, ...]:
-        """The slots that a planned reuse reads, the newest first; none unless all are there, from the planned step or a later one."""
-        newest, before = self.context.arena.get(name), self.context.arena.get(name, 1)
-        if newest is None or decision.source is None:
+    def sources(self, place: str, decision: Decision) -> tuple[Slot, ...]:
+        """The slots that a planned reuse reads, the newest first; none unless all are there, from the planned steps or later ones."""
+        held, reads, later = self.context.arena.held(place), decision.reads, self.step
+        if not reads or len(held) < len(reads):
             return ()
-        if not decision.source <= newest.source < self.step:  # steps that are given may go back
-            return ()
-        if decision.previous is None:
-            return (newest,)
-        if before is None or before.key != newest.key or not decision.previous <= before.source < newest.source:
-            return ()
-        return newest, before
+        for slot, planned in zip(held, reads, strict=False):
+            if not planned <= slot.source < later or slot.key != held[0].key:  # steps that are given may go back
+                return ()
+            later = slot.source
+        return held[: len(reads)]
 
-    def line_weight(self, newest: Slot, before: Slot) -> float:
-        """The weight of a line through two slots at this step."""
-        return (self.step - newest.source) / (newest.source - before.source)
+    def weights(self, name: str, slots: Sequence[Slot]) -> tuple[float, ...]:
+        """The weights at this step of slots of sublayer `name`."""
+        assert self.generation.plan is not None
+        return self.generation.plan.weights(name, self.step, [slot.source for slot in slots])
 
-    def read(self, place: str, decision: Decision) -> Slot | Line | None:
-        """What a planned reuse reads at a `place` in the arena, or None where it is not there."""
+    def read(self, name: str, decision: Decision, place: str | None = None) -> Slot | Extrapolation | None:
+        """What a planned reuse of sublayer `name` reads at a `place` in the arena, by default its first; None where it is not there."""
+        place = place or name
         slots = self.sources(place, decision)
         if len(slots) < 2:
             return slots[0] if slots else None
-        newest, before = slots
         if self.context.arena.fixed:
-            return Line(newest, before, self.context.arena.weights[place])
-        return Line(newest, before, self.generation.weight(self.line_weight(newest, before), newest.key.device))
+            return Extrapolation(slots, self.context.arena.weights[place])
+        device = slots[0].key.device
+        return Extrapolation(slots, tuple(self.generation.weight(w, device) for w in self.weights(name, slots)))
 
     @property
     def measured(self) -> str | None:
         """What time belongs to now, where it is measured."""
-        return None if torch.compiler.is_dynamo_compiling() or self.context.stopwatch is None else self.context.stopwatch.kind
+        return None if torch.compiler.is_dynamo_compiling() or self.stopwatch is None else self.stopwatch.kind
 
     def mark(self, kind: str | None, device: torch.device | None = None) -> None:
         """From here on time belongs to `kind`, or to nobody. Costs nothing where it is not measured, as in compiled graphs.
@@ -81,8 +84,8 @@ class Call:
             kind: of sublayers, or `stopwatch.REST`.
             device: on which they run; that of the mark before if it is left out.
         """
-        if not torch.compiler.is_dynamo_compiling() and self.context.stopwatch is not None:
-            self.context.stopwatch.mark(kind, device)
+        if not torch.compiler.is_dynamo_compiling() and self.stopwatch is not None:
+            self.stopwatch.mark(kind, device)
 
     def spare(self, kind: str, flops: int) -> None:
         """Count FLOPs that a sublayer of this kind does without although it runs."""
@@ -98,8 +101,11 @@ class Call:
         turns, self.turns = self.turns, {}
         for turn in turns.values():
             if turn.runs:
-                turn.collect()
                 tally = self.context.tally(turn.sublayer.kind)
+                if turn.idle:
+                    tally.computed += turn.runs
+                    continue
+                turn.collect()
                 computed = turn.runs - turn.reused
                 tally.reused += turn.reused
                 if computed:

@@ -11,11 +11,11 @@ from itertools import islice
 from typing import Any, Literal, get_args
 
 from ..messages import shown
+from .reuse import REUSES
 from .schedule import MOST_STEPS, Schedule
 
 Kind = Literal["spatial", "temporal", "cross", "mlp", "block"]
 Unit = Literal["fraction", "step", "timestep"]
-Reuse = Literal["hold", "linear"]
 CachePoint = Literal["pre_gate", "post_gate", "unprojected"]
 CacheDtype = Literal["float8_e4m3fn", "int8"]
 
@@ -84,7 +84,7 @@ class Broadcast:
         range: steps from one compute to the next, at least 1; 1 computes always.
         window: `(lo, hi)`; default (0.15, 0.85) for fractions, and to be given for the other units.
         unit: what `window` or `at` counts.
-        reuse: "hold" or "linear".
+        reuse: "hold" or "linear": see `broadcast/reuse.py`.
         layers: block indices to which the rule is restricted, a list or range of at most 4,096; default all.
         at: explicit points in `unit` "step" or "timestep", at most 10,000.
         exact: for unit "timestep", whether timesteps are compared without rounding.
@@ -96,7 +96,7 @@ class Broadcast:
     range: int
     window: tuple[float, float] | None = None
     unit: Unit = "fraction"
-    reuse: Reuse = "hold"
+    reuse: str = "hold"
     layers: tuple[int, ...] | None = None
     at: tuple[int, ...] | None = None
     exact: bool = False
@@ -106,7 +106,7 @@ class Broadcast:
             raise ValueError(f"range must be a whole number of at least 1, got {shown(self.range)}; 1 computes at every step")
         _check_size("range", self.range)
         _check_member("unit", self.unit, get_args(Unit))
-        _check_member("reuse", self.reuse, get_args(Reuse))
+        _check_member("reuse", self.reuse, tuple(REUSES))
         if not isinstance(self.exact, bool) or (self.exact and self.unit != "timestep"):
             raise ValueError(f"exact is True or False, and only unit='timestep' rounds; got {shown(self.exact)} with unit {self.unit!r}")
         if self.layers is not None:
@@ -150,6 +150,11 @@ class Broadcast:
         """
         return int(timestep if self.exact or float(timestep).is_integer() else _bfloat16(timestep))
 
+    def covers(self, timestep: float) -> bool:
+        """Whether a timestep lies in the window, which counts in timesteps."""
+        assert self.window is not None
+        return self.window[0] < self.number(timestep) < self.window[1]
+
     def points(self, schedule: Schedule) -> tuple[int, ...]:
         """The steps of `schedule` that `at` names; empty without `at`."""
         if self.at is None:
@@ -166,15 +171,18 @@ class Broadcast:
             ends = (*points, schedule.steps.stop)[1:]
             runs = zip(points, ends, strict=True)
             return frozenset(i for start, end in runs for i in range(start + 1, min(start + self.range, end)))
-        assert self.window is not None
+        return frozenset(i for i in self.inside(schedule) if (i - schedule.begin) % self.range)
+
+    def inside(self, schedule: Schedule) -> tuple[int, ...]:
+        """The steps of `schedule` in the window; none without one."""
+        if self.window is None:
+            return ()
+        if self.unit == "timestep":
+            timesteps = schedule.require_timesteps(f"the window {self.window}")
+            return tuple(i for i in schedule.steps if self.covers(timesteps[i]))
         lo, hi = self.window
-        if self.unit == "fraction":
-            inside = [lo <= i / schedule.num_steps < hi for i in range(schedule.num_steps)]
-        elif self.unit == "step":
-            inside = [lo <= i < hi for i in range(schedule.num_steps)]
-        else:
-            inside = [lo < self.number(t) < hi for t in schedule.require_timesteps(f"the window {self.window}")]
-        return frozenset(i for i in schedule.steps if (i - schedule.begin) % self.range and inside[i])
+        n = schedule.num_steps if self.unit == "fraction" else 1
+        return tuple(i for i in schedule.steps if lo <= i / n < hi)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_dict` gives the rule back."""

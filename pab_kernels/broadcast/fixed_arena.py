@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .signature import copy_into, like, signature
-from .slots import Arena, Key, Meter
+from .slots import Arena, Key, Meter, Slot
 
 
 class FixedPlace:
@@ -17,18 +17,23 @@ class FixedPlace:
 
     Args:
         value: an output.
-        two: whether the one before the newest is kept too.
+        outputs: how many are kept.
     """
 
-    def __init__(self, value: Any, two: bool) -> None:
-        self.newest = like(value)
-        self.before = like(value) if two else None
+    def __init__(self, value: Any, outputs: int) -> None:
+        self.values = [like(value) for _ in range(outputs)]
+        """The newest first."""
 
     def write(self, value: Any) -> None:
-        """Make `value` the newest. That is always at the same address, so that one graph reads it at every step: the older one moves."""
-        if self.before is not None:
-            copy_into(self.before, self.newest)
-        copy_into(self.newest, value)
+        """Make `value` the newest. That is always at the same address, so that one graph reads it at every step: the older ones move."""
+        for older, newer in zip(self.values[:0:-1], self.values[-2::-1], strict=True):
+            copy_into(older, newer)
+        copy_into(self.values[0], value)
+
+    def moved(self, slot: Slot) -> Slot:
+        """A slot here, after a further output was written."""
+        ages = [age for age, value in enumerate(self.values[:-1]) if value is slot.value]
+        return replace(slot, value=self.values[ages[0] + 1]) if ages else slot
 
 
 Places = dict[tuple[str, Hashable], FixedPlace]
@@ -52,23 +57,24 @@ class FixedArena(Arena):
     Args:
         meter: of the bytes of all contexts; counts what is held, not what is kept for later.
         places: of the context; those that are missing are made.
-        linear: names of the sublayers whose reuse reads two outputs.
+        outputs: how many outputs of a sublayer are read at once, by its name.
         writes: whether outputs are written to their places.
     """
 
     fixed = True
 
-    def __init__(self, meter: Meter, places: Places, linear: Collection[str], *, writes: bool = True) -> None:
+    def __init__(self, meter: Meter, places: Places, outputs: Callable[[str], int], *, writes: bool = True) -> None:
         super().__init__(meter)
         self.places = places
         self.changes: list[Change] = []
-        self._linear = linear
+        self._outputs = outputs
         self._writes = writes
         self._rehearsed = False
 
     def rehearsal(self, *, writes: bool) -> FixedArena:
         """An arena with these slots, for a call that is repeated as it was: one that does something else is an error."""
-        copy = FixedArena(Meter(), self.places, self._linear, writes=writes)
+        copy = FixedArena(Meter(), self.places, self._outputs, writes=writes)
+        copy.meters = {kind: Meter() for kind in self.meters}
         copy.weights, copy._kinds, copy._slots, copy._rehearsed = self.weights, dict(self._kinds), dict(self._slots), True
         return copy
 
@@ -82,7 +88,7 @@ class FixedArena(Arena):
         if looks not in self.places:
             if self._rehearsed:
                 raise RuntimeError(f"{name} gave another output than in a call before with the same inputs")
-            self.places[looks] = FixedPlace(value, name.partition("#")[0] in self._linear)
+            self.places[looks] = FixedPlace(value, self._outputs(name.partition("#")[0]))
         place = self.places[looks]
         if self._writes:
             place.write(value)
@@ -113,6 +119,6 @@ class FixedArena(Arena):
         place, name = change.place, change.name
         assert place is not None and change.key is not None
         if name in self._slots:
-            self._slots[name] = tuple(replace(s, value=place.before) if s.value is place.newest else s for s in self._slots[name])
-        super().put(name, change.kind, place.newest, change.key, source, change.dtype, most)
+            self._slots[name] = tuple(map(place.moved, self._slots[name]))
+        super().put(name, change.kind, place.values[0], change.key, source, change.dtype, most)
         self.changes.append(change)

@@ -54,12 +54,11 @@ def _moved(plan: Plan, column: int, costs: Mapping[str, Cost]) -> int:
             added, block = 0, owner
         if decision.action is not Action.REUSE:
             continue
-        outputs = 1 if decision.previous is None else 2
-        total += outputs * cost.slot_bytes
+        total += len(decision.reads) * cost.slot_bytes
         if sublayer.how == "module":
             total += cost.output_bytes
             continue
-        for _ in range(outputs):
+        for _ in decision.reads:
             total += 2 * cost.output_bytes if added % MOST_ADDED == 0 else 0
             added += 1
     return total

@@ -2,7 +2,7 @@
 
     1. a call's key: its context, what its arguments look like, and what every sublayer is to do, known before the model runs
     2. a key that is new: the model runs, which is the call, and runs again while it is captured, which does nothing
-    3. a key that is known: arguments and the weights of lines are written to where the graph reads them, and the graph is replayed
+    3. a key that is known: arguments and weights of outputs are written to where the graph reads them, and the graph is replayed
 
 What a call does on the host (counts, slots held and let go) is written down when it is captured, and done again at every replay.
 """
@@ -10,6 +10,7 @@ What a call does on the host (counts, slots held and let go) is written down whe
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Graph:
     Args:
         replay: queues its work.
         out: the output, where every replay leaves it.
-        weights: of all lines that it reads.
+        weights: of all outputs that it reads together.
         changes: to the arena.
         counts: what was counted.
     """
@@ -101,7 +102,7 @@ class Graphs:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory that are kept: places of slots, inputs, and what the graphs have between them."""
-        places = [(p.newest, p.before) for of_context in self._places.values() for p in of_context.values()]
+        places = [p.values for of_context in self._places.values() for p in of_context.values()]
         kept = [places, list(self._inputs.values()), [graph.weights for graph in self._graphs.values()]]
         return sum(t.nbytes for t in tensors_of(kept)) + (self._capture.nbytes if self._capture else 0)
 
@@ -129,7 +130,7 @@ class Graphs:
         if self._capture is None:
             self._capture = CudaCapture(device)
         arena = self._arena(call)
-        turns, lines = _turns(call)
+        turns, read = _turns(call)
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         key = (call.context.name, looks, turns, autocast)
         graph = self._graphs.get(key)
@@ -137,12 +138,13 @@ class Graphs:
             self._inputs[looks] = like(given)
         inputs = self._inputs[looks]
         copy_into(inputs, given)
-        weights = graph.weights if graph else _fixed_numbers(len(lines), device)
-        if lines:
-            host = torch.tensor(list(lines.values()), dtype=torch.float32, pin_memory=device.type == "cuda")
+        weights = graph.weights if graph else _fixed_numbers(sum(map(len, read.values())), device)
+        if read:
+            host = torch.tensor([w for of_place in read.values() for w in of_place], dtype=torch.float32, pin_memory=device.type == "cuda")
             weights.copy_(host, non_blocking=True)
         if graph is None:
-            arena.weights = {name: weights[i] for i, name in enumerate(lines)}
+            numbers = iter(weights)
+            arena.weights = {place: tuple(itertools.islice(numbers, len(of_place))) for place, of_place in read.items()}
             graph, out = self._first(call, arena, model, lambda call: compute(call, *inputs), weights)
             self._graphs[key] = graph
             return _copied(out)
@@ -219,9 +221,7 @@ class Graphs:
         arena = call.context.arena
         if not isinstance(arena, FixedArena):
             places = self._places.setdefault(call.context.name, {})
-            rules = {s.name: self.config.rule(s.kind, s.layer) for s in _plan(call).sublayers}
-            linear = {name for name, rule in rules.items() if rule is not None and rule.reuse == "linear"}
-            arena = call.context.arena = FixedArena(call.generation.meter, places, linear)
+            arena = call.context.arena = FixedArena(call.generation.meter, places, _plan(call).outputs)
         return arena
 
     def _device(self, given: Any) -> torch.device:
@@ -242,14 +242,14 @@ def _plan(call: Call) -> Plan:
     return plan
 
 
-def _turns(call: Call) -> tuple[Hashable, dict[str, float]]:
-    """What every sublayer is to do in a call, slots told by where they lie; and the weights of the lines that are read, by sublayer.
+def _turns(call: Call) -> tuple[Hashable, dict[str, tuple[float, ...]]]:
+    """What every sublayer is to do in a call, slots told by where they lie; and the weights of those that are read together, by place.
 
     A planned reuse whose slots are not there is told from a planned computation: it is counted as forced.
     """
     plan = _plan(call)
     turns: list[Hashable] = []
-    lines: dict[str, float] = {}
+    weights: dict[str, tuple[float, ...]] = {}
     for sublayer in plan.sublayers:
         name = where = sublayer.name
         decision = plan.decision(name, call.step)
@@ -260,12 +260,12 @@ def _turns(call: Call) -> tuple[Hashable, dict[str, float]]:
         while not read or call.context.arena.get(where) is not None:  # once for each time that it runs in a call
             slots = call.sources(where, decision)
             read.append(tuple((id(slot.value), slot.key) for slot in slots))
-            if len(slots) == 2:
-                lines[where] = call.line_weight(*slots)
+            if len(slots) > 1:
+                weights[where] = call.weights(name, slots)
             where = place(name, len(read))
         forced = None if all(read) else decision.held > 0
         turns.append((*read, forced))
-    return tuple(turns), lines
+    return tuple(turns), weights
 
 
 def _repeated(call: Call, arena: FixedArena) -> Call:

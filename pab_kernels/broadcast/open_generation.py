@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-from .config import PABConfig
+from .config import Broadcast, PABConfig
 from .generation import Generation
 from .plan import Action, Decision, Plan, Sublayer
 from .schedule import MOST_STEPS, Schedule
@@ -32,14 +32,19 @@ class OpenPlan(Plan):
         return {s.name: () for s in self.sublayers}
 
     @cached_property
+    def idle(self) -> frozenset[str]:
+        """Sublayers that are always computed."""
+        return frozenset(self.rows) - set(self._rules)
+
+    @cached_property
     def notes(self) -> tuple[str, ...]:
         """Nothing is known to have no effect."""
         return ()
 
     @cached_property
-    def _ranges(self) -> dict[str, tuple[int, float, float]]:
+    def _rules(self) -> dict[str, Broadcast]:
         rules = {s.name: self.config.rule(s.kind, s.layer) for s in self.sublayers}
-        return {name: (r.range, *r.window) if r is not None and r.window is not None else (1, 0.0, 0.0) for name, r in rules.items()}
+        return {name: rule for name, rule in rules.items() if rule is not None and rule.range > 1}
 
     def at(self, timestep: float) -> OpenPlan:
         """This plan, at a step of `timestep`."""
@@ -48,10 +53,11 @@ class OpenPlan(Plan):
 
     def decision(self, name: str, step: int) -> Decision:
         """Reuse what was computed last where the rule asks for it; else compute, and keep it where it may ever be reused."""
-        reach, lo, hi = self._ranges[name]
-        if step % reach and lo < int(self.timestep) < hi:
-            return Decision(Action.REUSE, 0, held=1)
-        return Decision(Action.STORE, held=1) if reach > 1 else Decision(Action.COMPUTE)
+        rule = self._rules.get(name)
+        if rule is None:
+            return Decision(Action.COMPUTE)
+        reused = step % rule.range and rule.covers(self.timestep)
+        return Decision(Action.REUSE, (0,), held=1) if reused else Decision(Action.STORE, held=1)
 
     def decisions(self, step: int) -> list[Decision]:
         """A decision for each sublayer."""

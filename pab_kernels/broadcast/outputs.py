@@ -1,7 +1,7 @@
 """Outputs of modules that are called as they are: what a slot keeps of them, and how they are given back.
 
-An output may be a tensor or any nest of tensors, and is kept whole. A linear reuse gives its floating-point tensors as
-`c + w (c - c_prev)`, in float32 (float64 where they are) and rounded once to their dtype; everything else is that of the newest output.
+An output may be a tensor or any nest of tensors, and is kept whole. Where several are
+reused together, floating-point tensors are extrapolated (see `Extrapolation`); everything else is that of the newest output.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..ops.cached_outputs import line_value
+from ..ops.cached_outputs import extrapolate
 from ..ops.quantize import Quantized
 from .plan import Sublayer
-from .slots import Line, Slot, is_quantised, unpack
+from .slots import Extrapolation, Slot, is_quantised, unpack
 from .turn import CurrentTurn, Turn
 
 
@@ -36,7 +36,12 @@ class BroadcastForward:
 
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         turn = self.current.turn
-        return original(*args, **kwargs) if turn is None else self.run(turn, original, args, kwargs)
+        if turn is None:
+            return original(*args, **kwargs)
+        if turn.idle and (torch.compiler.is_dynamo_compiling() or turn.call.stopwatch is None):
+            turn.runs += 1
+            return original(*args, **kwargs)
+        return self.run(turn, original, args, kwargs)
 
 
 def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -45,15 +50,18 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     Raises:
         TypeError: there is no tensor among the inputs.
     """
-    around = turn.call.measured
-    slot = turn.take(args[0] if args and isinstance(args[0], torch.Tensor) else _tensors(turn.sublayer, args, kwargs)[0])
+    watch = None if torch.compiler.is_dynamo_compiling() else turn.call.stopwatch
+    around = None if watch is None else watch.kind
+    x = args[0] if args and isinstance(args[0], torch.Tensor) else _tensors(turn.sublayer, args, kwargs)[0]
+    slot = turn.take(x)
     if slot is not None:
-        out = _read(slot, _as_it_is if turn.reads_last else None)
+        out = _read(slot, _as_it_is if turn.reads_last else _cloned)
     else:
         out = compute(*args, **kwargs)
         if turn.stores:
             turn.put(kept(out, None if turn.dtype is None else _cloned_unless_quantised))
-    turn.call.mark(around)
+    if watch is not None:
+        watch.mark(around)
     return out
 
 
@@ -113,11 +121,11 @@ def _continued(sublayer: Sublayer, inputs: Sequence[torch.Tensor], outputs: Sequ
     return tuple(pairs)
 
 
-def _read(slot: Slot | Line, own: Callable[[Any], Any] | None) -> Any:
-    if isinstance(slot, Line):
-        return extended(slot)
+def _read(slot: Slot | Extrapolation, own: Callable[[Any], Any]) -> Any:
+    if isinstance(slot, Extrapolation):
+        return extrapolated(slot)
     value, dtypes = slot.value
-    return handed_out(value, dtypes, own)
+    return own(value) if isinstance(value, torch.Tensor) else handed_out(value, dtypes, own)
 
 
 def kept(out: Any, own: Callable[[Any], Any] | None = None) -> tuple[Any, list[torch.dtype | None]]:
@@ -169,17 +177,21 @@ def _unpacked(value: Any, dtype: torch.dtype | None, own: Callable[[Any], Any]) 
     return unpack(value, dtype) if dtype and isinstance(value, Quantized) else own(value)
 
 
-def extended(line: Line) -> Any:
-    """The output on the line through the two that were kept; the newest one where the other is another nest."""
-    (newest, dtypes), (before, dtypes_before) = line.newest.value, line.before.value
+def extrapolated(several: Extrapolation) -> Any:
+    """The output that several which were kept stand for; the newest one where an older one is another nest."""
+    newest, dtypes = several.slots[0].value
     leaves, nest = pytree.tree_flatten(newest)
-    leaves_before, nest_before = pytree.tree_flatten(before)
-    if nest != nest_before:
-        return handed_out(newest, dtypes)
+    older = []
+    for slot in several.slots[1:]:
+        leaves_before, nest_before = pytree.tree_flatten(slot.value[0])
+        if nest_before != nest:
+            return handed_out(newest, dtypes)
+        older.append(list(zip(leaves_before, slot.value[1], strict=True)))
 
-    def extended(c: Any, dtype: torch.dtype | None, c_prev: Any, dtype_prev: torch.dtype | None) -> Any:
-        if dtype is None or not dtype.is_floating_point or dtype != dtype_prev or c.shape != c_prev.shape:
+    def value(c: Any, dtype: torch.dtype | None, *before: tuple[Any, torch.dtype | None]) -> Any:
+        alike = all(dtype_k == dtype and c_k.shape == c.shape for c_k, dtype_k in before)
+        if dtype is None or not dtype.is_floating_point or not alike:
             return _unpacked(c, dtype, _cloned)
-        return line_value(c, c_prev, line.weight, dtype)
+        return extrapolate(c, [c_k for c_k, _ in before], several.weights, dtype)
 
-    return pytree.tree_unflatten(list(map(extended, leaves, dtypes, leaves_before, dtypes_before)), nest)
+    return pytree.tree_unflatten([value(*leaf) for leaf in zip(leaves, dtypes, *older, strict=True)], nest)

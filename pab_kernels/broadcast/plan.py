@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .config import KINDS, Broadcast, PABConfig
+from .reuse import REUSES, Reuse
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -52,14 +53,12 @@ class Decision:
 
     Args:
         action: what is done.
-        source: for a reuse, the step whose output is read.
-        previous: for a linear reuse, the step computed before `source`, whose output is read too; None where `source` is held.
+        reads: for a reuse, the steps whose outputs are read, the newest first.
         held: how many outputs are held after it: the newest ones, as a later step reads them.
     """
 
     action: Action
-    source: int | None = None
-    previous: int | None = None
+    reads: tuple[int, ...] = ()
     held: int = 0
 
 
@@ -121,14 +120,14 @@ def _row(rule: Broadcast | None, block: Sequence[Decision] | None, schedule: Sch
     steps = schedule.steps
     running = [i for i in steps if block is None or block[i - schedule.begin].action is not Action.REUSE]
     reused = rule.reused(schedule) if rule else frozenset()
-    linear = rule is not None and rule.reuse == "linear"
+    outputs = REUSES[rule.reuse].outputs if rule else 0
     cells: dict[int, Decision] = {}
-    source = previous = None
+    computed: tuple[int, ...] = ()
     for i in running:
-        if source is not None and i in reused:
-            cells[i] = Decision(Action.REUSE, source, previous)
+        if computed and i in reused:
+            cells[i] = Decision(Action.REUSE, computed)
         else:
-            previous, source = source if linear else None, i
+            computed = (i, *computed)[:outputs]
     last_reads = _last_reads(cells)
     released = Counter(last_reads.values())
     held, row = 0, []
@@ -141,9 +140,9 @@ def _row(rule: Broadcast | None, block: Sequence[Decision] | None, schedule: Sch
     return tuple(row)
 
 
-def _last_reads(cells: Mapping[int, Decision]) -> dict[int | None, int]:
+def _last_reads(cells: Mapping[int, Decision]) -> dict[int, int]:
     """For each step whose output is read, the last step that reads it; `cells` by step, in their order."""
-    return {read: i for i, cell in cells.items() for read in (cell.source, cell.previous) if read is not None}
+    return {read: i for i, cell in cells.items() for read in cell.reads}
 
 
 def generic_sublayers(config: PABConfig) -> list[Sublayer]:
@@ -261,14 +260,36 @@ class Plan:
         stored = actions.count(Action.STORE)
         return Counts(actions.count(Action.COMPUTE) + stored, stored, actions.count(Action.REUSE), actions.count(Action.SKIP))
 
+    @cached_property
+    def _columns(self) -> Sequence[Sequence[Decision]]:
+        return list(zip(*self.rows.values(), strict=True)) or [()] * len(self.steps)
+
     def decisions(self, step: int) -> Sequence[Decision]:
         """The column of `step`: a decision for each of its sublayers."""
-        return [row[step - self.schedule.begin] for row in self.rows.values()]
+        return self._columns[step - self.schedule.begin]
+
+    @cached_property
+    def idle(self) -> frozenset[str]:
+        """Sublayers of which nothing is kept or reused, by name."""
+        return frozenset(name for name, row in self.rows.items() if not any(d.action is Action.REUSE for d in row))
+
+    def outputs(self, name: str) -> int:
+        """How many outputs are read at the most where `name` is reused: a sublayer, or what is kept beside them."""
+        return self._reuses[name].outputs if name in self._reuses else 1
+
+    def weights(self, name: str, step: int, sources: Sequence[int]) -> tuple[float, ...]:
+        """The weights at `step` of outputs of sublayer `name` that `sources` wrote: see `Reuse.weights`."""
+        return self._reuses[name].weights(step, sources, self.schedule)
+
+    @cached_property
+    def _reuses(self) -> dict[str, Reuse]:
+        rules = {s.name: self.config.rule(s.kind, s.layer) for s in self.sublayers}
+        return {name: REUSES["hold" if rule is None else rule.reuse] for name, rule in rules.items()}
 
     @cached_property
     def patterns(self) -> int:
         """How many different columns the plan has: the graphs that a compiler makes of it. Reuses of one and of two outputs differ."""
-        return len({tuple((row[i].action, row[i].previous is None) for row in self.rows.values()) for i in range(len(self.steps))})
+        return len({tuple((row[i].action, len(row[i].reads)) for row in self.rows.values()) for i in range(len(self.steps))})
 
     def forecast(self, costs: Mapping[str, Cost], rest_flops: int = 0, contexts: int = 1) -> Forecast:
         """FLOPs and bytes of a generation, without running it.

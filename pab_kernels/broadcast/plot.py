@@ -28,22 +28,13 @@ def _window(plan: Plan, label: str, row: tuple[Decision, ...]) -> tuple[int, int
     kind = label.split()[0]
     layer = next(s.layer for s in plan.sublayers if s.kind == kind and plan.rows[s.name] == row)
     rule = plan.config.rule(kind, layer)
-    if rule is None or rule.window is None or rule.range == 1:
-        return None
-    (lo, hi), n = rule.window, plan.schedule.num_steps
-    if rule.unit == "fraction":
-        inside = [i for i in plan.steps if lo <= i / n < hi]
-    elif rule.unit == "step":
-        inside = [i for i in plan.steps if lo <= i < hi]
-    else:
-        timesteps = plan.schedule.require_timesteps("the window")
-        inside = [i for i in plan.steps if lo < int(timesteps[i]) < hi]
+    inside = () if rule is None or rule.range == 1 else rule.inside(plan.schedule)
     return (inside[0], inside[-1]) if inside else None
 
 
 def _draw_row(ax: Axes, y: float, label: str, row: tuple[Decision, ...], begin: int, arrows: bool) -> None:
     patches = require("matplotlib.patches", "drawing a plan")
-    ends = {cell.source: step for step, cell in enumerate(row, begin) if cell.source is not None}
+    ends = {cell.reads[0]: step for step, cell in enumerate(row, begin) if cell.reads}
     for step, cell in enumerate(row, begin):
         edge = "#c4c8ce" if cell.action is Action.SKIP else "white"
         fill = COLOURS[cell.action]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -17,8 +17,7 @@ GROUP = 128
 """Channels that share one scale of an 8-bit slot."""
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """What a slot's reader must have in common with its writer: the sublayer's input, but for its values."""
 
     shape: tuple[int, ...]
@@ -28,14 +27,14 @@ class Key:
     @classmethod
     def of(cls, x: torch.Tensor) -> Key:
         """The key of a sublayer whose input is `x`."""
-        return cls(tuple(x.shape), x.dtype, x.device)
+        return cls(x.shape, x.dtype, x.device)
 
     def matches(self, x: torch.Tensor) -> bool:
         """Whether `x` has this key."""
-        return x.shape == self.shape and x.dtype == self.dtype and x.device == self.device
+        return x.shape == self.shape and x.dtype is self.dtype and x.device == self.device
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Slot:
     """One sublayer's kept output.
 
@@ -54,27 +53,23 @@ class Slot:
     dtype: torch.dtype | None = None
 
 
-@dataclass(frozen=True)
-class Line:
-    """The straight line through the two newest outputs of a sublayer, read at a later step: a linear reuse.
-
-        1. w = (step - newest.source) / (newest.source - before.source)
-        2. value = newest + w (newest - before), in float32 (float64 where they are) and rounded once
+@dataclass(eq=False)
+class Extrapolation:
+    """Several outputs of a sublayer, read together at a later step: `c_0 + sum_k w_k (c_0 - c_k)`, in float32 (float64 where they are) and
+    rounded once.
 
     Args:
-        newest: the output computed last.
-        before: the one computed before it, by an earlier step.
-        weight: w, one float32 number on the slots' device.
+        slots: the newest outputs, c_0 first, computed from inputs of one key.
+        weights: w_1, w_2, ..., each one float32 number on the slots' device.
     """
 
-    newest: Slot
-    before: Slot
-    weight: torch.Tensor
+    slots: tuple[Slot, ...]
+    weights: tuple[torch.Tensor, ...]
 
     @property
     def key(self) -> Key:
-        """Of the input that both were computed from."""
-        return self.newest.key
+        """Of the inputs that they were computed from."""
+        return self.slots[0].key
 
 
 def _is_leaf(value: Any) -> bool:
@@ -150,7 +145,7 @@ class Arena:
     def __init__(self, meter: Meter) -> None:
         self.closed = False
         self.meters: dict[str, Meter] = {}  # of this arena, by kind
-        self.weights: Mapping[str, torch.Tensor] = {}  # of lines, by sublayer, where it is `fixed`
+        self.weights: Mapping[str, tuple[torch.Tensor, ...]] = {}  # of what is extrapolated, by place, where it is `fixed`
         self._meter = meter
         self._kinds: dict[str, str] = {}
         self._slots: dict[str, tuple[Slot, ...]] = {}  # the newest first
@@ -165,10 +160,14 @@ class Arena:
         self._slots[name] = (slot, *self._slots.get(name, ()))
         self._count(name, slot.nbytes)
 
-    def get(self, name: str, age: int = 0) -> Slot | None:
-        """The newest slot of sublayer `name`, or with `age` 1 the one before it, if it is held."""
-        slots = self._slots.get(name, ())
-        return slots[age] if age < len(slots) else None
+    def held(self, name: str) -> tuple[Slot, ...]:
+        """The slots of sublayer `name`, the newest first."""
+        return self._slots.get(name, ())
+
+    def get(self, name: str) -> Slot | None:
+        """The newest slot of sublayer `name`, if one is held."""
+        slots = self._slots.get(name)
+        return slots[0] if slots else None
 
     def release(self, name: str, most: int = 0) -> None:
         """Let go of the slots of sublayer `name`, but for the `most` newest ones."""
@@ -180,7 +179,8 @@ class Arena:
         else:
             del self._slots[name]
         freed = slots[0].nbytes if len(slots) == 1 else sum([slot.nbytes for slot in slots[most:]])
-        self._count(name, -freed)
+        self._meter.now -= freed
+        self.meters[self._kinds[name]].now -= freed
 
     def clear(self) -> None:
         """Let go of every slot."""

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..ops.cached_outputs import line_value
+from ..ops.cached_outputs import extrapolate
 from .call import Call
-from .slots import Line, Slot, unpack
+from .slots import Extrapolation, Slot, unpack
 from .turn import Turn
 
 MOST_PENDING = 3
@@ -72,17 +72,18 @@ class ResidualStream:
             store.put(out.clone() if _share_memory(out, self._x) else out)
         self._hold(out, gate)
 
-    def reuse(self, slot: Slot | Line, gate: torch.Tensor | None = None) -> None:
+    def reuse(self, slot: Slot | Extrapolation, gate: torch.Tensor | None = None) -> None:
         """Add `gate * slot`: nothing runs until the stream is read. Leave `gate` out where the slot was kept after it.
 
-        A `Line` is one addition: `gate * (newest + w (newest - before))`, the line rounded once.
+        Two outputs on a line are one addition: `gate * (newest + w (newest - before))`, the line rounded once.
         """
-        if isinstance(slot, Line):
-            own, before = _dtype(slot.newest, self._x), _dtype(slot.before, self._x)
-            value, fits = ops.Line(slot.newest.value, slot.before.value, slot.weight), own == before == self._x.dtype
-        else:
-            own, value = _dtype(slot, self._x), slot.value
-            fits = own == self._x.dtype
+        slots = slot.slots if isinstance(slot, Extrapolation) else (slot,)
+        own, value = _dtype(slots[0], self._x), slots[0].value
+        fits = all(_dtype(each, self._x) == self._x.dtype for each in slots)
+        if isinstance(slot, Extrapolation):
+            older = [each.value for each in slots[1:]]
+            line = len(older) == 1
+            value = ops.Line(value, older[0], slot.weights[0]) if line else extrapolate(value, older, slot.weights, own)
         # Under autocast it is dequantised to its own dtype, and the sum is promoted as it was when computed.
         self._hold(value if fits else _unpacked(value, own), gate)
 
@@ -149,7 +150,7 @@ def _dtype(slot: Slot, x: torch.Tensor) -> torch.dtype:
 
 def _unpacked(value: Any, dtype: torch.dtype) -> Any:
     """A slot's value in `dtype` where it was quantised, or the one on a line, rounded to `dtype`."""
-    return line_value(value.newest, value.before, value.weight, dtype) if isinstance(value, ops.Line) else unpack(value, dtype)
+    return extrapolate(value.newest, [value.before], [value.weight], dtype) if isinstance(value, ops.Line) else unpack(value, dtype)
 
 
 def _dense(t: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from ..ops.quantize import Quantized
 from .costs import place as place_of
 from .plan import Action, Decision, Sublayer
-from .slots import CACHE_DTYPES, Key, Line, Slot, pack
+from .slots import CACHE_DTYPES, Extrapolation, Key, Slot, pack
 
 if TYPE_CHECKING:
     from .call import Call
@@ -61,20 +61,17 @@ class Turn:
         call: the call.
         sublayer: whose turn it is.
         decision: the plan's.
-        slot: what it reuses; None where it computes. Where the reuse is linear, the `Line` through the two newest outputs.
+        slot: what it reuses; None where it computes. Where it reads several outputs, their `Extrapolation`.
     """
 
-    def __init__(self, call: Call, sublayer: Sublayer, decision: Decision, slot: Slot | Line | None) -> None:
-        config = call.generation.config
+    def __init__(self, call: Call, sublayer: Sublayer, decision: Decision, slot: Slot | Extrapolation | None = None) -> None:
         self.call = call
         self.sublayer = sublayer
         self.decision = decision
         self.slot = slot
-        self.stores = _stores(decision, slot)
-        self.gated = config.cache_point == "post_gate"
-        """Whether what is kept is kept after the gate."""
-        self.dtype = CACHE_DTYPES[config.cache_dtype]
-        """The 8-bit dtype that outputs are kept in, or None for their own."""
+        self.stores = decision.action is not Action.COMPUTE and _stores(decision, slot)
+        self.idle = False
+        """Whether its sublayer keeps and reuses nothing in the whole generation."""
         self.runs = 0
         self._place = sublayer.name
 
@@ -86,7 +83,7 @@ class Turn:
     _kept: Any = None
     _own_dtype: torch.dtype | None = None
 
-    def take(self, x: torch.Tensor) -> Slot | Line | None:
+    def take(self, x: torch.Tensor) -> Slot | Extrapolation | None:
         """What is reused instead of computing on input `x`, of which only shape, dtype and device are read.
 
         What is read for the last time is released. Where None is returned, `stores` says whether the output is to be kept.
@@ -94,14 +91,15 @@ class Turn:
         if torch.compiler.is_dynamo_compiling():
             return self._take_in_graph(x)
         self.runs += 1
-        self.call.mark(self.sublayer.kind, x.device)
+        if self.call.stopwatch is not None:
+            self.call.stopwatch.mark(self.sublayer.kind, x.device)
         if self.runs > 1:
             self._again()
         slot, held = self.slot, self.decision.held
         if slot is not None:
             self.slot = None
             if slot.key.matches(x):
-                self.reads_last = self._reuse()
+                self._reuse(held)
                 return slot
             self.stores = held > 0
         # Where the plan skips it and its block was forced to run, what is held is still to be read.
@@ -109,6 +107,16 @@ class Turn:
         if self.stores:
             self._input = Key.of(x)
         return None
+
+    @property
+    def gated(self) -> bool:
+        """Whether what is kept is kept after the gate."""
+        return self.call.generation.config.cache_point == "post_gate"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The 8-bit dtype that outputs are kept in, or None for their own."""
+        return CACHE_DTYPES[self.call.generation.config.cache_dtype]
 
     @property
     def store(self) -> Turn | None:
@@ -128,16 +136,16 @@ class Turn:
         """A further run in the same call."""
         self.collect()
         self._place = place_of(self.sublayer.name, self.runs - 1)
-        self.slot = self.call.read(self._place, self.decision)
+        self.slot = self.call.read(self.sublayer.name, self.decision, self._place)
         self.stores = _stores(self.decision, self.slot)
 
-    def _reuse(self) -> bool:
-        """Count it, and release what no later step reads; whether that was all."""
+    def _reuse(self, held: int) -> None:
+        """Count it, and release what no later step reads."""
+        call, arena = self.call, self.call.context.arena
         self.reused += 1
-        call, held, place = self.call, self.decision.held, self._place
-        call.reused.append(place)
-        call.context.arena.release(place, held)
-        return not (held or call.context.arena.fixed)
+        call.reused.append(self._place)
+        arena.release(self._place, held)
+        self.reads_last = not (held or arena.fixed)
 
     def _keep(self, value: Any, key: Key, own: torch.dtype | None) -> None:
         self.stored += 1
@@ -146,7 +154,7 @@ class Turn:
 
     # In a compiled graph
 
-    def _take_in_graph(self, x: torch.Tensor) -> Slot | Line | None:
+    def _take_in_graph(self, x: torch.Tensor) -> Slot | Extrapolation | None:
         self.runs += 1
         if self.runs > 1:
             self.stores = False
@@ -167,7 +175,7 @@ class Turn:
         key, self._input, self.slot = Key(*self._input), None, None
         if self.reused:
             self.reused = 0
-            self._reuse()
+            self._reuse(self.decision.held)
             return
         stores = self._kept is not None
         self.call.context.arena.release(self._place, self.decision.held - stores)
@@ -176,6 +184,6 @@ class Turn:
             self._kept = None
 
 
-def _stores(decision: Decision, slot: Slot | Line | None) -> bool:
+def _stores(decision: Decision, slot: Slot | Extrapolation | None) -> bool:
     """Whether the output is to be kept, where it is computed: as planned, or as what was to be reused is not there."""
     return decision.action is Action.STORE or (decision.action is Action.REUSE and slot is None and decision.held > 0)

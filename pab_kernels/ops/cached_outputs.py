@@ -113,17 +113,20 @@ def unflatten_cached_outputs(
     return tuple(map(CachedOutput, joined[: len(gates)], gates, before, weights))
 
 
-def line_value(newest: Tensor | Quantized, before: Tensor | Quantized, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`newest + weight (newest - before)` in float32, or float64 where `dtype` is, rounded once to `dtype`."""
+def extrapolate(newest: Tensor | Quantized, older: Sequence[Tensor | Quantized], weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """`newest + sum_k weights_k (newest - older_k)` in float32, or float64 where `dtype` is, rounded once to `dtype`."""
     wide = torch.promote_types(dtype, torch.float32)
-    c, c_prev = (dequantize(slot, wide) if isinstance(slot, Quantized) else slot.to(wide) for slot in (newest, before))
-    return (c + weight * (c - c_prev)).to(dtype)
+    c, *before = (dequantize(slot, wide) if isinstance(slot, Quantized) else slot.to(wide) for slot in (newest, *older))
+    value = c
+    for weight, c_k in zip(weights, before, strict=True):
+        value = value + weight * (c - c_k)
+    return value.to(dtype)
 
 
 def term_value(term: CachedOutput, dtype: torch.dtype) -> Tensor:
     """A term before its gate: a slot, dequantised to `dtype`, or the value on a line, rounded to it."""
     if term.before is not None and term.weight is not None:
-        return line_value(term.slot, term.before, term.weight, dtype)
+        return extrapolate(term.slot, [term.before], [term.weight], dtype)
     return dequantize(term.slot, dtype) if isinstance(term.slot, Quantized) else term.slot
 
 

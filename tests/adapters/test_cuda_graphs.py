@@ -56,7 +56,7 @@ def addresses(model: Any) -> dict[tuple[str, str, int], tuple[int, ...]]:
 
 def kept_bytes(model: Any) -> int:
     found = graphs_of(model)
-    places = [nest for of_context in found._places.values() for p in of_context.values() for nest in (p.newest, p.before)]
+    places = [nest for of_context in found._places.values() for p in of_context.values() for nest in p.values]
     return sum(t.nbytes for t in tensors_of([places, list(found._inputs.values()), [g.weights for g in found._graphs.values()]]))
 
 
@@ -92,7 +92,7 @@ def test_slots_lie_at_the_same_addresses_at_every_step_and_in_every_generation(n
                         assert seen.setdefault(slot, lies) == lies
     assert {age for _, _, age in seen} == ({0, 1} if "linear" in name else {0})
     places = [place for of_context in graphs_of(model)._places.values() for place in of_context.values()]
-    assert places and all((place.before is not None) is ("linear" in name) for place in places), "one place for what is held"
+    assert places and all((len(place.values) == 2) is ("linear" in name) for place in places), "one place for what is held"
     every = [address for lies in seen.values() for address in lies]
     assert len(set(every)) == len(every), "no two share memory, of one context or of two"
 

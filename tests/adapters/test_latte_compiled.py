@@ -30,7 +30,7 @@ def patterns(model: Any, block: str) -> int:
     assert broadcaster is not None and broadcaster.latest is not None and broadcaster.latest.plan is not None
     plan = broadcaster.latest.plan
     rows = [row for name, row in plan.rows.items() if name.startswith(f"{block}.")]
-    return len({tuple((row[i].action, row[i].previous is None) for row in rows) for i in range(STEPS)})
+    return len({tuple((row[i].action, len(row[i].reads)) for row in rows) for i in range(STEPS)})
 
 
 def enabled(pab_config: PABConfig) -> Any:

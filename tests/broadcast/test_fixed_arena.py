@@ -21,20 +21,19 @@ def value(number: float, *shape: int) -> Tensor:
 
 def held(arena: Arena, name: str) -> list[tuple[float, int]]:
     """The first number and the step of every slot of a sublayer, the newest first."""
-    slots = [slot for age in range(3) if (slot := arena.get(name, age)) is not None]
+    slots = arena.held(name)
     return [(float(tensors_of(slot.value)[0].flatten()[0]), slot.source) for slot in slots]
 
 
 def test_the_newest_output_stays_where_it_is_and_the_one_before_it_moves() -> None:
-    arena = FixedArena(Meter(), {}, {"a"})
+    arena = FixedArena(Meter(), {}, lambda name: 2)
     arena.put("a", "mlp", value(1), KEY, 0, most=2)
     lies = tensors_of(arena.get("a").value)[0].data_ptr()  # type: ignore[union-attr]
     for step in (1, 2):
         given = value(step + 1)
         arena.put("a", "mlp", given, KEY, step, most=2)
         given.fill_(0)
-        newest, before = arena.get("a"), arena.get("a", 1)
-        assert newest is not None and before is not None
+        newest, before = arena.held("a")
         assert newest.value.data_ptr() == lies != before.value.data_ptr()
         assert held(arena, "a") == [(step + 1, step), (step, step - 1)]
     arena.clear()
@@ -44,7 +43,7 @@ def test_the_newest_output_stays_where_it_is_and_the_one_before_it_moves() -> No
 
 
 def test_an_output_that_looks_another_way_has_a_place_of_its_own() -> None:
-    arena = FixedArena(Meter(), {}, {"a"})
+    arena = FixedArena(Meter(), {}, lambda name: 2)
     arena.put("a", "mlp", value(1), KEY, 0, most=2)
     arena.put("a", "mlp", value(2).half(), KEY, 1, most=2)
     assert held(arena, "a") == [(2, 1), (1, 0)] and len(arena.places) == 2
@@ -68,11 +67,11 @@ def test_changes_are_repeated_with_the_counts_of_the_call_itself() -> None:
         arena.put("a", "block", value(4), KEY, 1)
         return arena
 
-    plain, captured = second(first(Arena(Meter()))), FixedArena(Meter(), {}, set())
+    plain, captured = second(first(Arena(Meter()))), FixedArena(Meter(), {}, lambda name: 1)
     first(captured)
     captured.changes.clear()
     second(captured)
-    repeated = FixedArena(Meter(), captured.places, set())
+    repeated = FixedArena(Meter(), captured.places, lambda name: 1)
     first(repeated)
     captured.places["a", signature(value(0), "a test")].write(value(4))  # the device has made its own
     repeated.repeat(captured.changes, 1, {"a": 1, "b": 1, "d": 0}.__getitem__)
@@ -86,7 +85,7 @@ KEY_BYTES = value(0).nbytes
 
 
 def test_a_rehearsal_leaves_the_arena_alone_and_may_do_nothing_else() -> None:
-    arena = FixedArena(Meter(), {}, set())
+    arena = FixedArena(Meter(), {}, lambda name: 1)
     arena.put("a", "mlp", value(1), KEY, 0)
     dry = arena.rehearsal(writes=False)
     dry.put("a", "mlp", value(2), KEY, 1)

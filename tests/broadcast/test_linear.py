@@ -18,7 +18,7 @@ from pab_kernels.broadcast.generation import Generation
 from pab_kernels.broadcast.inputs import Inputs
 from pab_kernels.broadcast.plan import Action, Sublayer
 from pab_kernels.broadcast.schedule import Schedule
-from pab_kernels.broadcast.slots import Key, Line, Slot
+from pab_kernels.broadcast.slots import Extrapolation, Key, Slot
 from pab_kernels.broadcast.stream import ResidualStream
 
 SUBLAYER = Sublayer("a", "spatial", 0)
@@ -49,8 +49,8 @@ def take(generation: Generation, step: int | None = None, x: Tensor = X, name: s
 
 def said(turn: Taken) -> str:
     """S for a store, # for a compute, else what is read: the source, and the one before it."""
-    if isinstance(turn.slot, Line):
-        return f"{turn.slot.newest.source} {turn.slot.before.source}"
+    if isinstance(turn.slot, Extrapolation):
+        return " ".join(str(slot.source) for slot in turn.slot.slots)
     return str(turn.slot.source) if turn.slot else "S" if turn.stores else "#"
 
 
@@ -78,10 +78,10 @@ def test_the_line_reads_what_lies_on_it() -> None:
     generation = begin(Broadcast(4, (0, 1), reuse="linear"), 12)
     for step in range(8):
         turn = take(generation)
-        if isinstance(turn.slot, Line):
-            newest, before = turn.slot.newest.source, turn.slot.before.source
-            assert (newest, before) == (4, 0) and newest + turn.slot.weight * (newest - before) == pytest.approx(step)
-    assert step == 7 and isinstance(turn.slot, Line)
+        if isinstance(turn.slot, Extrapolation):
+            newest, before = (slot.source for slot in turn.slot.slots)
+            assert (newest, before) == (4, 0) and newest + turn.slot.weights[0] * (newest - before) == pytest.approx(step)
+    assert step == 7 and isinstance(turn.slot, Extrapolation)
 
 
 def test_weights_are_numbers_on_the_device_made_once_a_generation_by_a_fill() -> None:
@@ -137,8 +137,8 @@ def test_the_weight_is_that_of_the_steps_that_were_really_computed() -> None:
     for step in (0, 1, 2, 3, 4, 5, 9):
         take(generation, step)
     slot = take(generation, 11).slot
-    assert isinstance(slot, Line) and slot.weight == torch.tensor(2 / 5)
-    assert (slot.newest.value == 9).all() and (slot.before.value == 4).all()
+    assert isinstance(slot, Extrapolation) and slot.weights == (torch.tensor(2 / 5),)
+    assert [slot.value.unique().item() for slot in slot.slots] == [9, 4]
 
 
 def test_another_shape_is_computed_until_there_are_two_outputs_of_it() -> None:
@@ -226,11 +226,11 @@ def test_whatever_calls_are_missing_only_own_earlier_outputs_are_read(rule: Broa
             if all(present[begin_at:step]):
                 assert decision.action is not Action.REUSE
         else:
-            slots = [turn.slot.newest, turn.slot.before] if isinstance(turn.slot, Line) else [turn.slot]
-            assert len(slots) == 1 + (decision.previous is not None)
+            slots = turn.slot.slots if isinstance(turn.slot, Extrapolation) else [turn.slot]
+            assert len(slots) == len(decision.reads)
             assert [slot.source for slot in slots] == computed[: -len(slots) - 1 : -1], "the newest first"
             assert all((slot.value == slot.source).all() for slot in slots)
-            planned = [i for i in (decision.source, decision.previous) if i is not None]
+            planned = list(decision.reads)
             assert all(slot.source >= i for slot, i in zip(slots, planned, strict=True)), "older than planned"
             if all(present[begin_at:step]):
                 assert [slot.source for slot in slots] == planned
@@ -262,11 +262,11 @@ def test_a_stream_extends_outputs_that_lie_on_a_line(dtype: torch.dtype, cache_d
             if slot is None:
                 stream.add(exact.to(dtype), gate.to(dtype), turn if turn.stores else None)
                 continue
-            assert isinstance(slot, Line)
+            assert isinstance(slot, Extrapolation)
             stream.reuse(slot, gate.to(dtype))
             error = (stream.read().double() - (x + gate * exact)).abs().max()
             size = max(v.abs().max() for v in (x, start, slope)) * max(1.0, gate.abs().max())
-            assert error <= (1 + 2 * slot.weight) * 2 * rounding * size
+            assert error <= (1 + 2 * slot.weights[0]) * 2 * rounding * size
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=["both", "one of two"])
@@ -278,7 +278,7 @@ def test_under_autocast_a_line_of_another_dtype_is_added_as_the_plain_expression
     x, gate = torch.randn(2, 8), torch.randn(8)
     stream = ResidualStream(x, begin(Broadcast(2), 9).open())
     w = torch.tensor(2 / 3)
-    stream.reuse(Line(newest, before, w), gate)
+    stream.reuse(Extrapolation((newest, before), (w,)), gate)
     c, c_prev = (v.float() for v in values)
     assert torch.equal(stream.read(), gate * (c + w * (c - c_prev)).to(dtypes[0]) + x)
 

@@ -60,12 +60,8 @@ class _Run:
     """What a sublayer did at each step, found out by running through the steps once."""
 
     actions: list[str] = field(default_factory=list)
-    sources: list[int | None] = field(default_factory=list)
-    previous: list[int | None] = field(default_factory=list)
-
-    def reads(self, first: int = 0) -> set[int]:
-        """Steps whose outputs are read from column `first` on."""
-        return {i for i in (*self.sources[first:], *self.previous[first:]) if i is not None}
+    reads: list[tuple[int, ...]] = field(default_factory=list)
+    """The steps whose outputs are read, the newest first."""
 
 
 def _wants_reuse(rule: Broadcast | None, schedule: Schedule, step: int) -> bool:
@@ -90,16 +86,15 @@ def _simulate(made: Plan) -> dict[str, _Run]:
             rule = made.config.rule(s.kind, s.layer)
             run = runs[s.name]
             if s.block in runs and runs[s.block].actions[-1] == "reuse":
-                did, source, previous = "skip", None, None
+                did, reads = "skip", []
             elif ran[s.name] and _wants_reuse(rule, made.schedule, step):
-                did, source = "reuse", ran[s.name][-1]
-                previous = ran[s.name][-2] if rule and rule.reuse == "linear" and len(ran[s.name]) > 1 else None
+                outputs = 2 if rule and rule.reuse == "linear" else 1
+                did, reads = "reuse", ran[s.name][: -outputs - 1 : -1]
             else:
-                did, source, previous = "compute", None, None
+                did, reads = "compute", []
                 ran[s.name].append(step)
             run.actions.append(did)
-            run.sources.append(source)
-            run.previous.append(previous)
+            run.reads.append(tuple(reads))
     return runs
 
 
@@ -110,8 +105,7 @@ def test_actions_and_sources_are_those_of_the_definition(made: Plan) -> None:
         row = made.rows[name]
         names = {COMPUTE: "compute", STORE: "compute", REUSE: "reuse", SKIP: "skip"}
         assert [names[d.action] for d in row] == run.actions
-        assert [d.source for d in row] == run.sources
-        assert [d.previous for d in row] == run.previous
+        assert [d.reads for d in row] == run.reads
 
 
 @given(plans())
@@ -121,10 +115,10 @@ def test_every_source_is_an_earlier_store_with_no_run_in_between(made: Plan) -> 
         for step in made.steps:
             d = made.decision(name, step)
             if d.action is not REUSE:
-                assert d.source is None and d.previous is None
+                assert d.reads == ()
                 continue
-            assert d.source is not None and made.schedule.begin <= d.source < step
-            for read, until in ((d.source, step), *([] if d.previous is None else [(d.previous, d.source)])):
+            assert d.reads and made.schedule.begin <= d.reads[0] < step
+            for read, until in zip(d.reads, (step, *d.reads), strict=False):
                 assert made.decision(name, read).action is STORE
                 assert all(made.decision(name, i).action in (REUSE, SKIP) for i in range(read + 1, until))
 
@@ -136,7 +130,7 @@ def test_an_output_is_stored_iff_a_later_step_reads_it(made: Plan) -> None:
         readers: dict[int, list[int]] = {}
         for step in made.steps:
             d = made.decision(name, step)
-            for read in {d.source, d.previous} - {None}:
+            for read in d.reads:
                 readers.setdefault(read, []).append(step)
         assert {step for step in made.steps if made.decision(name, step).action is STORE} == set(readers)
         assert row[0].action in (COMPUTE, STORE), "the first step has nothing to reuse"
@@ -156,8 +150,7 @@ def test_a_sublayer_is_skipped_exactly_under_a_reused_block(made: Plan) -> None:
 def test_slots_live_from_the_store_to_the_last_read(made: Plan) -> None:
     for step in made.steps:
         for name in made.rows:
-            later = {(made.decision(name, i).source, made.decision(name, i).previous) for i in made.steps if i > step}
-            kept = {read for reads in later for read in reads if read is not None and read <= step}
+            kept = {read for i in made.steps if i > step for read in made.decision(name, i).reads if read <= step}
             assert made.decision(name, step).held == len(kept) <= 2
             computed = [i for i in made.steps if i <= step and made.decision(name, i).action in (COMPUTE, STORE)]
             assert not kept or sorted(kept) == computed[-len(kept) :], "the newest ones"
@@ -171,7 +164,7 @@ def test_counts_add_up_to_all_cells(made: Plan) -> None:
     for kind, c in made.counts().items():
         actions = [a for s in made.sublayers if s.kind == kind for a in runs[s.name].actions]
         assert (c.computed, c.reused, c.skipped) == tuple(actions.count(a) for a in ("compute", "reuse", "skip"))
-        assert c.stored == sum(len(runs[s.name].reads()) for s in made.sublayers if s.kind == kind)
+        assert c.stored == sum(len({i for reads in runs[s.name].reads for i in reads}) for s in made.sublayers if s.kind == kind)
         steps = made.step_counts()[kind]
         assert steps.computed + steps.reused + steps.skipped == len(made.steps)
         assert steps.reused == max(runs[s.name].actions.count("reuse") for s in made.sublayers if s.kind == kind)
@@ -184,7 +177,7 @@ def test_patterns_are_the_distinct_columns(made: Plan) -> None:
     columns = set()
     for step in made.steps:
         cells = [made.decision(s.name, step) for s in made.sublayers]
-        columns.add("".join("/" if d.previous is not None else d.action.value for d in cells))
+        columns.add("".join("/" if len(d.reads) > 1 else d.action.value for d in cells))
     assert made.patterns == len(columns)
 
 
@@ -197,7 +190,7 @@ def test_the_forecast_is_what_a_simulation_adds_up(made: Plan, rest: int) -> Non
     for column, step in enumerate(made.steps):
         flops.append(rest + sum(costs[name].flops for name, run in runs.items() if run.actions[column] == "compute"))
         for name, run in runs.items():
-            held[name] = sum(i <= step for i in run.reads(column + 1))
+            held[name] = sum(i <= step for i in {i for reads in run.reads[column + 1 :] for i in reads})
             held_most = max(held_most, sum(costs[n].slot_bytes * count for n, count in held.items()))
         held_after.append(sum(costs[n].slot_bytes * count for n, count in held.items()))
     forecast = made.forecast(costs, rest)
@@ -245,7 +238,7 @@ def test_range_one_computes_always_and_stores_nothing() -> None:
 def test_a_store_may_come_before_the_window_opens() -> None:
     row = plan(PABConfig(cross=Broadcast(6, (7, 9), "step")), num_steps=10).rows["cross"]
     assert [d.action.value for d in row] == list("######S..#")
-    assert row[7] == Decision(REUSE, 6, held=1) and row[8] == Decision(REUSE, 6, held=0)
+    assert row[7] == Decision(REUSE, (6,), held=1) and row[8] == Decision(REUSE, (6,), held=0)
 
 
 def test_a_window_that_holds_the_first_step_does_not_reuse_it() -> None:
@@ -259,7 +252,7 @@ def test_entered_in_the_middle_the_range_counts_from_there_and_the_window_from_t
     made = Plan(PABConfig(spatial=3), Schedule(20, begin=9))
     assert list(made.steps) == list(range(9, 20))
     assert "".join(d.action.value for d in made.rows["spatial"]) == "S..S..S.###"
-    assert made.decision("spatial", 10) == Decision(REUSE, 9, held=1)
+    assert made.decision("spatial", 10) == Decision(REUSE, (9,), held=1)
     assert str(made).startswith("20 steps, entered at 9, ")
 
 
@@ -269,7 +262,7 @@ def test_a_slot_is_kept_across_steps_at_which_the_block_around_it_is_reused() ->
     made = Plan(config, Schedule(8), sublayers)
     assert "".join(d.action.value for d in made.rows["b"]) == "S..S..##"
     assert "".join(d.action.value for d in made.rows["b.attn"]) == "S  .  .#"
-    assert [made.decision("b.attn", step) for step in (3, 6)] == [Decision(REUSE, 0, held=1), Decision(REUSE, 0, held=0)]
+    assert [made.decision("b.attn", step) for step in (3, 6)] == [Decision(REUSE, (0,), held=1), Decision(REUSE, (0,), held=0)]
     assert [[d.held for d in made.decisions(step)] for step in (4, 5, 6)] == [[1, 1], [1, 0], [0, 0]]
 
 
@@ -292,7 +285,7 @@ def _table(rule: Broadcast, schedule: Schedule) -> str:
     lines = []
     for step in made.steps:
         d = made.decision("cross", step)
-        reads = " ".join("-" if i is None else str(i) for i in (d.source, d.previous))
+        reads = " ".join(map(str, (*d.reads, "-", "-")[:2]))
         lines.append(f"{step} {d.action.value} {reads} {d.held}")
     return "\n".join(lines)
 
@@ -337,7 +330,7 @@ def test_a_line_reaches_over_steps_at_which_the_block_is_reused() -> None:
     config = PABConfig(spatial=Broadcast(4, (4, 9), "step", "linear"), block=Broadcast(3, (1, 9), "step"))
     made = Plan(config, Schedule(10), sublayers)
     assert "".join(d.action.value for d in made.rows["b.attn"]) == "S  S  .  #"
-    assert made.decision("b.attn", 6) == Decision(REUSE, 3, 0, held=0)
+    assert made.decision("b.attn", 6) == Decision(REUSE, (3, 0), held=0)
     assert [made.decision("b.attn", step).held for step in made.steps] == [1, 1, 1, 2, 2, 2, 0, 0, 0, 0]
     assert [d.held for d in made.decisions(4)] == [2, 1]
 
@@ -473,9 +466,9 @@ def test_a_plan_that_ends_early_is_the_beginning_of_the_whole_one_and_keeps_noth
         early = Plan(config, Schedule(10, timesteps, end=end))
         assert early.steps == range(end)
         for name, row in early.rows.items():
-            assert [d.source for d in row] == [d.source for d in whole.rows[name][:end]]
+            assert [d.reads for d in row] == [d.reads for d in whole.rows[name][:end]]
             assert early.decision(name, end - 1).held == 0
-            read = {d.source for d in row}
+            read = {i for d in row for i in d.reads}
             assert all((d.action is Action.STORE) == (i in read) for i, d in enumerate(row) if d.action is not Action.REUSE)
     assert "10 steps, left at 5, " in str(Plan(config, Schedule(10, timesteps, end=5)))
     assert "left at" not in str(Plan(config, Schedule(10, timesteps, end=10)))

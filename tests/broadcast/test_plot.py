@@ -58,7 +58,7 @@ def test_an_arrow_leads_from_each_stored_output_to_its_last_reuse():
     drawn = plan(PABConfig(cross=4), num_steps=10)
     ends = arrows(drawn)
     row = drawn.rows["cross"]
-    lasts = [(d.source, i) for i, d in enumerate(row) if d.action is Action.REUSE and not d.held]
+    lasts = [(d.reads[0], i) for i, d in enumerate(row) if d.action is Action.REUSE and not d.held]
     assert ends == lasts and len(ends) > 1
 
 

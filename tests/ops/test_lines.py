@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pab_kernels.broadcast.outputs import extended
-from pab_kernels.broadcast.slots import Key, Slot
-from pab_kernels.broadcast.slots import Line as LineOfSlots
+from pab_kernels.broadcast.outputs import extrapolated
+from pab_kernels.broadcast.slots import Extrapolation, Key, Slot
 from pab_kernels.ops import Line, Norm, broadcast_residual, dequantize, project_residual, quantize
 from pab_kernels.ops.cached_outputs import CachedOutput, holds_float8
 from tests.ops.tensors import DTYPES, KERNEL_DEVICE, draws
@@ -68,7 +67,7 @@ def test_the_stream_and_a_module_give_the_same_bits(dtype: torch.dtype, kinds: s
     draw, key = draws(dtype), Key((3, 264), dtype, torch.device("cpu"))
     slots = [draw(3, 264) if kind == "m" else quantize(draw(3, 264), torch.int8) for kind in kinds]
     line, weight = [Slot((slot, [dtype]), key, source, 0) for slot, source in zip(slots, (4, 1), strict=True)], torch.tensor(2 / 3)
-    of_module = extended(LineOfSlots(*line, weight))
+    of_module = extrapolated(Extrapolation(tuple(line), (weight,)))
     of_stream = broadcast_residual(torch.zeros(3, 264, dtype=dtype), [Line(*slots, weight)])[0]
     assert torch.equal(of_module, of_stream)
     c, c_prev = (slot.double() if isinstance(slot, Tensor) else dequantize(slot, torch.float64) for slot in slots)

@@ -1,0 +1,49 @@
+"""Reuses: how the kept outputs of a sublayer stand for one that is not computed. A further one is a further class here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from .schedule import Schedule
+
+
+class Reuse(Protocol):
+    """The value `c_0 + sum_k w_k (c_0 - c_k)` of the newest kept output c_0 and the ones before it, c_1, c_2, ..."""
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs are read, where so many are kept."""
+
+    def weights(self, step: int, sources: Sequence[int], schedule: Schedule) -> tuple[float, ...]:
+        """The weights w_1, w_2, ... at a step.
+
+        Args:
+            step: at which the value is read.
+            sources: the steps that wrote the outputs, the newest first.
+            schedule: of the generation, with its timesteps where they are known.
+        """
+
+
+class Hold:
+    """The newest output: `c`."""
+
+    outputs = 1
+
+    def weights(self, step: int, sources: Sequence[int], schedule: Schedule) -> tuple[float, ...]:
+        """None."""
+        return ()
+
+
+class Linear:
+    """The straight line through the two newest outputs: `c + w (c - c_prev)` with `w = (i - s) / (s - p)`, all in steps."""
+
+    outputs = 2
+
+    def weights(self, step: int, sources: Sequence[int], schedule: Schedule) -> tuple[float, ...]:
+        """The weight of the line; none where one output is kept."""
+        return tuple((step - sources[0]) / (sources[0] - before) for before in sources[1:])
+
+
+REUSES: dict[str, Reuse] = {"hold": Hold(), "linear": Linear()}
+"""By the name in a rule."""
