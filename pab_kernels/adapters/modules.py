@@ -18,13 +18,17 @@ def handles(model: nn.Module) -> bool:
 
 
 class ModulesAdapter:
-    """The `BroadcastModule`s of a model."""
-
-    cache_points = ("pre_gate",)
+    """The `BroadcastModule`s of a model. Attention is kept before its projection too, where every one has a projection of its own."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = {name: m for name, m in model.named_modules() if isinstance(m, BroadcastModule)}
         self.sublayers: Sequence[Sublayer] = [Sublayer(name, m.kind, m.layer, "module") for name, m in self._modules.items()]
+
+    @property
+    def cache_points(self) -> Sequence[str]:
+        """Where outputs are kept: before a gate that is outside of the module, or before the projection."""
+        parted = all(m.projection is not None for m in self._modules.values() if m.kind != "mlp")
+        return ("pre_gate", "unprojected") if parted else ("pre_gate",)
 
     def attach(self, broadcaster: Broadcaster) -> list[Detachable]:
         """Let the modules ask `broadcaster`."""

@@ -108,8 +108,10 @@ def place(name: str, time: int) -> str:
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, sublayers: Sequence[Sublayer], counter: FlopCounterMode) -> Iterator[dict[str, Run]]:
-    """The runs of sublayers inside, by `place`."""
+def watched(
+    model: nn.Module, sublayers: Sequence[Sublayer], counter: FlopCounterMode, unprojected: bool = False
+) -> Iterator[dict[str, Run]]:
+    """The runs of sublayers inside, by `place`; where attention is kept `unprojected`, up to a module's `projection`."""
     runs: dict[str, Run] = {}
     times: Counter[str] = Counter()
     entered: list[tuple[int, Counter[str]]] = []  # of the runs that have not ended
@@ -134,14 +136,18 @@ def watched(model: nn.Module, sublayers: Sequence[Sublayer], counter: FlopCounte
         for sublayer in sublayers:
             module = model.get_submodule(sublayer.name)
             handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(lambda module, args, out, sublayer=sublayer: leave(sublayer, out)))
+            projection = getattr(module, "projection", None) if unprojected else None
+            if projection is None:
+                handles.append(module.register_forward_hook(lambda module, args, out, sublayer=sublayer: leave(sublayer, out)))
+            else:
+                handles.append(projection.register_forward_pre_hook(lambda module, args, sublayer=sublayer: leave(sublayer, args)))
         yield runs
     finally:
         for handle in handles:
             handle.remove()
 
 
-def call_costs(model: nn.Module, sublayers: Sequence[Sublayer], arguments: Arguments | None) -> CallCosts | None:
+def call_costs(model: nn.Module, sublayers: Sequence[Sublayer], arguments: Arguments | None, unprojected: bool = False) -> CallCosts | None:
     """What a call of `model` costs without PAB, whatever is enabled on it; None where it cannot run on the meta device, which is logged.
 
     The model itself is not run. Hooks (of offloading, of caches that skip steps, of a split over devices) are left out of the copy.
@@ -153,7 +159,7 @@ def call_costs(model: nn.Module, sublayers: Sequence[Sublayer], arguments: Argum
     try:
         plain = on_meta(model)
         args, kwargs = arguments.on_meta()
-        with COUNTING, torch.no_grad(), flop_counter() as counter, watched(plain, sublayers, counter) as runs:
+        with COUNTING, torch.no_grad(), flop_counter() as counter, watched(plain, sublayers, counter, unprojected) as runs:
             torch.compiler.disable(plain.forward)(*args, **kwargs)
     except Exception as error:  # whatever a model's own code raises where tensors have no values
         logger.info("%s: FLOPs are not known, as it does not run on the meta device: %s: %s", name, type(error).__name__, error)

@@ -284,7 +284,7 @@ class Generation:
         """What calls with these arguments cost without PAB; None where that of any is not known."""
         for arguments in calls:
             if arguments not in self._costs:
-                self._costs[arguments] = call_costs(model, self.sublayers, arguments)
+                self._costs[arguments] = call_costs(model, self.sublayers, arguments, self.config.cache_point == "unprojected")
         known = {arguments: costs for arguments in calls if (costs := self._costs[arguments]) is not None}
         return known if len(known) == len(calls) else None
 

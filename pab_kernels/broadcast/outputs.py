@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -63,6 +63,35 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     if watch is not None:
         watch.mark(around)
     return out
+
+
+class Unprojected(Protocol):
+    """An attention module in two parts: `finish(attend(x, ...)[0], x)` is its output."""
+
+    def attend(
+        self, x: torch.Tensor, *args: Any, store_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | Quantized | None]:
+        """Attention before the output projection, and a copy in 8 bits where `store_dtype` asks for one."""
+
+    def finish(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Attention projected, for the input `x`."""
+
+
+def broadcast_unprojected(turn: Turn, module: Unprojected, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The output of an attention module, of which all but the output projection is computed or given back as the plan says.
+
+    A slot in 8 bits is written by the pass that computes attention.
+    """
+    around = turn.call.measured
+    slot = turn.take(args[0])
+    if slot is not None:
+        out = _read(slot, _as_it_is)  # projecting it writes nothing to it
+    else:
+        out, stored = module.attend(*args, store_dtype=turn.dtype if turn.stores else None, **kwargs)
+        if turn.stores:
+            turn.put((out if stored is None else stored, [out.dtype]))
+    turn.call.mark(around)
+    return module.finish(out, args[0])
 
 
 def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -114,6 +114,11 @@ class Turn:
         return self.call.generation.config.cache_point == "post_gate"
 
     @property
+    def unprojected(self) -> bool:
+        """Whether attention is kept before its projection, where it can be parted from it."""
+        return self.call.generation.config.cache_point == "unprojected"
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """The 8-bit dtype that outputs are kept in, or None for their own."""
         return CACHE_DTYPES[self.call.generation.config.cache_dtype]

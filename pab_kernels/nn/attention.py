@@ -110,16 +110,23 @@ class SelfAttention(PartsModule):
         super().__init__(source, parts)
         self.temporal = temporal
 
-    def forward(self, x: Tensor, rope: ops.Rope | None = None) -> Tensor:
-        """See `PABAttention.forward`."""
+    def attend(  # type: ignore[override]
+        self, x: Tensor, rope: ops.Rope | None = None, *, store_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor | ops.Quantized | None]:
+        """See `PABAttention.forward`; the attention is `[B, S, T, H, D]` where it is over frames."""
         parts = self.parts
         check_input("x", x, "[B, T, S, C] or [B, N, C]", (3, 4), parts.channels)
         q, k, v = self.project(parts.projections, x)
-        across_frames = self.temporal and x.ndim == 4
-        if across_frames:
+        if self._across_frames(x):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, S, T, H, D]
         q, q_norm = with_norm(q, self.norm(parts.q_norm))
         k, k_norm = with_norm(k, self.norm(parts.k_norm))
         operation = ops.short_attention if self.temporal and q.shape[-3] <= MAX_TOKENS else ops.attention
-        out, _ = operation(q, k, v, softmax_scale=parts.softmax_scale, q_norm=q_norm, k_norm=k_norm, rope=rope)
-        return self.finish(out.transpose(1, 2) if across_frames else out)
+        return operation(q, k, v, softmax_scale=parts.softmax_scale, q_norm=q_norm, k_norm=k_norm, rope=rope, store_dtype=store_dtype)
+
+    def arrange(self, out: Tensor, x: Tensor) -> Tensor:
+        """See `PartsModule.arrange`."""
+        return out.transpose(1, 2) if self._across_frames(x) else out
+
+    def _across_frames(self, x: Tensor) -> bool:
+        return self.temporal and x.ndim == 4

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..broadcast.config import KINDS
-from ..broadcast.outputs import broadcast_output
+from ..broadcast.outputs import broadcast_output, broadcast_unprojected
+from .parts import PartsModule
 
 if TYPE_CHECKING:
     from ..broadcast.broadcaster import Broadcaster
@@ -52,7 +53,16 @@ class BroadcastModule(nn.Module):
         """The module's output, computed or broadcast."""
         member = self._member
         turn = None if member is None or member.module is not self else member.current.turn  # a shallow copy has the member too
-        return self.module(*args, **kwargs) if turn is None else broadcast_output(turn, self.module, args, kwargs)
+        if turn is None:
+            return self.module(*args, **kwargs)
+        if turn.unprojected and isinstance(self.module, PartsModule):
+            return broadcast_unprojected(turn, self.module, args, kwargs)
+        return broadcast_output(turn, self.module, args, kwargs)
+
+    @property
+    def projection(self) -> nn.Module | None:
+        """What comes after what is kept with `cache_point="unprojected"`."""
+        return self.module.projection if isinstance(self.module, PartsModule) else None
 
 
 class Membership:

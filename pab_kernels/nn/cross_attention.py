@@ -160,8 +160,16 @@ def _uncounted(tensors: Sequence[Tensor]) -> bool:
 class CrossAttention(PartsModule):
     """The attention that `PABCrossAttention` broadcasts."""
 
-    def forward(self, x: Tensor, text: Tensor, text_lengths: Tensor | None = None, kept: KeptText | None = None) -> Tensor:
-        """See `PABCrossAttention.forward`; `kept` holds keys and values of earlier steps."""
+    def attend(  # type: ignore[override]
+        self,
+        x: Tensor,
+        text: Tensor,
+        text_lengths: Tensor | None = None,
+        kept: KeptText | None = None,
+        *,
+        store_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor | ops.Quantized | None]:
+        """See `PABCrossAttention.forward`; `kept` holds keys and values of earlier steps. The attention is `[B, N, H, D]`."""
         parts = self.parts
         check_input("x", x, "[B, T, S, C] or [B, N, C]", (3, 4), parts.channels)
         check_input("text", text, "[B, L, C]", (3,), parts.text_channels)
@@ -170,8 +178,20 @@ class CrossAttention(PartsModule):
         (q,) = self.project(parts.projections[:1], x)
         q, q_norm = with_norm(q.flatten(1, -3), self.norm(parts.q_norm))  # [B, N, H, D]
         k, k_norm, v = self._keys_values(text, q.dtype, kept)
-        out, _ = ops.attention(q, k, v, softmax_scale=parts.softmax_scale, key_lengths=text_lengths, q_norm=q_norm, k_norm=k_norm)
-        return self.finish(out.unflatten(1, x.shape[1:-1]))
+        return ops.attention(
+            q,
+            k,
+            v,
+            softmax_scale=parts.softmax_scale,
+            key_lengths=text_lengths,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            store_dtype=store_dtype,
+        )
+
+    def arrange(self, out: Tensor, x: Tensor) -> Tensor:
+        """See `PartsModule.arrange`."""
+        return out.unflatten(1, x.shape[1:-1])
 
     def _keys_values(self, text: Tensor, dtype: torch.dtype, kept: KeptText | None) -> tuple[Tensor, ops.QKNorm | None, Tensor]:
         """k `[B, L, H, D]`, its norm, v `[B, L, H, D]`."""

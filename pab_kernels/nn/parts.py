@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.attention.options import MAX_HEAD_DIM, MIN_HEAD_DIM
+from ..ops.quantize import Quantized
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,28 @@ class PartsModule(nn.Module):
         """The norm of this name."""
         return None if name is None else self.get_submodule(name)
 
-    def finish(self, out: Tensor) -> Tensor:
-        """Attention's output `[..., H, D]` projected to `[..., C]`."""
-        y = out.flatten(-2)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output: attention, projected."""
+        return self.finish(self.attend(x, *args, **kwargs)[0], x)
+
+    def attend(
+        self, x: Tensor, *args: Any, store_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | Quantized | None]:
+        """Attention `[..., H, D]` before its projection; where `store_dtype` is given, a copy in 8 bits too, with a scale a head."""
+        raise NotImplementedError
+
+    def arrange(self, out: Tensor, x: Tensor) -> Tensor:
+        """Attention `[..., H, D]` in the order of x's tokens."""
+        raise NotImplementedError
+
+    @property
+    def projection(self) -> nn.Module | None:
+        """The first module of the output projection."""
+        return self.get_submodule(self.parts.out[0]) if self.parts.out else None
+
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """Attention projected to `[..., C]`, in the order of x's tokens."""
+        y = self.arrange(out, x).flatten(-2)
         for name in self.parts.out:
             y = self.get_submodule(name)(y)
         return y

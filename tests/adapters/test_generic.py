@@ -236,6 +236,20 @@ def test_compiled_blocks_run_as_the_plan_says(name: str, graphs: int) -> None:
         assert pab.summary(compiled) == pab.summary(eager)
 
 
+@torch.no_grad()
+def test_a_projection_shared_by_attention_and_mlp_runs_where_attention_is_reused() -> None:
+    """In Flux' single blocks: what is kept is the attention before it."""
+    tiny = family("FluxTransformer2DModel")
+    model, ran = tiny.build(), Counter[str]()
+    for name in ("norm", "proj_mlp", "proj_out", "attn.to_q"):
+        module = model.get_submodule(f"single_transformer_blocks.0.{name}")
+        module.register_forward_hook(lambda module, args, out, name=name: ran.update([name]))
+    pab.enable(model, PABConfig(spatial=EVERY_SECOND), num_steps=STEPS)
+    for seed in range(STEPS):
+        outputs(model, tiny(seed))
+    assert ran == {"norm": STEPS, "proj_mlp": STEPS, "proj_out": STEPS, "attn.to_q": STEPS // 2}
+
+
 @pytest.mark.parametrize("name", ["WanPipeline", "CogVideoXPipeline"])
 def test_a_pipeline_without_an_adapter_of_its_own_is_analysed(name: str) -> None:
     """Its samplings under PAB are those of tests/adapters/test_pipelines.py. Guidance here is a call a branch, and batched."""

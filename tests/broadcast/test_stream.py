@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pab_kernels.broadcast.config import CacheDtype
-from pab_kernels.broadcast.slots import CACHE_DTYPES, Key, Line, Slot
+from pab_kernels.broadcast.slots import CACHE_DTYPES, Extrapolation, Key, Slot
 from pab_kernels.broadcast.stream import ResidualStream
 from pab_kernels.ops import Quantized, dequantize, quantize
 from tests.broadcast.streams import LINEARS, NORMS, kept_by, slot_of, storing_call, taken
@@ -126,7 +126,7 @@ def test_any_program_gives_what_the_plain_chain_gives(
             weight = torch.tensor(2 / 3)
             value = reads[0] if step == "reuse" else reads[0] + weight * (reads[0] - reads[1])
             chain.add(value.to(chain.x.dtype if isinstance(slots[0].value, Quantized) else own), gate, None)
-            stream.reuse(slots[0] if step == "reuse" else Line(*slots, weight), gate)
+            stream.reuse(slots[0] if step == "reuse" else Extrapolation(tuple(slots), (weight,)), gate)
             continue
         store = taken(call, i, given_x) if rest[2] else None
         stored = (i, cache_point, cache_dtype) if rest[2] else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pab_kernels.broadcast.call import Call
-from pab_kernels.broadcast.slots import Line
+from pab_kernels.broadcast.slots import Extrapolation
 from pab_kernels.broadcast.stream import ResidualStream
 from tests.broadcast.streams import LINEARS, NORMS, slot_of, storing_call
 
@@ -26,7 +26,7 @@ def _run(program: str, call: Call, *, linear: nn.Module | None = None, norm: nn.
         elif step == "R":
             stream.reuse(slot_of(torch.randn(2, 3, 8)), gate)
         elif step == "L":
-            stream.reuse(Line(slot_of(torch.randn(2, 3, 8)), slot_of(torch.randn(2, 3, 8)), torch.tensor(0.5)), gate)
+            stream.reuse(Extrapolation((slot_of(torch.randn(2, 3, 8)), slot_of(torch.randn(2, 3, 8))), (torch.tensor(0.5),)), gate)
         elif step == "N":
             stream.norm_modulate(norm or nn.LayerNorm(8), torch.randn(8), torch.randn(2, 1, 8))
         else:
