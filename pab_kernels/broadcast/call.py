@@ -12,7 +12,7 @@ from torch import nn
 from .context import Context
 from .costs import Arguments
 from .plan import Action, Decision
-from .slots import Extrapolation, Slot
+from .slots import Arena, Extrapolation, Slot
 from .turn import Turn
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ class Call:
     """One call of the model: a context at a step."""
 
     def __init__(self, generation: Generation, context: Context, step: int) -> None:
+        assert generation.plan is not None, "it has begun"
         self.generation = generation
+        self.plan = generation.plan
         self.context = context
         self.step = step
         self.stopwatch = context.stopwatch
@@ -36,18 +38,21 @@ class Call:
         self.turns: dict[str, Turn] = {}
         """By sublayer of the plan, once they are decided."""
 
+    @property
+    def arena(self) -> Arena:
+        """Its slots."""
+        return self.context.arena
+
     def prepare(self) -> None:
         """Decide every turn, before the model runs."""
-        plan = self.generation.plan
-        assert plan is not None
-        for sublayer, decision in zip(plan.sublayers, plan.decisions(self.step), strict=True):
+        for sublayer, decision in zip(self.plan.sublayers, self.plan.decisions(self.step), strict=True):
             slot = self.read(sublayer.name, decision) if decision.action is Action.REUSE else None
             self.turns[sublayer.name] = turn = Turn(self, sublayer, decision, slot)
-            turn.idle = sublayer.name in plan.idle
+            turn.idle = sublayer.name in self.plan.idle
 
     def sources(self, place: str, decision: Decision) -> tuple[Slot, ...]:
         """The slots that a planned reuse reads, the newest first; none unless all are there, from the planned steps or later ones."""
-        held, reads, later = self.context.arena.held(place), decision.reads, self.step
+        held, reads, later = self.arena.held(place), decision.reads, self.step
         if not reads or len(held) < len(reads):
             return ()
         for slot, planned in zip(held, reads, strict=False):
@@ -58,8 +63,7 @@ class Call:
 
     def weights(self, name: str, slots: Sequence[Slot]) -> tuple[float, ...]:
         """The weights at this step of slots of sublayer `name`."""
-        assert self.generation.plan is not None
-        return self.generation.plan.weights(name, self.step, [slot.source for slot in slots])
+        return self.plan.weights(name, self.step, [slot.source for slot in slots])
 
     def read(self, name: str, decision: Decision, place: str | None = None) -> Slot | Extrapolation | None:
         """What a planned reuse of sublayer `name` reads at a `place` in the arena, by default its first; None where it is not there."""
@@ -67,8 +71,8 @@ class Call:
         slots = self.sources(place, decision)
         if len(slots) < 2:
             return slots[0] if slots else None
-        if self.context.arena.fixed:
-            return Extrapolation(slots, self.context.arena.weights[place])
+        if self.arena.fixed:
+            return Extrapolation(slots, self.arena.weights[place])
         device = slots[0].key.device
         return Extrapolation(slots, tuple(self.generation.weight(w, device) for w in self.weights(name, slots)))
 

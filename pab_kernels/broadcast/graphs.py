@@ -29,7 +29,7 @@ from .costs import place
 from .fixed_arena import Change, FixedArena, Places
 from .generation import Generation
 from .host_state import State, difference, host_state
-from .plan import Action, Plan
+from .plan import Action
 from .signature import copy_into, like, signature, tensors_of
 from .slots import Arena, Meter
 
@@ -150,7 +150,7 @@ class Graphs:
             return _copied(out)
         graph.replay()
         call.context.add(graph.counts)
-        arena.repeat(graph.changes, call.step, lambda name: _plan(call).decision(name, call.step).held)
+        arena.repeat(graph.changes, call.step, lambda name: call.plan.decision(name, call.step).held)
         return _copied(graph.out)
 
     def _first(
@@ -218,10 +218,10 @@ class Graphs:
             self._clear()
 
     def _arena(self, call: Call) -> FixedArena:
-        arena = call.context.arena
+        arena = call.arena
         if not isinstance(arena, FixedArena):
             places = self._places.setdefault(call.context.name, {})
-            arena = call.context.arena = FixedArena(call.generation.meter, places, _plan(call).outputs)
+            arena = call.context.arena = FixedArena(call.generation.meter, places, call.plan.outputs)
         return arena
 
     def _device(self, given: Any) -> torch.device:
@@ -236,28 +236,20 @@ class Graphs:
         )
 
 
-def _plan(call: Call) -> Plan:
-    plan = call.generation.plan
-    assert plan is not None
-    return plan
-
-
 def _turns(call: Call) -> tuple[Hashable, dict[str, tuple[float, ...]]]:
     """What every sublayer is to do in a call, slots told by where they lie; and the weights of those that are read together, by place.
 
     A planned reuse whose slots are not there is told from a planned computation: it is counted as forced.
     """
-    plan = _plan(call)
     turns: list[Hashable] = []
     weights: dict[str, tuple[float, ...]] = {}
-    for sublayer in plan.sublayers:
+    for sublayer, decision in zip(call.plan.sublayers, call.plan.decisions(call.step), strict=True):
         name = where = sublayer.name
-        decision = plan.decision(name, call.step)
         if decision.action is not Action.REUSE:
             turns.append(decision.action)
             continue
         read: list[Hashable] = []
-        while not read or call.context.arena.get(where) is not None:  # once for each time that it runs in a call
+        while not read or call.arena.get(where) is not None:  # once for each time that it runs in a call
             slots = call.sources(where, decision)
             read.append(tuple((id(slot.value), slot.key) for slot in slots))
             if len(slots) > 1:

@@ -103,7 +103,7 @@ class Turn:
                 return slot
             self.stores = held > 0
         # Where the plan skips it and its block was forced to run, what is held is still to be read.
-        self.call.context.arena.release(self._place, held - self.stores)
+        self.call.arena.release(self._place, held - self.stores)
         if self.stores:
             self._input = Key.of(x)
         return None
@@ -146,7 +146,7 @@ class Turn:
 
     def _reuse(self, held: int) -> None:
         """Count it, and release what no later step reads."""
-        call, arena = self.call, self.call.context.arena
+        call, arena = self.call, self.call.arena
         self.reused += 1
         call.reused.append(self._place)
         arena.release(self._place, held)
@@ -155,7 +155,7 @@ class Turn:
     def _keep(self, value: Any, key: Key, own: torch.dtype | None) -> None:
         self.stored += 1
         own = key.dtype if own is None and isinstance(value, Quantized) else own
-        self.call.context.arena.put(self._place, self.sublayer.kind, value, key, self.call.step, own, self.decision.held)
+        self.call.arena.put(self._place, self.sublayer.kind, value, key, self.call.step, own, self.decision.held)
 
     # In a compiled graph
 
@@ -183,7 +183,7 @@ class Turn:
             self._reuse(self.decision.held)
             return
         stores = self._kept is not None
-        self.call.context.arena.release(self._place, self.decision.held - stores)
+        self.call.arena.release(self._place, self.decision.held - stores)
         if stores:
             self._keep(self._kept, key, self._own_dtype)
             self._kept = None

@@ -104,7 +104,7 @@ class PABCrossAttention(BroadcastModule):
         kept = self._kept()
         out = super().forward(x, text, text_lengths, kept)
         if kept is not None and kept.last:
-            kept.call.context.arena.release(kept.name)
+            kept.call.arena.release(kept.name)
         return out
 
     def _kept(self) -> KeptText | None:
@@ -112,7 +112,7 @@ class PABCrossAttention(BroadcastModule):
         if torch.compiler.is_compiling() or self._member is None or self._member.broadcaster.call is None:
             return None
         call = self._member.broadcaster.call
-        if call.context.arena.fixed:
+        if call.arena.fixed:
             return None
         return KeptText(call, f"{self._member.sublayer.name}, keys and values")
 
@@ -136,7 +136,7 @@ class KeptText:
 
     def get(self, sources: Sequence[Tensor]) -> Any:
         """What was kept, if it was made from these tensors as they are now; else None."""
-        slot = self.call.context.arena.get(self.name)
+        slot = self.call.arena.get(self.name)
         if slot is None or _uncounted(sources):
             return None
         value, made_from = slot.value
@@ -149,7 +149,7 @@ class KeptText:
         """Keep what was made from these tensors."""
         if not (self.last or _uncounted(sources)):
             made_from = [(weakref.ref(t), t._version) for t in sources]
-            self.call.context.arena.put(self.name, "cross", (value, made_from), Key.of(sources[0]), self.call.step)
+            self.call.arena.put(self.name, "cross", (value, made_from), Key.of(sources[0]), self.call.step)
 
 
 def _uncounted(tensors: Sequence[Tensor]) -> bool:
