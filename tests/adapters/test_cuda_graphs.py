@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.broadcaster import broadcaster_of
+from pab_kernels.broadcast.reuse import REUSES
 from pab_kernels.broadcast.signature import tensors_of
 from pab_kernels.nn import BroadcastModule
 from tests.adapters.classes import parameters
@@ -31,8 +32,9 @@ from tests.adapters.graphed import (
     pair,
 )
 from tests.adapters.outputs import outputs, same
-from tests.adapters.tiny_latte import noise, sample, tiny_pipe
+from tests.adapters.tiny_latte import noise, sample, tiny_latte, tiny_pipe
 from tests.adapters.tiny_models import FAMILIES
+from tests.broadcast.parabola import Parabola
 from tests.graph_recorder import Recorder
 
 pytestmark = [
@@ -95,6 +97,28 @@ def test_slots_lie_at_the_same_addresses_at_every_step_and_in_every_generation(n
     assert places and all((len(place.values) == 2) is ("linear" in name) for place in places), "one place for what is held"
     every = [address for lies in seen.values() for address in lies]
     assert len(set(every)) == len(every), "no two share memory, of one context or of two"
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_a_reuse_of_three_outputs_finds_them_where_the_graph_reads(
+    cache_dtype: Any, recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REUSES, "parabola", Parabola())
+    rule = Broadcast(2, (0.2, 1), reuse="parabola")
+    rules = PABConfig(spatial=rule, temporal=Broadcast(3, (0, 1), reuse="parabola"), mlp=rule, cache_dtype=cache_dtype)
+    timesteps = [900.0 - 9 * step - step**2 for step in range(STEPS)]
+    eager, graphed = tiny_latte(num_layers=1), tiny_latte(num_layers=1)
+    pab.enable(eager, rules, timesteps=timesteps)
+    pab.enable(graphed, rules, timesteps=timesteps, cuda_graphs=True)
+    for seed in range(2):
+        if seed:
+            for model in (eager, graphed):
+                broadcaster_of(model).prepare(timesteps=timesteps)  # type: ignore[union-attr]
+        assert same(generated(graphed, seed), generated(eager, seed))
+        assert counted(graphed) == counted(eager)
+    places = [place for of_context in graphs_of(graphed)._places.values() for place in of_context.values()]
+    assert {len(place.values) for place in places} == {3}
+    assert recorders[0].replays
 
 
 def test_a_capture_in_a_further_generation_would_read_and_write_the_same_memory(recorders: list[Recorder]) -> None:

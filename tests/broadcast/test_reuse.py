@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,26 +12,9 @@ from torch import nn
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.reuse import REUSES
-from pab_kernels.broadcast.schedule import Schedule
 from pab_kernels.broadcast.slots import Extrapolation, Key, Slot
 from pab_kernels.broadcast.stream import ResidualStream
-
-
-class Parabola:
-    """Through the three newest outputs, over the timesteps."""
-
-    outputs = 3
-
-    def weights(self, step: int, sources: Sequence[int], schedule: Schedule) -> tuple[float, ...]:
-        timesteps = schedule.require_timesteps("a parabola")
-        t, *given = (timesteps[i] for i in (step, *sources))
-        lagrange = []
-        for a in given[1:]:
-            product = 1.0
-            for b in given:
-                product *= (t - b) / (a - b) if b != a else 1.0
-            lagrange.append(-product)
-        return tuple(lagrange)
+from tests.broadcast.parabola import Parabola
 
 
 class Attention(nn.Module):
