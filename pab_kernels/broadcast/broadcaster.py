@@ -351,6 +351,7 @@ class Broadcaster:
         outer = self.call
         try:
             self._enter(None)
+            self._thread.forget(self._current)
             return forward(*args, **kwargs)
         finally:
             self._enter(outer)

@@ -13,7 +13,7 @@ from .context import Context
 from .costs import Arguments
 from .plan import Action, Decision
 from .slots import Arena, Extrapolation, Slot
-from .turn import Turn
+from .turn import Idle, Turn
 
 if TYPE_CHECKING:
     from .generation import Generation
@@ -36,7 +36,11 @@ class Call:
         self.spared: Counter[str] = Counter()
         """By kind, FLOPs that sublayers which ran did without."""
         self.turns: dict[str, Turn] = {}
-        """By sublayer of the plan, once they are decided."""
+        """By sublayer of the plan, once they are decided; those that are idle in it have none."""
+        self.idle: Sequence[Idle] = ()
+        """The turns of those, which count where it is the current call of its thread."""
+        self.idle_runs: Sequence[int] = ()
+        """What they had counted when another call was entered inside of it."""
 
     @property
     def arena(self) -> Arena:
@@ -46,9 +50,9 @@ class Call:
     def prepare(self) -> None:
         """Decide every turn, before the model runs."""
         for sublayer, decision in zip(self.plan.sublayers, self.plan.decisions(self.step), strict=True):
-            slot = self.read(sublayer.name, decision) if decision.action is Action.REUSE else None
-            self.turns[sublayer.name] = turn = Turn(self, sublayer, decision, slot)
-            turn.idle = sublayer.name in self.plan.idle
+            if sublayer.name not in self.plan.idle:
+                slot = self.read(sublayer.name, decision) if decision.action is Action.REUSE else None
+                self.turns[sublayer.name] = Turn(self, sublayer, decision, slot)
 
     def sources(self, place: str, decision: Decision) -> tuple[Slot, ...]:
         """The slots that a planned reuse reads, the newest first; none unless all are there, from the planned steps or later ones."""
@@ -102,14 +106,15 @@ class Call:
 
     def count(self) -> None:
         """Count what its sublayers did."""
+        idle_turns, self.idle = self.idle, ()
+        for idle in idle_turns:
+            if idle.runs:
+                self.context.tally(idle.sublayer.kind).computed += idle.runs
         turns, self.turns = self.turns, {}
         for turn in turns.values():
             if turn.runs:
-                tally = self.context.tally(turn.sublayer.kind)
-                if turn.idle:
-                    tally.computed += turn.runs
-                    continue
                 turn.collect()
+                tally = self.context.tally(turn.sublayer.kind)
                 computed = turn.runs - turn.reused
                 tally.reused += turn.reused
                 if computed:

@@ -36,12 +36,7 @@ class BroadcastForward:
 
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         turn = self.current.turn
-        if turn is None:
-            return original(*args, **kwargs)
-        if turn.idle and (torch.compiler.is_dynamo_compiling() or turn.call.stopwatch is None):
-            turn.runs += 1
-            return original(*args, **kwargs)
-        return self.run(turn, original, args, kwargs)
+        return original(*args, **kwargs) if turn is None or turn.passes() else self.run(turn, original, args, kwargs)
 
 
 def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -50,7 +45,7 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     Raises:
         TypeError: there is no tensor among the inputs.
     """
-    watch = None if torch.compiler.is_dynamo_compiling() else turn.call.stopwatch
+    watch = None if torch.compiler.is_dynamo_compiling() else turn.watch
     around = None if watch is None else watch.kind
     x = args[0] if args and isinstance(args[0], torch.Tensor) else _tensors(turn.sublayer, args, kwargs)[0]
     slot = turn.take(x)
@@ -82,7 +77,8 @@ def broadcast_unprojected(turn: Turn, module: Unprojected, args: Sequence[Any], 
 
     A slot in 8 bits is written by the pass that computes attention.
     """
-    around = turn.call.measured
+    watch = None if torch.compiler.is_dynamo_compiling() else turn.watch
+    around = None if watch is None else watch.kind
     slot = turn.take(args[0])
     if slot is not None:
         out = _read(slot, _as_it_is)  # projecting it writes nothing to it
@@ -90,7 +86,8 @@ def broadcast_unprojected(turn: Turn, module: Unprojected, args: Sequence[Any], 
         out, stored = module.attend(*args, store_dtype=turn.dtype if turn.stores else None, **kwargs)
         if turn.stores:
             turn.put((out if stored is None else stored, [out.dtype]))
-    turn.call.mark(around)
+    if watch is not None:
+        watch.mark(around)
     return module.finish(out, args[0])
 
 
@@ -105,7 +102,9 @@ def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     Raises:
         TypeError: there is no tensor among the inputs, or an output does not continue exactly one input.
     """
-    inputs, around = _tensors(turn.sublayer, args, kwargs), turn.call.measured
+    watch = None if torch.compiler.is_dynamo_compiling() else turn.watch
+    around = None if watch is None else watch.kind
+    inputs = _tensors(turn.sublayer, args, kwargs)
     slot = turn.take(inputs[0])
     if slot is not None:
         pairs, changed = _read(slot, _as_it_is)  # adding it makes new tensors
@@ -120,7 +119,8 @@ def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
             pairs = _continued(turn.sublayer, inputs, leaves)
             changes = [leaf if k is None else leaf - before[k] for k, leaf in zip(pairs, leaves, strict=True)]
             turn.put(kept((pairs, pytree.tree_unflatten(changes, nest)), _as_it_is))  # the changes are nobody else's
-    turn.call.mark(around)
+    if watch is not None:
+        watch.mark(around)
     return out
 
 

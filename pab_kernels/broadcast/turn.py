@@ -14,11 +14,12 @@ import torch
 
 from ..ops.quantize import Quantized
 from .costs import place as place_of
-from .plan import Action, Decision, Sublayer
+from .plan import Action, Decision, Plan, Sublayer
 from .slots import CACHE_DTYPES, Extrapolation, Key, Slot, pack
 
 if TYPE_CHECKING:
     from .call import Call
+    from .stopwatch import Stopwatch
 
 
 class CurrentTurn(threading.local):
@@ -35,20 +36,49 @@ class CurrentCall(threading.local):
         self.call: Call | None = None
         self.enclosed = False
         self._entered: list[tuple[CurrentTurn, Turn]] = []
+        self._plan: Plan | None = None
+        self._idle: list[Idle] = []  # of that plan
+        self._idle_of: dict[str, Idle] = {}
 
     def enter(self, call: Call | None, current: Mapping[str, CurrentTurn]) -> None:
         """From here on, in this thread, sublayers have their turns in `call`; without one they run plainly.
 
+        Sublayers that are idle in its plan keep their turns when it is left, as the next call is likely to be one of that plan.
+
         Args:
             current: where each sublayer finds its turn, by name.
         """
-        left, turns = self._entered, {} if call is None else call.turns
-        self.call = call
-        self._entered = [(place, turns[name]) for name, place in current.items() if name in turns]
+        if self.call is not None:
+            self.call.idle_runs = [idle.runs for idle in self.call.idle]
+        left, self.call = self._entered, call
+        self._entered = [] if call is None else [(current[name], turn) for name, turn in call.turns.items() if name in current]
         for place, _ in left:
             place.turn = None
+        if call is not None:
+            self._take_idle(call, current)
         for place, turn in self._entered:
             place.turn = turn
+
+    def _take_idle(self, call: Call, current: Mapping[str, CurrentTurn]) -> None:
+        if call.plan is not self._plan:
+            self.forget(current)
+            self._plan = call.plan
+            for sublayer in call.plan.sublayers:
+                if sublayer.name in call.plan.idle and sublayer.name in current:
+                    idle = self._idle_of.setdefault(sublayer.name, Idle(sublayer, self))
+                    current[sublayer.name].turn = idle
+                    self._idle.append(idle)
+        call.idle = self._idle
+        for idle in self._idle:
+            idle.runs = 0
+        for idle, runs in zip(self._idle, call.idle_runs, strict=False):  # it was interrupted by another call
+            idle.runs = runs
+
+    def forget(self, current: Mapping[str, CurrentTurn]) -> None:
+        """No sublayer has a turn."""
+        self._plan, self._idle = None, []
+        for place in current.values():
+            place.turn = None
 
 
 class Turn:
@@ -70,8 +100,6 @@ class Turn:
         self.decision = decision
         self.slot = slot
         self.stores = decision.action is not Action.COMPUTE and _stores(decision, slot)
-        self.idle = False
-        """Whether its sublayer keeps and reuses nothing in the whole generation."""
         self.runs = 0
         self._place = sublayer.name
 
@@ -109,6 +137,11 @@ class Turn:
         return None
 
     @property
+    def watch(self) -> Stopwatch | None:
+        """What measures its seconds, if they are measured."""
+        return self.call.stopwatch
+
+    @property
     def gated(self) -> bool:
         """Whether what is kept is kept after the gate."""
         return self.call.generation.config.cache_point == "post_gate"
@@ -122,6 +155,10 @@ class Turn:
     def dtype(self) -> torch.dtype | None:
         """The 8-bit dtype that outputs are kept in, or None for their own."""
         return CACHE_DTYPES[self.call.generation.config.cache_dtype]
+
+    def passes(self) -> bool:
+        """Whether there is nothing to do but to compute, which is then counted already."""
+        return False
 
     @property
     def store(self) -> Turn | None:
@@ -187,6 +224,44 @@ class Turn:
         if stores:
             self._keep(self._kept, key, self._own_dtype)
             self._kept = None
+
+
+class Idle(Turn):
+    """The turn of a sublayer of which nothing is kept or reused in the whole generation, in all calls of a thread: it counts runs.
+
+    Args:
+        sublayer: whose turn it is.
+        thread: in whose current call.
+    """
+
+    unprojected = False
+
+    def __init__(self, sublayer: Sublayer, thread: CurrentCall) -> None:
+        self.sublayer = sublayer
+        self.slot, self.stores, self.runs = None, False, 0
+        self._thread = thread
+
+    @property
+    def watch(self) -> Stopwatch | None:
+        """See `Turn.watch`."""
+        call = self._thread.call
+        return None if call is None else call.stopwatch
+
+    def passes(self) -> bool:
+        """See `Turn.passes`."""
+        if torch.compiler.is_dynamo_compiling():
+            if torch.compiler.is_exporting():  # whoever exports a model counts nothing
+                return True
+        elif self.watch is not None:
+            return False
+        self.runs += 1
+        return True
+
+    def take(self, x: torch.Tensor) -> None:
+        """Nothing is reused."""
+        self.runs += 1
+        if not torch.compiler.is_dynamo_compiling() and self.watch is not None:
+            self.watch.mark(self.sublayer.kind, x.device)
 
 
 def _stores(decision: Decision, slot: Slot | Extrapolation | None) -> bool:

@@ -53,7 +53,7 @@ class BroadcastModule(nn.Module):
         """The module's output, computed or broadcast."""
         member = self._member
         turn = None if member is None or member.module is not self else member.current.turn  # a shallow copy has the member too
-        if turn is None:
+        if turn is None or turn.passes():
             return self.module(*args, **kwargs)
         if turn.unprojected and isinstance(self.module, PartsModule):
             return broadcast_unprojected(turn, self.module, args, kwargs)

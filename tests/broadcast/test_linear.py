@@ -39,7 +39,9 @@ def take(generation: Generation, step: int | None = None, x: Tensor = X, name: s
     call = generation.open(name, step)
     assert call is not None
     call.prepare()
-    turn = call.turns["a"]
+    turn = call.turns.get("a")
+    if turn is None:  # the rule reuses nothing at any step
+        return Taken(None, False)
     slot = turn.take(x)
     if slot is None and turn.stores:
         turn.put(torch.full_like(x, call.step))
