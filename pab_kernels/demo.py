@@ -16,9 +16,9 @@ from .adapters.latte import LatteAdapter
 from .analysis import video
 from .analysis.ctrl_c import CtrlC, ctrl_c
 from .analysis.diffusers_pab import diffusers_pab
-from .analysis.measure import measure
+from .analysis.forecasts.measure import measure
 from .analysis.pipelines import usable_device
-from .analysis.quality import Quality, compare
+from .analysis.quality.psnr_ssim import Quality, compare
 from .analysis.sampling import check_seed, execution_device, in_words, sample
 from .broadcast.config import PABConfig
 from .broadcast.costs import on_meta

@@ -14,10 +14,10 @@ import torch
 
 from . import api
 from .analysis import video
-from .analysis.comparison import Comparison, compare
 from .analysis.ctrl_c import CtrlC, ctrl_c
 from .analysis.pipeline_call import Wish, arguments, call
 from .analysis.pipelines import load_pipeline
+from .analysis.quality.comparison import Comparison, compare
 from .analysis.sampling import Sampled, execution_device, in_words, sample
 from .broadcast.config import PABConfig
 from .broadcast.formats import named_config

@@ -20,8 +20,8 @@ pytest.importorskip("imageio_ffmpeg")
 pytest.importorskip("matplotlib")
 
 from pab_kernels import PABConfig
-from pab_kernels.analysis.clips import read_clip
 from pab_kernels.analysis.pipeline_call import Wish
+from pab_kernels.analysis.quality.clips import read_clip
 from pab_kernels.broadcast.formats import save_config
 from pab_kernels.generate import NotWritten, Result, Settings, generate
 from pab_kernels.models.demo import pipeline as demo_pipeline

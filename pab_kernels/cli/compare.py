@@ -37,7 +37,7 @@ def compare(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..analysis import comparison
+    from ..analysis.quality import comparison
 
     if plot is not None:
         comparison.check_plot_path(plot)

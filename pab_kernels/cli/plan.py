@@ -19,7 +19,7 @@ from ..strict_json import to_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..analysis.forecasting import ModelForecast
+    from ..analysis.forecasts.forecasting import ModelForecast
 
 WIDE = 110
 """Columns of the table where it is not printed to a terminal."""
@@ -91,7 +91,7 @@ def _lines(found: "ModelForecast") -> list[str]:
 
 
 def _print_families(as_json: bool) -> None:
-    from ..analysis.families import FAMILIES
+    from ..analysis.forecasts.families import FAMILIES
 
     if as_json:
         listed = {
@@ -154,7 +154,7 @@ def plan(
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_steps(steps or 1, "--steps")
     if plot is not None:
-        from ..analysis.comparison import check_plot_path
+        from ..analysis.quality.comparison import check_plot_path
 
         check_plot_path(plot)
     if model is None:
@@ -163,7 +163,7 @@ def plan(
         made = _schedule(config, steps)
         _report_schedule(made, as_json)
     else:
-        from ..analysis.forecasting import forecast
+        from ..analysis.forecasts.forecasting import forecast
 
         rules: PABConfig | None = None if config is None else named_config(config)
         found = forecast(model, _size(size), steps=steps, config=rules, dtype=dtype, batch=batch, text=text)

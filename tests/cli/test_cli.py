@@ -151,7 +151,7 @@ def test_the_table_fits_its_terminal(width: int, first: str):
     import torch
     from rich.console import Console
 
-    from pab_kernels.analysis.quality import Quality
+    from pab_kernels.analysis.quality.psnr_ssim import Quality
     from pab_kernels.broadcast.plan import Counts
     from pab_kernels.cli.demo import results_table
 

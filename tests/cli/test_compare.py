@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 from typer.testing import CliRunner
 
 from pab_kernels import cli
-from pab_kernels.analysis import comparison
+from pab_kernels.analysis.quality import comparison
 
 COMMANDS = ("demo", "generate", "plan", "analyze", "compare", "doctor")
 

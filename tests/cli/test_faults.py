@@ -25,8 +25,8 @@ pytest.importorskip("yaml")
 from typer.testing import CliRunner
 
 from pab_kernels import cli, demo
-from pab_kernels.analysis.clips import read_clip
-from pab_kernels.analysis.study import Analysis
+from pab_kernels.analysis.differences.study import Analysis
+from pab_kernels.analysis.quality.clips import read_clip
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),

@@ -16,10 +16,10 @@ import torch
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig, ops
-from pab_kernels.analysis.families import FAMILIES
-from pab_kernels.analysis.forecasting import forecast
-from pab_kernels.analysis.inputs import INPUTS, Size
-from pab_kernels.analysis.transformers import build, find_config
+from pab_kernels.analysis.forecasts.families import FAMILIES
+from pab_kernels.analysis.forecasts.forecasting import forecast
+from pab_kernels.analysis.forecasts.inputs import INPUTS, Size
+from pab_kernels.analysis.forecasts.transformers import build, find_config
 
 TINY: dict[str, tuple[dict[str, Any], Size]] = {
     "latte": (

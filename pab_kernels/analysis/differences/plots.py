@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
-from ..extras import require
-from ..files import replacing
+from ...extras import require
+from ...files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ..adapters import adapter_for
-from ..broadcast.config import PABConfig
-from ..broadcast.plan import Action, Counts, Forecast, Plan
-from ..broadcast.presets import preset_for
-from ..broadcast.schedule import Schedule, check_steps
-from ..messages import first_line, shown
+from ...adapters import adapter_for
+from ...broadcast.config import PABConfig
+from ...broadcast.plan import Action, Counts, Forecast, Plan
+from ...broadcast.presets import preset_for
+from ...broadcast.schedule import Schedule, check_steps
+from ...messages import first_line, shown
 from .inputs import INPUTS, Size
 from .measure import measure
 from .transformers import build, find_config

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..extras import require
+from ...extras import require
 
 SSIM_WINDOW = 7
 """Side of SSIM's uniform window in pixels: small enough for frames of 32 x 32."""

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..adapters import adapter_for
-from ..broadcast.adapter import Adapter
-from ..broadcast.attach import take_off
-from ..broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
-from ..broadcast.config import KINDS, PABConfig
-from ..files import write_text
-from ..strict_json import to_json
-from .ctrl_c import CtrlC, ctrl_c
-from .differences import Differences, Probe, Progress
+from ...adapters import adapter_for
+from ...broadcast.adapter import Adapter
+from ...broadcast.attach import take_off
+from ...broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
+from ...broadcast.config import KINDS, PABConfig
+from ...files import write_text
+from ...strict_json import to_json
+from ..ctrl_c import CtrlC, ctrl_c
+from .probe import Differences, Probe, Progress
 from .starting_config import MIDDLE, Start, starting_config
 
 if TYPE_CHECKING:
@@ -99,13 +99,13 @@ class Analysis:
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw a curve for each kind, steps from left to right. Needs matplotlib."""
-        from .difference_plots import plot_curves
+        from .plots import plot_curves
 
         return plot_curves(self, path)
 
     def plot_layers(self, path: str | Path | None = None) -> Figure:
         """Draw a heat map for each kind, layer by step. Needs matplotlib."""
-        from .difference_plots import plot_layers
+        from .plots import plot_layers
 
         return plot_layers(self, path)
 

@@ -16,8 +16,9 @@ import torch
 
 pytest.importorskip("skimage")
 
-from pab_kernels.analysis import compare, quality
-from pab_kernels.analysis.comparison import check_plot_path
+from pab_kernels.analysis import compare
+from pab_kernels.analysis.quality import psnr_ssim
+from pab_kernels.analysis.quality.comparison import check_plot_path
 
 
 def _clips(frames: int = 4, channels: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -33,7 +34,7 @@ def _refused(error: type[Exception], message: str) -> Any:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_psnr_and_ssim_are_those_of_the_whole_clip(channels: int) -> None:
     a, b = _clips(channels=channels)
-    whole, found = quality.compare(a, b), compare(a, b, lpips=False)
+    whole, found = psnr_ssim.compare(a, b), compare(a, b, lpips=False)
     assert found.total.psnr == pytest.approx(whole.psnr) and found.total.ssim == pytest.approx(whole.ssim)
     assert [f.psnr for f in found.frames] == pytest.approx(whole.psnr_frames)
     assert [f.ssim for f in found.frames] == pytest.approx(whole.ssim_frames)

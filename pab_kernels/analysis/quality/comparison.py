@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..extras import require
-from ..files import check_regular, path_of, replacing
-from ..messages import shortened
-from . import quality
+from ...extras import require
+from ...files import check_regular, path_of, replacing
+from ...messages import shortened
+from . import psnr_ssim as quality
 from .clips import Clip, read_clip
 from .perceptual import Distance, load_lpips
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ..extras import require
-from ..files import path_of, read_text
-from ..messages import first_line, shortened
-from ..strict_json import from_json
+from ...extras import require
+from ...files import path_of, read_text
+from ...messages import first_line, shortened
+from ...strict_json import from_json
 from .families import FAMILIES, family
 from .inputs import INPUTS, Size
 
@@ -146,7 +146,7 @@ def build(source: Source, dtype: torch.dtype) -> Any:
         ModuleNotFoundError: diffusers is not installed.
     """
     if source.class_name == "STDiT3":
-        from ..models.stdit3 import STDiT3
+        from ...models.stdit3 import STDiT3
 
         cls: Any = STDiT3
     else:

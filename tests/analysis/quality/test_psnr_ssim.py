@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("skimage")
 
-from pab_kernels.analysis.quality import compare
+from pab_kernels.analysis.quality.psnr_ssim import compare
 
 
 def test_equal_clips_have_infinite_psnr_and_ssim_one():

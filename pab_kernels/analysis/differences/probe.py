@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..broadcast.adapter import Adapter
-from ..broadcast.attach import Attached, attach_forward
-from ..broadcast.broadcaster import Broadcaster
-from ..broadcast.call import Call
-from ..broadcast.plan import Sublayer
+from ...broadcast.adapter import Adapter
+from ...broadcast.attach import Attached, attach_forward
+from ...broadcast.broadcaster import Broadcaster
+from ...broadcast.call import Call
+from ...broadcast.plan import Sublayer
 
 _Place = tuple[str, str, int]
 """Context, sublayer, step."""

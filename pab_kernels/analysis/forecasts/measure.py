@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..broadcast.costs import Run, watched
-from ..broadcast.plan import Cost, Sublayer
-from ..ops.flops import flop_counter
+from ...broadcast.costs import Run, watched
+from ...broadcast.plan import Cost, Sublayer
+from ...ops.flops import flop_counter
 
 
 @dataclass(frozen=True)
