@@ -18,7 +18,7 @@ from .analysis.ctrl_c import CtrlC, ctrl_c
 from .analysis.diffusers_pab import diffusers_pab
 from .analysis.forecasts.measure import measure
 from .analysis.pipelines import usable_device
-from .analysis.quality.psnr_ssim import Quality, compare
+from .analysis.quality.comparison import Comparison, compare
 from .analysis.sampling import check_seed, execution_device, in_words, sample
 from .broadcast.config import PABConfig
 from .broadcast.costs import on_meta
@@ -143,7 +143,7 @@ class Run:
     cache_bytes: int
     clips: torch.Tensor
     shown: int
-    quality: tuple[Quality, ...] = ()
+    quality: tuple[Comparison, ...] = ()
     plan: Plan | None = None
 
     @property
@@ -154,12 +154,12 @@ class Run:
     @property
     def psnr(self) -> tuple[float, float]:
         """Mean and standard deviation over the clips, in dB; infinite where a clip is the reference's."""
-        return _spread([q.psnr for q in self.quality])
+        return _spread([q.total.psnr for q in self.quality])
 
     @property
     def ssim(self) -> tuple[float, float]:
         """Mean and standard deviation over the clips."""
-        return _spread([q.ssim for q in self.quality])
+        return _spread([q.total.ssim for q in self.quality])
 
 
 def _spread(values: list[float]) -> tuple[float, float]:
@@ -221,8 +221,8 @@ def _record(run: Run, reference: Run) -> dict[str, Any]:
         "speedup": round(reference.seconds / run.seconds, 3),
         "flops": run.flops,
         "flops_share": round(run.flops / reference.flops, 4),
-        "psnr": measured([q.psnr for q in run.quality], run.psnr),
-        "ssim": measured([q.ssim for q in run.quality], run.ssim),
+        "psnr": measured([q.total.psnr for q in run.quality], run.psnr),
+        "ssim": measured([q.total.ssim for q in run.quality], run.ssim),
         "captions_shown": run.shown,
         "cache_bytes": run.cache_bytes,
     }
@@ -358,7 +358,9 @@ def _run_all(demo: DemoPipeline, settings: Settings, stop: CtrlC, progress: Prog
 def _compared(runs: list[Run]) -> list[Run]:
     """The runs with their quality against the first."""
     return [
-        run if run is runs[0] else replace(run, quality=tuple(compare(a, b) for a, b in zip(run.clips, runs[0].clips, strict=True)))
+        run
+        if run is runs[0]
+        else replace(run, quality=tuple(compare(a, b, lpips=False) for a, b in zip(run.clips, runs[0].clips, strict=True)))
         for run in runs
     ]
 

@@ -151,12 +151,13 @@ def test_the_table_fits_its_terminal(width: int, first: str):
     import torch
     from rich.console import Console
 
-    from pab_kernels.analysis.quality.psnr_ssim import Quality
+    from pab_kernels.analysis.quality.comparison import Closeness, Comparison
     from pab_kernels.broadcast.plan import Counts
     from pab_kernels.cli.demo import results_table
 
     counts = dict.fromkeys(demo.KINDS, Counts(computed=33, reused=17))
-    quality = (Quality(31.2, 0.951, (), ()), Quality(33.1, 0.972, (), ()))
+    closeness = [Closeness(psnr, ssim, None, None, None) for psnr, ssim in ((31.2, 0.951), (33.1, 0.972))]
+    quality = tuple(Comparison("A", "B", 8, 8, total, ()) for total in closeness)
     clips = torch.zeros(2, 8, 3, 8, 8)
     runs = [demo.Run(v, 29, 50, 10.0, 100, counts, 2**20, clips, 2, quality) for v in demo.variants(demo.Settings())]
     console = Console(width=width, record=True, file=io.StringIO(), color_system=None)

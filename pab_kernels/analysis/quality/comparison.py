@@ -14,9 +14,9 @@ import numpy as np
 from ...extras import require
 from ...files import check_regular, path_of, replacing
 from ...messages import shortened
-from . import psnr_ssim as quality
 from .clips import Clip, read_clip
 from .perceptual import Distance, load_lpips
+from .psnr_ssim import psnr, ssim
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -164,10 +164,11 @@ def compare(
 ) -> Comparison:
     """Compare clip `a` with clip `b`, usually the one made without PAB.
 
-    1. PSNR and SSIM of every frame, as `quality.compare` has them.
-    2. Temporal consistency of either clip, as VBench's temporal flickering (Huang et al. 2024): frame i has
+    1. PSNR = 10 log10(1 / mean((a - b)^2)) of every frame, and of the error over all frames.
+    2. SSIM (Wang et al. 2004) of every frame with a uniform 7 x 7 window, mean over channels.
+    3. Temporal consistency of either clip, as VBench's temporal flickering (Huang et al. 2024): frame i has
        `1 - mean(|frame_i - frame_(i-1)|)`, with black 0 and white 1. A clip that flickers more than the other has less.
-    3. LPIPS of every frame, where it is installed.
+    4. LPIPS of every frame, where it is installed.
 
     Args:
         a, b: paths of videos, images, folders of images or files of tensors, or tensors or arrays: see `clips.read_clip`.
@@ -196,7 +197,7 @@ def compare(
         notes.append(f"{clips[measured.index(1)].name} is grey and is compared as three equal channels")
     errors, frames = _measure(clips, distance, progress)
     total = Closeness(
-        psnr=quality.psnr(float(np.mean(errors)), 1.0),
+        psnr=psnr(float(np.mean(errors))),
         ssim=float(np.mean([frame.ssim for frame in frames])),
         consistency_a=_mean([frame.consistency_a for frame in frames]),
         consistency_b=_mean([frame.consistency_b for frame in frames]),
@@ -238,11 +239,10 @@ def _measure(clips: tuple[Clip, Clip], distance: Distance | None, progress: Prog
         pair = [clip.frame(i) for clip in clips]  # [channels, height, width]
         channels = max(frame.shape[0] for frame in pair)
         pair = [np.broadcast_to(frame, (channels, *frame.shape[1:])) for frame in pair]
-        found = quality.compare(pair[0][None], pair[1][None])
         steady_a, steady_b = (_consistency(now, then) for now, then in zip(pair, before or (None, None), strict=True))
         apart = distance(*(np.broadcast_to(frame, (3, *frame.shape[1:])) for frame in pair)) if distance else None
         errors.append(float(((pair[0] - pair[1]) ** 2).mean()))
-        frames.append(Closeness(found.psnr, found.ssim, steady_a, steady_b, apart))
+        frames.append(Closeness(psnr(errors[-1]), ssim(*pair), steady_a, steady_b, apart))
         before = pair
         if progress:
             progress(i + 1, count)

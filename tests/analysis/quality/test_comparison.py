@@ -17,7 +17,6 @@ import torch
 pytest.importorskip("skimage")
 
 from pab_kernels.analysis import compare
-from pab_kernels.analysis.quality import psnr_ssim
 from pab_kernels.analysis.quality.comparison import check_plot_path
 
 
@@ -29,15 +28,6 @@ def _clips(frames: int = 4, channels: int = 3) -> tuple[np.ndarray, np.ndarray]:
 
 def _refused(error: type[Exception], message: str) -> Any:
     return pytest.raises(error, match=f"^[^\\n]*{re.escape(message)}[^\\n]*$")
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_psnr_and_ssim_are_those_of_the_whole_clip(channels: int) -> None:
-    a, b = _clips(channels=channels)
-    whole, found = psnr_ssim.compare(a, b), compare(a, b, lpips=False)
-    assert found.total.psnr == pytest.approx(whole.psnr) and found.total.ssim == pytest.approx(whole.ssim)
-    assert [f.psnr for f in found.frames] == pytest.approx(whole.psnr_frames)
-    assert [f.ssim for f in found.frames] == pytest.approx(whole.ssim_frames)
 
 
 def test_consistency_is_the_change_from_frame_to_frame() -> None:
