@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from ..messages import first_line
 from .call import Call
 from .capture import Capture, CudaCapture, line_of
 from .config import PABConfig
@@ -288,8 +289,7 @@ def _copied(out: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    message = str(error).splitlines() or [type(error).__name__]
-    return f"{message[0]} (at {line_of(error)})"
+    return f"{first_line(error)} (at {line_of(error)})"
 
 
 @contextlib.contextmanager

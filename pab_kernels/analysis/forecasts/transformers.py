@@ -13,7 +13,7 @@ import torch
 
 from ...extras import require
 from ...files import path_of, read_text
-from ...messages import first_line, shortened
+from ...messages import first_line, joined, shortened
 from ...strict_json import from_json
 from .families import FAMILIES, family
 from .inputs import INPUTS, Size
@@ -123,8 +123,7 @@ def _reason(errors: Any, error: Exception) -> str:
         errors.RepositoryNotFoundError: "the hub has no such repository, or it is private: `hf auth login`",
         errors.EntryNotFoundError: f"it has no transformer/{_FILE} and no {_FILE}",
     }
-    said = " ".join(str(error).split()) or type(error).__name__
-    return next((reason for kind, reason in reasons.items() if isinstance(error, kind)), said)
+    return next((reason for kind, reason in reasons.items() if isinstance(error, kind)), joined(error))
 
 
 def _source(name: str, config: Mapping[str, Any]) -> Source:
