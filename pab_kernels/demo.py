@@ -28,6 +28,7 @@ from .files import path_of, write_text
 from .models.demo.check import shows
 from .models.demo.pipeline import GUIDANCE, SCHEDULERS, STEPS, DemoPipeline, load
 from .models.demo.shapes import FRAMES, SIZE, VOCABULARY, Caption, parse
+from .progress import RunProgress
 from .strict_json import to_json
 
 PROMPTS = (
@@ -39,9 +40,6 @@ PROMPTS = (
 PAPER = (2, 4, 6)
 KINDS = ("spatial", "temporal", "cross", "mlp")
 """The kinds that the demo counts."""
-
-Progress = Callable[[str, int, int], None]
-"""Called after every step, and where a run is left out, with its title, the steps done and the steps to do, over all runs."""
 
 
 @dataclass(frozen=True)
@@ -308,14 +306,14 @@ def _fewer(demo: DemoPipeline, full: Run, flops: int) -> int:
     return next(n for n in range(1, full.steps + 1) if demo.schedule(n).num_steps * full.flops >= flops * full.calls)
 
 
-def run_demo(settings: Settings, progress: Progress | None = None) -> Result:
+def run_demo(settings: Settings, progress: RunProgress | None = None) -> Result:
     """Run every variant on the same noise; an interruption keeps what is finished.
 
     Fewer steps are run once where two PAB runs come out at the same number, and not at all where PAB saves less than a step.
 
     Args:
         settings: what to run.
-        progress: called after every step.
+        progress: called after every step, and where a run is left out, with the steps of all runs.
     """
     with ctrl_c() as stop:
         with stop.interruptible():
@@ -323,7 +321,7 @@ def run_demo(settings: Settings, progress: Progress | None = None) -> Result:
         return _run_all(demo, settings, stop, progress)
 
 
-def _run_all(demo: DemoPipeline, settings: Settings, stop: CtrlC, progress: Progress | None) -> Result:
+def _run_all(demo: DemoPipeline, settings: Settings, stop: CtrlC, progress: RunProgress | None) -> Result:
     device = in_words(execution_device(demo.pipe))
     listed = variants(settings)
     calls = demo.schedule(settings.steps).num_steps

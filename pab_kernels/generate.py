@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from .broadcast.presets import preset_for
 from .broadcast.summary import Summary
 from .extras import require
 from .files import path_of, write_text
+from .progress import RunProgress
 from .strict_json import to_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -33,9 +34,6 @@ WARM_UP = 2
 
 MOST_FPS, MOST_SECONDS_A_FRAME = 1000, 1000
 """What players show."""
-
-Progress = Callable[[str, int, int | None], None]
-"""Called after every step with the run's title, the steps done and, where they are known, the steps to do."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +197,7 @@ class NotWritten(OSError):
         self.result = result
 
 
-def generate(settings: Settings, out: str | Path, progress: Progress | None = None) -> Result:
+def generate(settings: Settings, out: str | Path, progress: RunProgress | None = None) -> Result:
     """Generate, write what comes out and how long it took, and compare.
 
     The pipeline is loaded once. Every run begins with the same noise. After each, `results.json` and its video or image are written to
@@ -242,7 +240,7 @@ def _loaded(settings: Settings) -> tuple[Any, PABConfig | None]:
     return pipe, config
 
 
-def _generate(settings: Settings, pipe: Any, config: PABConfig | None, out: Path, stop: CtrlC, progress: Progress | None) -> Result:
+def _generate(settings: Settings, pipe: Any, config: PABConfig | None, out: Path, stop: CtrlC, progress: RunProgress | None) -> Result:
     ways: list[PABConfig | None] = [None] if settings.compare or config is None else []
     ways += [config] if config is not None else []
     out.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,7 @@ OPTIONAL = (
 ROOMS = (
     "extras",
     "messages",
+    "progress",
     "strict_json",
     "files",
     "streams",

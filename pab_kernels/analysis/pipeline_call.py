@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,11 @@ import torch
 
 from ..broadcast.schedule import check_steps
 from ..messages import first_line
+from ..progress import OpenProgress
 from .sampling import check_seed
 
 _FRAMES = ("num_frames", "video_length")
 """What pipelines call the number of frames."""
-
-OnStep = Callable[[int, int | None], None]
-"""Called after every step with the steps done and, where they are known, the steps to do."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def _trained_size(pipe: Any) -> tuple[int, ...] | None:
     return frames, side * factor, side * factor
 
 
-def call(pipe: Any, wish: Wish, on_step: OnStep | None = None) -> torch.Tensor:
+def call(pipe: Any, wish: Wish, on_step: OpenProgress | None = None) -> torch.Tensor:
     """Call a pipeline and wait for its frames.
 
     Returns:
@@ -115,7 +113,7 @@ def call(pipe: Any, wish: Wish, on_step: OnStep | None = None) -> torch.Tensor:
     return frames
 
 
-def _told(pipe: Any, on_step: OnStep, steps: int | None, taken: Any) -> dict[str, Any]:
+def _told(pipe: Any, on_step: OpenProgress, steps: int | None, taken: Any) -> dict[str, Any]:
     """The arguments that make a pipeline call `on_step`: none where it has no callback."""
     done = 0
 

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: typer reads the command's annotations at run time.
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,14 +10,8 @@ import typer
 
 from ..extras import require
 from ..strict_json import to_json
-
-
-def _values(text: str) -> tuple[float, float]:
-    try:
-        black, white = (float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--values takes two numbers, black and white, such as 0,1 or -1,1, got {text!r}") from None
-    return black, white
+from .arguments import numbers
+from .display import progress_bar
 
 
 def compare(
@@ -34,23 +29,14 @@ def compare(
     """
     for package in ("rich", "skimage"):
         require(package, "pab compare")
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from ..analysis.quality import comparison
 
     if plot is not None:
         comparison.check_plot_path(plot)
-    black_and_white = _values(values)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"), TimeRemainingColumn())
-    notes = Console(stderr=True)
-    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task("reading", total=None)
-
-        def progress(done: int, todo: int) -> None:
-            bar.update(task, description="comparing", completed=done, total=todo)
-
-        result = comparison.compare(a, b, values=black_and_white, lpips=lpips, progress=progress)
+    takes = "--values takes two numbers, black and white, such as 0,1 or -1,1"
+    black_and_white = numbers(values, takes, ",", float, counts=(2,))
+    with progress_bar("reading", "frames") as show:
+        result = comparison.compare(a, b, values=black_and_white, lpips=lpips, progress=partial(show, "comparing"))
     failed = None
     if plot is not None:
         try:

@@ -2,9 +2,8 @@
 
 # No `from __future__ import annotations` here: typer reads the command's annotations at run time.
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +14,8 @@ from ..broadcast.plan import plan as plan_of
 from ..broadcast.schedule import check_steps
 from ..extras import require
 from ..strict_json import to_json
+from .arguments import numbers
+from .display import output, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,30 +24,6 @@ if TYPE_CHECKING:
 
 WIDE = 110
 """Columns of the table where it is not printed to a terminal."""
-
-
-def _size(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    try:
-        frames, height, width = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise ValueError(f"--size takes frames x height x width such as 51x480x854, or 1x1024x1024 of an image, got {text!r}") from None
-    return frames, height, width
-
-
-def _table(headings: tuple[str, ...], rows: list[list[str]], caption: str = "", words: int = 1) -> "Table":
-    """A table whose first `words` columns are words, and all others numbers."""
-    table: Table = require("rich.table", "pab plan").Table(
-        caption=caption or None,
-        caption_justify="left",
-        box=require("rich.box", "pab plan").SIMPLE_HEAD,
-    )
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i >= words else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _gigaflops(flops: int) -> str:
@@ -76,7 +53,7 @@ def forecast_table(found: "ModelForecast") -> "Table":
         f"Over {len(found.plan.steps)} step(s) with {found.calls} call(s) each; stored are among computed. Cache: the most that slots "
         "of a kind take in each dtype, and in total the most that all take at one time."
     )
-    return _table(headings, rows, caption)
+    return table(headings, rows, caption=caption)
 
 
 def _lines(found: "ModelForecast") -> list[str]:
@@ -101,12 +78,8 @@ def _print_families(as_json: bool) -> None:
         print(to_json(listed))
         return
     rows = [[name, f.checkpoint, ", ".join(map(str, f.sizes)), str(f.steps)] for name, f in FAMILIES.items()]
-    _print(_table(("model", "checkpoint", "sizes", "steps"), rows, words=3))
-
-
-def _print(table: "Table") -> None:
-    Console: Any = require("rich.console", "pab plan").Console
-    (Console() if sys.stdout.isatty() else Console(width=WIDE)).print(table)
+    require("rich", "pab plan")
+    output(WIDE).print(table(("model", "checkpoint", "sizes", "steps"), rows, words=3))
 
 
 def _schedule(config: str | None, steps: int | None) -> Plan:
@@ -166,13 +139,15 @@ def plan(
         from ..analysis.forecasts.forecasting import forecast
 
         rules: PABConfig | None = None if config is None else named_config(config)
-        found = forecast(model, _size(size), steps=steps, config=rules, dtype=dtype, batch=batch, text=text)
+        takes = "--size takes frames x height x width such as 51x480x854, or 1x1024x1024 of an image"
+        found = forecast(model, numbers(size, takes, "x", int, counts=(3,)), steps=steps, config=rules, dtype=dtype, batch=batch, text=text)
         made = found.plan
         if as_json:
             print(to_json(found.to_dict()))
         else:
+            require("rich", "pab plan")
             print(f"{found.model}, {found.clip}, {found.dtype}, {found.batch} clip(s)", made, sep="\n")
-            _print(forecast_table(found))
+            output(WIDE).print(forecast_table(found))
             print(*_lines(found), sep="\n")
     if plot is not None:
         made.plot(str(plot))

@@ -24,12 +24,10 @@ from ...broadcast.attach import Attached, attach_forward
 from ...broadcast.broadcaster import Broadcaster
 from ...broadcast.call import Call
 from ...broadcast.plan import Sublayer
+from ...progress import Progress
 
 _Place = tuple[str, str, int]
 """Context, sublayer, step."""
-
-Progress = Callable[[int, int], None]
-"""Called with the number of steps that were begun, and of all."""
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from ...broadcast.attach import take_off
 from ...broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
 from ...broadcast.config import KINDS, PABConfig
 from ...files import write_text
+from ...progress import Progress
 from ...strict_json import to_json
 from ..ctrl_c import CtrlC, ctrl_c
-from .probe import Differences, Probe, Progress
+from .probe import Differences, Probe
 from .starting_config import MIDDLE, Start, starting_config
 
 if TYPE_CHECKING:

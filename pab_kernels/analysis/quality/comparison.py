@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +14,13 @@ import numpy as np
 from ...extras import require
 from ...files import check_regular, path_of, replacing
 from ...messages import shortened
+from ...progress import Progress
 from .clips import Clip, read_clip
 from .perceptual import Distance, load_lpips
 from .psnr_ssim import psnr, ssim
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Progress = Callable[[int, int], None]
-"""Called after every frame with the frames done and the frames to do."""
 
 _FIELDS = ("psnr", "ssim", "consistency_a", "consistency_b", "lpips")
 _HEADINGS = ("PSNR, dB", "SSIM", "consistency A", "consistency B", "LPIPS")
