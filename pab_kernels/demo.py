@@ -19,11 +19,12 @@ from .analysis.diffusers_pab import diffusers_pab
 from .analysis.forecasts.measure import measure
 from .analysis.pipelines import usable_device
 from .analysis.quality.comparison import Comparison, compare
-from .analysis.sampling import check_seed, execution_device, in_words, sample
+from .analysis.sampling import check_seed, in_words, sample
 from .broadcast.config import PABConfig
 from .broadcast.costs import on_meta
 from .broadcast.plan import Cost, Counts, Plan
 from .broadcast.schedule import check_steps
+from .compat import execution_device
 from .files import path_of, write_text
 from .models.demo.check import shows
 from .models.demo.pipeline import GUIDANCE, SCHEDULERS, STEPS, DemoPipeline, load

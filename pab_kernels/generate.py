@@ -18,11 +18,12 @@ from .analysis.ctrl_c import CtrlC, ctrl_c
 from .analysis.pipeline_call import Wish, arguments, call
 from .analysis.pipelines import load_pipeline
 from .analysis.quality.comparison import Comparison, compare
-from .analysis.sampling import Sampled, execution_device, in_words, sample
+from .analysis.sampling import Sampled, in_words, sample
 from .broadcast.config import PABConfig
 from .broadcast.formats import named_config
 from .broadcast.presets import preset_for
 from .broadcast.summary import Summary
+from .compat import execution_device
 from .extras import require
 from .files import path_of, write_text
 from .progress import RunProgress

@@ -53,6 +53,7 @@ ROOMS = (
     "extras",
     "messages",
     "progress",
+    "compat",
     "strict_json",
     "files",
     "streams",

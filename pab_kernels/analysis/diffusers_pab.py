@@ -10,9 +10,8 @@ from typing import Any
 
 from ..broadcast.config import DEFAULT_WINDOW
 from ..broadcast.schedule import Schedule
+from ..compat import PAB_HOOK, diffusers_hooks
 from ..extras import require
-
-_HOOK = "pyramid_attention_broadcast"
 
 
 @dataclass
@@ -70,8 +69,8 @@ def diffusers_pab(pipe: Any, ranges: tuple[int, int, int], schedule: Schedule) -
         observed.computed[name] += 1
 
     def measure(*_: Any) -> None:
-        hooks = [module._diffusers_hook.get_hook(_HOOK) for module in modules.values() if hasattr(module, "_diffusers_hook")]
-        kept = [hook.state.cache for hook in hooks if hook is not None and hook.state.cache is not None]
+        hooks = [hook for module in modules.values() if (hook := diffusers_hooks(module).get(PAB_HOOK)) is not None]
+        kept = [hook.state.cache for hook in hooks if hook.state.cache is not None]
         observed.cache_bytes = max(observed.cache_bytes, sum(output.nbytes for output in kept))
 
     handles = [module.to_q.register_forward_hook(partial(count, name)) for name, module in modules.items()]

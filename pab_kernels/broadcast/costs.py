@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from .. import compat
 from ..ops.flops import flop_counter
 from .plan import Sublayer
 from .signature import PLAIN
@@ -166,21 +167,16 @@ def on_meta(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(p): nn.Parameter(_emptied(p), requires_grad=False) for p in model.parameters()}
     hooked = set()
     for name, module in model.named_modules():
-        for hook in ("_diffusers_hook", "_hf_hook"):
-            if hook in vars(module):
-                memo[id(vars(module)[hook])] = None
-                hooked.add(name)
+        if holders := compat.hook_holders(module):
+            hooked.add(name)
+        memo |= {id(held): None for held in (*holders, *compat.cache_configs(module))}  # a config's callback may hold a whole pipeline
         memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
-        if "_cache_config" in vars(module):  # its callback may hold a whole pipeline
-            memo[id(vars(module)["_cache_config"])] = None
     with _OnMeta():
         copied = copy.deepcopy(model, memo)
     for name, module in copied.named_modules():
         if name in hooked:
             vars(module).pop("forward", None)  # the hooks' stand-in
-        processor: Any = getattr(module, "processor", None)
-        if hasattr(processor, "_parallel_config"):
-            processor._parallel_config = None
+        compat.forget_parallelism(module)
     return copied
 
 

@@ -15,6 +15,7 @@ from ...broadcast.adapter import Adapter
 from ...broadcast.attach import take_off
 from ...broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
 from ...broadcast.config import KINDS, PABConfig
+from ...compat import uncompiled
 from ...files import write_text
 from ...progress import Progress
 from ...strict_json import to_json
@@ -172,7 +173,7 @@ def analyze(
     given: Any = model_or_pipe if pipe is None else getattr(pipe, "transformer", None)
     if not isinstance(given, nn.Module):
         raise TypeError(f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer`")
-    model: nn.Module = getattr(given, "_orig_mod", given)
+    model: nn.Module = uncompiled(given)
     if broadcaster_of(model) is not None:
         raise ValueError(f"PAB is enabled on this {type(model).__name__}: what is reused does not differ; pab.disable it first")
     if (pipe is None) != (num_steps is not None):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...compat import float32_modules
 from ...extras import require
 from ...files import path_of, read_text
 from ...messages import first_line, joined, shortened
@@ -155,7 +156,7 @@ def build(source: Source, dtype: torch.dtype) -> Any:
             model = cls.from_config(source.config)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise ValueError(f"{source.name}: {source.class_name} does not take this config: {first_line(error)}") from None
-    in_float32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    in_float32 = float32_modules(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32 if in_float32 & set(name.split(".")) else dtype)
