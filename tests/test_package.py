@@ -56,6 +56,7 @@ ROOMS = (
     "compat",
     "strict_json",
     "files",
+    "figures",
     "streams",
     "ops",
     "broadcast",

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..extras import require
+from ..figures import check_plot_path
 from ..strict_json import to_json
 from .arguments import numbers
 from .display import progress_bar
@@ -32,7 +33,7 @@ def compare(
     from ..analysis.quality import comparison
 
     if plot is not None:
-        comparison.check_plot_path(plot)
+        check_plot_path(plot)
     takes = "--values takes two numbers, black and white, such as 0,1 or -1,1"
     black_and_white = numbers(values, takes, ",", float, counts=(2,))
     with progress_bar("reading", "frames") as show:

@@ -13,6 +13,7 @@ from ..broadcast.plan import Plan
 from ..broadcast.plan import plan as plan_of
 from ..broadcast.schedule import check_steps
 from ..extras import require
+from ..figures import check_plot_path
 from ..strict_json import to_json
 from .arguments import numbers
 from .display import output, table
@@ -127,8 +128,6 @@ def plan(
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_steps(steps or 1, "--steps")
     if plot is not None:
-        from ..analysis.quality.comparison import check_plot_path
-
         check_plot_path(plot)
     if model is None:
         if size is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...extras import require
-from ...files import check_regular, path_of, replacing
-from ...messages import shortened
+from ...figures import new_figure, saved, whole_numbers
 from ...progress import Progress
 from .clips import Clip, read_clip
 from .perceptual import Distance, load_lpips
@@ -98,7 +96,7 @@ class Comparison:
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw every measure over the frames; saved to `path` if given, in the format of its ending. Needs matplotlib."""
-        figure = require("matplotlib.figure", "plotting a comparison").Figure(figsize=(8, 6.4), layout="constrained")
+        figure = new_figure("plotting a comparison", (8, 6.4), dpi=150)
         panels = [("PSNR, dB", ["psnr"]), ("SSIM", ["ssim"])]
         if len(self.frames) > 1:
             panels.append(("consistency", ["consistency_a", "consistency_b"]))
@@ -118,12 +116,9 @@ class Comparison:
         if equal := sum(math.isinf(frame.psnr) for frame in self.frames):
             axes[0].set_title(f"{equal} equal frame(s), of infinite PSNR, are not drawn", fontsize=9, loc="left")
         axes[-1].set_xlabel("frame")
-        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(axes[-1])
         figure.suptitle(f"A: {self.a}   B: {self.b}", fontsize=10)
-        if path is not None:
-            with replacing(path) as made:
-                figure.savefig(made, dpi=150)
-        return figure
+        return saved(figure, path)
 
 
 def _cell(name: str, value: float | None) -> str:
@@ -132,24 +127,6 @@ def _cell(name: str, value: float | None) -> str:
     if math.isinf(value):
         return "same"
     return f"{value:.2f}" if name == "psnr" else f"{value:.4f}"
-
-
-def check_plot_path(path: str | Path) -> None:
-    """Refuse a picture that could not be written, before anything is measured.
-
-    Raises:
-        ValueError: its ending or its name is not supported.
-        FileNotFoundError: its folder does not exist.
-    """
-    path = path_of(path)
-    supported = sorted(require("matplotlib.backend_bases", "plotting a comparison").FigureCanvasBase.get_supported_filetypes())
-    if path.suffix[1:].lower() not in supported:
-        raise ValueError(f"{shortened(str(path))} cannot be drawn; supported endings are {' '.join('.' + ending for ending in supported)}")
-    if not os.path.isdir(path.parent):
-        folder, name = shortened(str(path.parent)), shortened(path.name)
-        raise FileNotFoundError(f"there is no folder {folder} for {name}; make it first")
-    if path.exists():
-        check_regular(path)
 
 
 def compare(

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("skimage")
 
 from pab_kernels.analysis import compare
-from pab_kernels.analysis.quality.comparison import check_plot_path
+from pab_kernels.figures import check_plot_path
 
 
 def _clips(frames: int = 4, channels: int = 3) -> tuple[np.ndarray, np.ndarray]:
