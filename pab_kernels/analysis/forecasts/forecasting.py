@@ -174,7 +174,7 @@ def forecast(
     sublayers = tuple(adapter_for(transformer).sublayers)
     plan = Plan(config, Schedule.of(timesteps=how.timesteps(steps, latents, clip)), sublayers)
     try:
-        inputs = how.tensors(transformer.config, how.batch * batch, latents, text or how.text, DTYPES[dtype], clip)
+        inputs = how.tensors(transformer.config, how.batch * batch, latents, text or how.text, DTYPES[dtype])
         measured = measure(transformer, inputs, plan.sublayers)
     except (RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{source.name} does not run on a clip of {clip}: {first_line(error)}") from error

@@ -16,7 +16,7 @@ from ...extras import require
 from ...files import path_of, read_text
 from ...messages import first_line, joined, shortened
 from ...strict_json import from_json
-from .families import FAMILIES, family
+from .families import FAMILIES, family, unknown_family
 from .inputs import INPUTS, Size
 
 _FILE = "config.json"
@@ -55,7 +55,7 @@ def find_config(model: str | Path | Mapping[str, Any]) -> Source:
     if isinstance(model, Mapping):
         return _source("the config", model)
     name = str(model)
-    known = next((f for key, f in FAMILIES.items() if name.lower() in (key, f.checkpoint.lower())), None)
+    known = family(name)
     if known is not None:
         return Source(name, known.config["_class_name"], known.config, known.sizes[0], known.steps)
     path = path_of(name)
@@ -63,8 +63,7 @@ def find_config(model: str | Path | Mapping[str, Any]) -> Source:
         return _source(name, _read(_file(path)))
     if _HUB_ID.fullmatch(name):
         return _source(name, _read(_fetched(name)))
-    family(name)  # says what is near
-    raise AssertionError("a family that is known was not found")
+    raise unknown_family(name)
 
 
 def _file(path: Path) -> Path:

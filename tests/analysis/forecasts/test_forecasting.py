@@ -53,7 +53,7 @@ def test_the_forecast_is_what_a_generation_on_the_meta_device_counts(name: str, 
 
     how = INPUTS[config["_class_name"]]
     model = build(find_config(config), torch.bfloat16)
-    inputs = how.tensors(model.config, how.batch, how.latents(model.config, clip), 7, torch.bfloat16, clip)
+    inputs = how.tensors(model.config, how.batch, how.latents(model.config, clip), 7, torch.bfloat16)
     with torch.no_grad(), ops.flop_counter() as plain:
         model(**inputs)
     pab.enable(model, rules, num_steps=10)
@@ -119,7 +119,7 @@ def test_device_memory_is_weights_activations_and_cache(name: str) -> None:
     found = forecast(config, clip, steps=10, config=RULES, text=7)
     how = INPUTS[config["_class_name"]]
     model = build(find_config(config), torch.bfloat16)
-    inputs = how.tensors(model.config, how.batch, how.latents(model.config, clip), 7, torch.bfloat16, clip)
+    inputs = how.tensors(model.config, how.batch, how.latents(model.config, clip), 7, torch.bfloat16)
     alive = [0]
 
     def note(module: Any, args: Any, out: Any) -> None:  # what a layer reads and what it makes are alive together
