@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,11 @@ from .adapters.latte import LatteAdapter
 from .analysis import video
 from .analysis.ctrl_c import CtrlC, ctrl_c
 from .analysis.diffusers_pab import diffusers_pab
+from .analysis.forecasts.inputs import INPUTS, Size
 from .analysis.forecasts.measure import measure
 from .analysis.pipelines import usable_device
 from .analysis.quality.comparison import Comparison, compare
-from .analysis.sampling import check_seed, in_words, sample
+from .analysis.sampling import Sampled, check_seed, in_words, sample
 from .broadcast.config import PABConfig
 from .broadcast.costs import on_meta
 from .broadcast.plan import Cost, Counts, Plan
@@ -44,7 +45,7 @@ KINDS = ("spatial", "temporal", "cross", "mlp")
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """What the demo runs.
 
     Args:
@@ -116,34 +117,35 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Run:
+class DemoRun:
     """What one variant did.
 
     Args:
         variant: what was run.
         steps: sampling steps.
         calls: calls of the transformer: more than `steps` for second-order schedulers.
-        seconds: wall time of the pipeline's call.
+        sampled: clips `[clips, frames, 3, height, width]` in [0, 1], seconds, memory, PAB's summary.
         flops: of the transformer.
         counts: calls by kind, computed and reused; where a rule holds for some layers only, of one of those.
         cache_bytes: the most bytes that kept outputs held.
-        clips: `[clips, frames, 3, height, width]` in [0, 1].
         shown: clips that show their caption.
         quality: against the run without PAB, one a clip; empty for that run itself.
-        plan: of PAB.
     """
 
     variant: Variant
     steps: int
     calls: int
-    seconds: float
+    sampled: Sampled[torch.Tensor]
     flops: int
-    counts: dict[str, Counts]
+    counts: Mapping[str, Counts]
     cache_bytes: int
-    clips: torch.Tensor
     shown: int
     quality: tuple[Comparison, ...] = ()
-    plan: Plan | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """Of PAB."""
+        return None if self.sampled.summary is None else self.sampled.summary.plan
 
     @property
     def title(self) -> str:
@@ -168,7 +170,7 @@ def _spread(values: list[float]) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Result:
+class DemoResult:
     """All finished runs, the one without PAB first.
 
     Args:
@@ -179,8 +181,8 @@ class Result:
         device: the device in words.
     """
 
-    settings: Settings
-    runs: tuple[Run, ...]
+    settings: DemoSettings
+    runs: tuple[DemoRun, ...]
     interrupted: bool
     weights: dict[str, str]
     device: str
@@ -201,7 +203,7 @@ class Result:
         }
 
 
-def _record(run: Run, reference: Run) -> dict[str, Any]:
+def _record(run: DemoRun, reference: DemoRun) -> dict[str, Any]:
     def measured(values: list[float], spread: tuple[float, float]) -> dict[str, Any] | None:
         if not values:
             return None
@@ -216,8 +218,8 @@ def _record(run: Run, reference: Run) -> dict[str, Any]:
         "calls": run.calls,
         "computed": {kind: c.computed for kind, c in run.counts.items()},
         "reused": {kind: c.reused for kind, c in run.counts.items()},
-        "seconds": round(run.seconds, 3),
-        "speedup": round(reference.seconds / run.seconds, 3),
+        "seconds": round(run.sampled.seconds, 3),
+        "speedup": round(run.sampled.speedup(reference.sampled), 3),
         "flops": run.flops,
         "flops_share": round(run.flops / reference.flops, 4),
         "psnr": measured([q.total.psnr for q in run.quality], run.psnr),
@@ -227,7 +229,7 @@ def _record(run: Run, reference: Run) -> dict[str, Any]:
     }
 
 
-def variants(settings: Settings) -> list[Variant]:
+def variants(settings: DemoSettings) -> list[Variant]:
     """What the demo compares, in order."""
     name = "/".join(map(str, PAPER))
     listed = [
@@ -256,25 +258,18 @@ def _kind(attention: str) -> str:
 
 def _costs(transformer: Any, batch: int) -> tuple[dict[str, Cost], int]:
     """What a call of the transformer with `batch` clips costs without PAB."""
-    with torch.device("meta"):
-        channels, text_channels = transformer.config.in_channels, transformer.config.caption_channels
-        inputs = {
-            "hidden_states": torch.empty(batch, channels, FRAMES, SIZE, SIZE, dtype=transformer.dtype),
-            "timestep": torch.empty(batch),
-            "encoder_hidden_states": torch.empty(batch, len(VOCABULARY), text_channels, dtype=transformer.dtype),
-        }
+    latents, text = Size(FRAMES, SIZE, SIZE), len(VOCABULARY)
+    inputs = INPUTS[type(transformer).__name__].tensors(transformer.config, batch, latents, text, transformer.dtype)
     return measure(on_meta(transformer), inputs, LatteAdapter(transformer).sublayers).costs()
 
 
-def _run(demo: DemoPipeline, settings: Settings, variant: Variant, steps: int, on_step: Callable[[], None], stop: CtrlC) -> Run:
+def _run(demo: DemoPipeline, settings: DemoSettings, variant: Variant, steps: int, on_step: Callable[[], None], stop: CtrlC) -> DemoRun:
     """Sample all clips one way."""
-    pipe, transformer = demo.pipe, demo.pipe.transformer
-    schedule = demo.schedule(steps)
+    pipe, schedule = demo.pipe, demo.schedule(steps)
     calls = schedule.num_steps
-    costs, rest = _costs(transformer, 2 * len(settings.prompts))
-    flops = calls * (rest + sum(cost.flops for cost in costs.values()))
+    costs, rest = _costs(pipe.transformer, 2 * len(settings.prompts))
+    flops, cache_bytes = calls * (rest + sum(cost.flops for cost in costs.values())), 0
     counts = {kind: Counts(computed=calls) for kind in KINDS}
-    cache_bytes, plan = 0, None
 
     def callback(*_: Any) -> dict[str, Any]:
         on_step()
@@ -293,21 +288,20 @@ def _run(demo: DemoPipeline, settings: Settings, variant: Variant, steps: int, o
         for name, computed in observed.computed.items():
             flops -= (calls - computed) * costs[name].flops
             counts[_kind(name)] = Counts(computed=computed, reused=calls - computed)
-    if sampled.summary is not None:
-        flops, cache_bytes, plan = sampled.summary.flops, sampled.summary.peak_cache_bytes, sampled.summary.plan
-        planned = plan.step_counts() if plan else {}
+    if (summary := sampled.summary) is not None:
+        flops, cache_bytes = summary.flops, summary.peak_cache_bytes
+        planned = summary.plan.step_counts() if summary.plan else {}
         counts |= {kind: planned[kind] for kind in KINDS if kind in planned}
-    clips = sampled.output
-    shown = sum(shows(caption, clip) for caption, clip in zip(settings.captions, clips, strict=True))
-    return Run(variant, steps, calls, sampled.seconds, flops, counts, cache_bytes, clips, shown, plan=plan)
+    shown = sum(shows(caption, clip) for caption, clip in zip(settings.captions, sampled.output, strict=True))
+    return DemoRun(variant, steps, calls, sampled, flops, counts, cache_bytes, shown)
 
 
-def _fewer(demo: DemoPipeline, full: Run, flops: int) -> int:
+def _fewer(demo: DemoPipeline, full: DemoRun, flops: int) -> int:
     """The fewest steps that, all computed, reach `flops`: rounded up, in favour of sampling with fewer steps."""
     return next(n for n in range(1, full.steps + 1) if demo.schedule(n).num_steps * full.flops >= flops * full.calls)
 
 
-def run_demo(settings: Settings, progress: RunProgress | None = None) -> Result:
+def run_demo(settings: DemoSettings, progress: RunProgress | None = None) -> DemoResult:
     """Run every variant on the same noise; an interruption keeps what is finished.
 
     Fewer steps are run once where two PAB runs come out at the same number, and not at all where PAB saves less than a step.
@@ -319,16 +313,21 @@ def run_demo(settings: Settings, progress: RunProgress | None = None) -> Result:
     with ctrl_c() as stop:
         with stop.interruptible():
             demo = load(settings.scheduler, settings.device)
-        return _run_all(demo, settings, stop, progress)
+        runs, interrupted = _finished(demo, settings, stop, progress)
+        for i, run in enumerate(runs[1:], 1):
+            pairs = zip(run.sampled.output, runs[0].sampled.output, strict=True)
+            runs[i] = replace(run, quality=tuple(compare(clip, other, lpips=False) for clip, other in pairs))
+        weights, device = {**demo.training, "sha256": demo.sha256}, in_words(execution_device(demo.pipe))
+        return DemoResult(settings, tuple(runs), interrupted, weights, device)
 
 
-def _run_all(demo: DemoPipeline, settings: Settings, stop: CtrlC, progress: RunProgress | None) -> Result:
-    device = in_words(execution_device(demo.pipe))
+def _finished(demo: DemoPipeline, settings: DemoSettings, stop: CtrlC, progress: RunProgress | None) -> tuple[list[DemoRun], bool]:
+    """The runs that came to their end, and whether the user stopped it."""
     listed = variants(settings)
     calls = demo.schedule(settings.steps).num_steps
     todo = {variant.key: calls for variant in listed}
-    runs: dict[str, Run] = {}
-    interrupted, steps_done = False, 0
+    runs: dict[str, DemoRun] = {}
+    steps_done = 0
 
     def report(title: str, steps: int) -> None:
         nonlocal steps_done
@@ -350,21 +349,11 @@ def _run_all(demo: DemoPipeline, settings: Settings, stop: CtrlC, progress: RunP
                 todo[variant.key] = demo.schedule(steps).num_steps
             runs[variant.key] = _run(demo, settings, variant, steps, partial(report, variant.title, 1), stop)
     except KeyboardInterrupt:
-        interrupted = True
-    return Result(settings, tuple(_compared(list(runs.values()))), interrupted, {**demo.training, "sha256": demo.sha256}, device)
+        return list(runs.values()), True
+    return list(runs.values()), False
 
 
-def _compared(runs: list[Run]) -> list[Run]:
-    """The runs with their quality against the first."""
-    return [
-        run
-        if run is runs[0]
-        else replace(run, quality=tuple(compare(a, b, lpips=False) for a, b in zip(run.clips, runs[0].clips, strict=True)))
-        for run in runs
-    ]
-
-
-def write(result: Result, folder: str | Path, scale: int = 5) -> list[Path]:
+def write(result: DemoResult, folder: str | Path, scale: int = 5) -> list[Path]:
     """Write the clips side by side (GIF, MP4), each plan as a pyramid (PNG), and before all of them the figures (JSON).
 
     Every file is written whole or not at all.
@@ -383,10 +372,7 @@ def write(result: Result, folder: str | Path, scale: int = 5) -> list[Path]:
     folder = path_of(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figures = write_text(folder / "results.json", to_json(result.to_dict()) + "\n")
-    columns = [
-        (run.title, video.below(run.seconds, result.runs[0].seconds, run.psnr[0] if run.quality else None), run.clips)
-        for run in result.runs
-    ]
+    columns = video.columns([(r.title, r.sampled.seconds, r.psnr[0] if r.quality else None, r.sampled.output) for r in result.runs])
     film = video.side_by_side(columns, [str(caption) for caption in result.settings.captions], scale)
     written = [video.write_gif(folder / "clips.gif", film), video.write_mp4(folder / "clips.mp4", film)]
     for run in result.runs:

@@ -36,6 +36,10 @@ class Sampled(Generic[T]):
     memory: Peak
     summary: Summary | None
 
+    def speedup(self, reference: Sampled[T]) -> float:
+        """How many times faster it is than `reference`."""
+        return reference.seconds / self.seconds
+
 
 def sample(
     pipe: Any, call: Callable[[], T], config: PABConfig | None = None, *, timed: bool = False, cuda_graphs: bool = False

@@ -51,6 +51,11 @@ def below(seconds: float, reference: float, psnr: float | None) -> str:
     return f"{reference / seconds:.2f}x, " + ("identical" if math.isinf(psnr) else f"{psnr:.1f} dB")
 
 
+def columns(runs: Sequence[tuple[str, float, float | None, torch.Tensor]]) -> list[tuple[str, str, torch.Tensor]]:
+    """Columns of `side_by_side`, of title, seconds, PSNR and clips of each run; the first is what the others are compared with."""
+    return [(title, below(seconds, runs[0][1], psnr), clips) for title, seconds, psnr, clips in runs]
+
+
 def side_by_side(columns: Sequence[tuple[str, str, torch.Tensor]], captions: Sequence[str], scale: int = 4) -> np.ndarray:
     """Lay clips out in a table: a column for each run, a row for each caption.
 

@@ -18,7 +18,7 @@ from .display import output, progress_bar, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..demo import Result, Run
+    from ..demo import DemoResult, DemoRun
 
 
 def _spread_over(prompts: tuple[str, ...], clips: int | None) -> tuple[str, ...]:
@@ -45,24 +45,24 @@ WIDE = 122
 """Columns of a terminal that the table needs; in a narrower one it is turned on its side."""
 
 
-def _row(run: "Run", reference: "Run") -> list[str]:
+def _row(run: "DemoRun", reference: "DemoRun") -> list[str]:
     from ..demo import KINDS
 
     counts = [run.counts[kind] for kind in KINDS]
     return [
         run.title,
         *(f"{c.computed}+{c.reused}" if c.reused else f"{c.computed}" for c in counts),
-        f"{run.seconds:.2f}",
-        f"{reference.seconds / run.seconds:.2f}x",
+        f"{run.sampled.seconds:.2f}",
+        f"{run.sampled.speedup(reference.sampled):.2f}x",
         f"{run.flops / reference.flops:.1%}",
         _measured(run.psnr, 1, len(run.quality)),
         _measured(run.ssim, 3, len(run.quality)).replace("0.", "."),
-        f"{run.shown}/{len(run.clips)}",
+        f"{run.shown}/{len(run.sampled.output)}",
         f"{run.cache_bytes / 2**20:.1f}" if run.cache_bytes else "",
     ]
 
 
-def results_table(result: "Result", width: int = WIDE) -> "Table":
+def results_table(result: "DemoResult", width: int = WIDE) -> "Table":
     """All runs as one rich table: a row for each run, or a column for each where `width` is less than `WIDE`."""
     settings = result.settings
     lines = [list(HEADINGS), *(_row(run, result.runs[0]) for run in result.runs)]
@@ -107,11 +107,11 @@ def demo(
     for package in ("rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "matplotlib", "safetensors", "PIL"):
         require(package, "pab demo")
     from ..analysis.ctrl_c import ctrl_c
-    from ..demo import PROMPTS, Settings, run_demo, write
+    from ..demo import PROMPTS, DemoSettings, run_demo, write
 
     prompts = _spread_over(tuple(prompt or PROMPTS), clips)
     reaches = numbers(ranges, "--ranges takes spatial,temporal,cross[,mlp] as whole numbers such as 2,4,6", ",", int)
-    settings = Settings(prompts, seed, steps, reaches, scheduler, device=device)
+    settings = DemoSettings(prompts, seed, steps, reaches, scheduler, device=device)
     out.mkdir(parents=True, exist_ok=True)
     failed = None
     with ctrl_c():

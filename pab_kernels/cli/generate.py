@@ -28,7 +28,7 @@ def _row(run: "Run", reference: "Run") -> list[str]:
     return [
         run.title,
         f"{run.sampled.seconds:.2f}",
-        f"{run.speedup(reference):.2f}x" if reference.key == "off" else "",
+        f"{run.sampled.speedup(reference.sampled):.2f}x" if reference.key == "off" else "",
         f"{summary.share:.1%}" if summary and summary.flops_without else "",
         f"{memory / 2**20:.1f}" if memory is not None else "not measured",
         f"{summary.peak_cache_bytes / 2**20:.1f}" if summary else "",
