@@ -37,7 +37,7 @@ def _window(plan: Plan, label: str, row: tuple[Decision, ...]) -> tuple[int, int
         inside = [i for i in plan.steps if lo <= i < hi]
     else:
         timesteps = plan.schedule.require_timesteps("the window")
-        inside = [i for i in plan.steps if lo < int(timesteps[i]) < hi]
+        inside = [i for i in plan.steps if lo < rule.number(timesteps[i]) < hi]
     return (inside[0], inside[-1]) if inside else None
 
 
