@@ -66,7 +66,7 @@ order than they entered them leave it set for good, and `torch.compile` then com
 
 
 @dataclass(frozen=True)
-class Run:
+class SublayerRun:
     """One run of a sublayer; where it is fused, all that it does in a call.
 
     Args:
@@ -86,8 +86,8 @@ class Run:
         eight = [cache_dtype if dtype.is_floating_point and shape else None for shape, dtype in self.outputs]
         return sum(slot_bytes(shape or (1,), dtype, kept) for (shape, dtype), kept in zip(self.outputs, eight, strict=True))
 
-    def __add__(self, other: Run) -> Run:
-        return Run(self.name, self.flops + other.flops, Counter(self.own) + Counter(other.own), self.outputs + other.outputs)
+    def __add__(self, other: SublayerRun) -> SublayerRun:
+        return SublayerRun(self.name, self.flops + other.flops, Counter(self.own) + Counter(other.own), self.outputs + other.outputs)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class CallCosts:
     """
 
     flops: int
-    runs: Mapping[str, Run]
+    runs: Mapping[str, SublayerRun]
 
 
 def place(name: str, time: int) -> str:
@@ -109,9 +109,9 @@ def place(name: str, time: int) -> str:
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, sublayers: Sequence[Sublayer], counter: FlopCounterMode) -> Iterator[dict[str, Run]]:
+def watched(model: nn.Module, sublayers: Sequence[Sublayer], counter: FlopCounterMode) -> Iterator[dict[str, SublayerRun]]:
     """The runs of sublayers inside, by `place`."""
-    runs: dict[str, Run] = {}
+    runs: dict[str, SublayerRun] = {}
     times: Counter[str] = Counter()
     entered: list[tuple[int, Counter[str]]] = []  # of the runs that have not ended
 
@@ -123,7 +123,7 @@ def watched(model: nn.Module, sublayers: Sequence[Sublayer], counter: FlopCounte
         flops = counter.get_total_flops() - before
         own[name] += flops - own.total()
         tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        run = Run(name, flops, own, tuple((tuple(t.shape), t.dtype) for t in tensors))
+        run = SublayerRun(name, flops, own, tuple((tuple(t.shape), t.dtype) for t in tensors))
         where = place(name, 0 if sublayer.how == "fused" else times[name])
         runs[where] = runs[where] + run if where in runs else run
         times[name] += 1

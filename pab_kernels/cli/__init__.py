@@ -85,9 +85,4 @@ def build_app() -> Any:
 def main() -> None:
     """The console script `pab`."""
     with standard_streams():
-        try:
-            build_app()(prog_name="pab")
-        except ModuleNotFoundError as error:
-            fail(error, 1)
-        except KeyboardInterrupt:
-            fail("interrupted", 130)
+        _ends_with_one_line(lambda: build_app()(prog_name="pab"))()

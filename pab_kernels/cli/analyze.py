@@ -96,7 +96,7 @@ def analyze(
     pipe, run = _sampling(model, prompt, steps, seed, arguments, **loading)
     out.mkdir(parents=True, exist_ok=True)
 
-    interrupted, failed = False, None
+    interrupted = False
     with ctrl_c() as stop:
         with progress_bar("sampling", "steps") as show:
             try:
@@ -109,14 +109,10 @@ def analyze(
         try:
             for name in _write(found, out, plot):
                 written.append(name)
-        except OSError as error:
-            failed = error
-        print(to_json(found.to_dict()) if as_json else found)
-        if failed is None:
-            until = "interrupted: what was measured until then is" if interrupted else "written"
-            print(f"{until} in {out}: {', '.join(written)}", file=sys.stderr)
-    if failed is not None:
-        raise failed
+        finally:  # also where a file cannot be written
+            print(to_json(found.to_dict()) if as_json else found)
+        until = "interrupted: what was measured until then is" if interrupted else "written"
+        print(f"{until} in {out}: {', '.join(written)}", file=sys.stderr)
     if interrupted or stop.noted:
         raise KeyboardInterrupt
 

@@ -38,12 +38,8 @@ def compare(
     black_and_white = numbers(values, takes, ",", float, counts=(2,))
     with progress_bar("reading", "frames") as show:
         result = comparison.compare(a, b, values=black_and_white, lpips=lpips, progress=partial(show, "comparing"))
-    failed = None
-    if plot is not None:
-        try:
+    try:
+        if plot is not None:
             result.plot(plot)
-        except OSError as error:
-            failed = error
-    print(to_json(result.to_dict()) if as_json else result)
-    if failed is not None:
-        raise failed
+    finally:  # also where the picture cannot be written
+        print(to_json(result.to_dict()) if as_json else result)

@@ -113,7 +113,6 @@ def demo(
     reaches = numbers(ranges, "--ranges takes spatial,temporal,cross[,mlp] as whole numbers such as 2,4,6", ",", int)
     settings = DemoSettings(prompts, seed, steps, reaches, scheduler, device=device)
     out.mkdir(parents=True, exist_ok=True)
-    failed = None
     with ctrl_c():
         with progress_bar("loading", "steps", width=28) as show:
             result = run_demo(settings, show)
@@ -123,16 +122,13 @@ def demo(
         if result.runs:
             try:
                 written = write(result, out)
-            except OSError as error:
-                written, failed = [], error
-            if as_json:
-                print(to_json(result.to_dict()))
-            else:
-                console = output(WIDE)
-                console.print(results_table(result, console.width))
+            finally:  # also where a file cannot be written
+                if as_json:
+                    print(to_json(result.to_dict()))
+                else:
+                    console = output(WIDE)
+                    console.print(results_table(result, console.width))
             for path in written:
                 print(path, file=sys.stderr if as_json else sys.stdout)
-    if failed is not None:
-        raise failed
     if result.interrupted:
         raise SystemExit(130)

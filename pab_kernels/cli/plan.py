@@ -9,7 +9,6 @@ import typer
 
 from ..broadcast.config import PABConfig
 from ..broadcast.formats import named_config
-from ..broadcast.plan import Plan
 from ..broadcast.plan import plan as plan_of
 from ..broadcast.schedule import check_steps
 from ..extras import require
@@ -83,17 +82,6 @@ def _print_families(as_json: bool) -> None:
     output(WIDE).print(table(("model", "checkpoint", "sizes", "steps"), rows, words=3))
 
 
-def _schedule(config: str | None, steps: int | None) -> Plan:
-    if config is None or steps is None:
-        raise ValueError("pab plan needs --model, or --config and --steps to draw a schedule alone; --list shows the models")
-    return plan_of(named_config(config), num_steps=steps)
-
-
-def _report_schedule(made: Plan, as_json: bool) -> None:
-    masks = {label: "".join(d.action.value for d in row) for label, row in made.grouped()}
-    print(to_json({"steps": made.schedule.num_steps, "config": made.config.to_dict(), "schedule": masks}) if as_json else made)
-
-
 def plan(
     model: Annotated[
         str | None, typer.Option(help="A known model (see --list), a hub id, or the path of a transformer's config.json or its folder.")
@@ -132,8 +120,11 @@ def plan(
     if model is None:
         if size is not None:
             raise ValueError("--size is that of a model's clip; give --model too")
-        made = _schedule(config, steps)
-        _report_schedule(made, as_json)
+        if config is None or steps is None:
+            raise ValueError("pab plan needs --model, or --config and --steps to draw a schedule alone; --list shows the models")
+        made = plan_of(named_config(config), num_steps=steps)
+        masks = {label: "".join(d.action.value for d in row) for label, row in made.grouped()}
+        print(to_json({"steps": made.schedule.num_steps, "config": made.config.to_dict(), "schedule": masks}) if as_json else made)
     else:
         from ..analysis.forecasts.forecasting import forecast
 

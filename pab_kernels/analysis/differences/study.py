@@ -20,11 +20,12 @@ from ...files import write_text
 from ...progress import Progress
 from ...strict_json import to_json
 from ..ctrl_c import CtrlC, ctrl_c
+from .plots import plot_curves, plot_layers
 from .probe import Differences, Probe
 from .starting_config import MIDDLE, Start, starting_config
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 class Interrupted(KeyboardInterrupt):
@@ -99,17 +100,8 @@ class Analysis:
         """Write all of it as JSON; a difference that is not finite is null."""
         return write_text(path, to_json(self.to_dict()) + "\n")
 
-    def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw a curve for each kind, steps from left to right. Needs matplotlib."""
-        from .plots import plot_curves
-
-        return plot_curves(self, path)
-
-    def plot_layers(self, path: str | Path | None = None) -> Figure:
-        """Draw a heat map for each kind, layer by step. Needs matplotlib."""
-        from .plots import plot_layers
-
-        return plot_layers(self, path)
+    plot = plot_curves
+    plot_layers = plot_layers
 
     def parts(self, kind: str, what: str = "relative") -> tuple[float | None, float | None, float | None]:
         """Mean of the curve over the first 15 %, the middle and the last 15 % of the steps."""

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...broadcast.costs import Run, watched
+from ...broadcast.costs import SublayerRun, watched
 from ...broadcast.plan import Cost, Sublayer
 from ...ops.flops import flop_counter
 
@@ -31,7 +31,7 @@ class Measured:
     """
 
     flops: int
-    runs: Mapping[str, Run]
+    runs: Mapping[str, SublayerRun]
     activation_bytes: int
     weight_bytes: int
 
@@ -40,7 +40,7 @@ class Measured:
 
         A block's FLOPs are those outside of its sublayers. A sublayer that runs several times in a call has a slot for each time.
         """
-        runs: dict[str, list[Run]] = {}
+        runs: dict[str, list[SublayerRun]] = {}
         for run in self.runs.values():
             runs.setdefault(run.name, []).append(run)
         costs = {
