@@ -42,5 +42,5 @@ def one_line(error: object) -> str:
     said = error
     if isinstance(error, OSError) and error.strerror:
         said = f"{os.fsdecode(error.filename)}: {error.strerror}" if isinstance(error.filename, (str, bytes)) else error.strerror
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in joined(said))
-    return shortened(shown, 1000)
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in joined(said))
+    return shortened(printable, 1000)

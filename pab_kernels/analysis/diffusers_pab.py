@@ -68,13 +68,13 @@ def diffusers_pab(pipe: Any, ranges: tuple[int, int, int], schedule: Schedule) -
     def count(name: str, *_: Any) -> None:
         observed.computed[name] += 1
 
-    def measure(*_: Any) -> None:
+    def note_cache(*_: Any) -> None:
         hooks = [hook for module in modules.values() if (hook := diffusers_hooks(module).get(PAB_HOOK)) is not None]
         kept = [hook.state.cache for hook in hooks if hook.state.cache is not None]
         observed.cache_bytes = max(observed.cache_bytes, sum(output.nbytes for output in kept))
 
     handles = [module.to_q.register_forward_hook(partial(count, name)) for name, module in modules.items()]
-    handles.append(transformer.register_forward_hook(measure))
+    handles.append(transformer.register_forward_hook(note_cache))
     transformer.enable_cache(config)
     try:
         yield observed

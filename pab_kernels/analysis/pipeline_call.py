@@ -13,7 +13,7 @@ import torch
 
 from ..broadcast.schedule import check_steps
 from ..messages import first_line
-from ..progress import OpenProgress
+from ..progress import Progress
 from .sampling import check_seed
 
 _FRAMES = ("num_frames", "video_length")
@@ -87,7 +87,7 @@ def _trained_size(pipe: Any) -> tuple[int, ...] | None:
     return frames, side * factor, side * factor
 
 
-def call(pipe: Any, wish: Wish, on_step: OpenProgress | None = None) -> torch.Tensor:
+def call(pipe: Any, wish: Wish, on_step: Progress | None = None) -> torch.Tensor:
     """Call a pipeline and wait for its frames.
 
     Returns:
@@ -113,7 +113,7 @@ def call(pipe: Any, wish: Wish, on_step: OpenProgress | None = None) -> torch.Te
     return frames
 
 
-def _told(pipe: Any, on_step: OpenProgress, steps: int | None, taken: Any) -> dict[str, Any]:
+def _told(pipe: Any, on_step: Progress, steps: int | None, taken: Any) -> dict[str, Any]:
     """The arguments that make a pipeline call `on_step`: none where it has no callback."""
     done = 0
 

@@ -59,7 +59,7 @@ def _sampling(
     return pipe, lambda: pipe(**inputs)
 
 
-def analyze(
+def command(
     model: Annotated[str, typer.Option(help="Folder of a diffusers pipeline, id on the hub, or 'demo'.")],
     prompt: Annotated[str | None, typer.Option(help="What is to be drawn.")] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 30,

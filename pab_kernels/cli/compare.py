@@ -15,7 +15,7 @@ from .arguments import numbers
 from .display import progress_bar
 
 
-def compare(
+def command(
     a: Annotated[Path, typer.Argument(metavar="A", help="A video, an image, a folder of images, or a tensor (.pt, .npy, .safetensors).")],
     b: Annotated[Path, typer.Argument(metavar="B", help="What A is compared with: the clip made without PAB.")],
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw every measure over the frames: .png, .pdf or .svg.")] = None,

@@ -78,7 +78,7 @@ def results_table(result: "DemoResult", width: int = WIDE) -> "Table":
     )
 
 
-def demo(
+def command(
     prompt: Annotated[
         list[str] | None,
         typer.Option(

@@ -50,7 +50,7 @@ def results_table(result: "Result") -> "Table":
     )
 
 
-def generate(
+def command(
     model: Annotated[str, typer.Option(help="Hub id or folder of a diffusers pipeline for text-to-video or text-to-image, or demo.")],
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
@@ -81,8 +81,7 @@ def generate(
     for package in ("rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "matplotlib", "PIL"):
         require(package, "pab generate")
     from ..analysis.pipeline_call import Wish
-    from ..generate import NotWritten, Settings
-    from ..generate import generate as run
+    from ..generate import NotWritten, Settings, generate
 
     for package in ("diffusers", "transformers"):
         messages = require(f"{package}.utils.logging", "pab generate")
@@ -94,7 +93,7 @@ def generate(
     settings = Settings(model, wish, pab, compare, dtype, device, offload, fps, timed, local_files_only, cuda_graphs)
     with progress_bar("loading", "steps", width=10) as show:
         try:
-            result = run(settings, out, show)
+            result = generate(settings, out, show)
             failed = None
         except NotWritten as error:
             result, failed = error.result, error
@@ -102,9 +101,9 @@ def generate(
         print(to_json(result.to_dict()))
     elif result.runs:
         output(120).print(results_table(result))
-        for run_ in result.runs:
-            if run_.summary is not None:
-                print(run_.summary)
+        for run in result.runs:
+            if run.summary is not None:
+                print(run.summary)
     for path in result.files if failed is None or not as_json else ():
         print(path, file=sys.stderr if as_json else sys.stdout)
     if failed is not None:

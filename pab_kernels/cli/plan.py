@@ -9,7 +9,7 @@ import typer
 
 from ..broadcast.config import PABConfig
 from ..broadcast.formats import named_config
-from ..broadcast.plan import plan as plan_of
+from ..broadcast.plan import plan
 from ..broadcast.schedule import check_steps
 from ..extras import require
 from ..figures import check_plot_path
@@ -82,7 +82,7 @@ def _print_families(as_json: bool) -> None:
     output(WIDE).print(table(("model", "checkpoint", "sizes", "steps"), rows, words=3))
 
 
-def plan(
+def command(
     model: Annotated[
         str | None, typer.Option(help="A known model (see --list), a hub id, or the path of a transformer's config.json or its folder.")
     ] = None,
@@ -122,7 +122,7 @@ def plan(
             raise ValueError("--size is that of a model's clip; give --model too")
         if config is None or steps is None:
             raise ValueError("pab plan needs --model, or --config and --steps to draw a schedule alone; --list shows the models")
-        made = plan_of(named_config(config), num_steps=steps)
+        made = plan(named_config(config), num_steps=steps)
         masks = {label: "".join(d.action.value for d in row) for label, row in made.grouped()}
         print(to_json({"steps": made.schedule.num_steps, "config": made.config.to_dict(), "schedule": masks}) if as_json else made)
     else:

@@ -60,7 +60,7 @@ def starting_config(relative: Curves, mse: Curves, num_steps: int) -> Start | No
         num_steps: of the schedule.
     """
     attention = [kind for kind in PYRAMID if kind in relative]
-    inside = range(round(MIDDLE[0] * num_steps), round(MIDDLE[1] * num_steps))
+    inside = middle(num_steps)
     typical = {kind: _present(relative[kind], inside) for kind in attention}
     if not typical or not all(typical.values()):
         return None
@@ -84,6 +84,11 @@ def starting_config(relative: Curves, mse: Curves, num_steps: int) -> Start | No
     rules: dict[str, Any] = {kind: Broadcast(reach, fractions) for kind, reach in ranges.items()}
     descending = list(drift.values())
     return Start(window, PABConfig(**rules), drift, descending == sorted(descending, reverse=True))
+
+
+def middle(num_steps: int) -> range:
+    """The steps of `MIDDLE`."""
+    return range(round(MIDDLE[0] * num_steps), round(MIDDLE[1] * num_steps))
 
 
 def _present(curve: Sequence[float | None], steps: range) -> list[float]:

@@ -22,7 +22,7 @@ from ...strict_json import to_json
 from ..ctrl_c import CtrlC, ctrl_c
 from .plots import plot_curves, plot_layers
 from .probe import Differences, Probe
-from .starting_config import MIDDLE, Start, starting_config
+from .starting_config import Start, middle, starting_config
 
 if TYPE_CHECKING:
     pass
@@ -105,8 +105,8 @@ class Analysis:
 
     def parts(self, kind: str, what: str = "relative") -> tuple[float | None, float | None, float | None]:
         """Mean of the curve over the first 15 %, the middle and the last 15 % of the steps."""
-        curve, (lo, hi) = self.curve(kind, what), (round(share * self.num_steps) for share in MIDDLE)
-        return _mean(curve[:lo]), _mean(curve[lo:hi]), _mean(curve[hi:])
+        curve, steps = self.curve(kind, what), middle(self.num_steps)
+        return _mean(curve[: steps.start]), _mean(curve[steps.start : steps.stop]), _mean(curve[steps.stop :])
 
     def __str__(self) -> str:
         lines = [

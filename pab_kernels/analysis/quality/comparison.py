@@ -20,8 +20,13 @@ from .psnr_ssim import psnr, ssim
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FIELDS = ("psnr", "ssim", "consistency_a", "consistency_b", "lpips")
-_HEADINGS = ("PSNR, dB", "SSIM", "consistency A", "consistency B", "LPIPS")
+_HEADINGS = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "consistency_a": "consistency A",
+    "consistency_b": "consistency B",
+    "lpips": "LPIPS",
+}
 _COLOURS = {"consistency_b": "#e69f00"}
 
 
@@ -44,8 +49,7 @@ class Closeness:
 
     def to_dict(self) -> dict[str, float | None]:
         """JSON-ready: an infinite PSNR is None."""
-        values = {name: getattr(self, name) for name in _FIELDS}
-        return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,10 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        shown = [i for i, name in enumerate(_FIELDS) if any(getattr(frame, name) is not None for frame in self.frames)]
-        rows = [["frame", *(_HEADINGS[i] for i in shown)]]
+        measured = [name for name in _HEADINGS if any(getattr(frame, name) is not None for frame in self.frames)]
+        rows = [["frame", *(_HEADINGS[name] for name in measured)]]
         for label, line in (*((str(i), frame) for i, frame in enumerate(self.frames)), ("total", self.total)):
-            rows.append([label, *(_cell(_FIELDS[i], getattr(line, _FIELDS[i])) for i in shown)])
+            rows.append([label, *(_cell(name, getattr(line, name)) for name in measured)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
         head = [f"A  {self.a}", f"B  {self.b}", f"{len(self.frames)} frame(s) of {self.height} x {self.width}", ""]
@@ -97,11 +101,11 @@ class Comparison:
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw every measure over the frames; saved to `path` if given, in the format of its ending. Needs matplotlib."""
         figure = new_figure("plotting a comparison", (8, 6.4), dpi=150)
-        panels = [("PSNR, dB", ["psnr"]), ("SSIM", ["ssim"])]
+        panels = [(_HEADINGS[name], [name]) for name in ("psnr", "ssim")]
         if len(self.frames) > 1:
             panels.append(("consistency", ["consistency_a", "consistency_b"]))
         if self.total.lpips is not None:
-            panels.append(("LPIPS", ["lpips"]))
+            panels.append((_HEADINGS["lpips"], ["lpips"]))
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for ax, (heading, names) in zip(axes, panels, strict=True):
             for name in names:

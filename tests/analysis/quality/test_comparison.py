@@ -17,7 +17,6 @@ import torch
 pytest.importorskip("skimage")
 
 from pab_kernels.analysis import compare
-from pab_kernels.figures import check_plot_path
 
 
 def _clips(frames: int = 4, channels: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -183,12 +182,3 @@ def test_the_picture_has_a_panel_for_each_measure(equal: bool, tmp_path: Path, m
     assert [ax.get_ylabel() for ax in figure.axes] == ["PSNR, dB", "SSIM", "consistency", "LPIPS"]
     assert ("equal" in figure.axes[0].get_title(loc="left")) is equal
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_picture_that_cannot_be_written_is_refused_beforehand(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    check_plot_path(tmp_path / "curve.png")
-    with _refused(ValueError, "cannot be drawn; supported endings are "):
-        check_plot_path(tmp_path / "curve.txt")
-    with _refused(FileNotFoundError, "there is no folder"):
-        check_plot_path(tmp_path / "none" / "curve.png")
