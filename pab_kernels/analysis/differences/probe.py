@@ -83,11 +83,6 @@ class Probe:
         for sublayer, module in zip(self.sublayers, self._modules, strict=True):
             yield attach_forward(module, self._forward(broadcaster, sublayer))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the outputs that are kept now."""
-        return sum(t.nbytes for _, tensors in self._last.values() for t in tensors)
-
     def differences(self) -> list[Differences]:
         """All that was measured so far; the one read from the device."""
         self._batch()
