@@ -30,7 +30,7 @@ class Observed:
 def timesteps_around(schedule: Schedule, window: tuple[float, float]) -> tuple[float, float]:
     """The bounds, in timesteps, between which strictly lie the steps of `window`, which is in fractions."""
     t, n = schedule.require_timesteps("diffusers' PAB"), schedule.num_steps
-    inside = [i for i in range(n) if window[0] <= i / n < window[1]]
+    inside = schedule.within(window)
     if not inside:
         return -2.0, -1.0
     first, last = inside[0], inside[-1]

@@ -30,14 +30,7 @@ def _window(plan: Plan, label: str, row: tuple[Decision, ...]) -> tuple[int, int
     rule = plan.config.rule(kind, layer)
     if rule is None or rule.window is None or rule.range == 1:
         return None
-    (lo, hi), n = rule.window, plan.schedule.num_steps
-    if rule.unit == "fraction":
-        inside = [i for i in plan.steps if lo <= i / n < hi]
-    elif rule.unit == "step":
-        inside = [i for i in plan.steps if lo <= i < hi]
-    else:
-        timesteps = plan.schedule.require_timesteps("the window")
-        inside = [i for i in plan.steps if lo < rule.number(timesteps[i]) < hi]
+    inside = [i for i in plan.schedule.within(rule.window, rule.unit, rule.number) if i in plan.steps]
     return (inside[0], inside[-1]) if inside else None
 
 

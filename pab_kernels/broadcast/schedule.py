@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -60,6 +60,20 @@ class Schedule:
         if num_steps is None:
             raise ValueError("a plan needs num_steps= or timesteps=; got neither")
         return cls(num_steps, None, begin, end)
+
+    def within(self, window: tuple[float, float], unit: str = "fraction", number: Callable[[float], float] = float) -> list[int]:
+        """The steps of the full schedule that lie in a window.
+
+        Args:
+            window: (lo, hi).
+            unit: "fraction" (`lo <= i / N < hi`), "step" (`lo <= i < hi`) or "timestep" (`lo < number(t) < hi`).
+            number: what a timestep is compared as.
+        """
+        lo, hi = window
+        if unit == "timestep":
+            return [i for i, t in enumerate(self.require_timesteps(f"the window {window}")) if lo < number(t) < hi]
+        whole = self.num_steps if unit == "fraction" else 1
+        return [i for i in range(self.num_steps) if lo <= i / whole < hi]
 
     def require_timesteps(self, what: str) -> tuple[float, ...]:
         """The timesteps, for a rule that counts in them."""
