@@ -152,21 +152,16 @@ class DemoRun:
         """The variant's, with the number of steps where that is the variant."""
         return f"{self.steps} {self.variant.title}" if self.variant.like else self.variant.title
 
-    @property
-    def psnr(self) -> tuple[float, float]:
-        """Mean and standard deviation over the clips, in dB; infinite where a clip is the reference's."""
-        return _spread([q.total.psnr for q in self.quality])
+    def each(self, measure: str) -> list[float]:
+        """The clips' "psnr" (in dB, infinite where a clip is the reference's) or "ssim"."""
+        return [getattr(comparison.total, measure) for comparison in self.quality]
 
-    @property
-    def ssim(self) -> tuple[float, float]:
-        """Mean and standard deviation over the clips."""
-        return _spread([q.total.ssim for q in self.quality])
-
-
-def _spread(values: list[float]) -> tuple[float, float]:
-    if not values or not all(map(math.isfinite, values)):
-        return (math.inf if values else math.nan), 0.0
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    def spread(self, measure: str) -> tuple[float, float]:
+        """Mean and standard deviation of `each`."""
+        values = self.each(measure)
+        if not values or not all(map(math.isfinite, values)):
+            return (math.inf if values else math.nan), 0.0
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -204,10 +199,12 @@ class DemoResult:
 
 
 def _record(run: DemoRun, reference: DemoRun) -> dict[str, Any]:
-    def measured(values: list[float], spread: tuple[float, float]) -> dict[str, Any] | None:
-        if not values:
+    def measured(measure: str) -> dict[str, Any] | None:
+        if not run.quality:
             return None
-        finite = [round(v, 5) if math.isfinite(v) else None for v in (*spread, *values)]  # null: equal to the reference
+        finite = [
+            round(v, 5) if math.isfinite(v) else None for v in (*run.spread(measure), *run.each(measure))
+        ]  # null: equal to the reference
         return {"mean": finite[0], "std": finite[1], "clips": finite[2:]}
 
     return {
@@ -222,8 +219,8 @@ def _record(run: DemoRun, reference: DemoRun) -> dict[str, Any]:
         "speedup": round(run.sampled.speedup(reference.sampled), 3),
         "flops": run.flops,
         "flops_share": round(run.flops / reference.flops, 4),
-        "psnr": measured([q.total.psnr for q in run.quality], run.psnr),
-        "ssim": measured([q.total.ssim for q in run.quality], run.ssim),
+        "psnr": measured("psnr"),
+        "ssim": measured("ssim"),
         "captions_shown": run.shown,
         "cache_bytes": run.cache_bytes,
     }
@@ -249,13 +246,6 @@ def variants(settings: DemoSettings) -> list[Variant]:
     ]
 
 
-def _kind(attention: str) -> str:
-    """The kind of an attention module of Latte, by its name."""
-    if attention.endswith("attn2"):
-        return "cross"
-    return "temporal" if attention.startswith("temporal_transformer_blocks") else "spatial"
-
-
 def _costs(transformer: Any, batch: int) -> tuple[dict[str, Cost], int]:
     """What a call of the transformer with `batch` clips costs without PAB."""
     latents, text = Size(FRAMES, SIZE, SIZE), len(VOCABULARY)
@@ -270,6 +260,7 @@ def _run(demo: DemoPipeline, settings: DemoSettings, variant: Variant, steps: in
     costs, rest = _costs(pipe.transformer, 2 * len(settings.prompts))
     flops, cache_bytes = calls * (rest + sum(cost.flops for cost in costs.values())), 0
     counts = {kind: Counts(computed=calls) for kind in KINDS}
+    kinds = {sublayer.name: sublayer.kind for sublayer in LatteAdapter(pipe.transformer).sublayers}
 
     def callback(*_: Any) -> dict[str, Any]:
         on_step()
@@ -287,7 +278,7 @@ def _run(demo: DemoPipeline, settings: DemoSettings, variant: Variant, steps: in
         cache_bytes = observed.cache_bytes
         for name, computed in observed.computed.items():
             flops -= (calls - computed) * costs[name].flops
-            counts[_kind(name)] = Counts(computed=computed, reused=calls - computed)
+            counts[kinds[name]] = Counts(computed=computed, reused=calls - computed)
     if (summary := sampled.summary) is not None:
         flops, cache_bytes = summary.flops, summary.peak_cache_bytes
         planned = summary.plan.step_counts() if summary.plan else {}
@@ -372,7 +363,9 @@ def write(result: DemoResult, folder: str | Path, scale: int = 5) -> list[Path]:
     folder = path_of(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figures = write_text(folder / "results.json", to_json(result.to_dict()) + "\n")
-    columns = video.columns([(r.title, r.sampled.seconds, r.psnr[0] if r.quality else None, r.sampled.output) for r in result.runs])
+    columns = video.columns(
+        [(r.title, r.sampled.seconds, r.spread("psnr")[0] if r.quality else None, r.sampled.output) for r in result.runs]
+    )
     film = video.side_by_side(columns, [str(caption) for caption in result.settings.captions], scale)
     written = [video.write_gif(folder / "clips.gif", film), video.write_mp4(folder / "clips.mp4", film)]
     for run in result.runs:

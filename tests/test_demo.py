@@ -14,6 +14,9 @@ pytest.importorskip("PIL")
 pytest.importorskip("matplotlib")
 
 from pab_kernels import demo
+from pab_kernels.analysis.memory import Peak
+from pab_kernels.analysis.quality.comparison import Closeness, Comparison
+from pab_kernels.analysis.sampling import Sampled
 from pab_kernels.broadcast.config import PABConfig
 from pab_kernels.demo import DemoResult, DemoRun, DemoSettings, Variant, run_demo, variants, write
 from pab_kernels.models.demo import shapes
@@ -50,13 +53,13 @@ def test_every_variant_runs_in_order(result: DemoResult):
 def test_the_reference_computes_everything_and_has_no_quality(result: DemoResult):
     full = run_of(result, "full")
     assert all(c.computed == 6 and c.reused == 0 for c in full.counts.values()) and list(full.counts) == list(demo.KINDS)
-    assert full.cache_bytes == 0 and full.quality == () and math.isnan(full.psnr[0])
+    assert full.cache_bytes == 0 and full.quality == () and math.isnan(full.spread("psnr")[0])
 
 
 def test_ranges_of_one_give_the_clips_of_no_pab(result: DemoResult):
     ranges = run_of(result, "ranges")
     assert torch.equal(ranges.sampled.output, run_of(result, "full").sampled.output)
-    assert ranges.psnr[0] == math.inf and ranges.flops == run_of(result, "full").flops and ranges.cache_bytes == 0
+    assert ranges.spread("psnr")[0] == math.inf and ranges.flops == run_of(result, "full").flops and ranges.cache_bytes == 0
 
 
 def test_pab_saves_work_and_counts_it(result: DemoResult):
@@ -69,7 +72,7 @@ def test_pab_saves_work_and_counts_it(result: DemoResult):
         "cross": (1, 5),
         "mlp": (6, 0),
     }
-    assert 0 < paper.flops < full.flops and paper.cache_bytes > 0 and math.isfinite(paper.psnr[0])
+    assert 0 < paper.flops < full.flops and paper.cache_bytes > 0 and math.isfinite(paper.spread("psnr")[0])
 
 
 def test_diffusers_pab_with_the_same_ranges_agrees_in_pictures_counts_and_work(result: DemoResult):
@@ -137,8 +140,13 @@ def test_each_clip_has_the_next_seed():
 
 
 def test_spread_is_mean_and_deviation():
-    assert demo._spread([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
-    assert demo._spread([5.0]) == (5.0, 0.0) and demo._spread([5.0, math.inf]) == (math.inf, 0.0)
+    def spread(*values: float) -> tuple[float, float]:
+        quality = tuple(Comparison("A", "B", 8, 8, Closeness(value, 1.0, None, None, None), ()) for value in values)
+        sampled = Sampled(torch.zeros(len(values), 1, 3, 8, 8), 1.0, Peak(), None)
+        return DemoRun(Variant("a", "b"), 2, 2, sampled, 1, {}, 0, 0, quality).spread("psnr")
+
+    assert spread(1.0, 3.0) == (2.0, pytest.approx(math.sqrt(2)))
+    assert spread(5.0) == (5.0, 0.0) and spread(5.0, math.inf) == (math.inf, 0.0)
 
 
 def test_a_fourth_range_is_the_mlps():

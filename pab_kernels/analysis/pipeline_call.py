@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,22 +116,17 @@ def call(pipe: Any, wish: Wish, on_step: Progress | None = None) -> torch.Tensor
 
 def _told(pipe: Any, on_step: Progress, steps: int | None, taken: Any) -> dict[str, Any]:
     """The arguments that make a pipeline call `on_step`: none where it has no callback."""
-    done = 0
+    done = itertools.count(1)
 
-    def count() -> None:
-        nonlocal done
-        done += 1
+    def step(*_: Any, **__: Any) -> dict[str, Any]:
         todo = getattr(pipe, "num_timesteps", None) or steps  # more than the steps asked for, of second-order schedulers
-        on_step(done, todo)
-
-    def callback_on_step_end(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        count()
+        on_step(next(done), todo)
         return {}
 
     if "callback_on_step_end" in taken:
-        return {"callback_on_step_end": callback_on_step_end}
+        return {"callback_on_step_end": step}
     if "callback" in taken:  # pipelines of older kinds
-        return {"callback": lambda *_: count(), "callback_steps": 1}
+        return {"callback": step, "callback_steps": 1}
     return {}
 
 

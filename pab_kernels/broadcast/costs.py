@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import compat
 from ..ops.flops import flop_counter
 from .plan import Sublayer
-from .signature import PLAIN
+from .signature import PLAIN, tensors_of
 from .slots import Key, slot_bytes
 
 logger = logging.getLogger("pab_kernels")
@@ -122,8 +122,7 @@ def watched(model: nn.Module, sublayers: Sequence[Sublayer], counter: FlopCounte
         name, (before, own) = sublayer.name, entered.pop()
         flops = counter.get_total_flops() - before
         own[name] += flops - own.total()
-        tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        run = SublayerRun(name, flops, own, tuple((tuple(t.shape), t.dtype) for t in tensors))
+        run = SublayerRun(name, flops, own, tuple((tuple(t.shape), t.dtype) for t in tensors_of(out)))
         where = place(name, 0 if sublayer.how == "fused" else times[name])
         runs[where] = runs[where] + run if where in runs else run
         times[name] += 1

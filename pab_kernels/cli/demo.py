@@ -55,8 +55,8 @@ def _row(run: "DemoRun", reference: "DemoRun") -> list[str]:
         f"{run.sampled.seconds:.2f}",
         f"{run.sampled.speedup(reference.sampled):.2f}x",
         f"{run.flops / reference.flops:.1%}",
-        _measured(run.psnr, 1, len(run.quality)),
-        _measured(run.ssim, 3, len(run.quality)).replace("0.", "."),
+        _measured(run.spread("psnr"), 1, len(run.quality)),
+        _measured(run.spread("ssim"), 3, len(run.quality)).replace("0.", "."),
         f"{run.shown}/{len(run.sampled.output)}",
         f"{run.cache_bytes / 2**20:.1f}" if run.cache_bytes else "",
     ]
