@@ -202,9 +202,8 @@ def _record(run: DemoRun, reference: DemoRun) -> dict[str, Any]:
     def measured(measure: str) -> dict[str, Any] | None:
         if not run.quality:
             return None
-        finite = [
-            round(v, 5) if math.isfinite(v) else None for v in (*run.spread(measure), *run.each(measure))
-        ]  # null: equal to the reference
+        values = (*run.spread(measure), *run.each(measure))
+        finite = [round(v, 5) if math.isfinite(v) else None for v in values]  # null: equal to the reference
         return {"mean": finite[0], "std": finite[1], "clips": finite[2:]}
 
     return {
