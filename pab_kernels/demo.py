@@ -16,8 +16,8 @@ from .adapters.latte import LatteAdapter
 from .analysis import video
 from .analysis.ctrl_c import CtrlC, ctrl_c
 from .analysis.diffusers_pab import diffusers_pab
-from .analysis.forecasts.inputs import INPUTS, Size
 from .analysis.forecasts.measure import measure
+from .analysis.forecasts.model_calls import MODEL_CALLS, Size
 from .analysis.pipelines import usable_device
 from .analysis.quality.comparison import Comparison, compare
 from .analysis.sampling import Sampled, check_seed, in_words, sample
@@ -40,7 +40,7 @@ PROMPTS = (
 )
 """Held out: training never saw these captions. One of each shape and background."""
 PAPER = (2, 4, 6)
-KINDS = ("spatial", "temporal", "cross", "mlp")
+COUNTED_KINDS = ("spatial", "temporal", "cross", "mlp")
 """The kinds that the demo counts."""
 
 
@@ -248,7 +248,7 @@ def variants(settings: DemoSettings) -> list[Variant]:
 def _costs(transformer: Any, batch: int) -> tuple[dict[str, Cost], int]:
     """What a call of the transformer with `batch` clips costs without PAB."""
     latents, text = Size(FRAMES, SIZE, SIZE), len(VOCABULARY)
-    inputs = INPUTS[type(transformer).__name__].tensors(transformer.config, batch, latents, text, transformer.dtype)
+    inputs = MODEL_CALLS[type(transformer).__name__].tensors(transformer.config, batch, latents, text, transformer.dtype)
     return measure(on_meta(transformer), inputs, LatteAdapter(transformer).sublayers).costs()
 
 
@@ -258,7 +258,7 @@ def _run(demo: DemoPipeline, settings: DemoSettings, variant: Variant, steps: in
     calls = schedule.num_steps
     costs, rest = _costs(pipe.transformer, 2 * len(settings.prompts))
     flops, cache_bytes = calls * (rest + sum(cost.flops for cost in costs.values())), 0
-    counts = {kind: Counts(computed=calls) for kind in KINDS}
+    counts = {kind: Counts(computed=calls) for kind in COUNTED_KINDS}
     kinds = {sublayer.name: sublayer.kind for sublayer in LatteAdapter(pipe.transformer).sublayers}
 
     def callback(*_: Any) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def _run(demo: DemoPipeline, settings: DemoSettings, variant: Variant, steps: in
     if (summary := sampled.summary) is not None:
         flops, cache_bytes = summary.flops, summary.peak_cache_bytes
         planned = summary.plan.step_counts() if summary.plan else {}
-        counts |= {kind: planned[kind] for kind in KINDS if kind in planned}
+        counts |= {kind: planned[kind] for kind in COUNTED_KINDS if kind in planned}
     shown = sum(shows(caption, clip) for caption, clip in zip(settings.captions, sampled.output, strict=True))
     return DemoRun(variant, steps, calls, sampled, flops, counts, cache_bytes, shown)
 

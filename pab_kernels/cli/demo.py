@@ -46,9 +46,9 @@ WIDE = 122
 
 
 def _row(run: "DemoRun", reference: "DemoRun") -> list[str]:
-    from ..demo import KINDS
+    from ..demo import COUNTED_KINDS
 
-    counts = [run.counts[kind] for kind in KINDS]
+    counts = [run.counts[kind] for kind in COUNTED_KINDS]
     return [
         run.title,
         *(f"{c.computed}+{c.reused}" if c.reused else f"{c.computed}" for c in counts),

@@ -157,7 +157,7 @@ def test_the_table_fits_its_terminal(width: int, first: str):
     from pab_kernels.broadcast.plan import Counts
     from pab_kernels.cli.demo import results_table
 
-    counts = dict.fromkeys(demo.KINDS, Counts(computed=33, reused=17))
+    counts = dict.fromkeys(demo.COUNTED_KINDS, Counts(computed=33, reused=17))
     closeness = [Closeness(psnr, ssim, None, None, None) for psnr, ssim in ((31.2, 0.951), (33.1, 0.972))]
     quality = tuple(Comparison("A", "B", 8, 8, total, ()) for total in closeness)
     sampled = Sampled(torch.zeros(2, 8, 3, 8, 8), 10.0, Peak(), None)
@@ -166,5 +166,5 @@ def test_the_table_fits_its_terminal(width: int, first: str):
     console.print(results_table(demo.DemoResult(demo.DemoSettings(), tuple(runs), False, {}, "a device"), width))
     text = console.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= width
-    assert text.count("33+17") == len(runs) * len(demo.KINDS) and text.count("32.1±1.3") == len(runs)
+    assert text.count("33+17") == len(runs) * len(demo.COUNTED_KINDS) and text.count("32.1±1.3") == len(runs)
     assert any(line.split()[:1] == [first] for line in text.splitlines())

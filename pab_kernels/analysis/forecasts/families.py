@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .inputs import Size
+from .model_calls import Size
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ...files import path_of, read_text
 from ...messages import first_line, joined, shortened
 from ...strict_json import from_json
 from .families import FAMILIES, family, unknown_family
-from .inputs import INPUTS, Size
+from .model_calls import MODEL_CALLS, Size
 
 _FILE = "config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,7 +29,7 @@ class Source:
 
     Args:
         name: as it was asked for.
-        class_name: a key of `INPUTS`.
+        class_name: a key of `MODEL_CALLS`.
         config: arguments of the class.
         size, steps: of a known family, its usual ones.
     """
@@ -131,9 +131,9 @@ def _source(name: str, config: Mapping[str, Any]) -> Source:
     class_name = config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
     if not isinstance(class_name, str):
         raise ValueError(f"{name} names no class: a transformer's config has _class_name")
-    if class_name not in INPUTS:
+    if class_name not in MODEL_CALLS:
         hint = ": give the config.json of its transformer" if class_name.endswith("Pipeline") else ""
-        raise ValueError(f"{name} is a {class_name}; supported are {', '.join(INPUTS)}{hint}")
+        raise ValueError(f"{name} is a {class_name}; supported are {', '.join(MODEL_CALLS)}{hint}")
     return Source(name, class_name, config)
 
 

@@ -24,11 +24,11 @@ class Size(NamedTuple):
 
 
 Tensors = Callable[[Config, int, Size, int, torch.dtype], dict[str, Any]]
-"""The arguments of `forward`; see `Inputs`."""
+"""The arguments of `forward`; see `ModelCall`."""
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ModelCall:
     """How the pipelines of one class of transformer call it.
 
     Args:
@@ -237,14 +237,14 @@ def _open_sora_timesteps(steps: int, latents: Size, clip: Size) -> tuple[float, 
     return tuple(1000 * _shifted(1 - i / steps, shift) for i in range(steps))
 
 
-INPUTS = {
-    "LatteTransformer3DModel": Inputs(_latte_latents, _video("caption_channels"), leading, text=120, batch=2),
-    "CogVideoXTransformer3DModel": Inputs(compressed(4, 8), _cogvideox, trailing, text=226, batch=2),
-    "WanTransformer3DModel": Inputs(compressed(4, 8), _video("text_dim"), _unipc, text=512, contexts=2),
-    "HunyuanVideoTransformer3DModel": Inputs(compressed(4, 8), _hunyuan, _hunyuan_timesteps, text=256),
-    "LTXVideoTransformer3DModel": Inputs(compressed(8, 32), _ltx, _ltx_timesteps, text=128, batch=2),
-    "FluxTransformer2DModel": Inputs(_flux_latents, _flux, _flux_timesteps, text=512),
-    "STDiT3": Inputs(_open_sora_latents, _stdit3, _open_sora_timesteps, text=300, batch=2),
+MODEL_CALLS = {
+    "LatteTransformer3DModel": ModelCall(_latte_latents, _video("caption_channels"), leading, text=120, batch=2),
+    "CogVideoXTransformer3DModel": ModelCall(compressed(4, 8), _cogvideox, trailing, text=226, batch=2),
+    "WanTransformer3DModel": ModelCall(compressed(4, 8), _video("text_dim"), _unipc, text=512, contexts=2),
+    "HunyuanVideoTransformer3DModel": ModelCall(compressed(4, 8), _hunyuan, _hunyuan_timesteps, text=256),
+    "LTXVideoTransformer3DModel": ModelCall(compressed(8, 32), _ltx, _ltx_timesteps, text=128, batch=2),
+    "FluxTransformer2DModel": ModelCall(_flux_latents, _flux, _flux_timesteps, text=512),
+    "STDiT3": ModelCall(_open_sora_latents, _stdit3, _open_sora_timesteps, text=300, batch=2),
 }
 """By class. Text, guidance and timesteps are the defaults of the classes' text-to-video pipelines in diffusers; STDiT3's those of Open-Sora
 1.2's `configs/opensora-v1-2/inference/sample.py`."""
