@@ -20,6 +20,7 @@ from .broadcast.plan import Sublayer
 from .broadcast.presets import preset_for, preset_name, presets
 from .broadcast.request import Request
 from .broadcast.summary import Summary, together
+from .compat import uncompiled
 
 logger = logging.getLogger("pab_kernels")
 
@@ -29,7 +30,7 @@ T = TypeVar("T")
 def _resolve(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
     """The DiTs by their names in the pipeline around them, and that or None."""
     if isinstance(model_or_pipe, nn.Module):
-        return {"": getattr(model_or_pipe, "_orig_mod", model_or_pipe)}, None
+        return {"": uncompiled(model_or_pipe)}, None
     models = denoisers(model_or_pipe)
     scheduler = getattr(model_or_pipe, "scheduler", None)
     if models and hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,18 +16,21 @@ from .adapters.latte import LatteAdapter
 from .analysis import video
 from .analysis.ctrl_c import CtrlC, ctrl_c
 from .analysis.diffusers_pab import diffusers_pab
-from .analysis.measure import measure
+from .analysis.forecasts.measure import measure
+from .analysis.forecasts.model_calls import MODEL_CALLS, Size
 from .analysis.pipelines import usable_device
-from .analysis.quality import Quality, compare
-from .analysis.sampling import check_seed, execution_device, in_words, sample
+from .analysis.quality.comparison import Comparison, compare
+from .analysis.sampling import Sampled, check_seed, in_words, sample
 from .broadcast.config import PABConfig
 from .broadcast.costs import on_meta
 from .broadcast.plan import Cost, Counts, Plan
 from .broadcast.schedule import check_steps
+from .compat import execution_device
 from .files import path_of, write_text
 from .models.demo.check import shows
 from .models.demo.pipeline import GUIDANCE, SCHEDULERS, STEPS, DemoPipeline, load
 from .models.demo.shapes import FRAMES, SIZE, VOCABULARY, Caption, parse
+from .progress import RunProgress
 from .strict_json import to_json
 
 PROMPTS = (
@@ -37,15 +40,12 @@ PROMPTS = (
 )
 """Held out: training never saw these captions. One of each shape and background."""
 PAPER = (2, 4, 6)
-KINDS = ("spatial", "temporal", "cross", "mlp")
+COUNTED_KINDS = ("spatial", "temporal", "cross", "mlp")
 """The kinds that the demo counts."""
-
-Progress = Callable[[str, int, int], None]
-"""Called after every step, and where a run is left out, with its title, the steps done and the steps to do, over all runs."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """What the demo runs.
 
     Args:
@@ -117,59 +117,55 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Run:
+class DemoRun:
     """What one variant did.
 
     Args:
         variant: what was run.
         steps: sampling steps.
         calls: calls of the transformer: more than `steps` for second-order schedulers.
-        seconds: wall time of the pipeline's call.
+        sampled: clips `[clips, frames, 3, height, width]` in [0, 1], seconds, memory, PAB's summary.
         flops: of the transformer.
         counts: calls by kind, computed and reused; where a rule holds for some layers only, of one of those.
         cache_bytes: the most bytes that kept outputs held.
-        clips: `[clips, frames, 3, height, width]` in [0, 1].
         shown: clips that show their caption.
         quality: against the run without PAB, one a clip; empty for that run itself.
-        plan: of PAB.
     """
 
     variant: Variant
     steps: int
     calls: int
-    seconds: float
+    sampled: Sampled[torch.Tensor]
     flops: int
-    counts: dict[str, Counts]
+    counts: Mapping[str, Counts]
     cache_bytes: int
-    clips: torch.Tensor
     shown: int
-    quality: tuple[Quality, ...] = ()
-    plan: Plan | None = None
+    quality: tuple[Comparison, ...] = ()
+
+    @property
+    def plan(self) -> Plan | None:
+        """Of PAB."""
+        return None if self.sampled.summary is None else self.sampled.summary.plan
 
     @property
     def title(self) -> str:
         """The variant's, with the number of steps where that is the variant."""
         return f"{self.steps} {self.variant.title}" if self.variant.like else self.variant.title
 
-    @property
-    def psnr(self) -> tuple[float, float]:
-        """Mean and standard deviation over the clips, in dB; infinite where a clip is the reference's."""
-        return _spread([q.psnr for q in self.quality])
+    def each(self, measure: str) -> list[float]:
+        """The clips' "psnr" (in dB, infinite where a clip is the reference's) or "ssim"."""
+        return [getattr(comparison.total, measure) for comparison in self.quality]
 
-    @property
-    def ssim(self) -> tuple[float, float]:
-        """Mean and standard deviation over the clips."""
-        return _spread([q.ssim for q in self.quality])
-
-
-def _spread(values: list[float]) -> tuple[float, float]:
-    if not values or not all(map(math.isfinite, values)):
-        return (math.inf if values else math.nan), 0.0
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    def spread(self, measure: str) -> tuple[float, float]:
+        """Mean and standard deviation of `each`."""
+        values = self.each(measure)
+        if not values or not all(map(math.isfinite, values)):
+            return (math.inf if values else math.nan), 0.0
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
-class Result:
+class DemoResult:
     """All finished runs, the one without PAB first.
 
     Args:
@@ -180,8 +176,8 @@ class Result:
         device: the device in words.
     """
 
-    settings: Settings
-    runs: tuple[Run, ...]
+    settings: DemoSettings
+    runs: tuple[DemoRun, ...]
     interrupted: bool
     weights: dict[str, str]
     device: str
@@ -202,11 +198,12 @@ class Result:
         }
 
 
-def _record(run: Run, reference: Run) -> dict[str, Any]:
-    def measured(values: list[float], spread: tuple[float, float]) -> dict[str, Any] | None:
-        if not values:
+def _record(run: DemoRun, reference: DemoRun) -> dict[str, Any]:
+    def measured(measure: str) -> dict[str, Any] | None:
+        if not run.quality:
             return None
-        finite = [round(v, 5) if math.isfinite(v) else None for v in (*spread, *values)]  # null: equal to the reference
+        values = (*run.spread(measure), *run.each(measure))
+        finite = [round(v, 5) if math.isfinite(v) else None for v in values]  # null: equal to the reference
         return {"mean": finite[0], "std": finite[1], "clips": finite[2:]}
 
     return {
@@ -217,18 +214,18 @@ def _record(run: Run, reference: Run) -> dict[str, Any]:
         "calls": run.calls,
         "computed": {kind: c.computed for kind, c in run.counts.items()},
         "reused": {kind: c.reused for kind, c in run.counts.items()},
-        "seconds": round(run.seconds, 3),
-        "speedup": round(reference.seconds / run.seconds, 3),
+        "seconds": round(run.sampled.seconds, 3),
+        "speedup": round(run.sampled.speedup(reference.sampled), 3),
         "flops": run.flops,
         "flops_share": round(run.flops / reference.flops, 4),
-        "psnr": measured([q.psnr for q in run.quality], run.psnr),
-        "ssim": measured([q.ssim for q in run.quality], run.ssim),
+        "psnr": measured("psnr"),
+        "ssim": measured("ssim"),
         "captions_shown": run.shown,
         "cache_bytes": run.cache_bytes,
     }
 
 
-def variants(settings: Settings) -> list[Variant]:
+def variants(settings: DemoSettings) -> list[Variant]:
     """What the demo compares, in order."""
     name = "/".join(map(str, PAPER))
     listed = [
@@ -248,34 +245,21 @@ def variants(settings: Settings) -> list[Variant]:
     ]
 
 
-def _kind(attention: str) -> str:
-    """The kind of an attention module of Latte, by its name."""
-    if attention.endswith("attn2"):
-        return "cross"
-    return "temporal" if attention.startswith("temporal_transformer_blocks") else "spatial"
-
-
 def _costs(transformer: Any, batch: int) -> tuple[dict[str, Cost], int]:
     """What a call of the transformer with `batch` clips costs without PAB."""
-    with torch.device("meta"):
-        channels, text_channels = transformer.config.in_channels, transformer.config.caption_channels
-        inputs = {
-            "hidden_states": torch.empty(batch, channels, FRAMES, SIZE, SIZE, dtype=transformer.dtype),
-            "timestep": torch.empty(batch),
-            "encoder_hidden_states": torch.empty(batch, len(VOCABULARY), text_channels, dtype=transformer.dtype),
-        }
+    latents, text = Size(FRAMES, SIZE, SIZE), len(VOCABULARY)
+    inputs = MODEL_CALLS[type(transformer).__name__].tensors(transformer.config, batch, latents, text, transformer.dtype)
     return measure(on_meta(transformer), inputs, LatteAdapter(transformer).sublayers).costs()
 
 
-def _run(demo: DemoPipeline, settings: Settings, variant: Variant, steps: int, on_step: Callable[[], None], stop: CtrlC) -> Run:
+def _run(demo: DemoPipeline, settings: DemoSettings, variant: Variant, steps: int, on_step: Callable[[], None], stop: CtrlC) -> DemoRun:
     """Sample all clips one way."""
-    pipe, transformer = demo.pipe, demo.pipe.transformer
-    schedule = demo.schedule(steps)
+    pipe, schedule = demo.pipe, demo.schedule(steps)
     calls = schedule.num_steps
-    costs, rest = _costs(transformer, 2 * len(settings.prompts))
-    flops = calls * (rest + sum(cost.flops for cost in costs.values()))
-    counts = {kind: Counts(computed=calls) for kind in KINDS}
-    cache_bytes, plan = 0, None
+    costs, rest = _costs(pipe.transformer, 2 * len(settings.prompts))
+    flops, cache_bytes = calls * (rest + sum(cost.flops for cost in costs.values())), 0
+    counts = {kind: Counts(computed=calls) for kind in COUNTED_KINDS}
+    kinds = {sublayer.name: sublayer.kind for sublayer in LatteAdapter(pipe.transformer).sublayers}
 
     def callback(*_: Any) -> dict[str, Any]:
         on_step()
@@ -293,43 +277,47 @@ def _run(demo: DemoPipeline, settings: Settings, variant: Variant, steps: int, o
         cache_bytes = observed.cache_bytes
         for name, computed in observed.computed.items():
             flops -= (calls - computed) * costs[name].flops
-            counts[_kind(name)] = Counts(computed=computed, reused=calls - computed)
-    if sampled.summary is not None:
-        flops, cache_bytes, plan = sampled.summary.flops, sampled.summary.peak_cache_bytes, sampled.summary.plan
-        planned = plan.step_counts() if plan else {}
-        counts |= {kind: planned[kind] for kind in KINDS if kind in planned}
-    clips = sampled.output
-    shown = sum(shows(caption, clip) for caption, clip in zip(settings.captions, clips, strict=True))
-    return Run(variant, steps, calls, sampled.seconds, flops, counts, cache_bytes, clips, shown, plan=plan)
+            counts[kinds[name]] = Counts(computed=computed, reused=calls - computed)
+    if (summary := sampled.summary) is not None:
+        flops, cache_bytes = summary.flops, summary.peak_cache_bytes
+        planned = summary.plan.step_counts() if summary.plan else {}
+        counts |= {kind: planned[kind] for kind in COUNTED_KINDS if kind in planned}
+    shown = sum(shows(caption, clip) for caption, clip in zip(settings.captions, sampled.output, strict=True))
+    return DemoRun(variant, steps, calls, sampled, flops, counts, cache_bytes, shown)
 
 
-def _fewer(demo: DemoPipeline, full: Run, flops: int) -> int:
+def _fewer(demo: DemoPipeline, full: DemoRun, flops: int) -> int:
     """The fewest steps that, all computed, reach `flops`: rounded up, in favour of sampling with fewer steps."""
     return next(n for n in range(1, full.steps + 1) if demo.schedule(n).num_steps * full.flops >= flops * full.calls)
 
 
-def run_demo(settings: Settings, progress: Progress | None = None) -> Result:
+def run_demo(settings: DemoSettings, progress: RunProgress | None = None) -> DemoResult:
     """Run every variant on the same noise; an interruption keeps what is finished.
 
     Fewer steps are run once where two PAB runs come out at the same number, and not at all where PAB saves less than a step.
 
     Args:
         settings: what to run.
-        progress: called after every step.
+        progress: called after every step, and where a run is left out, with the steps of all runs.
     """
     with ctrl_c() as stop:
         with stop.interruptible():
             demo = load(settings.scheduler, settings.device)
-        return _run_all(demo, settings, stop, progress)
+        runs, interrupted = _finished(demo, settings, stop, progress)
+        for i, run in enumerate(runs[1:], 1):
+            pairs = zip(run.sampled.output, runs[0].sampled.output, strict=True)
+            runs[i] = replace(run, quality=tuple(compare(clip, other, lpips=False) for clip, other in pairs))
+        weights, device = {**demo.training, "sha256": demo.sha256}, in_words(execution_device(demo.pipe))
+        return DemoResult(settings, tuple(runs), interrupted, weights, device)
 
 
-def _run_all(demo: DemoPipeline, settings: Settings, stop: CtrlC, progress: Progress | None) -> Result:
-    device = in_words(execution_device(demo.pipe))
+def _finished(demo: DemoPipeline, settings: DemoSettings, stop: CtrlC, progress: RunProgress | None) -> tuple[list[DemoRun], bool]:
+    """The runs that came to their end, and whether the user stopped it."""
     listed = variants(settings)
     calls = demo.schedule(settings.steps).num_steps
     todo = {variant.key: calls for variant in listed}
-    runs: dict[str, Run] = {}
-    interrupted, steps_done = False, 0
+    runs: dict[str, DemoRun] = {}
+    steps_done = 0
 
     def report(title: str, steps: int) -> None:
         nonlocal steps_done
@@ -351,19 +339,11 @@ def _run_all(demo: DemoPipeline, settings: Settings, stop: CtrlC, progress: Prog
                 todo[variant.key] = demo.schedule(steps).num_steps
             runs[variant.key] = _run(demo, settings, variant, steps, partial(report, variant.title, 1), stop)
     except KeyboardInterrupt:
-        interrupted = True
-    return Result(settings, tuple(_compared(list(runs.values()))), interrupted, {**demo.training, "sha256": demo.sha256}, device)
+        return list(runs.values()), True
+    return list(runs.values()), False
 
 
-def _compared(runs: list[Run]) -> list[Run]:
-    """The runs with their quality against the first."""
-    return [
-        run if run is runs[0] else replace(run, quality=tuple(compare(a, b) for a, b in zip(run.clips, runs[0].clips, strict=True)))
-        for run in runs
-    ]
-
-
-def write(result: Result, folder: str | Path, scale: int = 5) -> list[Path]:
+def write(result: DemoResult, folder: str | Path, scale: int = 5) -> list[Path]:
     """Write the clips side by side (GIF, MP4), each plan as a pyramid (PNG), and before all of them the figures (JSON).
 
     Every file is written whole or not at all.
@@ -382,10 +362,9 @@ def write(result: Result, folder: str | Path, scale: int = 5) -> list[Path]:
     folder = path_of(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figures = write_text(folder / "results.json", to_json(result.to_dict()) + "\n")
-    columns = [
-        (run.title, video.below(run.seconds, result.runs[0].seconds, run.psnr[0] if run.quality else None), run.clips)
-        for run in result.runs
-    ]
+    columns = video.columns(
+        [(r.title, r.sampled.seconds, r.spread("psnr")[0] if r.quality else None, r.sampled.output) for r in result.runs]
+    )
     film = video.side_by_side(columns, [str(caption) for caption in result.settings.captions], scale)
     written = [video.write_gif(folder / "clips.gif", film), video.write_mp4(folder / "clips.mp4", film)]
     for run in result.runs:

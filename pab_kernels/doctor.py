@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .messages import joined
 from .streams import standard_streams
 from .strict_json import to_json
 
@@ -164,10 +165,10 @@ def doctor() -> Report:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 found = look()
-            problems.extend(f"{what}: {_line(w.message)}" for w in said if not issubclass(w.category, DeprecationWarning))
+            problems.extend(f"{what}: {joined(w.message)}" for w in said if not issubclass(w.category, DeprecationWarning))
             return found
         except Exception as error:  # a broken installation is what this is for
-            problems.append(f"{what}: {_line(error)}")
+            problems.append(f"{what}: {joined(error)}")
             return otherwise
 
     torch_build = tried("torch", _torch_build, "cannot be imported")
@@ -185,10 +186,6 @@ def doctor() -> Report:
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
         problems=tuple(problems),
     )
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _version(name: str) -> str | None:
@@ -238,7 +235,7 @@ def _chosen(op: str, arguments: tuple[Any, ...]) -> str:
     try:
         return backend.choose(op, "auto", arguments)
     except Exception as error:
-        return _line(error)
+        return joined(error)
 
 
 def _refusal(op: str, name: str, arguments: tuple[Any, ...]) -> str | None:
@@ -252,7 +249,7 @@ def _refusal(op: str, name: str, arguments: tuple[Any, ...]) -> str | None:
     except ModuleNotFoundError as error:
         return f"it needs the package {error.name}, which is not installed"
     except Exception as error:
-        return f"it cannot be loaded: {_line(error)}"
+        return f"it cannot be loaded: {joined(error)}"
 
 
 def _sample_calls(device: str, dtype: Any) -> dict[str, tuple[Any, ...]]:

@@ -42,21 +42,21 @@ def read_text(path: str | Path) -> str:
         ValueError: it is not a regular file, too long, not UTF-8, or cannot be read.
     """
     path = path_of(path)
-    shown = shortened(str(path))
+    name = shortened(str(path))
     try:
         check_regular(path)
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {shown}") from None
+        raise FileNotFoundError(f"there is no file {name}") from None
     except OSError as error:
-        raise ValueError(f"{shown} cannot be read: {error.strerror or error}") from None
+        raise ValueError(f"{name} cannot be read: {error.strerror or error}") from None
     if len(data) > MOST_BYTES:
-        raise ValueError(f"{shown} has more than {MOST_BYTES:,} bytes; it holds no config")
+        raise ValueError(f"{name} has more than {MOST_BYTES:,} bytes; it holds no config")
     try:
         return data.decode("utf-8-sig")  # with the mark that some editors begin it with
     except UnicodeDecodeError as error:
-        raise ValueError(f"{shown}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
 def check_regular(path: Path) -> None:

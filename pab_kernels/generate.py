@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,17 +13,19 @@ import torch
 
 from . import api
 from .analysis import video
-from .analysis.comparison import Comparison, compare
 from .analysis.ctrl_c import CtrlC, ctrl_c
 from .analysis.pipeline_call import Wish, arguments, call
 from .analysis.pipelines import load_pipeline
-from .analysis.sampling import Sampled, execution_device, in_words, sample
+from .analysis.quality.comparison import Comparison, compare
+from .analysis.sampling import Sampled, in_words, sample
 from .broadcast.config import PABConfig
 from .broadcast.formats import named_config
 from .broadcast.presets import preset_for
 from .broadcast.summary import Summary
+from .compat import execution_device
 from .extras import require
 from .files import path_of, write_text
+from .progress import RunProgress
 from .strict_json import to_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -33,9 +34,6 @@ WARM_UP = 2
 
 MOST_FPS, MOST_SECONDS_A_FRAME = 1000, 1000
 """What players show."""
-
-Progress = Callable[[str, int, int | None], None]
-"""Called after every step with the run's title, the steps done and, where they are known, the steps to do."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +124,6 @@ class Run:
         """What PAB did."""
         return self.sampled.summary
 
-    def speedup(self, reference: Run) -> float:
-        """How many times faster it is than `reference`."""
-        return reference.sampled.seconds / self.sampled.seconds
-
     def to_dict(self, reference: Run) -> dict[str, Any]:
         """JSON-ready."""
         s, memory = self.summary, self.sampled.memory
@@ -138,7 +132,7 @@ class Run:
             "file": self.file.name if self.file else None,
             "config": self.config.to_dict() if self.config else None,
             "seconds": round(self.sampled.seconds, 4),
-            "speedup": round(self.speedup(reference), 4) if reference.key == "off" else None,
+            "speedup": round(self.sampled.speedup(reference.sampled), 4) if reference.key == "off" else None,
             "peak_memory_bytes": memory.nbytes,
             "memory": memory.what,
             "summary": s.to_dict() if s else None,
@@ -199,7 +193,7 @@ class NotWritten(OSError):
         self.result = result
 
 
-def generate(settings: Settings, out: str | Path, progress: Progress | None = None) -> Result:
+def generate(settings: Settings, out: str | Path, progress: RunProgress | None = None) -> Result:
     """Generate, write what comes out and how long it took, and compare.
 
     The pipeline is loaded once. Every run begins with the same noise. After each, `results.json` and its video or image are written to
@@ -238,11 +232,16 @@ def _loaded(settings: Settings) -> tuple[Any, PABConfig | None]:
     if settings.cuda_graphs and execution_device(pipe).type != "cuda":
         raise ValueError(f"CUDA graphs need a CUDA device, and the pipeline is on {execution_device(pipe)}; leave cuda_graphs out")
     arguments(pipe, settings.wish)
-    _check(pipe, config)
+    if config is not None:
+        try:
+            api.enable(pipe, config)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        api.disable(pipe)
     return pipe, config
 
 
-def _generate(settings: Settings, pipe: Any, config: PABConfig | None, out: Path, stop: CtrlC, progress: Progress | None) -> Result:
+def _generate(settings: Settings, pipe: Any, config: PABConfig | None, out: Path, stop: CtrlC, progress: RunProgress | None) -> Result:
     ways: list[PABConfig | None] = [None] if settings.compare or config is None else []
     ways += [config] if config is not None else []
     out.mkdir(parents=True, exist_ok=True)
@@ -284,10 +283,12 @@ def _generate(settings: Settings, pipe: Any, config: PABConfig | None, out: Path
     interrupted = False
     try:
         try:
-            with _said_what_is_kept(runs, out):
-                run_all()
+            run_all()
         except KeyboardInterrupt:
             interrupted = True
+        except ValueError as error:
+            kept = f"; kept in {out}: {', '.join(run.file.name for run in runs if run.file)}" if runs else ""
+            raise ValueError(f"{error}{kept}") from error
         return save(interrupted)
     except OSError as error:
         try:
@@ -295,26 +296,6 @@ def _generate(settings: Settings, pipe: Any, config: PABConfig | None, out: Path
         except OSError:
             made = result(interrupted)
         raise NotWritten(error, made) from error
-
-
-def _check(pipe: Any, config: PABConfig | None) -> None:
-    """Refuse a config that does not suit the model before anything is run."""
-    if config is None:
-        return
-    try:
-        api.enable(pipe, config)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-    api.disable(pipe)
-
-
-@contextlib.contextmanager
-def _said_what_is_kept(runs: Sequence[Run], out: Path) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        kept = f"; kept in {out}: {', '.join(run.file.name for run in runs if run.file)}" if runs else ""
-        raise ValueError(f"{error}{kept}") from error
 
 
 def _write(stem: Path, film: torch.Tensor | np.ndarray, fps: float) -> Path:
@@ -333,6 +314,5 @@ def _draw(runs: Sequence[Run], out: Path, settings: Settings) -> Iterator[Path]:
         yield out / "schedule.png"
     if run.quality is not None:
         psnr = [r.quality.total.psnr if r.quality else None for r in runs]
-        below = [video.below(r.sampled.seconds, runs[0].sampled.seconds, value) for r, value in zip(runs, psnr, strict=True)]
-        columns = [(r.title, words, r.sampled.output[None]) for r, words in zip(runs, below, strict=True)]
+        columns = video.columns([(r.title, r.sampled.seconds, p, r.sampled.output[None]) for r, p in zip(runs, psnr, strict=True)])
         yield _write(out / "side-by-side", video.side_by_side(columns, [settings.wish.prompt], scale=1), settings.fps)

@@ -29,14 +29,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def joined(error: object) -> str:
+    """What an error says, its lines joined to one, or its kind."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def one_line(error: object) -> str:
     """What an error says, on one line of at most 1,000 characters that a terminal can show.
 
     The error of a file names the file, and gives the system's reason.
     """
-    said = str(error).strip()
+    said = error
     if isinstance(error, OSError) and error.strerror:
         said = f"{os.fsdecode(error.filename)}: {error.strerror}" if isinstance(error.filename, (str, bytes)) else error.strerror
-    said = " ".join(said.split()) or type(error).__name__
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in said)
-    return shortened(shown, 1000)
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in joined(said))
+    return shortened(printable, 1000)

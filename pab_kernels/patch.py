@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from . import api
+from . import api, compat
 from .broadcast.broadcaster import Broadcaster, broadcaster_of
 from .broadcast.formats import from_diffusers
 from .broadcast.generation import Generation
@@ -22,9 +22,6 @@ from .broadcast.slots import Slot
 from .extras import require
 
 logger = logging.getLogger("pab_kernels")
-
-_HOOK = "pyramid_attention_broadcast"
-"""The name under which diffusers registers its hooks, and by which code that looks for them finds what stands for them here."""
 
 _PATCH = "_pab_patch"
 
@@ -113,7 +110,7 @@ def _enable(patch: _Patch, model: Any, config: Any) -> bool:
     rules = from_diffusers(config, sublayers)
     pipe = _pipe_of(callback, model)
     held = vars(pipe).values() if pipe is not None else ()
-    compiled = next((m for m in held if isinstance(m, nn.Module) and getattr(m, "_orig_mod", None) is model), model)
+    compiled = next((m for m in held if compat.is_compiled(m, model)), model)
     with contextlib.ExitStack() as undo:
         api.enable_model(undo, model, pipe, rules, given=compiled)
         undo.pop_all()
@@ -126,7 +123,7 @@ def _enable(patch: _Patch, model: Any, config: Any) -> bool:
             _show(model.get_submodule(sublayer.name), _State(broadcaster, sublayer.name), rule.window, rule.range, callback)
     if pipe is None:
         logger.info("%s: no pipeline is found in current_timestep_callback: each step is decided when it comes", type(model).__name__)
-    model._cache_config = config
+    compat.set_cache_config(model, config)
     patch.served.add(model)
     return True
 
@@ -137,7 +134,7 @@ def _disable(patch: _Patch, model: Any) -> bool:
     patch.served.discard(model)
     api.disable(model)
     _hide(model)
-    vars(model).pop("_cache_config", None)  # also where no module had anything to show
+    compat.set_cache_config(model, None)  # also where no module had anything to show
     return True
 
 
@@ -204,20 +201,17 @@ def _show(module: nn.Module, state: _State, window: tuple[float, float], reach: 
 
     hook = PyramidAttentionBroadcastHook(window, reach, callback)
     hook.state = state
-    HookRegistry.check_if_exists_or_initialize(module).hooks[_HOOK] = hook
+    HookRegistry.check_if_exists_or_initialize(module).hooks[compat.PAB_HOOK] = hook
 
 
 def _hide(model: Any) -> None:
     """Take away what `_show` put on modules of `model`, and the config that goes with it."""
     shown = False
     for module in model.modules():
-        registry = vars(module).get("_diffusers_hook")
-        if registry is not None and isinstance(getattr(registry.get_hook(_HOOK), "state", None), _State):
+        hook = compat.diffusers_hooks(module).get(compat.PAB_HOOK)
+        if isinstance(getattr(hook, "state", None), _State):
             shown = True
-            del registry.hooks[_HOOK]
-            if not registry.hooks:
-                del module._diffusers_hook
+            compat.remove_hook(module, compat.PAB_HOOK)
     if shown:
-        if hasattr(model, "_diffusers_hook"):
-            model._diffusers_hook.invalidate_child_registries_cache()
-        del model._cache_config
+        compat.forget_registries_of_children(model)
+        compat.set_cache_config(model, None)

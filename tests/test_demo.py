@@ -14,8 +14,11 @@ pytest.importorskip("PIL")
 pytest.importorskip("matplotlib")
 
 from pab_kernels import demo
+from pab_kernels.analysis.memory import Peak
+from pab_kernels.analysis.quality.comparison import Closeness, Comparison
+from pab_kernels.analysis.sampling import Sampled
 from pab_kernels.broadcast.config import PABConfig
-from pab_kernels.demo import Result, Run, Settings, Variant, run_demo, variants, write
+from pab_kernels.demo import DemoResult, DemoRun, DemoSettings, Variant, run_demo, variants, write
 from pab_kernels.models.demo import shapes
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy 2.4 says is deprecated.
@@ -25,41 +28,41 @@ ONE = ("a red circle moves right at night",)
 
 
 @pytest.fixture(scope="module")
-def result() -> Result:
-    return run_demo(Settings(ONE, steps=6, ranges=(1, 1, 1), device="cpu"))
+def result() -> DemoResult:
+    return run_demo(DemoSettings(ONE, steps=6, ranges=(1, 1, 1), device="cpu"))
 
 
-def run_of(result: Result, key: str) -> Run:
+def run_of(result: DemoResult, key: str) -> DemoRun:
     return next(run for run in result.runs if run.variant.key == key)
 
 
 def test_the_default_prompts_were_never_trained_on():
-    settings = Settings()
+    settings = DemoSettings()
     assert set(settings.captions) < set(shapes.held_out())
     for slot in shapes.VOCABULARY:  # and differ
         assert len({getattr(caption, slot) for caption in settings.captions}) >= 3
 
 
-def test_every_variant_runs_in_order(result: Result):
+def test_every_variant_runs_in_order(result: DemoResult):
     keys = [run.variant.key for run in result.runs]
     assert keys[:5] == ["full", "demo", "pab246", "diffusers246", "ranges"] and not result.interrupted
     assert all(key.startswith("fewer-") for key in keys[5:]) and len(keys) > 5
-    assert all(run.clips.shape == (1, 8, 3, 32, 32) and run.seconds > 0 and run.shown in (0, 1) for run in result.runs)
+    assert all(run.sampled.output.shape == (1, 8, 3, 32, 32) and run.sampled.seconds > 0 and run.shown in (0, 1) for run in result.runs)
 
 
-def test_the_reference_computes_everything_and_has_no_quality(result: Result):
+def test_the_reference_computes_everything_and_has_no_quality(result: DemoResult):
     full = run_of(result, "full")
-    assert all(c.computed == 6 and c.reused == 0 for c in full.counts.values()) and list(full.counts) == list(demo.KINDS)
-    assert full.cache_bytes == 0 and full.quality == () and math.isnan(full.psnr[0])
+    assert all(c.computed == 6 and c.reused == 0 for c in full.counts.values()) and list(full.counts) == list(demo.COUNTED_KINDS)
+    assert full.cache_bytes == 0 and full.quality == () and math.isnan(full.spread("psnr")[0])
 
 
-def test_ranges_of_one_give_the_clips_of_no_pab(result: Result):
+def test_ranges_of_one_give_the_clips_of_no_pab(result: DemoResult):
     ranges = run_of(result, "ranges")
-    assert torch.equal(ranges.clips, run_of(result, "full").clips)
-    assert ranges.psnr[0] == math.inf and ranges.flops == run_of(result, "full").flops and ranges.cache_bytes == 0
+    assert torch.equal(ranges.sampled.output, run_of(result, "full").sampled.output)
+    assert ranges.spread("psnr")[0] == math.inf and ranges.flops == run_of(result, "full").flops and ranges.cache_bytes == 0
 
 
-def test_pab_saves_work_and_counts_it(result: Result):
+def test_pab_saves_work_and_counts_it(result: DemoResult):
     full, paper = run_of(result, "full"), run_of(result, "pab246")
     planned = PABConfig.preset("pab246")
     assert paper.plan is not None and paper.plan.config == planned
@@ -69,18 +72,18 @@ def test_pab_saves_work_and_counts_it(result: Result):
         "cross": (1, 5),
         "mlp": (6, 0),
     }
-    assert 0 < paper.flops < full.flops and paper.cache_bytes > 0 and math.isfinite(paper.psnr[0])
+    assert 0 < paper.flops < full.flops and paper.cache_bytes > 0 and math.isfinite(paper.spread("psnr")[0])
 
 
-def test_diffusers_pab_with_the_same_ranges_agrees_in_pictures_counts_and_work(result: Result):
+def test_diffusers_pab_with_the_same_ranges_agrees_in_pictures_counts_and_work(result: DemoResult):
     ours, theirs = run_of(result, "pab246"), run_of(result, "diffusers246")
-    assert torch.allclose(ours.clips, theirs.clips, atol=2e-3)
+    assert torch.allclose(ours.sampled.output, theirs.sampled.output, atol=2e-3)
     assert {k: (c.computed, c.reused) for k, c in ours.counts.items()} == {k: (c.computed, c.reused) for k, c in theirs.counts.items()}
     assert theirs.flops == ours.flops
     assert theirs.cache_bytes >= ours.cache_bytes > 0
 
 
-def test_fewer_steps_have_at_least_the_flops_of_their_pab_run(result: Result):
+def test_fewer_steps_have_at_least_the_flops_of_their_pab_run(result: DemoResult):
     for run in result.runs:
         if run.variant.like:
             assert 1 <= run.steps < 6 and run.title.startswith(f"{run.steps} steps (as ")
@@ -89,7 +92,7 @@ def test_fewer_steps_have_at_least_the_flops_of_their_pab_run(result: Result):
             assert like <= run.flops < like + per_step
 
 
-def test_everything_is_written(result: Result, tmp_path):
+def test_everything_is_written(result: DemoResult, tmp_path):
     written = write(result, tmp_path / "new" / "folder", scale=4)
     assert [path.name for path in written] == [
         "clips.gif",
@@ -110,7 +113,7 @@ def test_everything_is_written(result: Result, tmp_path):
 
 def test_progress_counts_all_steps_of_all_runs():
     seen = []
-    result = run_demo(Settings(ONE, steps=2, device="cpu"), lambda title, done, todo: seen.append((title, done, todo)))
+    result = run_demo(DemoSettings(ONE, steps=2, device="cpu"), lambda title, done, todo: seen.append((title, done, todo)))
     calls = sum(run.calls for run in result.runs)
     assert sorted({done for _, done, _ in seen}) == list(range(1, calls + 1))
     assert seen[-1][1] == seen[-1][2] and seen[0][0] == "no PAB"
@@ -118,13 +121,13 @@ def test_progress_counts_all_steps_of_all_runs():
 
 @pytest.mark.parametrize("during", ["full", "demo", "diffusers246"])
 def test_an_interruption_keeps_the_finished_runs(during: str, tmp_path):
-    titles = {variant.title: variant.key for variant in variants(Settings(ONE))}
+    titles = {variant.title: variant.key for variant in variants(DemoSettings(ONE))}
 
     def interrupt(title: str, done: int, todo: int) -> None:
         if titles[title] == during:
             raise KeyboardInterrupt
 
-    result = run_demo(Settings(ONE, steps=2, device="cpu"), interrupt)
+    result = run_demo(DemoSettings(ONE, steps=2, device="cpu"), interrupt)
     order = ["full", "demo", "pab246", "diffusers246"]
     assert result.interrupted and [run.variant.key for run in result.runs] == order[: order.index(during)]
     if result.runs:
@@ -133,16 +136,21 @@ def test_an_interruption_keeps_the_finished_runs(during: str, tmp_path):
 
 
 def test_each_clip_has_the_next_seed():
-    assert list(Settings(ONE * 3, seed=4).seeds) == [4, 5, 6]
+    assert list(DemoSettings(ONE * 3, seed=4).seeds) == [4, 5, 6]
 
 
 def test_spread_is_mean_and_deviation():
-    assert demo._spread([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
-    assert demo._spread([5.0]) == (5.0, 0.0) and demo._spread([5.0, math.inf]) == (math.inf, 0.0)
+    def spread(*values: float) -> tuple[float, float]:
+        quality = tuple(Comparison("A", "B", 8, 8, Closeness(value, 1.0, None, None, None), ()) for value in values)
+        sampled = Sampled(torch.zeros(len(values), 1, 3, 8, 8), 1.0, Peak(), None)
+        return DemoRun(Variant("a", "b"), 2, 2, sampled, 1, {}, 0, 0, quality).spread("psnr")
+
+    assert spread(1.0, 3.0) == (2.0, pytest.approx(math.sqrt(2)))
+    assert spread(5.0) == (5.0, 0.0) and spread(5.0, math.inf) == (math.inf, 0.0)
 
 
 def test_a_fourth_range_is_the_mlps():
-    config = next(v for v in variants(Settings(ONE, ranges=(2, 3, 4, 5))) if v.key == "ranges").config
+    config = next(v for v in variants(DemoSettings(ONE, ranges=(2, 3, 4, 5))) if v.key == "ranges").config
     assert config == PABConfig(spatial=2, temporal=3, cross=4, mlp=5)
     assert Variant("a", "b").config is None
 
@@ -161,4 +169,4 @@ def test_a_fourth_range_is_the_mlps():
 )
 def test_bad_settings_are_refused(arguments: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        Settings(**arguments)
+        DemoSettings(**arguments)

@@ -20,8 +20,8 @@ pytest.importorskip("imageio_ffmpeg")
 pytest.importorskip("matplotlib")
 
 from pab_kernels import PABConfig
-from pab_kernels.analysis.clips import read_clip
 from pab_kernels.analysis.pipeline_call import Wish
+from pab_kernels.analysis.quality.clips import read_clip
 from pab_kernels.broadcast.formats import save_config
 from pab_kernels.generate import NotWritten, Result, Settings, generate
 from pab_kernels.models.demo import pipeline as demo_pipeline
@@ -63,7 +63,7 @@ def test_any_pipeline_is_run_without_pab_and_with_it(compared: tuple[str, Path, 
         assert {"spatial", "mlp"} <= set(kinds) and kinds["spatial"].reused > 0 and kinds["mlp"].reused == 0
         assert all(tally.seconds is not None and tally.seconds > 0 for tally in kinds.values())
     assert on.quality is not None and 15 < on.quality.total.psnr < math.inf  # close, and not the same
-    assert on.sampled.seconds > 0 and on.speedup(off) == off.sampled.seconds / on.sampled.seconds
+    assert on.sampled.seconds > 0 and on.sampled.speedup(off.sampled) == off.sampled.seconds / on.sampled.seconds
 
 
 def test_videos_images_and_figures_are_written(compared: tuple[str, Path, Result]) -> None:

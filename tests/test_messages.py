@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pab_kernels.messages import one_line, shown
+from pab_kernels.messages import first_line, joined, one_line, shown
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,12 @@ from pab_kernels.messages import one_line, shown
 )
 def test_an_error_is_one_line_that_a_terminal_can_show(error: Exception, line: str) -> None:
     assert one_line(error) == line
+
+
+def test_the_first_line_of_an_error_and_all_of_them_joined() -> None:
+    error = ValueError("\n one\n  two ")
+    assert (first_line(error), joined(error)) == ("one", "one two")
+    assert first_line(KeyError()) == joined(KeyError()) == "KeyError"
 
 
 def test_long_things_are_shown_cut() -> None:

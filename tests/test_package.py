@@ -52,8 +52,11 @@ OPTIONAL = (
 ROOMS = (
     "extras",
     "messages",
+    "progress",
+    "compat",
     "strict_json",
     "files",
+    "figures",
     "streams",
     "ops",
     "broadcast",

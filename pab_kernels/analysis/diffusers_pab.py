@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..broadcast.config import DEFAULT_WINDOW
+from ..broadcast.config import DEFAULT_WINDOW, Broadcast
 from ..broadcast.schedule import Schedule
+from ..compat import PAB_HOOK, diffusers_hooks
 from ..extras import require
-
-_HOOK = "pyramid_attention_broadcast"
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Observed:
 def timesteps_around(schedule: Schedule, window: tuple[float, float]) -> tuple[float, float]:
     """The bounds, in timesteps, between which strictly lie the steps of `window`, which is in fractions."""
     t, n = schedule.require_timesteps("diffusers' PAB"), schedule.num_steps
-    inside = [i for i in range(n) if window[0] <= i / n < window[1]]
+    inside = Broadcast(2, window).inside(schedule)
     if not inside:
         return -2.0, -1.0
     first, last = inside[0], inside[-1]
@@ -69,13 +68,13 @@ def diffusers_pab(pipe: Any, ranges: tuple[int, int, int], schedule: Schedule) -
     def count(name: str, *_: Any) -> None:
         observed.computed[name] += 1
 
-    def measure(*_: Any) -> None:
-        hooks = [module._diffusers_hook.get_hook(_HOOK) for module in modules.values() if hasattr(module, "_diffusers_hook")]
-        kept = [hook.state.cache for hook in hooks if hook is not None and hook.state.cache is not None]
+    def note_cache(*_: Any) -> None:
+        hooks = [hook for module in modules.values() if (hook := diffusers_hooks(module).get(PAB_HOOK)) is not None]
+        kept = [hook.state.cache for hook in hooks if hook.state.cache is not None]
         observed.cache_bytes = max(observed.cache_bytes, sum(output.nbytes for output in kept))
 
     handles = [module.to_q.register_forward_hook(partial(count, name)) for name, module in modules.items()]
-    handles.append(transformer.register_forward_hook(measure))
+    handles.append(transformer.register_forward_hook(note_cache))
     transformer.enable_cache(config)
     try:
         yield observed

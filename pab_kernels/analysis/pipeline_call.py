@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +14,11 @@ import torch
 
 from ..broadcast.schedule import check_steps
 from ..messages import first_line
+from ..progress import Progress
 from .sampling import check_seed
 
 _FRAMES = ("num_frames", "video_length")
 """What pipelines call the number of frames."""
-
-OnStep = Callable[[int, int | None], None]
-"""Called after every step with the steps done and, where they are known, the steps to do."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _trained_size(pipe: Any) -> tuple[int, ...] | None:
     return frames, side * factor, side * factor
 
 
-def call(pipe: Any, wish: Wish, on_step: OnStep | None = None) -> torch.Tensor:
+def call(pipe: Any, wish: Wish, on_step: Progress | None = None) -> torch.Tensor:
     """Call a pipeline and wait for its frames.
 
     Returns:
@@ -115,24 +114,19 @@ def call(pipe: Any, wish: Wish, on_step: OnStep | None = None) -> torch.Tensor:
     return frames
 
 
-def _told(pipe: Any, on_step: OnStep, steps: int | None, taken: Any) -> dict[str, Any]:
+def _told(pipe: Any, on_step: Progress, steps: int | None, taken: Any) -> dict[str, Any]:
     """The arguments that make a pipeline call `on_step`: none where it has no callback."""
-    done = 0
+    done = itertools.count(1)
 
-    def count() -> None:
-        nonlocal done
-        done += 1
+    def step(*_: Any, **__: Any) -> dict[str, Any]:
         todo = getattr(pipe, "num_timesteps", None) or steps  # more than the steps asked for, of second-order schedulers
-        on_step(done, todo)
-
-    def callback_on_step_end(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        count()
+        on_step(next(done), todo)
         return {}
 
     if "callback_on_step_end" in taken:
-        return {"callback_on_step_end": callback_on_step_end}
+        return {"callback_on_step_end": step}
     if "callback" in taken:  # pipelines of older kinds
-        return {"callback": lambda *_: count(), "callback_steps": 1}
+        return {"callback": step, "callback_steps": 1}
     return {}
 
 

@@ -123,8 +123,8 @@ def _source(model: str | Path) -> str:
 @contextlib.contextmanager
 def _quiet(logging: Any) -> Iterator[None]:
     """Without diffusers' bars where nobody watches them."""
-    shown = logging.is_progress_bar_enabled()
-    if sys.stderr.isatty() or not shown:
+    enabled = logging.is_progress_bar_enabled()
+    if sys.stderr.isatty() or not enabled:
         yield
         return
     logging.disable_progress_bar()

@@ -13,6 +13,7 @@ import torch
 from .. import api
 from ..broadcast.config import PABConfig
 from ..broadcast.summary import Summary
+from ..compat import execution_device
 from ..messages import shown
 from .memory import Peak, peak_memory
 
@@ -34,6 +35,10 @@ class Sampled(Generic[T]):
     seconds: float
     memory: Peak
     summary: Summary | None
+
+    def speedup(self, reference: Sampled[T]) -> float:
+        """How many times faster it is than `reference`."""
+        return reference.seconds / self.seconds
 
 
 def sample(
@@ -74,11 +79,6 @@ def check_seed(first: int, count: int = 1) -> None:
     """
     if not -(2**63) <= first <= 2**64 - count:
         raise ValueError(f"seed must fit into 64 bits, got {shown(first)}")
-
-
-def execution_device(pipe: Any) -> torch.device:
-    """Where a pipeline computes, also where its weights are elsewhere."""
-    return torch.device(pipe._execution_device)
 
 
 def in_words(device: torch.device) -> str:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _PAPER, _INK, _FAINT = (250, 250, 248), (28, 30, 34), (110, 114, 122)
 _GAP = 8
 
+FPS = 6
+"""Frames a second where nobody asks for another number."""
+
 
 def _font(size: int) -> FreeTypeFont:
     return require("PIL.ImageFont", "labelling clips").load_default(size=size)
@@ -49,6 +52,11 @@ def below(seconds: float, reference: float, psnr: float | None) -> str:
     if psnr is None:
         return f"{seconds:.1f} s"
     return f"{reference / seconds:.2f}x, " + ("identical" if math.isinf(psnr) else f"{psnr:.1f} dB")
+
+
+def columns(runs: Sequence[tuple[str, float, float | None, torch.Tensor]]) -> list[tuple[str, str, torch.Tensor]]:
+    """Columns of `side_by_side`, of title, seconds, PSNR and clips of each run; the first is what the others are compared with."""
+    return [(title, below(seconds, runs[0][1], psnr), clips) for title, seconds, psnr, clips in runs]
 
 
 def side_by_side(columns: Sequence[tuple[str, str, torch.Tensor]], captions: Sequence[str], scale: int = 4) -> np.ndarray:
@@ -103,10 +111,10 @@ def side_by_side(columns: Sequence[tuple[str, str, torch.Tensor]], captions: Seq
     return film
 
 
-def write_gif(path: str | Path, film: np.ndarray, fps: float = 6) -> Path:
+def write_gif(path: str | Path, film: np.ndarray) -> Path:
     """Write `film` `[frames, height, width, 3]` uint8 as a GIF that repeats for ever."""
     imageio: Any = require("imageio.v3", "writing clips")
-    encoded: bytes = imageio.imwrite("<bytes>", film, extension=".gif", duration=1000 / fps, loop=0)
+    encoded: bytes = imageio.imwrite("<bytes>", film, extension=".gif", duration=1000 / FPS, loop=0)
     with replacing(path) as made:
         made.write_bytes(encoded)
     return Path(path)
@@ -119,7 +127,7 @@ def write_png(path: str | Path, image: np.ndarray) -> Path:
     return Path(path)
 
 
-def write_mp4(path: str | Path, film: np.ndarray, fps: float = 6, repeats: int = 4) -> Path:
+def write_mp4(path: str | Path, film: np.ndarray, fps: float = FPS, repeats: int = 4) -> Path:
     """Write `film` `[frames, height, width, 3]` uint8 as H.264 that any player shows, `repeats` times in a row.
 
     Such a video has an even height and width: an odd one gets its last line twice.

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat import forwards_held, function_holders
+
 PREFIX = "_pab_"
 """Attributes with this prefix are the package's own: no copy of an object has them."""
 _RECORDS = f"{PREFIX}attached"
@@ -112,7 +114,7 @@ class Attached:
 
     def _places(self) -> Iterator[tuple[Any, str]]:
         """Where the stand-in is."""
-        for holder in {id(h): h for h in (self.holder, self.owner, *_hooks(self.owner))}.values():
+        for holder in {id(h): h for h in (self.holder, self.owner, *function_holders(self.owner))}.values():
             for name, held in list(vars(holder).items()):
                 if isinstance(held, MethodType) and held == self._stand_in:
                     yield holder, name
@@ -125,14 +127,8 @@ def attach_forward(module: nn.Module, replacement: Callable[..., Any], role: str
 
 def innermost(module: nn.Module) -> tuple[Any, str]:
     """Where a module's own `forward` is held."""
-    places: list[tuple[Any, str]] = [(h, "forward" if h.original_forward is None else "original_forward") for h in _hooks(module)]
-    places += [(module, name) for name in ("_old_forward", "forward") if hasattr(module, name)]
+    places = list(forwards_held(module))
     return next((place for place in places if getattr(getattr(*place), "__self__", None) is module), places[0])
-
-
-def _hooks(module: Any) -> list[Any]:
-    """What diffusers' hooks on a module hold its `forward` in, the innermost first."""
-    return list(getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ()))
 
 
 # Stand-ins

@@ -17,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from .. import compat
 from ..ops.flops import flop_counter
 from .plan import Sublayer
-from .signature import PLAIN
+from .signature import PLAIN, tensors_of
 from .slots import Key, slot_bytes
 
 logger = logging.getLogger("pab_kernels")
@@ -65,7 +66,7 @@ order than they entered them leave it set for good, and `torch.compile` then com
 
 
 @dataclass(frozen=True)
-class Run:
+class SublayerRun:
     """One run of a sublayer; where it is fused, all that it does in a call.
 
     Args:
@@ -85,8 +86,8 @@ class Run:
         eight = [cache_dtype if dtype.is_floating_point and shape else None for shape, dtype in self.outputs]
         return sum(slot_bytes(shape or (1,), dtype, kept) for (shape, dtype), kept in zip(self.outputs, eight, strict=True))
 
-    def __add__(self, other: Run) -> Run:
-        return Run(self.name, self.flops + other.flops, Counter(self.own) + Counter(other.own), self.outputs + other.outputs)
+    def __add__(self, other: SublayerRun) -> SublayerRun:
+        return SublayerRun(self.name, self.flops + other.flops, Counter(self.own) + Counter(other.own), self.outputs + other.outputs)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class CallCosts:
     """
 
     flops: int
-    runs: Mapping[str, Run]
+    runs: Mapping[str, SublayerRun]
 
 
 def place(name: str, time: int) -> str:
@@ -110,9 +111,9 @@ def place(name: str, time: int) -> str:
 @contextlib.contextmanager
 def watched(
     model: nn.Module, sublayers: Sequence[Sublayer], counter: FlopCounterMode, unprojected: bool = False
-) -> Iterator[dict[str, Run]]:
+) -> Iterator[dict[str, SublayerRun]]:
     """The runs of sublayers inside, by `place`; where attention is kept `unprojected`, up to a module's `projection`."""
-    runs: dict[str, Run] = {}
+    runs: dict[str, SublayerRun] = {}
     times: Counter[str] = Counter()
     entered: list[tuple[int, Counter[str]]] = []  # of the runs that have not ended
 
@@ -123,8 +124,7 @@ def watched(
         name, (before, own) = sublayer.name, entered.pop()
         flops = counter.get_total_flops() - before
         own[name] += flops - own.total()
-        tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        run = Run(name, flops, own, tuple((tuple(t.shape), t.dtype) for t in tensors))
+        run = SublayerRun(name, flops, own, tuple((tuple(t.shape), t.dtype) for t in tensors_of(out)))
         where = place(name, 0 if sublayer.how == "fused" else times[name])
         runs[where] = runs[where] + run if where in runs else run
         times[name] += 1
@@ -172,21 +172,16 @@ def on_meta(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(p): nn.Parameter(_emptied(p), requires_grad=False) for p in model.parameters()}
     hooked = set()
     for name, module in model.named_modules():
-        for hook in ("_diffusers_hook", "_hf_hook"):
-            if hook in vars(module):
-                memo[id(vars(module)[hook])] = None
-                hooked.add(name)
+        if holders := compat.hook_holders(module):
+            hooked.add(name)
+        memo |= {id(held): None for held in (*holders, *compat.cache_configs(module))}  # a config's callback may hold a whole pipeline
         memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
-        if "_cache_config" in vars(module):  # its callback may hold a whole pipeline
-            memo[id(vars(module)["_cache_config"])] = None
     with _OnMeta():
         copied = copy.deepcopy(model, memo)
     for name, module in copied.named_modules():
         if name in hooked:
             vars(module).pop("forward", None)  # the hooks' stand-in
-        processor: Any = getattr(module, "processor", None)
-        if hasattr(processor, "_parallel_config"):
-            processor._parallel_config = None
+        compat.forget_parallelism(module)
     return copied
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from .generation import Generation
 from .pipeline import PipeWatch, compiled, denoisers, holds, left_at
-from .scheduler import Follower, SchedulerWatch, has_begun
+from .scheduler import SchedulerWatch, has_begun
 
 logger = logging.getLogger("pab_kernels")
 
@@ -29,7 +29,6 @@ class Following:
         self._listener: weakref.ref[Any] = weakref.ref(listener)
         self._model = weakref.ref(model)
         self._id = id(model)
-        self._follower = Follower(listener)
         self._pipes: list[weakref.ref[Any]] = []
         self._watches: list[SchedulerWatch] = []
         self._lock = threading.RLock()
@@ -90,23 +89,23 @@ class Following:
 
     def follow(self) -> None:
         """Follow the schedulers that the pipelines hold now, and no others."""
-        held = self._held()
-        if len(held) == len(self._watches) and all(w.scheduler is s for w, s in zip(self._watches, held, strict=True)):
+        held, listener = self._held(), self._listener()
+        if listener is None or len(held) == len(self._watches) and all(w.scheduler is s for w, s in zip(self._watches, held, strict=True)):
             return
         with self._lock:
             for scheduler in held:
                 if not any(watch.scheduler is scheduler for watch in self._watches):
                     watch = SchedulerWatch.of(scheduler)
                     self._watches.append(watch)  # first, for an interruption in between
-                    watch.add(self._follower)
+                    watch.add(listener)
             self._leave(held)
 
     def _leave(self, held: Sequence[Any]) -> None:
         left = [watch for watch in self._watches if not any(watch.scheduler is scheduler for scheduler in held)]
-        for watch in left:
-            watch.remove(self._follower)
-            self._watches.remove(watch)
         listener = self._listener()
+        for watch in left:
+            watch.remove(listener)
+            self._watches.remove(watch)
         if left and listener is not None:
             listener.schedulers_changed()
 

@@ -21,6 +21,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from ..compat import hooks_in_words
+from ..messages import first_line
 from .call import Call
 from .capture import Capture, CudaCapture, line_of
 from .config import PABConfig
@@ -207,8 +209,7 @@ class Graphs:
             RuntimeError: not all weights are on `device`, or something works on them, or around modules, in every call.
         """
         for name, module in model.named_modules():
-            hooks = [f"diffusers' {hook!r}" for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())]
-            hooks += ["accelerate's"] if hasattr(module, "_hf_hook") else []
+            hooks = hooks_in_words(module)
             if name and hooks:  # those around the whole model are around its graphs
                 raise self._refused(f"{name} has a hook, {hooks[0]} (offloading, casting or another cache)")
         for name, p in model.named_parameters():
@@ -280,8 +281,7 @@ def _copied(out: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    message = str(error).splitlines() or [type(error).__name__]
-    return f"{message[0]} (at {line_of(error)})"
+    return f"{first_line(error)} (at {line_of(error)})"
 
 
 @contextlib.contextmanager

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat import REGISTRY
+
 State = Mapping[str, Mapping[str, Hashable]]
 """By module and attribute."""
 
 _NUMBERS = {NoneType, bool, int, float, complex, str, bytes, torch.dtype, torch.device}
 
-_ELSEWHERE = {"_diffusers_hook"}
+_ELSEWHERE = {REGISTRY}
 """Pipelines put an empty registry on a model; hooks in one are looked for where graphs are captured."""
 
 

@@ -218,8 +218,7 @@ def extrapolated(several: Extrapolation) -> Any:
         older.append(list(zip(leaves_before, slot.value[1], strict=True)))
 
     def value(c: Any, dtype: torch.dtype | None, *before: tuple[Any, torch.dtype | None]) -> Any:
-        alike = all(dtype_k == dtype and c_k.shape == c.shape for c_k, dtype_k in before)
-        if dtype is None or not dtype.is_floating_point or not alike:
+        if dtype is None or not dtype.is_floating_point or any(d != dtype or c_k.shape != c.shape for c_k, d in before):
             return _unpacked(c, dtype, _cloned)
         return extrapolate(c, [c_k for c_k, _ in before], several.weights, dtype)
 

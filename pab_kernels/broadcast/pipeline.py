@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ..compat import is_compiled, uncompiled
 from .attach import PREFIX, Attached, leave_out_of_copies, take_off
 
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
@@ -20,7 +21,7 @@ _WATCH = f"{PREFIX}watch"
 def denoisers(pipe: Any) -> dict[str, nn.Module]:
     """The models that a pipeline calls at the steps of its scheduler, by name; a compiled one is the model in it."""
     held = {name: getattr(pipe, name, None) for name in DENOISERS}
-    return {name: getattr(model, "_orig_mod", model) for name, model in held.items() if isinstance(model, nn.Module)}
+    return {name: uncompiled(model) for name, model in held.items() if isinstance(model, nn.Module)}
 
 
 def holds(pipe: Any, model: nn.Module) -> bool:
@@ -31,7 +32,7 @@ def holds(pipe: Any, model: nn.Module) -> bool:
 def compiled(pipe: Any, model: nn.Module) -> nn.Module | None:
     """What `torch.compile` made of `model`, where a pipeline holds that."""
     held = (getattr(pipe, name, None) for name in DENOISERS)
-    return next((m for m in held if isinstance(m, nn.Module) and m is not model and getattr(m, "_orig_mod", None) is model), None)
+    return next((m for m in held if is_compiled(m, model)), None)
 
 
 def left_at(pipe: Any, model: nn.Module) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..extras import require
-from ..files import replacing
+from ..figures import new_figure, saved, whole_numbers
 from .plan import Action, Decision, Plan
 
 if TYPE_CHECKING:
@@ -57,14 +57,11 @@ def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message says how to install it.
     """
-    figure_class = require("matplotlib.figure", "drawing a plan").Figure
-    canvas = require("matplotlib.backends.backend_agg", "drawing a plan").FigureCanvasAgg
     patches = require("matplotlib.patches", "drawing a plan")
     groups = sorted(plan.grouped(), key=lambda g: _ORDER.index(g[0].split()[0]))
     steps = plan.steps
     width = min(18.0, max(6.5, 2.6 + 0.2 * len(steps)))
-    figure = figure_class(figsize=(width, 1.35 + 0.42 * len(groups)), dpi=160, facecolor="white", layout="constrained")
-    canvas(figure)
+    figure = new_figure("drawing a plan", (width, 1.35 + 0.42 * len(groups)), dpi=160)
     ax = figure.add_subplot()
     for index, (label, row) in enumerate(groups):
         y = (len(groups) - 1 - index) * _ROW
@@ -83,7 +80,7 @@ def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:
     ax.set_xlabel("sampling step", fontsize=9, color=_FAINT)
     ax.tick_params(length=0, labelcolor=_INK)
     ax.tick_params(axis="x", labelsize=8.5, labelcolor=_FAINT)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(ax)
     ax.spines[:].set_visible(False)
     present = {d.action for _, row in groups for d in row}
     handles = [patches.Patch(facecolor=COLOURS[a], edgecolor="#c4c8ce", linewidth=0.5, label=NAMES[a]) for a in Action if a in present]
@@ -91,7 +88,4 @@ def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:
         handles.append(patches.Patch(facecolor=_WINDOW, label="window"))
     style = {"frameon": False, "fontsize": 9, "handlelength": 1.1, "columnspacing": 1.4}
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), **style)
-    if path is not None:
-        with replacing(path) as made:
-            figure.savefig(made)
-    return figure
+    return saved(figure, path)

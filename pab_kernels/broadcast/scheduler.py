@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -44,40 +45,19 @@ class Listener(Protocol):
         """`step` or `set_timesteps` raised an error."""
 
 
-class Follower:
-    """A listener as a scheduler knows it: weakly, so that a scheduler in use elsewhere keeps no model alive."""
-
-    def __init__(self, listener: Listener) -> None:
-        self._listener = weakref.ref(listener)
-
-    def scheduler_begins(self, scheduler: Any) -> None:
-        """See `Listener`."""
-        listener = self._listener()
-        if listener is not None:
-            listener.scheduler_begins(scheduler)
-
-    def scheduler_steps(self, scheduler: Any) -> None:
-        """See `Listener`."""
-        listener = self._listener()
-        if listener is not None:
-            listener.scheduler_steps(scheduler)
-
-    def scheduler_failed(self, scheduler: Any) -> None:
-        """See `Listener`."""
-        listener = self._listener()
-        if listener is not None:
-            listener.scheduler_failed(scheduler)
-
-
 class SchedulerWatch:
-    """The listeners of one scheduler; its methods are replaced while there is at least one."""
+    """The listeners of one scheduler; its methods are replaced while there is at least one.
+
+    They are known weakly, so that a scheduler in use elsewhere keeps no model alive.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        self.listeners: list[Listener] = []
+        self.listeners: list[weakref.ref[Listener]] = []
         self.spent: weakref.ref[torch.Tensor] | None = None
         """The timesteps of which a run was at its end."""
-        self._attached = [Attached(scheduler, "set_timesteps", self._set_timesteps), Attached(scheduler, "step", self._step)]
+        events = {"set_timesteps": "scheduler_begins", "step": "scheduler_steps"}
+        self._attached = [Attached(scheduler, method, partial(self._called, event)) for method, event in events.items()]
 
     @classmethod
     def of(cls, scheduler: Any) -> SchedulerWatch:
@@ -91,12 +71,13 @@ class SchedulerWatch:
             vars(self.scheduler)[_WATCH] = self
             for attached in self._attached:
                 attached.attach()
-        self.listeners.append(listener)
+        self.listeners.append(weakref.ref(listener))
 
-    def remove(self, listener: Listener) -> None:
-        """Tell `listener` no more; without listeners the scheduler is given back."""
-        if listener in self.listeners:
-            self.listeners.remove(listener)
+    def remove(self, listener: Listener | None) -> None:
+        """Tell `listener` no more, nor those that are gone; without listeners the scheduler is given back."""
+        for ref in tuple(self.listeners):
+            if ref() in (None, listener) and ref in self.listeners:
+                self.listeners.remove(ref)
         if not self.listeners:
             for attached in self._attached:
                 attached.detach()
@@ -116,22 +97,16 @@ class SchedulerWatch:
         """Whether a run on the timesteps that are set was at its end."""
         return self.spent is not None and self.spent() is self.scheduler.timesteps
 
-    def _set_timesteps(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        result = self._told(original, args, kwargs)
-        for listener in tuple(self.listeners):
-            listener.scheduler_begins(self.scheduler)
-        return result
-
-    def _step(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        result = self._told(original, args, kwargs)
-        for listener in tuple(self.listeners):
-            listener.scheduler_steps(self.scheduler)
-        return result
-
-    def _told(self, original: Any, args: Any, kwargs: Any) -> Any:
+    def _called(self, event: str, original: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return original(*args, **kwargs)
+            result = original(*args, **kwargs)
         except BaseException:
-            for listener in tuple(self.listeners):
-                listener.scheduler_failed(self.scheduler)
+            self._tell("scheduler_failed")
             raise
+        self._tell(event)
+        return result
+
+    def _tell(self, event: str) -> None:
+        for listener in [ref() for ref in self.listeners]:
+            if listener is not None:
+                getattr(listener, event)(self.scheduler)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..extras import require
-from ..messages import shortened
+from ..messages import joined, shortened
 
 MOST_CHARACTERS = 2**16
 MOST_VALUES = 10_000
@@ -39,7 +39,7 @@ def from_yaml(text: str) -> Any:
         _check(yaml, text)
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(joined(error)) from None
     except (OverflowError, TypeError) as error:  # a date of another century, a number of another base
         raise ValueError(f"a value cannot be read: {error}") from None
 

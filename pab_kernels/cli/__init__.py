@@ -1,4 +1,4 @@
-"""The command line `pab`: each command is a function in the module of its name."""
+"""The command line `pab`: each command is the function `command` in the module of its name."""
 
 from __future__ import annotations
 
@@ -50,12 +50,7 @@ def build_app() -> Any:
     require("typer", "the command line")
     import typer
 
-    from .analyze import analyze
-    from .compare import compare
-    from .demo import demo
-    from .doctor import doctor
-    from .generate import generate
-    from .plan import plan
+    from . import analyze, compare, demo, doctor, generate, plan
 
     app = typer.Typer(
         add_completion=False,
@@ -77,17 +72,13 @@ def build_app() -> Any:
         pass
 
     app.callback()(root)
-    for command in (demo, generate, plan, analyze, compare, doctor):
-        app.command(help=_help(command))(_ends_with_one_line(command))
+    for module in (demo, generate, plan, analyze, compare, doctor):
+        name = module.__name__.rpartition(".")[2]
+        app.command(name, help=_help(module.command))(_ends_with_one_line(module.command))
     return app
 
 
 def main() -> None:
     """The console script `pab`."""
     with standard_streams():
-        try:
-            build_app()(prog_name="pab")
-        except ModuleNotFoundError as error:
-            fail(error, 1)
-        except KeyboardInterrupt:
-            fail("interrupted", 130)
+        _ends_with_one_line(lambda: build_app()(prog_name="pab"))()

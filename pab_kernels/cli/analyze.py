@@ -3,7 +3,9 @@
 # No `from __future__ import annotations` here: typer reads the command's annotations at run time.
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ from ..broadcast.schedule import check_steps
 from ..extras import require
 from ..strict_json import to_json
 from .arguments import named_arguments
+from .display import progress_bar
 
 DEMO_PROMPT = "a red circle moves right at night"
 
@@ -24,18 +27,16 @@ def _sampling(
     import torch
 
     from ..adapters import adapter_for
-    from ..analysis.pipelines import DEMO, load_pipeline, usable_device
+    from ..analysis.pipelines import DEMO, load_pipeline
 
+    inputs: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
     if model == DEMO:
-        from ..models.demo import load, parse
         from ..models.demo.pipeline import GUIDANCE
+        from ..models.demo.shapes import FRAMES, SIZE, parse
 
-        demo = load(device=usable_device(loading["device"]), dtype=loading["dtype"] or torch.float32)
-        inputs = demo.inputs([parse(prompt or DEMO_PROMPT)], [seed]) | {"guidance_scale": GUIDANCE}
-        pipe = demo.pipe
-    else:
-        pipe = load_pipeline(model, **loading)
-        inputs = {} if prompt is None else {"prompt": prompt}
+        inputs = {"prompt": prompt or DEMO_PROMPT, "guidance_scale": GUIDANCE, "height": SIZE, "width": SIZE, "video_length": FRAMES}
+        parse(inputs["prompt"])  # refuses words that the model does not know
+    pipe = load_pipeline(model, **loading)
     known = inspect.signature(pipe.__call__).parameters
     defaults = {"generator": torch.Generator().manual_seed(seed), "output_type": "latent"}
     inputs = {name: value for name, value in defaults.items() if name in known} | inputs | arguments | {"num_inference_steps": steps}
@@ -58,7 +59,7 @@ def _sampling(
     return pipe, lambda: pipe(**inputs)
 
 
-def analyze(
+def command(
     model: Annotated[str, typer.Option(help="Folder of a diffusers pipeline, id on the hub, or 'demo'.")],
     prompt: Annotated[str | None, typer.Option(help="What is to be drawn.")] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 30,
@@ -78,8 +79,6 @@ def analyze(
     for package in ("rich", "diffusers", "yaml", *(("matplotlib",) if plot else ())):
         require(package, "pab analyze")
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..analysis import study
     from ..analysis.ctrl_c import ctrl_c
@@ -97,14 +96,11 @@ def analyze(
     pipe, run = _sampling(model, prompt, steps, seed, arguments, **loading)
     out.mkdir(parents=True, exist_ok=True)
 
-    notes = Console(stderr=True)
-    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
-    interrupted, failed = False, None
+    interrupted = False
     with ctrl_c() as stop:
-        with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
-            task = bar.add_task("sampling", total=steps)
+        with progress_bar("sampling", "steps") as show:
             try:
-                found = study.analyze(pipe, run, progress=lambda begun, total: bar.update(task, completed=begun, total=total))
+                found = study.analyze(pipe, run, progress=partial(show, "sampling"))
             except study.Interrupted as stopped:
                 found, interrupted = stopped.analysis, True
         if interrupted and not found.differences:
@@ -113,14 +109,10 @@ def analyze(
         try:
             for name in _write(found, out, plot):
                 written.append(name)
-        except OSError as error:
-            failed = error
-        print(to_json(found.to_dict()) if as_json else found)
-        if failed is None:
-            until = "interrupted: what was measured until then is" if interrupted else "written"
-            print(f"{until} in {out}: {', '.join(written)}", file=notes.file)
-    if failed is not None:
-        raise failed
+        finally:  # also where a file cannot be written
+            print(to_json(found.to_dict()) if as_json else found)
+        until = "interrupted: what was measured until then is" if interrupted else "written"
+        print(f"{until} in {out}: {', '.join(written)}", file=sys.stderr)
     if interrupted or stop.noted:
         raise KeyboardInterrupt
 

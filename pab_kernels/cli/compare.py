@@ -2,24 +2,20 @@
 
 # No `from __future__ import annotations` here: typer reads the command's annotations at run time.
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..extras import require
+from ..figures import check_plot_path
 from ..strict_json import to_json
+from .arguments import numbers
+from .display import progress_bar
 
 
-def _values(text: str) -> tuple[float, float]:
-    try:
-        black, white = (float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--values takes two numbers, black and white, such as 0,1 or -1,1, got {text!r}") from None
-    return black, white
-
-
-def compare(
+def command(
     a: Annotated[Path, typer.Argument(metavar="A", help="A video, an image, a folder of images, or a tensor (.pt, .npy, .safetensors).")],
     b: Annotated[Path, typer.Argument(metavar="B", help="What A is compared with: the clip made without PAB.")],
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw every measure over the frames: .png, .pdf or .svg.")] = None,
@@ -34,29 +30,16 @@ def compare(
     """
     for package in ("rich", "skimage"):
         require(package, "pab compare")
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from ..analysis import comparison
+    from ..analysis.quality import comparison
 
     if plot is not None:
-        comparison.check_plot_path(plot)
-    black_and_white = _values(values)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"), TimeRemainingColumn())
-    notes = Console(stderr=True)
-    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task("reading", total=None)
-
-        def progress(done: int, todo: int) -> None:
-            bar.update(task, description="comparing", completed=done, total=todo)
-
-        result = comparison.compare(a, b, values=black_and_white, lpips=lpips, progress=progress)
-    failed = None
-    if plot is not None:
-        try:
+        check_plot_path(plot)
+    takes = "--values takes two numbers, black and white, such as 0,1 or -1,1"
+    black_and_white = numbers(values, takes, ",", float, counts=(2,))
+    with progress_bar("reading", "frames") as show:
+        result = comparison.compare(a, b, values=black_and_white, lpips=lpips, progress=partial(show, "comparing"))
+    try:
+        if plot is not None:
             result.plot(plot)
-        except OSError as error:
-            failed = error
-    print(to_json(result.to_dict()) if as_json else result)
-    if failed is not None:
-        raise failed
+    finally:  # also where the picture cannot be written
+        print(to_json(result.to_dict()) if as_json else result)

@@ -12,20 +12,13 @@ import typer
 from ..extras import require
 from ..messages import shown
 from ..strict_json import to_json
+from .arguments import numbers
+from .display import output, progress_bar, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..demo import Result, Run
-
-
-def _ranges(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--ranges takes spatial,temporal,cross[,mlp] as whole numbers such as 2,4,6, got {text!r}") from None
+    from ..demo import DemoResult, DemoRun
 
 
 def _spread_over(prompts: tuple[str, ...], clips: int | None) -> tuple[str, ...]:
@@ -52,46 +45,40 @@ WIDE = 122
 """Columns of a terminal that the table needs; in a narrower one it is turned on its side."""
 
 
-def _row(run: "Run", reference: "Run") -> list[str]:
-    from ..demo import KINDS
+def _row(run: "DemoRun", reference: "DemoRun") -> list[str]:
+    from ..demo import COUNTED_KINDS
 
-    counts = [run.counts[kind] for kind in KINDS]
+    counts = [run.counts[kind] for kind in COUNTED_KINDS]
     return [
         run.title,
         *(f"{c.computed}+{c.reused}" if c.reused else f"{c.computed}" for c in counts),
-        f"{run.seconds:.2f}",
-        f"{reference.seconds / run.seconds:.2f}x",
+        f"{run.sampled.seconds:.2f}",
+        f"{run.sampled.speedup(reference.sampled):.2f}x",
         f"{run.flops / reference.flops:.1%}",
-        _measured(run.psnr, 1, len(run.quality)),
-        _measured(run.ssim, 3, len(run.quality)).replace("0.", "."),
-        f"{run.shown}/{len(run.clips)}",
+        _measured(run.spread("psnr"), 1, len(run.quality)),
+        _measured(run.spread("ssim"), 3, len(run.quality)).replace("0.", "."),
+        f"{run.shown}/{len(run.sampled.output)}",
         f"{run.cache_bytes / 2**20:.1f}" if run.cache_bytes else "",
     ]
 
 
-def results_table(result: "Result", width: int = WIDE) -> "Table":
+def results_table(result: "DemoResult", width: int = WIDE) -> "Table":
     """All runs as one rich table: a row for each run, or a column for each where `width` is less than `WIDE`."""
     settings = result.settings
-    table: Table = require("rich.table", "the table of results").Table(
-        title=f"{len(settings.prompts)} clip(s), {settings.scheduler}, {settings.steps} steps, {result.device}",
-        caption="Calls computed+reused. PSNR and SSIM: against the run without PAB, mean±deviation over the clips. Shown: clips that show "
-        "their caption. Fewer steps: all computed, at no fewer FLOPs than the PAB run named.",
-        title_justify="left",
-        caption_justify="left",
-        box=require("rich.box", "the table of results").SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
     lines = [list(HEADINGS), *(_row(run, result.runs[0]) for run in result.runs)]
     if width < WIDE:
         lines = [list(line) for line in zip(*lines, strict=True)]
-    for i, heading in enumerate(lines[0]):
-        table.add_column(heading, justify="right" if i else "left", overflow="fold")
-    for line in lines[1:]:
-        table.add_row(*line)
-    return table
+    return table(
+        lines[0],
+        lines[1:],
+        title=f"{len(settings.prompts)} clip(s), {settings.scheduler}, {settings.steps} steps, {result.device}",
+        caption="Calls computed+reused. PSNR and SSIM: against the run without PAB, mean±deviation over the clips. Shown: clips that show "
+        "their caption. Fewer steps: all computed, at no fewer FLOPs than the PAB run named.",
+        padding=(0, 1, 0, 0),
+    )
 
 
-def demo(
+def command(
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -119,37 +106,29 @@ def demo(
     """
     for package in ("rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "matplotlib", "safetensors", "PIL"):
         require(package, "pab demo")
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from ..analysis.ctrl_c import ctrl_c
-    from ..demo import PROMPTS, Settings, run_demo, write
+    from ..demo import PROMPTS, DemoSettings, run_demo, write
 
     prompts = _spread_over(tuple(prompt or PROMPTS), clips)
-    settings = Settings(prompts, seed, steps, _ranges(ranges), scheduler, device=device)
+    reaches = numbers(ranges, "--ranges takes spatial,temporal,cross[,mlp] as whole numbers such as 2,4,6", ",", int)
+    settings = DemoSettings(prompts, seed, steps, reaches, scheduler, device=device)
     out.mkdir(parents=True, exist_ok=True)
-    notes = Console(stderr=True)
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
-    failed = None
     with ctrl_c():
-        with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
-            task = bar.add_task("loading", total=None)
-            result = run_demo(settings, lambda title, done, todo: bar.update(task, description=title, completed=done, total=todo))
+        with progress_bar("loading", "steps", width=28) as show:
+            result = run_demo(settings, show)
         if result.interrupted:
-            notes.print(f"interrupted: {len(result.runs)} of the runs are finished" + ("" if result.runs else ", nothing to report"))
+            nothing = "" if result.runs else ", nothing to report"
+            print(f"interrupted: {len(result.runs)} of the runs are finished{nothing}", file=sys.stderr)
         if result.runs:
             try:
                 written = write(result, out)
-            except OSError as error:
-                written, failed = [], error
-            if as_json:
-                print(to_json(result.to_dict()))
-            else:
-                console = Console() if sys.stdout.isatty() else Console(width=WIDE)
-                console.print(results_table(result, console.width))
+            finally:  # also where a file cannot be written
+                if as_json:
+                    print(to_json(result.to_dict()))
+                else:
+                    console = output(WIDE)
+                    console.print(results_table(result, console.width))
             for path in written:
                 print(path, file=sys.stderr if as_json else sys.stdout)
-    if failed is not None:
-        raise failed
     if result.interrupted:
         raise SystemExit(130)

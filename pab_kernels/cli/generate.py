@@ -11,24 +11,13 @@ import typer
 
 from ..extras import require
 from ..strict_json import to_json
-from .arguments import named_arguments
+from .arguments import named_arguments, numbers
+from .display import output, progress_bar, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..generate import Result, Run
-
-
-def _size(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        parts = tuple(int(part) for part in text.lower().split("x"))
-    except ValueError:
-        parts = ()
-    if len(parts) not in (2, 3):
-        raise ValueError(f"--size takes frames x height x width such as 49x480x720, or height x width of an image, got {text!r}")
-    return parts
 
 
 HEADINGS = ("run", "seconds", "speed-up", "FLOPs", "peak memory, MiB", "kept, MiB", "PSNR, dB", "SSIM", "file")
@@ -39,7 +28,7 @@ def _row(run: "Run", reference: "Run") -> list[str]:
     return [
         run.title,
         f"{run.sampled.seconds:.2f}",
-        f"{run.speedup(reference):.2f}x" if reference.key == "off" else "",
+        f"{run.sampled.speedup(reference.sampled):.2f}x" if reference.key == "off" else "",
         f"{summary.share:.1%}" if summary and summary.flops_without else "",
         f"{memory / 2**20:.1f}" if memory is not None else "not measured",
         f"{summary.peak_cache_bytes / 2**20:.1f}" if summary else "",
@@ -52,22 +41,16 @@ def _row(run: "Run", reference: "Run") -> list[str]:
 def results_table(result: "Result") -> "Table":
     """A row for each run."""
     what = result.runs[0].sampled.memory.what
-    table: Table = require("rich.table", "the table of results").Table(
+    return table(
+        HEADINGS,
+        [_row(run, result.runs[0]) for run in result.runs],
         title=f"{result.pipeline}, {result.dtype}, {result.device}",
         caption=f"Memory: {what}, weights included. FLOPs: of the transformer, a share of those without PAB, where they are counted. "
         "Kept: outputs, at the peak. PSNR and SSIM: against the run without PAB.",
-        title_justify="left",
-        caption_justify="left",
-        box=require("rich.box", "the table of results").SIMPLE_HEAD,
     )
-    for i, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if i else "left", overflow="fold")
-    for run in result.runs:
-        table.add_row(*_row(run, result.runs[0]))
-    return table
 
 
-def generate(
+def command(
     model: Annotated[str, typer.Option(help="Hub id or folder of a diffusers pipeline for text-to-video or text-to-image, or demo.")],
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
@@ -97,39 +80,34 @@ def generate(
     """
     for package in ("rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "matplotlib", "PIL"):
         require(package, "pab generate")
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from ..analysis.pipeline_call import Wish
-    from ..generate import NotWritten, Settings
-    from ..generate import generate as run
+    from ..generate import NotWritten, Settings, generate
 
     for package in ("diffusers", "transformers"):
         messages = require(f"{package}.utils.logging", "pab generate")
         messages.set_verbosity_error()  # what matters comes as an error
         messages.disable_progress_bar()
-    wish = Wish(prompt, negative_prompt, steps, guidance, _size(size), seed, named_arguments(argument or []))
+    takes = "--size takes frames x height x width such as 49x480x720, or height x width of an image"
+    shape = numbers(size, takes, "x", int, counts=(2, 3))
+    wish = Wish(prompt, negative_prompt, steps, guidance, shape, seed, named_arguments(argument or []))
     settings = Settings(model, wish, pab, compare, dtype, device, offload, fps, timed, local_files_only, cuda_graphs)
-    notes = Console(stderr=True)
-    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
-    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task("loading", total=None)
+    with progress_bar("loading", "steps", width=10) as show:
         try:
-            result = run(settings, out, lambda title, done, todo: bar.update(task, description=title, completed=done, total=todo))
+            result = generate(settings, out, show)
             failed = None
         except NotWritten as error:
             result, failed = error.result, error
     if as_json:
         print(to_json(result.to_dict()))
     elif result.runs:
-        (Console() if sys.stdout.isatty() else Console(width=120)).print(results_table(result))
-        for run_ in result.runs:
-            if run_.summary is not None:
-                print(run_.summary)
+        output(120).print(results_table(result))
+        for run in result.runs:
+            if run.summary is not None:
+                print(run.summary)
     for path in result.files if failed is None or not as_json else ():
         print(path, file=sys.stderr if as_json else sys.stdout)
     if failed is not None:
         raise failed
     if result.interrupted:
-        notes.print(f"interrupted: {len(result.runs)} of {result.planned} runs are finished and kept in {out}", soft_wrap=True)
+        print(f"interrupted: {len(result.runs)} of {result.planned} runs are finished and kept in {out}", file=sys.stderr)
         raise SystemExit(130)

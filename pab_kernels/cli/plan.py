@@ -2,51 +2,28 @@
 
 # No `from __future__ import annotations` here: typer reads the command's annotations at run time.
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..broadcast.config import PABConfig
 from ..broadcast.formats import named_config
-from ..broadcast.plan import Plan
-from ..broadcast.plan import plan as plan_of
+from ..broadcast.plan import plan
 from ..broadcast.schedule import check_steps
 from ..extras import require
+from ..figures import check_plot_path
 from ..strict_json import to_json
+from .arguments import numbers
+from .display import output, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..analysis.forecasting import ModelForecast
+    from ..analysis.forecasts.forecasting import ModelForecast
 
 WIDE = 110
 """Columns of the table where it is not printed to a terminal."""
-
-
-def _size(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    try:
-        frames, height, width = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise ValueError(f"--size takes frames x height x width such as 51x480x854, or 1x1024x1024 of an image, got {text!r}") from None
-    return frames, height, width
-
-
-def _table(headings: tuple[str, ...], rows: list[list[str]], caption: str = "", words: int = 1) -> "Table":
-    """A table whose first `words` columns are words, and all others numbers."""
-    table: Table = require("rich.table", "pab plan").Table(
-        caption=caption or None,
-        caption_justify="left",
-        box=require("rich.box", "pab plan").SIMPLE_HEAD,
-    )
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i >= words else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _gigaflops(flops: int) -> str:
@@ -76,7 +53,7 @@ def forecast_table(found: "ModelForecast") -> "Table":
         f"Over {len(found.plan.steps)} step(s) with {found.calls} call(s) each; stored are among computed. Cache: the most that slots "
         "of a kind take in each dtype, and in total the most that all take at one time."
     )
-    return _table(headings, rows, caption)
+    return table(headings, rows, caption=caption)
 
 
 def _lines(found: "ModelForecast") -> list[str]:
@@ -91,7 +68,7 @@ def _lines(found: "ModelForecast") -> list[str]:
 
 
 def _print_families(as_json: bool) -> None:
-    from ..analysis.families import FAMILIES
+    from ..analysis.forecasts.families import FAMILIES
 
     if as_json:
         listed = {
@@ -101,26 +78,11 @@ def _print_families(as_json: bool) -> None:
         print(to_json(listed))
         return
     rows = [[name, f.checkpoint, ", ".join(map(str, f.sizes)), str(f.steps)] for name, f in FAMILIES.items()]
-    _print(_table(("model", "checkpoint", "sizes", "steps"), rows, words=3))
+    require("rich", "pab plan")
+    output(WIDE).print(table(("model", "checkpoint", "sizes", "steps"), rows, words=3))
 
 
-def _print(table: "Table") -> None:
-    Console: Any = require("rich.console", "pab plan").Console
-    (Console() if sys.stdout.isatty() else Console(width=WIDE)).print(table)
-
-
-def _schedule(config: str | None, steps: int | None) -> Plan:
-    if config is None or steps is None:
-        raise ValueError("pab plan needs --model, or --config and --steps to draw a schedule alone; --list shows the models")
-    return plan_of(named_config(config), num_steps=steps)
-
-
-def _report_schedule(made: Plan, as_json: bool) -> None:
-    masks = {label: "".join(d.action.value for d in row) for label, row in made.grouped()}
-    print(to_json({"steps": made.schedule.num_steps, "config": made.config.to_dict(), "schedule": masks}) if as_json else made)
-
-
-def plan(
+def command(
     model: Annotated[
         str | None, typer.Option(help="A known model (see --list), a hub id, or the path of a transformer's config.json or its folder.")
     ] = None,
@@ -154,25 +116,28 @@ def plan(
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_steps(steps or 1, "--steps")
     if plot is not None:
-        from ..analysis.comparison import check_plot_path
-
         check_plot_path(plot)
     if model is None:
         if size is not None:
             raise ValueError("--size is that of a model's clip; give --model too")
-        made = _schedule(config, steps)
-        _report_schedule(made, as_json)
+        if config is None or steps is None:
+            raise ValueError("pab plan needs --model, or --config and --steps to draw a schedule alone; --list shows the models")
+        made = plan(named_config(config), num_steps=steps)
+        masks = {label: "".join(d.action.value for d in row) for label, row in made.grouped()}
+        print(to_json({"steps": made.schedule.num_steps, "config": made.config.to_dict(), "schedule": masks}) if as_json else made)
     else:
-        from ..analysis.forecasting import forecast
+        from ..analysis.forecasts.forecasting import forecast
 
         rules: PABConfig | None = None if config is None else named_config(config)
-        found = forecast(model, _size(size), steps=steps, config=rules, dtype=dtype, batch=batch, text=text)
+        takes = "--size takes frames x height x width such as 51x480x854, or 1x1024x1024 of an image"
+        found = forecast(model, numbers(size, takes, "x", int, counts=(3,)), steps=steps, config=rules, dtype=dtype, batch=batch, text=text)
         made = found.plan
         if as_json:
             print(to_json(found.to_dict()))
         else:
+            require("rich", "pab plan")
             print(f"{found.model}, {found.clip}, {found.dtype}, {found.batch} clip(s)", made, sep="\n")
-            _print(forecast_table(found))
+            output(WIDE).print(forecast_table(found))
             print(*_lines(found), sep="\n")
     if plot is not None:
         made.plot(str(plot))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
+from tests.hang import HANG
 
 KINDS = {"blocks.*.0": "spatial", "blocks.*.1": "mlp"}
 EVERY_SECOND = PABConfig(spatial=Broadcast(2, (0, 1)))
@@ -106,7 +107,7 @@ def test_a_plain_call_after_others_is_not_counted_below(model: Model) -> None:
 
 def test_threads_count_apart(model: Model) -> None:
     requests = [pab.generation(model, num_steps=4) for _ in range(2)]
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=HANG)
     model.between = barrier.wait
 
     def run(request: Any) -> None:

@@ -66,6 +66,14 @@ def test_arrows_of_a_linear_reuse_are_those_of_a_hold():
     assert arrows(plan(PABConfig(cross=Broadcast(4, reuse="linear")), num_steps=20)) == arrows(plan(PABConfig(cross=4), num_steps=20))
 
 
+@pytest.mark.parametrize(("exact", "first"), [(False, 2), (True, 1)])
+def test_the_window_is_shaded_where_the_rule_reads_a_fractional_timestep(exact: bool, first: int):
+    rule = Broadcast(2, (100, 800), "timestep", exact=exact)  # 798.9 is 800 in bfloat16
+    figure = plot_plan(plan(PABConfig(spatial=rule), timesteps=(900.0, 798.9, 700.0, 600.0, 500.0, 50.0)))
+    shaded = rectangles(figure, "window")["window of spatial"]
+    assert (shaded.get_x() + 0.5, shaded.get_width()) == (first, 5 - first)
+
+
 def test_the_window_is_shaded_where_a_rule_has_one():
     figure = plot_plan(plan(PABConfig(spatial=2, mlp=Broadcast(2, unit="step", at=(3,)), cross=1), num_steps=20))
     windows = rectangles(figure, "window")

@@ -118,7 +118,7 @@ def test_json_prints_the_results_alone(monkeypatch, tmp_path):
 def test_prompts_are_taken_in_turn_for_more_clips(monkeypatch, tmp_path):
     seen = []
 
-    def stop(settings: demo.Settings, progress: object) -> None:
+    def stop(settings: demo.DemoSettings, progress: object) -> None:
         seen.append(settings)
         raise ValueError("enough")
 
@@ -133,7 +133,7 @@ def test_prompts_are_taken_in_turn_for_more_clips(monkeypatch, tmp_path):
 def test_ctrl_c_reports_what_is_finished(finished: int, monkeypatch, tmp_path):
     whole = demo.run_demo
 
-    def interrupted(settings: demo.Settings, progress: object) -> demo.Result:
+    def interrupted(settings: demo.DemoSettings, progress: object) -> demo.DemoResult:
         def stop(title: str, done: int, todo: int) -> None:
             if done > 2 * finished:
                 raise KeyboardInterrupt
@@ -151,17 +151,20 @@ def test_the_table_fits_its_terminal(width: int, first: str):
     import torch
     from rich.console import Console
 
-    from pab_kernels.analysis.quality import Quality
+    from pab_kernels.analysis.memory import Peak
+    from pab_kernels.analysis.quality.comparison import Closeness, Comparison
+    from pab_kernels.analysis.sampling import Sampled
     from pab_kernels.broadcast.plan import Counts
     from pab_kernels.cli.demo import results_table
 
-    counts = dict.fromkeys(demo.KINDS, Counts(computed=33, reused=17))
-    quality = (Quality(31.2, 0.951, (), ()), Quality(33.1, 0.972, (), ()))
-    clips = torch.zeros(2, 8, 3, 8, 8)
-    runs = [demo.Run(v, 29, 50, 10.0, 100, counts, 2**20, clips, 2, quality) for v in demo.variants(demo.Settings())]
+    counts = dict.fromkeys(demo.COUNTED_KINDS, Counts(computed=33, reused=17))
+    closeness = [Closeness(psnr, ssim, None, None, None) for psnr, ssim in ((31.2, 0.951), (33.1, 0.972))]
+    quality = tuple(Comparison("A", "B", 8, 8, total, ()) for total in closeness)
+    sampled = Sampled(torch.zeros(2, 8, 3, 8, 8), 10.0, Peak(), None)
+    runs = [demo.DemoRun(v, 29, 50, sampled, 100, counts, 2**20, 2, quality) for v in demo.variants(demo.DemoSettings())]
     console = Console(width=width, record=True, file=io.StringIO(), color_system=None)
-    console.print(results_table(demo.Result(demo.Settings(), tuple(runs), False, {}, "a device"), width))
+    console.print(results_table(demo.DemoResult(demo.DemoSettings(), tuple(runs), False, {}, "a device"), width))
     text = console.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= width
-    assert text.count("33+17") == len(runs) * len(demo.KINDS) and text.count("32.1±1.3") == len(runs)
+    assert text.count("33+17") == len(runs) * len(demo.COUNTED_KINDS) and text.count("32.1±1.3") == len(runs)
     assert any(line.split()[:1] == [first] for line in text.splitlines())

@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 from typer.testing import CliRunner
 
 from pab_kernels import cli
-from pab_kernels.analysis import comparison
+from pab_kernels.analysis.quality import comparison
 
 COMMANDS = ("demo", "generate", "plan", "analyze", "compare", "doctor")
 
@@ -115,6 +115,16 @@ def test_ctrl_c_is_one_line(clips: tuple[Path, Path], monkeypatch: pytest.Monkey
     monkeypatch.setattr(comparison, "compare", interrupted)
     result = pab("compare", *clips, "--no-lpips")
     assert result.exit_code == 130 and result.stdout == "" and result.stderr.strip().splitlines() == ["pab: interrupted"]
+
+
+def test_ctrl_c_while_the_picture_is_drawn_keeps_the_table(clips: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison.Comparison, "plot", interrupted)
+    result = pab("compare", *clips, "--no-lpips", "--plot", clips[0].with_name("curve.png"))
+    assert result.exit_code == 130 and result.stdout.splitlines()[-1].startswith("total")
+    assert result.stderr.strip().splitlines()[-1] == "pab: interrupted"
 
 
 @pytest.mark.parametrize("package", ["rich", "skimage"])

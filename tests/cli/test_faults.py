@@ -25,8 +25,8 @@ pytest.importorskip("yaml")
 from typer.testing import CliRunner
 
 from pab_kernels import cli, demo
-from pab_kernels.analysis.clips import read_clip
-from pab_kernels.analysis.study import Analysis
+from pab_kernels.analysis.differences.study import Analysis
+from pab_kernels.analysis.quality.clips import read_clip
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -184,13 +184,13 @@ def test_generate_keeps_the_runs_and_every_file_is_whole(files: int, kept: list[
 
 
 @pytest.fixture(scope="module")
-def sampled() -> demo.Result:
-    return demo.run_demo(demo.Settings(demo.PROMPTS[:1], steps=2, device="cpu"))
+def sampled() -> demo.DemoResult:
+    return demo.run_demo(demo.DemoSettings(demo.PROMPTS[:1], steps=2, device="cpu"))
 
 
 @pytest.mark.parametrize("files", [0, 1, 3])
 def test_demo_prints_what_it_cannot_write(
-    files: int, full: Any, sampled: demo.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: int, full: Any, sampled: demo.DemoResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "run_demo", lambda settings, progress: sampled)
     full(files)

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from ..extras import require
-from ..files import path_of, read_text
-from ..messages import first_line, shortened
-from ..strict_json import from_json
-from .families import FAMILIES, family
-from .inputs import INPUTS, Size
+from ...compat import float32_modules
+from ...extras import require
+from ...files import path_of, read_text
+from ...messages import first_line, joined, shortened
+from ...strict_json import from_json
+from .families import FAMILIES, family, unknown_family
+from .model_calls import MODEL_CALLS, Size
 
 _FILE = "config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,7 +29,7 @@ class Source:
 
     Args:
         name: as it was asked for.
-        class_name: a key of `INPUTS`.
+        class_name: a key of `MODEL_CALLS`.
         config: arguments of the class.
         size, steps: of a known family, its usual ones.
     """
@@ -54,7 +55,7 @@ def find_config(model: str | Path | Mapping[str, Any]) -> Source:
     if isinstance(model, Mapping):
         return _source("the config", model)
     name = str(model)
-    known = next((f for key, f in FAMILIES.items() if name.lower() in (key, f.checkpoint.lower())), None)
+    known = family(name)
     if known is not None:
         return Source(name, known.config["_class_name"], known.config, known.sizes[0], known.steps)
     path = path_of(name)
@@ -62,8 +63,7 @@ def find_config(model: str | Path | Mapping[str, Any]) -> Source:
         return _source(name, _read(_file(path)))
     if _HUB_ID.fullmatch(name):
         return _source(name, _read(_fetched(name)))
-    family(name)  # says what is near
-    raise AssertionError("a family that is known was not found")
+    raise unknown_family(name)
 
 
 def _file(path: Path) -> Path:
@@ -123,8 +123,7 @@ def _reason(errors: Any, error: Exception) -> str:
         errors.RepositoryNotFoundError: "the hub has no such repository, or it is private: `hf auth login`",
         errors.EntryNotFoundError: f"it has no transformer/{_FILE} and no {_FILE}",
     }
-    said = " ".join(str(error).split()) or type(error).__name__
-    return next((reason for kind, reason in reasons.items() if isinstance(error, kind)), said)
+    return next((reason for kind, reason in reasons.items() if isinstance(error, kind)), joined(error))
 
 
 def _source(name: str, config: Mapping[str, Any]) -> Source:
@@ -132,9 +131,9 @@ def _source(name: str, config: Mapping[str, Any]) -> Source:
     class_name = config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
     if not isinstance(class_name, str):
         raise ValueError(f"{name} names no class: a transformer's config has _class_name")
-    if class_name not in INPUTS:
+    if class_name not in MODEL_CALLS:
         hint = ": give the config.json of its transformer" if class_name.endswith("Pipeline") else ""
-        raise ValueError(f"{name} is a {class_name}; supported are {', '.join(INPUTS)}{hint}")
+        raise ValueError(f"{name} is a {class_name}; supported are {', '.join(MODEL_CALLS)}{hint}")
     return Source(name, class_name, config)
 
 
@@ -146,7 +145,7 @@ def build(source: Source, dtype: torch.dtype) -> Any:
         ModuleNotFoundError: diffusers is not installed.
     """
     if source.class_name == "STDiT3":
-        from ..models.stdit3 import STDiT3
+        from ...models.stdit3 import STDiT3
 
         cls: Any = STDiT3
     else:
@@ -156,7 +155,7 @@ def build(source: Source, dtype: torch.dtype) -> Any:
             model = cls.from_config(source.config)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise ValueError(f"{source.name}: {source.class_name} does not take this config: {first_line(error)}") from None
-    in_float32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    in_float32 = float32_modules(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32 if in_float32 & set(name.split(".")) else dtype)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .inputs import Size
+from .model_calls import Size
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,13 @@ FAMILIES = {
 """By name."""
 
 
-def family(name: str) -> Family:
-    """The family of a name or hub id.
+def family(name: str) -> Family | None:
+    """The family of a name or hub id; None where it is not known."""
+    return next((found for key, found in FAMILIES.items() if name.lower() in (key, found.checkpoint.lower())), None)
 
-    Raises:
-        ValueError: it is not known.
-    """
-    wanted = name.lower()
-    for key, found in FAMILIES.items():
-        if wanted in (key, found.checkpoint.lower()):
-            return found
-    near = difflib.get_close_matches(wanted, FAMILIES, n=2, cutoff=0.5)
+
+def unknown_family(name: str) -> ValueError:
+    """The error for a name that is none, with those that are near."""
+    near = difflib.get_close_matches(name.lower(), FAMILIES, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-    raise ValueError(f"there is no model {name!r}{hint} Known are {', '.join(FAMILIES)}; a hub id or the path of a config.json serves too")
+    return ValueError(f"there is no model {name!r}{hint} Known are {', '.join(FAMILIES)}; a hub id or the path of a config.json serves too")

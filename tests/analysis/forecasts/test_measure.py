@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pab_kernels.analysis.measure import measure
+from pab_kernels.analysis.forecasts.measure import measure
 from pab_kernels.broadcast.plan import Sublayer
 
 

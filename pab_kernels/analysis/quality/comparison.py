@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..extras import require
-from ..files import check_regular, path_of, replacing
-from ..messages import shortened
-from . import quality
+from ...extras import require
+from ...figures import new_figure, saved, whole_numbers
+from ...progress import Progress
 from .clips import Clip, read_clip
 from .perceptual import Distance, load_lpips
+from .psnr_ssim import psnr, ssim
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Progress = Callable[[int, int], None]
-"""Called after every frame with the frames done and the frames to do."""
-
-_FIELDS = ("psnr", "ssim", "consistency_a", "consistency_b", "lpips")
-_HEADINGS = ("PSNR, dB", "SSIM", "consistency A", "consistency B", "LPIPS")
+_HEADINGS = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "consistency_a": "consistency A",
+    "consistency_b": "consistency B",
+    "lpips": "LPIPS",
+}
 _COLOURS = {"consistency_b": "#e69f00"}
 
 
@@ -48,8 +49,7 @@ class Closeness:
 
     def to_dict(self) -> dict[str, float | None]:
         """JSON-ready: an infinite PSNR is None."""
-        values = {name: getattr(self, name) for name in _FIELDS}
-        return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        shown = [i for i, name in enumerate(_FIELDS) if any(getattr(frame, name) is not None for frame in self.frames)]
-        rows = [["frame", *(_HEADINGS[i] for i in shown)]]
+        measured = [name for name in _HEADINGS if any(getattr(frame, name) is not None for frame in self.frames)]
+        rows = [["frame", *(_HEADINGS[name] for name in measured)]]
         for label, line in (*((str(i), frame) for i, frame in enumerate(self.frames)), ("total", self.total)):
-            rows.append([label, *(_cell(_FIELDS[i], getattr(line, _FIELDS[i])) for i in shown)])
+            rows.append([label, *(_cell(name, getattr(line, name)) for name in measured)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
         head = [f"A  {self.a}", f"B  {self.b}", f"{len(self.frames)} frame(s) of {self.height} x {self.width}", ""]
@@ -100,12 +100,12 @@ class Comparison:
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw every measure over the frames; saved to `path` if given, in the format of its ending. Needs matplotlib."""
-        figure = require("matplotlib.figure", "plotting a comparison").Figure(figsize=(8, 6.4), layout="constrained")
-        panels = [("PSNR, dB", ["psnr"]), ("SSIM", ["ssim"])]
+        figure = new_figure("plotting a comparison", (8, 6.4), dpi=150)
+        panels = [(_HEADINGS[name], [name]) for name in ("psnr", "ssim")]
         if len(self.frames) > 1:
             panels.append(("consistency", ["consistency_a", "consistency_b"]))
         if self.total.lpips is not None:
-            panels.append(("LPIPS", ["lpips"]))
+            panels.append((_HEADINGS["lpips"], ["lpips"]))
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for ax, (heading, names) in zip(axes, panels, strict=True):
             for name in names:
@@ -120,12 +120,9 @@ class Comparison:
         if equal := sum(math.isinf(frame.psnr) for frame in self.frames):
             axes[0].set_title(f"{equal} equal frame(s), of infinite PSNR, are not drawn", fontsize=9, loc="left")
         axes[-1].set_xlabel("frame")
-        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(axes[-1])
         figure.suptitle(f"A: {self.a}   B: {self.b}", fontsize=10)
-        if path is not None:
-            with replacing(path) as made:
-                figure.savefig(made, dpi=150)
-        return figure
+        return saved(figure, path)
 
 
 def _cell(name: str, value: float | None) -> str:
@@ -134,24 +131,6 @@ def _cell(name: str, value: float | None) -> str:
     if math.isinf(value):
         return "same"
     return f"{value:.2f}" if name == "psnr" else f"{value:.4f}"
-
-
-def check_plot_path(path: str | Path) -> None:
-    """Refuse a picture that could not be written, before anything is measured.
-
-    Raises:
-        ValueError: its ending or its name is not supported.
-        FileNotFoundError: its folder does not exist.
-    """
-    path = path_of(path)
-    supported = sorted(require("matplotlib.backend_bases", "plotting a comparison").FigureCanvasBase.get_supported_filetypes())
-    if path.suffix[1:].lower() not in supported:
-        raise ValueError(f"{shortened(str(path))} cannot be drawn; supported endings are {' '.join('.' + ending for ending in supported)}")
-    if not os.path.isdir(path.parent):
-        folder, name = shortened(str(path.parent)), shortened(path.name)
-        raise FileNotFoundError(f"there is no folder {folder} for {name}; make it first")
-    if path.exists():
-        check_regular(path)
 
 
 def compare(
@@ -164,10 +143,11 @@ def compare(
 ) -> Comparison:
     """Compare clip `a` with clip `b`, usually the one made without PAB.
 
-    1. PSNR and SSIM of every frame, as `quality.compare` has them.
-    2. Temporal consistency of either clip, as VBench's temporal flickering (Huang et al. 2024): frame i has
+    1. PSNR = 10 log10(1 / mean((a - b)^2)) of every frame, and of the error over all frames.
+    2. SSIM (Wang et al. 2004) of every frame with a uniform 7 x 7 window, mean over channels.
+    3. Temporal consistency of either clip, as VBench's temporal flickering (Huang et al. 2024): frame i has
        `1 - mean(|frame_i - frame_(i-1)|)`, with black 0 and white 1. A clip that flickers more than the other has less.
-    3. LPIPS of every frame, where it is installed.
+    4. LPIPS of every frame, where it is installed.
 
     Args:
         a, b: paths of videos, images, folders of images or files of tensors, or tensors or arrays: see `clips.read_clip`.
@@ -196,7 +176,7 @@ def compare(
         notes.append(f"{clips[measured.index(1)].name} is grey and is compared as three equal channels")
     errors, frames = _measure(clips, distance, progress)
     total = Closeness(
-        psnr=quality.psnr(float(np.mean(errors)), 1.0),
+        psnr=psnr(float(np.mean(errors))),
         ssim=float(np.mean([frame.ssim for frame in frames])),
         consistency_a=_mean([frame.consistency_a for frame in frames]),
         consistency_b=_mean([frame.consistency_b for frame in frames]),
@@ -238,11 +218,10 @@ def _measure(clips: tuple[Clip, Clip], distance: Distance | None, progress: Prog
         pair = [clip.frame(i) for clip in clips]  # [channels, height, width]
         channels = max(frame.shape[0] for frame in pair)
         pair = [np.broadcast_to(frame, (channels, *frame.shape[1:])) for frame in pair]
-        found = quality.compare(pair[0][None], pair[1][None])
         steady_a, steady_b = (_consistency(now, then) for now, then in zip(pair, before or (None, None), strict=True))
         apart = distance(*(np.broadcast_to(frame, (3, *frame.shape[1:])) for frame in pair)) if distance else None
         errors.append(float(((pair[0] - pair[1]) ** 2).mean()))
-        frames.append(Closeness(found.psnr, found.ssim, steady_a, steady_b, apart))
+        frames.append(Closeness(psnr(errors[-1]), ssim(*pair), steady_a, steady_b, apart))
         before = pair
         if progress:
             progress(i + 1, count)

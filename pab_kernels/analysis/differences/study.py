@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..adapters import adapter_for
-from ..broadcast.adapter import Adapter
-from ..broadcast.attach import take_off
-from ..broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
-from ..broadcast.config import KINDS, PABConfig
-from ..files import write_text
-from ..strict_json import to_json
-from .ctrl_c import CtrlC, ctrl_c
-from .differences import Differences, Probe, Progress
-from .starting_config import MIDDLE, Start, starting_config
+from ...adapters import adapter_for
+from ...broadcast.adapter import Adapter
+from ...broadcast.attach import take_off
+from ...broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
+from ...broadcast.config import KINDS, PABConfig
+from ...compat import uncompiled
+from ...files import write_text
+from ...progress import Progress
+from ...strict_json import to_json
+from ..ctrl_c import CtrlC, ctrl_c
+from .plots import plot_curves, plot_layers
+from .probe import Differences, Probe
+from .starting_config import Start, middle, starting_config
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 class Interrupted(KeyboardInterrupt):
@@ -97,22 +100,13 @@ class Analysis:
         """Write all of it as JSON; a difference that is not finite is null."""
         return write_text(path, to_json(self.to_dict()) + "\n")
 
-    def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw a curve for each kind, steps from left to right. Needs matplotlib."""
-        from .difference_plots import plot_curves
-
-        return plot_curves(self, path)
-
-    def plot_layers(self, path: str | Path | None = None) -> Figure:
-        """Draw a heat map for each kind, layer by step. Needs matplotlib."""
-        from .difference_plots import plot_layers
-
-        return plot_layers(self, path)
+    plot = plot_curves
+    plot_layers = plot_layers
 
     def parts(self, kind: str, what: str = "relative") -> tuple[float | None, float | None, float | None]:
         """Mean of the curve over the first 15 %, the middle and the last 15 % of the steps."""
-        curve, (lo, hi) = self.curve(kind, what), (round(share * self.num_steps) for share in MIDDLE)
-        return _mean(curve[:lo]), _mean(curve[lo:hi]), _mean(curve[hi:])
+        curve, steps = self.curve(kind, what), middle(self.num_steps)
+        return _mean(curve[: steps.start]), _mean(curve[steps.start : steps.stop]), _mean(curve[steps.stop :])
 
     def __str__(self) -> str:
         lines = [
@@ -171,7 +165,7 @@ def analyze(
     given: Any = model_or_pipe if pipe is None else getattr(pipe, "transformer", None)
     if not isinstance(given, nn.Module):
         raise TypeError(f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer`")
-    model: nn.Module = getattr(given, "_orig_mod", given)
+    model: nn.Module = uncompiled(given)
     if broadcaster_of(model) is not None:
         raise ValueError(f"PAB is enabled on this {type(model).__name__}: what is reused does not differ; pab.disable it first")
     if (pipe is None) != (num_steps is not None):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
-from ..broadcast.config import Broadcast, PABConfig
+from ...broadcast.config import Broadcast, PABConfig
 
 Curves = Mapping[str, Sequence[float | None]]
 """A value at every step, by kind; None where nothing was measured."""
@@ -19,7 +19,7 @@ MIDDLE = (0.15, 0.85)
 """The part of the schedule that is stable in the paper's measurements (section 3.1): the reference for what is small here."""
 SMALL = 2.0
 """How often the median of the middle a step's difference may be, to count as small. A choice of this package."""
-MOST = 6
+LONGEST_RANGE = 6
 """The longest range that is proposed: that of cross attention in the paper's PAB246."""
 
 
@@ -60,7 +60,7 @@ def starting_config(relative: Curves, mse: Curves, num_steps: int) -> Start | No
         num_steps: of the schedule.
     """
     attention = [kind for kind in PYRAMID if kind in relative]
-    inside = range(round(MIDDLE[0] * num_steps), round(MIDDLE[1] * num_steps))
+    inside = middle(num_steps)
     typical = {kind: _present(relative[kind], inside) for kind in attention}
     if not typical or not all(typical.values()):
         return None
@@ -76,14 +76,19 @@ def starting_config(relative: Curves, mse: Curves, num_steps: int) -> Start | No
     if not all(map(math.isfinite, drift.values())):
         return None
     largest = max(drift.values())
-    ranges = {kind: MOST if own == 0 else min(MOST, 1 + int(largest / own)) for kind, own in drift.items()}
-    shortest = MOST
+    ranges = {kind: LONGEST_RANGE if own == 0 else min(LONGEST_RANGE, 1 + int(largest / own)) for kind, own in drift.items()}
+    shortest = LONGEST_RANGE
     for kind in reversed(attention):
         shortest = ranges[kind] = min(ranges[kind], shortest)
     fractions = (round(window[0] / num_steps, 4), round(window[1] / num_steps, 4))
     rules: dict[str, Any] = {kind: Broadcast(reach, fractions) for kind, reach in ranges.items()}
     descending = list(drift.values())
     return Start(window, PABConfig(**rules), drift, descending == sorted(descending, reverse=True))
+
+
+def middle(num_steps: int) -> range:
+    """The steps of `MIDDLE`."""
+    return range(round(MIDDLE[0] * num_steps), round(MIDDLE[1] * num_steps))
 
 
 def _present(curve: Sequence[float | None], steps: range) -> list[float]:

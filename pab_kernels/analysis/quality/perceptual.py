@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ...messages import first_line
+
 Distance = Callable[[np.ndarray, np.ndarray], float]
 """Of two frames `[3, height, width]`, black 0 and white 1."""
 
@@ -30,8 +32,7 @@ def load_lpips() -> Distance:
         except ModuleNotFoundError:
             continue
         except Exception as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RuntimeError(f"{package} cannot load its network: {said}") from error
+            raise RuntimeError(f"{package} cannot load its network: {first_line(error)}") from error
         return lambda a, b: _distance(network, a, b)
     raise ModuleNotFoundError(MISSING, name="lpips")
 

@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from ..adapters import adapter_for
-from ..broadcast.config import PABConfig
-from ..broadcast.plan import Action, Counts, Forecast, Plan
-from ..broadcast.presets import preset_for
-from ..broadcast.schedule import Schedule, check_steps
-from ..messages import first_line, shown
-from .inputs import INPUTS, Size
+from ...adapters import adapter_for
+from ...broadcast.config import PABConfig
+from ...broadcast.plan import Action, Counts, Forecast, Plan
+from ...broadcast.presets import preset_for
+from ...broadcast.schedule import Schedule, check_steps
+from ...messages import first_line, shown
 from .measure import measure
+from .model_calls import MODEL_CALLS, Size
 from .transformers import build, find_config
 
-CACHE_DTYPES = (None, "int8", "float8_e4m3fn")
+SLOT_DTYPES = (None, "int8", "float8_e4m3fn")
 """The dtypes that a cache is forecast in; None is the model's."""
 
-MOST = 1_000_000
+LARGEST_FORECAST = 1_000_000
 """The most frames, rows, columns, clips and tokens that are forecast: beyond, the sizes of tensors overflow."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -159,26 +159,26 @@ def forecast(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     for name, value in (("batch", batch), ("text", text), *zip(Size._fields, size or (), strict=False)):
-        if value is not None and value > MOST:
-            raise ValueError(f"{name} must be at most {MOST:,}, got {shown(value)}")
+        if value is not None and value > LARGEST_FORECAST:
+            raise ValueError(f"{name} must be at most {LARGEST_FORECAST:,}, got {shown(value)}")
     check_steps(steps or 1)
     source = find_config(model)
     clip = Size(*(size or source.size or _missing(source.name, "size")))
     if min(clip) < 1:
         raise ValueError(f"size {clip}: frames, height and width are at least 1")
     steps = steps or source.steps or _missing(source.name, "steps")
-    how = INPUTS[source.class_name]
+    how = MODEL_CALLS[source.class_name]
     transformer = build(source, DTYPES[dtype])
     latents = how.latents(transformer.config, clip)
     config = config or preset_for(transformer, timesteps_known=True)
     sublayers = tuple(adapter_for(transformer).sublayers)
     plan = Plan(config, Schedule.of(timesteps=how.timesteps(steps, latents, clip)), sublayers)
     try:
-        inputs = how.tensors(transformer.config, how.batch * batch, latents, text or how.text, DTYPES[dtype], clip)
+        inputs = how.tensors(transformer.config, how.batch * batch, latents, text or how.text, DTYPES[dtype])
         measured = measure(transformer, inputs, plan.sublayers)
     except (RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{source.name} does not run on a clip of {clip}: {first_line(error)}") from error
-    found = {str(kept or "model"): plan.forecast(*measured.costs(kept), how.contexts) for kept in CACHE_DTYPES}
+    found = {str(kept or "model"): plan.forecast(*measured.costs(kept), how.contexts) for kept in SLOT_DTYPES}
     costs, rest = measured.costs()
     calls = how.contexts * len(plan.steps)
     run = {kind: [s.name for s in plan.sublayers if s.kind == kind] for kind in plan.kinds()}

@@ -19,17 +19,15 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..broadcast.adapter import Adapter
-from ..broadcast.attach import Attached, attach_forward
-from ..broadcast.broadcaster import Broadcaster
-from ..broadcast.call import Call
-from ..broadcast.plan import Sublayer
+from ...broadcast.adapter import Adapter
+from ...broadcast.attach import Attached, attach_forward
+from ...broadcast.broadcaster import Broadcaster
+from ...broadcast.call import Call
+from ...broadcast.plan import Sublayer
+from ...progress import Progress
 
 _Place = tuple[str, str, int]
 """Context, sublayer, step."""
-
-Progress = Callable[[int, int], None]
-"""Called with the number of steps that were begun, and of all."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,6 @@ class Probe:
         """Look at what the modules give."""
         for sublayer, module in zip(self.sublayers, self._modules, strict=True):
             yield attach_forward(module, self._forward(broadcaster, sublayer))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the outputs that are kept now."""
-        return sum(t.nbytes for _, tensors in self._last.values() for t in tensors)
 
     def differences(self) -> list[Differences]:
         """All that was measured so far; the one read from the device."""

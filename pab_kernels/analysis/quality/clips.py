@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..extras import require
-from ..files import check_regular, path_of
-from ..messages import first_line, shortened
+from ...extras import require
+from ...files import check_regular, path_of
+from ...messages import first_line, shortened
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..broadcast.costs import Run, watched
-from ..broadcast.plan import Cost, Sublayer
-from ..ops.flops import flop_counter
+from ...broadcast.costs import SublayerRun, watched
+from ...broadcast.plan import Cost, Sublayer
+from ...broadcast.signature import tensors_of
+from ...ops.flops import flop_counter
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Measured:
     """
 
     flops: int
-    runs: Mapping[str, Run]
+    runs: Mapping[str, SublayerRun]
     activation_bytes: int
     weight_bytes: int
 
@@ -40,7 +40,7 @@ class Measured:
 
         A block's FLOPs are those outside of its sublayers. A sublayer that runs several times in a call has a slot for each time.
         """
-        runs: dict[str, list[Run]] = {}
+        runs: dict[str, list[SublayerRun]] = {}
         for run in self.runs.values():
             runs.setdefault(run.name, []).append(run)
         costs = {
@@ -66,17 +66,13 @@ def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sub
     """
     weights = {t.untyped_storage()._cdata: t.nbytes for t in (*model.parameters(), *model.buffers())}
     with torch.no_grad(), flop_counter() as counter, LiveBytes(weights) as live, AttentionWithoutScores(live):
-        for tensor in _tensors(inputs):
+        for tensor in tensors_of(inputs):
             live.add(tensor)
         with watched(model, sublayers, counter) as runs:
             model(**inputs)
     if missing := [s.name for s in sublayers if s.name not in runs]:
         raise RuntimeError(f"{type(model).__name__}: {missing[0]} did not run in a call of the model; nothing is known of it")
     return Measured(counter.get_total_flops(), runs, live.peak, sum(weights.values()))
-
-
-def _tensors(nest: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, torch.Tensor)]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -96,7 +92,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if not self.paused:
-            for tensor in _tensors(out):
+            for tensor in tensors_of(out):
                 self.add(tensor)
         return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pab_kernels.analysis.starting_config import starting_config
+from pab_kernels.analysis.differences.starting_config import starting_config
 
 
 def u(low: float, first: int = 3, last: int = 17, high: float = 9.0, steps: int = 20) -> list[float | None]:

@@ -16,10 +16,10 @@ import torch
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig, ops
-from pab_kernels.analysis.families import FAMILIES
-from pab_kernels.analysis.forecasting import forecast
-from pab_kernels.analysis.inputs import INPUTS, Size
-from pab_kernels.analysis.transformers import build, find_config
+from pab_kernels.analysis.forecasts.families import FAMILIES
+from pab_kernels.analysis.forecasts.forecasting import forecast
+from pab_kernels.analysis.forecasts.model_calls import MODEL_CALLS, Size
+from pab_kernels.analysis.forecasts.transformers import build, find_config
 
 TINY: dict[str, tuple[dict[str, Any], Size]] = {
     "latte": (
@@ -51,9 +51,9 @@ def test_the_forecast_is_what_a_generation_on_the_meta_device_counts(name: str, 
     rules = dataclasses.replace(rules, cache_dtype=cache_dtype)
     found = forecast(config, clip, steps=10, config=rules, text=7)
 
-    how = INPUTS[config["_class_name"]]
+    how = MODEL_CALLS[config["_class_name"]]
     model = build(find_config(config), torch.bfloat16)
-    inputs = how.tensors(model.config, how.batch, how.latents(model.config, clip), 7, torch.bfloat16, clip)
+    inputs = how.tensors(model.config, how.batch, how.latents(model.config, clip), 7, torch.bfloat16)
     with torch.no_grad(), ops.flop_counter() as plain:
         model(**inputs)
     pab.enable(model, rules, num_steps=10)
@@ -117,9 +117,9 @@ def test_weights_are_those_of_the_loaded_checkpoint(name: str, dtype: torch.dtyp
 def test_device_memory_is_weights_activations_and_cache(name: str) -> None:
     config, clip = TINY[name]
     found = forecast(config, clip, steps=10, config=RULES, text=7)
-    how = INPUTS[config["_class_name"]]
+    how = MODEL_CALLS[config["_class_name"]]
     model = build(find_config(config), torch.bfloat16)
-    inputs = how.tensors(model.config, how.batch, how.latents(model.config, clip), 7, torch.bfloat16, clip)
+    inputs = how.tensors(model.config, how.batch, how.latents(model.config, clip), 7, torch.bfloat16)
     alive = [0]
 
     def note(module: Any, args: Any, out: Any) -> None:  # what a layer reads and what it makes are alive together
@@ -157,10 +157,10 @@ def test_timesteps_are_those_of_the_schedulers_of_the_pipelines(steps: int) -> N
         cases.append(("LTXVideo", clip, scheduler, {"sigmas": to_last, "mu": mu}))
     for family, latents, scheduler, given in cases:
         scheduler.set_timesteps(**given)
-        name = next(name for name in INPUTS if name.startswith(family + "Transformer"))
+        name = next(name for name in MODEL_CALLS if name.startswith(family + "Transformer"))
         exact = family in ("Latte", "CogVideoX", "Wan")
         expected = pytest.approx(scheduler.timesteps.tolist(), rel=0 if exact else 1e-6, abs=0 if exact else 1e-4)
-        assert INPUTS[name].timesteps(steps, latents, latents) == expected, family
+        assert MODEL_CALLS[name].timesteps(steps, latents, latents) == expected, family
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,17 @@ class Size(NamedTuple):
         return "x".join(map(str, self))
 
 
+Tensors = Callable[[Config, int, Size, int, torch.dtype], dict[str, Any]]
+"""The arguments of `forward`; see `ModelCall`."""
+
+
 @dataclass(frozen=True)
-class Inputs:
+class ModelCall:
     """How the pipelines of one class of transformer call it.
 
     Args:
         latents: from a config and the size of a clip, that of its latents.
-        tensors: from a config, the batch, the latents, the tokens of the text, the model's dtype and the clip: the arguments of `forward`.
+        tensors: from a config, the batch, the latents, the tokens of the text and the model's dtype: the arguments of `forward`.
         timesteps: of a number of steps, for latents of a size and the clip.
         text: tokens of the prompt, padding included.
         batch: what the batch of a call is times that of the clips: 2 with batched classifier-free guidance.
@@ -37,7 +41,7 @@ class Inputs:
     """
 
     latents: Callable[[Config, Size], Size]
-    tensors: Callable[[Config, int, Size, int, torch.dtype, Size], dict[str, Any]]
+    tensors: Tensors
     timesteps: Callable[[int, Size, Size], tuple[float, ...]]
     text: int
     batch: int = 1
@@ -94,15 +98,20 @@ def _open_sora_latents(config: Config, clip: Size) -> Size:
 # Arguments of `forward`
 
 
-def _latte(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype, clip: Size) -> dict[str, Any]:
-    return {
-        "hidden_states": _meta(batch, config["in_channels"], *latents, dtype=dtype),
-        "timestep": _meta(batch, dtype=torch.int64),
-        "encoder_hidden_states": _meta(batch, text, config["caption_channels"], dtype=dtype),
-    }
+def _video(text_channels: str) -> Tensors:
+    """Latents with channels first, a timestep for each clip, and text of as many channels as the config has under a name."""
+
+    def tensors(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "hidden_states": _meta(batch, config["in_channels"], *latents, dtype=dtype),
+            "timestep": _meta(batch, dtype=torch.int64),
+            "encoder_hidden_states": _meta(batch, text, config[text_channels], dtype=dtype),
+        }
+
+    return tensors
 
 
-def _cogvideox(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype, clip: Size) -> dict[str, Any]:
+def _cogvideox(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype) -> dict[str, Any]:
     t, h, w = latents
     found: dict[str, Any] = {
         "hidden_states": _meta(batch, t, config["in_channels"], h, w, dtype=dtype),
@@ -116,26 +125,15 @@ def _cogvideox(config: Config, batch: int, latents: Size, text: int, dtype: torc
     return found
 
 
-def _wan(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype, clip: Size) -> dict[str, Any]:
-    return {
-        "hidden_states": _meta(batch, config["in_channels"], *latents, dtype=dtype),
-        "timestep": _meta(batch, dtype=torch.int64),
-        "encoder_hidden_states": _meta(batch, text, config["text_dim"], dtype=dtype),
-    }
-
-
-def _hunyuan(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype, clip: Size) -> dict[str, Any]:
-    return {
-        "hidden_states": _meta(batch, config["in_channels"], *latents, dtype=dtype),
-        "timestep": _meta(batch, dtype=torch.int64),
-        "encoder_hidden_states": _meta(batch, text, config["text_embed_dim"], dtype=dtype),
+def _hunyuan(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype) -> dict[str, Any]:
+    return _video("text_embed_dim")(config, batch, latents, text, dtype) | {
         "encoder_attention_mask": _meta(batch, text, dtype=torch.int64),
         "pooled_projections": _meta(batch, config["pooled_projection_dim"], dtype=dtype),
         "guidance": _meta(batch, dtype=dtype) if config["guidance_embeds"] else None,
     }
 
 
-def _ltx(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype, clip: Size) -> dict[str, Any]:
+def _ltx(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "hidden_states": _meta(batch, math.prod(latents), config["in_channels"], dtype=dtype),
         "encoder_hidden_states": _meta(batch, text, config["caption_channels"], dtype=dtype),
@@ -148,7 +146,7 @@ def _ltx(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtyp
     }
 
 
-def _flux(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype, clip: Size) -> dict[str, Any]:
+def _flux(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype) -> dict[str, Any]:
     tokens = latents.height // 2 * (latents.width // 2)
     return {
         "hidden_states": _meta(batch, tokens, config["in_channels"], dtype=dtype),
@@ -161,7 +159,7 @@ def _flux(config: Config, batch: int, latents: Size, text: int, dtype: torch.dty
     }
 
 
-def _stdit3(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype, clip: Size) -> dict[str, Any]:
+def _stdit3(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "x": _meta(batch, config["in_channels"], *latents, dtype=dtype),
         "timestep": _meta(batch, dtype=torch.float32),
@@ -197,20 +195,17 @@ def trailing(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
 
 
 def _shifted(sigma: float, shift: float) -> float:
+    """`s t / (1 + (s - 1) t)`."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def _flow(shift: float, last: Callable[[int], float]) -> Callable[[int, Size, Size], tuple[float, ...]]:
-    """Of flow matching: N sigmas from 1 down to `last(N)`, shifted: `1000 s t / (1 + (s - 1) t)`."""
-
-    def timesteps(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
-        return tuple(1000 * _shifted(sigma, shift) for sigma in _linear(steps, last(steps)))
-
-    return timesteps
+def _flow(steps: int, shift: float) -> list[float]:
+    """Sigmas of flow matching: N from 1 down to 1 / N, shifted."""
+    return [_shifted(1 - i * (1 - 1 / steps) / max(steps - 1, 1), shift) for i in range(steps)]
 
 
-def _linear(steps: int, last: float) -> list[float]:
-    return [1 - i * (1 - last) / max(steps - 1, 1) for i in range(steps)]
+def _hunyuan_timesteps(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
+    return tuple(1000 * sigma for sigma in _flow(steps, 7.0))
 
 
 def _unipc(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
@@ -226,13 +221,12 @@ def _dynamic(tokens: int, lo: int, hi: int, low: float, high: float) -> float:
 
 def _flux_timesteps(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
     shift = _dynamic(latents.height // 2 * (latents.width // 2), 256, 4096, 0.5, 1.15)
-    return tuple(1000 * _shifted(sigma, shift) for sigma in _linear(steps, 1 / steps))
+    return tuple(1000 * sigma for sigma in _flow(steps, shift))
 
 
 def _ltx_timesteps(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
     """Shifted by the number of tokens, then stretched so that the last is 100."""
-    shift = _dynamic(math.prod(latents), 1024, 4096, 0.95, 2.05)
-    sigmas = [_shifted(sigma, shift) for sigma in _linear(steps, 1 / steps)]
+    sigmas = _flow(steps, _dynamic(math.prod(latents), 1024, 4096, 0.95, 2.05))
     stretch = (1 - sigmas[-1]) / 0.9
     return tuple(1000 * (1 - (1 - sigma) / stretch) if stretch else 1000.0 for sigma in sigmas)
 
@@ -243,14 +237,14 @@ def _open_sora_timesteps(steps: int, latents: Size, clip: Size) -> tuple[float, 
     return tuple(1000 * _shifted(1 - i / steps, shift) for i in range(steps))
 
 
-INPUTS = {
-    "LatteTransformer3DModel": Inputs(_latte_latents, _latte, leading, text=120, batch=2),
-    "CogVideoXTransformer3DModel": Inputs(compressed(4, 8), _cogvideox, trailing, text=226, batch=2),
-    "WanTransformer3DModel": Inputs(compressed(4, 8), _wan, _unipc, text=512, contexts=2),
-    "HunyuanVideoTransformer3DModel": Inputs(compressed(4, 8), _hunyuan, _flow(7.0, lambda steps: 1 / steps), text=256),
-    "LTXVideoTransformer3DModel": Inputs(compressed(8, 32), _ltx, _ltx_timesteps, text=128, batch=2),
-    "FluxTransformer2DModel": Inputs(_flux_latents, _flux, _flux_timesteps, text=512),
-    "STDiT3": Inputs(_open_sora_latents, _stdit3, _open_sora_timesteps, text=300, batch=2),
+MODEL_CALLS = {
+    "LatteTransformer3DModel": ModelCall(_latte_latents, _video("caption_channels"), leading, text=120, batch=2),
+    "CogVideoXTransformer3DModel": ModelCall(compressed(4, 8), _cogvideox, trailing, text=226, batch=2),
+    "WanTransformer3DModel": ModelCall(compressed(4, 8), _video("text_dim"), _unipc, text=512, contexts=2),
+    "HunyuanVideoTransformer3DModel": ModelCall(compressed(4, 8), _hunyuan, _hunyuan_timesteps, text=256),
+    "LTXVideoTransformer3DModel": ModelCall(compressed(8, 32), _ltx, _ltx_timesteps, text=128, batch=2),
+    "FluxTransformer2DModel": ModelCall(_flux_latents, _flux, _flux_timesteps, text=512),
+    "STDiT3": ModelCall(_open_sora_latents, _stdit3, _open_sora_timesteps, text=300, batch=2),
 }
 """By class. Text, guidance and timesteps are the defaults of the classes' text-to-video pipelines in diffusers; STDiT3's those of Open-Sora
 1.2's `configs/opensora-v1-2/inference/sample.py`."""

@@ -14,7 +14,7 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from pab_kernels.analysis.clips import read_clip
+from pab_kernels.analysis.quality.clips import read_clip
 
 
 def _pixels(*shape: int) -> np.ndarray:

@@ -16,8 +16,7 @@ import torch
 
 pytest.importorskip("skimage")
 
-from pab_kernels.analysis import compare, quality
-from pab_kernels.analysis.comparison import check_plot_path
+from pab_kernels.analysis import compare
 
 
 def _clips(frames: int = 4, channels: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -28,15 +27,6 @@ def _clips(frames: int = 4, channels: int = 3) -> tuple[np.ndarray, np.ndarray]:
 
 def _refused(error: type[Exception], message: str) -> Any:
     return pytest.raises(error, match=f"^[^\\n]*{re.escape(message)}[^\\n]*$")
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_psnr_and_ssim_are_those_of_the_whole_clip(channels: int) -> None:
-    a, b = _clips(channels=channels)
-    whole, found = quality.compare(a, b), compare(a, b, lpips=False)
-    assert found.total.psnr == pytest.approx(whole.psnr) and found.total.ssim == pytest.approx(whole.ssim)
-    assert [f.psnr for f in found.frames] == pytest.approx(whole.psnr_frames)
-    assert [f.ssim for f in found.frames] == pytest.approx(whole.ssim_frames)
 
 
 def test_consistency_is_the_change_from_frame_to_frame() -> None:
@@ -192,12 +182,3 @@ def test_the_picture_has_a_panel_for_each_measure(equal: bool, tmp_path: Path, m
     assert [ax.get_ylabel() for ax in figure.axes] == ["PSNR, dB", "SSIM", "consistency", "LPIPS"]
     assert ("equal" in figure.axes[0].get_title(loc="left")) is equal
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_picture_that_cannot_be_written_is_refused_beforehand(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    check_plot_path(tmp_path / "curve.png")
-    with _refused(ValueError, "cannot be drawn; supported endings are "):
-        check_plot_path(tmp_path / "curve.txt")
-    with _refused(FileNotFoundError, "there is no folder"):
-        check_plot_path(tmp_path / "none" / "curve.png")

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
-from ..extras import require
-from ..files import replacing
+from ...extras import require
+from ...figures import new_figure, saved, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,13 +19,7 @@ COLOURS = {"spatial": "#0072b2", "temporal": "#009e73", "cross": "#d55e00", "mlp
 _STYLES = {"mlp": "--", "block": ":"}
 _TITLES = {"relative": "relative difference", "mse": "mean squared difference"}
 _WINDOW = "#d5e6f2"
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> Figure:
-    figure = require("matplotlib.figure", "drawing differences").Figure(figsize=size, dpi=140, facecolor="white", layout="constrained")
-    require("matplotlib.backends.backend_agg", "drawing differences").FigureCanvasAgg(figure)
-    figure.subplots(rows, columns, squeeze=False)
-    return figure
+_PURPOSE = "drawing differences"
 
 
 def _drawn(value: float | None) -> TypeGuard[float]:
@@ -43,9 +37,9 @@ def plot_curves(analysis: Analysis, path: str | Path | None = None) -> Figure:
     Returns:
         The figure, apart from pyplot's global state. The window to start from is shaded.
     """
-    figure = _figure(1, 2, (11, 3.6))
+    figure = new_figure(_PURPOSE, (11, 3.6), dpi=140)
+    figure.subplots(1, 2)
     start = analysis.start
-    locator = require("matplotlib.ticker", "drawing differences").MaxNLocator
     for ax, what in zip(figure.axes, _TITLES, strict=True):
         for kind in analysis.kinds:
             points = [(i, v) for i, v in enumerate(analysis.curve(kind, what)) if _drawn(v)]
@@ -57,10 +51,10 @@ def plot_curves(analysis: Analysis, path: str | Path | None = None) -> Figure:
         ax.set_title(f"{_TITLES[what]} to the step before", fontsize=10)
         ax.set_xlabel("sampling step", fontsize=9)
         ax.set_xlim(0, analysis.num_steps - 0.5)
-        ax.xaxis.set_major_locator(locator(integer=True))
+        whole_numbers(ax)
         ax.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False, fontsize=9)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def plot_layers(analysis: Analysis, path: str | Path | None = None) -> Figure:
@@ -75,25 +69,18 @@ def plot_layers(analysis: Analysis, path: str | Path | None = None) -> Figure:
     """
     maps = {kind: analysis.layers(kind) for kind in analysis.kinds}
     height = sum(0.6 + 0.12 * max(len(rows), 3) for rows in maps.values())
-    figure = _figure(max(len(maps), 1), 1, (8, 0.4 + height))
-    log_norm = require("matplotlib.colors", "drawing differences").LogNorm
-    locator = require("matplotlib.ticker", "drawing differences").MaxNLocator
+    figure = new_figure(_PURPOSE, (8, 0.4 + height), dpi=140)
+    figure.subplots(max(len(maps), 1), 1)
+    log_norm = require("matplotlib.colors", _PURPOSE).LogNorm
     values = [v for rows in maps.values() for row in rows.values() for v in row if _drawn(v)]
     norm = log_norm(min(values), max(values)) if values else None
     for ax, (kind, rows) in zip(figure.axes, maps.items(), strict=False):
         grid = [[v if _drawn(v) else math.nan for v in row] for row in rows.values()]
         image = ax.imshow(grid, aspect="auto", norm=norm, cmap="viridis", interpolation="nearest")
         ax.set_ylabel(f"{kind}\nlayer", fontsize=9)
-        ax.xaxis.set_major_locator(locator(integer=True))
+        whole_numbers(ax)
         ax.set_yticks(range(len(rows)), [str(layer) for layer in rows], fontsize=7)
     if maps:
         figure.axes[len(maps) - 1].set_xlabel("sampling step", fontsize=9)
         figure.colorbar(image, ax=figure.axes[: len(maps)], label="relative difference to the step before")
-    return _saved(figure, path)
-
-
-def _saved(figure: Figure, path: str | Path | None) -> Figure:
-    if path is not None:
-        with replacing(path) as made:
-            figure.savefig(made)
-    return figure
+    return saved(figure, path)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pab_kernels as pab
-from pab_kernels.analysis import Analysis, analyze, differences
-from pab_kernels.analysis.differences import Probe
-from pab_kernels.analysis.study import Interrupted
+from pab_kernels.analysis import Analysis, analyze
+from pab_kernels.analysis.differences import probe
+from pab_kernels.analysis.differences.probe import Probe
+from pab_kernels.analysis.differences.study import Interrupted
 from pab_kernels.broadcast.broadcaster import ATTRIBUTE, Broadcaster
 from tests.adapters.tiny_latte import LAYERS, sample, tiny_latte, tiny_pipe
 
@@ -275,7 +276,7 @@ def test_an_exception_between_any_two_lines_of_the_probe_keeps_what_was_measured
     model, lines = Toy(1), []
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename != differences.__file__:
+        if frame.f_code.co_filename != probe.__file__:
             return None
         lines.append(frame.f_lineno)
         if len(lines) == moment + 1:

@@ -1,0 +1,1 @@
+"""How much the outputs of sublayers differ from step to step: `analyze`."""

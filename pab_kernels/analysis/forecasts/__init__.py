@@ -1,0 +1,1 @@
+"""What PAB will do to a model, from shapes alone: `forecast`."""
