@@ -18,7 +18,7 @@ from .call import Call
 from .config import PABConfig
 from .following import Following
 from .generation import Generation
-from .graph_pool import GraphPool
+from .graphs.pool import GraphPool
 from .inputs import Inputs, Signature, is_transformed, records_gradients
 from .names import Naming, named
 from .open_generation import OpenGeneration

@@ -23,7 +23,7 @@ from .slots import Key, Meter
 from .timesteps import Moment, Timesteps
 
 if TYPE_CHECKING:
-    from .graphs import Graphs
+    from .graphs.graphs import Graphs
 
 MOST_ALIKE = 16
 """Calls of one name, or without one, that are told apart by their order in a step."""

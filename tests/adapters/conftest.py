@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pab_kernels.broadcast import graphs
+from pab_kernels.broadcast.graphs import graphs
 from tests.graph_recorder import Recorder
 
 

@@ -16,8 +16,8 @@ from pab_kernels.analysis import memory as memory_module
 from pab_kernels.analysis import sampling
 from pab_kernels.analysis.memory import peak_memory
 from pab_kernels.analysis.sampling import in_words
-from pab_kernels.broadcast import graphs
 from pab_kernels.broadcast.broadcaster import broadcaster_of
+from pab_kernels.broadcast.graphs import graphs
 from pab_kernels.compat import execution_device
 from tests.adapters.tiny_latte import sample, tiny_pipe
 from tests.graph_recorder import Recorder

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .signature import copy_into, like, signature
-from .slots import Arena, Key, Meter, Slot
+from ..signature import copy_into, like, signature
+from ..slots import Arena, Key, Meter, Slot
 
 
 class FixedPlace:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compat import REGISTRY
+from ...compat import REGISTRY
 
 State = Mapping[str, Mapping[str, Hashable]]
 """By module and attribute."""

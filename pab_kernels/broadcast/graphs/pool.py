@@ -6,7 +6,7 @@ import threading
 
 from torch import nn
 
-from .generation import Generation
+from ..generation import Generation
 from .graphs import Graphs
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pab_kernels.broadcast.fixed_arena import FixedArena
+from pab_kernels.broadcast.graphs.fixed_arena import FixedArena
 from pab_kernels.broadcast.signature import copy_into, like, signature, tensors_of
 from pab_kernels.broadcast.slots import Arena, Key, Meter, pack, unpack
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pab_kernels.broadcast import capture
-from pab_kernels.broadcast.capture import CudaCapture, line_of
+from pab_kernels.broadcast.graphs.capture import CudaCapture, line_of
 
 DEVICE = torch.device("cuda", 0)
 

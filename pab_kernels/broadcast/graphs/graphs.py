@@ -21,19 +21,19 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from ..compat import hooks_in_words
-from ..messages import first_line
-from .call import Call
+from ...compat import hooks_in_words
+from ...messages import first_line
+from ..call import Call
+from ..config import PABConfig
+from ..context import Context
+from ..costs import place
+from ..generation import Generation
+from ..plan import Action
+from ..signature import copy_into, like, signature, tensors_of
+from ..slots import Arena, Meter
 from .capture import Capture, CudaCapture, line_of
-from .config import PABConfig
-from .context import Context
-from .costs import place
 from .fixed_arena import Change, FixedArena, Places
-from .generation import Generation
 from .host_state import State, difference, host_state
-from .plan import Action
-from .signature import copy_into, like, signature, tensors_of
-from .slots import Arena, Meter
 
 Compute = Callable[[Call, tuple[Any, ...], Mapping[str, Any]], Any]
 """The model's output in a call, on its arguments by place and by name."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from pab_kernels.broadcast.host_state import difference, host_state
+from pab_kernels.broadcast.graphs.host_state import difference, host_state
 
 
 class Way(enum.Enum):
