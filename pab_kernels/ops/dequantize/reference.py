@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quantize.quantized import Quantized, group_width
+from ..quantize.quantized import Quantized, by_channel, group_width
 from ..registration import not_recorded
 
 
 def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
-    width = group_width(q.group, q.shape[-1])
-    scale = q.scale.unsqueeze(-1).expand(*q.scale.shape, width).flatten(-2)[..., : q.shape[-1]]
-    return (q.data.float() * scale).to(dtype)
+    channels = q.data.shape[-1]
+    return (q.data.float() * by_channel(q.scale, channels, group_width(q.group, channels))).to(dtype)
 
 
 @not_recorded

@@ -67,6 +67,17 @@ def group_width(group: int, channels: int) -> int:
     return max(1, min(group, channels))
 
 
+def by_channel(scale: Tensor, channels: int, width: int) -> Tensor:
+    """The scales of groups of this width, `[..., ceil(C / width)]`, at each of their channels: `[..., C]`."""
+    rest = channels % width
+    if rest and torch.compiler.is_compiling():
+        # Not a slice of all groups expanded: torch 2.13's inductor reads past the scales where it vectorises that for a CPU.
+        whole = by_channel(scale[..., : channels // width], channels - rest, width)
+        return torch.cat((whole, scale[..., -1:].expand(*scale.shape[:-1], rest)), -1)
+    spread = scale.unsqueeze(-1).expand(*scale.shape, width).flatten(-2)
+    return spread[..., :channels] if rest else spread
+
+
 def check_quantized(
     op: str, name: str, q: Quantized, shape: Sequence[int], group: int, device: torch.device, *, output: bool = False
 ) -> None:
