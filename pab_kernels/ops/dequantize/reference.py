@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ..quantize.quantized import Quantized, by_channel, group_width
-from ..registration import not_recorded
+from ..dispatch import Outputs
+from ..quantized import Quantized, by_channel, group_width
+
+if TYPE_CHECKING:
+    from . import Dequantize
 
 
 def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
@@ -14,6 +19,5 @@ def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
     return (q.data.float() * by_channel(q.scale, channels, group_width(q.group, channels))).to(dtype)
 
 
-@not_recorded
-def dequantize_out(q: Quantized, dtype: torch.dtype, out: Tensor) -> None:
-    out.copy_(dequantize(q, dtype))
+def compute(call: Dequantize) -> Outputs:
+    return (dequantize(*call),)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..registration import not_recorded
-from .quantized import LIMITS, Quantized, by_channel, group_width
+from ..dispatch import Outputs
+from ..quantized import LIMITS, Quantized, by_channel, group_width
+
+if TYPE_CHECKING:
+    from . import Quantize
 
 
 def quantize(x: Tensor, dtype: torch.dtype, group: int) -> Quantized:
@@ -29,8 +34,5 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int) -> Quantized:
     return Quantized(data.to(dtype).contiguous(), scale, group)
 
 
-@not_recorded
-def quantize_out(x: Tensor, dtype: torch.dtype, group: int, out: Quantized) -> None:
-    q = quantize(x, dtype, group)
-    out.data.copy_(q.data)
-    out.scale.copy_(q.scale)
+def compute(call: Quantize) -> Outputs:
+    return (quantize(*call),)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_operand, check_output, check_tensor
+from .checks import check_operand, check_output, check_tensor
 
 GROUP = 128
 """Channels that share a scale in a slot of the residual stream."""
@@ -48,6 +48,11 @@ class Quantized:
     def nbytes(self) -> int:
         """Bytes of data and scales."""
         return self.data.nbytes + self.scale.nbytes
+
+
+def data_and_scale(slot: Tensor | Quantized | None) -> tuple[Tensor | None, Tensor | None]:
+    """The tensors of a slot, as schemas and kernels take them; no scale where it is not quantised."""
+    return (slot.data, slot.scale) if isinstance(slot, Quantized) else (slot, None)
 
 
 def check_quantized_dtype(op: str, name: str, dtype: Any) -> None:
