@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pab_kernels.ops import empty_quantized, quantize_out
-from pab_kernels.ops.quantize import GROUP, reference
+from pab_kernels.ops.quantize import reference
+from pab_kernels.ops.quantized import GROUP
 
 from .case import Inputs, Outputs, floats
 from .slot_case import slot_cases

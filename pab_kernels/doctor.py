@@ -224,49 +224,53 @@ def _operations() -> tuple[dict[str, dict[str, str | None]], str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     operations: dict[str, dict[str, str | None]] = {}
-    for op, arguments in _sample_calls(device, dtype).items():
-        operations[op] = {"auto": _chosen(op, arguments), **{name: _refusal(op, name, arguments) for name in backend.BACKENDS}}
+    for op, call in _sample_calls(device, dtype).items():
+        operations[op] = {"auto": _chosen(op, call), **{name: _refusal(op, name, call) for name in backend.BACKENDS}}
     return operations, f"{str(dtype).removeprefix('torch.')} on {device}, head size 64"
 
 
-def _chosen(op: str, arguments: tuple[Any, ...]) -> str:
+def _chosen(op: str, call: Any) -> str:
     from .ops import backend
 
     try:
-        return backend.choose(op, "auto", arguments)
+        return backend.choose(op, "auto", call)
     except Exception as error:
         return joined(error)
 
 
-def _refusal(op: str, name: str, arguments: tuple[Any, ...]) -> str | None:
+def _refusal(op: str, name: str, call: Any) -> str | None:
     """Why a backend cannot serve a call, or None."""
     from .ops import backend
 
     if name not in backend.IMPLEMENTATIONS[op]:
         return NO_KERNEL
     try:
-        return None if name == "reference" else backend.load(op, name, "refusal")(*arguments)
-    except ModuleNotFoundError as error:
-        return f"it needs the package {error.name}, which is not installed"
+        return backend.refusal(op, name, call)
     except Exception as error:
         return f"it cannot be loaded: {joined(error)}"
 
 
-def _sample_calls(device: str, dtype: Any) -> dict[str, tuple[Any, ...]]:
-    """For each operation the arguments of an ordinary call, as its backends take them."""
+def _sample_calls(device: str, dtype: Any) -> dict[str, Any]:
+    """An ordinary call of each operation, as its backends take it."""
     import torch
 
     from .ops import Norm, Quantized
+    from .ops.attention import Attention
+    from .ops.broadcast_residual import BroadcastResidual
+    from .ops.dequantize import Dequantize
+    from .ops.project_residual import ProjectResidual
+    from .ops.quantize import Quantize
+    from .ops.short_attention import ShortAttention
 
     x, weight, shift = (torch.zeros(shape, device=device, dtype=dtype) for shape in ((1, 16, 128), (128, 128), (1, 1, 128)))
     q, k, v = torch.zeros(1, 16, 3, 2, 64, device=device, dtype=dtype).unbind(2)  # [1, 16, 2, 64]
     return {
-        "broadcast_residual": (x, (), Norm("layer"), shift, shift),
-        "project_residual": (x, weight, None, x, shift, None, dtype, ()),
-        "attention": (q, k, v, 64**-0.5, None, None, None, None, None),
-        "short_attention": (q, k, v, 64**-0.5, None, None, None, None),
-        "quantize": (x, torch.int8, 128),
-        "dequantize": (Quantized(x.to(torch.int8), x[..., :1].float()), dtype),
+        "broadcast_residual": BroadcastResidual(x, (), Norm("layer"), shift, shift),
+        "project_residual": ProjectResidual(x, weight, None, x, shift),
+        "attention": Attention(q, k, v),
+        "short_attention": ShortAttention(q, k, v),
+        "quantize": Quantize(x, torch.int8),
+        "dequantize": Dequantize(Quantized(x.to(torch.int8), x[..., :1].float()), dtype),
     }
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,18 +55,19 @@ def test_the_text_fits_a_screen_and_names_everything(monkeypatch: pytest.MonkeyP
 def test_the_calls_that_backends_are_asked_about_are_calls_that_they_take() -> None:
     calls = doctor_module._sample_calls("cpu", torch.float32)
     assert calls.keys() == backend.IMPLEMENTATIONS.keys()
-    for op, arguments in calls.items():
-        outputs = backend.implementation(op, "reference", arguments)(*arguments)
+    for op, call in calls.items():
+        call.check(op)
+        outputs = backend.implementation(op, "reference", call).compute(call)
         assert all(t.float().isfinite().all() for t in parts(outputs))
 
 
 def _with_triton(monkeypatch: pytest.MonkeyPatch, refusal: Any) -> Any:
     """The report where every operation has a Triton kernel whose module behaves like `refusal`."""
 
-    def load(op: str, name: str, function: str) -> Any:
-        if isinstance(refusal, Exception):
+    def load(op: str, name: str) -> Any:
+        if name == "triton" and isinstance(refusal, Exception):
             raise refusal
-        return refusal
+        return SimpleNamespace(refusal=refusal if name == "triton" else lambda call: None)
 
     monkeypatch.setattr(backend, "IMPLEMENTATIONS", dict.fromkeys(backend.IMPLEMENTATIONS, ("reference", "triton")))
     monkeypatch.setattr(backend, "load", load)
@@ -75,7 +77,7 @@ def _with_triton(monkeypatch: pytest.MonkeyPatch, refusal: Any) -> Any:
 @pytest.mark.parametrize(
     ("refusal", "reason"),
     [
-        (lambda x, *_: backend.refuse_device(torch.empty(1, device="cpu"), False), "Triton kernels run on CUDA devices, and on the CPU"),
+        (lambda call: backend.refuse_device(torch.empty(1, device="cpu"), False), "Triton kernels run on CUDA devices, and on the CPU"),
         (ModuleNotFoundError("no", name="triton"), "it needs the package triton, which is not installed"),
         (RuntimeError("0 active\ndrivers"), "it cannot be loaded: 0 active drivers"),
     ],

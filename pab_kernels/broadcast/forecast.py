@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from ..ops.cached_outputs import MOST_ADDED
 from .plan import Action, Cost, Forecast, Plan
-from .stream import MOST_PENDING as MOST_ADDED
 
 _RUN = (Action.COMPUTE, Action.STORE)
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..ops.cached_outputs import extrapolate
-from ..ops.quantize import Quantized
+from ..ops.quantized import Quantized
 from .plan import Sublayer
 from .slots import Extrapolation, Slot, is_quantised, unpack
 from .turn import CurrentTurn, Turn

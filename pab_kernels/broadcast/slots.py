@@ -10,11 +10,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..ops.dequantize import dequantize
-from ..ops.quantize import Quantized, quantize
+from ..ops.quantize import quantize
+from ..ops.quantized import GROUP, Quantized
 
 CACHE_DTYPES = {None: None, "float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
-GROUP = 128
-"""Channels that share one scale of an 8-bit slot."""
 
 
 class Key(NamedTuple):

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..ops.cached_outputs import extrapolate
+from ..ops.broadcast_residual import BroadcastResidual
+from ..ops.cached_outputs import MOST_ADDED, CachedOutput, extrapolate, term_value
+from ..ops.checks import LARGEST, broadcasts
+from ..ops.dispatch import run_checked
+from ..ops.project_residual import ProjectResidual
+from ..ops.quantized import GROUP, Quantized
 from .call import Call
-from .slots import Extrapolation, Slot, unpack
+from .slots import Extrapolation, Slot
 from .turn import Turn
-
-MOST_PENDING = 3
-"""Additions that one `broadcast_residual` takes."""
 
 
 class ResidualStream:
@@ -23,6 +25,9 @@ class ResidualStream:
     Additions are held back until something reads the stream: `norm_modulate` then adds, normalises and modulates in one
     `broadcast_residual`; a projection takes the additions that follow it into its `project_residual`. The tensor that the stream was
     given is never written.
+
+    What an operation is given is right by construction, so its calls go past its checks. What a block may do otherwise, such as a gate that
+    makes the stream wider or an output on another device, is run as the expression that it is.
 
     Args:
         x: `[..., C]`.
@@ -33,7 +38,7 @@ class ResidualStream:
         self._x = _dense(x)
         self._call = call
         self._projection: tuple[torch.Tensor, nn.Linear, torch.Tensor | None, Turn | None, str | None] | None = None
-        self._pending: list[tuple[Any, torch.Tensor | None]] = []  # slots or lines, and their gates
+        self._pending: list[CachedOutput] = []
 
     def read(self) -> torch.Tensor:
         """The stream itself, everything added."""
@@ -49,14 +54,11 @@ class ResidualStream:
             y = norm(self.read())
             y = y if scale is None else y * (1 + scale)
             return y if shift is None else y + shift
-        slots, gates = self._take()
-        self._x, y = ops.broadcast_residual(self._x, slots, gates=gates, norm=form, shift=shift, scale=scale)
-        assert y is not None
-        return y
+        return self._add_pending(form, shift, scale)
 
     def project(self, a: torch.Tensor, linear: nn.Module, gate: torch.Tensor | None = None, store: Turn | None = None) -> None:
         """Add `gate * linear(a)`, and keep the projection for the turn `store`."""
-        if not self._call.fuses(linear, a) or a.dtype != self._x.dtype or a.stride(-1) != 1 or not _fits(gate, self._x):
+        if not (self._call.fuses(linear, a) and _projects(linear, a, self._x) and _fits(gate, self._x)):
             self.add(linear(a), gate, store)
             return
         assert isinstance(linear, nn.Linear)
@@ -85,72 +87,92 @@ class ResidualStream:
             line = len(older) == 1
             value = ops.Line(value, older[0], slot.weights[0]) if line else extrapolate(value, older, slot.weights, own)
         # Under autocast it is dequantised to its own dtype, and the sum is promoted as it was when computed.
-        self._hold(value if fits else _unpacked(value, own), gate)
+        self._hold(value if fits else term_value(value, own), gate)
 
     def _hold(self, value: Any, gate: torch.Tensor | None) -> None:
-        mixed = isinstance(value, torch.Tensor) and value.dtype != self._x.dtype  # autocast, or a module that computes in float32
-        if mixed or value.shape != self._x.shape or not _fits(gate, self._x):
+        if not (_is_term(value, self._x) and _fits(gate, self._x)):  # under autocast, or a module that computes in float32
             self._flush()
-            value = _unpacked(value, self._x.dtype)
+            value = term_value(value, self._x.dtype)
             self._x = _dense((value if gate is None else gate * value) + self._x)
             return
-        if len(self._pending) == (MOST_PENDING - 1 if self._projection is not None else MOST_PENDING):
+        if len(self._pending) == (MOST_ADDED if self._projection is None else MOST_ADDED - 1):
             self._flush()
         self._pending.append((value, gate))
 
-    def _take(self) -> tuple[list[Any], list[torch.Tensor | None]]:
-        """Slots and gates of all that is pending; nothing is pending any more."""
+    def _take(self) -> tuple[CachedOutput, ...]:
+        """All that is pending; nothing is pending any more."""
         pending, self._pending = self._pending, []
-        return [value for value, _ in pending], [gate for _, gate in pending]
+        return tuple(pending)
+
+    def _add_pending(self, norm: ops.Norm | None = None, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> Any:
+        """Add all that is pending; the stream normed and modulated, if there is a norm."""
+        x, y = run_checked("broadcast_residual", BroadcastResidual(self._x, self._take(), norm, shift, scale))
+        self._x = self._x if x is None else x
+        return y
 
     def _flush(self) -> None:
-        slots, gates = self._take()
         if self._projection is not None:
             a, linear, gate, store, kind = self._projection
             self._projection, flushing = None, self._call.measured
             self._call.mark(kind)
-            self._x, kept = ops.project_residual(
+            call = ProjectResidual(
                 a,
                 linear.weight,
                 linear.bias,
                 self._x,
-                gate=gate,
+                gate,
                 store=None if store is None else "post_gate" if store.gated else "pre_gate",
                 store_dtype=None if store is None else store.dtype,
-                slots=slots,
-                gates=gates,
+                cached=self._take(),
             )
+            self._x, kept = run_checked("project_residual", call)
             if store is not None:
                 store.put(kept)
             self._call.mark(flushing)
-        elif slots:
-            self._x, _ = ops.broadcast_residual(self._x, slots, gates=gates)
+        elif self._pending:
+            self._add_pending()
 
 
 def _norm_of(norm: nn.Module, x: torch.Tensor) -> ops.Norm | None:
     """A plain LayerNorm or RMSNorm as the operations take it; None where it is over more than the channels."""
     assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
-    if tuple(norm.normalized_shape) != tuple(x.shape[-1:]):
+    weight, bias, eps = norm.weight, norm.bias if isinstance(norm, nn.LayerNorm) else None, norm.eps
+    if tuple(norm.normalized_shape) != tuple(x.shape[-1:]) or not (_has_channels(weight, x) and _has_channels(bias, x)):
         return None
-    if isinstance(norm, nn.LayerNorm):
-        return ops.Norm("layer", norm.weight, norm.bias, norm.eps)
-    computed = torch.float64 if x.dtype == torch.float64 else torch.float32  # torch takes the eps of the dtype that it computes in
-    return ops.Norm("rms", norm.weight, None, torch.finfo(computed).eps if norm.eps is None else norm.eps)
+    if eps is None:  # torch takes the eps of the dtype that it computes in
+        eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+    return ops.Norm("layer" if isinstance(norm, nn.LayerNorm) else "rms", weight, bias, eps) if 0 <= eps <= LARGEST else None
+
+
+def _has_channels(t: torch.Tensor | None, x: torch.Tensor) -> bool:
+    """Whether a weight or bias has an element for each channel of `x`."""
+    return t is None or t.shape == x.shape[-1:]
+
+
+def _projects(linear: nn.Module, a: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether `project_residual` takes a plain linear layer of `a` to be added to `x`."""
+    assert isinstance(linear, nn.Linear)
+    same = a.dtype == x.dtype and a.device == x.device and a.shape[:-1] == x.shape[:-1] and a.stride(-1) == 1
+    return same and linear.weight.shape == (x.shape[-1], a.shape[-1]) and _has_channels(linear.bias, x)
+
+
+def _is_term(value: Any, x: torch.Tensor) -> bool:
+    """Whether the operations add a tensor, a `Quantized` or a line to `x` as it is."""
+    if isinstance(value, ops.Line):
+        return _is_term(value.newest, x) and _is_term(value.before, x)
+    if value.shape != x.shape or value.device != x.device:
+        return False
+    return value.group == GROUP if isinstance(value, Quantized) else value.dtype == x.dtype and value.stride(-1) == 1
 
 
 def _fits(t: torch.Tensor | None, x: torch.Tensor) -> bool:
     """Whether the operations take `t` as a gate, scale or shift on `x`; otherwise the expression is run as it stands."""
-    return t is None or (t.dtype == x.dtype and t.ndim <= x.ndim and t.shape[-1:] == x.shape[-1:] and t.stride(-1) == 1)
+    return t is None or broadcasts(t, x)
 
 
 def _dtype(slot: Slot, x: torch.Tensor) -> torch.dtype:
     """Of the output that a slot keeps; x's where it was quantised and nobody knows from what."""
     return slot.value.dtype if isinstance(slot.value, torch.Tensor) else slot.dtype or x.dtype
-
-
-def _unpacked(value: Any, dtype: torch.dtype) -> Any:
-    """A slot's value in `dtype` where it was quantised, or the one on a line, rounded to `dtype`."""
-    return extrapolate(value.newest, [value.before], [value.weight], dtype) if isinstance(value, ops.Line) else unpack(value, dtype)
 
 
 def _dense(t: torch.Tensor) -> torch.Tensor:

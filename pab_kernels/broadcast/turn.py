@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..ops.quantize import Quantized
+from ..ops.quantized import Quantized
 from .costs import place as place_of
 from .plan import Action, Decision, Plan, Sublayer
 from .slots import CACHE_DTYPES, Extrapolation, Key, Slot, pack

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.attention.options import MAX_HEAD_DIM, MIN_HEAD_DIM
-from ..ops.quantize import Quantized
+from ..ops.quantized import Quantized
 
 
 @dataclass(frozen=True)

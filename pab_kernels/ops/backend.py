@@ -1,17 +1,16 @@
 """The one place that chooses which implementation serves an operation.
 
-Backend `b` of operation `op` is the module `pab_kernels.ops.<op>.<b>`, which holds the functions `<op>` and `<op>_out`, and `refusal`,
-which takes the arguments of `<op>` and says in a few words why it cannot serve them, or gives None (the reference has none: it serves
-everything). It is imported when it is first used, so a kernel language that is not installed is never asked for.
+Backend `b` of operation `op` is the module `pab_kernels.ops.<op>.<b>`, imported when it is first used, so a kernel language that is not
+installed is never asked for. It has the functions of `Backend`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,64 +30,87 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 PREFERRED: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
 """By type of device, what `auto` tries before the reference: kernels written for it. Nothing was measured yet."""
 
+SELF_CHECKING = {"broadcast_residual": "cuda"}
+"""By operation, the backend that checks calls itself, at less cost than Python: `attempt(call, outputs)` is given calls that nobody has
+checked, and says whether it served one. It launches nothing where anything is wrong; the checks in Python then say what."""
 
-WITHOUT_GRADIENT = ("triton", "cuda")
-"""Backends whose results are not connected to their arguments. What an `_out` form writes is recorded by none."""
+
+class Backend(NamedTuple):
+    """The functions of a backend's module, one of the first two and perhaps others; None for one that it does not have."""
+
+    compute: Any
+    """`compute(call)`: the outputs, new tensors that autograd follows."""
+    launch: Any
+    """`launch(call, outputs)`: write the outputs; autograd does not follow."""
+    refusal: Any
+    """`refusal(call)`: why it cannot serve the call, in a few words, or None. Without it the backend serves everything."""
+    attempt: Any
+    """`attempt(call, outputs)`: see `SELF_CHECKING`."""
 
 
 class BackendError(RuntimeError):
     """The backend that was asked for cannot serve the call; the message says why and what to do."""
 
 
-def implementation(op: str, backend: str, arguments: tuple[Any, ...], form: str = "") -> Callable[..., Any]:
-    """The function that serves `op` on these arguments; `form` is "" for the one that returns new tensors, "_out" for the one that writes.
+def implementation(op: str, backend: str, call: Any, *, writes: bool = False) -> Backend:
+    """The backend that serves a call; `writes` if it is into given outputs, which is recorded by none.
 
     `auto` is the reference where autograd is to record the call and the kernel has no gradient.
 
     Raises:
         BackendError: see `choose`; or a gradient would be lost.
     """
-    chosen = choose(op, backend, arguments)
-    if chosen in WITHOUT_GRADIENT and not form and torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(arguments)):
+    served = load(op, choose(op, backend, call))
+    if served.launch is not None and not writes and torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(call)):
         if backend != "auto":
             reason = "a gradient would be recorded and its kernel has none"
             raise BackendError(f"{op}: backend {backend!r} cannot serve this call; {reason}: call it under torch.no_grad()")
-        chosen = "reference"
-    return load(op, chosen, op + form)
+        return load(op, "reference")
+    return served
 
 
-def choose(op: str, backend: str, arguments: tuple[Any, ...]) -> str:
-    """The backend that serves `op` on these arguments, the first of them a tensor.
+def choose(op: str, backend: str, call: Sequence[Any]) -> str:
+    """The backend that serves `op` on this call.
 
     `auto` is the first of `PREFERRED` for the device that can serve, else the reference. Shapes, dtypes, strides and devices decide, never
     values, so that a call decides alike when it is traced and when it is run.
 
     Raises:
-        BackendError: `backend` is unknown, has no kernel for `op`, or cannot serve these arguments.
+        BackendError: `backend` is unknown, has no kernel for `op`, or cannot serve this call.
     """
     available = IMPLEMENTATIONS[op]
     if backend == "auto":
-        preferred = PREFERRED.get(arguments[0].device.type, ())
-        return next((b for b in preferred if b in available and _refusal(op, b, arguments) is None), "reference")
+        for preferred in PREFERRED.get(call[0].device.type, ()):
+            if preferred in available and refusal(op, preferred, call) is None:
+                return preferred
+        return "reference"
     if backend not in available:
         known, has = f"auto, {', '.join(BACKENDS)}", ", ".join(available)
         if backend in BACKENDS:
             raise BackendError(f"{op}: backend {backend!r} has no kernel for it; it has {has}: pass one of these or 'auto'")
         raise BackendError(f"{op}: backend {backend!r} is unknown; known are {known}: pass 'auto' or one of these")
-    reason = _refusal(op, backend, arguments)
+    reason = refusal(op, backend, call)
     if reason is not None:
         raise BackendError(f"{op}: backend {backend!r} cannot serve this call; {reason}: pass backend='auto'")
     return backend
 
 
-def _refusal(op: str, backend: str, arguments: tuple[Any, ...]) -> str | None:
-    if backend == "reference":
-        return None
+def refusal(op: str, backend: str, call: Any) -> str | None:
+    """Why a backend that there is cannot serve this call; None where it can."""
     try:
-        refusal = load(op, backend, "refusal")
+        served = load(op, backend)
     except ModuleNotFoundError as error:
         return f"it needs the package {error.name}, which is not installed"
-    return refusal(*arguments)
+    return None if served.refusal is None else served.refusal(call)
+
+
+def is_traced(op: str, backend: str, device: torch.device) -> bool:
+    """Whether a call that is compiled becomes the reference's plain torch, which the compiler fuses with what is around it.
+
+    It does where the reference is what serves it, whatever the call, since there is no kernel for the device. Elsewhere it is one opaque
+    operation, and the backend is chosen when it runs.
+    """
+    return backend in ("auto", "reference") and all(b not in IMPLEMENTATIONS[op] for b in PREFERRED.get(device.type, ()))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -103,9 +125,10 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 @cache
-def load(op: str, backend: str, function: str) -> Callable[..., Any]:
-    """A function of a backend's module."""
-    return getattr(import_module(f"pab_kernels.ops.{op}.{backend}"), function)
+def load(op: str, backend: str) -> Backend:
+    """A backend, whose module is imported."""
+    module = import_module(f"pab_kernels.ops.{op}.{backend}")
+    return Backend(*(getattr(module, name, None) for name in Backend._fields))
 
 
 @cache  # every launch asks

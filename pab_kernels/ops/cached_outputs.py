@@ -1,17 +1,20 @@
-"""The cached outputs that an operation adds to the residual stream: up to three terms, each a slot or the line through two, with a gate."""
+"""The cached outputs that an operation adds to the residual stream: a few terms, each a slot or the line through two, with a gate."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checks import check_broadcasts, check_kind, check_operand
 from .dequantize.reference import dequantize
-from .quantize import GROUP, Quantized, check_quantized
+from .quantized import GROUP, Quantized, check_quantized, data_and_scale
+
+MOST_ADDED = 3
+"""Additions to the residual stream that one operation takes; a projection is one of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,41 +39,39 @@ class Line:
         return self.newest.shape
 
 
-class CachedOutput(NamedTuple):
-    """One term: a slot `[..., C]` and the gate that broadcasts to it; on a line, also the slot before it and the one-element weight."""
-
-    slot: Tensor | Quantized
-    gate: Tensor | None = None
-    before: Tensor | Quantized | None = None
-    weight: Tensor | None = None
+CachedOutput = tuple[Tensor | Quantized | Line, Tensor | None]
+"""One term: a slot or a line `[..., C]`, and the gate that broadcasts to it."""
 
 
 CACHED_SCHEMA = "Tensor?[] slots, Tensor?[] slot_scales, Tensor?[] gates, Tensor?[] weights"
 
+_LISTS = (list, tuple)
+_NO_GATES = (None,) * MOST_ADDED
 
-def check_cached_outputs(op: str, x: Tensor, slots: Sequence[Any], gates: Sequence[Any] | None, limit: int) -> tuple[CachedOutput, ...]:
-    """The slots and gates of a call as checked `CachedOutput`s."""
+
+def cached_outputs(op: str, slots: Sequence[Any], gates: Sequence[Any] | None, most: int) -> tuple[CachedOutput, ...]:
+    """The terms of a call; what is in the lists is not checked yet."""
+    if isinstance(slots, _LISTS) and len(slots) <= most and (gates is None or (isinstance(gates, _LISTS) and len(gates) == len(slots))):
+        return tuple(zip(slots, gates or _NO_GATES, strict=False)) if slots else ()
     for name, values in (("slots", slots), ("gates", gates)):
-        if not isinstance(values, (list, tuple)) and (values is not None or name == "slots"):
+        if not isinstance(values, _LISTS) and (values is not None or name == "slots"):
             raise TypeError(f"{op}: {name} is a {type(values).__name__}; a list or tuple is supported: put it into one")
         if values is not None and len(values) != len(slots):
             raise ValueError(f"{op}: {name} has length {len(values)}; one entry (or None) per slot, {len(slots)}, is supported: match them")
-    if len(slots) > limit:
-        raise ValueError(f"{op}: slots has length {len(slots)}; up to {limit} are supported: add the others in a broadcast_residual before")
-    cached = []
-    for i, slot in enumerate(slots):
-        gate = gates[i] if gates else None
+    raise ValueError(f"{op}: slots has length {len(slots)}; up to {most} are supported: add the others in a broadcast_residual before")
+
+
+def check_cached_outputs(op: str, x: Tensor, cached: Sequence[CachedOutput]) -> None:
+    """Slots, lines and gates that fit x."""
+    for i, (slot, gate) in enumerate(cached):
         if gate is not None:
             check_broadcasts(op, f"gates[{i}]", gate, x)
         if isinstance(slot, Line):
-            for part, of_line in (("newest", slot.newest), ("before", slot.before)):
-                _check_slot(op, f"slots[{i}].{part}", of_line, x)
+            _check_slot(op, f"slots[{i}].newest", slot.newest, x)
+            _check_slot(op, f"slots[{i}].before", slot.before, x)
             _check_weight(op, f"slots[{i}].weight", slot.weight, x)
-            cached.append(CachedOutput(slot.newest, gate, slot.before, slot.weight))
         else:
             _check_slot(op, f"slots[{i}]", slot, x)
-            cached.append(CachedOutput(slot, gate))
-    return tuple(cached)
 
 
 def _check_slot(op: str, name: str, slot: Any, x: Tensor) -> None:
@@ -89,20 +90,12 @@ def _check_weight(op: str, name: str, weight: Any, x: Tensor) -> None:
 def flatten_cached_outputs(cached: Sequence[CachedOutput]) -> tuple[tuple[Any, ...], ...]:
     """Slots, their scales, gates and weights, as `CACHED_SCHEMA` and kernels have them: a slot for each term and, where any term is a
     line, after all of these as many more, the ones before them or None."""
-    slots: list[Tensor | Quantized | None] = [c.slot for c in cached]
-    if any(c.weight is not None for c in cached):
-        slots += [c.before for c in cached]
-    return (
-        tuple(slot.data if isinstance(slot, Quantized) else slot for slot in slots),
-        tuple(slot.scale if isinstance(slot, Quantized) else None for slot in slots),
-        tuple(c.gate for c in cached),
-        tuple(c.weight for c in cached),
-    )
-
-
-def holds_float8(cached: Sequence[CachedOutput]) -> bool:
-    """Whether any slot is float8."""
-    return any(isinstance(slot, Quantized) and slot.data.dtype == torch.float8_e4m3fn for c in cached for slot in (c.slot, c.before))
+    lines = [slot if isinstance(slot, Line) else None for slot, _ in cached]
+    slots: list[Any] = [slot.newest if isinstance(slot, Line) else slot for slot, _ in cached]
+    if any(line is not None for line in lines):
+        slots += [line and line.before for line in lines]
+    data, scales = zip(*map(data_and_scale, slots), strict=True) if slots else ((), ())
+    return data, scales, tuple(gate for _, gate in cached), tuple(line and line.weight for line in lines)
 
 
 def unflatten_cached_outputs(
@@ -110,7 +103,13 @@ def unflatten_cached_outputs(
 ) -> tuple[CachedOutput, ...]:
     joined = [slot if scale is None else Quantized(slot, scale) for slot, scale in zip(slots, scales, strict=True)]
     before = joined[len(gates) :] or [None] * len(gates)
-    return tuple(map(CachedOutput, joined[: len(gates)], gates, before, weights))
+    terms = zip(joined, before, weights, gates, strict=False)
+    return tuple((slot if weight is None else Line(slot, last, weight), gate) for slot, last, weight, gate in terms)
+
+
+def holds_float8(cached: Sequence[CachedOutput]) -> bool:
+    """Whether any slot is float8."""
+    return any(slot is not None and slot.dtype == torch.float8_e4m3fn for slot in flatten_cached_outputs(cached)[0])
 
 
 def extrapolate(newest: Tensor | Quantized, older: Sequence[Tensor | Quantized], weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -123,28 +122,24 @@ def extrapolate(newest: Tensor | Quantized, older: Sequence[Tensor | Quantized],
     return value.to(dtype)
 
 
-def term_value(term: CachedOutput, dtype: torch.dtype) -> Tensor:
-    """A term before its gate: a slot, dequantised to `dtype`, or the value on a line, rounded to it."""
-    if term.before is not None and term.weight is not None:
-        return extrapolate(term.slot, [term.before], [term.weight], dtype)
-    return dequantize(term.slot, dtype) if isinstance(term.slot, Quantized) else term.slot
+def term_value(slot: Tensor | Quantized | Line, dtype: torch.dtype) -> Tensor:
+    """A term before its gate: a slot, dequantised to `dtype` where it is quantised, or the value on a line, rounded to it."""
+    if isinstance(slot, Line):
+        return extrapolate(slot.newest, [slot.before], [slot.weight], dtype)
+    return dequantize(slot, dtype) if isinstance(slot, Quantized) else slot
 
 
 def add_cached_outputs(x: Tensor, cached: Sequence[CachedOutput]) -> Tensor:
     """x plus every term, in their order; every assignment rounds to x's dtype."""
-    for term in cached:
-        c = term_value(term, x.dtype)
-        if term.gate is not None:
-            c = term.gate * c
-        x = c + x
+    for slot, gate in cached:
+        c = term_value(slot, x.dtype)
+        x = (c if gate is None else gate * c) + x
     return x
 
 
 def add_in_float32(x: Tensor, cached: Sequence[CachedOutput]) -> Tensor:
     """x, in float32, plus every term as kernels compute it: nothing rounds to a shorter dtype."""
-    for term in cached:
-        c = term_value(term, torch.float32).float()
-        if term.gate is not None:
-            c = term.gate.float() * c
-        x = x + c
+    for slot, gate in cached:
+        c = term_value(slot, torch.float32).float()
+        x = x + (c if gate is None else gate.float() * c)
     return x

@@ -37,6 +37,8 @@ def check_float(op: str, name: str, t: Any) -> None:
 
 def check_activation(op: str, name: str, t: Any) -> None:
     """A float tensor of at least one dimension, the last contiguous."""
+    if isinstance(t, Tensor) and t.dtype in FLOATS and t.ndim > 0 and t.is_contiguous():
+        return  # as nearly all are
     check_float(op, name, t)
     check_last_stride(op, name, t)
 
@@ -68,7 +70,7 @@ def check_operand(op: str, name: str, t: Any, shape: Sequence[int], dtype: torch
 def check_output(op: str, name: str, t: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     """An operand that is written: no two of its elements share memory, and autograd does not follow it."""
     check_operand(op, name, t, shape, dtype, device)
-    if overlaps_itself(t):
+    if not t.is_contiguous() and overlaps_itself(t):
         raise ValueError(f"{op}: {name} has strides {t.stride()}; an output whose elements do not overlap is supported: pass a real tensor")
     if t.requires_grad:
         raise ValueError(f"{op}: {name} requires a gradient; what is written is not recorded, other tensors are supported: detach it")
@@ -95,16 +97,19 @@ def _fits(shape: Sequence[int], full: Sequence[int]) -> bool:
     return bool(full) and shape[-1] == full[-1]
 
 
+def broadcasts(t: Tensor, x: Tensor) -> bool:
+    """Whether an operation on x takes `t` as a gate, shift or scale: see `check_broadcasts`."""
+    return t.dtype == x.dtype and t.device == x.device and _fits(t.shape, x.shape) and (t.is_contiguous() or t.stride(-1) == 1)
+
+
 def check_broadcasts(op: str, name: str, t: Any, x: Tensor) -> None:
-    """A tensor of x's dtype and device that broadcasts to x and has all of x's channels."""
-    full = x.shape
-    if isinstance(t, Tensor) and t.is_contiguous() and t.dtype == x.dtype and t.device == x.device and _fits(t.shape, full):
-        return  # as nearly all do
+    """A tensor of x's dtype and device that broadcasts to x and has all of x's channels, last dimension contiguous."""
+    if isinstance(t, Tensor) and broadcasts(t, x):
+        return
     check_kind(op, name, t, x.dtype, x.device)
-    shape = t.shape
-    if not _fits(shape, full):
+    if not _fits(t.shape, full := x.shape):
         raise ValueError(
-            f"{op}: {name} has shape {tuple(shape)}; what broadcasts to {tuple(full)} and has its {full[-1]} channels is supported: "
+            f"{op}: {name} has shape {tuple(t.shape)}; what broadcasts to {tuple(full)} and has its {full[-1]} channels is supported: "
             "unsqueeze the missing dimensions"
         )
     check_last_stride(op, name, t)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 _OWN_MEMORY = (Tensor, torch.nn.Parameter)
 """Of these classes an address means something: fake tensors and wrappers have none of their own, meta tensors the address 0."""
 
-_PLAIN = (str, float, int, bool, torch.dtype)
+_PLAIN = frozenset((type(None), str, float, int, bool, torch.dtype))
+"""Classes of what holds no tensor."""
 
 _MOST_STEPS = 10_000
 """Where two tensors are interleaved so that it takes more to find out, they are taken to overlap."""
@@ -19,43 +20,54 @@ _MOST_STEPS = 10_000
 _Term = tuple[int, int, int]  # a stride in bytes, and the least and the greatest multiple of it
 
 
-def check_apart(
-    op: str, outputs: Sequence[tuple[str, Tensor | None]], arguments: Iterable[tuple[str, Any]], in_place: tuple[str, str] | None = None
-) -> None:
-    """No output shares memory with another output or with an argument.
+def check_apart(op: str, names: Sequence[str], outputs: Sequence[Any], call: Any) -> None:
+    """No output shares memory with another output or with what is read; but an output `x_out` may be x itself.
 
     Args:
         op: the operation.
-        outputs: by name; None for one that is not given.
-        arguments: what is read, by name: tensors and whatever holds tensors.
-        in_place: an output and an argument that may be one and the same tensor.
+        names, outputs: tensors, `Quantized`, or None for one that is not given.
+        call: the named tuple of what is read: tensors, and whatever holds tensors.
 
     Raises:
         ValueError: one does, or was made in inference mode and is to be written outside of it.
     """
     written: list[tuple[str, Tensor, int, int]] = []
-    for name, t in outputs:
-        if t is None or type(t) not in _OWN_MEMORY:
-            continue
+    least = most = 0  # where all that is written lies
+    places: list[tuple[str, Tensor]] = []
+    for name, out in zip(names, outputs, strict=True):
+        if type(out) in _OWN_MEMORY:
+            places.append((name, out))
+        elif type(out) not in _PLAIN:
+            for part in () if isinstance(out, Tensor) else ("data", "scale"):
+                _collect(f"{name}.{part}", getattr(out, part), places)
+    for name, t in places:
         if t.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
                 f"{op}: {name} was made in inference mode; outside of it other tensors are supported: clone it, or write within that mode"
             )
         if first := t.data_ptr():
-            last = first + extent(t)
+            last = first + (t.nbytes if t.is_contiguous() else extent(t))
             for other, u, begin, end in written:
                 if first < end and begin < last and overlap(t, u):
                     raise ValueError(_message(op, name, other))
             written.append((name, t, first, last))
-    for argument, value in arguments if written else ():
-        reads: list[Tensor] = []
-        _collect(value, reads)
-        for read in reads:
-            begin = read.data_ptr()
-            end = begin + (read.nbytes if read.is_contiguous() else extent(read))
+            least, most = (first, last) if most == 0 else (min(least, first), max(most, last))
+    if not written:
+        return
+    reads: list[tuple[str, Tensor]] = []
+    for argument, value in zip(call._fields, call, strict=True):
+        if type(value) in _OWN_MEMORY:
+            reads.append((argument, value))
+        elif type(value) not in _PLAIN:
+            _collect(argument, value, reads)
+    for argument, read in reads:
+        begin = read.data_ptr()
+        end = begin + (read.nbytes if read.is_contiguous() else extent(read))
+        if begin < most and least < end:
             for name, t, first, last in written:
-                if begin < last and first < end and overlap(t, read) and (in_place != (name, argument) or not _same(t, read)):
-                    raise ValueError(_message(op, name, argument, in_place))
+                if begin < last and first < end and overlap(t, read) and ((name, argument) != ("x_out", "x") or not _same(t, read)):
+                    may = " (x_out may be x itself)" if names[0] == "x_out" else ""
+                    raise ValueError(_message(op, name, "slots or gates" if argument == "cached" else argument, may))
 
 
 def extent(t: Tensor) -> int:
@@ -113,20 +125,15 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and all(s == t or n < 2 for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True))
 
 
-def _collect(value: Any, found: list[Tensor]) -> None:
-    """Append the tensors with memory of their own in a value, in a tuple or in a dataclass, however deep."""
-    kind = type(value)
-    if kind in _OWN_MEMORY:
-        found.append(value)
-    elif isinstance(value, tuple):
-        for part in value:
-            if part is not None:
-                _collect(part, found)
-    elif not (value is None or kind in _PLAIN or isinstance(value, Tensor)):
-        for part in getattr(value, "__dict__", {}).values():
-            _collect(part, found)
+def _collect(name: str, value: Any, found: list[tuple[str, Tensor]]) -> None:
+    """Append the tensors with memory of their own in a value, in a tuple or in a dataclass, however deep, each with the value's name."""
+    if type(value) in _OWN_MEMORY:
+        found.append((name, value))
+    elif not isinstance(value, Tensor):
+        for part in value if isinstance(value, tuple) else vars(value).values():
+            if type(part) not in _PLAIN:
+                _collect(name, part, found)
 
 
-def _message(op: str, name: str, other: str, in_place: tuple[str, str] | None = None) -> str:
-    may = f" ({in_place[0]} may be {in_place[1]} itself)" if in_place else ""
+def _message(op: str, name: str, other: str, may: str = "") -> str:
     return f"{op}: {name} shares memory with {other}; outputs that overlap nothing else in the call are supported{may}: pass another tensor"

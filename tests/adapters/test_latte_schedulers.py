@@ -135,7 +135,7 @@ def test_fused_operations_run_as_often_as_the_rules_say(name: str) -> None:
             (FRAMES, FRAMES): LAYERS * runs["temporal"],
             (TOKENS, TEXT): LAYERS * runs["cross"],
         }
-        norms = [c for c in operations["broadcast_residual"].call_args_list if c.kwargs.get("norm") is not None]
+        norms = [c for c in operations["broadcast_residual"].call_args_list if c.args[0].norm is not None]
         assert len(norms) == LAYERS * (runs["spatial"] + runs["temporal"] + 2 * runs["mlp"])
         outputs = LAYERS * (runs["spatial"] + runs["temporal"] + runs["cross"] + 2 * runs["mlp"])
         assert operations["project_residual"].call_count == outputs

@@ -43,8 +43,8 @@ def test_it_agrees_with_the_reference(reuse: Any, cache_dtype: Any, monkeypatch:
     served: Counter[str] = Counter()
     choose = backend.choose
 
-    def counted(op: str, asked: str, arguments: Any) -> str:
-        chosen = choose(op, asked, arguments)
+    def counted(op: str, asked: str, call: Any) -> str:
+        chosen = choose(op, asked, call)
         served[f"{op} {chosen}"] += 1
         return chosen
 

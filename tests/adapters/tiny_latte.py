@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, LattePipeline, LatteTransformer3DModel
 from torch import Tensor, nn
 
 from pab_kernels import ops
+from pab_kernels.broadcast import stream
 
 FRAMES, SIZE, TEXT, TEXT_CHANNELS = 4, 16, 5, 24
 LAYERS = 2
@@ -146,9 +147,13 @@ def counted_calls(model: Any) -> Iterator[Counter[tuple[str, str]]]:
 
 @contextlib.contextmanager
 def counted_operations() -> Iterator[dict[str, mock.MagicMock]]:
-    """The fused operations, wrapped: what they were called with, and how often; `short_attention` counts as `attention`."""
-    counted = {name: mock.MagicMock(wraps=getattr(ops, name)) for name in ("broadcast_residual", "project_residual")}
+    """The fused operations, wrapped: what they were called with, and how often; `short_attention` counts as `attention`.
+
+    Those of the residual stream are called with one argument, the object of the call.
+    """
+    counted = {name: mock.MagicMock(wraps=partial(stream.run_checked, name)) for name in ("broadcast_residual", "project_residual")}
     counted["attention"] = mock.MagicMock(side_effect=lambda function, *args, **options: function(*args, **options))
     either = {name: partial(counted["attention"], getattr(ops, name)) for name in ("attention", "short_attention")}
-    with mock.patch.multiple(ops, **counted | either):
+    of_stream = mock.patch.object(stream, "run_checked", lambda op, call: counted[op](call))
+    with of_stream, mock.patch.multiple(ops, **either):
         yield counted

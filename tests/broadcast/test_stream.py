@@ -260,3 +260,47 @@ def test_reuse_before_the_projection_is_added_before_it() -> None:
     stream.project(torch.full((1, 1), -1e8), one)
     stream.reuse(slot_of(torch.full((1, 1), 3.0)))
     assert stream.read().item() == 3
+
+
+# What an operation would refuse, nobody checks: the stream hands it no such thing
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 1, 8)])
+@torch.no_grad()
+def test_gate_and_shift_may_make_the_stream_wider(shape: tuple[int, ...], counted: Counter[str]) -> None:
+    x, a, wide, linear, norm = torch.randn(1, 3, 8), torch.randn(1, 3, 4), torch.randn(shape), nn.Linear(4, 8), nn.LayerNorm(8)
+    streams = [ResidualStream(x, storing_call()) for _ in range(4)]
+    streams[0].reuse(slot_of(x), wide)
+    assert torch.equal(streams[0].read(), wide * x + x)
+    streams[1].project(a, linear, wide)
+    assert torch.equal(streams[1].read(), wide * linear(a) + x)
+    streams[2].project(wide[..., :4], linear)
+    assert torch.equal(streams[2].read(), linear(wide[..., :4]) + x)
+    assert torch.equal(streams[3].norm_modulate(norm, wide), norm(x) + wide)
+    assert counted == {}
+
+
+@torch.no_grad()
+def test_modules_with_other_sizes_or_eps_are_called(counted: Counter[str]) -> None:
+    x, a, linear, norm = 100 * torch.randn(1, 3, 8), torch.randn(1, 3, 4), nn.Linear(4, 8), nn.LayerNorm(8, eps=-1e-3)
+    assert torch.equal(ResidualStream(x, storing_call()).norm_modulate(norm), norm(x))
+    linear.weight, linear.bias = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(1))
+    stream = ResidualStream(x, storing_call())
+    stream.project(a, linear)
+    assert torch.equal(stream.read(), linear(a) + x)
+    assert counted == {}
+
+
+@torch.no_grad()
+def test_slots_of_other_strides_or_on_another_device_are_not_fused(counted: Counter[str]) -> None:
+    x, strided = torch.randn(1, 3, 8), torch.randn(1, 8, 3).mT
+    for term, value in (
+        (slot_of(strided), strided),
+        (Extrapolation((slot_of(x), slot_of(strided)), (torch.tensor(0.5),)), x + 0.5 * (x - strided)),
+    ):
+        stream = ResidualStream(x, storing_call())
+        stream.reuse(term)
+        assert torch.equal(stream.read(), value + x)
+    with pytest.raises(RuntimeError, match="device"):
+        stream.reuse(slot_of(x.to("meta")))
+    assert counted == {}

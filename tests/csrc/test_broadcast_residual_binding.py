@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from pab_kernels.ops import BackendError, Line, Norm, Quantized, broadcast_residual, broadcast_residual_out
+from pab_kernels.ops.backend import load
+from pab_kernels.ops.broadcast_residual import BroadcastResidual
 from pab_kernels.ops.overlap import overlap, overlaps_itself
 from tests.csrc.binding import bound
 from tests.ops.broadcast_residual_cases import LINES, NORMS, assert_rounded_once, call, poisoned
@@ -38,13 +40,14 @@ def kernels(machine, monkeypatch):
 def mode(request, monkeypatch):
     """Both ways to the kernel; neither may fall back to the other."""
     in_cpp = request.param == "checked in C++"
-    operation = import_module("pab_kernels.ops.broadcast_residual")
     if in_cpp:
-        monkeypatch.setattr(operation, "_check", lambda *args: pytest.fail("C++ did not take the call"))
+        monkeypatch.setattr(BroadcastResidual, "check", lambda *args: pytest.fail("C++ did not take the call"))
     else:
         monkeypatch.setattr(cuda, "attempt", lambda *args: pytest.fail("the call was not checked in Python"))
+    load.cache_clear()  # it keeps the functions of a backend
     with torch.set_grad_enabled(not in_cpp):
         yield
+    load.cache_clear()
 
 
 def run(kernels: ctypes.CDLL, x: Tensor, slots: list, **options) -> None:
@@ -178,9 +181,9 @@ def test_what_is_wrong_is_refused_by_c_and_told_by_python(kernels, wrong):
     kernels.lockstep_forget()  # a launch would fail, and the machine say so
     right = {"x": X, "slots": [X], "gates": [G], "norm": Norm(), "shift": G, "scale": None, "x_out": torch.empty_like(X)}
     given = right | {"y_out": torch.empty_like(X)} | wrong
-    assert cuda.attempt(**given) is False and kernels.lockstep_error() == b""
     with torch.no_grad(), pytest.raises((TypeError, ValueError)) as told:
         broadcast_residual_out(**given, backend="cuda")
+    assert kernels.lockstep_error() == b"", "it was launched"
     assert str(told.value).startswith("broadcast_residual: ")
 
 
@@ -192,8 +195,8 @@ def test_what_it_cannot_serve_is_refused_with_the_reason(kernels):
         (torch.zeros(1, 1, 1, 1, 1, 8), "x has 6 dimensions; up to 5"),
         (torch.zeros(1, 1, dtype=torch.bfloat16).expand(2**31, 1), "x has 2147483648 tokens; up to 2147483643"),
     ):
-        unchecked = mock.patch.multiple("pab_kernels.ops.broadcast_residual", check_output=mock.DEFAULT, check_apart=mock.DEFAULT)
-        with torch.no_grad(), unchecked:  # one of them is too large to be there
+        unchecked = mock.patch.object(BroadcastResidual, "check_outputs"), mock.patch("pab_kernels.ops.dispatch.check_apart")
+        with torch.no_grad(), unchecked[0], unchecked[1]:  # one of them is too large to be there
             assert_refuses(BackendError, message, broadcast_residual_out, x, norm=Norm(), y_out=x, backend="cuda")
         assert kernels.lockstep_error() == b"", "it was launched"
 
@@ -214,8 +217,7 @@ def test_it_finds_the_overlaps_that_python_finds(kernels, data):
     same = x.data_ptr() == x_out.data_ptr() and all(a == b or n < 2 for a, b, n in zip(x.stride(), x_out.stride(), sizes, strict=True))
     refused = overlaps_itself(x_out) or overlaps_itself(y_out) or overlap(x_out, y_out) or overlap(x, y_out)
     refused |= overlap(x, x_out) and not same
-    options = {"gates": None, "norm": Norm(), "shift": None, "scale": None, "x_out": x_out, "y_out": y_out}
-    assert cuda.attempt(x, [slot], **options) is not refused
+    assert cuda.attempt(BroadcastResidual(x, ((slot, None),), Norm()), (x_out, y_out)) is not refused
 
 
 def test_with_a_gradient_it_is_refused(kernels):

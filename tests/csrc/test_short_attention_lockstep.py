@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pab_kernels.ops import QKNorm, Quantized, Rope, quantize
-from pab_kernels.ops.short_attention import cuda
+from pab_kernels.ops.short_attention import ShortAttention, cuda
 from tests.csrc.binding import bound
 from tests.csrc.machine import Machine
 from tests.ops.short_attention_cases import across, everything, plain, tables, temporal
@@ -56,11 +56,10 @@ def launch(machine, *arguments):
 
 def attend(q, k, v, *, softmax_scale=None, q_norm=None, k_norm=None, rope=None, store_dtype=None, places=None):
     """`short_attention` with backend "cuda", into `places` or new ones."""
-    arguments = (q, k, v, softmax_scale, q_norm, k_norm, rope, store_dtype)
-    if places is None:
-        return cuda.short_attention(*arguments)
-    cuda.short_attention_out(*arguments, *places)
-    return places
+    call = ShortAttention(q, k, v, softmax_scale, None, q_norm, k_norm, rope, store_dtype)
+    outputs = call.empty() if places is None else places
+    cuda.launch(call, outputs)
+    return outputs
 
 
 check = partial(checked, attend)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pab_kernels.ops import QKNorm, Quantized, Rope
+from pab_kernels.ops.attention import Attention
 from pab_kernels.ops.attention.prepare import prepare
 from pab_kernels.ops.attention.triton import attend_in_tiles, tiles
 from tests.kernels.compilation import Launch
@@ -26,7 +27,8 @@ def _packed(*sizes: int) -> list[Tensor]:
 
 def _attend(arch: int, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, stored: Quantized | None = None) -> None:
     chosen = tiles(q.shape[-3], q.shape[-1], divmod(arch, 10))
-    attend_in_tiles(q, k, v, None, lengths, None, None, None, torch.empty(q.shape, dtype=q.dtype, device="meta"), stored, chosen)
+    out = torch.empty(q.shape, dtype=q.dtype, device="meta")
+    attend_in_tiles(Attention(q, k, v, key_lengths=lengths), (out, stored), chosen)
 
 
 def _prepare(x: Tensor, interleaved: bool) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pab_kernels.ops import Norm, Quantized
-from pab_kernels.ops.broadcast_residual.triton import broadcast_residual
-from pab_kernels.ops.cached_outputs import CachedOutput
+from pab_kernels.ops.broadcast_residual import BroadcastResidual
+from pab_kernels.ops.broadcast_residual.triton import launch
+from pab_kernels.ops.cached_outputs import Line
 from tests.kernels.compilation import Launch
 
 
@@ -27,15 +28,17 @@ def _add(channels: int, *slots: torch.dtype, tokens: int = 15 * 1590, norm: Norm
     x, vector = _meta(2, tokens, channels), _meta(2, 1, channels)
     kept = [_meta(*x.shape) if dtype == x.dtype else _eight_bits(*x.shape, dtype=dtype) for dtype in slots]
     weight = _meta(1, dtype=torch.float32)
-    cached = [CachedOutput(slot, vector, slot, weight) if lines else CachedOutput(slot, vector) for slot in kept]
-    return lambda: broadcast_residual(x, cached, norm or Norm(), vector, vector)
+    cached = tuple((Line(slot, slot, weight) if lines else slot, vector) for slot in kept)
+    call = BroadcastResidual(x, cached, norm or Norm(), vector, vector)
+    return lambda: launch(call, call.empty())
 
 
 def _add_by_frame() -> Callable[[], Any]:
     """Gates of each row, frame and token; nothing is normed; float32."""
     sizes = (2, 16, 1024, 1152)
     x, gates = _meta(*sizes, dtype=torch.float32), [_meta(2, 1, 1, 1152), _meta(16, 1, 1152), _meta(*sizes)]
-    return lambda: broadcast_residual(x, [CachedOutput(x, gate.float()) for gate in gates], None, None, None)
+    call = BroadcastResidual(x, tuple((x, gate.float()) for gate in gates))
+    return lambda: launch(call, call.empty())
 
 
 BF16, INT8, FP8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pab_kernels.ops import Quantized
-from pab_kernels.ops.cached_outputs import CachedOutput
+from pab_kernels.ops.cached_outputs import Line
+from pab_kernels.ops.project_residual import ProjectResidual
 from pab_kernels.ops.project_residual.triton import project_in_tiles, tile
 from tests.kernels.compilation import Launch
 
@@ -28,7 +30,7 @@ def _kept(*sizes: int, dtype: torch.dtype, own: torch.dtype) -> Tensor | Quantiz
 
 
 def _project(
-    arch: int, channels: int, tokens: int, store: str | None = None, store_dtype: torch.dtype | None = None,
+    arch: int, channels: int, tokens: int, store: Any = None, store_dtype: torch.dtype | None = None,
     slots: tuple[torch.dtype, ...] = (), dtype: torch.dtype = BF16, gate: str = "row", lines: bool = False,
     bias: bool = True,
 ) -> None:  # fmt: skip
@@ -36,11 +38,12 @@ def _project(
     x, row = _meta(2, tokens, channels, dtype=dtype), _meta(2, 1, channels, dtype=dtype)
     weight, one = _meta(channels, channels, dtype=dtype), _meta(1, dtype=FP32)
     reads = [_kept(*x.shape, dtype=kept, own=dtype) for kept in slots]
-    cached = [CachedOutput(slot, row, slot, one) if lines else CachedOutput(slot, row) for slot in reads]
+    cached = tuple((Line(slot, slot, one) if lines else slot, row) for slot in reads)
     stored = None if store is None else _kept(*x.shape, dtype=store_dtype or dtype, own=dtype)
     chosen = tile(2 * tokens, channels, x.element_size(), divmod(arch, 10), MULTIPROCESSORS[arch])
     gates = {"row": row, "token": x}
-    project_in_tiles(x, weight, weight[0] if bias else None, x, gates[gate], store, cached, x, stored, chosen, MULTIPROCESSORS[arch])
+    call = ProjectResidual(x, weight, weight[0] if bias else None, x, gates[gate], store, store_dtype, cached)
+    project_in_tiles(call, (x, stored), chosen, MULTIPROCESSORS[arch])
 
 
 OPEN_SORA = {"channels": 1152, "tokens": 15 * 1590}

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pab_kernels.ops import QKNorm, Rope
-from pab_kernels.ops.short_attention.triton import short_attention
+from pab_kernels.ops.short_attention import ShortAttention
+from pab_kernels.ops.short_attention.triton import launch
 from tests.kernels.compilation import Launch
 
 
@@ -23,14 +24,15 @@ def _attend(
 
     whole = meta(batch, frames, places, 3, heads, head_dim)
     q, k, v = (whole.select(3, i).transpose(1, 2) for i in range(3))
-    options: list[Any] = [None, None, None]
+    options: dict[str, Any] = {}
     if norm is not None:
         weight = meta(heads, head_dim) if across else meta(head_dim)
         rstd = meta(*q.shape[:-2], dtype=torch.float32) if across else None
-        options[:2] = [QKNorm(norm, weight, meta(head_dim) if norm == "layer" else None, rstd=rstd)] * 2
+        options |= dict.fromkeys(("q_norm", "k_norm"), QKNorm(norm, weight, meta(head_dim) if norm == "layer" else None, rstd=rstd))
     if rope is not None:
-        options[2] = Rope(*(meta(frames, head_dim // 2, dtype=torch.float32) for _ in range(2)), interleaved=rope == "interleaved")
-    short_attention(q, k, v, None, *options, store)
+        options["rope"] = Rope(*(meta(frames, head_dim // 2, dtype=torch.float32) for _ in range(2)), interleaved=rope == "interleaved")
+    call = ShortAttention(q, k, v, **options, store_dtype=store)
+    launch(call, call.empty())
 
 
 CALLS: dict[str, tuple[int, tuple[int, ...], dict[str, Any]]] = {  # by name: the narrowest access, sizes, options

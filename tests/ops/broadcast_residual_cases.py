@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pab_kernels.ops import Line, Norm, Quantized, broadcast_residual, dequantize, quantize
-from pab_kernels.ops.broadcast_residual.reference import broadcast_residual_rounded_once
-from pab_kernels.ops.cached_outputs import check_cached_outputs
+from pab_kernels.ops.broadcast_residual import BroadcastResidual, reference
+from pab_kernels.ops.cached_outputs import MOST_ADDED, cached_outputs
 from tests.ops.tensors import KERNEL_DEVICE, assert_accurate, draws
 
 NORMS = (None, "layer", "rms")
@@ -95,9 +95,15 @@ def exact(x: Tensor, slots: list[Any], *, gates: Any, norm: Any = None, shift: A
     return [total, z if shift is None else z + shift.double()]
 
 
-def rounded_once(x: Tensor, slots: list[Any], *, gates: Any, norm: Any = None, shift: Any = None, scale: Any = None) -> Any:
-    """The reference that rounds where kernels do."""
-    return broadcast_residual_rounded_once(x, check_cached_outputs("test", x, slots, gates, 3), norm, shift, scale)
+def call_of(x: Tensor, slots: list[Any], *, gates: Any, norm: Any = None, shift: Any = None, scale: Any = None) -> BroadcastResidual:
+    """The call as backends take it."""
+    return BroadcastResidual(x, cached_outputs("test", slots, gates, MOST_ADDED), norm, shift, scale)
+
+
+def rounded_once(x: Tensor, slots: list[Any], **options: Any) -> tuple[Tensor, Tensor | None]:
+    """What the reference gives that rounds where kernels do."""
+    x_new, y = reference.rounded_once(call_of(x, slots, **options))
+    return x if x_new is None else x_new, y
 
 
 def assert_rounded_once(got: Any, args: Any, options: dict[str, Any]) -> None:

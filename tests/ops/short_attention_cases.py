@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pab_kernels.ops import QKNorm, Rope
-from pab_kernels.ops.attention.reference import attention, online_attention
+from pab_kernels.ops.attention.reference import compute, online_attention
+from pab_kernels.ops.short_attention import ShortAttention
 from tests.ops.tensors import KERNEL_DEVICE, assert_accurate, assert_same, draws
 
 
@@ -77,14 +78,14 @@ def check(
 ) -> Tensor:
     """The error of the kernel that `call` calls against float64 is about that of torch, and it rounds where its reference rounds."""
     before = [t.clone() for t in inputs]
-    options = (softmax_scale, None, q_norm, k_norm, rope, None)
     out, stored = call(*inputs, softmax_scale=softmax_scale, q_norm=q_norm, k_norm=k_norm, rope=rope)
     assert stored is None
     assert_same(inputs, before, strides=False)
     wide = [t.double() for t in inputs]
-    exact, _ = attention(*wide, softmax_scale, None, double(q_norm), double(k_norm), rope, None)
-    assert_accurate(out, attention(*inputs, *options)[0], exact)
-    expected, _ = online_attention(*inputs, *options, step=64)
+    exact, _ = compute(ShortAttention(*wide, softmax_scale, None, double(q_norm), double(k_norm), rope))
+    given = ShortAttention(*inputs, softmax_scale, None, q_norm, k_norm, rope)
+    assert_accurate(out, compute(given)[0], exact)
+    expected, _ = online_attention(given, step=64)
     assert_same(torch.zeros_like(out), torch.zeros_like(expected))  # strides
     eps = torch.finfo(out.dtype).eps
     torch.testing.assert_close(out.float(), expected.float(), atol=4 * eps, rtol=2 * eps)

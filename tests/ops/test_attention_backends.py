@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pab_kernels.ops import BackendError, QKNorm, Rope, attention, attention_out, quantize
-from pab_kernels.ops.attention import reference
+from pab_kernels.ops.attention import Attention, reference
 from pab_kernels.ops.backend import load
 from tests.ops.attention_cases import softmax_attention
 from tests.ops.tensors import DTYPES, HALF, assert_accurate, assert_refuses, assert_same, draws
@@ -27,11 +27,6 @@ def everything(dtype):
     """Options for 7 queries and keys of heads of 40."""
     draw, theta = draws(dtype, 1), draws(seed=3)(7, 12)
     return {"softmax_scale": 0.2, "q_norm": QKNorm(weight=draw(40)), "k_norm": QKNorm(), "rope": Rope(theta.cos(), theta.sin(), False)}
-
-
-def arguments(q, k, v, options, store_dtype=None):
-    names = ("softmax_scale", "key_lengths", "q_norm", "k_norm", "rope")
-    return (q, k, v, *(options.get(name) for name in names), store_dtype)
 
 
 @pytest.fixture
@@ -86,10 +81,10 @@ def test_without_the_package_flash_attn_is_refused_by_name(monkeypatch):
 @pytest.mark.parametrize("keys", [7, 1, 9])
 def test_flash_attn_computes_what_the_reference_does(keys, dtype, flash):
     inputs, options = qkv(2, keys=keys, dtype=dtype), everything(dtype)
-    given = arguments(*inputs, options)
+    given = Attention(*inputs, **options)
     exact = [QKNorm(n.kind, None if n.weight is None else n.weight.double()) for n in (options["q_norm"], options["k_norm"])]
-    exact = reference.attention(*(t.double() for t in inputs), 0.2, None, *exact, options["rope"], None)[0]
-    assert_accurate(flash.attention(*given)[0], reference.attention(*given)[0], exact)
+    exact = reference.compute(Attention(*(t.double() for t in inputs), 0.2, None, *exact, options["rope"]))[0]
+    assert_accurate(flash.compute(given)[0], reference.compute(given)[0], exact)
 
 
 @pytest.mark.parametrize("order", ["spatial", "temporal"])
@@ -97,8 +92,8 @@ def test_flash_attn_computes_what_the_reference_does(keys, dtype, flash):
 def test_flash_attn_is_given_views_and_its_output_lies_as_q_does(store_dtype, order, flash, calls):
     whole = draws(torch.bfloat16)(2, 5, 3, 3, 2, 40)
     q, k, v = (whole.select(3, i) if order == "spatial" else whole.select(3, i).transpose(1, 2) for i in range(3))
-    out, stored = flash.attention(*arguments(q, k, v, {}, store_dtype))
-    expected, like = reference.attention(*arguments(q, k, v, {}, store_dtype))
+    out, stored = flash.compute(Attention(q, k, v, store_dtype=store_dtype))
+    expected, like = reference.compute(Attention(q, k, v, store_dtype=store_dtype))
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
     for a, b in ((out, expected), *(() if stored is None else ((getattr(stored, "data", stored), getattr(like, "data", like)),))):
         assert a.stride() == b.stride() and a.dtype == b.dtype
@@ -108,26 +103,27 @@ def test_flash_attn_is_given_views_and_its_output_lies_as_q_does(store_dtype, or
         assert [t.untyped_storage().data_ptr() for t in calls[0]] == [whole.untyped_storage().data_ptr()] * 3
 
 
-def test_flash_attn_writes_to_what_it_is_given(flash):
+def test_flash_attn_writes_to_what_it_is_given(flash, monkeypatch):
     inputs, options = qkv(2, 3), everything(torch.bfloat16)
-    expected = flash.attention(*arguments(*inputs, options, torch.int8))
+    expected = flash.compute(Attention(*inputs, **options, store_dtype=torch.int8))
     out, stored_out = torch.empty_like(inputs[0]), quantize(torch.zeros_like(inputs[0]), torch.int8, group=40)
-    flash.attention_out(*arguments(*inputs, options, torch.int8), out, stored_out)
+    monkeypatch.setattr(flash, "refusal", lambda call: None)  # the stand-in runs here
+    attention_out(*inputs, **options, out=out, stored_out=stored_out, backend="flash_attn")
     assert_same((out, stored_out), expected, strides=False)
 
 
 def test_batches_that_flash_attn_cannot_take_are_split(flash, calls, monkeypatch):
     inputs = qkv(2, 5)
-    whole = flash.attention(*arguments(*inputs, {}))
+    whole = flash.compute(Attention(*inputs))
     monkeypatch.setattr(reference, "MAX_BATCH", 4)
-    assert_same(flash.attention(*arguments(*inputs, {})), whole)
+    assert_same(flash.compute(Attention(*inputs)), whole)
     assert [len(q) for q, _, _ in calls] == [10, 4, 4, 2]
 
 
 @pytest.mark.parametrize("sizes", [(0, 7, 2, 40), (2, 0, 2, 40)])
 def test_flash_attn_is_not_called_for_nothing(sizes, flash, calls):
     q, k = torch.zeros(sizes, dtype=torch.bfloat16), torch.zeros((sizes[0], 3, 2, 40), dtype=torch.bfloat16)
-    assert flash.attention(*arguments(q, k, k, {}))[0].shape == sizes and not calls
+    assert flash.compute(Attention(q, k, k))[0].shape == sizes and not calls
 
 
 def test_what_flash_attn_cannot_serve_it_refuses(flash):
@@ -140,7 +136,7 @@ def test_what_flash_attn_cannot_serve_it_refuses(flash):
             self.dtype, self.shape, self.device = dtype, (1, 7, 2, dim), torch.device("cuda")
 
     def refusal(q, **options):
-        return flash.refusal(*arguments(q, q, q, options))
+        return flash.refusal(Attention(q, q, q, **options))
 
     assert refusal(OnCuda()) is None
     assert refusal(OnCuda(torch.float32)) == "q is torch.float32; float16 and bfloat16 are supported"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pab_kernels.ops import BackendError, QKNorm, Quantized, Rope, attention, attention_out, quantize
-from pab_kernels.ops.attention import reference
+from pab_kernels.ops.attention import Attention, reference
 from pab_kernels.ops.attention.options import normalise, rotate
 from pab_kernels.ops.backend import choose
 from tests.ops.tensors import (
@@ -31,7 +31,6 @@ kernel = importlib.import_module("pab_kernels.ops.attention.triton")
 prepare = importlib.import_module("pab_kernels.ops.attention.prepare").prepare
 
 HEAD_DIMS = range(32, 129, 8)
-NAMES = ("softmax_scale", "key_lengths", "q_norm", "k_norm", "rope", "store_dtype")
 
 
 def qkv(*batch, queries=7, keys=None, heads=2, dim=40, dtype=torch.bfloat16, seed=0):
@@ -75,12 +74,12 @@ def double(value):
 
 def check(q, k, v, **options):
     """Error against float64 that of torch, and all but the last bit that of the reference that rounds in the same places."""
-    given = (q, k, v, *(options.get(name) for name in NAMES))
+    given = Attention(q, k, v, **options)
     out, stored = attention(q, k, v, backend="triton", **options)
-    exact = reference.attention(*map(double, given[:-1]), None)[0]
+    exact = reference.compute(Attention(*map(double, given[:-1])))[0]
     assert_accurate(out, attention(q, k, v, **options)[0], exact)
     step = kernel.tiles(q.shape[-3], q.shape[-1], (9, 0)).keys
-    same = reference.online_attention(*given, step=step)[0]
+    same = reference.online_attention(given, step=step)[0]
     eps = torch.finfo(out.dtype).eps
     torch.testing.assert_close(out, same, rtol=2 * eps, atol=eps / 4 * same.abs().max().item())
     assert (out == same).float().mean() > 0.95 - 0.15 * ("k_norm" in options or "q_norm" in options)
@@ -169,7 +168,7 @@ def test_keys_with_scores_of_minus_infinity_weigh_nothing(shut):
     out, left = attention(q, k, v, backend="triton")[0], [i for i in range(130) if i not in range(130)[shut]]
     expected = attention(q[:, :, :1], k[:, left, :1], v[:, left, :1])[0] if left else torch.zeros_like(q[:, :, :1])
     torch.testing.assert_close(out[:, :, :1], expected, rtol=2e-2, atol=1e-2)
-    same = reference.online_attention(q, k, v, *(None,) * 6, step=64)[0]
+    same = reference.online_attention(Attention(q, k, v), step=64)[0]
     torch.testing.assert_close(out, same, rtol=2e-2, atol=1e-3)
 
 
@@ -369,15 +368,15 @@ def test_what_it_cannot_serve_it_refuses(given, options, message):
 def test_too_many_programs_are_refused():
     q = torch.empty(1, dtype=torch.bfloat16, device=KERNEL_DEVICE).expand(2**16, 2**14, 2, 40)
     rows = q[:1, :1, :1].expand(1, 2**31 - 1023, 1, 40)
-    assert "2 ** 31 - 1024 heads" in kernel.refusal(rows, rows[:, 1:], rows[:, 1:], *(None,) * 6)
-    assert kernel.refusal(*(rows[:, 1:],) * 3, *(None,) * 6) is None
-    assert "2 ** 31 - 1024 heads" in kernel.refusal(q, q, q, *(None,) * 6)
-    assert kernel.refusal(q[:-1], q[:-1], q[:-1], *(None,) * 6) is None
+    assert "2 ** 31 - 1024 heads" in kernel.refusal(Attention(rows, rows[:, 1:], rows[:, 1:]))
+    assert kernel.refusal(Attention(*(rows[:, 1:],) * 3)) is None
+    assert "2 ** 31 - 1024 heads" in kernel.refusal(Attention(q, q, q))
+    assert kernel.refusal(Attention(q[:-1], q[:-1], q[:-1])) is None
 
 
 @pytest.mark.skipif(KERNEL_DEVICE != "cpu", reason="on a CUDA device auto takes the kernel")
 def test_auto_on_a_cpu_stays_the_reference():
-    assert choose("attention", "auto", (*qkv(1), *(None,) * 6)) == "reference"
+    assert choose("attention", "auto", Attention(*qkv(1))) == "reference"
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -400,9 +399,9 @@ def test_tiles_fit_the_99_kilobytes_that_some_devices_have(head_dim, capability)
 
 
 def test_the_reference_that_rounds_as_the_kernel_is_close_to_the_one_that_defines():
-    given = (*qkv(2, queries=70, dim=72), *(everything(70, 72)[name] for name in NAMES[:-1]), torch.int8)
-    out, stored = reference.online_attention(*given, step=32)
-    expected, _ = reference.attention(*given)
+    given = Attention(*qkv(2, queries=70, dim=72), **everything(70, 72), store_dtype=torch.int8)
+    out, stored = reference.online_attention(given, step=32)
+    expected, _ = reference.compute(given)
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
     assert isinstance(stored, Quantized)
     assert_same(stored, quantize(out, torch.int8, group=72))

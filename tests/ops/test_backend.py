@@ -12,8 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pab_kernels import ops
 from pab_kernels.ops import BackendError, Quantized
 from pab_kernels.ops import backend as backends
-from pab_kernels.ops.backend import BACKENDS, IMPLEMENTATIONS, choose, load
-from pab_kernels.ops.cached_outputs import CachedOutput
+from pab_kernels.ops.attention import Attention
+from pab_kernels.ops.backend import BACKENDS, IMPLEMENTATIONS, choose, is_traced, load
+from pab_kernels.ops.broadcast_residual import BroadcastResidual
+from pab_kernels.ops.project_residual import ProjectResidual
+from pab_kernels.ops.short_attention import ShortAttention
 from tests.ops.tensors import assert_refuses
 
 QKV = [torch.zeros(1, 2, 1, 32)] * 3
@@ -75,10 +78,19 @@ def test_auto_is_the_reference_on_a_cpu(op):
     assert choose(op, "auto", (X,)) == "reference"
 
 
+def test_a_compiled_call_is_plain_torch_where_no_kernel_is_preferred_for_the_device(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for op in IMPLEMENTATIONS:
+        assert is_traced(op, "auto", cpu) and is_traced(op, "reference", cpu) and not is_traced(op, "triton", cpu)
+        assert is_traced(op, "auto", cuda) == ("triton" not in IMPLEMENTATIONS[op])
+    monkeypatch.setitem(backends.PREFERRED, "cpu", ("triton",))
+    assert not is_traced("attention", "auto", cpu) and is_traced("quantize", "auto", cpu)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_a_kernel_that_is_added_to_the_table_is_called_where_asked_for(name, monkeypatch):
     called = []
-    kernel(monkeypatch, name.removesuffix("_out"), refusal=lambda *args: None, **{name: lambda *args: called.append(args)})
+    kernel(monkeypatch, name.removesuffix("_out"), refusal=lambda call: None, launch=lambda *args: called.append(args))
     CALLS[name]()
     assert not called
     CALLS[name](backend="cuda")
@@ -88,7 +100,7 @@ def test_a_kernel_that_is_added_to_the_table_is_called_where_asked_for(name, mon
 @pytest.mark.parametrize("name", CALLS)
 def test_auto_takes_the_preferred_kernel_of_a_device_where_it_can_serve(name, monkeypatch):
     called, refusals = [], [None, "it is Sunday"]
-    kernel(monkeypatch, name.removesuffix("_out"), refusal=lambda *args: refusals.pop(0), **{name: lambda *args: called.append(args)})
+    kernel(monkeypatch, name.removesuffix("_out"), refusal=lambda call: refusals.pop(0), launch=lambda *args: called.append(args))
     monkeypatch.setitem(backends.PREFERRED, "cpu", ("cuda",))
     CALLS[name]()
     assert len(called) == 1
@@ -98,7 +110,7 @@ def test_auto_takes_the_preferred_kernel_of_a_device_where_it_can_serve(name, mo
 
 @pytest.mark.parametrize("name", CALLS)
 def test_an_explicit_backend_that_cannot_serve_says_why(name, monkeypatch):
-    kernel(monkeypatch, name.removesuffix("_out"), refusal=lambda *args: "it is Sunday", **{name: None})
+    kernel(monkeypatch, name.removesuffix("_out"), refusal=lambda call: "it is Sunday", launch=None)
     assert_refuses(ops.BackendError, "backend 'cuda' cannot serve this call; it is Sunday", CALLS[name], backend="cuda")
 
 
@@ -123,19 +135,19 @@ def test_float8_is_left_to_the_reference_on_a_gpu_that_lacks_it(case: str, monke
     with FakeTensorMode():
         q = torch.empty(2, 7, 2, 72, dtype=torch.bfloat16, device="cuda")
         slot = Quantized(torch.empty(q.shape, dtype=torch.float8_e4m3fn, device="cuda"), torch.empty(2, 7, 2, 1, device="cuda"))
-        arguments = {
-            "attention": (q, q, q, *(None,) * 5, torch.float8_e4m3fn),
-            "short_attention": (q, q, q, *(None,) * 4, torch.float8_e4m3fn),
-            "broadcast_residual": (q, [CachedOutput(slot)], None, None, None),
-            "project_residual slot": (q, q, None, q, None, None, q.dtype, [CachedOutput(slot)]),
-            "project_residual store": (q, q, None, q, None, "pre_gate", torch.float8_e4m3fn, []),
+        call = {
+            "attention": Attention(q, q, q, store_dtype=torch.float8_e4m3fn),
+            "short_attention": ShortAttention(q, q, q, store_dtype=torch.float8_e4m3fn),
+            "broadcast_residual": BroadcastResidual(q, ((slot, None),)),
+            "project_residual slot": ProjectResidual(q, q, None, q, cached=((slot, None),)),
+            "project_residual store": ProjectResidual(q, q, None, q, None, "pre_gate", torch.float8_e4m3fn),
         }[case]
-        assert choose(op, "auto", arguments) == "reference"
+        assert choose(op, "auto", call) == "reference"
         with pytest.raises(BackendError, match="compute capability 8.9"):
-            choose(op, "triton", arguments)
+            choose(op, "triton", call)
         capability[0] = (8, 9)
         backends.capability.cache_clear()
-        assert choose(op, "auto", arguments) == "triton"
+        assert choose(op, "auto", call) == "triton"
 
 
 @pytest.mark.parametrize("op", ["attention", "short_attention", "broadcast_residual", "project_residual"])
@@ -144,17 +156,17 @@ def test_a_gpu_that_triton_does_not_compile_for_is_left_to_the_reference(op: str
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with FakeTensorMode():
         q = torch.empty(2, 7, 2, 72, dtype=torch.float16, device="cuda")
-        arguments = {
-            "attention": (q, q, q, *(None,) * 6),
-            "short_attention": (q, q, q, *(None,) * 5),
-            "broadcast_residual": (q, [], None, None, None),
-            "project_residual": (q, q, None, q, None, None, q.dtype, []),
+        call = {
+            "attention": Attention(q, q, q),
+            "short_attention": ShortAttention(q, q, q),
+            "broadcast_residual": BroadcastResidual(q),
+            "project_residual": ProjectResidual(q, q, None, q),
         }[op]
         for reason in ("compute capability 7.5; 8.0 or later", "NVIDIA's GPUs; cuda:0 is another's"):
             monkeypatch.setattr(torch.version, "hip", "7.0" if "NVIDIA" in reason else None)
-            assert choose(op, "auto", arguments) == "reference"
+            assert choose(op, "auto", call) == "reference"
             with pytest.raises(BackendError, match=reason):
-                choose(op, "triton", arguments)
+                choose(op, "triton", call)
 
 
 RECORDED = torch.zeros(1, 2, 8, requires_grad=True)
@@ -168,19 +180,20 @@ RECORDING = {
 
 @pytest.mark.parametrize("name", RECORDING)
 def test_no_gradient_is_lost_in_silence(name, monkeypatch):
-    call, op = RECORDING[name], "dequantize" if name == "a scale" else "broadcast_residual"
-    functions = {op: lambda *args: X, f"{op}_out": lambda *args: None, "attempt_new": lambda *args: None}
-    kernel(monkeypatch, op, refusal=lambda *args: None, **functions)
+    call, op, launched = RECORDING[name], "dequantize" if name == "a scale" else "broadcast_residual", []
+    kernel(monkeypatch, op, refusal=lambda call: None, launch=lambda *args: launched.append(args), attempt=lambda *args: False)
     monkeypatch.setitem(backends.PREFERRED, "cpu", ("cuda",))
     outputs = call()
     assert any(t.requires_grad for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
     assert_refuses(ops.BackendError, "backend 'cuda' cannot serve this call; a gradient would be recorded", call, backend="cuda")
+    assert not launched
     with torch.no_grad():
-        assert call() is X and call(backend="cuda") is X
+        call(), call(backend="cuda")
+    assert len(launched) == 2
 
 
 def test_what_is_written_is_not_recorded_and_so_not_refused(monkeypatch):
     called = []
-    kernel(monkeypatch, "broadcast_residual", refusal=lambda *args: None, broadcast_residual_out=lambda *args: called.append(args))
+    kernel(monkeypatch, "broadcast_residual", refusal=lambda call: None, launch=lambda *args: called.append(args))
     ops.broadcast_residual_out(RECORDED, [X], x_out=X.clone(), backend="cuda")
     assert len(called) == 1

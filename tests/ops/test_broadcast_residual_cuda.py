@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from pab_kernels.ops import Norm, broadcast_residual, broadcast_residual_out, cuda_library, quantize
-from pab_kernels.ops.cached_outputs import check_cached_outputs
-from tests.ops.broadcast_residual_cases import LINES, NORMS, assert_rounded_once, call, check, poisoned, rounded_once
+from tests.ops.broadcast_residual_cases import LINES, NORMS, assert_rounded_once, call, call_of, check, poisoned, rounded_once
 from tests.ops.tensors import DTYPES, EIGHT_BITS, Guarded, assert_refuses, assert_same, called_when_compiled, draws, opcheck
 
 if not torch.cuda.is_available():
@@ -153,14 +152,8 @@ def test_what_is_not_finite(kind):
 
 
 def test_compiled_it_is_one_operation_that_torch_knows():
-    from pab_kernels.ops.broadcast_residual import _flatten
-
     args, options = call((2, 7, 136), "mi", "layer", torch.bfloat16)
-    cached = check_cached_outputs("test", *args, options["gates"], 3)
-    opcheck(
-        torch.ops.pab_kernels.broadcast_residual.default,
-        (*_flatten(args[0], cached, options["norm"], options["shift"], options["scale"]), "cuda"),
-    )
+    opcheck(torch.ops.pab_kernels.broadcast_residual.default, (*call_of(*args, **options).flatten(), "cuda"))
     result, called = called_when_compiled(lambda *a: broadcast_residual(*a, **options, backend="cuda"), *args)
     assert called == ["pab_kernels.broadcast_residual"]
     assert_same(result, broadcast_residual(*args, **options, backend="cuda"))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pab_kernels.ops import BackendError, Norm, broadcast_residual, broadcast_residual_out, quantize
 from pab_kernels.ops.backend import choose
-from pab_kernels.ops.cached_outputs import check_cached_outputs
-from tests.ops.broadcast_residual_cases import LINES, NORMS, call, poisoned
+from pab_kernels.ops.broadcast_residual import BroadcastResidual
+from tests.ops.broadcast_residual_cases import LINES, NORMS, call, call_of, poisoned
 from tests.ops.broadcast_residual_cases import check as check_backend
 from tests.ops.tensors import (
     DTYPES,
@@ -152,12 +152,8 @@ def test_it_is_deterministic() -> None:
 
 @pytest.mark.parametrize("kinds, norm", [("", "rms"), ("Mi", "layer"), ("I", None)])
 def test_registered_fake_and_compiled(kinds: str, norm: str | None) -> None:
-    from pab_kernels.ops.broadcast_residual import _flatten
-
     args, options = call((2, 7, 136), kinds, norm, torch.bfloat16)
-    cached = check_cached_outputs("test", *args, options["gates"], 3)
-    flat = _flatten(args[0], cached, options.get("norm"), options.get("shift"), options.get("scale"))
-    opcheck(torch.ops.pab_kernels.broadcast_residual.default, (*flat, "triton"))
+    opcheck(torch.ops.pab_kernels.broadcast_residual.default, (*call_of(*args, **options).flatten(), "triton"))
     result, called = called_when_compiled(lambda *a: broadcast_residual(*a, **options, backend="triton"), *args)
     assert_same(result, broadcast_residual(*args, **options, backend="triton"))
     assert called == ["pab_kernels.broadcast_residual"]
@@ -173,7 +169,7 @@ def test_what_it_cannot_serve_is_refused_with_the_reason() -> None:
 
 
 def test_auto_on_a_cpu_stays_the_reference() -> None:
-    assert choose("broadcast_residual", "auto", (torch.zeros(1, 136), (), None, None, None)) == "reference"
+    assert choose("broadcast_residual", "auto", BroadcastResidual(torch.zeros(1, 136))) == "reference"
 
 
 def test_chunks_cover_the_channels_without_the_padding_of_a_power_of_two() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pab_kernels.broadcast.outputs import extrapolated
 from pab_kernels.broadcast.slots import Extrapolation, Key, Slot
 from pab_kernels.ops import Line, Norm, broadcast_residual, dequantize, project_residual, quantize
-from pab_kernels.ops.cached_outputs import CachedOutput, holds_float8
+from pab_kernels.ops.cached_outputs import holds_float8
 from tests.ops.tensors import DTYPES, KERNEL_DEVICE, draws
 
 WEIGHTS = (1 / 2, 3 / 4, 5 / 6, 5.0)
@@ -92,9 +92,9 @@ def test_a_line_rounds_once() -> None:
 @pytest.mark.parametrize("which", ["newest", "before"])
 def test_either_output_of_a_line_may_be_what_a_device_has_no_float8_for(which: str) -> None:
     slots = {"newest": torch.ones(1, 8), "before": torch.ones(1, 8)}
-    assert not holds_float8([CachedOutput(slots["newest"], None, slots["before"], torch.tensor(1.0))])
+    assert not holds_float8([(Line(slots["newest"], slots["before"], torch.tensor(1.0)), None)])
     slots |= {which: quantize(torch.ones(1, 8), torch.float8_e4m3fn)}
-    assert holds_float8([CachedOutput(slots["newest"], None, slots["before"], torch.tensor(1.0))])
+    assert holds_float8([(Line(slots["newest"], slots["before"], torch.tensor(1.0)), None)])
 
 
 def test_weights_of_single_slots_are_refused() -> None:

@@ -182,10 +182,10 @@ def test_the_registered_operations_pass_opcheck(store, store_dtype):
 
 
 @pytest.mark.parametrize(("store", "store_dtype"), [STORES[0], STORES[4]])
-def test_compiled_it_is_one_operation_with_the_same_result(store, store_dtype):
+def test_compiled_it_has_the_same_result(store, store_dtype, opaque):
     options = {"store": store, "store_dtype": store_dtype, **rest(torch.bfloat16)}
     result, called = called_when_compiled(project_residual, *inputs(torch.bfloat16), **options)
-    assert called == ["pab_kernels.project_residual"]
+    assert called == ["pab_kernels.project_residual"] * opaque
     assert_same(result, project_residual(*inputs(torch.bfloat16), **options))
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pab_kernels.ops import BackendError, Quantized, dequantize, project_residual, project_residual_out, quantize
 from pab_kernels.ops.backend import choose
-from pab_kernels.ops.cached_outputs import check_cached_outputs, flatten_cached_outputs
+from pab_kernels.ops.cached_outputs import cached_outputs
+from pab_kernels.ops.project_residual import ProjectResidual, reference
 from tests.ops.broadcast_residual_cases import draw_slots, slot_in_float64
 from tests.ops.tensors import (
     DTYPES,
@@ -34,7 +35,6 @@ from tests.pairs import pairs
 pytest.importorskip("triton")
 
 from pab_kernels.ops.project_residual import triton as kernel
-from pab_kernels.ops.project_residual.reference import project_residual_rounded_once
 
 STORES = [(None, None), ("pre_gate", None), ("post_gate", None), ("pre_gate", torch.int8), ("post_gate", torch.float8_e4m3fn)]
 
@@ -64,11 +64,10 @@ def exact(a: Tensor, weight: Tensor, bias: Any, x: Tensor, *, gate: Any, slots: 
     return [total, p if store == "pre_gate" else gated]
 
 
-def flat(args: list[Any], options: dict[str, Any]) -> tuple[Any, ...]:
-    """The arguments as the backends take them."""
-    store, dtype = options.get("store"), options.get("store_dtype") or args[3].dtype
-    cached = check_cached_outputs("test", args[3], options["slots"], options["gates"], 2)
-    return (*args, options["gate"], store, dtype, cached)
+def call_of(args: list[Any], options: dict[str, Any]) -> ProjectResidual:
+    """The call as backends take it."""
+    cached = cached_outputs("test", options["slots"], options["gates"], 2)
+    return ProjectResidual(*args, options["gate"], options.get("store"), options.get("store_dtype"), cached)
 
 
 def value(stored: Tensor | Quantized) -> Tensor:
@@ -78,17 +77,17 @@ def value(stored: Tensor | Quantized) -> Tensor:
 def check(args: list[Any], options: dict[str, Any], identical: bool = False) -> None:
     """Accurate against float64, and equal to the reference that rounds in the same places but for the order of sums, or `identical`."""
     got = project_residual(*args, **options, backend="triton")
-    reference = project_residual(*args, **options, backend="reference")
-    rounded = project_residual_rounded_once(*flat(args, options))
+    plain = project_residual(*args, **options, backend="reference")
+    rounded = reference.rounded_once(call_of(args, options))
     if identical:
         assert_same(got, rounded)
     true = exact(*args, **{name: options.get(name) for name in ("gate", "slots", "gates", "store")})
-    assert_accurate(got[0], reference[0], true[0])
+    assert_accurate(got[0], plain[0], true[0])
     assert all(t.is_contiguous() for t in parts(got))
     if got[1] is None:
-        assert reference[1] is None
+        assert plain[1] is None
         return
-    assert_accurate(value(got[1]), value(reference[1]), true[1])
+    assert_accurate(value(got[1]), value(plain[1]), true[1])
     for a, b in zip(parts(got), parts(rounded), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         # Sums in another order, as other processors have them, move a number to the other side of a rounding now and then, no more.
@@ -271,8 +270,7 @@ def test_it_is_deterministic() -> None:
 @pytest.mark.parametrize(("kinds", "store", "store_dtype"), [("mi", "pre_gate", torch.int8), ("", None, None)])
 def test_registered_fake_and_compiled(kinds: str, store: Any, store_dtype: Any) -> None:
     args, options = call(kinds=kinds, store=store, store_dtype=store_dtype)
-    *given, cached = flat(args, options)
-    arguments = (*given, *flatten_cached_outputs(cached), "triton")
+    arguments = (*call_of(args, options).flatten(), "triton")
     opcheck(torch.ops.pab_kernels.project_residual.default, arguments)
     outputs = [torch.empty_like(t) for t in parts(project_residual(*args, **options, backend="triton"))]
     opcheck(torch.ops.pab_kernels.project_residual_out.default, (*arguments, *outputs, *[None] * (3 - len(outputs))))
@@ -295,7 +293,7 @@ def test_what_it_cannot_serve_is_refused_with_the_reason() -> None:
 
 def test_auto_on_a_cpu_stays_the_reference() -> None:
     x = torch.zeros(1, 136)
-    assert choose("project_residual", "auto", (x, x, None, x, None, None, x.dtype, ())) == "reference"
+    assert choose("project_residual", "auto", ProjectResidual(x, x, None, x)) == "reference"
 
 
 def test_tiles_are_halved_where_there_are_too_few_for_the_device() -> None:

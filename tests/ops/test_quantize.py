@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -178,6 +180,23 @@ def test_a_group_wider_than_the_channels_is_one_group(dtype, group):
     assert_same((out.data, out.scale, values), (whole.data, whole.scale, dequantize(whole, torch.float32)))
     (compiled, dequantized), _ = called_when_compiled(lambda t: ((q := quantize(t, dtype, group)), dequantize(q, torch.float32)), x)
     assert_same((compiled.data, dequantized), (whole.data, values))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ for a CPU")
+@pytest.mark.parametrize("channels", [137, 264])
+def test_inductor_gives_a_ragged_last_group_its_own_scale(channels):
+    """Its vectorised loops read past the scales where these were all expanded and then sliced."""
+    x = draws()(5, channels)
+    q = quantize(x, torch.int8)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        data, scale, values = torch.compile(_there_and_back, fullgraph=True)(x, q)
+    assert_same((data, scale, values), (q.data, q.scale, dequantize(q, torch.float32)))
+
+
+def _there_and_back(x, q):
+    made = quantize(x, torch.int8)
+    return made.data, made.scale, dequantize(q, torch.float32)
 
 
 def test_no_channels_have_no_group():

@@ -11,6 +11,7 @@ import torch
 
 from pab_kernels.ops import BackendError, QKNorm, Quantized, Rope, quantize, short_attention, short_attention_out
 from pab_kernels.ops.backend import choose
+from pab_kernels.ops.short_attention import ShortAttention
 from tests.ops.short_attention_cases import across, affine, everything, plain, tables, temporal
 from tests.ops.short_attention_cases import check as checked
 from tests.ops.tensors import (
@@ -119,7 +120,7 @@ def test_nothing_to_do(sizes):
     b, places, frames = sizes
     empty = torch.empty(b, places, frames, 2, 40, dtype=torch.bfloat16, device=KERNEL_DEVICE)
     if frames == 0:  # refused above the kernel: there are no keys
-        kernel.short_attention_out(empty, empty, empty, None, None, None, None, None, empty, None)
+        kernel.launch(ShortAttention(empty, empty, empty), (empty, None))
         return
     out, stored = short_attention(empty, empty, empty, store_dtype=torch.int8, backend="triton")
     assert out.shape == stored.data.shape == empty.shape
@@ -274,5 +275,4 @@ def test_refused():
 
 
 def test_auto_takes_it_on_a_gpu_only():
-    arguments = (*temporal(5), None, None, None, None, None)
-    assert choose("short_attention", "auto", arguments) == ("triton" if KERNEL_DEVICE == "cuda" else "reference")
+    assert choose("short_attention", "auto", ShortAttention(*temporal(5))) == ("triton" if KERNEL_DEVICE == "cuda" else "reference")

@@ -4,24 +4,89 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backend import implementation
-from ..checks import check_output, check_tensor
+from ..checks import check_number, check_output
+from ..dispatch import Outputs, run, write
 from ..flops import attention_flops
-from ..overlap import check_apart
-from ..quantize import Quantized
+from ..quantized import Quantized
 from ..registration import register
-from ..stored import STORED_OUTPUTS, check_store_dtype, check_stored_out, flatten_stored, named_stored, unflatten_stored
+from ..stored import STORED_OUT, check_store_dtype, check_stored_out, dtype_of_stored, stored_of
+from . import reference
 from .layout import empty_output
-from .options import OPTIONS_SCHEMA, QKNorm, Rope, check_options, check_qkv, flatten_options, unflatten_options
+from .options import (
+    OPTIONS_SCHEMA,
+    QKNorm,
+    Rope,
+    check_key_lengths,
+    check_qk_norm,
+    check_qkv,
+    check_rope,
+    flatten_qk_norm,
+    unflatten_qk_norm,
+)
 
 OP = "attention"
 
-_READ = ("q", "k", "v", "softmax_scale", "key_lengths", "q_norm", "k_norm", "rope", "store_dtype")
+
+class Attention(NamedTuple):
+    """A call of `attention`; its outputs are out and what is stored."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    softmax_scale: float | None = None
+    key_lengths: Tensor | None = None
+    q_norm: QKNorm | None = None
+    k_norm: QKNorm | None = None
+    rope: Rope | None = None
+    store_dtype: torch.dtype | None = None
+
+    def check(self, op: str) -> None:
+        q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype = self
+        check_qkv(op, q, k, v)
+        if softmax_scale is not None:
+            check_number(op, "softmax_scale", softmax_scale)
+        if q_norm is not None:
+            check_qk_norm(op, "q_norm", q_norm, q)
+        if k_norm is not None:
+            check_qk_norm(op, "k_norm", k_norm, k)
+        if rope is not None:
+            check_rope(op, rope, q)
+        if key_lengths is not None:
+            check_key_lengths(op, key_lengths, q)
+        check_store_dtype(op, store_dtype, q.dtype)
+
+    def check_outputs(self, op: str, outputs: Outputs) -> None:
+        q, (out, stored_out) = self.q, outputs
+        check_output(op, "out", out, q.shape, q.dtype, q.device)
+        if stored_out is not None:
+            check_stored_out(op, stored_out, q.shape, q.shape[-1], q)
+
+    def flatten(self) -> tuple[Any, ...]:
+        q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype = self
+        tables = (None, None, False) if rope is None else (rope.cos, rope.sin, rope.interleaved)
+        return q, k, v, key_lengths, softmax_scale, *flatten_qk_norm(q_norm), *flatten_qk_norm(k_norm), *tables, store_dtype
+
+    @classmethod
+    def unflatten(cls, *flat: Any) -> Attention:
+        q, k, v, key_lengths, softmax_scale, *options, cos, sin, interleaved, store_dtype = flat
+        rope = None if cos is None else Rope(cos, sin, interleaved)
+        norms = unflatten_qk_norm(*options[:5]), unflatten_qk_norm(*options[5:])
+        return cls(q, k, v, softmax_scale, key_lengths, *norms, rope, store_dtype)
+
+    def empty(self) -> Outputs:
+        q, dtype = self.q, self.store_dtype
+        out, stored = empty_output(q, q.dtype), None if dtype is None else empty_output(q, dtype)
+        if stored is None or dtype == q.dtype:
+            return out, stored
+        return out, Quantized(stored, empty_output(q, torch.float32, 1), q.shape[-1])
+
+    def pack(self, tensors: Sequence[Tensor | None]) -> Outputs:
+        return tensors[0], stored_of(tensors[1:], self.q.shape[-1])
 
 
 def attention(
@@ -46,7 +111,7 @@ def attention(
     A norm and a rotary embedding are float32 inside and each rounds to q's dtype; softmax and products are those of
     `F.scaled_dot_product_attention`; what is stored is quantised from the rounded output. Keys beyond the length are not read.
     Packed `qkv [B, T, S, 3, H, D]` in spatial order is `qkv.select(3, i)`, in temporal order `qkv.select(3, i).transpose(1, 2)`.
-    In eager the reference is plain torch and so differentiable; compiled, it is for inference.
+    Autograd and compiled graphs: as `broadcast_residual`.
 
     Args:
         q: `[*batch, N, H, D]`, float, one or two batch dimensions, any strides with a contiguous last dimension; D from
@@ -67,14 +132,8 @@ def attention(
         TypeError, ValueError: an argument is not of this kind.
         BackendError: `backend` cannot serve.
     """
-    _check(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope)
-    check_store_dtype(OP, store_dtype, q.dtype)
-    if torch.compiler.is_compiling():
-        options = flatten_options(softmax_scale, q_norm, k_norm, rope)
-        outputs = torch.ops.pab_kernels.attention(q, k, v, key_lengths, *options, store_dtype, backend)
-        return outputs[0], pack_stored(outputs, q)
-    arguments = (q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype)
-    return implementation(OP, backend, arguments)(*arguments)
+    out, stored = run(OP, Attention(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype), backend)
+    return out, stored
 
 
 def attention_out(
@@ -96,68 +155,8 @@ def attention_out(
     stored_out is a tensor as out or a `Quantized` with group D. Outputs may not overlap themselves, each other or what is read. Not
     recorded by autograd.
     """
-    _check(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope)
-    check_output(OP, "out", out, q.shape, q.dtype, q.device)
-    dtype = None if stored_out is None else check_stored_out(OP, stored_out, q.shape, q.shape[-1], q)
-    if torch.compiler.is_compiling():
-        options = flatten_options(softmax_scale, q_norm, k_norm, rope)
-        torch.ops.pab_kernels.attention_out(q, k, v, key_lengths, *options, dtype, backend, out, *flatten_stored(stored_out))
-    else:
-        _write((q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, dtype), backend, out, stored_out)
-
-
-def pack_stored(outputs: Sequence[Tensor], q: Tensor) -> Tensor | Quantized | None:
-    """What is stored, from the tensors that a registered operation returns after its output."""
-    data, scale = (*outputs[1:], None, None)[:2]
-    return unflatten_stored(data, scale, q.shape[-1])
-
-
-def _check(q: Any, k: Any, v: Any, softmax_scale: Any, key_lengths: Any, q_norm: Any, k_norm: Any, rope: Any) -> None:
-    check_qkv(OP, q, k, v)
-    check_options(OP, q, k, softmax_scale, q_norm, k_norm, rope)
-    if key_lengths is None:
-        return
-    check_tensor(OP, "key_lengths", key_lengths)
-    if key_lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{OP}: key_lengths has dtype {key_lengths.dtype}; int32 and int64 are supported: convert it")
-    if key_lengths.device != q.device:
-        raise ValueError(f"{OP}: key_lengths is on {key_lengths.device}; the operation runs on {q.device}: move it there")
-    batch = q.shape[:-3]
-    if key_lengths.shape not in (batch, batch[:1]):
-        raise ValueError(
-            f"{OP}: key_lengths has shape {tuple(key_lengths.shape)}; {tuple(batch)} or {tuple(batch[:1])} is supported here: reshape it"
-        )
-
-
-def _functional(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, *args: Any) -> list[Tensor]:
-    *options, store_dtype, backend = args
-    softmax_scale, *rest = unflatten_options(*options)
-    arguments = (q, k, v, softmax_scale, key_lengths, *rest, store_dtype)
-    out, stored = implementation(OP, backend, arguments)(*arguments)
-    return [t for t in (out, *flatten_stored(stored)) if t is not None]
-
-
-def _out(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, *args: Any) -> None:
-    *options, store_dtype, backend, out, stored_out, stored_scale_out = args
-    softmax_scale, *rest = unflatten_options(*options)
-    stored = unflatten_stored(stored_out, stored_scale_out, q.shape[-1])
-    arguments = (q, k, v, softmax_scale, key_lengths, *rest, store_dtype)
-    _write(arguments, backend, out, stored)
-
-
-def _write(arguments: tuple[Any, ...], backend: str, out: Tensor, stored_out: Tensor | Quantized | None) -> None:
-    check_apart(OP, (("out", out), *named_stored(stored_out)), zip(_READ, arguments, strict=True))
-    implementation(OP, backend, arguments, "_out")(*arguments, out, stored_out)
-
-
-def fake_attention(q: Tensor, *args: Any) -> list[Tensor]:
-    """The fake of `attention` and `short_attention`."""
-    store_dtype, head_dim = args[-2], q.shape[-1]
-    out = empty_output(q, q.dtype, head_dim)
-    if store_dtype is None:
-        return [out]
-    stored = empty_output(q, store_dtype, head_dim)
-    return [out, stored] if store_dtype == q.dtype else [out, stored, empty_output(q, torch.float32, 1)]
+    dtype = None if stored_out is None else dtype_of_stored(stored_out) or getattr(q, "dtype", None)
+    write(OP, Attention(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, dtype), backend, (out, stored_out))
 
 
 def count_flops(q: Sequence[int], k: Sequence[int], *args: Any, **kwargs: Any) -> int:
@@ -168,10 +167,9 @@ def count_flops(q: Sequence[int], k: Sequence[int], *args: Any, **kwargs: Any) -
 
 register(
     OP,
+    Attention,
     f"Tensor q, Tensor k, Tensor v, Tensor? key_lengths, {OPTIONS_SCHEMA}, ScalarType? store_dtype",
-    ("Tensor(a!) out", *STORED_OUTPUTS),
-    _functional,
-    _out,
-    fake_attention,
+    {"out": "Tensor(a!) out", "stored_out": STORED_OUT},
+    reference.compute,
     count_flops,
 )

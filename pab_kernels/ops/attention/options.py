@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_activation, check_number, check_operand, check_shape
+from ..checks import check_activation, check_operand, check_shape, check_tensor
 from ..norm import NORM_SCHEMA, Norm, apply_norm, check_norm, check_norm_type, flatten_norm
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 128
@@ -68,21 +68,18 @@ def check_qkv(op: str, q: Any, k: Any, v: Any) -> None:
         raise ValueError(f"{op}: k has no keys; at least one is supported: give rows without keys a key_lengths of 0")
 
 
-def check_options(op: str, q: Tensor, k: Tensor, softmax_scale: Any, q_norm: Any, k_norm: Any, rope: Any) -> None:
-    if softmax_scale is not None:
-        check_number(op, "softmax_scale", softmax_scale)
-    for name, norm, t in (("q_norm", q_norm, q), ("k_norm", k_norm, k)):
-        if norm is None:
-            continue
-        check_norm_type(op, name, norm, QKNorm)
-        across = norm.rstd is not None
-        check_norm(op, name, norm, t.shape[-2:] if across else t.shape[-1:], t.dtype, t.device)
-        if norm.rstd is not None:
-            if norm.kind != "rms":
-                raise ValueError(f"{op}: {name}.rstd is given with kind {norm.kind!r}; it is supported with 'rms' only: pass kind='rms'")
-            check_shape(op, f"{name}.rstd", norm.rstd, t.shape[:-2], torch.float32, t.device)
-    if rope is None:
-        return
+def check_qk_norm(op: str, name: str, norm: Any, t: Tensor) -> None:
+    """A norm that fits q or k."""
+    check_norm_type(op, name, norm, QKNorm)
+    check_norm(op, name, norm, t.shape[-1:] if norm.rstd is None else t.shape[-2:], t.dtype, t.device)
+    if norm.rstd is not None:
+        if norm.kind != "rms":
+            raise ValueError(f"{op}: {name}.rstd is given with kind {norm.kind!r}; it is supported with 'rms' only: pass kind='rms'")
+        check_shape(op, f"{name}.rstd", norm.rstd, t.shape[:-2], torch.float32, t.device)
+
+
+def check_rope(op: str, rope: Any, q: Tensor) -> None:
+    """Tables that fit q."""
     if not isinstance(rope, Rope):
         raise TypeError(f"{op}: rope is a {type(rope).__name__}; pab_kernels.ops.Rope is supported: pass one or None")
     if not isinstance(rope.interleaved, bool):
@@ -97,15 +94,26 @@ def check_options(op: str, q: Tensor, k: Tensor, softmax_scale: Any, q_norm: Any
         )
 
 
-def flatten_options(softmax_scale: float | None, q_norm: QKNorm | None, k_norm: QKNorm | None, rope: Rope | None) -> tuple[Any, ...]:
-    """The options as `OPTIONS_SCHEMA` has them."""
-    norms = [t for norm in (q_norm, k_norm) for t in (*flatten_norm(norm), None if norm is None else norm.rstd)]
-    return (softmax_scale, *norms, *((None, None, False) if rope is None else (rope.cos, rope.sin, rope.interleaved)))
+def check_key_lengths(op: str, key_lengths: Any, q: Tensor) -> None:
+    """Lengths of q's batch rows."""
+    check_tensor(op, "key_lengths", key_lengths)
+    if key_lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: key_lengths has dtype {key_lengths.dtype}; int32 and int64 are supported: convert it")
+    if key_lengths.device != q.device:
+        raise ValueError(f"{op}: key_lengths is on {key_lengths.device}; the operation runs on {q.device}: move it there")
+    batch = q.shape[:-3]
+    if key_lengths.shape not in (batch, batch[:1]):
+        raise ValueError(
+            f"{op}: key_lengths has shape {tuple(key_lengths.shape)}; {tuple(batch)} or {tuple(batch[:1])} is supported here: reshape it"
+        )
 
 
-def unflatten_options(softmax_scale: float | None, *flat: Any) -> tuple[float | None, QKNorm | None, QKNorm | None, Rope | None]:
-    q_norm, k_norm = (None if norm[0] is None else QKNorm(*norm) for norm in (flat[:5], flat[5:10]))
-    return softmax_scale, q_norm, k_norm, None if flat[10] is None else Rope(*flat[10:])
+def flatten_qk_norm(norm: QKNorm | None) -> tuple[Any, ...]:
+    return *flatten_norm(norm), None if norm is None else norm.rstd
+
+
+def unflatten_qk_norm(kind: Any, *flat: Any) -> QKNorm | None:
+    return None if kind is None else QKNorm(kind, *flat)
 
 
 def normalise(x: Tensor, norm: QKNorm) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import triton
@@ -124,6 +125,22 @@ def _prepare_kernel(
             tl.store(y_rows + b_channels[None, :], narrow(b, dtype), mask=mask)
 
 
+def norm_arguments(norm: QKNorm | None) -> tuple[Any, ...]:
+    """How kernels take a norm: kind, weight, bias, reciprocal root, its strides over (first batch dimension, second, token), and eps."""
+    if norm is None:
+        return "", None, None, None, (0, 0, 0), 0.0
+    weight = None if norm.weight is None else norm.weight.contiguous()
+    if norm.rstd is None:
+        return norm.kind, weight, norm.bias, None, (0, 0, 0), norm.eps
+    return "across", weight, norm.bias, norm.rstd, head_strides(norm.rstd[..., None, None])[:3], norm.eps
+
+
+def rope_arguments(rope: Rope | None) -> tuple[int, Tensor | None, Tensor | None]:
+    """How kernels take a rotary embedding: the channels that rotate, and the tables if there are any."""
+    rotary = 0 if rope is None else 2 * rope.cos.shape[-1]
+    return (rotary, rope.cos.contiguous(), rope.sin.contiguous()) if rope is not None and rotary else (0, None, None)
+
+
 def prepare(x: Tensor, norm: QKNorm | None, rope: Rope | None) -> Tensor:
     """q or k with its norm and rotation, `[*batch, N, H, D]`, each head's tokens together in memory.
 
@@ -133,20 +150,14 @@ def prepare(x: Tensor, norm: QKNorm | None, rope: Rope | None) -> Tensor:
     """
     *batch, tokens, heads, head_dim = x.shape
     y = torch.empty((*batch, heads, tokens, head_dim), dtype=x.dtype, device=x.device)
-    rotary = 0 if rope is None else 2 * rope.cos.shape[-1]
-    cos, sin = (rope.cos.contiguous(), rope.sin.contiguous()) if rope is not None and rotary else (None, None)
-    kind = "" if norm is None else norm.kind if norm.rstd is None else "across"
-    weight, bias, rstd = (None, None, None) if norm is None else (norm.weight, norm.bias, norm.rstd)
-    if kind == "across" and weight is not None:
-        weight = weight.contiguous()
+    rotary, cos, sin = rope_arguments(rope)
+    kind, weight, bias, rstd, rstd_strides, eps = norm_arguments(norm)
     chosen, unit = prepare_tiles(), unit_of(x)
     programs = prod(batch) * -(-tokens // chosen.tokens) * -(-heads // chosen.heads)
     if programs:
         _prepare_kernel[(programs,)](
             x, y, weight, bias, rstd, cos, sin,
-            head_strides(x, unit),
-            (0, 0, 0) if rstd is None else head_strides(rstd[..., None, None])[:3],
-            0.0 if norm is None else norm.eps, tokens, heads, batch[-1],
+            head_strides(x, unit), rstd_strides, eps, tokens, heads, batch[-1],
             D=head_dim, PAIRS=triton.next_power_of_2(head_dim // 2), R=rotary,
             INTERLEAVED=rotary == 0 or (rope is not None and rope.interleaved),
             NORM=kind, UNIT=unit, TOKENS=chosen.tokens, HEADS=chosen.heads,

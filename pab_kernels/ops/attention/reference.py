@@ -4,93 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import log
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quantize import Quantized
+from ..dispatch import Outputs
 from ..quantize.reference import quantize
-from ..registration import not_recorded
-from ..stored import copy_stored
+from ..quantized import Quantized
 from .layout import inverse, memory_order
-from .options import QKNorm, Rope, normalise, rotate
+from .options import normalise, rotate
+
+if TYPE_CHECKING:
+    from . import Attention
 
 MAX_BATCH = 65535
 """CUDA's kernels for it put the batch into a grid dimension that ends here."""
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    key_lengths: Tensor | None,
-    q_norm: QKNorm | None,
-    k_norm: QKNorm | None,
-    rope: Rope | None,
-    store_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | Quantized | None]:
-    order, shape = memory_order(q), q.shape
-    q, k = prepared(q, k, q_norm, k_norm, rope)
+def compute(call: Attention) -> Outputs:
+    q, k, v = prepared(call)
     mask = valid = None
-    if key_lengths is not None:
-        valid = _valid_keys(k, key_lengths)
+    if call.key_lengths is not None:
+        valid = _valid_keys(k, call.key_lengths)
         # What lies beyond the length is not read by a kernel: here, not even a NaN passes.
         k, v = (t.masked_fill(~valid[..., None, None], 0) for t in (k, v))
         mask = valid.flatten(0, -2)[:, None, None, :]
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.softmax_scale)
 
-    out = in_parts(sdpa, _heads_first(q), _heads_first(k), _heads_first(v), mask).transpose(1, 2).reshape(shape)
+    out = in_parts(sdpa, _heads_first(q), _heads_first(k), _heads_first(v), mask).transpose(1, 2).reshape(call.q.shape)
     if valid is not None:  # rows without keys: SDPA's kernels differ there
         out = out.masked_fill(~valid[..., :1, None, None], 0)
-    return finished(out, order, store_dtype)
+    return finished(call, out)
 
 
-@not_recorded
-def attention_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    key_lengths: Tensor | None,
-    q_norm: QKNorm | None,
-    k_norm: QKNorm | None,
-    rope: Rope | None,
-    store_dtype: torch.dtype | None,
-    out: Tensor,
-    stored_out: Tensor | Quantized | None,
-) -> None:
-    result, stored = attention(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype)
-    out.copy_(result)
-    copy_stored(stored, stored_out)
-
-
-def prepared(q: Tensor, k: Tensor, q_norm: QKNorm | None, k_norm: QKNorm | None, rope: Rope | None) -> tuple[Tensor, Tensor]:
-    """q and k with their norms and rotation."""
+def prepared(call: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k with their norms and rotation, and v."""
+    q, k, v, rope = call.q, call.k, call.v, call.rope
     same_length = q.shape[-3] == k.shape[-3]
-    if q_norm is not None:
-        q = normalise(q, q_norm)
-    if k_norm is not None:
-        k = normalise(k, k_norm)
+    if call.q_norm is not None:
+        q = normalise(q, call.q_norm)
+    if call.k_norm is not None:
+        k = normalise(k, call.k_norm)
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope) if same_length else k
-    return q, k
+    return q, k, v
 
 
-def finished(out: Tensor, order: list[int], store_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | Quantized | None]:
-    """The output with its dimensions in this order in memory, and what is stored of it."""
-    ordered = out.permute(order).contiguous()
-    back = inverse(order)
-    stored: Tensor | Quantized | None = None
+def finished(call: Attention, out: Tensor) -> Outputs:
+    """The output with its dimensions in q's order in memory, and what is stored of it."""
+    order, store_dtype = memory_order(call.q), call.store_dtype
+    ordered, back = out.permute(order).contiguous(), inverse(order)
+    if store_dtype is None:
+        return ordered.permute(back), None
     if store_dtype == out.dtype:
-        stored = ordered.clone().permute(back)
-    elif store_dtype is not None:
-        eight = quantize(ordered, store_dtype, group=out.shape[-1])
-        stored = Quantized(eight.data.permute(back), eight.scale.permute(back), eight.group)
-    return ordered.permute(back), stored
+        return ordered.permute(back), ordered.clone().permute(back)
+    eight = quantize(ordered, store_dtype, group=out.shape[-1])
+    return ordered.permute(back), Quantized(eight.data.permute(back), eight.scale.permute(back), eight.group)
 
 
 def in_parts(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
@@ -102,18 +75,7 @@ def in_parts(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor
     return torch.cat([function(*(None if t is None else t[i : i + MAX_BATCH] for t in tensors)) for i in starts])
 
 
-def online_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    key_lengths: Tensor | None,
-    q_norm: QKNorm | None,
-    k_norm: QKNorm | None,
-    rope: Rope | None,
-    store_dtype: torch.dtype | None,
-    step: int,
-) -> tuple[Tensor, Tensor | Quantized | None]:
+def online_attention(call: Attention, step: int) -> Outputs:
     """`attention` with a running maximum, `step` keys at a time, rounding where the Triton kernel does.
 
         1. norm and rotation as in `attention`; then, for each step, in float32:
@@ -123,10 +85,10 @@ def online_attention(
 
     Algorithm 1 of FlashAttention-2 (arXiv 2307.08691), for one tile of queries.
     """
-    order, shape, dtype = memory_order(q), q.shape, q.dtype
-    scale = (shape[-1] ** -0.5 if softmax_scale is None else softmax_scale) / log(2)
-    q, k = prepared(q, k, q_norm, k_norm, rope)
-    valid = _valid_keys(k, torch.full(shape[:-3], k.shape[-3], device=k.device) if key_lengths is None else key_lengths)
+    shape, dtype = call.q.shape, call.q.dtype
+    scale = (shape[-1] ** -0.5 if call.softmax_scale is None else call.softmax_scale) / log(2)
+    q, k, v = prepared(call)
+    valid = _valid_keys(k, torch.full(shape[:-3], k.shape[-3], device=k.device) if call.key_lengths is None else call.key_lengths)
     k, v = (t.masked_fill(~valid[..., None, None], 0) for t in (k, v))
     q, k, v = (_heads_first(t).float() for t in (q, k, v))  # [batch, H, N, D]
     mask = valid.flatten(0, -2)[:, None, None, :]  # [batch, 1, 1, M]
@@ -140,7 +102,7 @@ def online_attention(
         out = out * decay + p.to(dtype).float() @ v[..., here, :]
         peak = new_peak
     out = (out / total.masked_fill(total == 0, 1)).to(dtype).transpose(1, 2).reshape(shape)
-    return finished(out.masked_fill(~valid[..., :1, None, None], 0), order, store_dtype)
+    return finished(call, out.masked_fill(~valid[..., :1, None, None], 0))
 
 
 def _valid_keys(k: Tensor, key_lengths: Tensor) -> Tensor:

@@ -25,14 +25,12 @@ from math import log, prod
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..backend import capability, refuse_device, refuse_float8
-from ..quantize import Quantized
+from ..dispatch import Outputs
+from ..quantized import data_and_scale
 from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
-from ..stored import flatten_stored
-from .layout import empty_outputs
-from .options import QKNorm, Rope
+from . import Attention
 from .prepare import prepare
 from .strides import UNIT, aligned, head_strides, unit_of
 
@@ -201,18 +199,9 @@ def _attention_kernel(
             )
 
 
-def refusal(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    key_lengths: Tensor | None,
-    q_norm: QKNorm | None,
-    k_norm: QKNorm | None,
-    rope: Rope | None,
-    store_dtype: torch.dtype | None,
-) -> str | None:
+def refusal(call: Attention) -> str | None:
     """Why this kernel cannot serve; None where it can."""
+    q, k, softmax_scale = call.q, call.k, call.softmax_scale
     device = refuse_device(q, bool(INTERPRETED.value))
     if device is not None:
         return device
@@ -224,57 +213,20 @@ def refusal(
         return f"softmax_scale is {softmax_scale}; one that is not negative is supported"
     if max(q.numel(), k.numel()) // q.shape[-1] > MAX_HEADS:
         return "more than 2 ** 31 - 1024 heads of tokens came; up to so many are supported"
-    return refuse_float8(q, "store_dtype") if store_dtype == torch.float8_e4m3fn else None
+    return refuse_float8(q, "store_dtype") if call.store_dtype == torch.float8_e4m3fn else None
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    key_lengths: Tensor | None,
-    q_norm: QKNorm | None,
-    k_norm: QKNorm | None,
-    rope: Rope | None,
-    store_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | Quantized | None]:
-    out, stored = empty_outputs(q, store_dtype)
-    attention_out(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype, out, stored)
-    return out, stored
-
-
-def attention_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    key_lengths: Tensor | None,
-    q_norm: QKNorm | None,
-    k_norm: QKNorm | None,
-    rope: Rope | None,
-    store_dtype: torch.dtype | None,
-    out: Tensor,
-    stored_out: Tensor | Quantized | None,
-) -> None:
+def launch(call: Attention, outputs: Outputs) -> None:
+    """Write the outputs."""
+    q = call.q
     chosen = tiles(q.shape[-3], q.shape[-1], capability(q.device) if q.is_cuda else (9, 0))
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        attend_in_tiles(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, out, stored_out, chosen)
+        attend_in_tiles(call, outputs, chosen)
 
 
-def attend_in_tiles(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    key_lengths: Tensor | None,
-    q_norm: QKNorm | None,
-    k_norm: QKNorm | None,
-    rope: Rope | None,
-    out: Tensor,
-    stored_out: Tensor | Quantized | None,
-    chosen: Tiles,
-) -> None:
+def attend_in_tiles(call: Attention, outputs: Outputs, chosen: Tiles) -> None:
     """The launches of a call, with these tile sizes."""
+    (q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, _), (out, stored_out) = call, outputs
     *batch, queries, heads, head_dim = q.shape
     keys = k.shape[-3]
     programs = prod(batch) * heads * -(-queries // chosen.queries)
@@ -287,7 +239,7 @@ def attend_in_tiles(
         k = prepare(k, k_norm, key_rope)
     if not aligned(v):
         v = prepare(v, None, None)
-    stored, stored_scale = flatten_stored(stored_out)
+    stored, stored_scale = data_and_scale(stored_out)
     out_unit = unit_of(out, stored)
     wide = any(t is not None and t.stride(-3) >= 2**31 for t in (q, k, v, out, stored))
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cached_outputs import CachedOutput, Line
+from ..cached_outputs import MOST_ADDED, CachedOutput, Line
 from ..cuda_library import kernel, refuse
+from ..dispatch import Outputs
 from ..norm import Norm
-from ..quantize import GROUP, Quantized
-
-MAX_SLOTS = 3
+from ..quantized import GROUP, Quantized, data_and_scale
+from . import BroadcastResidual
 
 MAX_CHANNELS = 8192
 """What the threads of a token hold in registers."""
@@ -25,9 +25,6 @@ MAX_DIMS = 5
 """Channels, and as many leading dimensions as may lie in any order."""
 
 _KINDS = {"layer": 1, "rms": 2}
-
-_LISTS = (list, tuple)
-
 
 _TERM = ("slot", "slot_scale", "gate")
 _LINE = (*_TERM, "before", "before_scale", "weight")
@@ -41,12 +38,13 @@ def _schema(slots: int, term: Sequence[str]) -> str:
 
 # Most calls have one slot or none and no line, and every argument of an operation costs.
 _kernel_one = kernel("broadcast_residual_one", _schema(1, _TERM), tells=True)
-_kernel = kernel("broadcast_residual", _schema(MAX_SLOTS, _TERM), tells=True)
-_kernel_lines = kernel("broadcast_residual_lines", _schema(MAX_SLOTS, _LINE), tells=True)
+_kernel = kernel("broadcast_residual", _schema(MOST_ADDED, _TERM), tells=True)
+_kernel_lines = kernel("broadcast_residual_lines", _schema(MOST_ADDED, _LINE), tells=True)
 
 
-def refusal(x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift: Tensor | None, scale: Tensor | None) -> str | None:
+def refusal(call: BroadcastResidual) -> str | None:
     """Why this kernel cannot serve; None where it can."""
+    x = call.x
     if x.dtype == torch.float64:
         return "x is torch.float64; float16, bfloat16 and float32 are supported"
     *leading, channels = x.shape
@@ -59,105 +57,49 @@ def refusal(x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift:
     return refuse(x)
 
 
-def broadcast_residual(
-    x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    x_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if cached else None
-    y_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if norm is not None else None
-    broadcast_residual_out(x, cached, norm, shift, scale, x_out, y_out)
-    return x if x_out is None else x_out, y_out
-
-
-def broadcast_residual_out(
-    x: Tensor,
-    cached: Sequence[CachedOutput],
-    norm: Norm | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    x_out: Tensor | None,
-    y_out: Tensor | None,
-) -> None:
-    if x.numel() == 0:
-        return
-    lines = any(c.weight is not None for c in cached)
-    slots: list[Tensor | None] = []
-    for slot, gate, before, weight in cached:
-        slots += (*_parts(slot), gate, *_parts(before), weight) if lines else (*_parts(slot), gate)
-    _launch(x, slots, lines, norm, shift, scale, x_out, y_out)
-
-
-def _parts(slot: Any) -> tuple[Any, Any]:
-    """Data and scale."""
-    return (slot.data, slot.scale) if isinstance(slot, Quantized) else (slot, None)
-
-
-def _launch(
-    x: Tensor,
-    slots: list[Any],
-    lines: bool,
-    norm: Norm | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    x_out: Tensor | None,
-    y_out: Tensor | None,
-) -> bool:
-    """Whether it ran. `slots`: three entries each, six where there are lines."""
-    call = _kernel_lines if lines else _kernel_one if len(slots) <= 3 else _kernel
+def launch(call: BroadcastResidual, outputs: Outputs) -> bool:
+    """Write the outputs; whether it did. It does not where C++ finds the call wrong."""
+    x, cached, norm, shift, scale = call
+    write = _kernel_one if len(cached) <= 1 else _kernel
+    added: list[Any] = []
+    for slot, gate in cached:
+        if isinstance(slot, Quantized):
+            added += (slot.data, slot.scale, gate)
+        elif isinstance(slot, Line):
+            write, added = _kernel_lines, _lines(cached)
+            break
+        else:
+            added += (slot, None, gate)
     if norm is None:
-        return call(x, 0, 0.0, None, None, shift, scale, x_out, y_out, *slots)
-    return call(x, _KINDS[norm.kind], norm.eps, norm.weight, norm.bias, shift, scale, x_out, y_out, *slots)
+        return write(x, 0, 0.0, None, None, shift, scale, *outputs, *added)
+    return write(x, _KINDS[norm.kind], norm.eps, norm.weight, norm.bias, shift, scale, *outputs, *added)
 
 
-def attempt(x: Any, slots: Any, gates: Any, norm: Any, shift: Any, scale: Any, x_out: Any, y_out: Any) -> bool:
-    """`broadcast_residual_out` of arguments that nobody has checked: C++ does, at a tenth of what it costs in Python.
-
-    False, and nothing is launched, where something is not as it is to be; then the checks in Python say what.
-    """
-    for out in (x_out, y_out):  # what C++ cannot ask
-        if isinstance(out, Tensor) and (out.requires_grad or out.is_inference()):
-            return False
-    return _attempt(x, slots, gates, norm, shift, scale, x_out, y_out)
+def _lines(cached: Sequence[CachedOutput]) -> list[Any]:
+    """The terms where any is a line."""
+    added: list[Any] = []
+    for slot, gate in cached:
+        newest, before, weight = (slot.newest, slot.before, slot.weight) if isinstance(slot, Line) else (slot, None, None)
+        added += (*data_and_scale(newest), gate, *data_and_scale(before), weight)
+    return added
 
 
-def _attempt(x: Any, slots: Any, gates: Any, norm: Any, shift: Any, scale: Any, x_out: Any, y_out: Any) -> bool:
-    if not isinstance(slots, _LISTS) or len(slots) > MAX_SLOTS:
-        return False
-    if gates is not None and not (isinstance(gates, _LISTS) and len(gates) == len(slots)):
-        return False
+def _has_groups(slot: Tensor | Quantized | Line) -> bool:
+    """Whether what is quantised is so in the kernel's groups."""
+    if isinstance(slot, Line):
+        return _has_groups(slot.newest) and _has_groups(slot.before)
+    return not isinstance(slot, Quantized) or slot.group == GROUP
+
+
+def attempt(call: BroadcastResidual, outputs: Outputs) -> bool:
+    """`launch` of a call that nobody has checked: C++ does, at a tenth of what it costs in Python, but for what it cannot ask."""
+    norm = call.norm
     try:
         if norm is not None and (type(norm) is not Norm or norm.kind not in _KINDS or type(norm.eps) is not float):
             return False
-        flat: list[Any] = []
-        for i, slot in enumerate(slots):
-            if isinstance(slot, Quantized):
-                if slot.group != GROUP:
-                    return False
-                flat += (slot.data, slot.scale, gates and gates[i])
-            elif isinstance(slot, Line):
-                return _attempt_lines(x, slots, gates, norm, shift, scale, x_out, y_out)
-            else:
-                flat += (slot, None, gates and gates[i])
-        return refuse(x) is None and _launch(x, flat, False, norm, shift, scale, x_out, y_out)
+        for slot, _ in call.cached:
+            if type(slot) is not Tensor and not _has_groups(slot):
+                return False
+        return refuse(call.x) is None and launch(call, outputs)
     except (AttributeError, RuntimeError, TypeError):
         return False
-
-
-def _attempt_lines(x: Any, slots: Any, gates: Any, norm: Any, shift: Any, scale: Any, x_out: Any, y_out: Any) -> bool:
-    """`attempt` where any slot is a line."""
-    flat: list[Any] = []
-    for i, slot in enumerate(slots):
-        newest, before, weight = (slot.newest, slot.before, slot.weight) if isinstance(slot, Line) else (slot, None, None)
-        if any(isinstance(read, Quantized) and read.group != GROUP for read in (newest, before)):
-            return False
-        flat += (*_parts(newest), gates and gates[i], *_parts(before), weight)
-    return refuse(x) is None and _launch(x, flat, True, norm, shift, scale, x_out, y_out)
-
-
-def attempt_new(x: Any, slots: Any, gates: Any, norm: Any, shift: Any, scale: Any) -> tuple[Tensor, Tensor | None] | None:
-    """`broadcast_residual` as `attempt` does it, or None."""
-    if not isinstance(x, Tensor):
-        return None
-    x_out = torch.empty_like(x, memory_format=torch.contiguous_format) if slots else None
-    y_out = torch.empty_like(x, memory_format=torch.contiguous_format) if norm is not None else None
-    served = _attempt(x, slots, gates, norm, shift, scale, x_out, y_out)
-    return (x if x_out is None else x_out, y_out) if served else None

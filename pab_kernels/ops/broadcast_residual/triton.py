@@ -11,25 +11,25 @@ store, since none after it could be moved ahead of it.
 What rounds, everything else being float32:
     1. x' rounds once, to x's dtype
     2. y is computed from the rounded x' and rounds once, to x's dtype
-`reference.broadcast_residual_rounded_once` rounds in the same places.
+`reference.rounded_once` rounds in the same places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..addresses import addresses, index_of, layout, offset_of
 from ..backend import refuse_device, refuse_float8
-from ..cached_outputs import CachedOutput, flatten_cached_outputs, holds_float8
-from ..norm import Norm, flatten_norm
-from ..quantize import GROUP
+from ..cached_outputs import flatten_cached_outputs, holds_float8
+from ..dispatch import Outputs
+from ..norm import flatten_norm
+from ..quantized import GROUP
 from ..rounding import INTERPRETED, narrow
+from . import BroadcastResidual
 
 MAX_CHANNELS = 8192
 """What the widest chunks hold in registers."""
@@ -182,8 +182,9 @@ def _broadcast_residual_kernel(
             _store(y_out_ptr, index, y_out_strides, live, y[i], i * W, W, C, UNIT)
 
 
-def refusal(x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift: Tensor | None, scale: Tensor | None) -> str | None:
+def refusal(call: BroadcastResidual) -> str | None:
     """Why this kernel cannot serve; None where it can."""
+    x = call.x
     device = refuse_device(x, bool(INTERPRETED.value))
     if device is not None:
         return device
@@ -194,27 +195,12 @@ def refusal(x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift:
         return f"x has {channels} channels; up to {MAX_CHANNELS} are supported"
     if x.numel() > MAX_TOKENS * channels:
         return f"x has {x.numel() // channels} tokens; up to {MAX_TOKENS} are supported"
-    return refuse_float8(x, "a slot") if holds_float8(cached) else None
+    return refuse_float8(x, "a slot") if holds_float8(call.cached) else None
 
 
-def broadcast_residual(
-    x: Tensor, cached: Sequence[CachedOutput], norm: Norm | None, shift: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    x_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if cached else None
-    y_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if norm is not None else None
-    broadcast_residual_out(x, cached, norm, shift, scale, x_out, y_out)
-    return x if x_out is None else x_out, y_out
-
-
-def broadcast_residual_out(
-    x: Tensor,
-    cached: Sequence[CachedOutput],
-    norm: Norm | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    x_out: Tensor | None,
-    y_out: Tensor | None,
-) -> None:
+def launch(call: BroadcastResidual, outputs: Outputs) -> None:
+    """Write the outputs."""
+    (x, cached, norm, shift, scale), (x_out, y_out) = call, outputs
     if x.numel() == 0:
         return
     *leading, channels = x.shape

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ..cuda_library import kernel, refuse, rows
-from ..quantize.quantized import Quantized, group_width
+from ..dispatch import Outputs
+from ..quantized import group_width
+from . import Dequantize
 
 _kernel = kernel("dequantize", "Tensor data, Tensor scale, int group, Tensor(a!) out")
 
 
-def refusal(q: Quantized, dtype: torch.dtype) -> str | None:
+def refusal(call: Dequantize) -> str | None:
     """Why this kernel cannot serve; None where it can."""
-    if dtype == torch.float64:
+    if call.dtype == torch.float64:
         return "dtype is torch.float64; float16, bfloat16 and float32 are supported"
-    return refuse(q.data)
+    return refuse(call.q.data)
 
 
-def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    dequantize_out(q, dtype, out)
-    return out
-
-
-def dequantize_out(q: Quantized, dtype: torch.dtype, out: Tensor) -> None:
+def launch(call: Dequantize, outputs: Outputs) -> None:
+    """Write the output."""
+    q, (out,) = call.q, outputs
     if out.numel() == 0:
         return
     written = rows(out)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ..quantize.quantized import Quantized, group_width
-from ..registration import not_recorded
+from ..dispatch import Outputs
+from ..quantized import Quantized, by_channel, group_width
+
+if TYPE_CHECKING:
+    from . import Dequantize
 
 
 def dequantize(q: Quantized, dtype: torch.dtype) -> Tensor:
-    width = group_width(q.group, q.shape[-1])
-    scale = q.scale.unsqueeze(-1).expand(*q.scale.shape, width).flatten(-2)[..., : q.shape[-1]]
-    return (q.data.float() * scale).to(dtype)
+    channels = q.data.shape[-1]
+    return (q.data.float() * by_channel(q.scale, channels, group_width(q.group, channels))).to(dtype)
 
 
-@not_recorded
-def dequantize_out(q: Quantized, dtype: torch.dtype, out: Tensor) -> None:
-    out.copy_(dequantize(q, dtype))
+def compute(call: Dequantize) -> Outputs:
+    return (dequantize(*call),)

@@ -4,31 +4,94 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backend import implementation
 from ..cached_outputs import (
     CACHED_SCHEMA,
+    MOST_ADDED,
     CachedOutput,
     Line,
+    cached_outputs,
     check_cached_outputs,
     flatten_cached_outputs,
     unflatten_cached_outputs,
 )
 from ..checks import check_activation, check_broadcasts, check_operand, check_output
+from ..dispatch import Outputs, run, write
 from ..flops import linear_flops
-from ..overlap import check_apart
-from ..quantize import GROUP, Quantized, empty_quantized
+from ..quantized import GROUP, Quantized, empty_quantized
 from ..registration import register
-from ..stored import STORED_OUTPUTS, check_store_dtype, check_stored_out, flatten_stored, named_stored, unflatten_stored
+from ..stored import STORED_OUT, check_store_dtype, check_stored_out, dtype_of_stored, stored_of
+from . import reference
 
 OP = "project_residual"
-MAX_SLOTS = 2
 
-_READ = ("a", "weight", "bias", "x", "gate", "store", "store_dtype", "slots or gates")
+
+class ProjectResidual(NamedTuple):
+    """A call of `project_residual`; its outputs are the new x and what is stored. A `store_dtype` of None is x's."""
+
+    a: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    x: Tensor
+    gate: Tensor | None = None
+    store: Literal["pre_gate", "post_gate"] | None = None
+    store_dtype: torch.dtype | None = None
+    cached: tuple[CachedOutput, ...] = ()
+
+    @property
+    def eight_bits(self) -> torch.dtype | None:
+        """The dtype of what is stored, if it is quantised."""
+        return None if self.store is None or self.store_dtype in (None, self.x.dtype) else self.store_dtype
+
+    def check(self, op: str) -> None:
+        a, weight, bias, x, gate, store, store_dtype, cached = self
+        check_activation(op, "x", x)
+        check_activation(op, "a", a)
+        check_operand(op, "a", a, (*x.shape[:-1], a.shape[-1]), x.dtype, x.device)
+        check_operand(op, "weight", weight, (x.shape[-1], a.shape[-1]), x.dtype, x.device)
+        if bias is not None:
+            check_operand(op, "bias", bias, x.shape[-1:], x.dtype, x.device)
+        if gate is not None:
+            check_broadcasts(op, "gate", gate, x)
+        if store not in (None, "pre_gate", "post_gate"):
+            raise ValueError(f"{op}: store is {store!r}; None, 'pre_gate' and 'post_gate' are supported: pass one of these")
+        check_cached_outputs(op, x, cached)
+        check_store_dtype(op, store_dtype, x.dtype)
+        if store is None and store_dtype is not None:
+            raise ValueError(
+                f"{op}: store_dtype is {store_dtype} and store is None; a dtype is supported with a store: pass store='pre_gate'"
+            )
+
+    def check_outputs(self, op: str, outputs: Outputs) -> None:
+        x, (x_out, stored_out) = self.x, outputs
+        check_output(op, "x_out", x_out, x.shape, x.dtype, x.device)
+        if (self.store is None) != (stored_out is None):
+            came = "None" if stored_out is None else "given"
+            raise ValueError(f"{op}: store is {self.store!r} and stored_out is {came}; both or neither are supported: match them")
+        if stored_out is not None:
+            check_stored_out(op, stored_out, x.shape, GROUP, x)
+
+    def flatten(self) -> tuple[Any, ...]:
+        return *self[:6], self.store_dtype or self.x.dtype, *flatten_cached_outputs(self.cached)
+
+    @classmethod
+    def unflatten(cls, *flat: Any) -> ProjectResidual:
+        a, weight, bias, x, gate, store, store_dtype, *cached = flat
+        return cls(a, weight, bias, x, gate, store, store_dtype, unflatten_cached_outputs(*cached))
+
+    def empty(self) -> Outputs:
+        x = self.x
+        x_out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if self.eight_bits is not None:
+            return x_out, empty_quantized(x.shape, self.eight_bits, GROUP, x.device)
+        return x_out, None if self.store is None else torch.empty_like(x_out)
+
+    def pack(self, tensors: Sequence[Tensor | None]) -> Outputs:
+        return tensors[0], stored_of(tensors[1:], GROUP)
 
 
 def project_residual(
@@ -52,7 +115,7 @@ def project_residual(
         4. stored = p ("pre_gate") or g ("post_gate"), quantised if store_dtype has 8 bits
 
     Every assignment rounds to x's dtype; the product accumulates as `F.linear` does. What is stored is quantised from the rounded
-    p or g, what is added is not quantised. In eager the reference is plain torch and so differentiable; compiled, it is for inference.
+    p or g, what is added is not quantised. Autograd and compiled graphs: as `broadcast_residual`.
 
     Args:
         a: `[..., K]` in x's dtype, last dimension contiguous, leading dimensions as x.
@@ -71,17 +134,9 @@ def project_residual(
         TypeError, ValueError: an argument is not of this kind.
         BackendError: `backend` cannot serve.
     """
-    cached = _check(a, weight, bias, x, gate, store, slots, gates)
-    check_store_dtype(OP, store_dtype, x.dtype)
-    if store is None and store_dtype is not None:
-        raise ValueError(f"{OP}: store_dtype is {store_dtype} and store is None; a dtype is supported with a store: pass store='pre_gate'")
-    dtype = store_dtype or x.dtype
-    if torch.compiler.is_compiling():
-        outputs = torch.ops.pab_kernels.project_residual(a, weight, bias, x, gate, store, dtype, *flatten_cached_outputs(cached), backend)
-        data, scale = (*outputs[1:], None, None)[:2]
-        return outputs[0], unflatten_stored(data, scale, GROUP)
-    arguments = (a, weight, bias, x, gate, store, dtype, cached)
-    return implementation(OP, backend, arguments)(*arguments)
+    cached = cached_outputs(OP, slots, gates, MOST_ADDED - 1)
+    x_new, stored = run(OP, ProjectResidual(a, weight, bias, x, gate, store, store_dtype, cached), backend)
+    return x_new, stored
 
 
 def project_residual_out(
@@ -102,62 +157,9 @@ def project_residual_out(
 
     x_out may be x itself; apart from that, outputs may not overlap themselves, each other or what is read. Not recorded by autograd.
     """
-    cached = _check(a, weight, bias, x, gate, store, slots, gates)
-    check_output(OP, "x_out", x_out, x.shape, x.dtype, x.device)
-    if (store is None) != (stored_out is None):
-        came = "None" if stored_out is None else "given"
-        raise ValueError(f"{OP}: store is {store!r} and stored_out is {came}; both or neither are supported: match them")
-    dtype = x.dtype if store is None else check_stored_out(OP, stored_out, x.shape, GROUP, x)
-    if torch.compiler.is_compiling():
-        torch.ops.pab_kernels.project_residual_out(
-            a, weight, bias, x, gate, store, dtype, *flatten_cached_outputs(cached), backend, x_out, *flatten_stored(stored_out)
-        )
-    else:
-        _write((a, weight, bias, x, gate, store, dtype, cached), backend, x_out, stored_out)
-
-
-def _check(a: Any, weight: Any, bias: Any, x: Any, gate: Any, store: Any, slots: Any, gates: Any) -> tuple[CachedOutput, ...]:
-    check_activation(OP, "x", x)
-    check_activation(OP, "a", a)
-    check_operand(OP, "a", a, (*x.shape[:-1], a.shape[-1]), x.dtype, x.device)
-    check_operand(OP, "weight", weight, (x.shape[-1], a.shape[-1]), x.dtype, x.device)
-    if bias is not None:
-        check_operand(OP, "bias", bias, x.shape[-1:], x.dtype, x.device)
-    if gate is not None:
-        check_broadcasts(OP, "gate", gate, x)
-    if store not in (None, "pre_gate", "post_gate"):
-        raise ValueError(f"{OP}: store is {store!r}; None, 'pre_gate' and 'post_gate' are supported: pass one of these")
-    return check_cached_outputs(OP, x, slots, gates, MAX_SLOTS)
-
-
-def _functional(*args: Any) -> list[Tensor]:
-    *flat, backend = args
-    arguments = (*flat[:7], unflatten_cached_outputs(*flat[7:]))
-    x, stored = implementation(OP, backend, arguments)(*arguments)
-    return [t for t in (x, *flatten_stored(stored)) if t is not None]
-
-
-def _out(*args: Any) -> None:
-    *flat, backend, x_out, stored_out, stored_scale_out = args
-    arguments = (*flat[:7], unflatten_cached_outputs(*flat[7:]))
-    _write(arguments, backend, x_out, unflatten_stored(stored_out, stored_scale_out, GROUP))
-
-
-def _write(arguments: tuple[Any, ...], backend: str, x_out: Tensor, stored_out: Tensor | Quantized | None) -> None:
-    check_apart(OP, (("x_out", x_out), *named_stored(stored_out)), zip(_READ, arguments, strict=True), ("x_out", "x"))
-    implementation(OP, backend, arguments, "_out")(*arguments, x_out, stored_out)
-
-
-def _fake(
-    a: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, gate: Tensor | None, store: str | None, store_dtype: torch.dtype, *_: Any
-) -> list[Tensor]:
-    x_new = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if store is None:
-        return [x_new]
-    if store_dtype == x.dtype:
-        return [x_new, torch.empty_like(x_new)]
-    stored = empty_quantized(x.shape, store_dtype, GROUP, x.device)
-    return [x_new, stored.data, stored.scale]
+    cached = cached_outputs(OP, slots, gates, MOST_ADDED - 1)
+    dtype = None if store is None else dtype_of_stored(stored_out)
+    write(OP, ProjectResidual(a, weight, bias, x, gate, store, dtype, cached), backend, (x_out, stored_out))
 
 
 def _flops(a: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
@@ -167,10 +169,9 @@ def _flops(a: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -
 
 register(
     OP,
+    ProjectResidual,
     f"Tensor a, Tensor weight, Tensor? bias, Tensor x, Tensor? gate, str? store, ScalarType store_dtype, {CACHED_SCHEMA}",
-    ("Tensor(a!) x_out", *STORED_OUTPUTS),
-    _functional,
-    _out,
-    _fake,
+    {"x_out": "Tensor(a!) x_out", "stored_out": STORED_OUT},
+    reference.compute,
     _flops,
 )

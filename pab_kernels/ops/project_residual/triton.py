@@ -20,26 +20,25 @@ What rounds, everything else being float32:
     2. x' is computed from the rounded p and rounds once, to x's dtype; what is stored changes nothing of it
     3. gate * p, from the rounded p, rounds to x's dtype where it is stored
     4. what is stored in 8 bits is quantised from the rounded values: a scale rounds to float32, a quotient to 8 bits
-`reference.project_residual_rounded_once` rounds in the same places. Products of float32 are exact float32, without tensor cores.
+`reference.rounded_once` rounds in the same places. Products of float32 are exact float32, without tensor cores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..addresses import UNIT, addresses, index_of, layout, offset_of
 from ..backend import refuse_device, refuse_float8
-from ..cached_outputs import CachedOutput, flatten_cached_outputs, holds_float8
-from ..quantize import GROUP, Quantized, empty_quantized
+from ..cached_outputs import flatten_cached_outputs, holds_float8
+from ..dispatch import Outputs
+from ..quantized import GROUP, data_and_scale
 from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
-from ..stored import flatten_stored
+from . import ProjectResidual
 
 MAX_TOKENS = 2**31 - 2**10
 """Tokens are counted in 32 bits, the last tile's rows beyond them too."""
@@ -214,65 +213,31 @@ def _project_residual_kernel(
                 _store(stored_ptr, index, stored_strides, channels, _mask(live, channels, C, COLUMNS), value, UNIT)
 
 
-def refusal(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    gate: Tensor | None,
-    store: str | None,
-    store_dtype: torch.dtype,
-    cached: Sequence[CachedOutput],
-) -> str | None:
+def refusal(call: ProjectResidual) -> str | None:
     """Why this kernel cannot serve; None where it can."""
+    x = call.x
     device = refuse_device(x, bool(INTERPRETED.value))
     if device is not None:
         return device
     if x.dtype == torch.float64:
         return "x is torch.float64; float16, bfloat16 and float32 are supported"
-    if a.shape[-1] == 0:
+    if call.a.shape[-1] == 0:
         return "a has no channels; one or more are supported"
     if x.numel() > MAX_TOKENS * x.shape[-1]:
         return f"x has {x.numel() // x.shape[-1]} tokens; up to {MAX_TOKENS} are supported"
-    if holds_float8(cached):
+    if holds_float8(call.cached):
         return refuse_float8(x, "a slot")
-    return refuse_float8(x, "store_dtype") if store_dtype == torch.float8_e4m3fn else None
+    return refuse_float8(x, "store_dtype") if call.eight_bits == torch.float8_e4m3fn else None
 
 
-def project_residual(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    gate: Tensor | None,
-    store: str | None,
-    store_dtype: torch.dtype,
-    cached: Sequence[CachedOutput],
-) -> tuple[Tensor, Tensor | Quantized | None]:
-    x_out, stored = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
-    if store is not None:
-        stored = torch.empty_like(x_out) if store_dtype == x.dtype else empty_quantized(x.shape, store_dtype, device=x.device)
-    project_residual_out(a, weight, bias, x, gate, store, store_dtype, cached, x_out, stored)
-    return x_out, stored
-
-
-def project_residual_out(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    gate: Tensor | None,
-    store: str | None,
-    store_dtype: torch.dtype,
-    cached: Sequence[CachedOutput],
-    x_out: Tensor,
-    stored_out: Tensor | Quantized | None,
-) -> None:
+def launch(call: ProjectResidual, outputs: Outputs) -> None:
+    """Write the outputs."""
+    x = call.x
     if x.numel() == 0:
         return
     capability, multiprocessors = _device(x.device)
     chosen = tile(x.numel() // x.shape[-1], x.shape[-1], x.element_size(), capability, multiprocessors)
-    project_in_tiles(a, weight, bias, x, gate, store, cached, x_out, stored_out, chosen, multiprocessors)
+    project_in_tiles(call, outputs, chosen, multiprocessors)
 
 
 @cache
@@ -284,24 +249,13 @@ def _device(device: torch.device) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
-def project_in_tiles(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    gate: Tensor | None,
-    store: str | None,
-    cached: Sequence[CachedOutput],
-    x_out: Tensor,
-    stored_out: Tensor | Quantized | None,
-    chosen: Tile,
-    multiprocessors: int,
-) -> None:
+def project_in_tiles(call: ProjectResidual, outputs: Outputs, chosen: Tile, multiprocessors: int) -> None:
     """The launch of a call, with this tile."""
+    (a, weight, bias, x, gate, store, _, cached), (x_out, stored_out) = call, outputs
     *leading, channels = x.shape
     tokens = x.numel() // channels
     slots, slot_scales, gates, weights = flatten_cached_outputs(cached)
-    stored, stored_scale = flatten_stored(stored_out)
+    stored, stored_scale = data_and_scale(stored_out)
     operands, scales = (a, x, gate, x_out, stored, *slots, *gates), (stored_scale, *slot_scales)
     at = addresses(tuple(leading), tuple(map(layout, operands)), tuple(map(layout, scales)))
     weight_unit = 1 if weight.stride(0) % UNIT else UNIT

@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backend import implementation
 from ..checks import check_float, check_tensor
-from ..overlap import check_apart
+from ..dispatch import Outputs, run, write
+from ..quantized import GROUP, Quantized, check_group, check_quantized, check_quantized_dtype, empty_quantized, group_width
 from ..registration import register
 from . import reference
-from .quantized import (
-    EIGHT_BITS,
-    GROUP,
-    LIMITS,
-    Quantized,
-    check_group,
-    check_quantized,
-    check_quantized_dtype,
-    empty_quantized,
-    group_width,
-)
-
-__all__ = [
-    "EIGHT_BITS",
-    "GROUP",
-    "LIMITS",
-    "Quantized",
-    "check_group",
-    "check_quantized",
-    "check_quantized_dtype",
-    "empty_quantized",
-    "group_width",
-    "quantize",
-    "quantize_out",
-]
 
 OP = "quantize"
+
+
+class Quantize(NamedTuple):
+    """A call of `quantize`; its one output is a `Quantized`."""
+
+    x: Tensor
+    dtype: torch.dtype
+    group: int = GROUP
+
+    def check(self, op: str) -> None:
+        check_float(op, "x", self.x)
+        check_quantized_dtype(op, "dtype", self.dtype)
+        check_group(op, self.group)
+
+    def check_outputs(self, op: str, outputs: Outputs) -> None:
+        check_quantized(op, "out", outputs[0], self.x.shape, self.group, self.x.device, output=True)
+
+    def flatten(self) -> tuple[Any, ...]:
+        return self.x, self.dtype, group_width(self.group, self.x.shape[-1])
+
+    @classmethod
+    def unflatten(cls, *flat: Any) -> Quantize:
+        return cls(*flat)
+
+    def empty(self) -> Outputs:
+        return (empty_quantized(self.x.shape, self.dtype, self.group, self.x.device),)
+
+    def pack(self, tensors: Sequence[Any]) -> Outputs:
+        data, scale = tensors
+        return (Quantized(data, scale, self.group),)
 
 
 def quantize(x: Tensor, dtype: torch.dtype, group: int = GROUP, *, backend: str = "auto") -> Quantized:
@@ -63,13 +69,7 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int = GROUP, *, backend: str 
         TypeError, ValueError: an argument is not of this kind.
         BackendError: `backend` cannot serve.
     """
-    _check(x, dtype, group)
-    if torch.compiler.is_compiling():
-        if backend in ("auto", "reference"):
-            return reference.quantize(x, dtype, group)
-        data, scale = torch.ops.pab_kernels.quantize(x, dtype, group_width(group, x.shape[-1]), backend)
-        return Quantized(data, scale, group)
-    return implementation(OP, backend, (x, dtype, group))(x, dtype, group)
+    return run(OP, Quantize(x, dtype, group), backend)[0]
 
 
 def quantize_out(x: Tensor, out: Quantized, *, backend: str = "auto") -> None:
@@ -77,42 +77,13 @@ def quantize_out(x: Tensor, out: Quantized, *, backend: str = "auto") -> None:
     if not isinstance(out, Quantized):
         raise TypeError(f"{OP}: out is a {type(out).__name__}; a Quantized is supported: make one with empty_quantized")
     check_tensor(OP, "out.data", out.data)
-    dtype, group = out.data.dtype, out.group
-    _check(x, dtype, group)
-    check_quantized(OP, "out", out, x.shape, group, x.device, output=True)
-    if torch.compiler.is_compiling():
-        torch.ops.pab_kernels.quantize_out(x, dtype, group_width(group, x.shape[-1]), backend, out.data, out.scale)
-    else:
-        _write(x, dtype, group, backend, out)
+    write(OP, Quantize(x, out.data.dtype, out.group), backend, (out,))
 
 
-def _check(x: Any, dtype: Any, group: Any) -> None:
-    check_float(OP, "x", x)
-    check_quantized_dtype(OP, "dtype", dtype)
-    check_group(OP, group)
-
-
-def _functional(x: Tensor, dtype: torch.dtype, group: int, backend: str) -> list[Tensor]:
-    q = implementation(OP, backend, (x, dtype, group))(x, dtype, group)
-    return [q.data, q.scale]
-
-
-def _out(x: Tensor, dtype: torch.dtype, group: int, backend: str, data_out: Tensor, scale_out: Tensor) -> None:
-    _write(x, dtype, group, backend, Quantized(data_out, scale_out, group))
-
-
-def _write(x: Tensor, dtype: torch.dtype, group: int, backend: str, out: Quantized) -> None:
-    check_apart(OP, (("out.data", out.data), ("out.scale", out.scale)), (("x", x),))
-    implementation(OP, backend, (x, dtype, group), "_out")(x, dtype, group, out)
-
-
-def _fake(x: Tensor, dtype: torch.dtype, group: int, backend: str) -> list[Tensor]:
-    q = empty_quantized(x.shape, dtype, group, x.device)
-    return [q.data, q.scale]
-
-
-def _flops(*args: Any, **kwargs: Any) -> int:
-    return 0
-
-
-register(OP, "Tensor x, ScalarType dtype, int group", ("Tensor(a!) data_out", "Tensor(b!) scale_out"), _functional, _out, _fake, _flops)
+register(
+    OP,
+    Quantize,
+    "Tensor x, ScalarType dtype, int group",
+    {"out": "Tensor(a!) data_out, Tensor(b!) scale_out"},
+    reference.compute,
+)

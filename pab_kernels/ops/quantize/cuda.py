@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ..cuda_library import kernel, refuse, rows
-from .quantized import Quantized, empty_quantized, group_width
+from ..dispatch import Outputs
+from ..quantized import group_width
+from . import Quantize
 
 MAX_GROUP = 128
 """Channels that a team of 16 lanes holds in registers."""
@@ -14,26 +15,22 @@ MAX_GROUP = 128
 _kernel = kernel("quantize", "Tensor x, int group, Tensor(a!) data, Tensor(b!) scale")
 
 
-def refusal(x: Tensor, dtype: torch.dtype, group: int) -> str | None:
+def refusal(call: Quantize) -> str | None:
     """Why this kernel cannot serve; None where it can."""
-    if x.dtype == torch.float64:
+    if call.x.dtype == torch.float64:
         return "x is torch.float64; float16, bfloat16 and float32 are supported"
-    if (width := group_width(group, x.shape[-1])) > MAX_GROUP:
+    if (width := group_width(call.group, call.x.shape[-1])) > MAX_GROUP:
         return f"a group has {width} channels; up to {MAX_GROUP} are supported"
-    return refuse(x)
+    return refuse(call.x)
 
 
-def quantize(x: Tensor, dtype: torch.dtype, group: int) -> Quantized:
-    q = empty_quantized(x.shape, dtype, group, x.device)
-    quantize_out(x, dtype, group, q)
-    return q
-
-
-def quantize_out(x: Tensor, dtype: torch.dtype, group: int, out: Quantized) -> None:
+def launch(call: Quantize, outputs: Outputs) -> None:
+    """Write the output."""
+    x, (out,) = call.x, outputs
     if x.numel() == 0:
         return
     data, scale = rows(out.data), rows(out.scale)
-    _kernel(rows(x), group_width(group, x.shape[-1]), data, scale)
+    _kernel(rows(x), group_width(call.group, x.shape[-1]), data, scale)
     for written, place in ((data, out.data), (scale, out.scale)):
         if written is not place and written.data_ptr() != place.data_ptr():  # its rows have no common stride
             place.copy_(written.view(place.shape))

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..registration import not_recorded
-from .quantized import LIMITS, Quantized, group_width
+from ..dispatch import Outputs
+from ..quantized import LIMITS, Quantized, by_channel, group_width
+
+if TYPE_CHECKING:
+    from . import Quantize
 
 
 def quantize(x: Tensor, dtype: torch.dtype, group: int) -> Quantized:
     limit, channels = LIMITS[dtype], x.shape[-1]
     width = group_width(group, channels)
-    groups = -(-channels // width)
-    grouped = F.pad(x.float(), (0, groups * width - channels)).unflatten(-1, (groups, width))  # [..., groups, width]
+    groups, ragged = -(-channels // width), channels % width != 0
+    x = x.float().contiguous()
+    grouped = (F.pad(x, (0, groups * width - channels)) if ragged else x).unflatten(-1, (groups, width))  # [..., groups, width]
     scale = grouped.abs().amax(-1) / limit
-    data = grouped / scale.masked_fill(scale == 0, 1).unsqueeze(-1)
+    divisor = scale.masked_fill(scale == 0, 1)
+    if ragged and torch.compiler.is_compiling():  # see by_channel
+        data = x / by_channel(divisor, channels, width)
+    else:
+        data = (grouped / divisor.unsqueeze(-1)).flatten(-2)
     if dtype == torch.int8:
         data = data.round()
     # Where scale is subnormal the quotient can pass the limit, and a cast to int8 wraps around.
-    data = data.clamp(-limit, limit).flatten(-2)[..., :channels]
+    data = data.clamp(-limit, limit)[..., :channels]
     return Quantized(data.to(dtype).contiguous(), scale, group)
 
 
-@not_recorded
-def quantize_out(x: Tensor, dtype: torch.dtype, group: int, out: Quantized) -> None:
-    q = quantize(x, dtype, group)
-    out.data.copy_(q.data)
-    out.scale.copy_(q.scale)
+def compute(call: Quantize) -> Outputs:
+    return (quantize(*call),)

@@ -11,19 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import count_flops, fake_attention, pack_stored
-from ..attention.options import OPTIONS_SCHEMA, QKNorm, Rope, check_options, check_qkv, flatten_options, unflatten_options
-from ..backend import implementation
-from ..checks import check_output
-from ..overlap import check_apart
-from ..quantize import Quantized
+from ..attention import Attention, count_flops
+from ..attention.options import OPTIONS_SCHEMA, QKNorm, Rope
+from ..attention.reference import compute
+from ..dispatch import run, write
+from ..quantized import Quantized
 from ..registration import register
-from ..stored import STORED_OUTPUTS, check_store_dtype, check_stored_out, flatten_stored, named_stored, unflatten_stored
+from ..stored import STORED_OUT, dtype_of_stored
 
 OP = "short_attention"
 MAX_TOKENS = 64
 
-_READ = ("q", "k", "v", "softmax_scale", "q_norm", "k_norm", "rope", "store_dtype")
+
+class ShortAttention(Attention):
+    """A call of `short_attention`: one of `attention` that has no key lengths."""
+
+    __slots__ = ()
+
+    def check(self, op: str) -> None:
+        super().check(op)
+        queries, keys = self.q.shape[-3], self.k.shape[-3]
+        if queries > MAX_TOKENS or keys != queries:
+            raise ValueError(
+                f"{op}: {queries} queries and {keys} keys came; equal numbers up to {MAX_TOKENS} are supported: call attention"
+            )
+
+    def flatten(self) -> tuple[Any, ...]:
+        q, k, v, _, *options = super().flatten()
+        return q, k, v, *options
+
+    @classmethod
+    def unflatten(cls, *flat: Any) -> Attention:
+        return super().unflatten(*flat[:3], None, *flat[3:])
 
 
 def short_attention(
@@ -57,14 +76,8 @@ def short_attention(
         TypeError, ValueError: an argument is not of this kind.
         BackendError: `backend` cannot serve.
     """
-    _check(q, k, v, softmax_scale, q_norm, k_norm, rope)
-    check_store_dtype(OP, store_dtype, q.dtype)
-    if torch.compiler.is_compiling():
-        options = flatten_options(softmax_scale, q_norm, k_norm, rope)
-        outputs = torch.ops.pab_kernels.short_attention(q, k, v, *options, store_dtype, backend)
-        return outputs[0], pack_stored(outputs, q)
-    arguments = (q, k, v, softmax_scale, q_norm, k_norm, rope, store_dtype)
-    return implementation(OP, backend, arguments)(*arguments)
+    out, stored = run(OP, ShortAttention(q, k, v, softmax_scale, None, q_norm, k_norm, rope, store_dtype), backend)
+    return out, stored
 
 
 def short_attention_out(
@@ -81,50 +94,15 @@ def short_attention_out(
     backend: str = "auto",
 ) -> None:
     """`short_attention` into out and, if given, stored_out; both as in `attention_out`."""
-    _check(q, k, v, softmax_scale, q_norm, k_norm, rope)
-    check_output(OP, "out", out, q.shape, q.dtype, q.device)
-    dtype = None if stored_out is None else check_stored_out(OP, stored_out, q.shape, q.shape[-1], q)
-    if torch.compiler.is_compiling():
-        options = flatten_options(softmax_scale, q_norm, k_norm, rope)
-        torch.ops.pab_kernels.short_attention_out(q, k, v, *options, dtype, backend, out, *flatten_stored(stored_out))
-    else:
-        _write((q, k, v, softmax_scale, q_norm, k_norm, rope, dtype), backend, out, stored_out)
-
-
-def _check(q: Any, k: Any, v: Any, softmax_scale: Any, q_norm: Any, k_norm: Any, rope: Any) -> None:
-    check_qkv(OP, q, k, v)
-    if q.shape[-3] > MAX_TOKENS or k.shape[-3] != q.shape[-3]:
-        raise ValueError(
-            f"{OP}: {q.shape[-3]} queries and {k.shape[-3]} keys came; equal numbers up to {MAX_TOKENS} are supported: call attention"
-        )
-    check_options(OP, q, k, softmax_scale, q_norm, k_norm, rope)
-
-
-def _functional(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
-    *options, store_dtype, backend = args
-    arguments = (q, k, v, *unflatten_options(*options), store_dtype)
-    out, stored = implementation(OP, backend, arguments)(*arguments)
-    return [t for t in (out, *flatten_stored(stored)) if t is not None]
-
-
-def _out(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> None:
-    *options, store_dtype, backend, out, stored_out, stored_scale_out = args
-    stored = unflatten_stored(stored_out, stored_scale_out, q.shape[-1])
-    arguments = (q, k, v, *unflatten_options(*options), store_dtype)
-    _write(arguments, backend, out, stored)
-
-
-def _write(arguments: tuple[Any, ...], backend: str, out: Tensor, stored_out: Tensor | Quantized | None) -> None:
-    check_apart(OP, (("out", out), *named_stored(stored_out)), zip(_READ, arguments, strict=True))
-    implementation(OP, backend, arguments, "_out")(*arguments, out, stored_out)
+    dtype = None if stored_out is None else dtype_of_stored(stored_out) or getattr(q, "dtype", None)
+    write(OP, ShortAttention(q, k, v, softmax_scale, None, q_norm, k_norm, rope, dtype), backend, (out, stored_out))
 
 
 register(
     OP,
+    ShortAttention,
     f"Tensor q, Tensor k, Tensor v, {OPTIONS_SCHEMA}, ScalarType? store_dtype",
-    ("Tensor(a!) out", *STORED_OUTPUTS),
-    _functional,
-    _out,
-    fake_attention,
+    {"out": "Tensor(a!) out", "stored_out": STORED_OUT},
+    compute,
     count_flops,
 )

@@ -11,12 +11,12 @@ from math import log, prod
 import torch
 from torch import Tensor
 
-from ..attention.layout import empty_outputs
-from ..attention.options import QKNorm, Rope
+from ..attention import Attention
+from ..attention.options import QKNorm
 from ..attention.strides import aligned, unit_of
 from ..cuda_library import kernel, refuse
-from ..quantize import Quantized
-from ..stored import flatten_stored
+from ..dispatch import Outputs
+from ..quantized import data_and_scale
 
 HEAD_DIMS = (64, 72, 96, 128)
 MAX_HEADS = 2**31 - 1
@@ -30,17 +30,9 @@ _kernel = kernel(
 )
 
 
-def refusal(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    q_norm: QKNorm | None,
-    k_norm: QKNorm | None,
-    rope: Rope | None,
-    store_dtype: torch.dtype | None,
-) -> str | None:
+def refusal(call: Attention) -> str | None:
     """Why this kernel cannot serve; None where it can."""
+    q, k, v = call[:3]
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"q is {q.dtype}; float16 and bfloat16 are supported"
     if q.shape[-1] not in HEAD_DIMS:
@@ -53,36 +45,12 @@ def refusal(
     return refuse(q)
 
 
-def short_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    q_norm: QKNorm | None,
-    k_norm: QKNorm | None,
-    rope: Rope | None,
-    store_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | Quantized | None]:
-    out, stored = empty_outputs(q, store_dtype)
-    short_attention_out(q, k, v, softmax_scale, q_norm, k_norm, rope, store_dtype, out, stored)
-    return out, stored
-
-
-def short_attention_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    q_norm: QKNorm | None,
-    k_norm: QKNorm | None,
-    rope: Rope | None,
-    store_dtype: torch.dtype | None,
-    out: Tensor,
-    stored_out: Tensor | Quantized | None,
-) -> None:
+def launch(call: Attention, outputs: Outputs) -> None:
+    """Write the outputs."""
+    (q, k, v, softmax_scale, _, q_norm, k_norm, rope, _), (out, stored_out) = call, outputs
     if q.numel() == 0:
         return
-    stored, stored_scale = flatten_stored(stored_out)
+    stored, stored_scale = data_and_scale(stored_out)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     cos, sin = (None, None) if rope is None or rope.cos.shape[-1] == 0 else (_vectors(rope.cos), _vectors(rope.sin))
     places = [_place(out), None if stored is None else _place(stored)]

@@ -33,16 +33,15 @@ from math import log, prod
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..attention.layout import empty_outputs
-from ..attention.options import QKNorm, Rope
+from ..attention import Attention
+from ..attention.prepare import norm_arguments, rope_arguments
 from ..attention.strides import head_strides, unit_of
 from ..attention.triton import parts
 from ..backend import refuse_device, refuse_float8
-from ..quantize import Quantized
+from ..dispatch import Outputs
+from ..quantized import data_and_scale
 from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
-from ..stored import flatten_stored
 
 MAX_HEADS = 2**31 - 64
 """Heads of sequences are counted in 32 bits, and a tile may begin with the last; the grid's first axis, the one in use, ends there too."""
@@ -270,17 +269,9 @@ def _short_attention_kernel(
             tl.store(stored_ptr + (at * OUT_UNIT)[:, None] + (PARTS[i][0] + channels)[None, :], kept, mask=mask)
 
 
-def refusal(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    q_norm: QKNorm | None,
-    k_norm: QKNorm | None,
-    rope: Rope | None,
-    store_dtype: torch.dtype | None,
-) -> str | None:
+def refusal(call: Attention) -> str | None:
     """Why this kernel cannot serve; None where it can."""
+    q = call.q
     device = refuse_device(q, bool(INTERPRETED.value))
     if device is not None:
         return device
@@ -290,45 +281,21 @@ def refusal(
         return f"the head dimension is {q.shape[-1]}; multiples of 8 are supported"
     if prod(q.shape[:-3]) * q.shape[-2] > MAX_HEADS:
         return f"{prod(q.shape[:-3])} sequences of {q.shape[-2]} heads came; up to 2 ** 31 - 64 heads together are supported"
-    return refuse_float8(q, "store_dtype") if store_dtype == torch.float8_e4m3fn else None
+    return refuse_float8(q, "store_dtype") if call.store_dtype == torch.float8_e4m3fn else None
 
 
-def short_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    q_norm: QKNorm | None,
-    k_norm: QKNorm | None,
-    rope: Rope | None,
-    store_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | Quantized | None]:
-    out, stored = empty_outputs(q, store_dtype)
-    short_attention_out(q, k, v, softmax_scale, q_norm, k_norm, rope, store_dtype, out, stored)
-    return out, stored
-
-
-def short_attention_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    q_norm: QKNorm | None,
-    k_norm: QKNorm | None,
-    rope: Rope | None,
-    store_dtype: torch.dtype | None,
-    out: Tensor,
-    stored_out: Tensor | Quantized | None,
-) -> None:
+def launch(call: Attention, outputs: Outputs) -> None:
+    """Write the outputs."""
+    (q, k, v, softmax_scale, _, q_norm, k_norm, rope, _), (out, stored_out) = call, outputs
     *batch, tokens, heads, head_dim = q.shape
     sequences, chosen = prod(batch), tiles(head_dim)
     if sequences * tokens * heads == 0:
         return
-    stored, stored_scale = flatten_stored(stored_out)
+    stored, stored_scale = data_and_scale(stored_out)
     unit, out_unit = unit_of(q, k, v), unit_of(out, stored)
-    rotary = 0 if rope is None else 2 * rope.cos.shape[-1]
+    rotary, cos, sin = rope_arguments(rope)
+    (q_kind, *q_norm_arguments), (k_kind, *k_norm_arguments) = norm_arguments(q_norm), norm_arguments(k_norm)
     interleaved = rope is None or rope.interleaved
-    cos, sin = (rope.cos.contiguous(), rope.sin.contiguous()) if rope is not None and rotary else (None, None)
     qk_parts, turning = sections(head_dim, rotary, interleaved)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     programs = -(-sequences * heads // (chosen.rows // tokens))
@@ -337,22 +304,9 @@ def short_attention_out(
             q, k, v, out, stored, stored_scale,
             head_strides(q, unit), head_strides(k, unit), head_strides(v, unit),
             head_strides(out, out_unit), head_strides(stored, out_unit), head_strides(stored_scale),
-            *_norm_arguments(q_norm), *_norm_arguments(k_norm),
+            *q_norm_arguments, *k_norm_arguments,
             cos, sin, scale / log(2), sequences, batch[-1], heads,
-            N=tokens, D=head_dim, R=rotary, Q_NORM=_norm_kind(q_norm), K_NORM=_norm_kind(k_norm), INTERLEAVED=interleaved,
+            N=tokens, D=head_dim, R=rotary, Q_NORM=q_kind, K_NORM=k_kind, INTERLEAVED=interleaved,
             PARTS=sections(head_dim, 0, True)[0], QK_PARTS=qk_parts, TURNING=turning, UNIT=unit, OUT_UNIT=out_unit, ROWS=chosen.rows,
             num_warps=chosen.warps, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
-
-
-def _norm_kind(norm: QKNorm | None) -> str:
-    return "" if norm is None else norm.kind if norm.rstd is None else "across"
-
-
-def _norm_arguments(norm: QKNorm | None) -> tuple[object, ...]:
-    """Weight, bias, reciprocal root, its strides over (first batch dimension, second, token), and eps."""
-    if norm is None:
-        return None, None, None, (0, 0, 0), 0.0
-    weight = None if norm.weight is None else norm.weight.contiguous()
-    rstd_strides = (0, 0, 0) if norm.rstd is None else head_strides(norm.rstd[..., None, None])[:3]
-    return weight, norm.bias, norm.rstd, rstd_strides, norm.eps

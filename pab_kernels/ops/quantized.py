@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_operand, check_output, check_tensor
+from .checks import check_operand, check_output, check_tensor
 
 GROUP = 128
 """Channels that share a scale in a slot of the residual stream."""
@@ -50,6 +50,11 @@ class Quantized:
         return self.data.nbytes + self.scale.nbytes
 
 
+def data_and_scale(slot: Tensor | Quantized | None) -> tuple[Tensor | None, Tensor | None]:
+    """The tensors of a slot, as schemas and kernels take them; no scale where it is not quantised."""
+    return (slot.data, slot.scale) if isinstance(slot, Quantized) else (slot, None)
+
+
 def check_quantized_dtype(op: str, name: str, dtype: Any) -> None:
     """One of the 8-bit dtypes."""
     if dtype not in EIGHT_BITS:
@@ -65,6 +70,17 @@ def check_group(op: str, group: Any) -> None:
 def group_width(group: int, channels: int) -> int:
     """Channels of a group, at least 1, where there are so many in all."""
     return max(1, min(group, channels))
+
+
+def by_channel(scale: Tensor, channels: int, width: int) -> Tensor:
+    """The scales of groups of this width, `[..., ceil(C / width)]`, at each of their channels: `[..., C]`."""
+    rest = channels % width
+    if rest and torch.compiler.is_compiling():
+        # Not a slice of all groups expanded: torch 2.13's inductor reads past the scales where it vectorises that for a CPU.
+        whole = by_channel(scale[..., : channels // width], channels - rest, width)
+        return torch.cat((whole, scale[..., -1:].expand(*scale.shape[:-1], rest)), -1)
+    spread = scale.unsqueeze(-1).expand(*scale.shape, width).flatten(-2)
+    return spread[..., :channels] if rest else spread
 
 
 def check_quantized(
