@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -122,6 +122,10 @@ class Call:
                     tally.stored += turn.stored
                     if turn.decision.action is Action.REUSE:
                         tally.forced += computed
+
+    def once(self, decide: Callable[[Any], bool], what: Any) -> bool:
+        """`decide(what)`, asked once a generation; in a compiled graph, while it is made."""
+        return decide(what) if torch.compiler.is_compiling() else self.generation.once((decide, what), lambda: decide(what))
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """Whether a fused operation may stand for calling `module` (an `nn.Linear` or a norm) on `x`; decided once a generation."""
