@@ -13,7 +13,8 @@ from ..ops.dequantize import dequantize
 from ..ops.quantize import quantize
 from ..ops.quantized import GROUP, Quantized
 
-CACHE_DTYPES = {None: None, "float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
+CACHE_DTYPES = {None: None, "int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
+"""What slots are kept in, by its name in a config; None is the model's own dtype."""
 
 
 class Key(NamedTuple):

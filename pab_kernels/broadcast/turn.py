@@ -62,12 +62,12 @@ class CurrentCall(threading.local):
     def _take_idle(self, call: Call, current: Mapping[str, CurrentTurn]) -> None:
         if call.plan is not self._plan:
             self.forget(current)
-            self._plan = call.plan
             for sublayer in call.plan.sublayers:
                 if sublayer.name in call.plan.idle and sublayer.name in current:
                     idle = self._idle_of.setdefault(sublayer.name, Idle(sublayer, self))
                     current[sublayer.name].turn = idle
                     self._idle.append(idle)
+            self._plan = call.plan
         call.idle = self._idle
         for idle in self._idle:
             idle.runs = 0

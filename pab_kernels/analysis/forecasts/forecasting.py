@@ -14,13 +14,11 @@ from ...broadcast.config import PABConfig
 from ...broadcast.plan import Action, Counts, Forecast, Plan
 from ...broadcast.presets import preset_for
 from ...broadcast.schedule import Schedule, check_steps
+from ...broadcast.slots import CACHE_DTYPES
 from ...messages import first_line, shown
 from .measure import measure
 from .model_calls import MODEL_CALLS, Size
 from .transformers import build, find_config
-
-SLOT_DTYPES = (None, "int8", "float8_e4m3fn")
-"""The dtypes that a cache is forecast in; None is the model's."""
 
 LARGEST_FORECAST = 1_000_000
 """The most frames, rows, columns, clips and tokens that are forecast: beyond, the sizes of tensors overflow."""
@@ -178,7 +176,7 @@ def forecast(
         measured = measure(transformer, inputs, plan.sublayers)
     except (RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{source.name} does not run on a clip of {clip}: {first_line(error)}") from error
-    found = {str(kept or "model"): plan.forecast(*measured.costs(kept), how.contexts) for kept in SLOT_DTYPES}
+    found = {str(kept or "model"): plan.forecast(*measured.costs(kept), how.contexts) for kept in CACHE_DTYPES}
     costs, rest = measured.costs()
     calls = how.contexts * len(plan.steps)
     run = {kind: [s.name for s in plan.sublayers if s.kind == kind] for kind in plan.kinds()}
