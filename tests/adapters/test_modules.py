@@ -338,7 +338,7 @@ def test_an_input_without_tensors_is_refused() -> None:
 
     model = NoTensor()
     model(1)
-    pab.enable(model, PABConfig(spatial=2), num_steps=1)
+    pab.enable(model, PABConfig(spatial=Broadcast(2, (0, 1))), num_steps=2)
     with pytest.raises(TypeError, match="attn: no tensor among the inputs"):
         model(1)
 

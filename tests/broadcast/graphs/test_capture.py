@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from pab_kernels.broadcast import capture
+from pab_kernels.broadcast.graphs import capture
 from pab_kernels.broadcast.graphs.capture import CudaCapture, line_of
 
 DEVICE = torch.device("cuda", 0)
