@@ -38,6 +38,9 @@ class Arguments:
     leaves: tuple[Any, ...]
     nest: pytree.TreeSpec
 
+    def __hash__(self) -> int:
+        return hash(self.leaves)  # that of the nest walks it in Python, at every call of the model
+
     @classmethod
     def of(cls, leaves: Sequence[Any], nest: pytree.TreeSpec) -> Arguments | None:
         """Those of a call, from `(args, kwargs)` as pytree flattens them; None where one is an object of which nothing is known."""
