@@ -99,7 +99,7 @@ class _FusedOrGeneric:
         call, block = self.broadcaster.call, self.block
         if call is None:
             return original(*args, **kwargs)
-        if block.stock if torch.compiler.is_compiling() else call.once(LatteBlock.is_stock, block):
+        if block.stock if torch.compiler.is_compiling() else call.generation.once(block, block.is_stock):
             return self.fused(call, original, *args, **kwargs)
         if call.generation.config.cache_point == "post_gate":
             self.report(block)
@@ -235,21 +235,21 @@ class FusedBlock:
             stream.reuse(slot, None if turn.gated else modulation[2])
         else:
             y = stream.norm_modulate(block.norm1, modulation[0], modulation[1])
-            _attend(call, stream, block.attn1, own_forward["attn1"], y, None, mask, modulation[2], turn.store)
+            _attend(stream, block.attn1, own_forward["attn1"], y, None, mask, modulation[2], turn.store)
 
         if block.attn2 is not None:
             turn, slot = _taken(self.cross, x)
             if slot is not None:
                 stream.reuse(slot)
             else:
-                _attend(call, stream, block.attn2, own_forward["attn2"], stream.read(), text, text_mask, None, turn.store)
+                _attend(stream, block.attn2, own_forward["attn2"], stream.read(), text, text_mask, None, turn.store)
 
         turn, slot = _taken(self.mlp, x)
         if slot is not None:
             stream.reuse(slot, None if turn.gated else modulation[5])
         else:
             y = stream.norm_modulate(block.norm2, modulation[3], modulation[4])
-            _feed_forward(call, stream, block, own_forward["ff"], y, modulation[5], turn.store)
+            _feed_forward(stream, block, own_forward["ff"], y, modulation[5], turn.store)
 
 
 def _taken(current: CurrentTurn, x: torch.Tensor) -> tuple[Turn, Slot | Extrapolation | None]:
@@ -259,7 +259,6 @@ def _taken(current: CurrentTurn, x: torch.Tensor) -> tuple[Turn, Slot | Extrapol
 
 
 def _attend(
-    call: Call,
     stream: ResidualStream,
     attn: Any,
     own_forward: bool,
@@ -270,7 +269,7 @@ def _attend(
     store: Turn | None,
 ) -> None:
     """Add attention of `y` to itself or to `text`; the module is called as it is where anybody has changed it."""
-    if mask is not None or own_forward or not call.once(_stock_attention, attn):
+    if mask is not None or own_forward or not _stock_attention(attn):
         stream.add(attn(y, encoder_hidden_states=text, attention_mask=mask), gate, store)
         return
     q, k, v = attn.to_q(y), *(projection(y if text is None else text) for projection in (attn.to_k, attn.to_v))
@@ -296,9 +295,7 @@ def _stock_attention(attn: Any) -> bool:
     )
 
 
-def _feed_forward(
-    call: Call, stream: ResidualStream, block: Any, own_forward: bool, y: torch.Tensor, gate: torch.Tensor, store: Turn | None
-) -> None:
+def _feed_forward(stream: ResidualStream, block: Any, own_forward: bool, y: torch.Tensor, gate: torch.Tensor, store: Turn | None) -> None:
     """Add the MLP of `y`; its last linear layer is the projection."""
     if block._chunk_size is not None:
         from diffusers.models.attention import _chunked_feed_forward
@@ -306,7 +303,7 @@ def _feed_forward(
         stream.add(_chunked_feed_forward(block.ff, y, block._chunk_dim, block._chunk_size), gate, store)
         return
     ff = block.ff
-    if own_forward or not call.once(_stock_mlp, ff):
+    if own_forward or not _stock_mlp(ff):
         stream.add(ff(y), gate, store)
         return
     stream.project(ff.net[0](y), ff.net[2], gate, store)

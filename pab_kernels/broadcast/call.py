@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from .context import Context
 from .costs import Arguments
 from .plan import Action, Decision
 from .slots import Arena, Extrapolation, Slot
-from .turn import Idle, Turn
+from .turn import Turn
 
 if TYPE_CHECKING:
     from .generation import Generation
@@ -37,7 +37,7 @@ class Call:
         """By kind, FLOPs that sublayers which ran did without."""
         self.turns: dict[str, Turn] = {}
         """By sublayer of the plan, once they are decided; those that are idle in it have none."""
-        self.idle: Sequence[Idle] = ()
+        self.idle: Sequence[Turn] = ()
         """The turns of those, which count where it is the current call of its thread."""
         self.idle_runs: Sequence[int] = ()
         """What they had counted when another call was entered inside of it."""
@@ -122,10 +122,6 @@ class Call:
                     tally.stored += turn.stored
                     if turn.decision.action is Action.REUSE:
                         tally.forced += computed
-
-    def once(self, decide: Callable[[Any], bool], what: Any) -> bool:
-        """`decide(what)`, asked once a generation; in a compiled graph, while it is made."""
-        return decide(what) if torch.compiler.is_compiling() else self.generation.once((decide, what), lambda: decide(what))
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """Whether a fused operation may stand for calling `module` (an `nn.Linear` or a norm) on `x`; decided once a generation."""

@@ -118,13 +118,15 @@ def watched(
     """The runs of sublayers inside, by `place`; where attention is kept `unprojected`, up to a module's `projection`."""
     runs: dict[str, SublayerRun] = {}
     times: Counter[str] = Counter()
-    entered: list[tuple[int, Counter[str]]] = []  # of the runs that have not ended
+    entered: list[tuple[str, int, Counter[str]]] = []  # of the runs that have not ended
 
-    def enter(*_: Any) -> None:
-        entered.append((counter.get_total_flops(), Counter()))
+    def enter(sublayer: Sublayer) -> None:
+        entered.append((sublayer.name, counter.get_total_flops(), Counter()))
 
     def leave(sublayer: Sublayer, out: Any) -> None:
-        name, (before, own) = sublayer.name, entered.pop()
+        if not entered or entered[-1][0] != sublayer.name:  # a projection that is also called elsewhere
+            return
+        name, before, own = entered.pop()
         flops = counter.get_total_flops() - before
         own[name] += flops - own.total()
         run = SublayerRun(name, flops, own, tuple((tuple(t.shape), t.dtype) for t in tensors_of(out)))
@@ -132,13 +134,13 @@ def watched(
         runs[where] = runs[where] + run if where in runs else run
         times[name] += 1
         if entered:
-            entered[-1][1].update(own)
+            entered[-1][2].update(own)
 
     handles: list[Any] = []
     try:
         for sublayer in sublayers:
             module = model.get_submodule(sublayer.name)
-            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_pre_hook(lambda module, args, sublayer=sublayer: enter(sublayer)))
             projection = getattr(module, "projection", None) if unprojected else None
             if projection is None:
                 handles.append(module.register_forward_hook(lambda module, args, out, sublayer=sublayer: leave(sublayer, out)))

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..ops.cached_outputs import extrapolate
 from ..ops.quantized import Quantized
+from .fusing import autocasts
 from .plan import Sublayer
 from .slots import Extrapolation, Slot, is_quantised, unpack
 from .turn import CurrentTurn, Turn
@@ -36,7 +37,9 @@ class BroadcastForward:
 
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         turn = self.current.turn
-        return original(*args, **kwargs) if turn is None or turn.passes() else self.run(turn, original, args, kwargs)
+        if turn is None or turn.call is None or turn.passes():
+            return original(*args, **kwargs)
+        return self.run(turn, original, args, kwargs)
 
 
 def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -63,32 +66,32 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
 class Unprojected(Protocol):
     """An attention module in two parts: `finish(attend(x, ...)[0], x)` is its output."""
 
-    def attend(
-        self, x: torch.Tensor, *args: Any, store_dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | Quantized | None]:
-        """Attention before the output projection, and a copy in 8 bits where `store_dtype` asks for one."""
+    def attend(self, x: torch.Tensor, *args: Any, store: Turn | None = None, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """Attention before the output projection, and the copy of it that is kept where the turn `store` asks for one."""
 
     def finish(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Attention projected, for the input `x`."""
 
 
-def broadcast_unprojected(turn: Turn, module: Unprojected, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+def broadcast_unprojected(turn: Turn, module: Unprojected, x: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     """The output of an attention module, of which all but the output projection is computed or given back as the plan says.
 
-    A slot in 8 bits is written by the pass that computes attention.
+    A slot is written by the pass that computes attention.
     """
     watch = None if torch.compiler.is_dynamo_compiling() else turn.watch
     around = None if watch is None else watch.kind
-    slot = turn.take(args[0])
+    slot = turn.take(x)
     if slot is not None:
-        out = _read(slot, _as_it_is)  # projecting it writes nothing to it
+        out: torch.Tensor = _read(slot, _as_it_is if turn.reads_last else _cloned)  # a projection may write to it, or be none
+        if out.dtype != x.dtype and not autocasts(x):  # it was kept under autocast
+            out = out.to(x.dtype)
     else:
-        out, stored = module.attend(*args, store_dtype=turn.dtype if turn.stores else None, **kwargs)
+        out, stored = module.attend(x, *args, store=turn.store, **kwargs)
         if turn.stores:
-            turn.put((out if stored is None else stored, [out.dtype]))
+            turn.put((stored, [out.dtype]))
     if watch is not None:
         watch.mark(around)
-    return module.finish(out, args[0])
+    return module.finish(out, x)
 
 
 def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

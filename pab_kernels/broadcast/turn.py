@@ -37,25 +37,29 @@ class CurrentCall(threading.local):
         self.enclosed = False
         self._entered: list[tuple[CurrentTurn, Turn]] = []
         self._plan: Plan | None = None
-        self._idle: list[Idle] = []  # of that plan
-        self._idle_of: dict[str, Idle] = {}
+        self._idle: list[Turn] = []  # of that plan
+        self._idle_of: dict[str, Turn] = {}
 
     def enter(self, call: Call | None, current: Mapping[str, CurrentTurn]) -> None:
         """From here on, in this thread, sublayers have their turns in `call`; without one they run plainly.
 
-        Sublayers that are idle in its plan keep their turns when it is left, as the next call is likely to be one of that plan.
+        Sublayers of which nothing is kept or reused in the whole generation are idle. Their turns are made once and stay where they are:
+        the next call is likely to be one of the same plan.
 
         Args:
             current: where each sublayer finds its turn, by name.
         """
-        if self.call is not None:
-            self.call.idle_runs = [idle.runs for idle in self.call.idle]
-        left, self.call = self._entered, call
+        left, before, self.call = self._entered, self.call, call
+        if before is not None:
+            before.idle_runs = [idle.runs for idle in before.idle]
         self._entered = [] if call is None else [(current[name], turn) for name, turn in call.turns.items() if name in current]
         for place, _ in left:
             place.turn = None
         if call is not None:
             self._take_idle(call, current)
+        else:
+            for idle in self._idle:
+                idle.call = None  # type: ignore[assignment]
         for place, turn in self._entered:
             place.turn = turn
 
@@ -64,13 +68,13 @@ class CurrentCall(threading.local):
             self.forget(current)
             for sublayer in call.plan.sublayers:
                 if sublayer.name in call.plan.idle and sublayer.name in current:
-                    idle = self._idle_of.setdefault(sublayer.name, Idle(sublayer, self))
-                    current[sublayer.name].turn = idle
+                    idle = self._idle_of.setdefault(sublayer.name, Turn(call, sublayer, Decision(Action.COMPUTE)))
+                    idle.idle, current[sublayer.name].turn = True, idle
                     self._idle.append(idle)
             self._plan = call.plan
         call.idle = self._idle
         for idle in self._idle:
-            idle.runs = 0
+            idle.call, idle.runs = call, 0
         for idle, runs in zip(self._idle, call.idle_runs, strict=False):  # it was interrupted by another call
             idle.runs = runs
 
@@ -88,7 +92,7 @@ class Turn:
     their order; in a compiled graph it has one for the first time only.
 
     Args:
-        call: the call.
+        call: the call; None between two calls, where the turn is idle.
         sublayer: whose turn it is.
         decision: the plan's.
         slot: what it reuses; None where it computes. Where it reads several outputs, their `Extrapolation`.
@@ -103,6 +107,8 @@ class Turn:
         self.runs = 0
         self._place = sublayer.name
 
+    idle = False
+    """Whether its sublayer keeps and reuses nothing in the whole generation."""
     reads_last = False
     """Whether nothing else reads what `take` gave; in a graph never, as it serves other steps too."""
     reused = 0
@@ -157,8 +163,11 @@ class Turn:
         return CACHE_DTYPES[self.call.generation.config.cache_dtype]
 
     def passes(self) -> bool:
-        """Whether there is nothing to do but to compute, which is then counted already."""
-        return False
+        """Whether there is nothing to do but to compute, which is then counted already. In a graph it is the same work as any computing."""
+        if torch.compiler.is_dynamo_compiling() or not self.idle or self.watch is not None:
+            return False
+        self.runs += 1
+        return True
 
     @property
     def store(self) -> Turn | None:
@@ -224,44 +233,6 @@ class Turn:
         if stores:
             self._keep(self._kept, key, self._own_dtype)
             self._kept = None
-
-
-class Idle(Turn):
-    """The turn of a sublayer of which nothing is kept or reused in the whole generation, in all calls of a thread: it counts runs.
-
-    Args:
-        sublayer: whose turn it is.
-        thread: in whose current call.
-    """
-
-    unprojected = False
-
-    def __init__(self, sublayer: Sublayer, thread: CurrentCall) -> None:
-        self.sublayer = sublayer
-        self.slot, self.stores, self.runs = None, False, 0
-        self._thread = thread
-
-    @property
-    def watch(self) -> Stopwatch | None:
-        """See `Turn.watch`."""
-        call = self._thread.call
-        return None if call is None else call.stopwatch
-
-    def passes(self) -> bool:
-        """See `Turn.passes`."""
-        if torch.compiler.is_dynamo_compiling():
-            if torch.compiler.is_exporting():  # whoever exports a model counts nothing
-                return True
-        elif self.watch is not None:
-            return False
-        self.runs += 1
-        return True
-
-    def take(self, x: torch.Tensor) -> None:
-        """Nothing is reused."""
-        self.runs += 1
-        if not torch.compiler.is_dynamo_compiling() and self.watch is not None:
-            self.watch.mark(self.sublayer.kind, x.device)
 
 
 def _stores(decision: Decision, slot: Slot | Extrapolation | None) -> bool:

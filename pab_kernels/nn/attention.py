@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..broadcast.turn import Turn
 from ..ops.short_attention import MAX_TOKENS
 from .broadcast_module import BroadcastModule
-from .parts import Parts, PartsModule, check_input, fresh, refuse_options
+from .parts import Parts, PartsModule, check_input, fresh, refuse_options, stored_dtype
 from .qk_norm import with_norm
 from .sources import read_parts
 
@@ -111,7 +112,7 @@ class SelfAttention(PartsModule):
         self.temporal = temporal
 
     def attend(  # type: ignore[override]
-        self, x: Tensor, rope: ops.Rope | None = None, *, store_dtype: torch.dtype | None = None
+        self, x: Tensor, rope: ops.Rope | None = None, *, store: Turn | None = None
     ) -> tuple[Tensor, Tensor | ops.Quantized | None]:
         """See `PABAttention.forward`; the attention is `[B, S, T, H, D]` where it is over frames."""
         parts = self.parts
@@ -122,7 +123,8 @@ class SelfAttention(PartsModule):
         q, q_norm = with_norm(q, self.norm(parts.q_norm))
         k, k_norm = with_norm(k, self.norm(parts.k_norm))
         operation = ops.short_attention if self.temporal and q.shape[-3] <= MAX_TOKENS else ops.attention
-        return operation(q, k, v, softmax_scale=parts.softmax_scale, q_norm=q_norm, k_norm=k_norm, rope=rope, store_dtype=store_dtype)
+        kept = stored_dtype(q, store)
+        return operation(q, k, v, softmax_scale=parts.softmax_scale, q_norm=q_norm, k_norm=k_norm, rope=rope, store_dtype=kept)
 
     def arrange(self, out: Tensor, x: Tensor) -> Tensor:
         """See `PartsModule.arrange`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..broadcast.config import KINDS
-from ..broadcast.outputs import broadcast_output, broadcast_unprojected
+from ..broadcast.outputs import broadcast_output
 from .parts import PartsModule
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ class BroadcastModule(nn.Module):
         """The module's output, computed or broadcast."""
         member = self._member
         turn = None if member is None or member.module is not self else member.current.turn  # a shallow copy has the member too
-        if turn is None or turn.passes():
+        if turn is None or turn.call is None or turn.passes():
             return self.module(*args, **kwargs)
         if turn.unprojected and isinstance(self.module, PartsModule):
-            return broadcast_unprojected(turn, self.module, args, kwargs)
+            return self.module(*args, turn=turn, **kwargs)
         return broadcast_output(turn, self.module, args, kwargs)
 
     @property

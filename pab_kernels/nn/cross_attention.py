@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from .. import ops
 from ..broadcast.call import Call
 from ..broadcast.slots import Key
+from ..broadcast.turn import Turn
 from ..ops.flops import linear_flops
 from .broadcast_module import BroadcastModule
-from .parts import PartsModule, check_input, fresh, refuse_options
+from .parts import PartsModule, check_input, fresh, refuse_options, stored_dtype
 from .qk_norm import with_norm
 from .sources import read_parts
 
@@ -167,7 +168,7 @@ class CrossAttention(PartsModule):
         text_lengths: Tensor | None = None,
         kept: KeptText | None = None,
         *,
-        store_dtype: torch.dtype | None = None,
+        store: Turn | None = None,
     ) -> tuple[Tensor, Tensor | ops.Quantized | None]:
         """See `PABCrossAttention.forward`; `kept` holds keys and values of earlier steps. The attention is `[B, N, H, D]`."""
         parts = self.parts
@@ -186,7 +187,7 @@ class CrossAttention(PartsModule):
             key_lengths=text_lengths,
             q_norm=q_norm,
             k_norm=k_norm,
-            store_dtype=store_dtype,
+            store_dtype=stored_dtype(q, store),
         )
 
     def arrange(self, out: Tensor, x: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..broadcast.outputs import broadcast_unprojected
+from ..broadcast.turn import Turn
 from ..ops.attention.options import MAX_HEAD_DIM, MIN_HEAD_DIM
 from ..ops.quantized import Quantized
 
@@ -148,14 +150,14 @@ class PartsModule(nn.Module):
         """The norm of this name."""
         return None if name is None else self.get_submodule(name)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output: attention, projected."""
+    def forward(self, x: Tensor, *args: Any, turn: Turn | None = None, **kwargs: Any) -> Tensor:
+        """The output: attention, projected. Where a `turn` is given, attention is computed or given back as it says."""
+        if turn is not None:
+            return broadcast_unprojected(turn, self, x, args, kwargs)
         return self.finish(self.attend(x, *args, **kwargs)[0], x)
 
-    def attend(
-        self, x: Tensor, *args: Any, store_dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | Quantized | None]:
-        """Attention `[..., H, D]` before its projection; where `store_dtype` is given, a copy in 8 bits too, with a scale a head."""
+    def attend(self, x: Tensor, *args: Any, store: Turn | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | Quantized | None]:
+        """Attention `[..., H, D]` before its projection, and what the turn `store` keeps of it: a copy, in 8 bits with a scale a head."""
         raise NotImplementedError
 
     def arrange(self, out: Tensor, x: Tensor) -> Tensor:
@@ -225,3 +227,8 @@ def refuse_options(options: dict[str, Any], supported: str) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise TypeError(f"{', '.join(given)} came; {supported} are supported: leave it out, or wrap the original module in BroadcastModule")
+
+
+def stored_dtype(q: Tensor, store: Turn | None) -> torch.dtype | None:
+    """The dtype of what a turn keeps of attention; None where nothing is kept."""
+    return None if store is None else store.dtype or q.dtype

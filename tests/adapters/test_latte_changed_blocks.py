@@ -306,3 +306,18 @@ def test_a_changed_block_reuses_as_a_whole() -> None:
     assert not torch.equal(second, twin(noise(1), **texts).sample)
     (tallies,) = pab.summary(model).contexts.values()
     assert tallies["block"].reused == 2 and pab.summary(model).forced == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["attn1", "ff"])
+def test_a_hook_that_comes_between_two_steps_is_called_at_the_next_computation(name: str) -> None:
+    model = tiny_latte()
+    every_second = Broadcast(2, (0, 1))
+    pab.enable(model, PABConfig(spatial=every_second, mlp=every_second), num_steps=6)
+    called: list[int] = []
+    for step in range(6):
+        if step == 2:
+            part = model.transformer_blocks[0].get_submodule(name)
+            part.register_forward_hook(lambda module, args, out: called.append(1))
+        model(hidden_states=noise(), timestep=torch.tensor([500 - step]), encoder_hidden_states=prompt())
+    assert len(called) == 2, "at steps 2 and 4"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pab_kernels as pab
-from pab_kernels import Broadcast, PABConfig
+from pab_kernels import Broadcast, PABConfig, ops
 from pab_kernels.broadcast import slots
 from pab_kernels.nn import BroadcastModule, PABAttention, PABCrossAttention
 
@@ -159,3 +159,76 @@ def test_modules_that_cannot_be_parted_are_refused() -> None:
     wrapped = nn.ModuleDict({"attn": BroadcastModule(nn.MultiheadAttention(C, 2), "spatial")})
     with pytest.raises(ValueError, match="cache_point 'unprojected' does not suit ModuleDict; supported are 'pre_gate'"):
         pab.enable(wrapped, PABConfig(spatial=2, cache_point="unprojected"), num_steps=3)
+
+
+class Scaled(nn.Module):
+    """Calls an attention, and writes to what it gives."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attn(x)
+        y *= 2
+        return y
+
+
+class InPlace(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(2))
+
+
+X = torch.ones(1, 6, C)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("projection", [nn.Identity(), InPlace(C, C)], ids=["none", "writes to its input"])
+@pytest.mark.parametrize("reach", [2, 4])
+def test_nobody_writes_to_what_is_kept(projection: nn.Module, reach: int) -> None:
+    attn = PABAttention(C, 2)
+    attn.module.proj = projection
+    scaled = Scaled(attn).eval().requires_grad_(False)
+    plain = scaled(X)
+    pab.enable(scaled, PABConfig(spatial=Broadcast(reach, (0, 1)), cache_point="unprojected"), num_steps=5)
+    assert all(torch.equal(scaled(X), plain) for _ in range(5))
+
+
+@torch.no_grad()
+def test_hooks_and_another_forward_of_the_inner_module_are_run() -> None:
+    scaled = Scaled(PABAttention(C, 2)).eval().requires_grad_(False)
+    inner: Any = scaled.attn.module
+    pab.enable(scaled, PABConfig(spatial=Broadcast(2, (0, 1)), cache_point="unprojected"), num_steps=6)
+    handle = inner.register_forward_hook(lambda module, args, out: out * 0)
+    assert not scaled(X).any() and not scaled(X).any()
+    handle.remove()
+    own = inner.forward
+    inner.forward = lambda *args, **kwargs: 0 * own(*args, **kwargs)
+    assert not scaled(X).any() and not scaled(X).any()
+    del inner.forward
+    assert scaled(X).any() and pab.summary(scaled).contexts["#0"]["spatial"].reused == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_autocast_may_end_between_two_steps(cache_dtype: Any) -> None:
+    scaled = Scaled(PABAttention(C, 2)).eval().requires_grad_(False)
+    plain = scaled(X)
+    rules = PABConfig(spatial=Broadcast(3, (0, 1)), cache_point="unprojected", cache_dtype=cache_dtype)
+    pab.enable(scaled, rules, num_steps=3)
+    for on in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            out = scaled(X)
+        assert out.dtype == (torch.bfloat16 if on else torch.float32)
+        assert (out.float() - plain).norm() < 0.05 * plain.norm()
+
+
+@torch.no_grad()
+def test_flops_where_a_projection_is_shared(model: nn.Module) -> None:
+    blocks: Any = model.blocks
+    blocks[0].spatial.module.proj = blocks[1].spatial.module.proj
+    with ops.flop_counter() as plain:
+        model(torch.ones(1, 3, 7, C), torch.ones(1, 5, C))
+    sampled(model, PABConfig(spatial=Broadcast(3, (0, 1)), cache_point="unprojected"))
+    summary = pab.summary(model)
+    assert summary.flops_without == STEPS * plain.get_total_flops() > summary.flops > 0

@@ -173,3 +173,41 @@ def test_a_request_in_another_thread_adds_no_graph() -> None:
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(work).result()
     assert all(map(torch.equal, found, wanted)) and counter.frame_count == 2
+
+
+@torch.no_grad()
+def test_other_rules_share_what_they_have_in_common() -> None:
+    """A step at which everything is computed is one graph, whatever is reused at others; and so is a block outside of any call."""
+    model, arguments, groups = _family("WanTransformer3DModel", "blocks")
+    counter = CompileCounter()
+    _compiled(model, groups, counter)
+    late = Broadcast(2, (STEPS - 2, STEPS), "step")
+    found = []
+    for config in (PABConfig(spatial=late), PABConfig(cross=late), PABConfig(mlp=late)):
+        pab.enable(model, config)
+        for _ in range(2):
+            with pab.generation(model, num_steps=STEPS):
+                _run(model, arguments)
+        found.append(counter.frame_count)
+    assert found == [3, 5, 7], "stored, reused; and once computed"
+
+
+@torch.no_grad()
+def test_a_block_that_is_called_by_itself_adds_no_graph_a_call() -> None:
+    model, arguments, groups = _family("WanTransformer3DModel", "blocks")
+    counter = CompileCounter()
+    _compiled(model, groups, counter)
+    given: list[Any] = []
+    block: Any = model.get_submodule(groups[0])[0]  # type: ignore[index]
+    handle = block.register_forward_pre_hook(lambda module, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
+    pab.enable(model, PABConfig(spatial=RULE))
+    with pab.generation(model, num_steps=STEPS):
+        _run(model, arguments)
+    handle.remove()
+    args, kwargs = given[0]
+    counts = []
+    for _ in range(6):
+        block(*args, **kwargs)
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
+    assert pab.summary(model).contexts["#0"]["mlp"].computed == STEPS * len(list(model.get_submodule(groups[0]).children()))
