@@ -1,7 +1,7 @@
 """Outputs of modules that are called as they are: what a slot keeps of them, and how they are given back.
 
-An output may be a tensor or any nest of tensors, and is kept whole. Where several are
-reused together, floating-point tensors are extrapolated (see `Extrapolation`); everything else is that of the newest output.
+An output may be a tensor or any nest of tensors, and is kept whole. Where several are reused together, floating-point tensors are
+extrapolated (see `Extrapolation`); everything else is that of the newest output.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     Raises:
         TypeError: there is no tensor among the inputs.
     """
-    watch = None if torch.compiler.is_dynamo_compiling() else turn.watch
-    around = None if watch is None else watch.kind
+    around = turn.call.measured
     x = args[0] if args and isinstance(args[0], torch.Tensor) else _tensors(turn.sublayer, args, kwargs)[0]
     slot = turn.take(x)
     if slot is not None:
@@ -58,8 +57,7 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
         out = compute(*args, **kwargs)
         if turn.stores:
             turn.put(kept(out, None if turn.dtype is None else _cloned_unless_quantised))
-    if watch is not None:
-        watch.mark(around)
+    turn.call.mark(around)
     return out
 
 
@@ -78,8 +76,7 @@ def broadcast_unprojected(turn: Turn, module: Unprojected, x: torch.Tensor, args
 
     A slot is written by the pass that computes attention.
     """
-    watch = None if torch.compiler.is_dynamo_compiling() else turn.watch
-    around = None if watch is None else watch.kind
+    around = turn.call.measured
     slot = turn.take(x)
     if slot is not None:
         out: torch.Tensor = _read(slot, _as_it_is if turn.reads_last else _cloned)  # a projection may write to it, or be none
@@ -89,8 +86,7 @@ def broadcast_unprojected(turn: Turn, module: Unprojected, x: torch.Tensor, args
         out, stored = module.attend(x, *args, store=turn.store, **kwargs)
         if turn.stores:
             turn.put((stored, [out.dtype]))
-    if watch is not None:
-        watch.mark(around)
+    turn.call.mark(around)
     return module.finish(out, x)
 
 
@@ -105,8 +101,7 @@ def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     Raises:
         TypeError: there is no tensor among the inputs, or an output does not continue exactly one input.
     """
-    watch = None if torch.compiler.is_dynamo_compiling() else turn.watch
-    around = None if watch is None else watch.kind
+    around = turn.call.measured
     inputs = _tensors(turn.sublayer, args, kwargs)
     slot = turn.take(inputs[0])
     if slot is not None:
@@ -122,8 +117,7 @@ def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
             pairs = _continued(turn.sublayer, inputs, leaves)
             changes = [leaf if k is None else leaf - before[k] for k, leaf in zip(pairs, leaves, strict=True)]
             turn.put(kept((pairs, pytree.tree_unflatten(changes, nest)), _as_it_is))  # the changes are nobody else's
-    if watch is not None:
-        watch.mark(around)
+    turn.call.mark(around)
     return out
 
 

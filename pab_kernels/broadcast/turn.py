@@ -19,7 +19,6 @@ from .slots import CACHE_DTYPES, Extrapolation, Key, Slot, pack
 
 if TYPE_CHECKING:
     from .call import Call
-    from .stopwatch import Stopwatch
 
 
 class CurrentTurn(threading.local):
@@ -143,11 +142,6 @@ class Turn:
         return None
 
     @property
-    def watch(self) -> Stopwatch | None:
-        """What measures its seconds, if they are measured."""
-        return self.call.stopwatch
-
-    @property
     def gated(self) -> bool:
         """Whether what is kept is kept after the gate."""
         return self.call.generation.config.cache_point == "post_gate"
@@ -164,7 +158,7 @@ class Turn:
 
     def passes(self) -> bool:
         """Whether there is nothing to do but to compute, which is then counted already. In a graph it is the same work as any computing."""
-        if torch.compiler.is_dynamo_compiling() or not self.idle or self.watch is not None:
+        if torch.compiler.is_dynamo_compiling() or not self.idle or self.call.stopwatch is not None:
             return False
         self.runs += 1
         return True
