@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import context, disable, enable, generation, release, sublayers, summary
-    from .broadcast.config import Broadcast, PABConfig
-    from .broadcast.plan import Plan, plan
     from .patch import patch_diffusers, unpatch_diffusers
+    from .rules.config import Broadcast, PABConfig
+    from .rules.plan import Plan, plan
 
 _HOMES = {
     "enable": "api",
@@ -27,10 +27,10 @@ _HOMES = {
     "context": "api",
     "sublayers": "api",
     "summary": "api",
-    "plan": "broadcast.plan",
-    "Plan": "broadcast.plan",
-    "Broadcast": "broadcast.config",
-    "PABConfig": "broadcast.config",
+    "plan": "rules.plan",
+    "Plan": "rules.plan",
+    "Broadcast": "rules.config",
+    "PABConfig": "rules.config",
     "patch_diffusers": "patch",
     "unpatch_diffusers": "patch",
 }

@@ -13,14 +13,14 @@ from torch import nn
 from .adapters import adapter_for
 from .broadcast.attach import take_off
 from .broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
-from .broadcast.config import PABConfig
 from .broadcast.names import Naming
 from .broadcast.pipeline import PipeWatch, denoisers
-from .broadcast.plan import Sublayer
-from .broadcast.presets import preset_for, preset_name, presets
 from .broadcast.request import Request
 from .broadcast.summary import Summary, together
 from .compat import uncompiled
+from .rules.config import PABConfig
+from .rules.plan import Sublayer
+from .rules.presets import preset_for, preset_name, presets
 
 logger = logging.getLogger("pab_kernels")
 

@@ -21,16 +21,16 @@ from .analysis.forecasts.model_calls import MODEL_CALLS, Size
 from .analysis.pipelines import usable_device
 from .analysis.quality.comparison import Comparison, compare
 from .analysis.sampling import Sampled, check_seed, in_words, sample
-from .broadcast.config import PABConfig
 from .broadcast.costs import on_meta
-from .broadcast.plan import Cost, Counts, Plan
-from .broadcast.schedule import check_steps
 from .compat import execution_device
 from .files import path_of, write_text
 from .models.demo.check import shows
 from .models.demo.pipeline import GUIDANCE, SCHEDULERS, STEPS, DemoPipeline, load
 from .models.demo.shapes import FRAMES, SIZE, VOCABULARY, Caption, parse
 from .progress import RunProgress
+from .rules.config import PABConfig
+from .rules.plan import Cost, Counts, Plan
+from .rules.schedule import check_steps
 from .strict_json import to_json
 
 PROMPTS = (

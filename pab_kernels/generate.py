@@ -18,14 +18,14 @@ from .analysis.pipeline_call import Wish, arguments, call
 from .analysis.pipelines import load_pipeline
 from .analysis.quality.comparison import Comparison, compare
 from .analysis.sampling import Sampled, in_words, sample
-from .broadcast.config import PABConfig
-from .broadcast.formats import named_config
-from .broadcast.presets import preset_for
 from .broadcast.summary import Summary
 from .compat import execution_device
 from .extras import require
 from .files import path_of, write_text
 from .progress import RunProgress
+from .rules.config import PABConfig
+from .rules.formats import named_config
+from .rules.presets import preset_for
 from .strict_json import to_json
 
 DTYPES = ("float32", "bfloat16", "float16")

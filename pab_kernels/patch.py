@@ -15,11 +15,11 @@ from torch import nn
 
 from . import api, compat
 from .broadcast.broadcaster import Broadcaster, broadcaster_of
-from .broadcast.formats import from_diffusers
 from .broadcast.generation import Generation
 from .broadcast.pipeline import denoisers
 from .broadcast.slots import Slot
 from .extras import require
+from .rules.formats import from_diffusers
 
 logger = logging.getLogger("pab_kernels")
 
@@ -38,7 +38,7 @@ def patch_diffusers() -> None:
     """Let `enable_cache(PyramidAttentionBroadcastConfig(...))` of diffusers' models use this package, until `unpatch_diffusers`.
 
     `disable_cache`, `is_cache_enabled` and `cache_context` belong to it; configs of other caches go to diffusers as before. Rules are as
-    `broadcast.formats.from_diffusers` has them, and `summary(model)` tells what was done.
+    `rules.formats.from_diffusers` has them, and `summary(model)` tells what was done.
 
     The pipeline is looked for in `current_timestep_callback`: in `lambda: pipe.current_timestep` it is found, and its scheduler gives the
     plan. Where it is not found, each step is decided when it comes, by the timestep that the callback gives: a step ends where a context is

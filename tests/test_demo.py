@@ -17,9 +17,9 @@ from pab_kernels import demo
 from pab_kernels.analysis.memory import Peak
 from pab_kernels.analysis.quality.comparison import Closeness, Comparison
 from pab_kernels.analysis.sampling import Sampled
-from pab_kernels.broadcast.config import PABConfig
 from pab_kernels.demo import DemoResult, DemoRun, DemoSettings, Variant, run_demo, variants, write
 from pab_kernels.models.demo import shapes
+from pab_kernels.rules.config import PABConfig
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy 2.4 says is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

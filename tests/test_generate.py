@@ -22,9 +22,9 @@ pytest.importorskip("matplotlib")
 from pab_kernels import PABConfig
 from pab_kernels.analysis.pipeline_call import Wish
 from pab_kernels.analysis.quality.clips import read_clip
-from pab_kernels.broadcast.formats import save_config
 from pab_kernels.generate import NotWritten, Result, Settings, generate
 from pab_kernels.models.demo import pipeline as demo_pipeline
+from pab_kernels.rules.formats import save_config
 from tests.tiny_pipelines import PIPELINES, save
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates; imageio's reader leaves a pipe to the collector

@@ -58,7 +58,9 @@ ROOMS = (
     "files",
     "figures",
     "streams",
+    "limits",
     "ops",
+    "rules",
     "broadcast",
     "nn",
     "models",
@@ -135,6 +137,16 @@ seen["compilers"] = [name for name in ("torch._dynamo", "torch._inductor") if na
         "pab_kernels.doctor",
     )
     assert [name for name in seen["ours"] if name.startswith(unneeded) or name.endswith((".triton", ".cuda"))] == []
+
+
+def test_rules_are_imported_without_torch(tmp_path: Path) -> None:
+    rules = [module for module in _modules() if module.startswith("pab_kernels.rules")]
+    code = f"""
+import importlib
+sys.modules["torch"] = None
+seen["rules"] = [importlib.import_module(name).__name__ for name in {rules}]
+"""
+    assert len(rules) > 5 and _fresh_interpreter(code, tmp_path)["rules"] == rules
 
 
 # Names

@@ -20,7 +20,7 @@ from torch import Tensor
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.broadcaster import broadcaster_of
-from pab_kernels.broadcast.formats import from_diffusers
+from pab_kernels.rules.formats import from_diffusers
 from tests.adapters.replay import Replay
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.adapters.tiny_models import FAMILIES, Tiny

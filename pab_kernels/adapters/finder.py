@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..broadcast.config import KINDS
-from ..broadcast.plan import Sublayer
+from ..rules.config import KINDS
+from ..rules.plan import Sublayer
 from . import evidence
 
 LISTS = (nn.ModuleList, nn.Sequential)

@@ -12,7 +12,7 @@ from torch import nn
 from ..broadcast.attach import Attached, attach_forward
 from ..broadcast.broadcaster import Broadcaster
 from ..broadcast.outputs import BroadcastForward, broadcast_change, broadcast_output
-from ..broadcast.plan import Sublayer
+from ..rules.plan import Sublayer
 from .finder import find
 
 

@@ -17,12 +17,12 @@ from ..broadcast.attach import innermost, is_of_class
 from ..broadcast.broadcaster import Broadcaster
 from ..broadcast.call import Call
 from ..broadcast.fusing import has_no_hooks, is_original, is_plain
-from ..broadcast.plan import Sublayer
 from ..broadcast.slots import Extrapolation, Slot
 from ..broadcast.stopwatch import REST
 from ..broadcast.stream import ResidualStream
 from ..broadcast.turn import CurrentTurn, Turn
 from ..ops.short_attention import MAX_TOKENS
+from ..rules.plan import Sublayer
 from .generic import GenericAdapter
 
 logger = logging.getLogger("pab_kernels")

@@ -8,8 +8,8 @@ from torch import nn
 
 from ..broadcast.adapter import Detachable
 from ..broadcast.broadcaster import Broadcaster
-from ..broadcast.plan import Sublayer
 from ..nn import BroadcastModule
+from ..rules.plan import Sublayer
 
 
 def handles(model: nn.Module) -> bool:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..broadcast.config import DEFAULT_WINDOW, Broadcast
-from ..broadcast.schedule import Schedule
 from ..compat import PAB_HOOK, diffusers_hooks
 from ..extras import require
+from ..rules.config import DEFAULT_WINDOW, Broadcast
+from ..rules.schedule import Schedule
 
 
 @dataclass

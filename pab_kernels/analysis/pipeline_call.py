@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..broadcast.schedule import check_steps
 from ..messages import first_line
 from ..progress import Progress
+from ..rules.schedule import check_steps
 from .sampling import check_seed
 
 _FRAMES = ("num_frames", "video_length")

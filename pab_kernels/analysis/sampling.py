@@ -11,10 +11,10 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from .. import api
-from ..broadcast.config import PABConfig
 from ..broadcast.summary import Summary
 from ..compat import execution_device
 from ..messages import shown
+from ..rules.config import PABConfig
 from .memory import Peak, peak_memory
 
 T = TypeVar("T")

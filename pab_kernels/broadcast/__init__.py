@@ -1,1 +1,1 @@
-"""PAB itself: rules, plan, slots, residual stream, generations and contexts."""
+"""PAB at run time: requests, generations, calls and their turns, contexts, slots, residual stream."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .plan import Sublayer
+from ..rules.plan import Sublayer
 
 if TYPE_CHECKING:
     from .broadcaster import Broadcaster

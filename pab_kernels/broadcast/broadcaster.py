@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..rules.config import PABConfig
 from .adapter import Adapter, Detachable
 from .attach import PREFIX, Attached, attach_forward, is_stand_in
 from .call import Call
-from .config import PABConfig
 from .following import Following
 from .generation import Generation
 from .graphs.pool import GraphPool

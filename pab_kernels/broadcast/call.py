@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..rules.plan import Action, Decision
 from .context import Context
 from .costs import Arguments
-from .plan import Action, Decision
 from .slots import Arena, Extrapolation, Slot
 from .turn import Turn
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import compat
 from ..ops.flops import flop_counter
-from .plan import Sublayer
+from ..rules.plan import Sublayer
 from .signature import PLAIN, tensors_of
 from .slots import Key, slot_bytes
 

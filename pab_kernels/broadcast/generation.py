@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..rules.config import PABConfig
+from ..rules.plan import Action, Plan, Sublayer
+from ..rules.schedule import Schedule
 from . import fusing
 from .call import Call
-from .config import PABConfig
 from .context import Context
 from .costs import Arguments, CallCosts, call_costs
 from .inputs import NO_INPUTS, Inputs
-from .plan import Action, Plan, Sublayer
-from .schedule import Schedule
 from .slots import Key, Meter
 from .timesteps import Moment, Timesteps
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-from .config import Broadcast, PABConfig
+from ..rules.config import Broadcast, PABConfig
+from ..rules.plan import Action, Decision, Plan, Sublayer
+from ..rules.schedule import MOST_STEPS, Schedule
 from .generation import Generation
-from .plan import Action, Decision, Plan, Sublayer
-from .schedule import MOST_STEPS, Schedule
 from .slots import Meter
 
 

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from ..ops.cached_outputs import extrapolate
 from ..ops.quantized import Quantized
+from ..rules.plan import Sublayer
 from .fusing import autocasts
-from .plan import Sublayer
 from .slots import Extrapolation, Slot, is_quantised, unpack
 from .turn import CurrentTurn, Turn
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ..rules.plan import Plan
 from .generation import Generation
-from .plan import Plan
 
 if TYPE_CHECKING:
     from .broadcaster import Broadcaster

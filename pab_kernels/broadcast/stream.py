@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..limits import MOST_ADDED
 from ..ops.broadcast_residual import BroadcastResidual
-from ..ops.cached_outputs import MOST_ADDED, CachedOutput, extrapolate, term_value
+from ..ops.cached_outputs import CachedOutput, extrapolate, term_value
 from ..ops.checks import LARGEST, broadcasts
 from ..ops.dispatch import run_checked
 from ..ops.project_residual import ProjectResidual

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from .config import KINDS
+from ..rules.config import KINDS
+from ..rules.plan import Plan
 from .context import Tally
 from .costs import CallCosts
 from .generation import Generation
-from .plan import Plan
 
 
 @dataclass(frozen=True)

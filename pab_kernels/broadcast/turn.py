@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..ops.quantized import Quantized
+from ..rules.plan import Action, Decision, Plan, Sublayer
 from .costs import place as place_of
-from .plan import Action, Decision, Plan, Sublayer
 from .slots import CACHE_DTYPES, Extrapolation, Key, Slot, pack
 
 if TYPE_CHECKING:

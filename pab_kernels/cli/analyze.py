@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..broadcast.schedule import check_steps
 from ..extras import require
+from ..rules.schedule import check_steps
 from ..strict_json import to_json
 from .arguments import named_arguments
 from .display import progress_bar
@@ -119,7 +119,7 @@ def command(
 
 def _write(found: Any, out: Path, plot: bool) -> Iterator[str]:
     """Write the files, what was measured first; their names."""
-    from ..broadcast.formats import save_config
+    from ..rules.formats import save_config
 
     yield found.save(out / "analysis.json").name
     if found.start is not None:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..broadcast.config import PABConfig
-from ..broadcast.formats import named_config
-from ..broadcast.plan import plan
-from ..broadcast.schedule import check_steps
 from ..extras import require
 from ..figures import check_plot_path
+from ..rules.config import PABConfig
+from ..rules.formats import named_config
+from ..rules.plan import plan
+from ..rules.schedule import check_steps
 from ..strict_json import to_json
 from .arguments import numbers
 from .display import output, table

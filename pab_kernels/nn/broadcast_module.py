@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..broadcast.config import KINDS
 from ..broadcast.outputs import broadcast_output
+from ..rules.config import KINDS
 from .parts import PartsModule
 
 if TYPE_CHECKING:
     from ..broadcast.broadcaster import Broadcaster
-    from ..broadcast.plan import Sublayer
+    from ..rules.plan import Sublayer
 
 _PREFIX = "module."
 

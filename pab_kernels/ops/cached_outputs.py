@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..limits import MOST_ADDED
 from .checks import check_broadcasts, check_kind, check_operand
 from .dequantize.reference import dequantize
 from .quantized import GROUP, Quantized, check_quantized, data_and_scale
-
-MOST_ADDED = 3
-"""Additions to the residual stream that one operation takes; a projection is one of its own."""
 
 
 @dataclass(frozen=True, eq=False)

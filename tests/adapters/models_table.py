@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from pab_kernels.broadcast.config import KINDS
+from pab_kernels.rules.config import KINDS
 from tests.adapters.classes import COMPILED, RUN, UNKNOWN_FLOPS
 from tests.adapters.expected_models import EXPECTED
 from tests.adapters.graphed import MOVE, READ

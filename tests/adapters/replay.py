@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.attach import is_stand_in
-from pab_kernels.broadcast.plan import Sublayer
 from pab_kernels.broadcast.summary import Summary
+from pab_kernels.rules.plan import Sublayer
 from tests.adapters.tiny_pipes import Pipe
 from tests.oracle import Rule
 

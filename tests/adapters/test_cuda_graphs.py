@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.broadcaster import broadcaster_of
-from pab_kernels.broadcast.reuse import REUSES
 from pab_kernels.broadcast.signature import tensors_of
 from pab_kernels.nn import BroadcastModule
+from pab_kernels.rules.reuse import REUSES
 from tests.adapters.classes import parameters
 from tests.adapters.graphed import (
     CONFIGS,

@@ -19,7 +19,7 @@ from pab_kernels.adapters import latte
 from pab_kernels.adapters.finder import find
 from pab_kernels.adapters.generic import GenericAdapter
 from pab_kernels.broadcast.inputs import Signature
-from pab_kernels.broadcast.plan import Sublayer
+from pab_kernels.rules.plan import Sublayer
 from tests.adapters.expected_models import EXPECTED
 from tests.adapters.tiny_latte import inputs, tiny_latte
 

@@ -21,7 +21,7 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig, ops
 from pab_kernels.adapters import evidence, finder, generic
 from pab_kernels.analysis import analyze
-from pab_kernels.broadcast.plan import Sublayer
+from pab_kernels.rules.plan import Sublayer
 from tests.adapters.classes import COMPILED, RUN, UNKNOWN_FLOPS, UNLIKE, family, parameters
 from tests.adapters.expected_models import EXPECTED
 from tests.adapters.outputs import outputs, same

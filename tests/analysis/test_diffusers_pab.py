@@ -6,10 +6,10 @@ import torch
 pytest.importorskip("diffusers")
 
 from pab_kernels.analysis.diffusers_pab import diffusers_pab, timesteps_around
-from pab_kernels.broadcast.config import DEFAULT_WINDOW, PABConfig
-from pab_kernels.broadcast.plan import Plan
-from pab_kernels.broadcast.schedule import Schedule
 from pab_kernels.models.demo.pipeline import load
+from pab_kernels.rules.config import DEFAULT_WINDOW, PABConfig
+from pab_kernels.rules.plan import Plan
+from pab_kernels.rules.schedule import Schedule
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 7, 20, 50])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pab_kernels.broadcast.schedule import Schedule
+from pab_kernels.rules.schedule import Schedule
 
 
 class Parabola:

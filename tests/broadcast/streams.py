@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pab_kernels.broadcast.call import Call
-from pab_kernels.broadcast.config import CacheDtype, CachePoint, PABConfig
 from pab_kernels.broadcast.generation import Generation
-from pab_kernels.broadcast.plan import Sublayer
 from pab_kernels.broadcast.slots import Key, Slot
 from pab_kernels.broadcast.turn import Turn
+from pab_kernels.rules.config import CacheDtype, CachePoint, PABConfig
+from pab_kernels.rules.plan import Sublayer
 
 SUBLAYERS = [Sublayer(f"s{i}", "spatial", i) for i in range(12)]
 

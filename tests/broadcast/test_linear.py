@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pab_kernels.broadcast.config import Broadcast, PABConfig
 from pab_kernels.broadcast.generation import Generation
 from pab_kernels.broadcast.inputs import Inputs
-from pab_kernels.broadcast.plan import Action, Sublayer
-from pab_kernels.broadcast.schedule import Schedule
 from pab_kernels.broadcast.slots import Extrapolation, Key, Slot
 from pab_kernels.broadcast.stream import ResidualStream
+from pab_kernels.rules.config import Broadcast, PABConfig
+from pab_kernels.rules.plan import Action, Sublayer
+from pab_kernels.rules.schedule import Schedule
 
 SUBLAYER = Sublayer("a", "spatial", 0)
 X = torch.zeros(2, 3)

@@ -11,9 +11,9 @@ from torch import nn
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
-from pab_kernels.broadcast.reuse import REUSES
 from pab_kernels.broadcast.slots import Extrapolation, Key, Slot
 from pab_kernels.broadcast.stream import ResidualStream
+from pab_kernels.rules.reuse import REUSES
 from tests.broadcast.parabola import Parabola
 
 

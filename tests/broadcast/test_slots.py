@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from pab_kernels.broadcast.config import CacheDtype, PABConfig
 from pab_kernels.broadcast.generation import Generation
-from pab_kernels.broadcast.plan import Sublayer
 from pab_kernels.broadcast.slots import CACHE_DTYPES, GROUP, Arena, Key, Meter, nbytes, pack, slot_bytes, unpack
 from pab_kernels.ops import Quantized, quantize
+from pab_kernels.rules.config import CacheDtype, PABConfig
+from pab_kernels.rules.plan import Sublayer
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.int8)
 RAGGED = ((3, 1), (2, 5, 127), (1, 128), (7, 129), (2, 3, 1152), (1, 1, 1, 300))

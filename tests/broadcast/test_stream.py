@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pab_kernels.broadcast.config import CacheDtype
 from pab_kernels.broadcast.slots import CACHE_DTYPES, Extrapolation, Key, Slot
 from pab_kernels.broadcast.stream import ResidualStream
 from pab_kernels.ops import Quantized, dequantize, quantize
+from pab_kernels.rules.config import CacheDtype
 from tests.broadcast.streams import LINEARS, NORMS, kept_by, slot_of, storing_call, taken
 
 # Random programs

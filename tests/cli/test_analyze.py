@@ -17,7 +17,7 @@ import diffusers
 from typer.testing import CliRunner
 
 from pab_kernels import PABConfig, cli
-from pab_kernels.broadcast.formats import load_config
+from pab_kernels.rules.formats import load_config
 from tests.analysis.tiny_dit import tiny_dit
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -154,8 +154,8 @@ def test_the_table_fits_its_terminal(width: int, first: str):
     from pab_kernels.analysis.memory import Peak
     from pab_kernels.analysis.quality.comparison import Closeness, Comparison
     from pab_kernels.analysis.sampling import Sampled
-    from pab_kernels.broadcast.plan import Counts
     from pab_kernels.cli.demo import results_table
+    from pab_kernels.rules.plan import Counts
 
     counts = dict.fromkeys(demo.COUNTED_KINDS, Counts(computed=33, reused=17))
     closeness = [Closeness(psnr, ssim, None, None, None) for psnr, ssim in ((31.2, 0.951), (33.1, 0.972))]

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pab_kernels.limits import MOST_ADDED
 from pab_kernels.ops import Line, Norm, Quantized, broadcast_residual, dequantize, quantize
 from pab_kernels.ops.broadcast_residual import BroadcastResidual, reference
-from pab_kernels.ops.cached_outputs import MOST_ADDED, cached_outputs
+from pab_kernels.ops.cached_outputs import cached_outputs
 from tests.ops.tensors import KERNEL_DEVICE, assert_accurate, draws
 
 NORMS = (None, "layer", "rms")

@@ -23,8 +23,8 @@ from ...broadcast.adapter import Adapter
 from ...broadcast.attach import Attached, attach_forward
 from ...broadcast.broadcaster import Broadcaster
 from ...broadcast.call import Call
-from ...broadcast.plan import Sublayer
 from ...progress import Progress
+from ...rules.plan import Sublayer
 
 _Place = tuple[str, str, int]
 """Context, sublayer, step."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
-from ...broadcast.config import Broadcast, PABConfig
+from ...rules.config import Broadcast, PABConfig
 
 Curves = Mapping[str, Sequence[float | None]]
 """A value at every step, by kind; None where nothing was measured."""

@@ -14,10 +14,10 @@ from ...adapters import adapter_for
 from ...broadcast.adapter import Adapter
 from ...broadcast.attach import take_off
 from ...broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
-from ...broadcast.config import KINDS, PABConfig
 from ...compat import uncompiled
 from ...files import write_text
 from ...progress import Progress
+from ...rules.config import KINDS, PABConfig
 from ...strict_json import to_json
 from ..ctrl_c import CtrlC, ctrl_c
 from .plots import plot_curves, plot_layers

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from ...adapters import adapter_for
-from ...broadcast.config import PABConfig
-from ...broadcast.plan import Action, Counts, Forecast, Plan
-from ...broadcast.presets import preset_for
-from ...broadcast.schedule import Schedule, check_steps
 from ...broadcast.slots import CACHE_DTYPES
 from ...messages import first_line, shown
+from ...rules.config import PABConfig
+from ...rules.plan import Action, Counts, Forecast, Plan
+from ...rules.presets import preset_for
+from ...rules.schedule import Schedule, check_steps
 from .measure import measure
 from .model_calls import MODEL_CALLS, Size
 from .transformers import build, find_config

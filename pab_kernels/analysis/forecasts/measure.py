@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...broadcast.costs import SublayerRun, watched
-from ...broadcast.plan import Cost, Sublayer
 from ...broadcast.signature import tensors_of
 from ...ops.flops import flop_counter
+from ...rules.plan import Cost, Sublayer
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from ...compat import hooks_in_words
 from ...messages import first_line
+from ...rules.config import PABConfig
+from ...rules.plan import Action
 from ..call import Call
-from ..config import PABConfig
 from ..context import Context
 from ..costs import place
 from ..generation import Generation
-from ..plan import Action
 from ..signature import copy_into, like, signature, tensors_of
 from ..slots import Arena, Meter
 from .capture import Capture, CudaCapture, line_of

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...broadcast.schedule import Schedule
 from ...extras import require
+from ...rules.schedule import Schedule
 from .network import SCHEDULER_CONFIG, PromptTable, build_transformer
 from .shapes import FRAMES, SIZE, Caption, parse
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...limits import MOST_ADDED
 from ..cached_outputs import (
     CACHED_SCHEMA,
-    MOST_ADDED,
     CachedOutput,
     Line,
     cached_outputs,

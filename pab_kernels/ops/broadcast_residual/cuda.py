@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cached_outputs import MOST_ADDED, CachedOutput, Line
+from ...limits import MOST_ADDED
+from ..cached_outputs import CachedOutput, Line
 from ..cuda_library import kernel, refuse
 from ..dispatch import Outputs
 from ..norm import Norm

@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ...limits import MOST_ADDED
 from ..cached_outputs import (
     CACHED_SCHEMA,
-    MOST_ADDED,
     CachedOutput,
     Line,
     cached_outputs,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pab_kernels.analysis.forecasts.measure import measure
-from pab_kernels.broadcast.plan import Sublayer
+from pab_kernels.rules.plan import Sublayer
 
 
 class Two(nn.Module):

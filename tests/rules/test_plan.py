@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pab_kernels.broadcast.config import KINDS, Broadcast, PABConfig
-from pab_kernels.broadcast.plan import Action, Cost, Decision, Plan, Sublayer, plan
-from pab_kernels.broadcast.schedule import Schedule
+from pab_kernels.rules.config import KINDS, Broadcast, PABConfig
+from pab_kernels.rules.plan import Action, Cost, Decision, Plan, Sublayer, plan
+from pab_kernels.rules.schedule import Schedule
 
 COMPUTE, STORE, REUSE, SKIP = Action.COMPUTE, Action.STORE, Action.REUSE, Action.SKIP
 

@@ -84,7 +84,7 @@ class Broadcast:
         range: steps from one compute to the next, at least 1; 1 computes always.
         window: `(lo, hi)`; default (0.15, 0.85) for fractions, and to be given for the other units.
         unit: what `window` or `at` counts.
-        reuse: "hold" or "linear": see `broadcast/reuse.py`.
+        reuse: "hold" or "linear": see `rules/reuse.py`.
         layers: block indices to which the rule is restricted, a list or range of at most 4,096; default all.
         at: explicit points in `unit` "step" or "timestep", at most 10,000.
         exact: for unit "timestep", whether timesteps are compared without rounding.

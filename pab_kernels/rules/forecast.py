@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from ..ops.cached_outputs import MOST_ADDED
+from ..limits import MOST_ADDED
 from .plan import Action, Cost, Forecast, Plan
 
 _RUN = (Action.COMPUTE, Action.STORE)

@@ -17,8 +17,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pab_kernels.broadcast.config import KINDS, Broadcast, PABConfig
-from pab_kernels.broadcast.schedule import Schedule
+from pab_kernels.rules.config import KINDS, Broadcast, PABConfig
+from pab_kernels.rules.schedule import Schedule
 
 # Any rule and config. Fractions have two digits, as people write them.
 

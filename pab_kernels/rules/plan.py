@@ -98,7 +98,7 @@ class Forecast:
         cache_bytes: bytes of slots held after each step.
         peak_cache_bytes: the most that are held, also within a step, where one sublayer stores before another one reads its slot last.
         peak_by_kind: the most that each kind by itself holds; the kinds need not reach it at the same time.
-        moved_bytes: what reuses read and write in device memory; see `broadcast/forecast.py`.
+        moved_bytes: what reuses read and write in device memory; see `rules/forecast.py`.
     """
 
     flops: int

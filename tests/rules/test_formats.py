@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pab_kernels.broadcast.config import KINDS, Broadcast, PABConfig
-from pab_kernels.broadcast.formats import (
+from pab_kernels.rules.config import KINDS, Broadcast, PABConfig
+from pab_kernels.rules.formats import (
     from_diffusers,
     from_steps_masks,
     from_videosys,
@@ -25,9 +25,9 @@ from pab_kernels.broadcast.formats import (
     save_config,
     to_steps_masks,
 )
-from pab_kernels.broadcast.plan import Action, Plan, Sublayer, plan
-from pab_kernels.broadcast.presets import presets
-from pab_kernels.broadcast.schedule import Schedule
+from pab_kernels.rules.plan import Action, Plan, Sublayer, plan
+from pab_kernels.rules.presets import presets
+from pab_kernels.rules.schedule import Schedule
 
 _RANGES = st.integers(1, 9)
 _LAYERS = st.none() | st.lists(st.integers(0, 40), min_size=1, max_size=4)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pab_kernels.broadcast.config import Broadcast
-from pab_kernels.broadcast.schedule import Schedule
+from pab_kernels.rules.config import Broadcast
+from pab_kernels.rules.schedule import Schedule
 
 TIMESTEPS = (999.0, 930.5, 798.9, 676.2, 500.0, 333.3, 100.0, 98.7, 0.0)
 

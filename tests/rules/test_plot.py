@@ -6,10 +6,10 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.colors import to_hex
 
-from pab_kernels.broadcast.config import Broadcast, PABConfig
-from pab_kernels.broadcast.plan import Action, Plan, Sublayer, plan
-from pab_kernels.broadcast.plot import COLOURS, NAMES, plot_plan
-from pab_kernels.broadcast.schedule import Schedule
+from pab_kernels.rules.config import Broadcast, PABConfig
+from pab_kernels.rules.plan import Action, Plan, Sublayer, plan
+from pab_kernels.rules.plot import COLOURS, NAMES, plot_plan
+from pab_kernels.rules.schedule import Schedule
 
 
 def rectangles(figure, prefix: str = "") -> dict[str, object]:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import pab_kernels as pab
-from pab_kernels.broadcast.config import Broadcast, PABConfig
-from pab_kernels.broadcast.plan import Action, Plan, Sublayer, plan
-from pab_kernels.broadcast.presets import preset_for, presets
-from pab_kernels.broadcast.schedule import Schedule
+from pab_kernels.rules.config import Broadcast, PABConfig
+from pab_kernels.rules.plan import Action, Plan, Sublayer, plan
+from pab_kernels.rules.presets import preset_for, presets
+from pab_kernels.rules.schedule import Schedule
 from tests.broadcast.toy import EVERY_STEP, toy
 
 
