@@ -1,4 +1,7 @@
-"""Compiles the CUDA kernels with CMake where that is possible; docs/building.md says what is needed, and what happens where it is not."""
+"""Compiles the CUDA kernels with CMake where that is possible.
+
+Docs/building.md says what is needed, and what happens where it is not.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,8 @@ def nvcc() -> str | None:
 
 
 def torch_include() -> Path | None:
-    """torch's headers: of PAB_TORCH_INCLUDE, the torch that can be imported, or, where the build is isolated from it, the torch of the
-    environment whose interpreter runs the build. torch itself is never imported."""
+    """torch's headers: of PAB_TORCH_INCLUDE, the torch that can be imported, or, where the build is isolated from it,
+    the torch of the environment whose interpreter runs the build. torch itself is never imported."""
     spec = find_spec("torch")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or () if spec else ())]
     folders += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
@@ -64,7 +67,10 @@ def missing(*, kernels: bool) -> str | None:
         return "cmake was not found"
     include = torch_include()
     if include is None:
-        return "torch's headers were not found: build with --no-build-isolation beside torch, or name them in PAB_TORCH_INCLUDE"
+        return (
+            "torch's headers were not found: build with --no-build-isolation beside torch, or name them in "
+            "PAB_TORCH_INCLUDE"
+        )
     version = torch_version(include) or ""
     if tuple(map(int, version.split(".")[:2])) < tuple(map(int, TORCH_TARGET.split("."))):
         return f"torch {version}'s headers were found; {TORCH_TARGET} or later is needed"
@@ -75,7 +81,9 @@ def commit() -> str | None:
     """The commit of this tree, with a mark where it was changed."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
+    )
     return done.stdout.strip() or None
 
 
@@ -124,7 +132,15 @@ class BuildExtension(build_ext):
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         for command in (
-            ["cmake", "-S", str(ROOT), "-B", str(tree), *generator, *(f"-D{name}={value}" for name, value in options.items())],
+            [
+                "cmake",
+                "-S",
+                str(ROOT),
+                "-B",
+                str(tree),
+                *generator,
+                *(f"-D{name}={value}" for name, value in options.items()),
+            ],
             ["cmake", "--build", str(tree), "--parallel", jobs],
             ["cmake", "--install", str(tree), "--prefix", str(folder), "--component", "python", "--strip"],
         ):
@@ -146,7 +162,10 @@ class BuildPython(build_py):
     def run(self) -> None:
         super().run()
         if not self.distribution.ext_modules and not self.editable_mode:
-            write_info(Path(self.build_lib) / "pab_kernels", "PAB_BUILD_CUDA=0 was set" if WANTED == "0" else missing(kernels=True))
+            write_info(
+                Path(self.build_lib) / "pab_kernels",
+                "PAB_BUILD_CUDA=0 was set" if WANTED == "0" else missing(kernels=True),
+            )
 
 
 in_place = "build_ext" in sys.argv

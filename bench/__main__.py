@@ -1,10 +1,11 @@
 """Times the operations against everything else that a user could call, checked against float64 in the same run.
 
     python -m bench --op all --json bench/results/operations.jsonl
-    python -m bench --op attention,short_attention --geometry latte --candidate triton --candidate SDPA --json /tmp/latte.jsonl
+    python -m bench --op attention,short_attention --geometry latte --candidate triton --candidate SDPA --json
+    /tmp/latte.jsonl
 
-A row is appended to the file as soon as it is measured, so an interrupted run keeps what it had. Exit status: 0 if every candidate that can
-serve was right; 1 if one was wrong or failed; 130 if interrupted.
+A row is appended to the file as soon as it is measured, so an interrupted run keeps what it had. Exit status: 0 if
+every candidate that can serve was right; 1 if one was wrong or failed; 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ def run(args: argparse.Namespace, keep: list[Row]) -> None:
     began, shared = time.monotonic(), environment(device)
     read_clocks = clocks if device.type == "cuda" else None
     ceilings = timing.ceilings(device, dtype, args.repeats, read_clocks)
-    progress(f"{shared['device']}: copy {ceilings.copy / 1e9:.0f} GB/s, {args.dtype} product {ceilings.matmul / 1e12:.1f} TFLOP/s")
+    progress(
+        f"{shared['device']}: copy {ceilings.copy / 1e9:.0f} GB/s, {args.dtype} product {ceilings.matmul / 1e12:.1f} "
+        "TFLOP/s"
+    )
 
     def wanted(candidate: Candidate) -> bool:
         return not args.candidate or any(part in candidate.name for part in args.candidate)
@@ -68,33 +72,59 @@ def run(args: argparse.Namespace, keep: list[Row]) -> None:
 
 
 def _skipped(case: Case, candidate: Candidate, seconds: float) -> Row:
-    what: Row = {"bench": case.op, "geometry": case.geometry, "case": case.name, "dtype": str(case.dtype).removeprefix("torch.")}
-    return {**what, "candidate": candidate.name, "ours": candidate.ours, "status": "skipped", "reason": f"the {seconds:g} s were up"}
+    what: Row = {
+        "bench": case.op,
+        "geometry": case.geometry,
+        "case": case.name,
+        "dtype": str(case.dtype).removeprefix("torch."),
+    }
+    return {
+        **what,
+        "candidate": candidate.name,
+        "ours": candidate.ours,
+        "status": "skipped",
+        "reason": f"the {seconds:g} s were up",
+    }
 
 
 def _outcome(row: Row) -> str:
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
     low, high = row["spread"]
-    return f"{row['microseconds']:>10.1f} us   {low:.1f} to {high:.1f}   {100 * row['share_of_floor']:.0f} % of the floor"
+    return (
+        f"{row['microseconds']:>10.1f} us   {low:.1f} to {high:.1f}   {100 * row['share_of_floor']:.0f} % of the floor"
+    )
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    made = argparse.ArgumentParser("python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        "python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     models = [name for name, geometry in GEOMETRIES.items() if not geometry.small]
     cuda = torch.cuda.is_available()
-    made.add_argument("--op", type=_names(OPS, OPS), default=list(OPS), help=f"all, or some of {', '.join(OPS)}, with commas between")
     made.add_argument(
-        "--geometry", type=_names(GEOMETRIES, models), default=models, help=f"all models, or some of {', '.join(GEOMETRIES)}, with commas"
+        "--op", type=_names(OPS, OPS), default=list(OPS), help=f"all, or some of {', '.join(OPS)}, with commas between"
+    )
+    made.add_argument(
+        "--geometry",
+        type=_names(GEOMETRIES, models),
+        default=models,
+        help=f"all models, or some of {', '.join(GEOMETRIES)}, with commas",
     )
     made.add_argument("--case", action="append", help="only cases whose name contains this; may be repeated")
     made.add_argument("--candidate", action="append", help="only candidates whose name contains this; may be repeated")
     made.add_argument("--device", default="cuda" if cuda else "cpu")
     made.add_argument("--dtype", default="bfloat16" if cuda else "float32", choices=["bfloat16", "float16", "float32"])
-    made.add_argument("--repeats", type=int, default=20, help="timed repeats of a candidate; slow ones get fewer, but five")
-    made.add_argument("--seed", type=int, default=None, help="of the inputs; default: another one every time, which the rows tell")
-    made.add_argument("--seconds", type=float, help="begin no further case after so many seconds; those left are rows too")
+    made.add_argument(
+        "--repeats", type=int, default=20, help="timed repeats of a candidate; slow ones get fewer, but five"
+    )
+    made.add_argument(
+        "--seed", type=int, default=None, help="of the inputs; default: another one every time, which the rows tell"
+    )
+    made.add_argument(
+        "--seconds", type=float, help="begin no further case after so many seconds; those left are rows too"
+    )
     made.add_argument("--json", help="file to which rows are appended, JSON lines")
     return made
 
@@ -104,7 +134,9 @@ def _names(known: Any, all_: Any) -> Any:
         chosen = list(all_) if text == "all" else text.split(",")
         unknown = [name for name in chosen if name not in known]
         if unknown:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; all, or some of {', '.join(known)}: pass these")
+            raise argparse.ArgumentTypeError(
+                f"{unknown[0]!r} is unknown; all, or some of {', '.join(known)}: pass these"
+            )
         return chosen
 
     return names
@@ -129,7 +161,9 @@ def main() -> int:
     show(rows)
     bad = [row for row in rows if row["status"] in ("wrong", "failed")]
     for row in bad:
-        progress(f"{row['status']}: {row['bench']} {row['geometry']} {row['case']}, {row['candidate']}: {row['reason']}")
+        progress(
+            f"{row['status']}: {row['bench']} {row['geometry']} {row['case']}, {row['candidate']}: {row['reason']}"
+        )
     return status or int(bool(bad))
 
 

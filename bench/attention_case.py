@@ -1,7 +1,9 @@
-"""What the cases of `attention` and `short_attention` share: inputs, a user's code around any attention kernel, and its candidates.
+"""What the cases of `attention` and `short_attention` share: inputs, a user's code around any attention kernel, and its
+candidates.
 
-q, k and v lie packed, as the projection leaves them, and the output is wanted token by token, as the next projection reads it. What a
-user pays beside the kernel (norms, rotary embedding, copies that rearrange) is part of every candidate.
+q, k and v lie packed, as the projection leaves them, and the output is wanted token by token, as the next projection
+reads it. What a user pays beside the kernel (norms, rotary embedding, copies that rearrange) is part of every
+candidate.
 """
 
 from __future__ import annotations
@@ -57,7 +59,13 @@ class Attention:
     def queries(self) -> int:
         """Tokens of a sequence."""
         g = self.geometry
-        return g.frames if self.kind == "temporal" else g.tokens + g.joint if self.kind == "spatial" else g.frames * g.tokens
+        return (
+            g.frames
+            if self.kind == "temporal"
+            else g.tokens + g.joint
+            if self.kind == "spatial"
+            else g.frames * g.tokens
+        )
 
     @cached_property
     def keys(self) -> int:
@@ -86,7 +94,9 @@ class Attention:
     def flops(self) -> int:
         """Without the keys that are padding."""
         sequences = [self.keys] * torch.Size(self.batch).numel() if self.lengths is None else self.lengths
-        return sum(attention_flops(1, self.geometry.heads, self.queries, keys, self.geometry.head_dim) for keys in sequences)
+        return sum(
+            attention_flops(1, self.geometry.heads, self.queries, keys, self.geometry.head_dim) for keys in sequences
+        )
 
 
 def case(name: str, title: str, attention: Attention, dtype: torch.dtype) -> Case:
@@ -153,14 +163,18 @@ def _places(attention: Attention, inputs: Inputs) -> Outputs:
 
     if attention.store is None:
         return place(q.dtype, q.shape[-1]), None
-    return place(q.dtype, q.shape[-1]), Quantized(place(attention.store, q.shape[-1]), place(torch.float32, 1), q.shape[-1])
+    return place(q.dtype, q.shape[-1]), Quantized(
+        place(attention.store, q.shape[-1]), place(torch.float32, 1), q.shape[-1]
+    )
 
 
 def normed(t: Tensor, weight: Tensor, kind: str) -> Tensor:
     """The norm of q or k as a user writes it."""
     if kind == "across":
         return F.rms_norm(t.flatten(-2), weight.flatten().shape, weight.flatten(), EPS).unflatten(-1, weight.shape)
-    return F.rms_norm(t, weight.shape, weight, EPS) if kind == "rms" else F.layer_norm(t, weight.shape, weight, None, EPS)
+    return (
+        F.rms_norm(t, weight.shape, weight, EPS) if kind == "rms" else F.layer_norm(t, weight.shape, weight, None, EPS)
+    )
 
 
 def rotated(t: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
@@ -242,7 +256,8 @@ def _qk_norms(attention: Attention, q: Tensor, k: Tensor, inputs: Inputs) -> Seq
 
 
 def _kernels(attention: Attention) -> list[Candidate]:
-    """A candidate for each attention kernel that a user can have, eager, and compiled where there is more than the kernel."""
+    """A candidate for each attention kernel that a user can have, eager, and compiled where there is more than the
+    kernel."""
     found = []
     for title, backend in (
         ("flash", SDPBackend.FLASH_ATTENTION),
@@ -253,7 +268,10 @@ def _kernels(attention: Attention) -> list[Candidate]:
         found.append(eager(code, f"SDPA {title}"))
         if attention.norm or attention.rope or attention.kind == "temporal":
             found.append(compiled(code, f"SDPA {title}, compiled"))
-    found += [_flash_attn(attention, "flash-attn 2", "flash_attn"), _flash_attn(attention, "flash-attn 3", "flash_attn_interface")]
+    found += [
+        _flash_attn(attention, "flash-attn 2", "flash_attn"),
+        _flash_attn(attention, "flash-attn 3", "flash_attn_interface"),
+    ]
     return [*found, _flex(attention)]
 
 
@@ -283,7 +301,8 @@ def _flash_attn(attention: Attention, name: str, module: str) -> Candidate:
 
 
 def _flex(attention: Attention) -> Candidate:
-    """FlexAttention compiled, and what comes before it compiled apart: inductor cannot lower it where its inputs are views in its graph."""
+    """FlexAttention compiled, and what comes before it compiled apart: inductor cannot lower it where its inputs are
+    views in its graph."""
 
     def make() -> Run:
         from torch.nn.attention.flex_attention import flex_attention

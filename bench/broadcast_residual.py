@@ -1,4 +1,5 @@
-"""Cases of `broadcast_residual`: the plain norm-modulate, and one to three slots, or lines, in the model's dtype or 8 bits."""
+"""Cases of `broadcast_residual`: the plain norm-modulate, and one to three slots, or lines, in the model's dtype or 8
+bits."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Options:
-    """What varies: dtype of each slot (None for the activations'), whether they are lines through two, and what comes with them."""
+    """What varies: dtype of each slot (None for the activations'), whether they are lines through two, and what comes
+    with them."""
 
     slots: tuple[torch.dtype | None, ...] = ()
     gated: bool = True
@@ -127,7 +129,9 @@ def plain_of(options: Options) -> Callable[[Inputs], Outputs]:
 def _call(options: Options, backend: str, inputs: Inputs, places: Outputs) -> Outputs:
     norm = None if options.norm is None else Norm(options.norm, inputs["weight"], inputs["bias"], EPS)
     given = {name: inputs[name] for name in ("gates", "shift", "scale")}
-    broadcast_residual_out(inputs["x"], inputs["slots"], x_out=places[0], y_out=places[1], norm=norm, backend=backend, **given)
+    broadcast_residual_out(
+        inputs["x"], inputs["slots"], x_out=places[0], y_out=places[1], norm=norm, backend=backend, **given
+    )
     return places
 
 

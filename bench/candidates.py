@@ -1,4 +1,5 @@
-"""The candidates that every operation has: the backends of this package, and the plain torch of a user, eager and compiled."""
+"""The candidates that every operation has: the backends of this package, and the plain torch of a user, eager and
+compiled."""
 
 from __future__ import annotations
 
@@ -33,7 +34,10 @@ def compiled(plain: Callable[[Inputs], Outputs], name: str = "torch.compile", mo
 
 
 def plain_torch(plain: Callable[[Inputs], Outputs]) -> list[Candidate]:
-    """The user's code eager, compiled, and compiled with every choice tried. Graphs are captured by whoever times it."""
+    """The user's code eager, compiled, and compiled with every choice tried.
+
+    Graphs are captured by whoever times it.
+    """
     return [eager(plain), compiled(plain), compiled(plain, "torch.compile max-autotune", "max-autotune-no-cudagraphs")]
 
 

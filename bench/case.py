@@ -146,4 +146,7 @@ def poison(value: Any) -> None:
 
 def unwritten(value: Any) -> bool:
     """Whether an element of the outputs is still poisoned, or not finite."""
-    return any(bool((t == -128).any()) if t.dtype == torch.int8 else not bool(t.float().isfinite().all()) for t in tensors(value))
+    return any(
+        bool((t == -128).any()) if t.dtype == torch.int8 else not bool(t.float().isfinite().all())
+        for t in tensors(value)
+    )

@@ -3,9 +3,10 @@
     python -m bench.denoiser --json bench/results/denoiser-cpu.jsonl
     python -m bench.denoiser --device cuda --cuda-graphs
 
-One generation of the bare transformer (batched classifier-free guidance) without PAB, then with each config, interleaved and repeated; the
-figure is the ratio of medians, and its share of the FLOP ratio says how much of what was skipped became time. With `--cuda-graphs` all of
-them, the one without PAB too, are replayed as CUDA graphs that a generation before has captured.
+One generation of the bare transformer (batched classifier-free guidance) without PAB, then with each config,
+interleaved and repeated; the figure is the ratio of medians, and its share of the FLOP ratio says how much of what was
+skipped became time. With `--cuda-graphs` all of them, the one without PAB too, are replayed as CUDA graphs that a
+generation before has captured.
 """
 
 from __future__ import annotations
@@ -38,13 +39,21 @@ GEOMETRIES = {
     "demo": Geometry(TRANSFORMER_CONFIG, batch=8, text=4),
     "latte-width": Geometry(
         TRANSFORMER_CONFIG
-        | {"num_attention_heads": 16, "cross_attention_dim": 1152, "num_layers": 2, "sample_size": 16, "patch_size": 2, "video_length": 16}
+        | {
+            "num_attention_heads": 16,
+            "cross_attention_dim": 1152,
+            "num_layers": 2,
+            "sample_size": 16,
+            "patch_size": 2,
+            "video_length": 16,
+        }
         | {"in_channels": 4, "out_channels": 8, "caption_channels": 256},
         batch=2,
         text=16,
     ),
 }
-"""The demo model with the four clips of `pab demo`, and blocks as wide as Latte's (1152 = 16 x 72), fewer and on a smaller frame."""
+"""The demo model with the four clips of `pab demo`, and blocks as wide as Latte's (1152 = 16 x 72), fewer and on a
+smaller frame."""
 
 CONFIGS = {
     "attention 2/4/6": pab.PABConfig.preset("pab246"),
@@ -88,7 +97,9 @@ def measure(
     model = LatteTransformer3DModel(**geometry.config).eval().to(device, dtype)
     size, frames = geometry.config["sample_size"], geometry.config["video_length"]
     inputs = {
-        "hidden_states": torch.randn(geometry.batch, geometry.config["in_channels"], frames, size, size, device=device, dtype=dtype),
+        "hidden_states": torch.randn(
+            geometry.batch, geometry.config["in_channels"], frames, size, size, device=device, dtype=dtype
+        ),
         "timestep": torch.full((geometry.batch,), 500, device=device),
         "encoder_hidden_states": torch.randn(
             geometry.batch, geometry.text, geometry.config["caption_channels"], device=device, dtype=dtype
@@ -140,10 +151,13 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for name in args.geometry or GEOMETRIES:
-        for row in measure(name, args.steps, args.repeats, torch.device(args.device), getattr(torch, args.dtype), args.cuda_graphs):
+        for row in measure(
+            name, args.steps, args.repeats, torch.device(args.device), getattr(torch, args.dtype), args.cuda_graphs
+        ):
             rows.append(row)
             print(
-                f"{name:<12} {row['config']:<28} {row['seconds_without']:8.3f} s -> {row['seconds']:8.3f} s   speed-up {row['speedup']:.3f}"
+                f"{name:<12} {row['config']:<28} {row['seconds_without']:8.3f} s -> {row['seconds']:8.3f} s   speed-up "
+                f"{row['speedup']:.3f}"
                 f"   FLOP ratio {row['flop_ratio']:.3f}   share {row['speedup_of_flop_ratio']:.3f}",
                 flush=True,
             )

@@ -10,13 +10,15 @@ SCORES = 2**27
 
 
 def checked_queries(queries: int, keys: int, heads: int) -> Tensor:
-    """Which queries are checked: all where their scores are at most `SCORES`, else as many, evenly from the first to the last."""
+    """Which queries are checked: all where their scores are at most `SCORES`, else as many, evenly from the first to
+    the last."""
     count = min(queries, max(2, SCORES // (heads * keys)))
     return torch.linspace(0, queries - 1, count, dtype=torch.float64).round().long()
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-    """`softmax(D ** -0.5 q k^T) v` in float64 over the first `lengths` keys: `[batch, N, H, D]`, some batch rows at a time."""
+    """`softmax(D ** -0.5 q k^T) v` in float64 over the first `lengths` keys: `[batch, N, H, D]`, some batch rows at a
+    time."""
     out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
     rows = max(1, SCORES // (q.shape[1] * k.shape[1] * q.shape[2]))
     for first in range(0, len(q), rows):

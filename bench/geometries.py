@@ -12,7 +12,8 @@ class Geometry:
 
     Args:
         batch: clips in a call: 2 with batched classifier-free guidance.
-        frames, tokens: latent frames, and tokens of a frame. A model whose attention is over all frames at once has one "frame".
+        frames, tokens: latent frames, and tokens of a frame. A model whose attention is over all frames at once has one
+            "frame".
         heads, head_dim: the width is their product.
         text: keys of cross attention, padding included; 0 where there is none.
         joint: text tokens that take part in self attention.
@@ -65,4 +66,5 @@ GEOMETRIES = {
     "odd-45-frames": Geometry(1, 45, 2, 3, 64, text=3, norm="layer", rope="halves", rope_kind="temporal", small=True),
     "odd-joint": Geometry(1, 1, 131, 3, 128, joint=13, norm="across", rope="interleaved", small=True),
 }
-"""By name: Open-Sora 1.2, Latte, Open-Sora-Plan 1.2 (93 x 480 x 640), CogVideoX-5b, Wan 2.1 14B and HunyuanVideo; then shapes for tests."""
+"""By name: Open-Sora 1.2, Latte, Open-Sora-Plan 1.2 (93 x 480 x 640), CogVideoX-5b, Wan 2.1 14B and HunyuanVideo; then
+shapes for tests."""

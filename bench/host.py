@@ -3,11 +3,13 @@
     python -m bench.host --out bench/results/host-cpu.jsonl
     python -m bench.host --models latte,wan --against ../before
 
-Every variant has a copy of the model in one process, and one call of each is timed in turn, by the CPU time of the thread, on one thread;
-the figures are medians. With `--against`, the same is measured with the `pab_kernels` of another checkout too, in child processes that
-alternate with those of this one (A B A B ...), and each row has the ratio of the two medians: above 1, this checkout is slower.
+Every variant has a copy of the model in one process, and one call of each is timed in turn, by the CPU time of the
+thread, on one thread; the figures are medians. With `--against`, the same is measured with the `pab_kernels` of another
+checkout too, in child processes that alternate with those of this one (A B A B ...), and each row has the ratio of the
+two medians: above 1, this checkout is slower.
 
-Times on the CPU have the arithmetic of the tiny model in them, the same in every variant that computes. On a GPU they are launches.
+Times on the CPU have the arithmetic of the tiny model in them, the same in every variant that computes. On a GPU they
+are launches.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ ROUNDS = 3
 """Pairs of child processes of `--against`."""
 
 CHILD = (
-    "import sys; sys.path[0] = {package!r}; import pab_kernels; sys.path[0] = {bench!r}; from bench import host; host.child(*sys.argv[1:])"
+    "import sys; sys.path[0] = {package!r}; import pab_kernels; sys.path[0] = {bench!r}; from bench import host; "
+    "host.child(*sys.argv[1:])"
 )
 """The program of a child: `pab_kernels` of one checkout, `bench` of this one."""
 
@@ -83,7 +86,13 @@ MODELS = {
     "latte": Model(
         "LatteTransformer3DModel",
         {**_CHANNELS, "num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 28, "cross_attention_dim": 64}
-        | {"attention_bias": True, "sample_size": 8, "patch_size": 2, "activation_fn": "gelu-approximate", "caption_channels": 8}
+        | {
+            "attention_bias": True,
+            "sample_size": 8,
+            "patch_size": 2,
+            "activation_fn": "gelu-approximate",
+            "caption_channels": 8,
+        }
         | {"norm_type": "ada_norm_single", "norm_elementwise_affine": False, "norm_eps": 1e-6, "video_length": 4},
         {"hidden_states": (1, 4, 4, 8, 8), "encoder_hidden_states": (1, TEXT, 8)},
         {"timestep": torch.tensor([500])},
@@ -96,21 +105,42 @@ MODELS = {
     ),
     "cogvideox": Model(
         "CogVideoXTransformer3DModel",
-        {**_CHANNELS, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 42, "time_embed_dim": 8, "text_embed_dim": 8}
+        {
+            **_CHANNELS,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "num_layers": 42,
+            "time_embed_dim": 8,
+            "text_embed_dim": 8,
+        }
         | {"sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": TEXT},
         {"hidden_states": (1, 2, 4, 8, 8), "encoder_hidden_states": (1, TEXT, 8)},
         {"timestep": _T},
     ),
     "wan": Model(
         "WanTransformer3DModel",
-        {**_CHANNELS, "num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 40, "text_dim": 8, "freq_dim": 16, "ffn_dim": 64}
+        {
+            **_CHANNELS,
+            "num_attention_heads": 2,
+            "attention_head_dim": 24,
+            "num_layers": 40,
+            "text_dim": 8,
+            "freq_dim": 16,
+            "ffn_dim": 64,
+        }
         | {"rope_max_seq_len": 16},
         {"hidden_states": (1, 4, 2, 8, 8), "encoder_hidden_states": (1, TEXT, 8)},
         {"timestep": _T},
     ),
     "flux": Model(
         "FluxTransformer2DModel",
-        {"in_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 19, "num_single_layers": 38}
+        {
+            "in_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "num_layers": 19,
+            "num_single_layers": 38,
+        }
         | {"joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": [4, 4, 8]},
         {"hidden_states": (1, 32, 4), "encoder_hidden_states": (1, TEXT, 8), "pooled_projections": (1, 8)},
         {"timestep": _T / 1000, "img_ids": torch.zeros(32, 3), "txt_ids": torch.zeros(TEXT, 3)},
@@ -118,13 +148,20 @@ MODELS = {
     "hunyuanvideo": Model(
         "HunyuanVideoTransformer3DModel",
         {**_CHANNELS, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 20, "num_single_layers": 40}
-        | {"num_refiner_layers": 2, "patch_size": 2, "guidance_embeds": False, "text_embed_dim": 8, "pooled_projection_dim": 8}
+        | {
+            "num_refiner_layers": 2,
+            "patch_size": 2,
+            "guidance_embeds": False,
+            "text_embed_dim": 8,
+            "pooled_projection_dim": 8,
+        }
         | {"rope_axes_dim": (4, 6, 6)},
         {"hidden_states": (1, 4, 2, 8, 8), "encoder_hidden_states": (1, TEXT, 8), "pooled_projections": (1, 8)},
         {"timestep": _T, "encoder_attention_mask": torch.ones(1, TEXT)},
     ),
 }
-"""Blocks as in the published models: Latte 28 + 28, STDiT3 28 + 28, CogVideoX-5b 42, Wan 14B 40, Flux 19 + 38, HunyuanVideo 20 + 40."""
+"""Blocks as in the published models: Latte 28 + 28, STDiT3 28 + 28, CogVideoX-5b 42, Wan 14B 40, Flux 19 + 38,
+HunyuanVideo 20 + 40."""
 
 
 def attention_rules(model: torch.nn.Module, reach: int) -> pab.PABConfig:
@@ -191,9 +228,13 @@ def measured_with(checkout: Path, names: list[str], repeats: int) -> dict[str, S
         RuntimeError: it failed, or it took another package.
     """
     program = CHILD.format(package=str(checkout), bench=str(ROOT))
-    done = subprocess.run([sys.executable, "-c", program, ",".join(names), str(repeats)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, ",".join(names), str(repeats)], capture_output=True, text=True
+    )
     if done.returncode:
-        raise RuntimeError(f"measuring with {checkout} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        raise RuntimeError(
+            f"measuring with {checkout} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}"
+        )
     said = json.loads(done.stdout.splitlines()[-1])
     if not Path(said["package"]).is_relative_to(checkout):
         raise RuntimeError(f"there is no pab_kernels in {checkout}; {said['package']} was taken")
@@ -234,7 +275,9 @@ def rows_of(name: str, samples: Samples, against: Samples | None = None) -> list
 
 
 def _printed(row: dict[str, Any]) -> str:
-    text = f"{row['model']:<13} {row['variant']:<18} {row['milliseconds']:9.3f} ms   {row['ratio_to_plain']:6.3f} of plain"
+    text = (
+        f"{row['model']:<13} {row['variant']:<18} {row['milliseconds']:9.3f} ms   {row['ratio_to_plain']:6.3f} of plain"
+    )
     return text + (f"   {row['ratio_against']:6.3f} of the other checkout" if "ratio_against" in row else "")
 
 

@@ -1,4 +1,5 @@
-"""Measures a case: draws inputs, computes them in float64, and makes a row of every candidate: checked, timed, checked again."""
+"""Measures a case: draws inputs, computes them in float64, and makes a row of every candidate: checked, timed, checked
+again."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ EIGHT_BITS = 6e-2
 """The same, for what is stored in 8 bits."""
 
 NO_KERNEL = ("No available kernel", "No viable backend")
-"""What `F.scaled_dot_product_attention` says where the kernels it may choose from cannot serve; warnings before it say why."""
+"""What `F.scaled_dot_product_attention` says where the kernels it may choose from cannot serve.
+
+Warnings before it say why.
+"""
 
 Row = dict[str, Any]
 
@@ -46,14 +50,18 @@ def measure(
             exact = case.exact(sets[0][0])
             allowed = _allowed(case, sets[0], exact)
     except Exception as error:  # whatever it is, it is the reason in every row
-        yield from ({**row, **_of(c), "status": "failed", "reason": f"the case itself: {reason(error)}"} for c in candidates)
+        yield from (
+            {**row, **_of(c), "status": "failed", "reason": f"the case itself: {reason(error)}"} for c in candidates
+        )
         return
     floor = ceilings.floor(row["bytes"], case.flops)
     row |= {"floor_microseconds": _rounded(floor * 1e6), "allowed_error": allowed}
     clocks: dict[str, Any] | None = None
     for candidate in candidates:
         with torch.no_grad():
-            result, timed = _attempt(case, candidate, sets, exact, allowed, repeats, device, None if clocks else read_clocks)
+            result, timed = _attempt(
+                case, candidate, sets, exact, allowed, repeats, device, None if clocks else read_clocks
+            )
         if timed:
             clocks = clocks or timed.clocks
             result |= _figures(timed, row["bytes"], case.flops, floor)
@@ -100,14 +108,17 @@ def _draw(case: Case, device: torch.device, seed: int) -> tuple[list[tuple[Input
 
 
 def _allowed(case: Case, first: tuple[Inputs, Outputs], exact: tuple[Tensor, ...]) -> list[dict[str, float]]:
-    """For every output, twice the error of the same-dtype torch computation plus one rounding: relative in norm, and largest absolute."""
+    """For every output, twice the error of the same-dtype torch computation plus one rounding: relative in norm, and
+    largest absolute."""
     inputs, places = first
     errors = _errors(case.looked_at(case.plain(inputs)), exact)
     allowed = []
     for error, place, truth in zip(errors, (p for p in places if p is not None), exact, strict=True):
         bound = ROUNDING[case.dtype] if isinstance(place, Tensor) else EIGHT_BITS
         if not error["relative"] <= bound:
-            raise ValueError(f"torch's own result has a relative error of {error['relative']:.2e}; up to {bound:.0e} is rounding")
+            raise ValueError(
+                f"torch's own result has a relative error of {error['relative']:.2e}; up to {bound:.0e} is rounding"
+            )
         unit = torch.finfo(case.dtype).eps / 2
         largest = 2 * error["largest"] + unit * truth.abs().max().item()
         allowed.append({"relative": 2 * error["relative"] + unit, "largest": largest})
@@ -173,7 +184,8 @@ def _checked(case: Case, outputs: Outputs, exact: tuple[Tensor, ...], allowed: l
 
 
 def _poison_free_memory(size: int, device: torch.device) -> None:
-    """Leave NaN in the memory that CUDA's allocator will hand out next, so that what a candidate allocates and does not write is found."""
+    """Leave NaN in the memory that CUDA's allocator will hand out next, so that what a candidate allocates and does not
+    write is found."""
     if device.type == "cuda":
         torch.full((size // 2,), torch.nan, dtype=torch.float32, device=device)
 

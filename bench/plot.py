@@ -2,8 +2,9 @@
 
     python -m bench.plot bench/results/*.jsonl --out docs/images
 
-One picture for every operation, device and dtype: for each case the time of every candidate over the floor, so that 1 is what the memory or
-the matrix units allow. Bars have the spread of the repeats; a candidate that was wrong or could not serve has none.
+One picture for every operation, device and dtype: for each case the time of every candidate over the floor, so that 1
+is what the memory or the matrix units allow. Bars have the spread of the repeats; a candidate that was wrong or could
+not serve has none.
 """
 
 from __future__ import annotations
@@ -49,7 +50,16 @@ def _draw(key: tuple[str, str, str], rows: list[Row], folder: Path) -> Path:
             [(row["spread"][1] - row["microseconds"]) / row["floor_microseconds"] for row in mine],
         ]
         hatch = "//" if mine[0]["ours"] else None
-        axes.barh(places, times, height, xerr=spread, label=name, hatch=hatch, color=f"C{i % 10}", error_kw={"elinewidth": 0.6})
+        axes.barh(
+            places,
+            times,
+            height,
+            xerr=spread,
+            label=name,
+            hatch=hatch,
+            color=f"C{i % 10}",
+            error_kw={"elinewidth": 0.6},
+        )
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xlabel("time over the floor: 1 is what the device's copy bandwidth and matrix rate allow; less is better")
@@ -68,7 +78,9 @@ def _slug(text: str) -> str:
 
 def main() -> None:
     """Draw the files named."""
-    parser = argparse.ArgumentParser("python -m bench.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="+")
     parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder")
     args = parser.parse_args()

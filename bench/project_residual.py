@@ -1,4 +1,5 @@
-"""Cases of `project_residual`: the output projection with gate and addition, with what it stores, and with a cached output that is due."""
+"""Cases of `project_residual`: the output projection with gate and addition, with what it stores, and with a cached
+output that is due."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ OP = "project_residual"
 
 @dataclass(frozen=True)
 class Options:
-    """What varies: what is stored, its dtype (None for the activations'), and the cached outputs added, by dtype, or lines through two."""
+    """What varies: what is stored, its dtype (None for the activations'), and the cached outputs added, by dtype, or
+    lines through two."""
 
     store: Literal["pre_gate", "post_gate"] | None = None
     store_dtype: torch.dtype | None = None
@@ -82,7 +84,9 @@ def _case(name: str, geometry: Geometry, dtype: torch.dtype, title: str, options
         if options.store is None:
             return torch.empty_like(x), None
         kept = options.store_dtype
-        return torch.empty_like(x), torch.empty_like(x) if kept is None else empty_quantized(x.shape, kept, device=x.device)
+        return torch.empty_like(x), torch.empty_like(x) if kept is None else empty_quantized(
+            x.shape, kept, device=x.device
+        )
 
     exact_options = replace(options, store_dtype=None)
     plain = plain_of(options)

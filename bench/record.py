@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 
 
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks_event_reasons.active", "temperature.gpu", "power.draw")
-"""What is asked of nvidia-smi, which sets nothing: MHz, the reasons for not being faster as a bit mask, degrees Celsius, W."""
+"""What is asked of nvidia-smi, which sets nothing: MHz, the reasons for not being faster as a bit mask, degrees
+Celsius, W."""
 
 
 def environment(device: str | torch.device | None = None) -> dict[str, Any]:

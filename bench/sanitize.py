@@ -1,11 +1,12 @@
-"""Runs the kernels of some backends over small odd shapes and all their options, several times, and compares the results bit for bit.
+"""Runs the kernels of some backends over small odd shapes and all their options, several times, and compares the
+results bit for bit.
 
     python -m bench.sanitize --repeats 20 --geometry odd,latte
     compute-sanitizer --tool racecheck --error-exitcode 99 python -m bench.sanitize
 
-It is what compute-sanitizer watches: few kernels beside those of the backends, and nothing timed. Exit status: 1 if a result changed
-between runs, an element was not written, a kernel failed, or a backend served no case of an operation that it has a kernel for. CUDA
-kernels that were not compiled are left out, which is said.
+It is what compute-sanitizer watches: few kernels beside those of the backends, and nothing timed. Exit status: 1 if a
+result changed between runs, an element was not written, a kernel failed, or a backend served no case of an operation
+that it has a kernel for. CUDA kernels that were not compiled are left out, which is said.
 """
 
 from __future__ import annotations
@@ -54,9 +55,13 @@ def repeated(case: Case, backend: str, repeats: int, device: torch.device, seed:
 
 def main() -> int:
     """Run what the command line says."""
-    parser = argparse.ArgumentParser("python -m bench.sanitize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench.sanitize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--op", default=",".join(OPS), help="with commas between")
-    parser.add_argument("--geometry", default=",".join(SMALL), help=f"some of {', '.join(GEOMETRIES)}, with commas between")
+    parser.add_argument(
+        "--geometry", default=",".join(SMALL), help=f"some of {', '.join(GEOMETRIES)}, with commas between"
+    )
     parser.add_argument("--dtype", default="bfloat16", help="some of bfloat16, float16, float32, with commas between")
     parser.add_argument("--backend", default="triton,cuda", help=f"some of {', '.join(BACKENDS)}, with commas between")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -77,7 +82,13 @@ def main() -> int:
             every = cases(args.op.split(","), args.geometry.split(","), getattr(torch, dtype))
             for case, backend in ((case, backend) for case in every for op, backend in chosen if op == case.op):
                 found = repeated(case, backend, args.repeats, torch.device(args.device), args.seed, not args.no_poison)
-                row = {"bench": "determinism", "op": case.op, "geometry": case.geometry, "case": case.name, "dtype": dtype}
+                row = {
+                    "bench": "determinism",
+                    "op": case.op,
+                    "geometry": case.geometry,
+                    "case": case.name,
+                    "dtype": dtype,
+                }
                 row |= {"backend": backend, "repeats": args.repeats, "seed": args.seed, **found}
                 progress(f"{row['status']:<12} {case} {backend} {dtype} {row['reason'] or ''}")
                 if args.json:

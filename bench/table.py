@@ -2,8 +2,9 @@
 
     python -m bench.table bench/results/attention-*.jsonl
 
-A line for every case, whoever wins it: the time of the best backend of this package, of torch eager and compiled, of the best kernel of
-SDPA, and so on, which one in brackets; the fastest is bold. Where a candidate was measured more than once, the last row counts.
+A line for every case, whoever wins it: the time of the best backend of this package, of torch eager and compiled, of
+the best kernel of SDPA, and so on, which one in brackets; the fastest is bold. Where a candidate was measured more than
+once, the last row counts.
 """
 
 from __future__ import annotations
@@ -56,14 +57,27 @@ def best(rows: list[Row], ours: bool) -> Row | None:
 
 
 def _table(title: str, cases: dict[tuple[str, str], dict[str, Row]]) -> Table:
-    columns = [name for name in COLUMNS if any(_column(row) == name for rows in cases.values() for row in rows.values())]
-    header = ["geometry", "case", "floor, us", *(f"{name}, us" for name in columns), "ours, of the floor", "best other / ours"]
+    columns = [
+        name for name in COLUMNS if any(_column(row) == name for rows in cases.values() for row in rows.values())
+    ]
+    header = [
+        "geometry",
+        "case",
+        "floor, us",
+        *(f"{name}, us" for name in columns),
+        "ours, of the floor",
+        "best other / ours",
+    ]
     lines = [[*case, *_cells(list(rows.values()), columns)] for case, rows in cases.items()]
     return Table(title, header, lines, _notes(cases))
 
 
 def _column(row: Row) -> str:
-    return "ours" if row["ours"] else next((name for name in COLUMNS[1:] if row["candidate"].startswith(name)), COLUMNS[-1])
+    return (
+        "ours"
+        if row["ours"]
+        else next((name for name in COLUMNS[1:] if row["candidate"].startswith(name)), COLUMNS[-1])
+    )
 
 
 def _cells(rows: list[Row], columns: list[str]) -> list[str]:
@@ -76,9 +90,14 @@ def _cells(rows: list[Row], columns: list[str]) -> list[str]:
 
 
 def _cell(rows: list[Row], fastest: float) -> str:
-    """The fastest of a column's candidates, and which it is where the column has several; what is wrong or failed as well."""
+    """The fastest of a column's candidates, and which it is where the column has several.
+
+    What is wrong or failed as well.
+    """
     timed = [row for row in rows if row["status"] == "ok"]
-    bad = [f"{row['status']}: {_short(row) or row['candidate']}" for row in rows if row["status"] in ("wrong", "failed")]
+    bad = [
+        f"{row['status']}: {_short(row) or row['candidate']}" for row in rows if row["status"] in ("wrong", "failed")
+    ]
     if not timed:
         return ", ".join(bad) or ("-" if rows else "")
     row = min(timed, key=lambda row: row["microseconds"])
@@ -100,7 +119,9 @@ def _notes(cases: dict[tuple[str, str], dict[str, Row]]) -> list[str]:
     rows = [row for by_name in cases.values() for row in by_name.values()]
     for row in rows:
         if row["status"] != "ok":
-            reasons.setdefault((row["candidate"], row["status"], row["reason"]), []).append(f"{row['geometry']} {row['case']}")
+            reasons.setdefault((row["candidate"], row["status"], row["reason"]), []).append(
+                f"{row['geometry']} {row['case']}"
+            )
     notes = []
     for (candidate, status, reason), where in reasons.items():
         places = "everywhere" if len(where) == len(cases) else ", ".join(where)
@@ -108,9 +129,14 @@ def _notes(cases: dict[tuple[str, str], dict[str, Row]]) -> list[str]:
     timed = [row for row in rows if row["status"] == "ok"]
     if timed:
         spread = max((row["spread"][1] - row["spread"][0]) / row["microseconds"] for row in timed)
-        copies, products = ([row[f"{name}_per_second"] for row in timed] for name in ("copy_gigabytes", "matmul_teraflops"))
+        copies, products = (
+            [row[f"{name}_per_second"] for row in timed] for name in ("copy_gigabytes", "matmul_teraflops")
+        )
         notes.append(f"medians; the spread from the fastest to the slowest repeat is at most {100 * spread:.1f} %")
-        notes.append(f"the floor is that of a copy at {_range(copies)} GB/s and a matrix product at {_range(products)} TFLOP/s, same runs")
+        notes.append(
+            f"the floor is that of a copy at {_range(copies)} GB/s and a matrix product at {_range(products)} TFLOP/s, "
+            "same runs"
+        )
         if any(not row["exceeds_cache"] for row in timed):
             notes.append("some inputs were not larger than three times the L2 cache: no measure of a GPU")
     return notes
@@ -137,7 +163,8 @@ def listing(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def show(rows: list[Row]) -> None:
-    """Print all rows, with rich where it is installed and there is a terminal to show it on, and the notes of their tables."""
+    """Print all rows, with rich where it is installed and there is a terminal to show it on, and the notes of their
+    tables."""
     header, lines = listing(rows)
     if sys.stdout.isatty() and find_spec("rich"):
         _show_with_rich(header, lines)
@@ -163,7 +190,9 @@ def _show_with_rich(header: list[str], lines: list[list[str]]) -> None:
 
 def main() -> None:
     """Print the tables of the files named."""
-    parser = argparse.ArgumentParser("python -m bench.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="+")
     for table in tables(read(parser.parse_args().files)):
         print(table.markdown())

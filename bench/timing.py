@@ -1,8 +1,8 @@
 """Times what runs on a device: input sets in rotation, CUDA-graph replay, events; and the device's own ceilings.
 
-On CUDA one pass over all input sets is captured into a graph and replayed between two events. The sets together are larger than three
-times the L2 cache, so that no call finds its inputs there. The host waits once, after everything was launched. On the CPU calls are timed
-by the wall clock.
+On CUDA one pass over all input sets is captured into a graph and replayed between two events. The sets together are
+larger than three times the L2 cache, so that no call finds its inputs there. The host waits once, after everything was
+launched. On the CPU calls are timed by the wall clock.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MAX_SETS = 1024
 """More nodes would make a graph's own launch slow; only shapes for tests would need more."""
 
 REPLAY_SECONDS, REPEAT_SECONDS, CANDIDATE_SECONDS = 2e-3, 10e-3, 2.0
-"""At least this long takes a replay, so that its launch is hidden; a repeat, so that events resolve it; at most this long all repeats of a
-candidate, down to `MIN_REPEATS`."""
+"""At least this long takes a replay, so that its launch is hidden; a repeat, so that events resolve it; at most this
+long all repeats of a candidate, down to `MIN_REPEATS`."""
 
 MIN_REPEATS = 5
 
@@ -183,7 +183,9 @@ def ceilings(device: torch.device, dtype: torch.dtype, repeats: int, read_clocks
     """Measure them. On the CPU at sizes for a smoke test."""
     elements, width = (2**28, 8192) if device.type == "cuda" else (2**21, 256)
     product = _matmul(width, dtype, device, repeats, read_clocks)
-    return Ceilings(8 * elements / _copy(elements, device, repeats).median, 2 * width**3 / product.median, product.clocks)
+    return Ceilings(
+        8 * elements / _copy(elements, device, repeats).median, 2 * width**3 / product.median, product.clocks
+    )
 
 
 def _copy(elements: int, device: torch.device, repeats: int) -> Timing:

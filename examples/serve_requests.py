@@ -1,9 +1,11 @@
-"""Serve three sampling requests that arrive one after the other, on one model with PAB, and mix them step by step without batching.
+"""Serve three sampling requests that arrive one after the other, on one model with PAB, and mix them step by step
+without batching.
 
     python examples/serve_requests.py
 
-Each request has latents, a scheduler and a PAB generation of its own. A server takes one step of whichever request is due: nothing of one
-reaches another, and every result is the one that the request gives alone. It uses the demo model; a minute on two CPU cores.
+Each request has latents, a scheduler and a PAB generation of its own. A server takes one step of whichever request is
+due: nothing of one reaches another, and every result is the one that the request gives alone. It uses the demo model; a
+minute on two CPU cores.
 """
 
 from __future__ import annotations

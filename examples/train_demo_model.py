@@ -4,9 +4,9 @@
     python examples/train_demo_model.py --out runs/demo --resume      # go on after an interruption
     python examples/train_demo_model.py --out runs/demo --export pab_kernels/models/demo   # write the package's weights
 
-Stills first (the temporal blocks off), then clips and stills in turn. Muon for the blocks' matrices, AdamW for the rest, a rate that
-falls to zero over the second half, and an exponential moving average of the weights. `--export` checks every word on held-out captions,
-says which are followed, and puts the figures into the model card.
+Stills first (the temporal blocks off), then clips and stills in turn. Muon for the blocks' matrices, AdamW for the
+rest, a rate that falls to zero over the second half, and an exponential moving average of the weights. `--export`
+checks every word on held-out captions, says which are followed, and puts the figures into the model card.
 """
 
 from __future__ import annotations
@@ -59,9 +59,14 @@ class Model(nn.Module):
                 block.attn2.to_out[0].weight.data.mul_(0.3)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """Predict v for clips `x` `[batch, 3, frames, H, W]` at timesteps `t` `[batch]` under captions `words` `[batch, slots]`."""
+        """Predict v for clips `x` `[batch, 3, frames, H, W]` at timesteps `t` `[batch]` under captions `words` `[batch,
+        slots]`."""
         return self.transformer(
-            x, timestep=t, encoder_hidden_states=self.prompts(words), enable_temporal_attentions=x.shape[2] > 1, return_dict=False
+            x,
+            timestep=t,
+            encoder_hidden_states=self.prompts(words),
+            enable_temporal_attentions=x.shape[2] > 1,
+            return_dict=False,
         )[0][:, :3]
 
 
@@ -123,7 +128,9 @@ def train(rank: int, args: argparse.Namespace) -> None:
     elif checkpoint.exists():
         raise SystemExit(f"{checkpoint} exists: go on with --resume, or choose another --out")
     ema = {n: p.to(device) for n, p in ema.items()}
-    betas = torch.linspace(SCHEDULER_CONFIG["beta_start"], SCHEDULER_CONFIG["beta_end"], SCHEDULER_CONFIG["num_train_timesteps"])
+    betas = torch.linspace(
+        SCHEDULER_CONFIG["beta_start"], SCHEDULER_CONFIG["beta_end"], SCHEDULER_CONFIG["num_train_timesteps"]
+    )
     kept = (1 - betas).cumprod(0)
     excluded = set(shapes.held_out())
     pool = [c for c in shapes.captions() if c not in excluded]
@@ -146,9 +153,13 @@ def train(rank: int, args: argparse.Namespace) -> None:
             x, words, generator = batch_of(step, rank, size // world, frames, pool, model.prompts)
             t = (torch.rand(len(x), generator=generator) + torch.arange(len(x))) / len(x)  # stratified
             if step < args.stills + 0.35 * args.clips:
-                t = torch.where(t < 0.25, 2 * t, (t + 0.5) / 1.5)  # three quarters in the noisier half: there the direction is decided
+                t = torch.where(
+                    t < 0.25, 2 * t, (t + 0.5) / 1.5
+                )  # three quarters in the noisier half: there the direction is decided
             else:
-                t = torch.where(t < 0.4, t / 0.4, 0.2 + (t - 0.4) * (0.65 / 0.6))  # then more in the middle: there the shape is
+                t = torch.where(
+                    t < 0.4, t / 0.4, 0.2 + (t - 0.4) * (0.65 / 0.6)
+                )  # then more in the middle: there the shape is
             t = (t * len(kept)).long().clamp(max=len(kept) - 1)
             noise = torch.randn(x.shape, generator=generator)
             a = kept[t].view(-1, 1, 1, 1, 1)
@@ -188,7 +199,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the averaged weights in float16, check them on the held-out captions, and put the figures into the model card."""
+    """Write the averaged weights in float16, check them on the held-out captions, and put the figures into the model
+    card."""
     checkpoint = Path(args.out) / "checkpoint.pt"
     if not checkpoint.exists():
         raise SystemExit(f"{checkpoint} does not exist: train first, or name the training's folder with --out")
@@ -201,11 +213,17 @@ def export(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # One entry: safetensors writes several in any order, and the same weights are to give the same file.
     save_file(tensors, folder / WEIGHTS, metadata={"steps": str(state["step"])})
-    print(f"{folder / WEIGHTS}: {sum(t.numel() for t in tensors.values()):,} parameters, {(folder / WEIGHTS).stat().st_size / 1e6:.2f} MB")
+    print(
+        f"{folder / WEIGHTS}: {sum(t.numel() for t in tensors.values()):,} parameters, "
+        f"{(folder / WEIGHTS).stat().st_size / 1e6:.2f} MB"
+    )
 
     drawn = check.check_data()
     if drawn.whole != drawn.clips:
-        raise SystemExit(f"the checker misreads {drawn.clips - drawn.whole} of {drawn.clips} drawn clips: its figures would mean nothing")
+        raise SystemExit(
+            f"the checker misreads {drawn.clips - drawn.whole} of {drawn.clips} drawn clips: its figures would mean "
+            "nothing"
+        )
     demo = load(device=args.device, weights=folder / WEIGHTS)
     captions = shapes.held_out()
     with tqdm(total=len(captions), unit="clip") as bar:
@@ -223,8 +241,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/demo", help="folder of the checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--export", metavar="FOLDER", help="do not train: write the checkpoint's weights there and check them")
-    parser.add_argument("--check-steps", type=int, default=check.CHECK_STEPS, help="sampling steps of the check after --export")
+    parser.add_argument(
+        "--export", metavar="FOLDER", help="do not train: write the checkpoint's weights there and check them"
+    )
+    parser.add_argument(
+        "--check-steps", type=int, default=check.CHECK_STEPS, help="sampling steps of the check after --export"
+    )
     parser.add_argument("--check-guidance", type=float, default=GUIDANCE, help="its scale of classifier-free guidance")
     parser.add_argument("--stills", type=int, default=1500, help="steps on single frames")
     parser.add_argument("--clips", type=int, default=6800, help="further steps, on clips and stills in turn")
@@ -233,7 +255,9 @@ def main() -> None:
     parser.add_argument("--matrix-rate", type=float, default=2.5e-3, help="learning rate of Muon")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--processes", type=int, default=1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 1))
+    parser.add_argument(
+        "--processes", type=int, default=1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 1)
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads a process, with several processes")
     parser.add_argument("--port", type=int, default=29511)
     args = parser.parse_args()

@@ -36,7 +36,8 @@ def _resolve(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
     if models and hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step"):
         return models, model_or_pipe
     raise TypeError(
-        f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer` or a `unet`, and a "
+        f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer` or a "
+        "`unet`, and a "
         "`scheduler`: pass the denoiser itself"
     )
 
@@ -53,9 +54,15 @@ def _enabled(model_or_pipe: Any) -> dict[str, Broadcaster]:
     models, _ = _resolve(model_or_pipe)
     found = {name: broadcaster for name, model in models.items() if (broadcaster := broadcaster_of(model)) is not None}
     if not found:  # another model may have been put in place of the one that was enabled
-        found = {type(m).__name__: broadcaster for m in _all_models(model_or_pipe) if (broadcaster := broadcaster_of(m)) is not None}
+        found = {
+            type(m).__name__: broadcaster
+            for m in _all_models(model_or_pipe)
+            if (broadcaster := broadcaster_of(m)) is not None
+        }
     if not found:
-        raise RuntimeError(f"PAB is not enabled on this {type(next(iter(models.values()))).__name__}; call pab.enable first")
+        raise RuntimeError(
+            f"PAB is not enabled on this {type(next(iter(models.values()))).__name__}; call pab.enable first"
+        )
     return found
 
 
@@ -71,38 +78,47 @@ def enable(
 ) -> T:
     """Switch PAB on.
 
-    On a pipeline, `set_timesteps` on the scheduler that it holds begins each generation. On a bare module `num_steps` or `timesteps` begins
-    the first; `generation` begins every further one. On a model that is enabled already, `config` is taken from the next generation on, and
-    a further pipeline that shares the model is followed too.
+    On a pipeline, `set_timesteps` on the scheduler that it holds begins each generation. On a bare module `num_steps`
+    or `timesteps` begins the first; `generation` begins every further one. On a model that is enabled already, `config`
+    is taken from the next generation on, and a further pipeline that shares the model is followed too.
 
-    Where a pipeline has a second model (Wan 2.2's `transformer_2`), both are switched on. Each has a plan over its own steps: windows are
-    fractions of the full schedule, ranges count from the model's first step, and nothing is handed from one to the other.
+    Where a pipeline has a second model (Wan 2.2's `transformer_2`), both are switched on. Each has a plan over its own
+    steps: windows are fractions of the full schedule, ranges count from the model's first step, and nothing is handed
+    from one to the other.
 
     Args:
         model_or_pipe: a diffusers pipeline, or a DiT.
         config: default the published preset of the model's class, else the ranges 2/4/6 in the middle of the schedule.
         num_steps: steps of a bare module's first generation.
         timesteps: its timesteps, where the config counts in them.
-        timed: whether `summary` has seconds by kind, from the next generation on; default as before, at first not. Time is read off the
-            host's clock, on CUDA devices off events in their stream, from a sublayer's turn to the next one or to the end of its block.
-            Reused outputs are added where the stream is read next, and counted there. Compiled blocks are not timed.
-        cuda_graphs: whether the model's calls are captured as CUDA graphs and replayed, from the next generation on; default as before, at
-            first not. There is a graph for each pattern of the plan, context and shape of the inputs; docs/cuda_graphs.md has the rest.
-        kinds: patterns of module names and the kind that these modules are taken for, or None to leave them alone, where `sublayers` shows
-            that they were taken for something else. In a pattern `*` is any part of one component of a name, `**` any part of the whole.
+        timed: whether `summary` has seconds by kind, from the next generation on; default as before, at first not. Time
+            is read off the host's clock, on CUDA devices off events in their stream, from a sublayer's turn to the next
+            one or to the end of its block. Reused outputs are added where the stream is read next, and counted there.
+            Compiled blocks are not timed.
+        cuda_graphs: whether the model's calls are captured as CUDA graphs and replayed, from the next generation on;
+            default as before, at first not. There is a graph for each pattern of the plan, context and shape of the
+            inputs; docs/cuda_graphs.md has the rest.
+        kinds: patterns of module names and the kind that these modules are taken for, or None to leave them alone,
+            where `sublayers` shows that they were taken for something else. In a pattern `*` is any part of one
+            component of a name, `**` any part of the whole.
 
     Returns:
         What it was given.
 
     Raises:
         TypeError: no sublayers are found in the model.
-        ValueError: the config or `kinds` do not suit the model, or the config the schedule; or `timed` does not suit `cuda_graphs`.
+        ValueError: the config or `kinds` do not suit the model, or the config the schedule; or `timed` does not suit
+        `cuda_graphs`.
     """
     models, pipe = _resolve(model_or_pipe)
     if pipe is not None and (num_steps is not None or timesteps is not None):
-        raise ValueError("a pipeline's scheduler gives the steps; leave num_steps and timesteps out, or pass the bare model")
+        raise ValueError(
+            "a pipeline's scheduler gives the steps; leave num_steps and timesteps out, or pass the bare model"
+        )
     if config is not None and not isinstance(config, PABConfig):
-        raise TypeError(f"config must be a PABConfig, got {type(config).__name__}; PABConfig.preset(name) gives a named one")
+        raise TypeError(
+            f"config must be a PABConfig, got {type(config).__name__}; PABConfig.preset(name) gives a named one"
+        )
     with contextlib.ExitStack() as undo:
         for name, model in models.items():
             given: Any = model_or_pipe if pipe is None else getattr(pipe, name)
@@ -131,7 +147,10 @@ def enable_model(
     """
     broadcaster = broadcaster_of(model)
     if broadcaster is not None and kinds is not None:
-        raise ValueError(f"PAB is enabled on this {type(model).__name__} already, with its kinds; pab.disable it first to give others")
+        raise ValueError(
+            f"PAB is enabled on this {type(model).__name__} already, with its kinds; pab.disable it first to give "
+            "others"
+        )
     if broadcaster is not None and broadcaster.clock is not None and (config is not None or cuda_graphs):
         raise ValueError(
             f"PAB is enabled on this {type(model).__name__} by enable_cache, whose rules it has, without CUDA graphs; "
@@ -145,9 +164,12 @@ def enable_model(
     if chosen.cache_point not in adapter.cache_points:
         if config is not None:
             supported = ", ".join(map(repr, adapter.cache_points))
-            raise ValueError(f"cache_point {chosen.cache_point!r} does not suit {type(model).__name__}; supported are {supported}")
+            raise ValueError(
+                f"cache_point {chosen.cache_point!r} does not suit {type(model).__name__}; supported are {supported}"
+            )
         logger.warning(
-            "%s: its preset %r keeps outputs at cache_point %r, which is not supported for this model; they are kept at 'pre_gate' "
+            "%s: its preset %r keeps outputs at cache_point %r, which is not supported for this model; they are kept "
+            "at 'pre_gate' "
             "instead, and results differ from the published ones",
             type(model).__name__,
             preset_name(model, timesteps_known=True),
@@ -159,7 +181,8 @@ def enable_model(
     cuda_graphs = (before is not None and before[2]) if cuda_graphs is None else cuda_graphs
     if timed and cuda_graphs:
         raise ValueError(
-            "timed measures between sublayers, and a CUDA graph runs as a whole; supported is one of them: leave the other out"
+            "timed measures between sublayers, and a CUDA graph runs as a whole; supported is one of them: leave the "
+            "other out"
         )
     if broadcaster is None:
         broadcaster = Broadcaster(model, adapter, chosen)
@@ -182,7 +205,8 @@ def enable_model(
 
 
 def disable(model_or_pipe: Any) -> None:
-    """Switch PAB off: the model, and the schedulers that were followed, are what they were. Does nothing where PAB is not enabled.
+    """Switch PAB off: the model, and the schedulers that were followed, are what they were. Does nothing where PAB is
+    not enabled.
 
     Of a pipeline that holds another model by now, PAB is switched off on the one that it was enabled on too.
     """
@@ -196,7 +220,8 @@ def disable(model_or_pipe: Any) -> None:
 def release(model_or_pipe: Any) -> None:
     """Release everything that is kept for a model, in all threads and for all requests, at once.
 
-    PAB stays enabled. Every generation ends; a run that goes on computes at its next step, and its plan begins anew there.
+    PAB stays enabled. Every generation ends; a run that goes on computes at its next step, and its plan begins anew
+    there.
 
     Raises:
         RuntimeError: PAB is not enabled.
@@ -208,7 +233,8 @@ def release(model_or_pipe: Any) -> None:
 def generation(model: Any, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Request:
     """Begin a further generation on a bare module; calls of the model inside `with` belong to it.
 
-    The request that is returned can be put down and taken up between steps, in any thread or task, so that one model serves several:
+    The request that is returned can be put down and taken up between steps, in any thread or task, so that one model
+    serves several:
 
         a, b = (pab.generation(model, num_steps=30) for _ in range(2))
         for t in timesteps:
@@ -229,13 +255,17 @@ def generation(model: Any, *, num_steps: int | None = None, timesteps: Sequence[
     """
     enabled = _enabled(model)
     if len(enabled) > 1:
-        raise ValueError(f"a generation of a bare module is one model's, and this pipeline has {', '.join(enabled)}; pass one of them")
+        raise ValueError(
+            f"a generation of a bare module is one model's, and this pipeline has {', '.join(enabled)}; pass one of "
+            "them"
+        )
     (broadcaster,) = enabled.values()
     return broadcaster.begin(num_steps=num_steps, timesteps=timesteps)
 
 
 def context(model: Any, name: str, step: int | None = None) -> contextlib.AbstractContextManager[None]:
-    """Name the context of the calls inside `with`, such as "cond" and "uncond" where a pipeline calls the model once for each.
+    """Name the context of the calls inside `with`, such as "cond" and "uncond" where a pipeline calls the model once
+    for each.
 
     Args:
         model: a DiT, or its pipeline, on which PAB is enabled.
@@ -267,18 +297,23 @@ def sublayers(model: Any, kinds: Mapping[str, str | None] | None = None) -> list
     module = next(iter(_resolve(model)[0].values()))
     broadcaster = broadcaster_of(module)
     if broadcaster is not None and kinds is not None:
-        raise ValueError(f"PAB is enabled on this {type(module).__name__} already, with its kinds; pab.disable it first to see others")
+        raise ValueError(
+            f"PAB is enabled on this {type(module).__name__} already, with its kinds; pab.disable it first to see "
+            "others"
+        )
     return list((broadcaster.adapter if broadcaster else adapter_for(module, kinds)).sublayers)
 
 
 def summary(model_or_pipe: Any) -> Summary:
-    """What was computed, reused and stored in the generation begun last; bytes; FLOPs; seconds, for which it waits for the device.
+    """What was computed, reused and stored in the generation begun last; bytes; FLOPs; seconds, for which it waits for
+    the device.
 
-    Bytes held now are those of all generations. Of a pipeline with several models it has the sums, and each model's own under `models`.
-    Of a request, which `generation` gives, it has what that did.
+    Bytes held now are those of all generations. Of a pipeline with several models it has the sums, and each model's own
+    under `models`. Of a request, which `generation` gives, it has what that did.
 
-    FLOPs are counted here: a copy of the model as it is now, without PAB, runs once on the meta device for every set of shapes that the
-    model was called with. Where it cannot run there, as its code reads values of tensors, they are not known, and 0.
+    FLOPs are counted here: a copy of the model as it is now, without PAB, runs once on the meta device for every set of
+    shapes that the model was called with. Where it cannot run there, as its code reads values of tensors, they are not
+    known, and 0.
 
     Raises:
         RuntimeError: PAB is not enabled.

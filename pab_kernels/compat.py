@@ -1,4 +1,5 @@
-"""What diffusers, accelerate and torch keep on modules and pipelines under private names: the one place that knows them."""
+"""What diffusers, accelerate and torch keep on modules and pipelines under private names: the one place that knows
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The demo: the same clips from the same noise without PAB, with it, with diffusers' own, and with fewer sampling steps."""
+"""The demo: the same clips from the same noise without PAB, with it, with diffusers' own, and with fewer sampling
+steps."""
 
 from __future__ import annotations
 
@@ -80,7 +81,9 @@ class DemoSettings:
         check_seed(self.seed, len(self.prompts))
         if self.ranges is not None and (len(self.ranges) not in (3, 4) or min(self.ranges) < 1):
             got = ",".join(map(str, self.ranges))
-            raise ValueError(f"ranges must be three or four whole numbers of at least 1: spatial,temporal,cross[,mlp]; got {got}")
+            raise ValueError(
+                f"ranges must be three or four whole numbers of at least 1: spatial,temporal,cross[,mlp]; got {got}"
+            )
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"the demo model has no scheduler {self.scheduler!r}; it has {', '.join(SCHEDULERS)}")
         variants(self)  # refuses ranges that no rule has
@@ -248,11 +251,15 @@ def variants(settings: DemoSettings) -> list[Variant]:
 def _costs(transformer: Any, batch: int) -> tuple[dict[str, Cost], int]:
     """What a call of the transformer with `batch` clips costs without PAB."""
     latents, text = Size(FRAMES, SIZE, SIZE), len(VOCABULARY)
-    inputs = MODEL_CALLS[type(transformer).__name__].tensors(transformer.config, batch, latents, text, transformer.dtype)
+    inputs = MODEL_CALLS[type(transformer).__name__].tensors(
+        transformer.config, batch, latents, text, transformer.dtype
+    )
     return measure(on_meta(transformer), inputs, LatteAdapter(transformer).sublayers).costs()
 
 
-def _run(demo: DemoPipeline, settings: DemoSettings, variant: Variant, steps: int, on_step: Callable[[], None], stop: CtrlC) -> DemoRun:
+def _run(
+    demo: DemoPipeline, settings: DemoSettings, variant: Variant, steps: int, on_step: Callable[[], None], stop: CtrlC
+) -> DemoRun:
     """Sample all clips one way."""
     pipe, schedule = demo.pipe, demo.schedule(steps)
     calls = schedule.num_steps
@@ -294,7 +301,8 @@ def _fewer(demo: DemoPipeline, full: DemoRun, flops: int) -> int:
 def run_demo(settings: DemoSettings, progress: RunProgress | None = None) -> DemoResult:
     """Run every variant on the same noise; an interruption keeps what is finished.
 
-    Fewer steps are run once where two PAB runs come out at the same number, and not at all where PAB saves less than a step.
+    Fewer steps are run once where two PAB runs come out at the same number, and not at all where PAB saves less than a
+    step.
 
     Args:
         settings: what to run.
@@ -311,7 +319,9 @@ def run_demo(settings: DemoSettings, progress: RunProgress | None = None) -> Dem
         return DemoResult(settings, tuple(runs), interrupted, weights, device)
 
 
-def _finished(demo: DemoPipeline, settings: DemoSettings, stop: CtrlC, progress: RunProgress | None) -> tuple[list[DemoRun], bool]:
+def _finished(
+    demo: DemoPipeline, settings: DemoSettings, stop: CtrlC, progress: RunProgress | None
+) -> tuple[list[DemoRun], bool]:
     """The runs that came to their end, and whether the user stopped it."""
     listed = variants(settings)
     calls = demo.schedule(settings.steps).num_steps
@@ -363,7 +373,10 @@ def write(result: DemoResult, folder: str | Path, scale: int = 5) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     figures = write_text(folder / "results.json", to_json(result.to_dict()) + "\n")
     columns = video.columns(
-        [(r.title, r.sampled.seconds, r.spread("psnr")[0] if r.quality else None, r.sampled.output) for r in result.runs]
+        [
+            (r.title, r.sampled.seconds, r.spread("psnr")[0] if r.quality else None, r.sampled.output)
+            for r in result.runs
+        ]
     )
     film = video.side_by_side(columns, [str(caption) for caption in result.settings.captions], scale)
     written = [video.write_gif(folder / "clips.gif", film), video.write_mp4(folder / "clips.mp4", film)]

@@ -44,7 +44,14 @@ PACKAGES = (
 )
 """Distributions whose version is told."""
 
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TRITON_HOME", "PYTORCH_ALLOC_CONF", "TORCHDYNAMO_DISABLE")
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "TRITON_INTERPRET",
+    "TRITON_CACHE_DIR",
+    "TRITON_HOME",
+    "PYTORCH_ALLOC_CONF",
+    "TORCHDYNAMO_DISABLE",
+)
 """Environment variables that change what runs."""
 
 NO_KERNEL = "it has no kernel for this operation"
@@ -75,9 +82,11 @@ class Report:
         packages: version by distribution, or None where it is not installed.
         torch: the build, or why it cannot be imported.
         devices: one line each.
-        operations: by operation: "auto" names the backend that is chosen; every backend has None where it can serve, else the reason.
+        operations: by operation: "auto" names the backend that is chosen; every backend has None where it can serve,
+            else the reason.
         asked: the call that the backends were asked about.
-        extension: the CUDA kernels of this package: what was compiled, or why they are not there; and further compiled modules.
+        extension: the CUDA kernels of this package: what was compiled, or why they are not there; and further compiled
+            modules.
         cache: of compiled Triton kernels.
         environment: variables that are set and change what runs.
         problems: what could not be found out.
@@ -110,7 +119,10 @@ class Report:
             *_listed("devices", list(self.devices), apart=True),
             *_listed("extension", list(self.extension), apart=True),
             *_listed("triton cache", [f"{self.cache.path}: {self.cache.problem or mib}"]),
-            *_listed("environment", [f"{name}={value}" for name, value in self.environment.items()] or ["nothing that changes what runs"]),
+            *_listed(
+                "environment",
+                [f"{name}={value}" for name, value in self.environment.items()] or ["nothing that changes what runs"],
+            ),
             "",
             *_operations_table(self.operations, self.asked),
         ]
@@ -165,7 +177,9 @@ def doctor() -> Report:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 found = look()
-            problems.extend(f"{what}: {joined(w.message)}" for w in said if not issubclass(w.category, DeprecationWarning))
+            problems.extend(
+                f"{what}: {joined(w.message)}" for w in said if not issubclass(w.category, DeprecationWarning)
+            )
             return found
         except Exception as error:  # a broken installation is what this is for
             problems.append(f"{what}: {joined(error)}")
@@ -262,7 +276,9 @@ def _sample_calls(device: str, dtype: Any) -> dict[str, Any]:
     from .ops.quantize import Quantize
     from .ops.short_attention import ShortAttention
 
-    x, weight, shift = (torch.zeros(shape, device=device, dtype=dtype) for shape in ((1, 16, 128), (128, 128), (1, 1, 128)))
+    x, weight, shift = (
+        torch.zeros(shape, device=device, dtype=dtype) for shape in ((1, 16, 128), (128, 128), (1, 1, 128))
+    )
     q, k, v = torch.zeros(1, 16, 3, 2, 64, device=device, dtype=dtype).unbind(2)  # [1, 16, 2, 64]
     return {
         "broadcast_residual": BroadcastResidual(x, (), Norm("layer"), shift, shift),
@@ -281,7 +297,8 @@ def _extension() -> tuple[str, ...]:
     info, reason = cuda_library.build_info(), cuda_library.load()
     if reason is None:
         kernels = (
-            f"{cuda_library.LIBRARY.name}: loaded; compute capabilities {', '.join(info['archs'])}, torch from {info['torch_target']} on; "
+            f"{cuda_library.LIBRARY.name}: loaded; compute capabilities {', '.join(info['archs'])}, torch from "
+            f"{info['torch_target']} on; "
             f"by nvcc {info['nvcc']}, torch {info['torch_headers']}'s headers; commit {info['commit'] or 'unknown'}"
         )
     else:
@@ -314,7 +331,9 @@ def print_report(as_json: bool = False) -> None:
 
 def main() -> None:
     """`python -m pab_kernels.doctor`."""
-    parser = argparse.ArgumentParser(prog="python -m pab_kernels.doctor", description="Show what is installed and what of it works.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pab_kernels.doctor", description="Show what is installed and what of it works."
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     with standard_streams():
         print_report(parser.parse_args().json)

@@ -19,5 +19,6 @@ def require(module: str, purpose: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
         raise ModuleNotFoundError(
-            f"{purpose} needs the package {package}, which is not installed: pip install 'pab-kernels[demo]'", name=package
+            f"{purpose} needs the package {package}, which is not installed: pip install 'pab-kernels[demo]'",
+            name=package,
         ) from None

@@ -23,7 +23,9 @@ def new_figure(purpose: str, size: tuple[float, float], dpi: int) -> Figure:
         size: in inches.
         dpi: pixels an inch, also where it is saved.
     """
-    figure: Figure = require("matplotlib.figure", purpose).Figure(figsize=size, dpi=dpi, facecolor="white", layout="constrained")
+    figure: Figure = require("matplotlib.figure", purpose).Figure(
+        figsize=size, dpi=dpi, facecolor="white", layout="constrained"
+    )
     require("matplotlib.backends.backend_agg", purpose).FigureCanvasAgg(figure)
     return figure
 
@@ -49,9 +51,14 @@ def check_plot_path(path: str | Path) -> None:
         FileNotFoundError: its folder does not exist.
     """
     path = path_of(path)
-    supported = sorted(require("matplotlib.backend_bases", "plotting a comparison").FigureCanvasBase.get_supported_filetypes())
+    supported = sorted(
+        require("matplotlib.backend_bases", "plotting a comparison").FigureCanvasBase.get_supported_filetypes()
+    )
     if path.suffix[1:].lower() not in supported:
-        raise ValueError(f"{shortened(str(path))} cannot be drawn; supported endings are {' '.join('.' + ending for ending in supported)}")
+        raise ValueError(
+            f"{shortened(str(path))} cannot be drawn; supported endings are "
+            f"{' '.join('.' + ending for ending in supported)}"
+        )
     if not os.path.isdir(path.parent):
         folder, name = shortened(str(path.parent)), shortened(path.name)
         raise FileNotFoundError(f"there is no folder {folder} for {name}; make it first")

@@ -14,7 +14,10 @@ from typing import Any
 from .messages import shortened, shown
 
 MOST_BYTES = 2**20
-"""The longest text that `read_text` takes. A config has a few hundred bytes; a device or a video under its name has no end."""
+"""The longest text that `read_text` takes.
+
+A config has a few hundred bytes; a device or a video under its name has no end.
+"""
 
 
 def path_of(given: Any) -> Path:
@@ -74,10 +77,12 @@ def check_regular(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A new file to write to, with the ending of `path`, which takes the place of `path` when the block ends without an error.
+    """A new file to write to, with the ending of `path`, which takes the place of `path` when the block ends without an
+    error.
 
-    The new file lies in the same folder, and is on the disk before it is renamed: `path` is at any time the old file or the complete new
-    one, also after a full disk, an interruption or a kill. Where `path` is a link, the file that it leads to is replaced.
+    The new file lies in the same folder, and is on the disk before it is renamed: `path` is at any time the old file or
+    the complete new one, also after a full disk, an interruption or a kill. Where `path` is a link, the file that it
+    leads to is replaced.
 
     Raises:
         OSError: `path` cannot be written; it names `path`.

@@ -43,7 +43,8 @@ class Settings:
     Args:
         model: hub id or folder of a pipeline, as `load_pipeline` takes it.
         wish: prompt, steps, size and the rest that the pipeline is asked for.
-        pab: "auto" (the published preset of the model's class, else the ranges 2/4/6), "off", a preset or a config file.
+        pab: "auto" (the published preset of the model's class, else the ranges 2/4/6), "off", a preset or a config
+            file.
         compare: whether the same noise is sampled without PAB first.
         dtype: of the weights, one of `DTYPES`; default as `load_pipeline` has it.
         device, offload: as `load_pipeline` takes them.
@@ -78,9 +79,14 @@ class Settings:
             raise ValueError(f"fps must be from {1 / MOST_SECONDS_A_FRAME:g} to {MOST_FPS}, got {self.fps}")
         if self.pab == "off":
             if self.compare or self.timed or self.cuda_graphs:
-                raise ValueError("with PAB off there is nothing to compare, to time and to capture; choose auto, a preset or a config file")
+                raise ValueError(
+                    "with PAB off there is nothing to compare, to time and to capture; choose auto, a preset or a "
+                    "config file"
+                )
         elif self.timed and self.cuda_graphs:
-            raise ValueError("seconds by kind are measured inside of what is a CUDA graph; leave timed or cuda_graphs out")
+            raise ValueError(
+                "seconds by kind are measured inside of what is a CUDA graph; leave timed or cuda_graphs out"
+            )
         elif self.pab != "auto":
             named_config(self.pab)
 
@@ -92,8 +98,19 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        wish = {**vars(self.wish), "size": list(self.wish.size) if self.wish.size else None, "further": dict(self.wish.further)}
-        return {"model": self.model, **wish, "pab": self.pab, "offload": self.offload, "fps": self.fps, "cuda_graphs": self.cuda_graphs}
+        wish = {
+            **vars(self.wish),
+            "size": list(self.wish.size) if self.wish.size else None,
+            "further": dict(self.wish.further),
+        }
+        return {
+            "model": self.model,
+            **wish,
+            "pab": self.pab,
+            "offload": self.offload,
+            "fps": self.fps,
+            "cuda_graphs": self.cuda_graphs,
+        }
 
 
 @dataclass(frozen=True)
@@ -196,8 +213,9 @@ class NotWritten(OSError):
 def generate(settings: Settings, out: str | Path, progress: RunProgress | None = None) -> Result:
     """Generate, write what comes out and how long it took, and compare.
 
-    The pipeline is loaded once. Every run begins with the same noise. After each, `results.json` and its video or image are written to
-    `out`, so that an interruption (Ctrl-C) or an error later on keeps what is finished. A file is written whole or not at all.
+    The pipeline is loaded once. Every run begins with the same noise. After each, `results.json` and its video or image
+    are written to `out`, so that an interruption (Ctrl-C) or an error later on keeps what is finished. A file is
+    written whole or not at all.
 
     Args:
         settings: what to generate.
@@ -225,12 +243,18 @@ def _loaded(settings: Settings) -> tuple[Any, PABConfig | None]:
     """The pipeline and PAB's rules for it; what does not suit it is refused before anything is run or written."""
     wanted = getattr(torch, settings.dtype) if settings.dtype else None
     pipe = load_pipeline(
-        settings.model, dtype=wanted, device=settings.device, offload=settings.offload, local_files_only=settings.local_files_only
+        settings.model,
+        dtype=wanted,
+        device=settings.device,
+        offload=settings.offload,
+        local_files_only=settings.local_files_only,
     )
     pipe.set_progress_bar_config(disable=True)
     config = settings.config(pipe.transformer)
     if settings.cuda_graphs and execution_device(pipe).type != "cuda":
-        raise ValueError(f"CUDA graphs need a CUDA device, and the pipeline is on {execution_device(pipe)}; leave cuda_graphs out")
+        raise ValueError(
+            f"CUDA graphs need a CUDA device, and the pipeline is on {execution_device(pipe)}; leave cuda_graphs out"
+        )
     arguments(pipe, settings.wish)
     if config is not None:
         try:
@@ -241,7 +265,9 @@ def _loaded(settings: Settings) -> tuple[Any, PABConfig | None]:
     return pipe, config
 
 
-def _generate(settings: Settings, pipe: Any, config: PABConfig | None, out: Path, stop: CtrlC, progress: RunProgress | None) -> Result:
+def _generate(
+    settings: Settings, pipe: Any, config: PABConfig | None, out: Path, stop: CtrlC, progress: RunProgress | None
+) -> Result:
     ways: list[PABConfig | None] = [None] if settings.compare or config is None else []
     ways += [config] if config is not None else []
     out.mkdir(parents=True, exist_ok=True)
@@ -314,5 +340,7 @@ def _draw(runs: Sequence[Run], out: Path, settings: Settings) -> Iterator[Path]:
         yield out / "schedule.png"
     if run.quality is not None:
         psnr = [r.quality.total.psnr if r.quality else None for r in runs]
-        columns = video.columns([(r.title, r.sampled.seconds, p, r.sampled.output[None]) for r, p in zip(runs, psnr, strict=True)])
+        columns = video.columns(
+            [(r.title, r.sampled.seconds, p, r.sampled.output[None]) for r, p in zip(runs, psnr, strict=True)]
+        )
         yield _write(out / "side-by-side", video.side_by_side(columns, [settings.wish.prompt], scale=1), settings.fps)

@@ -41,6 +41,12 @@ def one_line(error: object) -> str:
     """
     said = error
     if isinstance(error, OSError) and error.strerror:
-        said = f"{os.fsdecode(error.filename)}: {error.strerror}" if isinstance(error.filename, (str, bytes)) else error.strerror
-    printable = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in joined(said))
+        said = (
+            f"{os.fsdecode(error.filename)}: {error.strerror}"
+            if isinstance(error.filename, (str, bytes))
+            else error.strerror
+        )
+    printable = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in joined(said)
+    )
     return shortened(printable, 1000)

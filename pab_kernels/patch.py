@@ -1,4 +1,5 @@
-"""diffusers' `transformer.enable_cache(PyramidAttentionBroadcastConfig(...))`, served by this package while it is patched in."""
+"""diffusers' `transformer.enable_cache(PyramidAttentionBroadcastConfig(...))`, served by this package while it is
+patched in."""
 
 from __future__ import annotations
 
@@ -35,17 +36,19 @@ class _Patch:
 
 
 def patch_diffusers() -> None:
-    """Let `enable_cache(PyramidAttentionBroadcastConfig(...))` of diffusers' models use this package, until `unpatch_diffusers`.
+    """Let `enable_cache(PyramidAttentionBroadcastConfig(...))` of diffusers' models use this package, until
+    `unpatch_diffusers`.
 
-    `disable_cache`, `is_cache_enabled` and `cache_context` belong to it; configs of other caches go to diffusers as before. Rules are as
-    `rules.formats.from_diffusers` has them, and `summary(model)` tells what was done.
+    `disable_cache`, `is_cache_enabled` and `cache_context` belong to it; configs of other caches go to diffusers as
+    before. Rules are as `rules.formats.from_diffusers` has them, and `summary(model)` tells what was done.
 
-    The pipeline is looked for in `current_timestep_callback`: in `lambda: pipe.current_timestep` it is found, and its scheduler gives the
-    plan. Where it is not found, each step is decided when it comes, by the timestep that the callback gives: a step ends where a context is
-    called again, and a generation at `_reset_stateful_cache` or where the timestep rises.
+    The pipeline is looked for in `current_timestep_callback`: in `lambda: pipe.current_timestep` it is found, and its
+    scheduler gives the plan. Where it is not found, each step is decided when it comes, by the timestep that the
+    callback gives: a step ends where a context is called again, and a generation at `_reset_stateful_cache` or where
+    the timestep rises.
 
-    Unlike in diffusers, branches of guidance that are called one by one share neither outputs nor counts, temporal attention has its own
-    range, and a run that ended in the middle leaves nothing for the next.
+    Unlike in diffusers, branches of guidance that are called one by one share neither outputs nor counts, temporal
+    attention has its own range, and a run that ended in the middle leaves nothing for the next.
 
     Raises:
         ModuleNotFoundError: diffusers is not installed.
@@ -62,7 +65,8 @@ def patch_diffusers() -> None:
 
 
 def unpatch_diffusers() -> None:
-    """Take `patch_diffusers` back: PAB is off on the models that it was switched on for, and `enable_cache` is diffusers' own."""
+    """Take `patch_diffusers` back: PAB is off on the models that it was switched on for, and `enable_cache` is
+    diffusers' own."""
     mixin = _mixin()
     patch = getattr(mixin, _PATCH, None)
     if patch is None:
@@ -103,7 +107,9 @@ def _enable(patch: _Patch, model: Any, config: Any) -> bool:
         return False
     callback = config.current_timestep_callback
     if callback is None:
-        raise ValueError("current_timestep_callback is missing; give it: current_timestep_callback=lambda: pipe.current_timestep")
+        raise ValueError(
+            "current_timestep_callback is missing; give it: current_timestep_callback=lambda: pipe.current_timestep"
+        )
     if broadcaster_of(model) is not None:
         raise ValueError(f"PAB is enabled on this {type(model).__name__} by pab.enable; pab.disable it first")
     sublayers = api.sublayers(model)
@@ -120,9 +126,18 @@ def _enable(patch: _Patch, model: Any, config: Any) -> bool:
     for sublayer in sublayers:
         rule = rules.rule(sublayer.kind, sublayer.layer)
         if rule is not None and rule.window is not None:
-            _show(model.get_submodule(sublayer.name), _State(broadcaster, sublayer.name), rule.window, rule.range, callback)
+            _show(
+                model.get_submodule(sublayer.name),
+                _State(broadcaster, sublayer.name),
+                rule.window,
+                rule.range,
+                callback,
+            )
     if pipe is None:
-        logger.info("%s: no pipeline is found in current_timestep_callback: each step is decided when it comes", type(model).__name__)
+        logger.info(
+            "%s: no pipeline is found in current_timestep_callback: each step is decided when it comes",
+            type(model).__name__,
+        )
     compat.set_cache_config(model, config)
     patch.served.add(model)
     return True
@@ -139,10 +154,17 @@ def _disable(patch: _Patch, model: Any) -> bool:
 
 
 def _pipe_of(callback: Callable[[], Any], model: nn.Module) -> Any:
-    """The pipeline of `model` among what the code of `callback` names, or what that holds; None where it is not there."""
+    """The pipeline of `model` among what the code of `callback` names, or what that holds.
+
+    None where it is not there.
+    """
     for thing in _named_in(callback):
         for candidate in (thing, *getattr(thing, "__dict__", {}).values()):
-            if not isinstance(candidate, nn.Module) and hasattr(candidate, "scheduler") and model in denoisers(candidate).values():
+            if (
+                not isinstance(candidate, nn.Module)
+                and hasattr(candidate, "scheduler")
+                and model in denoisers(candidate).values()
+            ):
                 return candidate
     return None
 
@@ -186,7 +208,8 @@ class _State:
 
     @property
     def cache(self) -> tuple[Slot, ...] | None:
-        """What is kept of the module's outputs in all contexts: nothing where no later step reads it. None before the first step."""
+        """What is kept of the module's outputs in all contexts: nothing where no later step reads it. None before the
+        first step."""
         generation = self._generation()
         if generation is None or not generation.taken:
             return None
@@ -194,8 +217,13 @@ class _State:
         return tuple(slot for slot in held if slot is not None)
 
 
-def _show(module: nn.Module, state: _State, window: tuple[float, float], reach: int, callback: Callable[[], Any]) -> None:
-    """Put a hook that shows `state` where diffusers' would be. It is never called: the module's `forward` stays what it is."""
+def _show(
+    module: nn.Module, state: _State, window: tuple[float, float], reach: int, callback: Callable[[], Any]
+) -> None:
+    """Put a hook that shows `state` where diffusers' would be.
+
+    It is never called: the module's `forward` stays what it is.
+    """
     from diffusers.hooks import HookRegistry
     from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
 

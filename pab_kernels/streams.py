@@ -22,8 +22,9 @@ def fail(error: object, code: int) -> NoReturn:
 def standard_streams() -> Iterator[None]:
     """Run a program whose report must reach its reader: where it does not, the exit code is 1.
 
-    A reader that ends first, as in `pab plan --list | head -1`, is left in peace; any other reason is one line. A character that the
-    terminal's encoding lacks is escaped. Without standard output nothing is begun: there would be nowhere to report to.
+    A reader that ends first, as in `pab plan --list | head -1`, is left in peace; any other reason is one line. A
+    character that the terminal's encoding lacks is escaped. Without standard output nothing is begun: there would be
+    nowhere to report to.
 
     Raises:
         SystemExit: always, with the program's code or 1.

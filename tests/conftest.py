@@ -7,7 +7,9 @@ import os
 # Read when the libraries are imported, or by the processes that a test starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
-os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS warns where deterministic algorithms are asked for
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = (
+    ":4096:8"  # without it cuBLAS warns where deterministic algorithms are asked for
+)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import logging
@@ -22,7 +24,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined: without a GPU kernels run in Triton's interpreter
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read where a kernel is defined: without a GPU kernels run in Triton's interpreter
+    )
 
 torch.set_num_threads(1)  # shapes are tiny: a second thread costs more than it brings
 
@@ -31,17 +35,22 @@ logging.getLogger("torch.__trace").propagate = True
 
 # The same examples in every run, and no time limit on one or on the search for them: timings are not tests.
 hypothesis.settings.register_profile(
-    "pab_kernels", derandomize=True, deadline=None, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "pab_kernels",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("pab_kernels")
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
-    """`torch.empty` and its like are filled with NaN (integers with their maximum): an element that nobody writes fails a test.
+    """`torch.empty` and its like are filled with NaN (integers with their maximum): an element that nobody writes fails
+    a test.
 
-    torch does it itself where deterministic algorithms are asked for, in C++ as well as in Python, but not in the code that inductor
-    generates. An operation that has no deterministic form warns; pyproject.toml ignores that warning.
+    torch does it itself where deterministic algorithms are asked for, in C++ as well as in Python, but not in the code
+    that inductor generates. An operation that has no deterministic form warns; pyproject.toml ignores that warning.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -61,8 +70,8 @@ def _no_mode_is_left() -> Iterator[None]:
 def _forgotten_graphs() -> Iterator[None]:
     """No test finds what another one compiled.
 
-    torch keeps the graphs of a process by code, and `Module.compile` compiles code that all modules share: those left behind count against
-    the limit of the next test. Whoever needs more than the limit of 8 patches `recompile_limit`.
+    torch keeps the graphs of a process by code, and `Module.compile` compiles code that all modules share: those left
+    behind count against the limit of the next test. Whoever needs more than the limit of 8 patches `recompile_limit`.
     """
     yield
     if "torch._dynamo" in sys.modules:

@@ -1,7 +1,8 @@
-"""A stand-in for CUDA graphs on the CPU: records the operations of a call with the memory that they read and write, and runs them again.
+"""A stand-in for CUDA graphs on the CPU: records the operations of a call with the memory that they read and write, and
+runs them again.
 
-As a capture does, it leaves all memory that was there before as it was, gives tensors that hold nothing before the first replay, and fails
-where the host reads what is in a tensor.
+As a capture does, it leaves all memory that was there before as it was, gives tensors that hold nothing before the
+first replay, and fails where the host reads what is in a tensor.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ READS = {
 }
 """Operations whose result, or its shape, the host must know before it can go on."""
 
-METHODS = {getattr(Tensor, name) for name in ("cpu", "item", "numpy", "tolist", "__bool__", "__float__", "__int__", "__index__")}
+METHODS = {
+    getattr(Tensor, name)
+    for name in ("cpu", "item", "numpy", "tolist", "__bool__", "__float__", "__int__", "__index__")
+}
 
 
 class HostReadError(RuntimeError):
@@ -73,7 +77,12 @@ class Recording(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 self._keep(value)
         for argument in func._schema.arguments:
-            if argument.kwarg_only and argument.alias_info is not None and argument.alias_info.is_write and argument.name in kwargs:
+            if (
+                argument.kwarg_only
+                and argument.alias_info is not None
+                and argument.alias_info.is_write
+                and argument.name in kwargs
+            ):
                 self._keep(kwargs[argument.name])
         out = func(*args, **kwargs)
         given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
@@ -100,7 +109,8 @@ class Recording(TorchDispatchMode):
             storage.fill_(0xFF)  # NaN in every floating dtype
 
     def foreign_pointers(self) -> list[Any]:
-        """Of every operation: what it is, and where what it reads and writes lies, where that was not made in the recording."""
+        """Of every operation: what it is, and where what it reads and writes lies, where that was not made in the
+        recording."""
         return [
             (str(func), [(t.data_ptr(), t.shape, t.stride()) for t in _tensors((args, kwargs)) if not self._is_own(t)])
             for func, args, kwargs, _ in self.operations

@@ -1,8 +1,8 @@
 """The oracle: PAB on diffusers' Latte, slow and obvious.
 
-It knows nothing of plans, slots, streams or fused operations. Every block's `forward` is written out plainly after diffusers'
-`BasicTransformerBlock` (adaLN-single); every sublayer's output is written down when it is computed. At a step at which the rule asks for
-reuse the last one is said again, or the straight line through the last two is.
+It knows nothing of plans, slots, streams or fused operations. Every block's `forward` is written out plainly after
+diffusers' `BasicTransformerBlock` (adaLN-single); every sublayer's output is written down when it is computed. At a
+step at which the rule asks for reuse the last one is said again, or the straight line through the last two is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Rule:
     Args:
         range: steps from one compute to the next.
         window: `(lo, hi)`.
-        unit: of the window: "fraction" (`lo <= i / N < hi`), "step" (`lo <= i < hi`) or "timestep" (`lo < int(t) < hi`).
+        unit: of the window: "fraction" (`lo <= i / N < hi`), "step" (`lo <= i < hi`) or "timestep" (`lo < int(t) <
+            hi`).
         layers: blocks under this rule; None for all.
         reuse: "hold", the last output c, or "linear", `c + w (c - c_prev)`.
     """
@@ -86,7 +87,9 @@ class Oracle:
         self.first = first
         self.post_gate = post_gate
         self.dtype = dtype
-        self.written: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}  # by context and sublayer: all (step, output)
+        self.written: dict[
+            tuple[str, str], list[tuple[int, Tensor]]
+        ] = {}  # by context and sublayer: all (step, output)
         self.computed: dict[str, list[tuple[str, int]]] = {}  # by sublayer: (context, step)
 
     def __call__(self, context: str, step: int, *args: Any, **kwargs: Any) -> Tensor:
@@ -120,7 +123,9 @@ class Oracle:
         self.computed.setdefault(name, []).append((context, step))
         self.written.setdefault((context, name), []).append((step, out.clone()))
 
-    def _sublayer(self, name: str, kind: str, layer: int, context: str, step: int, compute: Callable[[], Tensor]) -> Tensor:
+    def _sublayer(
+        self, name: str, kind: str, layer: int, context: str, step: int, compute: Callable[[], Tensor]
+    ) -> Tensor:
         """What is added to the stream: what `compute` gives, or what is said again of what it gave in this context."""
         again = self._said_again(name, kind, layer, context, step)
         if again is not None:
@@ -138,9 +143,9 @@ class Oracle:
             return (out if gate is None else gate * out) + x
 
         def inside(x: Tensor, text: Tensor | None, text_mask: Tensor | None, timestep: Tensor) -> Tensor:
-            shift1, scale1, gate1, shift2, scale2, gate2 = (block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)).chunk(
-                6, dim=1
-            )
+            shift1, scale1, gate1, shift2, scale2, gate2 = (
+                block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)
+            ).chunk(6, dim=1)
             first = x
             x = added(x, "attn1", kind, gate1, lambda: block.attn1(block.norm1(first) * (1 + scale1) + shift1))
             if block.attn2 is not None:
@@ -150,7 +155,13 @@ class Oracle:
             return added(x, "ff", "mlp", gate2, lambda: block.ff(block.norm2(last) * (1 + scale2) + shift2))
 
         def forward(
-            x: Tensor, mask: Any, text: Tensor | None, text_mask: Tensor | None, timestep: Tensor, *rest: Any, **kwargs: Any
+            x: Tensor,
+            mask: Any,
+            text: Tensor | None,
+            text_mask: Tensor | None,
+            timestep: Tensor,
+            *rest: Any,
+            **kwargs: Any,
         ) -> Tensor:
             change = self._said_again(name, "block", layer, context, step)
             if change is None:

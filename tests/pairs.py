@@ -11,9 +11,9 @@ from typing import Any
 def pairs(*parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Cases for `pytest.mark.parametrize` with several names.
 
-    Most faults come from one value or from two together, so a product of three or more parameters runs most of its cases for nothing. The
-    cases are chosen greedily and are the same in every run: each is the one with the most pairs that were in none before, and of several
-    such the one whose pairs were in the fewest.
+    Most faults come from one value or from two together, so a product of three or more parameters runs most of its
+    cases for nothing. The cases are chosen greedily and are the same in every run: each is the one with the most pairs
+    that were in none before, and of several such the one whose pairs were in the fewest.
 
     Args:
         parameters: the values of each parameter; two or more parameters.
@@ -31,7 +31,10 @@ def pairs(*parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
     missing = {pair for case in product for pair in pairs_in(case)}
     chosen = []
     while missing:
-        case = max(product, key=lambda case: (len(missing.intersection(pairs_in(case))), -sum(met[pair] for pair in pairs_in(case))))
+        case = max(
+            product,
+            key=lambda case: (len(missing.intersection(pairs_in(case))), -sum(met[pair] for pair in pairs_in(case))),
+        )
         met.update(pairs_in(case))
         missing.difference_update(pairs_in(case))
         chosen.append(case)

@@ -27,7 +27,8 @@ INPUTS = {"hidden_states": noise(), "timestep": torch.tensor([500]), "encoder_hi
 
 
 def attributes(*roots: Any) -> dict[str, Any]:
-    """Every attribute of these objects, and of the modules in them, with the identity of what could change how they run."""
+    """Every attribute of these objects, and of the modules in them, with the identity of what could change how they
+    run."""
     found: dict[str, Any] = {}
     for number, root in enumerate(roots):
         for path, owner in root.named_modules() if isinstance(root, nn.Module) else [("", root)]:
@@ -95,7 +96,14 @@ def raise_error(*args: Any) -> Any:
 
 @pytest.mark.parametrize(
     "what",
-    [enable_and_run, enable_twice, enable_model_and_pipe, enable_in_another_pipe_too, two_pipes_of_one_scheduler, fail_in_the_middle],
+    [
+        enable_and_run,
+        enable_twice,
+        enable_model_and_pipe,
+        enable_in_another_pipe_too,
+        two_pipes_of_one_scheduler,
+        fail_in_the_middle,
+    ],
     ids=lambda f: f.__name__.replace("_", " "),
 )
 def test_disable_leaves_nothing_behind(pipe: Any, what: Callable[[Any], None]) -> None:
@@ -187,7 +195,8 @@ class Odd:
         (
             lambda: object(),
             TypeError,
-            "got object; supported are a torch.nn.Module and a pipeline with a `transformer` or a `unet`, and a `scheduler`",
+            "got object; supported are a torch.nn.Module and a pipeline with a `transformer` or a `unet`, and a "
+            "`scheduler`",
         ),
         (lambda: None, TypeError, "got NoneType; supported are"),
         (lambda: Odd(nn.Linear(1, 1), None), TypeError, "got Odd; supported are"),
@@ -211,7 +220,13 @@ def test_a_model_that_is_not_supported_is_refused(what: Callable[[], Any], kind:
 
 def latte_of(norm_type: str) -> Any:
     return LatteTransformer3DModel(
-        num_attention_heads=1, attention_head_dim=8, in_channels=1, patch_size=1, sample_size=2, norm_type=norm_type, caption_channels=4
+        num_attention_heads=1,
+        attention_head_dim=8,
+        in_channels=1,
+        patch_size=1,
+        sample_size=2,
+        norm_type=norm_type,
+        caption_channels=4,
     )
 
 
@@ -221,11 +236,19 @@ def test_other_bad_arguments_get_one_line(pipe: Any) -> None:
         pab.enable(pipe, num_steps=5)
     with pytest.raises(ValueError, match="a pipeline's scheduler gives the steps"):
         pab.enable(pipe, timesteps=[5, 4])
-    with pytest.raises(TypeError, match=r"config must be a PABConfig, got str; PABConfig.preset\(name\) gives a named one"):
+    with pytest.raises(
+        TypeError, match=r"config must be a PABConfig, got str; PABConfig.preset\(name\) gives a named one"
+    ):
         pab.enable(pipe, "latte")  # type: ignore[arg-type]
-    for function in (pab.summary, lambda m: pab.generation(m, num_steps=2).__enter__(), lambda m: pab.context(m, "cond").__enter__()):
+    for function in (
+        pab.summary,
+        lambda m: pab.generation(m, num_steps=2).__enter__(),
+        lambda m: pab.context(m, "cond").__enter__(),
+    ):
         for thing in (model, pipe):
-            with pytest.raises(RuntimeError, match="PAB is not enabled on this LatteTransformer3DModel; call pab.enable first"):
+            with pytest.raises(
+                RuntimeError, match="PAB is not enabled on this LatteTransformer3DModel; call pab.enable first"
+            ):
                 function(thing)
     with pytest.raises(TypeError, match="got int; supported are"):
         pab.disable(3)
@@ -236,7 +259,10 @@ def test_other_bad_arguments_get_one_line(pipe: Any) -> None:
         with pytest.raises(ValueError, match=f"a context needs a name, got {name!r}"), pab.context(model, name):  # type: ignore[arg-type]
             pass
     for step in (-1, 1.0, "1", True):
-        with pytest.raises(ValueError, match="step must be a whole number from 0, got"), pab.context(model, "a", step=step):  # type: ignore[arg-type]
+        with (
+            pytest.raises(ValueError, match="step must be a whole number from 0, got"),
+            pab.context(model, "a", step=step),
+        ):  # type: ignore[arg-type]
             pass
 
 
@@ -252,12 +278,17 @@ def test_calls_before_and_after_a_generation_run_plainly_and_are_counted(caplog:
     for count in (1, 2):
         assert torch.equal(model(**INPUTS).sample, plain) and pab.summary(model).plain_calls == count
     said = [r.getMessage() for r in caplog.records]
-    assert len(said) == 1 and "no generation has begun: the model runs plainly; call it inside `with pab.generation" in said[0]
+    assert (
+        len(said) == 1
+        and "no generation has begun: the model runs plainly; call it inside `with pab.generation" in said[0]
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
-def test_a_pipes_model_called_before_and_after_a_run_runs_plainly(scheduler: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pipes_model_called_before_and_after_a_run_runs_plainly(
+    scheduler: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     pipe = tiny_pipe(scheduler())
     plain = pipe.transformer(**INPUTS).sample
     pab.enable(pipe, HALF)
@@ -275,12 +306,18 @@ def test_calls_beyond_the_plan_are_refused() -> None:
     model(**INPUTS)
     model(**INPUTS)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"the plan has 2 steps and this call would be step 2; begin a further .*pab.generation"):
+        with pytest.raises(
+            RuntimeError, match=r"the plan has 2 steps and this call would be step 2; begin a further .*pab.generation"
+        ):
             model(**INPUTS)
     assert pab.summary(model).cache_bytes == 0
     with pab.generation(model, num_steps=1):
         model(**INPUTS)
-    with pab.generation(model, num_steps=3), pab.context(model, "a", step=3), pytest.raises(RuntimeError, match="would be step 3"):
+    with (
+        pab.generation(model, num_steps=3),
+        pab.context(model, "a", step=3),
+        pytest.raises(RuntimeError, match="would be step 3"),
+    ):
         model(**INPUTS)
 
 
@@ -339,7 +376,9 @@ def test_sublayers_of_latte() -> None:
         "transformer_blocks.0.ff",
         "transformer_blocks.0",
     ]
-    assert {(s.kind, s.layer) for s in listed} == {(k, i) for k in ("spatial", "temporal", "cross", "mlp", "block") for i in range(LAYERS)}
+    assert {(s.kind, s.layer) for s in listed} == {
+        (k, i) for k in ("spatial", "temporal", "cross", "mlp", "block") for i in range(LAYERS)
+    }
     assert all(s.how == "fused" for s in listed)
     for s in listed:
         pipe.transformer.get_submodule(s.name)
@@ -361,9 +400,13 @@ def test_a_compiled_model_is_its_model() -> None:
 
 def test_signatures_that_pipelines_ask_for_stay() -> None:
     pipe = tiny_pipe()
-    before = [inspect.signature(f) for f in (pipe.scheduler.step, pipe.scheduler.set_timesteps, pipe.transformer.forward)]
+    before = [
+        inspect.signature(f) for f in (pipe.scheduler.step, pipe.scheduler.set_timesteps, pipe.transformer.forward)
+    ]
     pab.enable(pipe)
-    assert [inspect.signature(f) for f in (pipe.scheduler.step, pipe.scheduler.set_timesteps, pipe.transformer.forward)] == before
+    assert [
+        inspect.signature(f) for f in (pipe.scheduler.step, pipe.scheduler.set_timesteps, pipe.transformer.forward)
+    ] == before
 
 
 def test_a_scheduler_that_outlives_its_pipeline_keeps_no_model() -> None:

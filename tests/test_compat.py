@@ -80,7 +80,11 @@ def test_a_compiled_model_is_the_one_in_it() -> None:
     model = nn.Linear(2, 2)
     compiled = torch.compile(model)
     assert compat.uncompiled(compiled) is compat.uncompiled(model) is model
-    assert compat.is_compiled(compiled, model) and not compat.is_compiled(model, model) and not compat.is_compiled("unet", model)
+    assert (
+        compat.is_compiled(compiled, model)
+        and not compat.is_compiled(model, model)
+        and not compat.is_compiled("unet", model)
+    )
 
 
 def test_what_models_and_pipelines_say_of_themselves() -> None:

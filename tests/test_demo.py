@@ -47,19 +47,28 @@ def test_every_variant_runs_in_order(result: DemoResult):
     keys = [run.variant.key for run in result.runs]
     assert keys[:5] == ["full", "demo", "pab246", "diffusers246", "ranges"] and not result.interrupted
     assert all(key.startswith("fewer-") for key in keys[5:]) and len(keys) > 5
-    assert all(run.sampled.output.shape == (1, 8, 3, 32, 32) and run.sampled.seconds > 0 and run.shown in (0, 1) for run in result.runs)
+    assert all(
+        run.sampled.output.shape == (1, 8, 3, 32, 32) and run.sampled.seconds > 0 and run.shown in (0, 1)
+        for run in result.runs
+    )
 
 
 def test_the_reference_computes_everything_and_has_no_quality(result: DemoResult):
     full = run_of(result, "full")
-    assert all(c.computed == 6 and c.reused == 0 for c in full.counts.values()) and list(full.counts) == list(demo.COUNTED_KINDS)
+    assert all(c.computed == 6 and c.reused == 0 for c in full.counts.values()) and list(full.counts) == list(
+        demo.COUNTED_KINDS
+    )
     assert full.cache_bytes == 0 and full.quality == () and math.isnan(full.spread("psnr")[0])
 
 
 def test_ranges_of_one_give_the_clips_of_no_pab(result: DemoResult):
     ranges = run_of(result, "ranges")
     assert torch.equal(ranges.sampled.output, run_of(result, "full").sampled.output)
-    assert ranges.spread("psnr")[0] == math.inf and ranges.flops == run_of(result, "full").flops and ranges.cache_bytes == 0
+    assert (
+        ranges.spread("psnr")[0] == math.inf
+        and ranges.flops == run_of(result, "full").flops
+        and ranges.cache_bytes == 0
+    )
 
 
 def test_pab_saves_work_and_counts_it(result: DemoResult):
@@ -78,7 +87,9 @@ def test_pab_saves_work_and_counts_it(result: DemoResult):
 def test_diffusers_pab_with_the_same_ranges_agrees_in_pictures_counts_and_work(result: DemoResult):
     ours, theirs = run_of(result, "pab246"), run_of(result, "diffusers246")
     assert torch.allclose(ours.sampled.output, theirs.sampled.output, atol=2e-3)
-    assert {k: (c.computed, c.reused) for k, c in ours.counts.items()} == {k: (c.computed, c.reused) for k, c in theirs.counts.items()}
+    assert {k: (c.computed, c.reused) for k, c in ours.counts.items()} == {
+        k: (c.computed, c.reused) for k, c in theirs.counts.items()
+    }
     assert theirs.flops == ours.flops
     assert theirs.cache_bytes >= ours.cache_bytes > 0
 
@@ -113,7 +124,9 @@ def test_everything_is_written(result: DemoResult, tmp_path):
 
 def test_progress_counts_all_steps_of_all_runs():
     seen = []
-    result = run_demo(DemoSettings(ONE, steps=2, device="cpu"), lambda title, done, todo: seen.append((title, done, todo)))
+    result = run_demo(
+        DemoSettings(ONE, steps=2, device="cpu"), lambda title, done, todo: seen.append((title, done, todo))
+    )
     calls = sum(run.calls for run in result.runs)
     assert sorted({done for _, done, _ in seen}) == list(range(1, calls + 1))
     assert seen[-1][1] == seen[-1][2] and seen[0][0] == "no PAB"

@@ -35,7 +35,9 @@ if not DOCS.is_dir():
     pytest.skip("the pages are not here", allow_module_level=True)
 
 
-PAGES = sorted(page.name for page in DOCS.glob("*.md") if page.name not in ELSEWHERE and _BLOCK.search(page.read_text()))
+PAGES = sorted(
+    page.name for page in DOCS.glob("*.md") if page.name not in ELSEWHERE and _BLOCK.search(page.read_text())
+)
 
 
 def _run_command(line: str) -> None:
@@ -48,7 +50,8 @@ def _run_command(line: str) -> None:
         subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
 
 
-# diffusers' schedulers hand tensors to numpy in a way that numpy deprecates; imageio's reader leaves a pipe to the collector
+# diffusers' schedulers hand tensors to numpy in a way that numpy deprecates; imageio's reader leaves a pipe to the
+# collector
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("page", PAGES)
@@ -81,7 +84,9 @@ def test_every_option_of_every_command_is_on_the_page_and_no_other() -> None:
     assert set(sections) == {f"pab {name}" for name in commands}
     for name, command in commands.items():
         text = sections[f"pab {name}"]
-        options = {option for p in command.params for option in (*p.opts, *p.secondary_opts) if option.startswith("--")} - {"--help"}
+        options = {
+            option for p in command.params for option in (*p.opts, *p.secondary_opts) if option.startswith("--")
+        } - {"--help"}
         told = set(re.findall(r"(?<=[`/ ])--[a-z][a-z0-9-]*(?=[`, =])", text.replace("\n", " ")))
         assert options - told == set(), f"pab {name} has options that docs/commands.md does not tell of"
         assert told - options == set(), f"docs/commands.md tells of options that pab {name} does not have"

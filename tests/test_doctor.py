@@ -38,7 +38,9 @@ def test_the_report_has_versions_devices_backends_extension_and_cache() -> None:
     for op, served in report.operations.items():
         assert served["auto"] in backend.IMPLEMENTATIONS[op] and served["reference"] is None
         assert set(served) == {"auto", *backend.BACKENDS}
-        assert all((served[name] == NO_KERNEL) == (name not in backend.IMPLEMENTATIONS[op]) for name in backend.BACKENDS)
+        assert all(
+            (served[name] == NO_KERNEL) == (name not in backend.IMPLEMENTATIONS[op]) for name in backend.BACKENDS
+        )
         assert not any("cannot be loaded" in (served[name] or "") for name in backend.BACKENDS)
     assert json.loads(json.dumps(report.to_dict()))["operations"] == report.operations
 
@@ -46,7 +48,17 @@ def test_the_report_has_versions_devices_backends_extension_and_cache() -> None:
 def test_the_text_fits_a_screen_and_names_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     text = str(doctor())
-    headings = ("python", "torch", "packages", "missing", "devices", "extension", "triton cache", "environment", "operation")
+    headings = (
+        "python",
+        "torch",
+        "packages",
+        "missing",
+        "devices",
+        "extension",
+        "triton cache",
+        "environment",
+        "operation",
+    )
     for heading in (*headings, *backend.IMPLEMENTATIONS, *backend.BACKENDS, "TRITON_INTERPRET=1"):
         assert any(line.startswith(heading) or f" {heading}" in line for line in text.splitlines()), heading
     assert len(text.splitlines()) <= 40
@@ -77,7 +89,10 @@ def _with_triton(monkeypatch: pytest.MonkeyPatch, refusal: Any) -> Any:
 @pytest.mark.parametrize(
     ("refusal", "reason"),
     [
-        (lambda call: backend.refuse_device(torch.empty(1, device="cpu"), False), "Triton kernels run on CUDA devices, and on the CPU"),
+        (
+            lambda call: backend.refuse_device(torch.empty(1, device="cpu"), False),
+            "Triton kernels run on CUDA devices, and on the CPU",
+        ),
         (ModuleNotFoundError("no", name="triton"), "it needs the package triton, which is not installed"),
         (RuntimeError("0 active\ndrivers"), "it cannot be loaded: 0 active drivers"),
     ],
@@ -114,7 +129,9 @@ def test_the_cache_lies_where_triton_has_it(tmp_path: Path, monkeypatch: pytest.
     assert cache.path == knobs.cache.dir
 
 
-def test_compiled_kernels_are_described_or_it_is_said_why_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_kernels_are_described_or_it_is_said_why_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     info = {
         "missing": None,
         "archs": ["80", "90a"],
@@ -128,10 +145,15 @@ def test_compiled_kernels_are_described_or_it_is_said_why_there_are_none(tmp_pat
     monkeypatch.setattr(cuda_library, "build_info", lambda: info)
     monkeypatch.setattr(cuda_library, "load", lambda: None)
     kernels, planners = doctor().extension
-    assert all(word in kernels for word in ("loaded", "80, 90a", "13.0.88", "2.10", "2.13.0", "c0ffee")) and "_host.so" in planners
+    assert (
+        all(word in kernels for word in ("loaded", "80, 90a", "13.0.88", "2.10", "2.13.0", "c0ffee"))
+        and "_host.so" in planners
+    )
     (tmp_path / "_host.so").unlink()
     monkeypatch.setattr(cuda_library, "load", lambda: "nvcc was not found")
-    assert doctor().extension == ("none: nvcc was not found",) and "extension     none: nvcc was not found" in str(doctor())
+    assert doctor().extension == ("none: nvcc was not found",) and "extension     none: nvcc was not found" in str(
+        doctor()
+    )
 
 
 @pytest.mark.parametrize("name", ["_version", "_torch_build", "_devices", "_operations", "_extension", "_triton_cache"])
@@ -156,7 +178,8 @@ def test_warnings_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
 # As a user runs it
 
 _ALONE = """
-for name in ("typer", "rich", "diffusers", "transformers", "skimage", "matplotlib", "imageio", "PIL", "safetensors", "yaml", "triton"):
+absent = "typer rich diffusers transformers skimage matplotlib imageio PIL safetensors yaml triton"
+for name in absent.split():
     sys.modules[name] = None
 """
 
@@ -171,7 +194,11 @@ def test_it_runs_without_torch() -> None:
     done = _run("--json", code=_ALONE + "sys.modules['torch'] = None")
     data = json.loads(done.stdout)
     assert done.returncode == 0 and done.stderr == ""
-    assert data["torch"] == "cannot be imported" and data["operations"] == {} and any("torch" in p for p in data["problems"])
+    assert (
+        data["torch"] == "cannot be imported"
+        and data["operations"] == {}
+        and any("torch" in p for p in data["problems"])
+    )
 
 
 def test_its_output_is_plain_text_whatever_the_terminal(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("no"), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), ValueError("no"), OSError(errno.ENOSPC, "No space left on device")]
+)
 def test_what_fails_half_way_leaves_the_old_file_and_nothing_else(error: BaseException, tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.txt", "old")
     with pytest.raises(type(error)), replacing(path) as made:

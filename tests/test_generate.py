@@ -1,4 +1,5 @@
-"""Generating from checkpoints on disk: what is run, written and compared, and what stays after an interruption or an error."""
+"""Generating from checkpoints on disk: what is run, written and compared, and what stays after an interruption or an
+error."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from pab_kernels.models.demo import pipeline as demo_pipeline
 from pab_kernels.rules.formats import save_config
 from tests.tiny_pipelines import PIPELINES, save
 
-# diffusers' schedulers hand tensors to numpy in a way that numpy deprecates; imageio's reader leaves a pipe to the collector
+# diffusers' schedulers hand tensors to numpy in a way that numpy deprecates; imageio's reader leaves a pipe to the
+# collector
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -47,7 +49,9 @@ def asked(name: str, steps: int = 4, **options: Any) -> Wish:
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
-def compared(request: pytest.FixtureRequest, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Result]:
+def compared(
+    request: pytest.FixtureRequest, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, Result]:
     name, out = request.param, tmp_path_factory.mktemp("out") / "new"
     settings = Settings(str(checkpoints / name), asked(name), pab="pab246", compare=True, device="cpu", timed=True)
     return name, out, generate(settings, out)
@@ -69,7 +73,13 @@ def test_any_pipeline_is_run_without_pab_and_with_it(compared: tuple[str, Path, 
 def test_videos_images_and_figures_are_written(compared: tuple[str, Path, Result]) -> None:
     name, out, result = compared
     suffix = ".png" if name == "pixart" else ".mp4"
-    assert {path.name for path in result.files} == {"off" + suffix, "pab" + suffix, "side-by-side" + suffix, "schedule.png", "results.json"}
+    assert {path.name for path in result.files} == {
+        "off" + suffix,
+        "pab" + suffix,
+        "side-by-side" + suffix,
+        "schedule.png",
+        "results.json",
+    }
     assert {path.name for path in out.iterdir()} == {path.name for path in result.files}
     for run in result.runs:
         clip = read_clip(run.file).frames
@@ -79,7 +89,11 @@ def test_videos_images_and_figures_are_written(compared: tuple[str, Path, Result
         assert difference < (2 / 255 if suffix == ".png" else 0.25)  # H.264 halves the colours' resolution
     data = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
     assert data == json.loads(json.dumps(result.to_dict()))
-    assert data["pipeline"] == PIPELINES[name][0]().__class__.__name__ and data["prompt"] == "a red circle" and data["dtype"] == "float32"
+    assert (
+        data["pipeline"] == PIPELINES[name][0]().__class__.__name__
+        and data["prompt"] == "a red circle"
+        and data["dtype"] == "float32"
+    )
     assert data["interrupted"] is False and [run["file"] for run in data["runs"]] == ["off" + suffix, "pab" + suffix]
     off, on = data["runs"]
     assert off["speedup"] == 1 and on["quality"]["total"]["psnr"] > 15 and on["summary"]["contexts"]
@@ -101,7 +115,9 @@ def test_ranges_of_one_from_a_file_change_nothing(checkpoints: Path, tmp_path: P
 def test_pab_auto_is_the_preset_of_the_class_and_off_is_the_pipeline_alone(checkpoints: Path, tmp_path: Path) -> None:
     auto = generate(Settings(str(checkpoints / "latte"), asked("latte", 2), device="cpu"), tmp_path / "auto")
     assert [run.key for run in auto.runs] == ["pab"] and auto.runs[0].config == PABConfig.preset("latte")
-    assert {path.name for path in auto.files} == {"pab.mp4", "schedule.png", "results.json"} and auto.runs[0].quality is None
+    assert {path.name for path in auto.files} == {"pab.mp4", "schedule.png", "results.json"} and auto.runs[
+        0
+    ].quality is None
     assert json.loads((tmp_path / "auto" / "results.json").read_text())["runs"][0]["speedup"] is None
     off = generate(Settings(str(checkpoints / "latte"), asked("latte", 2), pab="off", device="cpu"), tmp_path / "off")
     assert [run.key for run in off.runs] == ["off"] and {path.name for path in off.files} == {"off.mp4", "results.json"}
@@ -112,13 +128,17 @@ def test_the_demo_model_in_a_folder_draws_what_it_is_told(tmp_path: Path, monkey
     demo.pipe.save_pretrained(tmp_path / "demo")
     prompt = "a red circle moves right at night"
     wish = Wish(prompt, steps=3, guidance=3.0, size=(8, 32, 32), seed=5)
-    monkeypatch.delitem(sys.modules, "pab_kernels.models.demo.components")  # as in a process that has not used the demo model
+    monkeypatch.delitem(
+        sys.modules, "pab_kernels.models.demo.components"
+    )  # as in a process that has not used the demo model
     result = generate(Settings(str(tmp_path / "demo"), wish, pab="off", device="cpu"), tmp_path)
     assert torch.equal(result.runs[0].sampled.output, demo.generate([prompt], [5], 3, 3.0)[0])
 
 
 @pytest.mark.parametrize(("during", "finished"), [("warming up", []), ("no PAB", []), ("PAB", ["off"])])
-def test_an_interruption_keeps_the_finished_runs(during: str, finished: list[str], checkpoints: Path, tmp_path: Path) -> None:
+def test_an_interruption_keeps_the_finished_runs(
+    during: str, finished: list[str], checkpoints: Path, tmp_path: Path
+) -> None:
     def interrupt(title: str, done: int, todo: int | None) -> None:
         if title == during and done == 2:
             raise KeyboardInterrupt
@@ -175,7 +195,10 @@ def test_what_does_not_suit_the_model_is_refused(
     name: str, options: dict[str, Any], wish: dict[str, Any], message: str | None, checkpoints: Path, tmp_path: Path
 ) -> None:
     settings = Settings(
-        str(checkpoints / name), Wish("a red circle", steps=2, **{"size": asked(name).size, **wish}), device="cpu", **options
+        str(checkpoints / name),
+        Wish("a red circle", steps=2, **{"size": asked(name).size, **wish}),
+        device="cpu",
+        **options,
     )
     out = tmp_path / "out"
     if message is None:
@@ -190,8 +213,14 @@ def test_what_does_not_suit_the_model_is_refused(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Settings("demo", Wish("a"), pab="off", compare=True), "with PAB off there is nothing to compare, to time and to capture"),
-        (lambda: Settings("demo", Wish("a"), pab="off", timed=True), "nothing to compare, to time and to capture; choose auto"),
+        (
+            lambda: Settings("demo", Wish("a"), pab="off", compare=True),
+            "with PAB off there is nothing to compare, to time and to capture",
+        ),
+        (
+            lambda: Settings("demo", Wish("a"), pab="off", timed=True),
+            "nothing to compare, to time and to capture; choose auto",
+        ),
         (lambda: Settings("demo", Wish("a"), pab="off", cuda_graphs=True), "and to capture; choose auto"),
         (lambda: Settings("demo", Wish("a"), timed=True, cuda_graphs=True), "leave timed or cuda_graphs out"),
         (
@@ -199,14 +228,26 @@ def test_what_does_not_suit_the_model_is_refused(
             "CUDA graphs need a CUDA device, .* on cpu; leave",
         ),
         (lambda: Settings("demo", Wish("a"), pab="pab24"), "there is no preset 'pab24'; did you mean 'pab246'"),
-        (lambda: Settings("demo", Wish("a"), dtype="int4"), "dtype 'int4' is not supported; there are float32, bfloat16, float16"),
+        (
+            lambda: Settings("demo", Wish("a"), dtype="int4"),
+            "dtype 'int4' is not supported; there are float32, bfloat16, float16",
+        ),
         (lambda: Settings("demo", Wish("a"), fps=0), "fps must be positive, got 0"),
         (lambda: Wish("a", steps=0), "steps must be at least 1, got 0"),
-        (lambda: Wish("a", size=(1, 2, 3, 4)), "frames x height x width or height x width, each at least 1; got 1x2x3x4"),
+        (
+            lambda: Wish("a", size=(1, 2, 3, 4)),
+            "frames x height x width or height x width, each at least 1; got 1x2x3x4",
+        ),
         (lambda: Wish("a", size=(0, 8)), "each at least 1; got 0x8"),
         (lambda: generate(Settings("demo", Wish("a"), device="abacus"), "."), "device 'abacus' cannot be used here"),
-        (lambda: generate(Settings("demo", Wish("a"), device="cpu", offload="all"), "."), "offload 'all' is not supported"),
-        (lambda: generate(Settings("demo", Wish("a"), device="cpu", offload="model"), "."), "there is none in use: leave it out"),
+        (
+            lambda: generate(Settings("demo", Wish("a"), device="cpu", offload="all"), "."),
+            "offload 'all' is not supported",
+        ),
+        (
+            lambda: generate(Settings("demo", Wish("a"), device="cpu", offload="model"), "."),
+            "there is none in use: leave it out",
+        ),
     ],
 )
 def test_bad_settings_are_refused(make: Any, message: str) -> None:

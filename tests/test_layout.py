@@ -23,7 +23,9 @@ def _taken_from_tests(source: str) -> Iterator[str]:
     """Names that a module imports from a test, and private ones from a support module."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("tests.") and ".test_" in alias.name)
+            yield from (
+                alias.name for alias in node.names if alias.name.startswith("tests.") and ".test_" in alias.name
+            )
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "tests":
             of_a_test = ".test_" in f".{node.module}"
             names = [alias.name for alias in node.names]
@@ -32,7 +34,9 @@ def _taken_from_tests(source: str) -> Iterator[str]:
 
 def test_no_test_is_built_on_another() -> None:
     taken = {str(path.relative_to(TESTS)): list(_taken_from_tests(path.read_text())) for path in TESTS.rglob("*.py")}
-    assert {path: names for path, names in taken.items() if names} == {}, "what several tests need is a module of its own"
+    assert {path: names for path, names in taken.items() if names} == {}, (
+        "what several tests need is a module of its own"
+    )
 
 
 def test_every_way_to_take_from_a_test_is_seen() -> None:
@@ -44,7 +48,11 @@ def test_every_way_to_take_from_a_test_is_seen() -> None:
         "def test():\n    from tests.test_api import toy",
     ):
         assert list(_taken_from_tests(bad)), bad
-    for fine in ("from tests.adapters.tiny_models import TEXT", "from pab_kernels.ops import _host", "import tests.oracle"):
+    for fine in (
+        "from tests.adapters.tiny_models import TEXT",
+        "from pab_kernels.ops import _host",
+        "import tests.oracle",
+    ):
         assert list(_taken_from_tests(fine)) == [], fine
 
 

@@ -10,7 +10,18 @@ import hypothesis
 import pytest
 
 TESTS = Path(__file__).parent
-CLOCKS = {"sleep", "time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time", "alarm", "setitimer"}
+CLOCKS = {
+    "sleep",
+    "time",
+    "time_ns",
+    "perf_counter",
+    "perf_counter_ns",
+    "monotonic",
+    "monotonic_ns",
+    "process_time",
+    "alarm",
+    "setitimer",
+}
 MODULES = {"time", "signal", "asyncio"}
 
 
@@ -18,7 +29,9 @@ def _timings(source: str) -> Iterator[str]:
     """What in a test goes by the clock; a wait may have the limit `HANG`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module in MODULES:
-            yield from (f"line {node.lineno}: {node.module}.{alias.name}" for alias in node.names if alias.name in CLOCKS)
+            yield from (
+                f"line {node.lineno}: {node.module}.{alias.name}" for alias in node.names if alias.name in CLOCKS
+            )
         if not isinstance(node, ast.Call):
             continue
         called = node.func
@@ -64,7 +77,10 @@ def test_every_way_to_go_by_the_clock_is_seen() -> None:
 
 
 def test_nothing_ends_a_test_that_is_slow(request: pytest.FixtureRequest) -> None:
-    """pytest shows where a long test is, and lets it go on; hypothesis neither limits an example nor how long it looks for one."""
+    """pytest shows where a long test is, and lets it go on.
+
+    Hypothesis neither limits an example nor how long it looks for one.
+    """
     assert not request.config.getini("faulthandler_exit_on_timeout")
     assert hypothesis.settings().deadline is None
     assert hypothesis.HealthCheck.too_slow in hypothesis.settings().suppress_health_check

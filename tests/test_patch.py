@@ -1,4 +1,5 @@
-"""`enable_cache(PyramidAttentionBroadcastConfig(...))` under `patch_diffusers`: what diffusers' own tests assert, and that it is right."""
+"""`enable_cache(PyramidAttentionBroadcastConfig(...))` under `patch_diffusers`: what diffusers' own tests assert, and
+that it is right."""
 
 from __future__ import annotations
 
@@ -83,7 +84,9 @@ def test_a_model_is_switched_on_and_off(tiny: Tiny) -> None:
     spatial = [s for s in pab.sublayers(model) if s.kind == "spatial"]
     found = hooks(model)
     assert len(found) == len(spatial) > 0
-    assert all(isinstance(h, PyramidAttentionBroadcastHook) and (h.state.iteration, h.state.cache) == (0, None) for h in found)
+    assert all(
+        isinstance(h, PyramidAttentionBroadcastHook) and (h.state.iteration, h.state.cache) == (0, None) for h in found
+    )
     assert torch.equal(out(model, tiny(0)), plain[0])
     assert all(h.state.iteration == 1 and len(h.state.cache) == 1 for h in found)
     again = out(model, tiny(1))
@@ -95,7 +98,10 @@ def test_a_model_is_switched_on_and_off(tiny: Tiny) -> None:
     assert not model.is_cache_enabled and not hooks(model)
     assert torch.equal(out(model, tiny(1)), plain[1])
     left = {name: set(vars(m)) - before[name] for name, m in model.named_modules()}
-    assert {name: attributes for name, attributes in left.items() if attributes} in ({}, {"": {"_diffusers_hook"}})  # by its reset
+    assert {name: attributes for name, attributes in left.items() if attributes} in (
+        {},
+        {"": {"_diffusers_hook"}},
+    )  # by its reset
 
 
 def test_contexts_have_outputs_of_their_own() -> None:
@@ -171,7 +177,9 @@ def test_a_pipeline_runs_as_with_enable_and_shows_its_state(name: str, rules: di
         assert shown == [(i, {i + 1}, {True}) for i in range(STEPS)]
         shown.clear()
     assert not torch.equal(expected, plain)
-    assert pab.summary(pipe).contexts == pab.summary(other).contexts and pab.summary(pipe).plan == pab.summary(other).plan
+    assert (
+        pab.summary(pipe).contexts == pab.summary(other).contexts and pab.summary(pipe).plan == pab.summary(other).plan
+    )
     model.disable_cache()
     assert torch.equal(tiny.sample(pipe, STEPS), plain)
     assert "step" not in vars(pipe.scheduler)
@@ -180,7 +188,9 @@ def test_a_pipeline_runs_as_with_enable_and_shows_its_state(name: str, rules: di
 def test_two_branches_are_right_where_diffusers_mixes_them() -> None:
     tiny = named("WanPipeline")
     pipe, twin = tiny.build(), tiny.build()
-    pipe.transformer.enable_cache(config(lambda: pipe.current_timestep, spatial_attention_timestep_skip_range=(-1, 1001)))
+    pipe.transformer.enable_cache(
+        config(lambda: pipe.current_timestep, spatial_attention_timestep_skip_range=(-1, 1001))
+    )
     rules = {"spatial": Rule(2, (0, 1))}
     with Replay(twin, [s for s in pab.sublayers(twin) if s.kind == "spatial"], rules).running():
         expected = tiny.sample(twin, STEPS)
@@ -195,7 +205,9 @@ def test_two_branches_are_right_where_diffusers_mixes_them() -> None:
         tiny.sample(pipe, STEPS, callback_on_step_end=fail)
     assert torch.equal(tiny.sample(pipe, STEPS), expected)
     pab.unpatch_diffusers()
-    pipe.transformer.enable_cache(config(lambda: pipe.current_timestep, spatial_attention_timestep_skip_range=(-1, 1001)))
+    pipe.transformer.enable_cache(
+        config(lambda: pipe.current_timestep, spatial_attention_timestep_skip_range=(-1, 1001))
+    )
     assert not torch.equal(tiny.sample(pipe, STEPS), expected), "diffusers counts both branches' calls as one sequence"
 
 
@@ -302,7 +314,11 @@ def test_a_model_changed_before_the_timestep_rises_is_run_and_counted_as_it_is()
     model.enable_cache(config(lambda: clock.t))
 
     def call(subject: Any, step: int) -> Tensor:
-        given = {"hidden_states": noise(step), "encoder_hidden_states": prompt(0), "timestep": torch.tensor([900 - step])}
+        given = {
+            "hidden_states": noise(step),
+            "encoder_hidden_states": prompt(0),
+            "timestep": torch.tensor([900 - step]),
+        }
         return subject(**given).sample
 
     flops = []
@@ -379,7 +395,9 @@ def test_unpatch_takes_everything_back_and_patching_twice_is_patching_once() -> 
     assert broadcaster_of(own) is not None, "pab.enable did that"
     pab.unpatch_diffusers()
     model.enable_cache(config())
-    assert all(type(h.state).__module__.startswith("diffusers.") for h in hooks(model)) and broadcaster_of(model) is None
+    assert (
+        all(type(h.state).__module__.startswith("diffusers.") for h in hooks(model)) and broadcaster_of(model) is None
+    )
     pab.patch_diffusers()
     assert model.is_cache_enabled
     model.disable_cache()  # diffusers' own, from before
@@ -401,13 +419,17 @@ def test_a_method_that_was_wrapped_since_passes_through_after_unpatch() -> None:
 
 def test_a_config_that_cannot_be_served_leaves_the_model_plain() -> None:
     model = next(t for t in CACHING if t.name == "FluxTransformer2DModel").build()
-    with pytest.raises(ValueError, match="current_timestep_callback is missing; give it: current_timestep_callback=lambda"):
+    with pytest.raises(
+        ValueError, match="current_timestep_callback is missing; give it: current_timestep_callback=lambda"
+    ):
         model.enable_cache(PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2))
     with pytest.raises(ValueError, match="name some and not all spatial sublayers of layer 0"):
         model.enable_cache(config(spatial_attention_block_identifiers=["^transformer_blocks"]))
     assert not model.is_cache_enabled and broadcaster_of(model) is None and not hooks(model)
     pab.enable(model, PABConfig(spatial=2), num_steps=2)
-    with pytest.raises(ValueError, match="PAB is enabled on this FluxTransformer2DModel by pab.enable; pab.disable it first"):
+    with pytest.raises(
+        ValueError, match="PAB is enabled on this FluxTransformer2DModel by pab.enable; pab.disable it first"
+    ):
         model.enable_cache(config())
     assert not model.is_cache_enabled
 
@@ -416,7 +438,9 @@ def test_what_enable_cache_switched_on_takes_no_other_rules_and_no_graphs() -> N
     model = CACHING[0].build()
     model.enable_cache(config())
     for options in ({"config": PABConfig(spatial=2)}, {"cuda_graphs": True}):
-        with pytest.raises(ValueError, match="by enable_cache, whose rules it has, without CUDA graphs; call its disable_cache first"):
+        with pytest.raises(
+            ValueError, match="by enable_cache, whose rules it has, without CUDA graphs; call its disable_cache first"
+        ):
             pab.enable(model, **options)
     pab.enable(model, timed=True)
     model.disable_cache()
@@ -426,7 +450,9 @@ def test_what_enable_cache_switched_on_takes_no_other_rules_and_no_graphs() -> N
 
 def test_rules_for_nothing_that_the_model_has_are_switched_off_too() -> None:
     model = transformer("WanTransformer3DModel")
-    model.enable_cache(PyramidAttentionBroadcastConfig(temporal_attention_block_skip_range=2, current_timestep_callback=lambda: 500))
+    model.enable_cache(
+        PyramidAttentionBroadcastConfig(temporal_attention_block_skip_range=2, current_timestep_callback=lambda: 500)
+    )
     assert model.is_cache_enabled and not hooks(model)
     model.disable_cache()
     assert not model.is_cache_enabled
@@ -445,7 +471,11 @@ def test_a_copy_of_a_served_model_is_plain_and_can_be_served_itself(first: str) 
         copied.disable_cache()
         assert not copied.is_cache_enabled and not hooks(copied)
     copied.enable_cache(config())
-    assert copied.is_cache_enabled and all(h.state.iteration == 0 for h in hooks(copied)) and len(hooks(copied)) == len(hooks(model)) > 0
+    assert (
+        copied.is_cache_enabled
+        and all(h.state.iteration == 0 for h in hooks(copied))
+        and len(hooks(copied)) == len(hooks(model)) > 0
+    )
     assert model.is_cache_enabled and all(h.state.iteration == 1 for h in hooks(model))
     out(copied, tiny(0))
     assert not torch.allclose(out(copied, tiny(1)), plain[1], atol=1e-5)

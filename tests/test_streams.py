@@ -40,7 +40,9 @@ def test_what_is_printed_arrives_and_the_code_is_the_program_s(code: int | None,
 
 
 @pytest.mark.parametrize("size", [1, 10**6])  # that a buffer keeps, and that it does not
-def test_a_reader_that_ends_first_is_left_in_peace(size: int, broken: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_ends_first_is_left_in_peace(
+    size: int, broken: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "stdout", broken)
     assert _ended("x" * size) == 1 and capsys.readouterr().err == ""
 

@@ -33,7 +33,9 @@ WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "circle", "moves", "right")
 def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=16)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=16
+    )
 
 
 def text_encoder(channels: int, kind: Any = T5EncoderModel, config: Any = T5Config) -> Any:
@@ -53,7 +55,9 @@ def image_vae(levels: int) -> AutoencoderKL:
 
 def latte() -> LattePipeline:
     """Videos of 4 frames, 32 x 32."""
-    return LattePipeline(tokenizer(), text_encoder(TEXT_CHANNELS), image_vae(2), tiny_latte(), DDIMScheduler(clip_sample=False))
+    return LattePipeline(
+        tokenizer(), text_encoder(TEXT_CHANNELS), image_vae(2), tiny_latte(), DDIMScheduler(clip_sample=False)
+    )
 
 
 def cogvideox() -> CogVideoXPipeline:
@@ -96,10 +100,16 @@ def wan() -> WanPipeline:
         num_layers=2,
         rope_max_seq_len=32,
     )
-    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
     encoder = text_encoder(16, UMT5EncoderModel, UMT5Config)
     return WanPipeline(
-        tokenizer=tokenizer(), text_encoder=encoder, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), transformer=transformer
+        tokenizer=tokenizer(),
+        text_encoder=encoder,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        transformer=transformer,
     )
 
 

@@ -10,7 +10,8 @@ from ..broadcast.adapter import Adapter
 
 
 def adapter_for(model: nn.Module, kinds: Mapping[str, str | None] | None = None) -> Adapter:
-    """The adapter of a model: its modules of `pab_kernels.nn` where it has such, else its family's, else the generic one.
+    """The adapter of a model: its modules of `pab_kernels.nn` where it has such, else its family's, else the generic
+    one.
 
     Args:
         model: the DiT.
@@ -25,7 +26,8 @@ def adapter_for(model: nn.Module, kinds: Mapping[str, str | None] | None = None)
     if modules.handles(model):
         if kinds:
             raise ValueError(
-                f"kinds={dict(kinds)}: this {type(model).__name__} has modules of pab_kernels.nn, and their kinds are their own"
+                f"kinds={dict(kinds)}: this {type(model).__name__} has modules of pab_kernels.nn, and their kinds are "
+                "their own"
             )
         return modules.ModulesAdapter(model)
     if latte.handles(model) and not kinds:

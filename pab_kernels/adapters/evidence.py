@@ -28,14 +28,29 @@ _NEITHER = {
 _WHOLE = {"block", "layer"}
 """Words of classes that add to the stream what their attention or MLP gives: no sublayer by that name alone."""
 _ASIDE = {
-    *("refiner", "refine", "embed", "embedder", "embedders", "embedding", "embeddings", "emb", "pool", "pooler", "pooling"),
+    *(
+        "refiner",
+        "refine",
+        "embed",
+        "embedder",
+        "embedders",
+        "embedding",
+        "embeddings",
+        "emb",
+        "pool",
+        "pooler",
+        "pooling",
+    ),
     *("perceiver", "resampler", "connector", "extractor", "text", "txt", "caption", "cap"),
 }
 """Words of what prepares the text or the latents before the blocks, and is left alone."""
 _TEMPORAL = {"temporal", "temp", "tempo"}
 _TIME = {"time", "frame", "frames"}
 _MOTION = ({"motion"}, {"animate", "diff"})
-"""Words of modules that attend over frames. A block or model that has `motion` in its class has such modules, and others."""
+"""Words of modules that attend over frames.
+
+A block or model that has `motion` in its class has such modules, and others.
+"""
 _SPATIAL = {"spatial", "spatio", "space"}
 _CROSS = {"cross", "crossattn", "crossattention"}
 _ELSEWHERE = {"encoder_hidden_states", "context", "cond", "text", "memory", "y", "kv", "key_value"}
@@ -49,12 +64,17 @@ def words(name: str) -> list[str]:
 def set_aside(path: Sequence[str]) -> str | None:
     """The component of a path by which a module prepares text or latents before the blocks, or None.
 
-    Of the last component only the words of refiners and poolers count: attention in a block may be named after the stream that it reads.
+    Of the last component only the words of refiners and poolers count: attention in a block may be named after the
+    stream that it reads.
     """
     for component in path[:-1]:
         if _ASIDE.intersection(words(component)):
             return component
-    return path[-1] if {"refiner", "pool", "pooler", "pooling", "perceiver", "resampler"}.intersection(words(path[-1])) else None
+    return (
+        path[-1]
+        if {"refiner", "pool", "pooler", "pooling", "perceiver", "resampler"}.intersection(words(path[-1]))
+        else None
+    )
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -70,8 +90,12 @@ def queries_of(module: nn.Module) -> list[str]:
     """Names of the projections of queries that a module holds itself."""
     if isinstance(module, nn.MultiheadAttention):
         return ["in_proj"]
-    children = [name for name, child in module.named_children() if _QUERIES.intersection(words(name)) and _has_matrix(child)]
-    return children + [n for n, p in module.named_parameters(recurse=False) if p.ndim >= 2 and _QUERIES.intersection(words(n))]
+    children = [
+        name for name, child in module.named_children() if _QUERIES.intersection(words(name)) and _has_matrix(child)
+    ]
+    return children + [
+        n for n, p in module.named_parameters(recurse=False) if p.ndim >= 2 and _QUERIES.intersection(words(n))
+    ]
 
 
 def attention_by(module: nn.Module, name: str) -> str | None:
@@ -84,7 +108,11 @@ def attention_by(module: nn.Module, name: str) -> str | None:
     found = queries_of(module)
     if found:
         return f"attention: projects queries in {found[0]}"
-    if isinstance(module, (*CONTAINERS, nn.Sequential)) or not any(True for _ in module.children()) or not _has_matrix(module):
+    if (
+        isinstance(module, (*CONTAINERS, nn.Sequential))
+        or not any(True for _ in module.children())
+        or not _has_matrix(module)
+    ):
         return None
     for what, said in (("class", type(module).__name__), ("name", name)):
         spoken = words(said)
@@ -94,7 +122,8 @@ def attention_by(module: nn.Module, name: str) -> str | None:
 
 
 def mlp_by(module: nn.Module, name: str) -> str | None:
-    """Why a module is an MLP, or None: it is called one and has two weights, or is a chain that ends in the width that it begins with."""
+    """Why a module is an MLP, or None: it is called one and has two weights, or is a chain that ends in the width that
+    it begins with."""
     if isinstance(module, CONTAINERS) or _matrices(module) < 2 or _NEITHER.intersection(words(name)):
         return None
     for what, said in (("name", name), ("class", type(module).__name__)):
@@ -113,7 +142,8 @@ def mlp_by(module: nn.Module, name: str) -> str | None:
 def keys_from_elsewhere(module: nn.Module, name: str, parents: Sequence[tuple[str, nn.Module]]) -> tuple[bool, str]:
     """Whether attention takes its keys from another sequence alone (cross attention), and why.
 
-    Joint attention, which projects queries for both sequences or adds keys of the other to its own, is not cross attention.
+    Joint attention, which projects queries for both sequences or adds keys of the other to its own, is not cross
+    attention.
 
     Args:
         module: the attention.
@@ -122,7 +152,11 @@ def keys_from_elsewhere(module: nn.Module, name: str, parents: Sequence[tuple[st
     """
     said = [words(name), words(type(module).__name__)]
     if any(_CROSS.intersection(s) for s in said):
-        return True, f"cross attention by its {'name ' + name if _CROSS.intersection(said[0]) else 'class ' + type(module).__name__}"
+        return (
+            True,
+            "cross attention by its "
+            f"{'name ' + name if _CROSS.intersection(said[0]) else 'class ' + type(module).__name__}",
+        )
     declared = getattr(module, "is_cross_attention", None)
     joint = _joint(module)
     if "self" not in said[0] and declared is True:
@@ -156,7 +190,9 @@ def _joint(module: nn.Module) -> str | None:
         return f"projects queries in {queries[0]} and {queries[1]}"
     children = [name for name, child in module.named_children() if _has_matrix(child)]
     added = [
-        n for n in children if {"kv", "k"}.intersection(words(n)) and {"add", "added", "txt", "text", "context"}.intersection(words(n))
+        n
+        for n in children
+        if {"kv", "k"}.intersection(words(n)) and {"add", "added", "txt", "text", "context"}.intersection(words(n))
     ]
     return f"adds keys by {added[0]}" if added and queries else None
 
@@ -167,12 +203,18 @@ def _other_width(module: nn.Module) -> bool:
         return not module._qkv_same_embed_dim
     named = {name: getattr(child, "in_features", None) for name, child in module.named_children()}
     q = next((width for name, width in named.items() if {"q", "query", "wq"}.intersection(words(name)) and width), None)
-    k = next((width for name, width in named.items() if {"k", "kv", "key", "wk", "wkv"}.intersection(words(name)) and width), None)
+    k = next(
+        (width for name, width in named.items() if {"k", "kv", "key", "wk", "wkv"}.intersection(words(name)) and width),
+        None,
+    )
     return q is not None and k is not None and q != k
 
 
 def _takes_keys(module: nn.Module, *, required: bool) -> bool:
-    """Whether `forward` has an input, after its first, for a sequence that keys come from; `**kwargs` may be one where none is required."""
+    """Whether `forward` has an input, after its first, for a sequence that keys come from.
+
+    `**kwargs` may be one where none is required.
+    """
     parameters = list(inspect.signature(module.forward).parameters.values())[1:]
     if not required and any(p.kind is p.VAR_KEYWORD for p in parameters):
         return True
@@ -180,7 +222,8 @@ def _takes_keys(module: nn.Module, *, required: bool) -> bool:
 
 
 def _called_with_other_keys(parent: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether attention takes queries and keys apart, and the source of the parent's `forward` gives it keys that are not the queries."""
+    """Whether attention takes queries and keys apart, and the source of the parent's `forward` gives it keys that are
+    not the queries."""
     names = tuple(inspect.signature(module.forward).parameters)[:2]
     if names not in (("query", "key"), ("q", "k")):
         return False
@@ -190,7 +233,9 @@ def _called_with_other_keys(parent: nn.Module, name: str, module: nn.Module) -> 
         return False
     for call in ast.walk(tree):
         if isinstance(call, ast.Call) and ast.unparse(call.func) == f"self.{name}":
-            given: dict[Any, str] = dict(enumerate(map(ast.unparse, call.args))) | {k.arg: ast.unparse(k.value) for k in call.keywords}
+            given: dict[Any, str] = dict(enumerate(map(ast.unparse, call.args))) | {
+                k.arg: ast.unparse(k.value) for k in call.keywords
+            }
             query, key = (given.get(word, given.get(place)) for place, word in enumerate(names))
             return query is not None and key is not None and query != key
     return False
@@ -201,7 +246,8 @@ def _only_one(parent: nn.Module) -> bool:
 
 
 def axis(module: nn.Module, name: str, parents: Sequence[tuple[str, nn.Module]]) -> tuple[str, str]:
-    """Whether self attention is "spatial" or "temporal", and why: the nearest name or class that says it decides, the model's own last.
+    """Whether self attention is "spatial" or "temporal", and why: the nearest name or class that says it decides, the
+    model's own last.
 
     What says both is attention over space and time at once, which is spatial; so is what says nothing.
 
@@ -216,7 +262,9 @@ def axis(module: nn.Module, name: str, parents: Sequence[tuple[str, nn.Module]])
         temporal = _TEMPORAL | (_TIME if depth == 0 else set())
         for said in (component, type(holder).__name__):
             spoken = set(words(said))
-            if spoken & temporal or (any(motion <= spoken for motion in _MOTION) and not spoken & (_WHOLE | {"net", "model"})):
+            if spoken & temporal or (
+                any(motion <= spoken for motion in _MOTION) and not spoken & (_WHOLE | {"net", "model"})
+            ):
                 both = bool(spoken & _SPATIAL)
                 return ("spatial", f"over space and time by {said}") if both else ("temporal", f"temporal by {said}")
             if spoken & _SPATIAL:

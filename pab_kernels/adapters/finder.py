@@ -16,25 +16,27 @@ LISTS = (nn.ModuleList, nn.Sequential)
 
 
 def find(model: nn.Module, kinds: Mapping[str, str | None] | None = None) -> list[Sublayer]:
-    """The sublayers of `model`, in the order of its modules, a block after those in it; `why` says what each was taken by.
+    """The sublayers of `model`, in the order of its modules, a block after those in it; `why` says what each was taken
+    by.
 
-    1. Attention is a module that projects queries, or is called attention and has weights. If another sequence gives its keys it is
-       `cross`; else `temporal` or `spatial`, as the nearest name or class says. Attention over all tokens at once, or over two sequences
-       jointly, is `spatial`.
+    1. Attention is a module that projects queries, or is called attention and has weights. If another sequence gives
+       its keys it is `cross`; else `temporal` or `spatial`, as the nearest name or class says. Attention over all
+       tokens at once, or over two sequences jointly, is `spatial`.
     2. A block is an entry of a list whose entries have attention in them, as modules or written out.
     3. An `mlp` is found in blocks alone, beside their attention.
     4. What prepares the text or the latents before the blocks (refiners, embedders, poolers) is left alone.
 
     Args:
         model: the DiT; on any device, "meta" too.
-        kinds: patterns of module names, and what to take these modules for, or None to leave them alone. In a pattern `*` is any part of
-            one component of the name, `**` any part of the whole. Later patterns win. `{"refiner.*.attn": "spatial"}` adds,
-            `{"single_blocks.**": None}` leaves out.
+        kinds: patterns of module names, and what to take these modules for, or None to leave them alone. In a pattern
+            `*` is any part of one component of the name, `**` any part of the whole. Later patterns win.
+            `{"refiner.*.attn": "spatial"}` adds, `{"single_blocks.**": None}` leaves out.
 
     Raises:
         ValueError: a pattern matches no module, or a kind is not known.
 
-    >>> block = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "mlp": nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))})
+    >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    >>> block = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "mlp": mlp})
     >>> [(s.name, s.kind) for s in find(nn.ModuleDict({"blocks": nn.ModuleList([block])}))]
     [('blocks.0.attn', 'spatial'), ('blocks.0.mlp', 'mlp')]
     """
@@ -47,8 +49,12 @@ def find(model: nn.Module, kinds: Mapping[str, str | None] | None = None) -> lis
             if judged is not None:
                 found[name] = judged
     rows = {name: _row(name, modules) for name in found}
-    around = {n if kind == "block" else rows[n] or n.rpartition(".")[0] for n, (kind, _) in found.items() if kind != "mlp"}
-    found = {n: judged for n, judged in found.items() if judged[0] != "mlp" or (rows[n] or n.rpartition(".")[0]) in around}
+    around = {
+        n if kind == "block" else rows[n] or n.rpartition(".")[0] for n, (kind, _) in found.items() if kind != "mlp"
+    }
+    found = {
+        n: judged for n, judged in found.items() if judged[0] != "mlp" or (rows[n] or n.rpartition(".")[0]) in around
+    }
     for block in dict.fromkeys(rows[name] for name in found):
         if block and block not in found and not isinstance(modules[block], evidence.CONTAINERS):
             found[block] = ("block", f"an entry of {block.rpartition('.')[0]} with attention in it")
@@ -65,10 +71,15 @@ def _given(modules: Mapping[str, nn.Module], kinds: Mapping[str, str | None]) ->
     for pattern, kind in kinds.items():
         if kind is not None and kind not in KINDS:
             raise ValueError(f"kinds[{pattern!r}] is {kind!r}; supported are {', '.join(map(repr, KINDS))} and None")
-        expression = "".join({"**": ".*", "*": "[^.]*"}.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*)", pattern))
+        expression = "".join(
+            {"**": ".*", "*": "[^.]*"}.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*)", pattern)
+        )
         matched = [name for name in modules if name and re.fullmatch(expression, name)]
         if not matched:
-            raise ValueError(f"kinds: no module of the model is named {pattern!r}; * is any part of a name up to the next dot, ** any part")
+            raise ValueError(
+                f"kinds: no module of the model is named {pattern!r}; * is any part of a name up to the next dot, ** "
+                "any part"
+            )
         given |= dict.fromkeys(matched, kind)
     return given
 
@@ -94,7 +105,11 @@ def _judge(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> tup
         return None
     attention = evidence.attention_by(module, path[-1])
     entry = isinstance(modules.get(name.rpartition(".")[0]), LISTS)
-    if entry and evidence.queries_of(module) and any(evidence.mlp_by(m, n.rpartition(".")[2]) for n, m in module.named_modules() if n):
+    if (
+        entry
+        and evidence.queries_of(module)
+        and any(evidence.mlp_by(m, n.rpartition(".")[2]) for n, m in module.named_modules() if n)
+    ):
         return "block", "attention is written out in it, beside an MLP"
     if attention is not None and not _holds_more(module):
         around = _around(model, modules, name)
@@ -118,8 +133,8 @@ def _holds_more(module: nn.Module) -> bool:
 def _row(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """The entry of a list of blocks that a module stands in.
 
-    That is the innermost list in which a class of entries comes back, or which has one entry. A list of entries that all differ is a
-    chain of sublayers inside of a block, unless there is no other.
+    That is the innermost list in which a class of entries comes back, or which has one entry. A list of entries that
+    all differ is a chain of sublayers inside of a block, unless there is no other.
     """
     entries = [parent for parent in _parents(name) if isinstance(modules.get(parent.rpartition(".")[0]), LISTS)]
     for entry in entries:
@@ -137,5 +152,9 @@ def _ordered(modules: Mapping[str, nn.Module], found: Mapping[str, tuple[str, st
         block = next((parent for parent in _parents(name) if found.get(parent, ("",))[0] == "block"), None)
         sublayers.append(Sublayer(name, kind, layer, "module", block, why))
     place = {name: i for i, name in enumerate(modules)}
-    last = {s.name: max(place[n] for n in modules if n == s.name or n.startswith(f"{s.name}.")) for s in sublayers if s.kind == "block"}
+    last = {
+        s.name: max(place[n] for n in modules if n == s.name or n.startswith(f"{s.name}."))
+        for s in sublayers
+        if s.kind == "block"
+    }
     return sorted(sublayers, key=lambda s: (last.get(s.name, place[s.name]), s.kind == "block", -s.name.count(".")))

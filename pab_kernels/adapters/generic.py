@@ -1,4 +1,5 @@
-"""Any DiT: its sublayers are found by what they are, and every module is called as it is or its last output given back."""
+"""Any DiT: its sublayers are found by what they are, and every module is called as it is or its last output given
+back."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from .finder import find
 class GenericAdapter:
     """Modules found by `find`, each under its `forward`.
 
-    An attention or MLP gives its whole output back, before any gate that is outside of it; a block adds the change that it made.
+    An attention or MLP gives its whole output back, before any gate that is outside of it; a block adds the change that
+    it made.
 
     Args:
         model: any module.
@@ -34,7 +36,8 @@ class GenericAdapter:
         found = find(model, kinds)
         if not found:
             raise TypeError(
-                f"{type(model).__name__}: no attention was found in it, by projections of queries or by name; name its modules: "
+                f"{type(model).__name__}: no attention was found in it, by projections of queries or by name; name its "
+                "modules: "
                 "enable(model, kinds={'blocks.*.attn': 'spatial'}), or wrap them in pab_kernels.nn.BroadcastModule"
             )
         modules = dict(model.named_modules())
@@ -60,17 +63,23 @@ class GenericAdapter:
         """
         if self._bypassed and torch.backends.mha.get_fastpath_enabled():
             raise ValueError(
-                f"{self._bypassed[0]} is in an nn.TransformerEncoderLayer, which runs as one operation of torch and does not call it; call "
-                "torch.backends.mha.set_fastpath_enabled(False) first, or leave it out and use a rule for blocks: enable(model, "
+                f"{self._bypassed[0]} is in an nn.TransformerEncoderLayer, which runs as one operation of torch and "
+                "does not call it; call "
+                "torch.backends.mha.set_fastpath_enabled(False) first, or leave it out and use a rule for blocks: "
+                "enable(model, "
                 f"kinds={{{re.sub(r'[.]([0-9]+)[.]', '.*.', self._bypassed[0])!r}: None}})"
             )
         for sublayer, module in self.found:
             within = {s.kind for s, _ in self.found if s.block == sublayer.name}
-            yield attach_forward(module, self.stand_in(broadcaster, sublayer), role=", ".join(sorted(within or {sublayer.kind})))
+            yield attach_forward(
+                module, self.stand_in(broadcaster, sublayer), role=", ".join(sorted(within or {sublayer.kind}))
+            )
 
     def stand_in(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Callable[..., Any]:
         """What replaces the `forward` of a module."""
-        return BroadcastForward(broadcaster.current(sublayer.name), broadcast_change if sublayer.kind == "block" else broadcast_output)
+        return BroadcastForward(
+            broadcaster.current(sublayer.name), broadcast_change if sublayer.kind == "block" else broadcast_output
+        )
 
 
 def _has_fast_path(module: nn.Module) -> bool:

@@ -1,4 +1,5 @@
-"""Latte (diffusers' `LatteTransformer3DModel`): spatial blocks with cross attention, alternating with temporal blocks."""
+"""Latte (diffusers' `LatteTransformer3DModel`): spatial blocks with cross attention, alternating with temporal
+blocks."""
 
 from __future__ import annotations
 
@@ -37,15 +38,19 @@ def handles(model: nn.Module) -> bool:
 
 
 class LatteAdapter(GenericAdapter):
-    """Latte's blocks on the residual stream, where they are exactly diffusers' (`LatteBlock.is_stock`, decided once a generation).
+    """Latte's blocks on the residual stream, where they are exactly diffusers' (`LatteBlock.is_stock`, decided once a
+    generation).
 
-    On a reuse the whole sublayer is skipped: norm, modulate, projections, attention, output projection. Every other block is run as it is,
-    with the sublayers that are found in it, and so is what a subclass of the model has beside its blocks.
+    On a reuse the whole sublayer is skipped: norm, modulate, projections, attention, output projection. Every other
+    block is run as it is, with the sublayers that are found in it, and so is what a subclass of the model has beside
+    its blocks.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        blocks = {s.name: module for s, module in self.found if s.kind == "block" and s.name.rpartition(".")[0] in _GROUPS}
+        blocks = {
+            s.name: module for s, module in self.found if s.kind == "block" and s.name.rpartition(".")[0] in _GROUPS
+        }
         numbered = [[name for name in blocks if name.startswith(f"{group}.")] for group in _GROUPS]
         self.blocks = {name: LatteBlock(blocks[name], name) for pair in zip_longest(*numbered) for name in pair if name}
         self._around = [self.blocks.get(s.name if s.kind == "block" else s.block or "") for s, _ in self.found]
@@ -72,7 +77,11 @@ class LatteAdapter(GenericAdapter):
         block = self.blocks.get(sublayer.name if sublayer.kind == "block" else sublayer.block or "")
         if block is None:
             return generic
-        fused = FusedBlock(block, [broadcaster.current(s.name) for s in block.parts]) if sublayer.kind == "block" else _as_it_is
+        fused = (
+            FusedBlock(block, [broadcaster.current(s.name) for s in block.parts])
+            if sublayer.kind == "block"
+            else _as_it_is
+        )
         return _FusedOrGeneric(broadcaster, block, fused, generic, self._report)
 
     def _report(self, block: LatteBlock) -> None:
@@ -80,14 +89,16 @@ class LatteAdapter(GenericAdapter):
         if block not in self._reported:
             self._reported.add(block)
             logger.warning(
-                "%s was changed after PAB was enabled: it is run as it is, and keeps outputs at cache_point 'pre_gate', not 'post_gate'",
+                "%s was changed after PAB was enabled: it is run as it is, and keeps outputs at cache_point "
+                "'pre_gate', not 'post_gate'",
                 block.whole.name,
             )
 
 
 @dataclass(eq=False)
 class _FusedOrGeneric:
-    """Replaces the `forward` of a block, or of a sublayer in it: `fused` where the block is diffusers' own, else `generic`."""
+    """Replaces the `forward` of a block, or of a sublayer in it: `fused` where the block is diffusers' own, else
+    `generic`."""
 
     broadcaster: Broadcaster
     block: LatteBlock
@@ -133,7 +144,9 @@ class LatteBlock:
         """Look at the block as it is now: what compiled graphs go by in the generation that begins."""
         self.stock = self.is_stock()
         parts = {name: getattr(self.module, name, None) for name in ("attn1", "attn2", "ff")}
-        self.own_forward = {name: part is not None and not is_of_class(part.forward, part) for name, part in parts.items()}
+        self.own_forward = {
+            name: part is not None and not is_of_class(part.forward, part) for name, part in parts.items()
+        }
 
     @property
     def parts(self) -> list[Sublayer]:
@@ -148,8 +161,8 @@ class LatteBlock:
     def is_stock(self) -> bool:
         """Whether the block is exactly what `_run` writes out: diffusers' `BasicTransformerBlock` with adaLN-single.
 
-        Nobody may have put another `forward` in its place, on the object, in a subclass or in the class itself, nor in the classes of its
-        parts. Parts of another class are called as they are, and do not matter here.
+        Nobody may have put another `forward` in its place, on the object, in a subclass or in the class itself, nor in
+        the classes of its parts. Parts of another class are called as they are, and do not matter here.
         """
         from diffusers.models.attention import BasicTransformerBlock, FeedForward
         from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -210,7 +223,9 @@ class FusedBlock:
         if slot is not None:
             stream.reuse(slot)
         else:
-            self._run(call, stream, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep)
+            self._run(
+                call, stream, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep
+            )
         out = stream.read()
         if turn is not None and turn.stores:
             turn.put(out - hidden_states)
@@ -229,7 +244,9 @@ class FusedBlock:
     ) -> None:
         """Self attention, cross attention, MLP. `x` is the block's input; only its shape, dtype and device are used."""
         block, own_forward = self.block.module, self.block.own_forward
-        modulation = (block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)).chunk(6, dim=1)  # each [rows, 1, C]
+        modulation = (block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)).chunk(
+            6, dim=1
+        )  # each [rows, 1, C]
         turn, slot = _taken(self.attention, x)
         if slot is not None:
             stream.reuse(slot, None if turn.gated else modulation[2])
@@ -280,7 +297,8 @@ def _attend(
 
 
 def _stock_attention(attn: Any) -> bool:
-    """Whether the module is diffusers' plain `Attention`: q, k, v projections, scaled dot product, output projection."""
+    """Whether the module is diffusers' plain `Attention`: q, k, v projections, scaled dot product, output
+    projection."""
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
     return (
@@ -295,7 +313,9 @@ def _stock_attention(attn: Any) -> bool:
     )
 
 
-def _feed_forward(stream: ResidualStream, block: Any, own_forward: bool, y: torch.Tensor, gate: torch.Tensor, store: Turn | None) -> None:
+def _feed_forward(
+    stream: ResidualStream, block: Any, own_forward: bool, y: torch.Tensor, gate: torch.Tensor, store: Turn | None
+) -> None:
     """Add the MLP of `y`; its last linear layer is the projection."""
     if block._chunk_size is not None:
         from diffusers.models.attention import _chunked_feed_forward

@@ -1,4 +1,5 @@
-"""Any model with modules of `pab_kernels.nn` in it: `PABAttention`, `PABCrossAttention`, or others wrapped in `BroadcastModule`."""
+"""Any model with modules of `pab_kernels.nn` in it: `PABAttention`, `PABCrossAttention`, or others wrapped in
+`BroadcastModule`."""
 
 from __future__ import annotations
 
@@ -18,11 +19,16 @@ def handles(model: nn.Module) -> bool:
 
 
 class ModulesAdapter:
-    """The `BroadcastModule`s of a model. Attention is kept before its projection too, where every one has a projection of its own."""
+    """The `BroadcastModule`s of a model.
+
+    Attention is kept before its projection too, where every one has a projection of its own.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = {name: m for name, m in model.named_modules() if isinstance(m, BroadcastModule)}
-        self.sublayers: Sequence[Sublayer] = [Sublayer(name, m.kind, m.layer, "module") for name, m in self._modules.items()]
+        self.sublayers: Sequence[Sublayer] = [
+            Sublayer(name, m.kind, m.layer, "module") for name, m in self._modules.items()
+        ]
 
     @property
     def cache_points(self) -> Sequence[str]:
@@ -32,4 +38,6 @@ class ModulesAdapter:
 
     def attach(self, broadcaster: Broadcaster) -> list[Detachable]:
         """Let the modules ask `broadcaster`."""
-        return [m.join(broadcaster, sublayer) for m, sublayer in zip(self._modules.values(), self.sublayers, strict=True)]
+        return [
+            m.join(broadcaster, sublayer) for m, sublayer in zip(self._modules.values(), self.sublayers, strict=True)
+        ]

@@ -1,6 +1,8 @@
-"""What broadcasting rests on, what it costs in quality, measured and shown, and what it will cost in work and memory, forecast.
+"""What broadcasting rests on, what it costs in quality, measured and shown, and what it will cost in work and memory,
+forecast.
 
-A folder for each question: `differences`, `quality` and `forecasts`. The modules beside them load, call and measure pipelines.
+A folder for each question: `differences`, `quality` and `forecasts`. The modules beside them load, call and measure
+pipelines.
 """
 
 from __future__ import annotations

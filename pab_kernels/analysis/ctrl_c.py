@@ -1,7 +1,8 @@
 """Ctrl-C while something is measured: acted on where the code can stop, and only noted where work is half done.
 
-Python raises KeyboardInterrupt between any two of its instructions: between the two halves of a record, in a destructor that swallows it,
-while a model is given back. Here the signal is counted instead, and becomes an exception at a place that was chosen for it.
+Python raises KeyboardInterrupt between any two of its instructions: between the two halves of a record, in a destructor
+that swallows it, while a model is given back. Here the signal is counted instead, and becomes an exception at a place
+that was chosen for it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class CtrlC:
 
     @contextlib.contextmanager
     def interruptible(self, patience: int = 0) -> Iterator[None]:
-        """Let a Ctrl-C raise KeyboardInterrupt wherever the block is, but for the first `patience` of them, which are for `check`.
+        """Let a Ctrl-C raise KeyboardInterrupt wherever the block is, but for the first `patience` of them, which are
+        for `check`.
 
         Raises:
             KeyboardInterrupt: Ctrl-C, in the block or noted before it.
@@ -55,8 +57,8 @@ class CtrlC:
 def ctrl_c() -> Iterator[CtrlC]:
     """Note Ctrl-C instead of raising it, until the block ends; an inner block joins the outer one.
 
-    Only Python's own handler is replaced, which raises KeyboardInterrupt: another one is its owner's decision. Handlers belong to the
-    main thread; in others nothing is noted.
+    Only Python's own handler is replaced, which raises KeyboardInterrupt: another one is its owner's decision. Handlers
+    belong to the main thread; in others nothing is noted.
     """
     if threading.current_thread() is not threading.main_thread():
         yield CtrlC()

@@ -27,9 +27,11 @@ class Peak:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measure what runs inside: on a CUDA device what torch allocated there, else what the process held of the machine's memory.
+    """Measure what runs inside: on a CUDA device what torch allocated there, else what the process held of the
+    machine's memory.
 
-    The latter is read off Linux's counter of the most resident bytes, which is set back first; other systems have none that can be.
+    The latter is read off Linux's counter of the most resident bytes, which is set back first; other systems have none
+    that can be.
 
     Args:
         device: on which the work is done.

@@ -1,4 +1,5 @@
-"""Calling any diffusers pipeline: what a user asks for as arguments of its own, progress step by step, and what comes out as frames."""
+"""Calling any diffusers pipeline: what a user asks for as arguments of its own, progress step by step, and what comes
+out as frames."""
 
 from __future__ import annotations
 
@@ -50,7 +51,10 @@ class Wish:
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
         check_seed(self.seed)
         if self.size is not None and (len(self.size) not in (2, 3) or min(self.size) < 1):
-            raise ValueError(f"a size is frames x height x width or height x width, each at least 1; got {'x'.join(map(str, self.size))}")
+            raise ValueError(
+                "a size is frames x height x width or height x width, each at least 1; got "
+                f"{'x'.join(map(str, self.size))}"
+            )
 
 
 def arguments(pipe: Any, wish: Wish) -> dict[str, Any]:
@@ -79,7 +83,8 @@ def arguments(pipe: Any, wish: Wish) -> dict[str, Any]:
 
 
 def _trained_size(pipe: Any) -> tuple[int, ...] | None:
-    """Frames, height and width that a model with an embedding of a fixed number of frames was trained with (Latte's config says them)."""
+    """Frames, height and width that a model with an embedding of a fixed number of frames was trained with (Latte's
+    config says them)."""
     config = getattr(getattr(pipe, "transformer", None), "config", None)
     frames, side = (getattr(config, name, None) for name in ("video_length", "sample_size"))
     factor = getattr(pipe, "vae_scale_factor", None)
@@ -119,7 +124,9 @@ def _told(pipe: Any, on_step: Progress, steps: int | None, taken: Any) -> dict[s
     done = itertools.count(1)
 
     def step(*_: Any, **__: Any) -> dict[str, Any]:
-        todo = getattr(pipe, "num_timesteps", None) or steps  # more than the steps asked for, of second-order schedulers
+        todo = (
+            getattr(pipe, "num_timesteps", None) or steps
+        )  # more than the steps asked for, of second-order schedulers
         on_step(next(done), todo)
         return {}
 
@@ -138,13 +145,18 @@ def frames_of(output: Any) -> torch.Tensor:
     """
     found = next((value for name in ("frames", "images") if (value := getattr(output, name, None)) is not None), None)
     if found is None or len(found) == 0:
-        raise ValueError(f"the pipeline gave {type(output).__name__}, which has neither frames nor images; those of pictures are supported")
+        raise ValueError(
+            f"the pipeline gave {type(output).__name__}, which has neither frames nor images; those of pictures are "
+            "supported"
+        )
     first = found[0]  # of the batch
     if isinstance(first, torch.Tensor):
         frames = first.detach().float().cpu()
         return frames if frames.ndim == 4 else frames[None]
     pictures = first if isinstance(first, Sequence) else [first]
-    arrays = np.stack([np.asarray(picture) for picture in pictures])  # [frames, height, width, 3], of arrays [1, frames, ...]
+    arrays = np.stack(
+        [np.asarray(picture) for picture in pictures]
+    )  # [frames, height, width, 3], of arrays [1, frames, ...]
     arrays = arrays.reshape(-1, *arrays.shape[-3:])
     scale = 255 if arrays.dtype == np.uint8 else 1
     return torch.from_numpy(np.ascontiguousarray(arrays, dtype=np.float32) / scale).movedim(-1, 1)

@@ -37,16 +37,18 @@ def load_pipeline(
         model: a folder that `save_pretrained` wrote, the id of a repository on the hub ("owner/name"), or "demo".
         dtype: of the weights; default bfloat16 on CUDA and float32 elsewhere; float32 for the demo model.
         device: default CUDA where there is one, else the CPU.
-        offload: "model" or "sequential": weights stay on the host but for the model, or the module, that runs; needs accelerate and CUDA.
-        local_files_only: fetch nothing: an id is looked up among what was fetched before. A folder is always read as it is.
+        offload: "model" or "sequential": weights stay on the host but for the model, or the module, that runs; needs
+            accelerate and CUDA.
+        local_files_only: fetch nothing: an id is looked up among what was fetched before. A folder is always read as it
+            is.
 
     Returns:
         The pipeline, on `device`.
 
     Raises:
         FileNotFoundError: there is no such folder, or it is no pipeline's.
-        ValueError: the pipeline has no `transformer`, the hub no such repository, the device is not here, or `offload` is not supported.
-        ModuleNotFoundError: diffusers is not installed; the message says how to install it.
+        ValueError: the pipeline has no `transformer`, the hub no such repository, the device is not here, or `offload`
+        is not supported. ModuleNotFoundError: diffusers is not installed; the message says how to install it.
     """
     target = usable_device(device)
     _check_offload(offload, target)
@@ -63,10 +65,15 @@ def load_pipeline(
         with _quiet(diffusers.utils.logging):
             pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=kind, local_files_only=local)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RecursionError) as error:
-        raise ValueError(f"{shortened(str(model))} could not be loaded as a diffusers pipeline: {first_line(error)}") from error
+        raise ValueError(
+            f"{shortened(str(model))} could not be loaded as a diffusers pipeline: {first_line(error)}"
+        ) from error
     if not isinstance(getattr(pipe, "transformer", None), nn.Module):
         parts = ", ".join(sorted(pipe.components))
-        raise ValueError(f"{model} is a {type(pipe).__name__} without a `transformer`; it has {parts}. PAB is for diffusion transformers")
+        raise ValueError(
+            f"{model} is a {type(pipe).__name__} without a `transformer`; it has {parts}. PAB is for diffusion "
+            "transformers"
+        )
     return _placed(pipe, target, offload)
 
 
@@ -76,7 +83,9 @@ def _check_offload(offload: str, target: torch.device) -> None:
     if offload != "none":
         require("accelerate", "offloading")
         if target.type == "cpu":
-            raise ValueError(f"offload {offload!r} keeps weights on the host for a CUDA device; there is none in use: leave it out")
+            raise ValueError(
+                f"offload {offload!r} keeps weights on the host for a CUDA device; there is none in use: leave it out"
+            )
 
 
 def _placed(pipe: Any, target: torch.device, offload: str) -> Any:
@@ -108,15 +117,23 @@ def _source(model: str | Path) -> str:
         folder = Path(model)
     if os.path.isdir(folder):
         if not os.path.isfile(folder / "model_index.json"):
-            raise FileNotFoundError(f"{model} is no diffusers pipeline: no model_index.json; give what save_pretrained wrote")
+            raise FileNotFoundError(
+                f"{model} is no diffusers pipeline: no model_index.json; give what save_pretrained wrote"
+            )
         if _DEMO_PARTS in read_text(folder / "model_index.json"):
-            importlib.import_module(_DEMO_PARTS)  # diffusers takes classes of other packages only where these are imported
+            importlib.import_module(
+                _DEMO_PARTS
+            )  # diffusers takes classes of other packages only where these are imported
         return str(folder)
     text = str(model)
-    looks_like_a_path = isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1 or os.path.exists(folder)
+    looks_like_a_path = (
+        isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1 or os.path.exists(folder)
+    )
     if looks_like_a_path:
         name = shortened(str(model))
-        raise FileNotFoundError(f"there is no folder {name}; give the folder of a diffusers pipeline, an id such as owner/name, or 'demo'")
+        raise FileNotFoundError(
+            f"there is no folder {name}; give the folder of a diffusers pipeline, an id such as owner/name, or 'demo'"
+        )
     return text
 
 

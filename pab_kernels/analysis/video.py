@@ -48,18 +48,24 @@ def pixels(clips: torch.Tensor) -> np.ndarray:
 
 
 def below(seconds: float, reference: float, psnr: float | None) -> str:
-    """What stands below a run's title: its seconds or, of one with a PSNR, how much faster than `reference` and how close it is."""
+    """What stands below a run's title: its seconds or, of one with a PSNR, how much faster than `reference` and how
+    close it is."""
     if psnr is None:
         return f"{seconds:.1f} s"
     return f"{reference / seconds:.2f}x, " + ("identical" if math.isinf(psnr) else f"{psnr:.1f} dB")
 
 
 def columns(runs: Sequence[tuple[str, float, float | None, torch.Tensor]]) -> list[tuple[str, str, torch.Tensor]]:
-    """Columns of `side_by_side`, of title, seconds, PSNR and clips of each run; the first is what the others are compared with."""
+    """Columns of `side_by_side`, of title, seconds, PSNR and clips of each run.
+
+    The first is what the others are compared with.
+    """
     return [(title, below(seconds, runs[0][1], psnr), clips) for title, seconds, psnr, clips in runs]
 
 
-def side_by_side(columns: Sequence[tuple[str, str, torch.Tensor]], captions: Sequence[str], scale: int = 4) -> np.ndarray:
+def side_by_side(
+    columns: Sequence[tuple[str, str, torch.Tensor]], captions: Sequence[str], scale: int = 4
+) -> np.ndarray:
     """Lay clips out in a table: a column for each run, a row for each caption.
 
     Args:
@@ -78,7 +84,10 @@ def side_by_side(columns: Sequence[tuple[str, str, torch.Tensor]], captions: Seq
         raise ValueError(f"columns must all be [clips, frames, 3, height, width], got {sorted(shapes) or 'none'}")
     count, frames, _, height, width = shape
     if len(captions) != count or scale < 1:
-        raise ValueError(f"{count} clips need {count} captions and a scale of at least 1, got {len(captions)} captions and scale {scale}")
+        raise ValueError(
+            f"{count} clips need {count} captions and a scale of at least 1, got {len(captions)} captions and scale "
+            f"{scale}"
+        )
     image, draw_on = require("PIL.Image", "labelling clips"), require("PIL.ImageDraw", "labelling clips")
     title_font, font = _font(15), _font(12)
     cell_h, cell_w = height * scale, width * scale
@@ -138,7 +147,18 @@ def write_mp4(path: str | Path, film: np.ndarray, fps: float = FPS, repeats: int
     ffmpeg = require("imageio_ffmpeg", "writing MP4 files").get_ffmpeg_exe()
     film = np.pad(film, ((0, 0), (0, film.shape[1] % 2), (0, film.shape[2] % 2), (0, 0)), mode="edge")
     frames = np.ascontiguousarray(np.tile(film, (repeats, 1, 1, 1)))
-    given = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{film.shape[2]}x{film.shape[1]}", "-r", f"{fps:.6g}", "-i", "-")
+    given = (
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-s",
+        f"{film.shape[2]}x{film.shape[1]}",
+        "-r",
+        f"{fps:.6g}",
+        "-i",
+        "-",
+    )
     wanted = ("-an", "-c:v", "libx264", "-crf", "10", "-pix_fmt", "yuv420p", "-f", "mp4")
     with replacing(path) as made:
         command = (ffmpeg, "-v", "error", "-y", *given, *wanted, os.fspath(made))

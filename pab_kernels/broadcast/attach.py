@@ -23,12 +23,13 @@ _ABSENT = object()
 
 
 class Attached:
-    """Stands in for the method `name` of an object, calling `replacement(original, *args, **kwargs)`, from `attach` to `detach`.
+    """Stands in for the method `name` of an object, calling `replacement(original, *args, **kwargs)`, from `attach` to
+    `detach`.
 
-    The stand-in is a bound method with the name, signature and source of the original: other libraries may save, wrap, compare and restore
-    it. A method that the object has from its class is looked up at every call, so that a class which is patched meanwhile runs as patched.
-    Bound to another object, the stand-in is that object's own method; held by somebody after `detach`, it is the original. Where there is
-    no such method, `original` does nothing.
+    The stand-in is a bound method with the name, signature and source of the original: other libraries may save, wrap,
+    compare and restore it. A method that the object has from its class is looked up at every call, so that a class
+    which is patched meanwhile runs as patched. Bound to another object, the stand-in is that object's own method; held
+    by somebody after `detach`, it is the original. Where there is no such method, `original` does nothing.
 
     A copy of the object, shallow, deep or pickled, is what the object was before.
 
@@ -43,12 +44,29 @@ class Attached:
         TypeError: the holder has no attributes of its own.
     """
 
-    # Slots: functools.update_wrapper, which hooks use, copies a wrapped object's __dict__ into the wrapper, and would keep all this alive.
-    __slots__ = ("holder", "name", "owner", "method", "role", "original", "replacement", "_stand_in", "_before", "_of_class")
+    # Slots: functools.update_wrapper, which hooks use, copies a wrapped object's __dict__ into the wrapper, and would
+    # keep all this alive.
+    __slots__ = (
+        "holder",
+        "name",
+        "owner",
+        "method",
+        "role",
+        "original",
+        "replacement",
+        "_stand_in",
+        "_before",
+        "_of_class",
+    )
 
-    def __init__(self, holder: Any, name: str, replacement: Callable[..., Any], module: nn.Module | None = None, role: str = "") -> None:
+    def __init__(
+        self, holder: Any, name: str, replacement: Callable[..., Any], module: nn.Module | None = None, role: str = ""
+    ) -> None:
         if not hasattr(holder, "__dict__"):
-            raise TypeError(f"{type(holder).__name__}.{name} cannot be followed, as the object has no __dict__; wrap it in a plain class")
+            raise TypeError(
+                f"{type(holder).__name__}.{name} cannot be followed, as the object has no __dict__; wrap it in a plain "
+                "class"
+            )
         self.holder, self.name = holder, name
         self.owner: Any = holder if module is None else module
         self.method = name if module is None else "forward"
@@ -77,7 +95,8 @@ class Attached:
         return self
 
     def detach(self) -> None:
-        """Put back what was there, also where hooks put around it since, or taken off, have moved the stand-in elsewhere on the module."""
+        """Put back what was there, also where hooks put around it since, or taken off, have moved the stand-in
+        elsewhere on the module."""
         self.replacement = _call
         for holder, name in self._places():
             at_home = holder is self.holder and name == self.name
@@ -96,8 +115,8 @@ class Attached:
     def attach_again(self) -> bool:
         """Put the stand-in around what somebody has put in its place, or into its class, since; whether that was so.
 
-        A wrapper or a hook that calls the stand-in is left where it is. One of which that cannot be seen runs inside of the new stand-in,
-        and the one that it calls is then the original.
+        A wrapper or a hook that calls the stand-in is left where it is. One of which that cannot be seen runs inside of
+        the new stand-in, and the one that it calls is then the original.
         """
         if self.replacement is _call:
             return False
@@ -121,7 +140,8 @@ class Attached:
 
 
 def attach_forward(module: nn.Module, replacement: Callable[..., Any], role: str = "") -> Attached:
-    """What is to stand in for a module's `forward`, inside of hooks that diffusers and accelerate have put around it (offloading)."""
+    """What is to stand in for a module's `forward`, inside of hooks that diffusers and accelerate have put around it
+    (offloading)."""
     return Attached(*innermost(module), replacement, module, role)
 
 
@@ -144,7 +164,8 @@ def _of_class(function: FunctionType, method: str, role: str) -> Any:
 
     @functools.wraps(function)
     def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A compiled graph cannot look it up where torch knows the class; `attach_again` sees to a class that was patched.
+        # A compiled graph cannot look it up where torch knows the class; `attach_again` sees to a class that was
+        # patched.
         compiling = torch.compiler.is_dynamo_compiling()
         original = functools.partial(function, self) if compiling else MethodType(getattr(type(self), method), self)
         attached = self.__dict__.get(_RECORDS, {}).get(method)
@@ -170,7 +191,9 @@ def _of_object(attached: Attached) -> Any:
         parameters = inspect.signature(original).parameters.values()
     except (TypeError, ValueError):  # written in C
         return function
-    bound = inspect.Parameter("_self", inspect.Parameter.POSITIONAL_ONLY)  # left out in the signature of the bound method
+    bound = inspect.Parameter(
+        "_self", inspect.Parameter.POSITIONAL_ONLY
+    )  # left out in the signature of the bound method
     function.__signature__ = inspect.Signature([bound, *parameters])
     return function
 
@@ -231,12 +254,18 @@ def _leads_to(function: Any, stand_in: MethodType | None) -> bool:
         value = waiting.pop()
         if isinstance(value, MethodType) and value == stand_in:
             return True
-        if id(value) in seen or not (callable(value) or isinstance(value, (tuple, list, dict))) or isinstance(value, (type, nn.Module)):
+        if (
+            id(value) in seen
+            or not (callable(value) or isinstance(value, (tuple, list, dict)))
+            or isinstance(value, (type, nn.Module))
+        ):
             continue
         seen[id(value)] = value
         if isinstance(value, FunctionType):
             names = value.__code__.co_names
-            waiting += [value.__globals__[name] for name in names if isinstance(value.__globals__.get(name), MethodType)]
+            waiting += [
+                value.__globals__[name] for name in names if isinstance(value.__globals__.get(name), MethodType)
+            ]
             for cell in value.__closure__ or ():
                 with contextlib.suppress(ValueError):  # it is empty
                     waiting.append(cell.cell_contents)
@@ -244,7 +273,10 @@ def _leads_to(function: Any, stand_in: MethodType | None) -> bool:
         elif isinstance(value, functools.partial):
             waiting += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, MethodType):
-            waiting += [value.__func__, *(vars(value.__self__).values() if not isinstance(value.__self__, nn.Module) else ())]
+            waiting += [
+                value.__func__,
+                *(vars(value.__self__).values() if not isinstance(value.__self__, nn.Module) else ()),
+            ]
         elif isinstance(value, (tuple, list)):
             waiting += value
         else:

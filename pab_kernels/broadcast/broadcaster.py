@@ -1,4 +1,5 @@
-"""The broadcaster: PAB switched on for one model. It finds the generation of every call of the model, and opens the call."""
+"""The broadcaster: PAB switched on for one model. It finds the generation of every call of the model, and opens the
+call."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ logger = logging.getLogger("pab_kernels")
 ATTRIBUTE = f"{PREFIX}broadcaster"
 """Name of the attribute that a model has while PAB is enabled."""
 _COMPILED_LAST = (
-    "a model under PAB is called from a compiled graph: after compiled = torch.compile(model) call pab.enable(compiled) or give it to the "
+    "a model under PAB is called from a compiled graph: after compiled = torch.compile(model) call "
+    "pab.enable(compiled) or give it to the "
     "pipeline and enable that, or compile it by model.compile()"
 )
 
@@ -107,7 +109,8 @@ class Broadcaster:
         """Take other rules, from the next generation on; measure seconds or do not, capture CUDA graphs or do not.
 
         Args:
-            chosen: whether somebody wrote these rules for the model, and is to hear of those without effect; a preset is for many models.
+            chosen: whether somebody wrote these rules for the model, and is to hear of those without effect; a preset
+                is for many models.
         """
         self.config, self.timed, self.cuda_graphs, self._chosen = config, timed, cuda_graphs, chosen
 
@@ -155,7 +158,12 @@ class Broadcaster:
         """Put stand-ins around what somebody has put in their place since."""
         again = [a.name for a in tuple(self._attached) if isinstance(a, Attached) and a.attach_again()]
         if again:
-            logger.info("%s: %s of %d modules was replaced since pab.enable; PAB is around it now", self._name, again[0], len(again))
+            logger.info(
+                "%s: %s of %d modules was replaced since pab.enable; PAB is around it now",
+                self._name,
+                again[0],
+                len(again),
+            )
 
     @property
     def _name(self) -> str:
@@ -167,7 +175,9 @@ class Broadcaster:
         """A generation that begins now; on the bare model it starts at once."""
         if not self.cuda_graphs:
             self._graphs = GraphPool()
-        generation = Generation(self.config, self.adapter.sublayers, timed=self.timed, cuda_graphs=self.cuda_graphs, **schedule)
+        generation = Generation(
+            self.config, self.adapter.sublayers, timed=self.timed, cuda_graphs=self.cuda_graphs, **schedule
+        )
         generation.at_end = self._judge
         if generation.scheduler is None:
             generation.start()
@@ -299,7 +309,9 @@ class Broadcaster:
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = Inputs(args, kwargs, self._signature.latents(args, kwargs), self._signature.timestep(args, kwargs))
         if records_gradients(self._model(), inputs.tensors) or is_transformed(inputs.tensors):
-            return self._plainly(forward, args, kwargs, "gradients are recorded", "call it under torch.no_grad() for PAB")
+            return self._plainly(
+                forward, args, kwargs, "gradients are recorded", "call it under torch.no_grad() for PAB"
+            )
         name, step = named(self)
         generation = self._find(inputs, name)
         if generation is None:
@@ -308,7 +320,10 @@ class Broadcaster:
             self._start(generation, inputs)
         call = generation.open(name, step, inputs)
         if call is None:
-            beyond = f"it was called after the last of the {generation.schedule.num_steps} steps that its scheduler was set to"
+            beyond = (
+                f"it was called after the last of the {generation.schedule.num_steps} steps that its scheduler was set "
+                "to"
+            )
             return self._plainly(forward, args, kwargs, beyond, "only the steps of the schedule are under PAB")
         exchanged = call.context.enter(inputs)
         if exchanged is not None:
@@ -344,7 +359,9 @@ class Broadcaster:
         if begin is None and not (isinstance(inputs.timestep, torch.Tensor) and inputs.timestep.is_meta):
             self._once(f"{self._name}: {NOT_ENTERED}")
 
-    def _plainly(self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str, what_to_do: str) -> Any:
+    def _plainly(
+        self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str, what_to_do: str
+    ) -> Any:
         """The model without PAB."""
         (self.latest or self).plain_calls += 1
         self._once(f"{self._name}: {why}: the model runs plainly; {what_to_do}")
@@ -378,7 +395,9 @@ class Broadcaster:
         if plan is None:
             return
         if logger.isEnabledFor(logging.INFO):
-            reused = ", ".join(f"{kind} reused {c.reused} of {len(plan.steps)}" for kind, c in plan.step_counts().items())
+            reused = ", ".join(
+                f"{kind} reused {c.reused} of {len(plan.steps)}" for kind, c in plan.step_counts().items()
+            )
             steps = generation.schedule.num_steps
             logger.info("%s: a generation of %d steps, %d patterns; %s", self._name, steps, plan.patterns, reused)
         for line in plan.notes:

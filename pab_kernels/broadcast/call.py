@@ -55,7 +55,10 @@ class Call:
                 self.turns[sublayer.name] = Turn(self, sublayer, decision, slot)
 
     def sources(self, place: str, decision: Decision) -> tuple[Slot, ...]:
-        """The slots that a planned reuse reads, the newest first; none unless all are there, from the planned steps or later ones."""
+        """The slots that a planned reuse reads, the newest first.
+
+        None unless all are there, from the planned steps or later ones.
+        """
         held, reads, later = self.arena.held(place), decision.reads, self.step
         if not reads or len(held) < len(reads):
             return ()
@@ -70,7 +73,10 @@ class Call:
         return self.plan.weights(name, self.step, [slot.source for slot in slots])
 
     def read(self, name: str, decision: Decision, place: str | None = None) -> Slot | Extrapolation | None:
-        """What a planned reuse of sublayer `name` reads at a `place` in the arena, by default its first; None where it is not there."""
+        """What a planned reuse of sublayer `name` reads at a `place` in the arena, by default its first.
+
+        None where it is not there.
+        """
         place = place or name
         slots = self.sources(place, decision)
         if len(slots) < 2:
@@ -86,7 +92,8 @@ class Call:
         return None if torch.compiler.is_dynamo_compiling() or self.stopwatch is None else self.stopwatch.kind
 
     def mark(self, kind: str | None, device: torch.device | None = None) -> None:
-        """From here on time belongs to `kind`, or to nobody. Costs nothing where it is not measured, as in compiled graphs.
+        """From here on time belongs to `kind`, or to nobody. Costs nothing where it is not measured, as in compiled
+        graphs.
 
         Args:
             kind: of sublayers, or `stopwatch.REST`.
@@ -124,5 +131,8 @@ class Call:
                         tally.forced += computed
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
-        """Whether a fused operation may stand for calling `module` (an `nn.Linear` or a norm) on `x`; decided once a generation."""
+        """Whether a fused operation may stand for calling `module` (an `nn.Linear` or a norm) on `x`.
+
+        Decided once a generation.
+        """
         return self.generation.fuses(module, x)

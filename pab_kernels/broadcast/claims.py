@@ -48,8 +48,10 @@ def whose(
         return found[0]
     steps = ", ".join(str(g.step) for g in left)
     raise RuntimeError(
-        f"{len(left)} sampling runs on this model go on (at steps {steps}), and nothing tells which one this call belongs to; give each "
-        "run a request of its own: request = pab.generation(model, num_steps=...), and call the model inside `with request:`. If one was "
+        f"{len(left)} sampling runs on this model go on (at steps {steps}), and nothing tells which one this call "
+        "belongs to; give each "
+        "run a request of its own: request = pab.generation(model, num_steps=...), and call the model inside `with "
+        "request:`. If one was "
         "left half way, pab.release(pipe) ends it"
     )
 

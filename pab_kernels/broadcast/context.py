@@ -43,7 +43,8 @@ class _Seen:
         return self._tensor is not None and self._tensor() is base and (self._where, self._version) == (where, version)
 
     def exchanged(self, value: Any) -> bool:
-        """Whether another one shows that another prompt is meant: this one is still there, or was the same in two calls."""
+        """Whether another one shows that another prompt is meant: this one is still there, or was the same in two
+        calls."""
         if self.same(value):
             return False
         if self.again or self._tensor is None or not isinstance(value, torch.Tensor):
@@ -60,7 +61,10 @@ class _Seen:
 
 
 def _anchor(tensor: torch.Tensor) -> tuple[torch.Tensor, Hashable, int]:
-    """The tensor that a view is of, or the tensor itself; where the view lies in it; and how often it was written to."""
+    """The tensor that a view is of, or the tensor itself.
+
+    Where the view lies in it; and how often it was written to.
+    """
     if tensor.is_inference():  # torch does not count the writes
         return tensor, None, 0
     base = tensor._base if tensor._is_view() else None
@@ -82,7 +86,8 @@ class Tally:
         flops_without: of the same calls with nothing reused.
         cache_bytes: bytes held now.
         peak_cache_bytes: the most that were held.
-        seconds: from a sublayer's turn to the next one, or to its block's end, where it was asked for: see `pab.enable`.
+        seconds: from a sublayer's turn to the next one, or to its block's end, where it was asked for: see
+            `pab.enable`.
     """
 
     computed: int = 0
@@ -115,7 +120,8 @@ class Context:
         self.arena = Arena(meter)
         self.stopwatch = Stopwatch() if timed else None
         self.calls: Counter[tuple[Arguments | None, tuple[str, ...], tuple[tuple[str, int], ...]]] = Counter()
-        """How often the model was called with such arguments, reusing outputs of these places, sparing FLOPs of these kinds."""
+        """How often the model was called with such arguments, reusing outputs of these places, sparing FLOPs of these
+        kinds."""
         self._tallies: dict[str, Tally] = {}
         self._looks: Hashable = None
         self._steady: list[_Seen] = []
@@ -123,9 +129,9 @@ class Context:
     def exchanged(self, inputs: Inputs) -> Any:
         """The argument by which a call shows that it does not continue the last one of this context, or None.
 
-        The prompt, its mask, rotary tables, ... are the same tensors at every step, and the latents and the timestep are not. Another
-        tensor shows another prompt where the one before is still there, or was the same in two calls. One that is made for each call and
-        gone by the next shows nothing.
+        The prompt, its mask, rotary tables, ... are the same tensors at every step, and the latents and the timestep
+        are not. Another tensor shows another prompt where the one before is still there, or was the same in two calls.
+        One that is made for each call and gone by the next shows nothing.
         """
         return next((t for seen, t in zip(self._steady, inputs.steady, strict=False) if seen.exchanged(t)), None)
 
@@ -173,7 +179,9 @@ class Context:
         """A copy of all counts by kind, with bytes and, where they are measured, seconds. These wait for the device."""
         meters = self.arena.meters
         found = {
-            kind: replace(tally, cache_bytes=meters[kind].now, peak_cache_bytes=meters[kind].peak) if kind in meters else replace(tally)
+            kind: replace(tally, cache_bytes=meters[kind].now, peak_cache_bytes=meters[kind].peak)
+            if kind in meters
+            else replace(tally)
             for kind, tally in tuple(self._tallies.items())
         }
         if self.stopwatch is not None:

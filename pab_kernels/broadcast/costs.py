@@ -1,4 +1,5 @@
-"""What calls of a model cost: every run of every sublayer, counted on a copy of the model on the meta device, where nothing is computed."""
+"""What calls of a model cost: every run of every sublayer, counted on a copy of the model on the meta device, where
+nothing is computed."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Arguments:
     """The arguments of a call but for the values of its tensors and floats.
 
     Args:
-        leaves: of the nest of `(args, kwargs)`; a `Key` for each tensor, type and value for everything else, and 1.0 for each float.
+        leaves: of the nest of `(args, kwargs)`; a `Key` for each tensor, type and value for everything else, and 1.0
+            for each float.
         nest: what they are in.
     """
 
@@ -43,7 +45,10 @@ class Arguments:
 
     @classmethod
     def of(cls, leaves: Sequence[Any], nest: pytree.TreeSpec) -> Arguments | None:
-        """Those of a call, from `(args, kwargs)` as pytree flattens them; None where one is an object of which nothing is known."""
+        """Those of a call, from `(args, kwargs)` as pytree flattens them.
+
+        None where one is an object of which nothing is known.
+        """
         found: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
@@ -58,14 +63,17 @@ class Arguments:
 
     def on_meta(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Such arguments, on the meta device."""
-        leaves = [torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Key) else v[1] for v in self.leaves]
+        leaves = [
+            torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Key) else v[1] for v in self.leaves
+        ]
         args, kwargs = pytree.tree_unflatten(leaves, self.nest)
         return args, kwargs
 
 
 COUNTING = threading.Lock()
-"""One thread counts at a time. Torch keeps in global variables whether a dispatch mode is active; two threads that leave theirs in another
-order than they entered them leave it set for good, and `torch.compile` then compiles again what it has compiled already."""
+"""One thread counts at a time. Torch keeps in global variables whether a dispatch mode is active; two threads that
+leave theirs in another order than they entered them leave it set for good, and `torch.compile` then compiles again what
+it has compiled already."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +93,17 @@ class SublayerRun:
     outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
     def nbytes(self, cache_dtype: str | None = None) -> int:
-        """Bytes of the output as a slot keeps it: floating-point tensors `[..., C]` in `cache_dtype`, all others as they are."""
+        """Bytes of the output as a slot keeps it: floating-point tensors `[..., C]` in `cache_dtype`, all others as
+        they are."""
         eight = [cache_dtype if dtype.is_floating_point and shape else None for shape, dtype in self.outputs]
-        return sum(slot_bytes(shape or (1,), dtype, kept) for (shape, dtype), kept in zip(self.outputs, eight, strict=True))
+        return sum(
+            slot_bytes(shape or (1,), dtype, kept) for (shape, dtype), kept in zip(self.outputs, eight, strict=True)
+        )
 
     def __add__(self, other: SublayerRun) -> SublayerRun:
-        return SublayerRun(self.name, self.flops + other.flops, Counter(self.own) + Counter(other.own), self.outputs + other.outputs)
+        return SublayerRun(
+            self.name, self.flops + other.flops, Counter(self.own) + Counter(other.own), self.outputs + other.outputs
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,10 @@ def place(name: str, time: int) -> str:
 def watched(
     model: nn.Module, sublayers: Sequence[Sublayer], counter: FlopCounterMode, unprojected: bool = False
 ) -> Iterator[dict[str, SublayerRun]]:
-    """The runs of sublayers inside, by `place`; where attention is kept `unprojected`, up to a module's `projection`."""
+    """The runs of sublayers inside, by `place`.
+
+    Where attention is kept `unprojected`, up to a module's `projection`.
+    """
     runs: dict[str, SublayerRun] = {}
     times: Counter[str] = Counter()
     entered: list[tuple[str, int, Counter[str]]] = []  # of the runs that have not ended
@@ -143,19 +159,27 @@ def watched(
             handles.append(module.register_forward_pre_hook(lambda module, args, sublayer=sublayer: enter(sublayer)))
             projection = getattr(module, "projection", None) if unprojected else None
             if projection is None:
-                handles.append(module.register_forward_hook(lambda module, args, out, sublayer=sublayer: leave(sublayer, out)))
+                handles.append(
+                    module.register_forward_hook(lambda module, args, out, sublayer=sublayer: leave(sublayer, out))
+                )
             else:
-                handles.append(projection.register_forward_pre_hook(lambda module, args, sublayer=sublayer: leave(sublayer, args)))
+                handles.append(
+                    projection.register_forward_pre_hook(lambda module, args, sublayer=sublayer: leave(sublayer, args))
+                )
         yield runs
     finally:
         for handle in handles:
             handle.remove()
 
 
-def call_costs(model: nn.Module, sublayers: Sequence[Sublayer], arguments: Arguments | None, unprojected: bool = False) -> CallCosts | None:
-    """What a call of `model` costs without PAB, whatever is enabled on it; None where it cannot run on the meta device, which is logged.
+def call_costs(
+    model: nn.Module, sublayers: Sequence[Sublayer], arguments: Arguments | None, unprojected: bool = False
+) -> CallCosts | None:
+    """What a call of `model` costs without PAB, whatever is enabled on it; None where it cannot run on the meta device,
+    which is logged.
 
-    The model itself is not run. Hooks (of offloading, of caches that skip steps, of a split over devices) are left out of the copy.
+    The model itself is not run. Hooks (of offloading, of caches that skip steps, of a split over devices) are left out
+    of the copy.
     """
     name = type(model).__name__
     if arguments is None:
@@ -164,10 +188,17 @@ def call_costs(model: nn.Module, sublayers: Sequence[Sublayer], arguments: Argum
     try:
         plain = on_meta(model)
         args, kwargs = arguments.on_meta()
-        with COUNTING, torch.no_grad(), flop_counter() as counter, watched(plain, sublayers, counter, unprojected) as runs:
+        with (
+            COUNTING,
+            torch.no_grad(),
+            flop_counter() as counter,
+            watched(plain, sublayers, counter, unprojected) as runs,
+        ):
             torch.compiler.disable(plain.forward)(*args, **kwargs)
     except Exception as error:  # whatever a model's own code raises where tensors have no values
-        logger.info("%s: FLOPs are not known, as it does not run on the meta device: %s: %s", name, type(error).__name__, error)
+        logger.info(
+            "%s: FLOPs are not known, as it does not run on the meta device: %s: %s", name, type(error).__name__, error
+        )
         return None
     return CallCosts(counter.get_total_flops(), runs)
 
@@ -179,7 +210,9 @@ def on_meta(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if holders := compat.hook_holders(module):
             hooked.add(name)
-        memo |= {id(held): None for held in (*holders, *compat.cache_configs(module))}  # a config's callback may hold a whole pipeline
+        memo |= {
+            id(held): None for held in (*holders, *compat.cache_configs(module))
+        }  # a config's callback may hold a whole pipeline
         memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
     with _OnMeta():
         copied = copy.deepcopy(model, memo)

@@ -90,7 +90,11 @@ class Following:
     def follow(self) -> None:
         """Follow the schedulers that the pipelines hold now, and no others."""
         held, listener = self._held(), self._listener()
-        if listener is None or len(held) == len(self._watches) and all(w.scheduler is s for w, s in zip(self._watches, held, strict=True)):
+        if (
+            listener is None
+            or len(held) == len(self._watches)
+            and all(w.scheduler is s for w, s in zip(self._watches, held, strict=True))
+        ):
             return
         with self._lock:
             for scheduler in held:
@@ -118,7 +122,8 @@ class Following:
         return [watch.scheduler for watch in others if has_begun(watch.scheduler) and not watch.is_spent]
 
     def spend(self, generation: Generation) -> None:
-        """The run of `generation` is at its end, and none begins on its scheduler's timesteps but after `set_timesteps`."""
+        """The run of `generation` is at its end, and none begins on its scheduler's timesteps but after
+        `set_timesteps`."""
         watch = self._watch(generation.scheduler)
         if watch is not None:
             watch.spend(generation.timesteps.table)
@@ -126,7 +131,11 @@ class Following:
     def only(self, scheduler: Any) -> bool:
         """Whether the steps of `scheduler` are those of this model alone."""
         watch = self._watch(scheduler)
-        return watch is not None and len(watch.listeners) == 1 and all(len(denoisers(pipe)) == 1 for pipe in self._with(scheduler))
+        return (
+            watch is not None
+            and len(watch.listeners) == 1
+            and all(len(denoisers(pipe)) == 1 for pipe in self._with(scheduler))
+        )
 
     def left_at(self, scheduler: Any) -> int | None:
         """The step at which another model takes over on every pipeline that holds `scheduler`, or None."""
@@ -135,7 +144,8 @@ class Following:
         return end if 0 < end < len(scheduler.timesteps) else None
 
     def still_called(self, scheduler: Any, enclose: Callable[[nn.Module], None], warn: Callable[[str], None]) -> bool:
-        """Whether a pipeline that holds `scheduler` still calls the model; one that was compiled since is enclosed, another one told of.
+        """Whether a pipeline that holds `scheduler` still calls the model; one that was compiled since is enclosed,
+        another one told of.
 
         Args:
             scheduler: whose timesteps were set.
@@ -150,7 +160,8 @@ class Following:
         for pipe in self._with(scheduler):
             if not holds(pipe, model):
                 warn(
-                    f"{type(pipe).__name__} calls another model than the {type(model).__name__} that PAB was enabled on, and nothing is "
+                    f"{type(pipe).__name__} calls another model than the {type(model).__name__} that PAB was enabled "
+                    "on, and nothing is "
                     "reused in it; call pab.enable(pipe) again"
                 )
                 continue
@@ -165,7 +176,8 @@ def _model_is_gone(following: Following, name: str) -> None:
     """The model was let go while pipelines are followed for it: they call another one now."""
     for pipe in following.pipes:
         logger.warning(
-            "the %s of a %s on which PAB was enabled is gone, and nothing is reused in another one; call pab.enable(pipe) again",
+            "the %s of a %s on which PAB was enabled is gone, and nothing is reused in another one; call "
+            "pab.enable(pipe) again",
             name,
             type(pipe).__name__,
         )

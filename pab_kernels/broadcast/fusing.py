@@ -13,7 +13,10 @@ def fuses(module: nn.Module, x: torch.Tensor) -> bool:
     return (
         is_plain(module, nn.Linear, nn.LayerNorm, nn.RMSNorm)
         and is_original(type(module), "forward")
-        and all(type(p) is nn.Parameter and p.device == x.device and p.dtype == x.dtype and p.stride(-1) == 1 for p in module.parameters())
+        and all(
+            type(p) is nn.Parameter and p.device == x.device and p.dtype == x.dtype and p.stride(-1) == 1
+            for p in module.parameters()
+        )
     )
 
 

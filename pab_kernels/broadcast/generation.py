@@ -120,12 +120,17 @@ class Generation:
     # Which calls are its own
 
     def claims(self, timestep: Any, label: str) -> bool | None:
-        """Whether a call with this timestep, in the context `label`, can be the next one; None where that cannot be known."""
+        """Whether a call with this timestep, in the context `label`, can be the next one.
+
+        None where that cannot be known.
+        """
         moment = self.timesteps.moment(timestep)
         if moment is None or not moment.single or not self.timesteps.known:
             return None
         if not self.started:
-            return True if self.timesteps.recognise(moment) else None  # models may be called with a function of the timestep
+            return (
+                True if self.timesteps.recognise(moment) else None
+            )  # models may be called with a function of the timestep
         if not self._in_schedule:
             return None if self.notified or self.steps_seen or not self._called else moment == self._timestep[1]
         if self.timesteps.at(self.step, moment):
@@ -134,15 +139,20 @@ class Generation:
         return not told and any(i > self.step for i in self.timesteps.places(moment))
 
     def recognises(self, label: str, inputs: Inputs) -> bool:
-        """Whether a context that such a call could be in was last called with the same tensors, latents and timestep aside."""
-        contexts = [self.contexts.get(label)] if label else [c for key, c in self.contexts.items() if key.startswith("#")]
+        """Whether a context that such a call could be in was last called with the same tensors, latents and timestep
+        aside."""
+        contexts = (
+            [self.contexts.get(label)] if label else [c for key, c in self.contexts.items() if key.startswith("#")]
+        )
         return any(context is not None and context.holds(inputs) for context in contexts)
 
     def open(self, name: str | None = None, step: int | None = None, inputs: Inputs = NO_INPUTS) -> Call | None:
-        """A call of the model in context `name`, at `step` if it is given; None where a scheduler has no step left for it.
+        """A call of the model in context `name`, at `step` if it is given; None where a scheduler has no step left for
+        it.
 
         Raises:
-            RuntimeError: all steps of the plan are used, and it is one of a bare model; or too many calls without names came in one step.
+            RuntimeError: all steps of the plan are used, and it is one of a bare model; or too many calls without names
+            came in one step.
         """
         with self.lock:
             if self.plan is None:
@@ -198,7 +208,8 @@ class Generation:
         order = self._called.get(label, 0)
         if order >= MOST_ALIKE:
             raise RuntimeError(
-                f"{order + 1} calls came in one step of the schedule; calls of up to {MOST_ALIKE} branches without names are supported: "
+                f"{order + 1} calls came in one step of the schedule; calls of up to {MOST_ALIKE} branches without "
+                "names are supported: "
                 'name the calls, `with pab.context(model, "cond"):`, or the step, `pab.context(model, "cond", step=i)`'
             )
         if label:
@@ -217,7 +228,8 @@ class Generation:
         first = f" from {self.schedule.begin} on" if self.schedule.begin else ""
         first += f" up to {self.schedule.end}, where another model takes over," if self.schedule.end is not None else ""
         return (
-            f"the plan has {self.schedule.num_steps} steps{first} and this call would be step {at}; begin a further generation: "
+            f"the plan has {self.schedule.num_steps} steps{first} and this call would be step {at}; begin a further "
+            "generation: "
             "with pab.generation(model, num_steps=...):, or, where a step has several calls, name the calls: "
             'with pab.context(model, "cond"):'
         )
@@ -284,7 +296,9 @@ class Generation:
         """What calls with these arguments cost without PAB; None where that of any is not known."""
         for arguments in calls:
             if arguments not in self._costs:
-                self._costs[arguments] = call_costs(model, self.sublayers, arguments, self.config.cache_point == "unprojected")
+                self._costs[arguments] = call_costs(
+                    model, self.sublayers, arguments, self.config.cache_point == "unprojected"
+                )
         known = {arguments: costs for arguments in calls if (costs := self._costs[arguments]) is not None}
         return known if len(known) == len(calls) else None
 
@@ -307,7 +321,9 @@ class Generation:
         """`value` as one float32 number on `device`; made once a generation, and without waiting for the device."""
         key = (value, device)
         if key not in self._weights:
-            self._weights[key] = torch.full((), value, dtype=torch.float32, device=device)  # a fill: nothing is copied from the host
+            self._weights[key] = torch.full(
+                (), value, dtype=torch.float32, device=device
+            )  # a fill: nothing is copied from the host
         return self._weights[key]
 
 

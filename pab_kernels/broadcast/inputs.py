@@ -1,4 +1,5 @@
-"""The arguments of a model's `forward`: where the timestep is among them, the latents, and everything that stays from step to step."""
+"""The arguments of a model's `forward`: where the timestep is among them, the latents, and everything that stays from
+step to step."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas", "time")
 
 
 class Signature:
-    """Names of the arguments of a model's `forward`, looked for in the models that wrappers (PEFT, DDP, FSDP) pass theirs on to.
+    """Names of the arguments of a model's `forward`, looked for in the models that wrappers (PEFT, DDP, FSDP) pass
+    theirs on to.
 
     Args:
         model: the DiT, or what wraps it.
@@ -45,12 +47,17 @@ class Signature:
         """The first argument that is not the timestep, by its place or its name."""
         if self._first < len(args):
             return args[self._first]
-        return kwargs.get(self._name or "", next((value for name, value in kwargs.items() if name not in TIMESTEPS), None))
+        return kwargs.get(
+            self._name or "", next((value for name, value in kwargs.items() if name not in TIMESTEPS), None)
+        )
 
 
 def _names(model: nn.Module) -> list[str]:
     for module in model.modules():  # a wrapper before what it wraps
-        for forward in (module.forward, partial(type(module).forward, module)):  # somebody may have put another one on it
+        for forward in (
+            module.forward,
+            partial(type(module).forward, module),
+        ):  # somebody may have put another one on it
             try:
                 parameters = inspect.signature(forward).parameters.values()
             except (TypeError, ValueError):  # written in C, or compiled by TorchScript
@@ -101,7 +108,9 @@ class Inputs:
             if isinstance(leaf, (torch.Tensor, int, float)):
                 found.append(leaf)
             elif not isinstance(leaf, PLAIN) and hasattr(leaf, "__dict__"):
-                found += [held for held in pytree.tree_leaves(list(vars(leaf).values())) if isinstance(held, torch.Tensor)]
+                found += [
+                    held for held in pytree.tree_leaves(list(vars(leaf).values())) if isinstance(held, torch.Tensor)
+                ]
         return found
 
     @cached_property
@@ -136,7 +145,8 @@ def records_gradients(model: nn.Module | None, tensors: Sequence[torch.Tensor]) 
 
 
 def is_transformed(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether a call is traced, differentiated or batched by a transform, or of tensors without contents: no step of a run."""
+    """Whether a call is traced, differentiated or batched by a transform, or of tensors without contents: no step of a
+    run."""
     return (
         torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None

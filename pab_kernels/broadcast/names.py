@@ -33,7 +33,9 @@ class Naming:
         self.frames.append(entering())
         _GIVEN.set((*_GIVEN.get(), self))
 
-    def __exit__(self, *_: object) -> None:  # in another thread, as where a generator is resumed there, it is not in force
+    def __exit__(
+        self, *_: object
+    ) -> None:  # in another thread, as where a generator is resumed there, it is not in force
         self.frames.pop()
         _GIVEN.set(tuple(other for other in _GIVEN.get() if other is not self))
 
@@ -43,7 +45,10 @@ _GIVEN: contextvars.ContextVar[tuple[Naming, ...]] = contextvars.ContextVar("pab
 
 
 def named(owner: Any) -> tuple[str | None, int | None]:
-    """The name and step that calls have now; of several, those given by a function that runs, and not by a generator that waits."""
+    """The name and step that calls have now.
+
+    Of several, those given by a function that runs, and not by a generator that waits.
+    """
     given = [naming for naming in reversed(_GIVEN.get()) if naming.is_for(owner)]
     if len(given) > 1:
         given = [naming for naming in given if running(naming.frames)] or given

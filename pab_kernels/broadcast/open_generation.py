@@ -17,7 +17,10 @@ from .slots import Meter
 
 
 class OpenPlan(Plan):
-    """The decisions of the step that runs; none is known in advance. Rules hold outputs, in windows of timesteps that are not rounded."""
+    """The decisions of the step that runs.
+
+    None is known in advance. Rules hold outputs, in windows of timesteps that are not rounded.
+    """
 
     timestep: float
 
@@ -52,7 +55,10 @@ class OpenPlan(Plan):
         return self
 
     def decision(self, name: str, step: int) -> Decision:
-        """Reuse what was computed last where the rule asks for it; else compute, and keep it where it may ever be reused."""
+        """Reuse what was computed last where the rule asks for it.
+
+        Else compute, and keep it where it may ever be reused.
+        """
         rule = self._rules.get(name)
         if rule is None:
             return Decision(Action.COMPUTE)
@@ -80,7 +86,9 @@ class OpenGeneration(Generation):
         ValueError: `clock` gives no number.
     """
 
-    def __init__(self, config: PABConfig, sublayers: Sequence[Sublayer], clock: Callable[[], Any], *, timed: bool = False) -> None:
+    def __init__(
+        self, config: PABConfig, sublayers: Sequence[Sublayer], clock: Callable[[], Any], *, timed: bool = False
+    ) -> None:
         super().__init__(config, sublayers, num_steps=MOST_STEPS, timed=timed)
         self._clock = clock
         self._plan = OpenPlan(config, Schedule(MOST_STEPS), self.sublayers).at(self._asked())
@@ -91,7 +99,9 @@ class OpenGeneration(Generation):
         try:
             return float(given)
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"current_timestep_callback must give the timestep, one number; it gave {given!r}") from None
+            raise ValueError(
+                f"current_timestep_callback must give the timestep, one number; it gave {given!r}"
+            ) from None
 
     def advance(self, to: int | None = None) -> None:
         """A further step begins, or another generation."""

@@ -1,7 +1,7 @@
 """Outputs of modules that are called as they are: what a slot keeps of them, and how they are given back.
 
-An output may be a tensor or any nest of tensors, and is kept whole. Where several are reused together, floating-point tensors are
-extrapolated (see `Extrapolation`); everything else is that of the newest output.
+An output may be a tensor or any nest of tensors, and is kept whole. Where several are reused together, floating-point
+tensors are extrapolated (see `Extrapolation`); everything else is that of the newest output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from .turn import CurrentTurn, Turn
 
 @dataclass(eq=False)
 class BroadcastForward:
-    """Replaces the `forward` of a sublayer: its output is computed or given back as the plan says. Outside of a call it runs plainly.
+    """Replaces the `forward` of a sublayer: its output is computed or given back as the plan says. Outside of a call it
+    runs plainly.
 
     A compiled graph finds the turn at the same place in every equal block, so that one graph serves all of them.
 
@@ -65,21 +66,27 @@ class Unprojected(Protocol):
     """An attention module in two parts: `finish(attend(x, ...)[0], x)` is its output."""
 
     def attend(self, x: torch.Tensor, *args: Any, store: Turn | None = None, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        """Attention before the output projection, and the copy of it that is kept where the turn `store` asks for one."""
+        """Attention before the output projection, and the copy of it that is kept where the turn `store` asks for
+        one."""
 
     def finish(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Attention projected, for the input `x`."""
 
 
-def broadcast_unprojected(turn: Turn, module: Unprojected, x: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """The output of an attention module, of which all but the output projection is computed or given back as the plan says.
+def broadcast_unprojected(
+    turn: Turn, module: Unprojected, x: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> torch.Tensor:
+    """The output of an attention module, of which all but the output projection is computed or given back as the plan
+    says.
 
     A slot is written by the pass that computes attention.
     """
     around = turn.call.measured
     slot = turn.take(x)
     if slot is not None:
-        out: torch.Tensor = _read(slot, _as_it_is if turn.reads_last else _cloned)  # a projection may write to it, or be none
+        out: torch.Tensor = _read(
+            slot, _as_it_is if turn.reads_last else _cloned
+        )  # a projection may write to it, or be none
         if out.dtype != x.dtype and not autocasts(x):  # it was kept under autocast
             out = out.to(x.dtype)
     else:
@@ -93,10 +100,12 @@ def broadcast_unprojected(turn: Turn, module: Unprojected, x: torch.Tensor, args
 def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The output of a whole block: computed, or its inputs and the change that it made to them when it was computed.
 
-        1. computed: out_j = block(...), and for each tensor out_j that continues the input in_k, change_j = out_j - in_k
+        1. computed: out_j = block(...), and for each tensor out_j that continues the input in_k, change_j = out_j -
+        in_k
         2. reused:   out_j = in_k + change_j; what is no tensor is given back as it was
 
-    An output continues the input that has its shape; the first one, where the block has one output and it is the block's first input.
+    An output continues the input that has its shape; the first one, where the block has one output and it is the
+    block's first input.
 
     Raises:
         TypeError: there is no tensor among the inputs, or an output does not continue exactly one input.
@@ -107,7 +116,9 @@ def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     if slot is not None:
         pairs, changed = _read(slot, _as_it_is)  # adding it makes new tensors
         leaves, nest = pytree.tree_flatten(changed)
-        out = pytree.tree_unflatten([c if k is None else inputs[k] + c for k, c in zip(pairs, leaves, strict=True)], nest)
+        out = pytree.tree_unflatten(
+            [c if k is None else inputs[k] + c for k, c in zip(pairs, leaves, strict=True)], nest
+        )
     else:
         # The inputs by now: a block may write to its stream in place.
         before = [x.clone() if x.is_floating_point() else x for x in inputs] if turn.stores else inputs
@@ -140,8 +151,10 @@ def _continued(sublayer: Sublayer, inputs: Sequence[torch.Tensor], outputs: Sequ
         if not alike or (len(alike) > 1 and (several or alike[0] != 0)):
             shape = tuple(out.shape)
             raise TypeError(
-                f"{sublayer.name}: output {number} of shape {shape} continues {len(alike) or 'none'} of its inputs, and a stream "
-                f"continues exactly one; leave out the rule for blocks, or this block: enable(model, kinds={{{sublayer.name!r}: None}})"
+                f"{sublayer.name}: output {number} of shape {shape} continues {len(alike) or 'none'} of its inputs, "
+                "and a stream "
+                "continues exactly one; leave out the rule for blocks, or this block: enable(model, "
+                f"kinds={{{sublayer.name!r}: None}})"
             )
         pairs.append(alike[0])
     return tuple(pairs)
@@ -167,7 +180,9 @@ def kept(out: Any, own: Callable[[Any], Any] | None = None) -> tuple[Any, list[t
     if _is_tensors(out):
         return tuple([own(v) for v in out]), [v.dtype for v in out]
     leaves, nest = pytree.tree_flatten(out)
-    return pytree.tree_unflatten(list(map(own, leaves)), nest), [v.dtype if isinstance(v, torch.Tensor) else None for v in leaves]
+    return pytree.tree_unflatten(list(map(own, leaves)), nest), [
+        v.dtype if isinstance(v, torch.Tensor) else None for v in leaves
+    ]
 
 
 def handed_out(kept: Any, dtypes: list[torch.dtype | None], own: Callable[[Any], Any] | None = None) -> Any:

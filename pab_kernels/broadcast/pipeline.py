@@ -36,10 +36,11 @@ def compiled(pipe: Any, model: nn.Module) -> nn.Module | None:
 
 
 def left_at(pipe: Any, model: nn.Module) -> int:
-    """The step of a pipeline's schedule from which it no longer calls `model`; the number of steps where it calls it to the end.
+    """The step of a pipeline's schedule from which it no longer calls `model`; the number of steps where it calls it to
+    the end.
 
-    A pipeline with a `boundary_ratio` calls `transformer` at the timesteps from `boundary_ratio * num_train_timesteps` up, and
-    `transformer_2` below (Wan 2.2: an expert for much noise and one for little).
+    A pipeline with a `boundary_ratio` calls `transformer` at the timesteps from `boundary_ratio * num_train_timesteps`
+    up, and `transformer_2` below (Wan 2.2: an expert for much noise and one for little).
     """
     timesteps, models = pipe.scheduler.timesteps, denoisers(pipe)
     ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
@@ -62,7 +63,8 @@ class PipeListener(Protocol):
 class PipeWatch:
     """The models on which PAB is enabled by way of one pipeline.
 
-    Of diffusers' pipelines the end of a run is noticed, at which they let offloaded models go, and an error within the progress bar.
+    Of diffusers' pipelines the end of a run is noticed, at which they let offloaded models go, and an error within the
+    progress bar.
 
     Args:
         pipe: the pipeline.
@@ -72,13 +74,17 @@ class PipeWatch:
         self.pipe = weakref.ref(pipe)
         self._listeners: dict[int, tuple[weakref.ref[nn.Module], weakref.ref[Any]]] = {}
         methods = {"progress_bar": self._progress_bar, "maybe_free_model_hooks": self._free}
-        self._attached = [Attached(pipe, name, to) for name, to in methods.items() if callable(getattr(pipe, name, None))]
+        self._attached = [
+            Attached(pipe, name, to) for name, to in methods.items() if callable(getattr(pipe, name, None))
+        ]
 
     @classmethod
     def of(cls, pipe: Any) -> PipeWatch | None:
         """The watch of a pipeline, if it has one."""
         watch = getattr(pipe, "__dict__", {}).get(_WATCH)
-        return watch if isinstance(watch, cls) and watch.pipe() is pipe else None  # a copy of the pipeline may hold it too
+        return (
+            watch if isinstance(watch, cls) and watch.pipe() is pipe else None
+        )  # a copy of the pipeline may hold it too
 
     @classmethod
     def add(cls, pipe: Any, model: nn.Module, listener: PipeListener) -> None:

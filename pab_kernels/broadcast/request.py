@@ -1,4 +1,5 @@
-"""Requests: whose generation is current, by context variable, and the handle by which one on a bare model is put down and taken up."""
+"""Requests: whose generation is current, by context variable, and the handle by which one on a bare model is put down
+and taken up."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from .broadcaster import Broadcaster
     from .summary import Summary
 
-_CURRENT: contextvars.ContextVar[tuple[weakref.ref[Generation], ...]] = contextvars.ContextVar("pab_generations", default=())
+_CURRENT: contextvars.ContextVar[tuple[weakref.ref[Generation], ...]] = contextvars.ContextVar(
+    "pab_generations", default=()
+)
 """The generations begun or taken up in this thread or task, the innermost last."""
 
 
@@ -42,7 +45,8 @@ def _forget(generation: Generation) -> None:
 
 
 def entering() -> Any:
-    """The frame of the function whose `with` is being entered, through the context managers that others have made around it."""
+    """The frame of the function whose `with` is being entered, through the context managers that others have made
+    around it."""
     frame: Any = sys._getframe(2)
     while frame.f_back is not None and (_is_between(frame) or _is_of(frame.f_back, "contextlib")):
         frame = frame.f_back
@@ -71,8 +75,9 @@ _PACKAGE = __name__.partition(".")[0]
 class Request:
     """One sampling run on a bare model, which its caller puts down and takes up between steps.
 
-    Calls of the model inside `with request:` belong to it, in whichever thread or task that is. What it keeps stays while it is put down,
-    and is released after its last step, by `close`, at an error inside, or when nobody holds the request any more.
+    Calls of the model inside `with request:` belong to it, in whichever thread or task that is. What it keeps stays
+    while it is put down, and is released after its last step, by `close`, at an error inside, or when nobody holds the
+    request any more.
 
     Args:
         broadcaster: of the model.
@@ -108,12 +113,16 @@ class Request:
 
     def __enter__(self) -> Request:
         if self.generation.over and not self.generation.used_up:
-            raise RuntimeError("this request is closed, or ended by an error; begin another one: pab.generation(model, num_steps=...)")
+            raise RuntimeError(
+                "this request is closed, or ended by an error; begin another one: pab.generation(model, num_steps=...)"
+            )
         self.generation.entered.append(entering())
         note(self.generation)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.generation.entered.pop()
         _forget(self.generation)
         if kind is not None:

@@ -15,7 +15,8 @@ from .request import begun_here, note, running
 
 
 class Runs:
-    """The generations of one model: those of followed schedulers, those of requests, and at most one of the bare model without a request.
+    """The generations of one model: those of followed schedulers, those of requests, and at most one of the bare model
+    without a request.
 
     Args:
         following: the pipelines of the model.
@@ -95,7 +96,8 @@ class Runs:
 
         1. the request that is taken up in this thread or task, unless a pipeline's run has begun inside of it
         2. a run of a scheduler that is followed, or that of the bare model
-        3. a run of a scheduler whose timesteps were set while nobody followed it: `enable` came later, or it was exchanged
+        3. a run of a scheduler whose timesteps were set while nobody followed it: `enable` came later, or it was
+        exchanged
         4. a request that is taken up elsewhere, as where branches run in worker threads
 
         Args:

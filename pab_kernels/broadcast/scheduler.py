@@ -16,19 +16,30 @@ _WATCH = f"{PREFIX}watch"
 
 
 def has_begun(scheduler: Any) -> bool:
-    """Whether `set_timesteps` was called, and steps are left; the timesteps that a new scheduler has are those of training."""
+    """Whether `set_timesteps` was called, and steps are left.
+
+    The timesteps that a new scheduler has are those of training.
+    """
     index = getattr(scheduler, "step_index", None)
-    return getattr(scheduler, "num_inference_steps", None) is not None and (index is None or index < len(scheduler.timesteps))
+    return getattr(scheduler, "num_inference_steps", None) is not None and (
+        index is None or index < len(scheduler.timesteps)
+    )
 
 
 def entered_at(scheduler: Any, timesteps: Timesteps, timestep: Any) -> int | None:
-    """The step of the full schedule at which the model is called first, with this timestep; None where that is not known."""
+    """The step of the full schedule at which the model is called first, with this timestep.
+
+    None where that is not known.
+    """
     for name in ("step_index", "begin_index"):
         index = getattr(scheduler, name, None)
         if index is not None:
             return int(index)
-    places = timesteps.recognise(timesteps.moment(timestep, wait=True))  # the one read of a timestep to the host in a generation
-    # Schedulers of second order have timesteps twice, and take a run that is entered at one to be entered at its second place.
+    places = timesteps.recognise(
+        timesteps.moment(timestep, wait=True)
+    )  # the one read of a timestep to the host in a generation
+    # Schedulers of second order have timesteps twice, and take a run that is entered at one to be entered at its second
+    # place.
     return places[min(len(places) - 1, int(hasattr(scheduler, "index_for_timestep")))] if places else None
 
 

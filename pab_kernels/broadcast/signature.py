@@ -19,7 +19,13 @@ def tensors_of(nest: Any) -> list[torch.Tensor]:
     """The tensors in a nest in their order, an 8-bit tensor as data and scale."""
     found: list[torch.Tensor] = []
     for leaf in pytree.tree_leaves(nest):
-        found += (leaf.data, leaf.scale) if isinstance(leaf, Quantized) else (leaf,) if isinstance(leaf, torch.Tensor) else ()
+        found += (
+            (leaf.data, leaf.scale)
+            if isinstance(leaf, Quantized)
+            else (leaf,)
+            if isinstance(leaf, torch.Tensor)
+            else ()
+        )
     return found
 
 
@@ -60,6 +66,7 @@ def _of_leaf(leaf: Any, what: str) -> Hashable:
     if isinstance(leaf, PLAIN):
         return type(leaf), leaf  # True, 1 and 1.0 are equal
     raise TypeError(
-        f"there is a {type(leaf).__name__} in {what}; with CUDA graphs tensors, numbers, strings, None and lists, tuples and dicts of them "
+        f"there is a {type(leaf).__name__} in {what}; with CUDA graphs tensors, numbers, strings, None and lists, "
+        "tuples and dicts of them "
         "are supported: pass these, or leave cuda_graphs out of pab.enable"
     )

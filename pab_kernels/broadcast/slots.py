@@ -55,8 +55,8 @@ class Slot:
 
 @dataclass(eq=False)
 class Extrapolation:
-    """Several outputs of a sublayer, read together at a later step: `c_0 + sum_k w_k (c_0 - c_k)`, in float32 (float64 where they are) and
-    rounded once.
+    """Several outputs of a sublayer, read together at a later step: `c_0 + sum_k w_k (c_0 - c_k)`, in float32 (float64
+    where they are) and rounded once.
 
     Args:
         slots: the newest outputs, c_0 first, computed from inputs of one key.
@@ -105,7 +105,9 @@ def nbytes(value: Any) -> int:
         return sum([nbytes(v) for v in value])
     if value is None or isinstance(value, (int, float, str, torch.dtype)):
         return 0
-    return sum(v.nbytes for v in pytree.tree_leaves(value, is_leaf=_is_leaf) if isinstance(v, (torch.Tensor, Quantized)))
+    return sum(
+        v.nbytes for v in pytree.tree_leaves(value, is_leaf=_is_leaf) if isinstance(v, (torch.Tensor, Quantized))
+    )
 
 
 def slot_bytes(shape: tuple[int, ...], dtype: torch.dtype, cache_dtype: str | None) -> int:
@@ -145,13 +147,20 @@ class Arena:
     def __init__(self, meter: Meter) -> None:
         self.closed = False
         self.meters: dict[str, Meter] = {}  # of this arena, by kind
-        self.weights: Mapping[str, tuple[torch.Tensor, ...]] = {}  # of what is extrapolated, by place, where it is `fixed`
+        self.weights: Mapping[
+            str, tuple[torch.Tensor, ...]
+        ] = {}  # of what is extrapolated, by place, where it is `fixed`
         self._meter = meter
         self._kinds: dict[str, str] = {}
         self._slots: dict[str, tuple[Slot, ...]] = {}  # the newest first
 
-    def put(self, name: str, kind: str, value: Any, key: Key, source: int, dtype: torch.dtype | None = None, most: int = 1) -> None:
-        """Keep `value` for sublayer `name`, of `kind`, as the newest of at most `most` outputs; older ones are let go first."""
+    def put(
+        self, name: str, kind: str, value: Any, key: Key, source: int, dtype: torch.dtype | None = None, most: int = 1
+    ) -> None:
+        """Keep `value` for sublayer `name`, of `kind`, as the newest of at most `most` outputs.
+
+        Older ones are let go first.
+        """
         if self.closed:
             return
         self.release(name, most - 1)

@@ -38,8 +38,8 @@ class Mark:
 class Stopwatch:
     """Seconds by kind in one context of a generation.
 
-    Time from one mark to the next belongs to the kind of the first. On a CUDA device a mark is an event, and only `seconds` waits for it. A
-    stretch that begins on one device and ends on another is left out.
+    Time from one mark to the next belongs to the kind of the first. On a CUDA device a mark is an event, and only
+    `seconds` waits for it. A stretch that begins on one device and ends on another is left out.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,10 @@ class Stopwatch:
         return self._marks[-1].kind if self._marks else None
 
     def mark(self, kind: str | None, device: torch.device | None = None) -> None:
-        """From here on time belongs to `kind`. Without `device` it is that of the mark before; where there is none, nothing is marked."""
+        """From here on time belongs to `kind`.
+
+        Without `device` it is that of the mark before; where there is none, nothing is marked.
+        """
         if device is None and not self._marks:
             return
         self._marks.append(Mark.now(kind, device or self._marks[-1].device))

@@ -24,11 +24,11 @@ class ResidualStream:
     """The residual stream `x` of a block under PAB.
 
     Additions are held back until something reads the stream: `norm_modulate` then adds, normalises and modulates in one
-    `broadcast_residual`; a projection takes the additions that follow it into its `project_residual`. The tensor that the stream was
-    given is never written.
+    `broadcast_residual`; a projection takes the additions that follow it into its `project_residual`. The tensor that
+    the stream was given is never written.
 
-    What an operation is given is right by construction, so its calls go past its checks. What a block may do otherwise, such as a gate that
-    makes the stream wider or an output on another device, is run as the expression that it is.
+    What an operation is given is right by construction, so its calls go past its checks. What a block may do otherwise,
+    such as a gate that makes the stream wider or an output on another device, is run as the expression that it is.
 
     Args:
         x: `[..., C]`.
@@ -46,8 +46,13 @@ class ResidualStream:
         self._flush()
         return self._x
 
-    def norm_modulate(self, norm: nn.Module, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """`norm(x) * (1 + scale) + shift`, after all additions; one kernel where `norm` is a plain LayerNorm or RMSNorm over C."""
+    def norm_modulate(
+        self, norm: nn.Module, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`norm(x) * (1 + scale) + shift`, after all additions.
+
+        One kernel where `norm` is a plain LayerNorm or RMSNorm over C.
+        """
         if self._projection is not None:
             self._flush()
         form = _norm_of(norm, self._x) if self._call.fuses(norm, self._x) else None
@@ -57,7 +62,9 @@ class ResidualStream:
             return y if shift is None else y + shift
         return self._add_pending(form, shift, scale)
 
-    def project(self, a: torch.Tensor, linear: nn.Module, gate: torch.Tensor | None = None, store: Turn | None = None) -> None:
+    def project(
+        self, a: torch.Tensor, linear: nn.Module, gate: torch.Tensor | None = None, store: Turn | None = None
+    ) -> None:
         """Add `gate * linear(a)`, and keep the projection for the turn `store`."""
         if not (self._call.fuses(linear, a) and _projects(linear, a, self._x) and _fits(gate, self._x)):
             self.add(linear(a), gate, store)
@@ -91,7 +98,9 @@ class ResidualStream:
         self._hold(value if fits else term_value(value, own), gate)
 
     def _hold(self, value: Any, gate: torch.Tensor | None) -> None:
-        if not (_is_term(value, self._x) and _fits(gate, self._x)):  # under autocast, or a module that computes in float32
+        if not (
+            _is_term(value, self._x) and _fits(gate, self._x)
+        ):  # under autocast, or a module that computes in float32
             self._flush()
             value = term_value(value, self._x.dtype)
             self._x = _dense((value if gate is None else gate * value) + self._x)
@@ -105,7 +114,9 @@ class ResidualStream:
         pending, self._pending = self._pending, []
         return tuple(pending)
 
-    def _add_pending(self, norm: ops.Norm | None = None, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> Any:
+    def _add_pending(
+        self, norm: ops.Norm | None = None, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> Any:
         """Add all that is pending; the stream normed and modulated, if there is a norm."""
         x, y = run_checked("broadcast_residual", BroadcastResidual(self._x, self._take(), norm, shift, scale))
         self._x = self._x if x is None else x
@@ -142,7 +153,11 @@ def _norm_of(norm: nn.Module, x: torch.Tensor) -> ops.Norm | None:
         return None
     if eps is None:  # torch takes the eps of the dtype that it computes in
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-    return ops.Norm("layer" if isinstance(norm, nn.LayerNorm) else "rms", weight, bias, eps) if 0 <= eps <= LARGEST else None
+    return (
+        ops.Norm("layer" if isinstance(norm, nn.LayerNorm) else "rms", weight, bias, eps)
+        if 0 <= eps <= LARGEST
+        else None
+    )
 
 
 def _has_channels(t: torch.Tensor | None, x: torch.Tensor) -> bool:
@@ -167,7 +182,10 @@ def _is_term(value: Any, x: torch.Tensor) -> bool:
 
 
 def _fits(t: torch.Tensor | None, x: torch.Tensor) -> bool:
-    """Whether the operations take `t` as a gate, scale or shift on `x`; otherwise the expression is run as it stands."""
+    """Whether the operations take `t` as a gate, scale or shift on `x`.
+
+    Otherwise the expression is run as it stands.
+    """
     return t is None or broadcasts(t, x)
 
 

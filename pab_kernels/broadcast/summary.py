@@ -27,12 +27,14 @@ class Summary:
         flops_without: of the same calls with nothing reused.
         cache_bytes: bytes of slots held now, by all generations of the model.
         peak_cache_bytes: the most that were held.
-        plain_calls: calls of the model without PAB since that generation began: gradients were recorded, or they were outside of the run.
+        plain_calls: calls of the model without PAB since that generation began: gradients were recorded, or they were
+            outside of the run.
         rest_seconds: of the model outside of its sublayers; None where seconds were not asked for.
         graphs: CUDA graphs that are there now, of this generation and those before; None where they were not asked for.
         graph_bytes: of device memory that they keep: places of slots, inputs, and what the captured work writes.
-        models: of a pipeline with several, what each did, by its name in the pipeline. All else is then their sum (of the peaks too, which
-            they need not reach at the same time), contexts have the model's name before their own, and there is no plan.
+        models: of a pipeline with several, what each did, by its name in the pipeline. All else is then their sum (of
+            the peaks too, which they need not reach at the same time), contexts have the model's name before their own,
+            and there is no plan.
     """
 
     plan: Plan | None
@@ -61,27 +63,34 @@ class Summary:
         """JSON-ready, without the plan: that follows from the config."""
         counted = {name: value for name, value in vars(self).items() if name not in ("plan", "contexts", "models")}
         contexts = {
-            name: {kind: vars(tally) | {"flops_saved": tally.flops_saved} for kind, tally in c.items()} for name, c in self.contexts.items()
+            name: {kind: vars(tally) | {"flops_saved": tally.flops_saved} for kind, tally in c.items()}
+            for name, c in self.contexts.items()
         }
         plans = [s.plan for s in self.models.values()] or [self.plan]
         notes = list(dict.fromkeys(note for plan in plans if plan for note in plan.notes))
         return {**counted, "flops_share": round(self.share, 4), "notes": notes, "contexts": contexts}
 
     def __str__(self) -> str:
-        lines = [f"{name}: {s.plan or 'not called'}" for name, s in self.models.items()] or [str(self.plan)] * (self.plan is not None)
+        lines = [f"{name}: {s.plan or 'not called'}" for name, s in self.models.items()] or [str(self.plan)] * (
+            self.plan is not None
+        )
         for name, kinds in self.contexts.items():
             lines += self._table(f"context {name}", kinds)
         if not self.contexts:
             lines.append("the model was not called yet")
         if self.flops_without:
             lines.append(f"FLOPs {self.flops:.3e} of {self.flops_without:.3e} ({self.share:.1%})")
-        lines.append(f"cache {self.cache_bytes / 2**20:.1f} MiB now, {self.peak_cache_bytes / 2**20:.1f} MiB at the peak")
+        lines.append(
+            f"cache {self.cache_bytes / 2**20:.1f} MiB now, {self.peak_cache_bytes / 2**20:.1f} MiB at the peak"
+        )
         if self.rest_seconds is not None:
             lines.append(f"{self.rest_seconds:.3f} s outside of the sublayers")
         if self.graphs is not None and self.graph_bytes is not None:
             lines.append(f"{self.graphs} CUDA graphs, {self.graph_bytes / 2**20:.1f} MiB")
         if self.plain_calls:
-            lines.append(f"{self.plain_calls} calls ran plainly: gradients were recorded, or they belonged to no sampling run")
+            lines.append(
+                f"{self.plain_calls} calls ran plainly: gradients were recorded, or they belonged to no sampling run"
+            )
         return "\n".join(lines)
 
     def _table(self, title: str, kinds: dict[str, Tally]) -> list[str]:
@@ -106,7 +115,9 @@ def together(models: Mapping[str, Summary]) -> Summary:
     for name in (f.name for f in fields(Summary) if f.name not in ("plan", "contexts", "models")):
         known = [value for s in models.values() if (value := getattr(s, name)) is not None]
         sums[name] = sum(known) if known else None
-    if any(any(s.contexts.values()) and not s.flops_without for s in models.values()):  # it was called, and its FLOPs are not known
+    if any(
+        any(s.contexts.values()) and not s.flops_without for s in models.values()
+    ):  # it was called, and its FLOPs are not known
         sums["flops"] = sums["flops_without"] = 0
     contexts = {f"{model}: {name}": kinds for model, s in models.items() for name, kinds in s.contexts.items()}
     return Summary(plan=None, contexts=contexts, models=dict(models), **sums)
@@ -152,12 +163,18 @@ def summarise(generation: Generation | None, model: nn.Module) -> Summary:
     kinds = {s.name: s.kind for s in generation.sublayers}
     calls = {c.name: dict(c.calls) for c in contexts}  # another thread may go on calling
     costs = generation.costs(model, {arguments for of_context in calls.values() for arguments, _, _ in of_context})
-    flops = {name: _Flops() if costs is None else _flops(of_context, costs, kinds) for name, of_context in calls.items()}
+    flops = {
+        name: _Flops() if costs is None else _flops(of_context, costs, kinds) for name, of_context in calls.items()
+    }
     tallies = {}
     for c in contexts:
         here, found = c.tallies(), flops[c.name]
-        within = [kind for kind in found.saved_by_kind if kind not in here]  # they ran in reused blocks, and were never asked
-        tallies[c.name] = {kind: found.of(tally, kind) for kind, tally in (*here.items(), *((kind, Tally()) for kind in within))}
+        within = [
+            kind for kind in found.saved_by_kind if kind not in here
+        ]  # they ran in reused blocks, and were never asked
+        tallies[c.name] = {
+            kind: found.of(tally, kind) for kind, tally in (*here.items(), *((kind, Tally()) for kind in within))
+        }
     rest = [seconds for c in contexts if (seconds := c.rest_seconds()) is not None]
     return Summary(
         generation.plan,

@@ -82,10 +82,11 @@ class Timesteps:
         return tuple(((host if dtype is None else host.to(dtype)) / divisor).tolist())
 
     def recognise(self, moment: Moment | None) -> list[int]:
-        """The steps at which a run can be that is called first at `moment`; from then on models are taken to be called alike.
+        """The steps at which a run can be that is called first at `moment`; from then on models are taken to be called
+        alike.
 
-        Models are called with the timestep, or with a thousandth of it. Where both are in the schedule (1 is the last of many, and a
-        thousandth of the first), the run is at its beginning.
+        Models are called with the timestep, or with a thousandth of it. Where both are in the schedule (1 is the last
+        of many, and a thousandth of the first), the run is at its beginning.
         """
         found = {}
         for divisor in (1, 1000):
@@ -97,7 +98,8 @@ class Timesteps:
     def places(self, moment: Moment | None) -> list[int]:
         """The steps of this timestep: none where it is not in the schedule, two of some in schedules of second order.
 
-        Where none has it exactly, as it was rounded on another way, it is that of the nearest step within bfloat16's precision.
+        Where none has it exactly, as it was rounded on another way, it is that of the nearest step within bfloat16's
+        precision.
         """
         if moment is None:
             return []

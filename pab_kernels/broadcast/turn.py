@@ -1,7 +1,8 @@
 """Turns: what a sublayer is to do in a call of the model, decided before the model runs, and what it did.
 
-Eager modules and compiled graphs read the same object. A graph depends on what its sublayers do (compute, store, reuse) and on nothing else
-that changes from step to step: it takes in what it reuses as tensors, and leaves in an attribute what is to be kept.
+Eager modules and compiled graphs read the same object. A graph depends on what its sublayers do (compute, store, reuse)
+and on nothing else that changes from step to step: it takes in what it reuses as tensors, and leaves in an attribute
+what is to be kept.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 class CurrentTurn(threading.local):
     """The turn of one sublayer in the call that a thread is in; None where the sublayer is to run plainly."""
 
-    def __init__(self) -> None:  # an attribute of its own in every thread: what a class has, a compiled graph takes for constant
+    def __init__(
+        self,
+    ) -> None:  # an attribute of its own in every thread: what a class has, a compiled graph takes for constant
         self.turn: Turn | None = None
 
 
@@ -42,8 +45,8 @@ class CurrentCall(threading.local):
     def enter(self, call: Call | None, current: Mapping[str, CurrentTurn]) -> None:
         """From here on, in this thread, sublayers have their turns in `call`; without one they run plainly.
 
-        Sublayers of which nothing is kept or reused in the whole generation are idle. Their turns are made once and stay where they are:
-        the next call is likely to be one of the same plan.
+        Sublayers of which nothing is kept or reused in the whole generation are idle. Their turns are made once and
+        stay where they are: the next call is likely to be one of the same plan.
 
         Args:
             current: where each sublayer finds its turn, by name.
@@ -51,7 +54,9 @@ class CurrentCall(threading.local):
         left, before, self.call = self._entered, self.call, call
         if before is not None:
             before.idle_runs = [idle.runs for idle in before.idle]
-        self._entered = [] if call is None else [(current[name], turn) for name, turn in call.turns.items() if name in current]
+        self._entered = (
+            [] if call is None else [(current[name], turn) for name, turn in call.turns.items() if name in current]
+        )
         for place, _ in left:
             place.turn = None
         if call is not None:
@@ -87,8 +92,8 @@ class CurrentCall(threading.local):
 class Turn:
     """One sublayer in one call: read `slot` instead of computing, or compute and, where it `stores`, keep the output.
 
-    A sublayer that runs several times in a call (chunks, two streams or layers that share a module) has a slot for each time, told apart by
-    their order; in a compiled graph it has one for the first time only.
+    A sublayer that runs several times in a call (chunks, two streams or layers that share a module) has a slot for each
+    time, told apart by their order; in a compiled graph it has one for the first time only.
 
     Args:
         call: the call; None between two calls, where the turn is idle.
@@ -97,7 +102,9 @@ class Turn:
         slot: what it reuses; None where it computes. Where it reads several outputs, their `Extrapolation`.
     """
 
-    def __init__(self, call: Call, sublayer: Sublayer, decision: Decision, slot: Slot | Extrapolation | None = None) -> None:
+    def __init__(
+        self, call: Call, sublayer: Sublayer, decision: Decision, slot: Slot | Extrapolation | None = None
+    ) -> None:
         self.call = call
         self.sublayer = sublayer
         self.decision = decision
@@ -119,7 +126,8 @@ class Turn:
     def take(self, x: torch.Tensor) -> Slot | Extrapolation | None:
         """What is reused instead of computing on input `x`, of which only shape, dtype and device are read.
 
-        What is read for the last time is released. Where None is returned, `stores` says whether the output is to be kept.
+        What is read for the last time is released. Where None is returned, `stores` says whether the output is to be
+        kept.
         """
         if torch.compiler.is_dynamo_compiling():
             return self._take_in_graph(x)
@@ -157,7 +165,10 @@ class Turn:
         return CACHE_DTYPES[self.call.generation.config.cache_dtype]
 
     def passes(self) -> bool:
-        """Whether there is nothing to do but to compute, which is then counted already. In a graph it is the same work as any computing."""
+        """Whether there is nothing to do but to compute, which is then counted already.
+
+        In a graph it is the same work as any computing.
+        """
         if torch.compiler.is_dynamo_compiling() or not self.idle or self.call.stopwatch is not None:
             return False
         self.runs += 1

@@ -15,7 +15,8 @@ from ..streams import fail, standard_streams
 def _ends_with_one_line(command: Callable[..., None]) -> Callable[..., None]:
     """`command`, whose errors become one line.
 
-    Exit code 2 for what the user gave; 1 for what is not installed and for what the machine lacks: space, memory, rights; 130 for Ctrl-C.
+    Exit code 2 for what the user gave; 1 for what is not installed and for what the machine lacks: space, memory,
+    rights; 130 for Ctrl-C.
     """
 
     @functools.wraps(command)
@@ -67,7 +68,9 @@ def build_app() -> Any:
             raise typer.Exit
 
     def root(
-        version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=show_version),
+        version: bool = typer.Option(
+            False, "--version", help="Print the version.", is_eager=True, callback=show_version
+        ),
     ) -> None:
         pass
 

@@ -34,22 +34,38 @@ def _sampling(
         from ..models.demo.pipeline import GUIDANCE
         from ..models.demo.shapes import FRAMES, SIZE, parse
 
-        inputs = {"prompt": prompt or DEMO_PROMPT, "guidance_scale": GUIDANCE, "height": SIZE, "width": SIZE, "video_length": FRAMES}
+        inputs = {
+            "prompt": prompt or DEMO_PROMPT,
+            "guidance_scale": GUIDANCE,
+            "height": SIZE,
+            "width": SIZE,
+            "video_length": FRAMES,
+        }
         parse(inputs["prompt"])  # refuses words that the model does not know
     pipe = load_pipeline(model, **loading)
     known = inspect.signature(pipe.__call__).parameters
     defaults = {"generator": torch.Generator().manual_seed(seed), "output_type": "latent"}
-    inputs = {name: value for name, value in defaults.items() if name in known} | inputs | arguments | {"num_inference_steps": steps}
+    inputs = (
+        {name: value for name, value in defaults.items() if name in known}
+        | inputs
+        | arguments
+        | {"num_inference_steps": steps}
+    )
     unknown = [name for name in inputs if name not in known]
     if unknown:
         raise ValueError(
-            f"{type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(known)}: give them by --argument NAME=VALUE"
+            f"{type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(known)}: give them by "
+            "--argument NAME=VALUE"
         )
-    missing = [n for n, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and n not in inputs]
+    missing = [
+        n for n, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and n not in inputs
+    ]
     if "prompt" in known and not inputs.keys() & {"prompt", "prompt_embeds"}:
         missing.append("prompt")
     if missing:
-        raise ValueError(f"{type(pipe).__name__} needs {', '.join(missing)}; give --prompt TEXT, and others by --argument NAME=VALUE")
+        raise ValueError(
+            f"{type(pipe).__name__} needs {', '.join(missing)}; give --prompt TEXT, and others by --argument NAME=VALUE"
+        )
     try:
         adapter_for(pipe.transformer)
     except TypeError as error:
@@ -66,15 +82,21 @@ def command(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for what is written.")] = Path("analysis"),
     plot: Annotated[bool, typer.Option(help="Draw the curves and the heat map.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
-    argument: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline; repeat.")] = None,
+    argument: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline; repeat.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on CUDA, else float32.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on CUDA, else float32.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Default: CUDA where there is one.")] = None,
     local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Fetch nothing.")] = False,
 ) -> None:
-    """Measure how much the outputs of attention, MLPs and blocks differ from step to step, without PAB, and propose a config.
+    """Measure how much the outputs of attention, MLPs and blocks differ from step to step, without PAB, and propose a
+    config.
 
-    Writes analysis.json, start.yaml (a config to start from), curves.png and layers.png. Ctrl-C keeps what was measured so far.
+    Writes analysis.json, start.yaml (a config to start from), curves.png and layers.png. Ctrl-C keeps what was measured
+    so far.
     """
     for package in ("rich", "diffusers", "yaml", *(("matplotlib",) if plot else ())):
         require(package, "pab analyze")

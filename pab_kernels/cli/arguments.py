@@ -10,7 +10,9 @@ from ..messages import shown
 from ..strict_json import from_json
 
 
-def numbers(text: str | None, option: str, separator: str, kind: type[int] | type[float], counts: Collection[int] | None = None) -> Any:
+def numbers(
+    text: str | None, option: str, separator: str, kind: type[int] | type[float], counts: Collection[int] | None = None
+) -> Any:
     """The numbers in the text of an option, a tuple; None where it was not given.
 
     Args:

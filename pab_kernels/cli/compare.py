@@ -16,17 +16,26 @@ from .display import progress_bar
 
 
 def command(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A video, an image, a folder of images, or a tensor (.pt, .npy, .safetensors).")],
+    a: Annotated[
+        Path,
+        typer.Argument(
+            metavar="A", help="A video, an image, a folder of images, or a tensor (.pt, .npy, .safetensors)."
+        ),
+    ],
     b: Annotated[Path, typer.Argument(metavar="B", help="What A is compared with: the clip made without PAB.")],
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw every measure over the frames: .png, .pdf or .svg.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw every measure over the frames: .png, .pdf or .svg.")
+    ] = None,
     values: Annotated[str, typer.Option(metavar="LO,HI", help="Black and white in floating-point tensors.")] = "0,1",
-    lpips: Annotated[bool | None, typer.Option(help="Measure LPIPS, or do not. Default: where a package for it is installed.")] = None,
+    lpips: Annotated[
+        bool | None, typer.Option(help="Measure LPIPS, or do not. Default: where a package for it is installed.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Compare two clips: PSNR, SSIM, temporal consistency and LPIPS, frame by frame and in total.
 
-    The clips have the same size and number of frames. Consistency is 1 - the mean absolute change from frame to frame: a clip that flickers
-    more than the other has less.
+    The clips have the same size and number of frames. Consistency is 1 - the mean absolute change from frame to frame:
+    a clip that flickers more than the other has less.
     """
     for package in ("rich", "skimage"):
         require(package, "pab compare")

@@ -40,7 +40,20 @@ def _measured(spread: tuple[float, float], digits: int, clips: int) -> str:
 
 MOST_CLIPS = 1000
 """They are sampled as one batch."""
-HEADINGS = ("run", "spatial", "temporal", "cross", "mlp", "seconds", "speed-up", "FLOPs", "PSNR, dB", "SSIM", "shown", "MiB kept")
+HEADINGS = (
+    "run",
+    "spatial",
+    "temporal",
+    "cross",
+    "mlp",
+    "seconds",
+    "speed-up",
+    "FLOPs",
+    "PSNR, dB",
+    "SSIM",
+    "shown",
+    "MiB kept",
+)
 WIDE = 122
 """Columns of a terminal that the table needs; in a narrower one it is turned on its side."""
 
@@ -72,8 +85,8 @@ def results_table(result: "DemoResult", width: int = WIDE) -> "Table":
         lines[0],
         lines[1:],
         title=f"{len(settings.prompts)} clip(s), {settings.scheduler}, {settings.steps} steps, {result.device}",
-        caption="Calls computed+reused. PSNR and SSIM: against the run without PAB, mean±deviation over the clips. Shown: clips that show "
-        "their caption. Fewer steps: all computed, at no fewer FLOPs than the PAB run named.",
+        caption="Calls computed+reused. PSNR and SSIM: against the run without PAB, mean±deviation over the clips. "
+        "Shown: clips that show their caption. Fewer steps: all computed, at no fewer FLOPs than the PAB run named.",
         padding=(0, 1, 0, 0),
     )
 
@@ -82,16 +95,22 @@ def command(
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to draw; repeat for several clips. Words: red green blue yellow purple white; circle bar column; "
-            "left right up down; night day dawn. A word left out is up to the noise. Default: four captions that training never saw."
+            help="What to draw; repeat for several clips. Words: red green blue yellow purple white; circle bar "
+            "column; left right up down; night day dawn. A word left out is up to the noise. Default: four captions "
+            "that training never saw."
         ),
     ] = None,
-    clips: Annotated[int | None, typer.Option(help="How many clips; prompts are taken in turn, each clip has its own noise.")] = None,
+    clips: Annotated[
+        int | None, typer.Option(help="How many clips; prompts are taken in turn, each clip has its own noise.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the first clip's noise; the next clips have the next seeds.")] = 0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
     ranges: Annotated[
         str | None,
-        typer.Option(metavar="S,T,C[,M]", help="One more run with these spatial, temporal, cross (and MLP) ranges, such as 3,5,7."),
+        typer.Option(
+            metavar="S,T,C[,M]",
+            help="One more run with these spatial, temporal, cross (and MLP) ranges, such as 3,5,7.",
+        ),
     ] = None,
     scheduler: Annotated[str, typer.Option(help="ddim, dpm++, pndm, heun, euler or unipc.")] = "ddim",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where there is one.")] = None,
@@ -100,11 +119,21 @@ def command(
 ) -> None:
     """Generate clips with and without PAB, from the same noise, and compare time, work and pictures.
 
-    A small video model that comes with the package runs without PAB, with the demo's preset, with the paper's ranges 2/4/6, with diffusers'
-    own PAB, and with fewer sampling steps at the FLOPs of the PAB runs. It takes some 90 seconds on two cores. Ctrl-C stops it and reports
-    the runs that are finished.
+    A small video model that comes with the package runs without PAB, with the demo's preset, with the paper's ranges
+    2/4/6, with diffusers' own PAB, and with fewer sampling steps at the FLOPs of the PAB runs. It takes some 90 seconds
+    on two cores. Ctrl-C stops it and reports the runs that are finished.
     """
-    for package in ("rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "matplotlib", "safetensors", "PIL"):
+    for package in (
+        "rich",
+        "diffusers",
+        "transformers",
+        "skimage",
+        "imageio",
+        "imageio_ffmpeg",
+        "matplotlib",
+        "safetensors",
+        "PIL",
+    ):
         require(package, "pab demo")
     from ..analysis.ctrl_c import ctrl_c
     from ..demo import PROMPTS, DemoSettings, run_demo, write

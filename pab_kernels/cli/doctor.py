@@ -10,5 +10,6 @@ from ..doctor import print_report
 
 
 def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False) -> None:
-    """Show versions, devices, which backend serves which operation and why others do not, and the cache of compiled kernels."""
+    """Show versions, devices, which backend serves which operation and why others do not, and the cache of compiled
+    kernels."""
     print_report(as_json)

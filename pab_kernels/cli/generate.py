@@ -45,33 +45,54 @@ def results_table(result: "Result") -> "Table":
         HEADINGS,
         [_row(run, result.runs[0]) for run in result.runs],
         title=f"{result.pipeline}, {result.dtype}, {result.device}",
-        caption=f"Memory: {what}, weights included. FLOPs: of the transformer, a share of those without PAB, where they are counted. "
-        "Kept: outputs, at the peak. PSNR and SSIM: against the run without PAB.",
+        caption=f"Memory: {what}, weights included. FLOPs: of the transformer, a share of those without PAB, where "
+        "they are counted. Kept: outputs, at the peak. PSNR and SSIM: against the run without PAB.",
     )
 
 
 def command(
-    model: Annotated[str, typer.Option(help="Hub id or folder of a diffusers pipeline for text-to-video or text-to-image, or demo.")],
+    model: Annotated[
+        str, typer.Option(help="Hub id or folder of a diffusers pipeline for text-to-video or text-to-image, or demo.")
+    ],
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: the pipeline's.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance. Default: the pipeline's.")] = None,
-    size: Annotated[str | None, typer.Option(metavar="[F]xHxW", help="Frames, height, width, as 49x480x720; 512x512 of an image.")] = None,
-    argument: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline; repeat.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Scale of classifier-free guidance. Default: the pipeline's.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="[F]xHxW", help="Frames, height, width, as 49x480x720; 512x512 of an image.")
+    ] = None,
+    argument: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline; repeat.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise, which is the same on every device and in all runs.")] = 0,
     pab: Annotated[
         str,
-        typer.Option(help="auto (the published preset of the model, else 2/4/6), off, a preset's name, or a config file (.yaml, .json)."),
+        typer.Option(
+            help="auto (the published preset of the model, else 2/4/6), off, a preset's name, or a config file (.yaml, "
+            ".json)."
+        ),
     ] = "auto",
-    compare: Annotated[bool, typer.Option("--compare", help="Run without PAB first, from the same noise, and compare.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run without PAB first, from the same noise, and compare.")
+    ] = False,
     timed: Annotated[bool, typer.Option("--timed", help="Measure seconds by kind of sublayer.")] = False,
-    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Replay CUDA graphs, which a run before captures.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on CUDA, else float32.")] = None,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Replay CUDA graphs, which a run before captures.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on CUDA, else float32.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where there is one.")] = None,
-    offload: Annotated[str, typer.Option(help="none, model or sequential: keep weights on the host while they are not in use.")] = "none",
+    offload: Annotated[
+        str, typer.Option(help="none, model or sequential: keep weights on the host while they are not in use.")
+    ] = "none",
     local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Fetch nothing.")] = False,
     fps: Annotated[float, typer.Option(help="Frames a second of the video.")] = 8,
-    out: Annotated[Path, typer.Option(help="Folder of the video or image, the schedule and results.json.")] = Path("pab-generate"),
+    out: Annotated[Path, typer.Option(help="Folder of the video or image, the schedule and results.json.")] = Path(
+        "pab-generate"
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
 ) -> None:
     """Generate a video or an image with any diffusers pipeline under PAB, and compare it with the run without PAB.
@@ -109,5 +130,7 @@ def command(
     if failed is not None:
         raise failed
     if result.interrupted:
-        print(f"interrupted: {len(result.runs)} of {result.planned} runs are finished and kept in {out}", file=sys.stderr)
+        print(
+            f"interrupted: {len(result.runs)} of {result.planned} runs are finished and kept in {out}", file=sys.stderr
+        )
         raise SystemExit(130)

@@ -41,16 +41,43 @@ def forecast_table(found: "ModelForecast") -> "Table":
     for kind, one in found.kinds.items():
         c = one.counts
         counts = [f"{n:,}" for n in (c.computed, c.stored, c.reused)]
-        rows.append([kind, *counts, _gigaflops(one.flops), _gigaflops(one.flops_without), *(_gib(one.cache_bytes[d]) for d in bytes_of)])
-    rows.append(["rest", "", "", "", _gigaflops(found.rest_flops), _gigaflops(found.rest_flops), *("" for _ in bytes_of)])
+        rows.append(
+            [
+                kind,
+                *counts,
+                _gigaflops(one.flops),
+                _gigaflops(one.flops_without),
+                *(_gib(one.cache_bytes[d]) for d in bytes_of),
+            ]
+        )
+    rows.append(
+        ["rest", "", "", "", _gigaflops(found.rest_flops), _gigaflops(found.rest_flops), *("" for _ in bytes_of)]
+    )
     total = found.total
     rows.append(
-        ["total", "", "", "", _gigaflops(total.flops), _gigaflops(total.flops_without), *map(_gib, found.peak_cache_bytes.values())]
+        [
+            "total",
+            "",
+            "",
+            "",
+            _gigaflops(total.flops),
+            _gigaflops(total.flops_without),
+            *map(_gib, found.peak_cache_bytes.values()),
+        ]
     )
     names = {"model": found.dtype, "float8_e4m3fn": "fp8"}
-    headings = ("kind", "computed", "stored", "reused", "GFLOPs", "without PAB", *(f"{names.get(d, d)}, GiB" for d in bytes_of))
+    headings = (
+        "kind",
+        "computed",
+        "stored",
+        "reused",
+        "GFLOPs",
+        "without PAB",
+        *(f"{names.get(d, d)}, GiB" for d in bytes_of),
+    )
     caption = (
-        f"Over {len(found.plan.steps)} step(s) with {found.calls} call(s) each; stored are among computed. Cache: the most that slots "
+        f"Over {len(found.plan.steps)} step(s) with {found.calls} call(s) each; stored are among computed. Cache: the "
+        "most that slots "
         "of a kind take in each dtype, and in total the most that all take at one time."
     )
     return table(headings, rows, caption=caption)
@@ -62,7 +89,8 @@ def _lines(found: "ModelForecast") -> list[str]:
     return [
         f"FLOPs          {total.flops:.4e} of {total.flops_without:.4e} ({total.share:.1%})",
         f"bytes moved    {_gib(total.moved_bytes)} GiB by reuses",
-        f"device memory  {_gib(found.device_bytes)} GiB: weights {_gib(found.weight_bytes)}, activations {_gib(found.activation_bytes)}, "
+        f"device memory  {_gib(found.device_bytes)} GiB: weights {_gib(found.weight_bytes)}, activations "
+        f"{_gib(found.activation_bytes)}, "
         f"cache {_gib(total.peak_cache_bytes)} ({cache}); without text encoder and VAE",
     ]
 
@@ -72,7 +100,12 @@ def _print_families(as_json: bool) -> None:
 
     if as_json:
         listed = {
-            name: {"checkpoint": f.checkpoint, "class": f.config["_class_name"], "sizes": [list(s) for s in f.sizes], "steps": f.steps}
+            name: {
+                "checkpoint": f.checkpoint,
+                "class": f.config["_class_name"],
+                "sizes": [list(s) for s in f.sizes],
+                "steps": f.steps,
+            }
             for name, f in FAMILIES.items()
         }
         print(to_json(listed))
@@ -84,15 +117,21 @@ def _print_families(as_json: bool) -> None:
 
 def command(
     model: Annotated[
-        str | None, typer.Option(help="A known model (see --list), a hub id, or the path of a transformer's config.json or its folder.")
+        str | None,
+        typer.Option(
+            help="A known model (see --list), a hub id, or the path of a transformer's config.json or its folder."
+        ),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(metavar="FxHxW", help="Frames, height and width of the clip. Default: the model's usual size.")
+        str | None,
+        typer.Option(metavar="FxHxW", help="Frames, height and width of the clip. Default: the model's usual size."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: the model's usual number.")] = None,
     config: Annotated[
         str | None,
-        typer.Option(metavar="PRESET|FILE", help="Name of a preset, or a .yaml or .json file. Default: the preset of the model."),
+        typer.Option(
+            metavar="PRESET|FILE", help="Name of a preset, or a .yaml or .json file. Default: the preset of the model."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the model: bfloat16, float16 or float32.")] = "bfloat16",
     batch: Annotated[int, typer.Option(help="Clips made at once.")] = 1,
@@ -100,13 +139,16 @@ def command(
         int | None, typer.Option(help="Tokens of the prompt, padding included. Default: what the model's pipeline has.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the schedule: .png, .pdf or .svg.")] = None,
-    list_models: Annotated[bool, typer.Option("--list", help="List the known models with their published sizes.")] = False,
+    list_models: Annotated[
+        bool, typer.Option("--list", help="List the known models with their published sizes.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of drawing and table.")] = False,
 ) -> None:
     """Draw the schedule, and forecast FLOPs, cache, bytes moved and device memory, without loading weights.
 
-    The model is made on the meta device, where tensors have shapes and no values. Bytes moved are what reuses read and write. Device
-    memory is weights, the activations of one call as eager torch holds them, and the cache, each at its most.
+    The model is made on the meta device, where tensors have shapes and no values. Bytes moved are what reuses read and
+    write. Device memory is weights, the activations of one call as eager torch holds them, and the cache, each at its
+    most.
     """
     if list_models:
         _print_families(as_json)
@@ -121,16 +163,30 @@ def command(
         if size is not None:
             raise ValueError("--size is that of a model's clip; give --model too")
         if config is None or steps is None:
-            raise ValueError("pab plan needs --model, or --config and --steps to draw a schedule alone; --list shows the models")
+            raise ValueError(
+                "pab plan needs --model, or --config and --steps to draw a schedule alone; --list shows the models"
+            )
         made = plan(named_config(config), num_steps=steps)
         masks = {label: "".join(d.action.value for d in row) for label, row in made.grouped()}
-        print(to_json({"steps": made.schedule.num_steps, "config": made.config.to_dict(), "schedule": masks}) if as_json else made)
+        print(
+            to_json({"steps": made.schedule.num_steps, "config": made.config.to_dict(), "schedule": masks})
+            if as_json
+            else made
+        )
     else:
         from ..analysis.forecasts.forecasting import forecast
 
         rules: PABConfig | None = None if config is None else named_config(config)
         takes = "--size takes frames x height x width such as 51x480x854, or 1x1024x1024 of an image"
-        found = forecast(model, numbers(size, takes, "x", int, counts=(3,)), steps=steps, config=rules, dtype=dtype, batch=batch, text=text)
+        found = forecast(
+            model,
+            numbers(size, takes, "x", int, counts=(3,)),
+            steps=steps,
+            config=rules,
+            dtype=dtype,
+            batch=batch,
+            text=text,
+        )
         made = found.plan
         if as_json:
             print(to_json(found.to_dict()))

@@ -1,7 +1,9 @@
-"""STDiT3, the transformer of Open-Sora 1.2: spatial blocks alternating with temporal blocks, each with cross attention to the text.
+"""STDiT3, the transformer of Open-Sora 1.2: spatial blocks alternating with temporal blocks, each with cross attention
+to the text.
 
-Written here from the architecture of Open-Sora v1.2.0 (`opensora/models/stdit/stdit3.py`), with the names of parameters of its checkpoint,
-hpcai-tech/OpenSora-STDiT-v3. Its attention and MLPs are modules of `pab_kernels.nn`, so that `pab.enable` takes the model as it is.
+Written here from the architecture of Open-Sora v1.2.0 (`opensora/models/stdit/stdit3.py`), with the names of parameters
+of its checkpoint, hpcai-tech/OpenSora-STDiT-v3. Its attention and MLPs are modules of `pab_kernels.nn`, so that
+`pab.enable` takes the model as it is.
 """
 
 from __future__ import annotations
@@ -28,14 +30,13 @@ class STDiT3(nn.Module):
     """Open-Sora 1.2's transformer.
 
         1. x = patches(x) + position(H, W); m = t_block(t_embedder(t) + fps_embedder(fps)): [B, 6, C]
-        2. for every layer a spatial and a temporal block, each with shift, scale, gate, shift', scale', gate' = table + m:
-            x = x + gate * attn(norm(x) * (1 + scale) + shift), over space or over time
-            x = x + cross_attn(x, text)
-            x = x + gate' * mlp(norm(x) * (1 + scale') + shift')
+        2. for every layer a spatial and a temporal block, each with shift, scale, gate, shift', scale', gate' = table +
+            m: x = x + gate * attn(norm(x) * (1 + scale) + shift), over space or over time x = x + cross_attn(x, text) x
+            = x + gate' * mlp(norm(x) * (1 + scale') + shift')
         3. out = unpatched(linear(norm(x) * (1 + scale) + shift))
 
-    Heads have RMS norms of Q and K; temporal attention has rotary embedding. Sizes that are no multiple of the patch are padded with
-    zeros, and the output is cut. The original's dropout, drop path and training switches are not here.
+    Heads have RMS norms of Q and K; temporal attention has rotary embedding. Sizes that are no multiple of the patch
+    are padded with zeros, and the output is cut. The original's dropout, drop path and training switches are not here.
 
     Args:
         in_channels: of the latents.
@@ -67,8 +68,13 @@ class STDiT3(nn.Module):
     ) -> None:
         super().__init__()
         if hidden_size % 4 or hidden_size % num_heads or hidden_size // num_heads % 2:
-            raise ValueError(f"hidden_size {hidden_size} does not fit {num_heads} heads; a multiple of 4 and of 2 num_heads is supported")
-        self.config: dict[str, Any] = {name: value for name, value in locals().items() if name in inspect.signature(type(self)).parameters}
+            raise ValueError(
+                f"hidden_size {hidden_size} does not fit {num_heads} heads; a multiple of 4 and of 2 num_heads is "
+                "supported"
+            )
+        self.config: dict[str, Any] = {
+            name: value for name, value in locals().items() if name in inspect.signature(type(self)).parameters
+        }
         self.patch_size = (patch_size[0], patch_size[1], patch_size[2])
         self.out_channels = in_channels * (2 if pred_sigma else 1)
         self.input_sq_size = input_sq_size
@@ -85,7 +91,8 @@ class STDiT3(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> STDiT3:
-        """The model of a checkpoint's config.json; its settings of training, attention kernels and parallelism are left out.
+        """The model of a checkpoint's config.json; its settings of training, attention kernels and parallelism are left
+        out.
 
         Raises:
             ValueError: the config asks for a text that was embedded before.
@@ -111,7 +118,8 @@ class STDiT3(nn.Module):
             x: latents `[B, in_channels, T, H, W]`.
             timestep: `[B]`, 0 to 1000.
             y: text `[B, 1, L, caption_channels]`.
-            mask: `[B, L]` or `[B, 1, 1, L]`, other than 0 where there is text; `[B / n, ...]` is repeated n times; None for all.
+            mask: `[B, L]` or `[B, 1, 1, L]`, other than 0 where there is text; `[B / n, ...]` is repeated n times; None
+                for all.
             x_mask: bool `[B, T]`, false for frames that are given: these are modulated as at timestep 0. None for none.
             fps: `[B]`, or `[B / n]`, which is repeated n times; frames a second.
             height, width: of the clip in pixels, a number or `[B]`; the first is taken.
@@ -125,7 +133,9 @@ class STDiT3(nn.Module):
         if fps is None or height is None or width is None:
             raise ValueError("STDiT3 needs fps=, height= and width= of the clip")
         if y.ndim != 4 or y.shape[:2] != (x.shape[0], 1):
-            raise ValueError(f"y has shape {tuple(y.shape)}; [{x.shape[0]}, 1, L, C] is supported: the text with a dimension of 1")
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}; [{x.shape[0]}, 1, L, C] is supported: the text with a dimension of 1"
+            )
         dtype = self.x_embedder.proj.weight.dtype
         size = x.shape[2:]
         x = self.x_embedder(x.to(dtype))  # [B, T, H, W, C]
@@ -147,14 +157,17 @@ class STDiT3(nn.Module):
         return self._unpatched(self.final_layer(x, t).unflatten(2, (h, w)), size).float()
 
     def _positions(self, h: int, w: int, height: Tensor | float, width: Tensor | float, x: Tensor) -> Tensor:
-        """Sine and cosine of the places in a frame `[H, W, C]`: scaled so that a square of as many patches is as large as in training."""
+        """Sine and cosine of the places in a frame `[H, W, C]`: scaled so that a square of as many patches is as large
+        as in training."""
         height, width = (v.flatten()[0].float() if isinstance(v, Tensor) else v for v in (height, width))
         scale = (height * width) ** 0.5 / self.input_sq_size
         edge = round((h * w) ** 0.5)
         quarter = x.shape[-1] // 4
         frequency = 10000.0 ** -(torch.arange(quarter, dtype=torch.float32, device=x.device) / quarter)
         rows, columns = (torch.arange(n, dtype=torch.float32, device=x.device) / scale * (edge / n) for n in (h, w))
-        along_h, along_w = (torch.cat([(p[:, None] * frequency).sin(), (p[:, None] * frequency).cos()], -1) for p in (rows, columns))
+        along_h, along_w = (
+            torch.cat([(p[:, None] * frequency).sin(), (p[:, None] * frequency).cos()], -1) for p in (rows, columns)
+        )
         return torch.cat([along_w.expand(h, w, -1), along_h[:, None].expand(h, w, -1)], -1).to(x.dtype)
 
     def _text(self, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -190,7 +203,9 @@ class STDiT3Block(nn.Module):
         self.mlp = BroadcastModule(MLP(channels, hidden, channels), "mlp", layer)
         self.scale_shift_table = nn.Parameter(torch.randn(6, channels) / channels**0.5)
 
-    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, lengths: Tensor | None, rope: Rope | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, modulation: Tensor, text: Tensor, lengths: Tensor | None, rope: Rope | None = None
+    ) -> Tensor:
         """The stream after the block.
 
         Args:

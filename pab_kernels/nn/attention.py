@@ -22,9 +22,10 @@ class PABAttention(BroadcastModule):
         1. q, k, v = split(qkv(x)), heads of D channels; q = rope(q_norm(q)); k = rope(k_norm(k))
         2. out = proj(softmax(softmax_scale q k^T) v), over space, or over time where the kind is "temporal"
 
-    Attention reads the projection where it lies, in either order, and up to 64 frames are attended to by `short_attention`. For full
-    attention over space and time give x as `[B, N, C]`, kind "spatial". Without `enable`, it is a plain module. `state_dict` names are
-    `qkv`, or `q`, `k`, `v`; `proj`, `q_norm`, `k_norm`; after `from_module`, those of the module that it replaces.
+    Attention reads the projection where it lies, in either order, and up to 64 frames are attended to by
+    `short_attention`. For full attention over space and time give x as `[B, N, C]`, kind "spatial". Without `enable`,
+    it is a plain module. `state_dict` names are `qkv`, or `q`, `k`, `v`; `proj`, `q_norm`, `k_norm`; after
+    `from_module`, those of the module that it replaces.
 
     Args:
         channels: C.
@@ -70,8 +71,8 @@ class PABAttention(BroadcastModule):
         It is called as `PABAttention` is, with x in batch-first order, whatever the arguments of `module`.
 
         Args:
-            module: diffusers' `Attention`, `nn.MultiheadAttention`, or timm-like (`qkv` or `q`, `k`, `v`; `proj`, `num_heads`, perhaps
-                `q_norm` and `k_norm`).
+            module: diffusers' `Attention`, `nn.MultiheadAttention`, or timm-like (`qkv` or `q`, `k`, `v`; `proj`,
+                `num_heads`, perhaps `q_norm` and `k_norm`).
             kind, layer: as above.
 
         Raises:
@@ -84,7 +85,9 @@ class PABAttention(BroadcastModule):
 
     def _take(self, source: nn.Module, kind: str, layer: int) -> None:
         if kind not in ("spatial", "temporal"):
-            raise ValueError(f"kind {kind!r} came; 'spatial' and 'temporal' are supported: use PABCrossAttention for the text")
+            raise ValueError(
+                f"kind {kind!r} came; 'spatial' and 'temporal' are supported: use PABCrossAttention for the text"
+            )
         inner = SelfAttention(source, read_parts(source, cross=False), kind == "temporal")
         super().__init__(inner, kind, layer)
         self.training = source.training
@@ -124,7 +127,9 @@ class SelfAttention(PartsModule):
         k, k_norm = with_norm(k, self.norm(parts.k_norm))
         operation = ops.short_attention if self.temporal and q.shape[-3] <= MAX_TOKENS else ops.attention
         kept = stored_dtype(q, store)
-        return operation(q, k, v, softmax_scale=parts.softmax_scale, q_norm=q_norm, k_norm=k_norm, rope=rope, store_dtype=kept)
+        return operation(
+            q, k, v, softmax_scale=parts.softmax_scale, q_norm=q_norm, k_norm=k_norm, rope=rope, store_dtype=kept
+        )
 
     def arrange(self, out: Tensor, x: Tensor) -> Tensor:
         """See `PartsModule.arrange`."""

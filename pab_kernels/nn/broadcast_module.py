@@ -22,8 +22,8 @@ class BroadcastModule(nn.Module):
     """Wraps an attention module (or an MLP): computed as it is, or its last output given back, as the plan says.
 
     The output may be a tensor or any nest of tensors, and is kept whole (see `broadcast.outputs`). Where it is used as
-    `x + gate * module(...)`, the gate stays outside and fresh. `state_dict` has the names of the wrapped module. Without `enable`, it is
-    the wrapped module.
+    `x + gate * module(...)`, the gate stays outside and fresh. `state_dict` has the names of the wrapped module.
+    Without `enable`, it is the wrapped module.
 
     Args:
         module: what is wrapped.
@@ -52,7 +52,9 @@ class BroadcastModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, computed or broadcast."""
         member = self._member
-        turn = None if member is None or member.module is not self else member.current.turn  # a shallow copy has the member too
+        turn = (
+            None if member is None or member.module is not self else member.current.turn
+        )  # a shallow copy has the member too
         if turn is None or turn.call is None or turn.passes():
             return self.module(*args, **kwargs)
         if turn.unprojected and isinstance(self.module, PartsModule):
@@ -97,5 +99,10 @@ def _restore(module: nn.Module, state: Mapping[str, Any], prefix: str, *args: An
 
 
 def _rename(state: dict[str, Any], prefix: str, other: str) -> None:
-    """Names that start with `prefix` start with `other` instead; all are taken out first, as the wrapped module may have a `module` too."""
-    state.update([(other + name[len(prefix) :], state.pop(name)) for name in [n for n in state if n.startswith(prefix)]])
+    """Names that start with `prefix` start with `other` instead.
+
+    All are taken out first, as the wrapped module may have a `module` too.
+    """
+    state.update(
+        [(other + name[len(prefix) :], state.pop(name)) for name in [n for n in state if n.startswith(prefix)]]
+    )

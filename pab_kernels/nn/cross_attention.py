@@ -1,4 +1,5 @@
-"""`PABCrossAttention`: attention to the text under a plan, with the text's keys and values computed once a generation."""
+"""`PABCrossAttention`: attention to the text under a plan, with the text's keys and values computed once a
+generation."""
 
 from __future__ import annotations
 
@@ -27,13 +28,14 @@ class PABCrossAttention(BroadcastModule):
         1. q = q_norm(q(x)); k, v = split(kv(text)); k = k_norm(k); heads of D channels
         2. out = proj(softmax(softmax_scale q k^T) v), over the first text_lengths tokens
 
-    Under PAB, k and v are computed once for each context of a generation and kept until its last step, in addition to the slots and
-    counted with them. They serve while `text` and the weights are the same tensor objects and nothing has written to them (torch counts
-    writes), so the result is to the bit what it is without. A model that makes its text anew in every call (embeds it, say) so has no gain:
-    embed it before. Text made under `torch.inference_mode` does not count writes and is projected always.
+    Under PAB, k and v are computed once for each context of a generation and kept until its last step, in addition to
+    the slots and counted with them. They serve while `text` and the weights are the same tensor objects and nothing has
+    written to them (torch counts writes), so the result is to the bit what it is without. A model that makes its text
+    anew in every call (embeds it, say) so has no gain: embed it before. Text made under `torch.inference_mode` does not
+    count writes and is projected always.
 
-    Without `enable`, it is a plain module. `state_dict` names are `q`, and `kv` or `k`, `v`; `proj`, `q_norm`, `k_norm`; after
-    `from_module`, those of the module that it replaces.
+    Without `enable`, it is a plain module. `state_dict` names are `q`, and `kv` or `k`, `v`; `proj`, `q_norm`,
+    `k_norm`; after `from_module`, those of the module that it replaces.
 
     Args:
         channels: C of x.
@@ -66,15 +68,20 @@ class PABCrossAttention(BroadcastModule):
     ) -> None:
         text = channels if text_channels is None else text_channels
         of_text = {"kv": (text, 2 * channels)} if packed else dict.fromkeys("kv", (text, channels))
-        self._take(fresh(channels, heads, {"q": (channels, channels), **of_text}, bias, qk_norm, eps, device=device, dtype=dtype), layer)
+        self._take(
+            fresh(
+                channels, heads, {"q": (channels, channels), **of_text}, bias, qk_norm, eps, device=device, dtype=dtype
+            ),
+            layer,
+        )
 
     @classmethod
     def from_module(cls, module: nn.Module, layer: int = 0) -> PABCrossAttention:
         """The same attention as `module`: its weights are shared, not copied, and keep their names.
 
         Args:
-            module: diffusers' `Attention`, `nn.MultiheadAttention`, or timm-like (`q` and `kv`, `q_linear` and `kv_linear`, or `q`, `k` and
-                `v`; `proj`, `num_heads`, perhaps `q_norm` and `k_norm`).
+            module: diffusers' `Attention`, `nn.MultiheadAttention`, or timm-like (`q` and `kv`, `q_linear` and
+                `kv_linear`, or `q`, `k` and `v`; `proj`, `num_heads`, perhaps `q_norm` and `k_norm`).
             layer: as above.
 
         Raises:
@@ -170,12 +177,18 @@ class CrossAttention(PartsModule):
         *,
         store: Turn | None = None,
     ) -> tuple[Tensor, Tensor | ops.Quantized | None]:
-        """See `PABCrossAttention.forward`; `kept` holds keys and values of earlier steps. The attention is `[B, N, H, D]`."""
+        """See `PABCrossAttention.forward`.
+
+        `kept` holds keys and values of earlier steps. The attention is `[B, N, H, D]`.
+        """
         parts = self.parts
         check_input("x", x, "[B, T, S, C] or [B, N, C]", (3, 4), parts.channels)
         check_input("text", text, "[B, L, C]", (3,), parts.text_channels)
         if text.shape[0] != x.shape[0]:
-            raise ValueError(f"text has a batch of {text.shape[0]} and x of {x.shape[0]}; equal ones are supported: give x as [B, T, S, C]")
+            raise ValueError(
+                f"text has a batch of {text.shape[0]} and x of {x.shape[0]}; equal ones are supported: give x as [B, "
+                "T, S, C]"
+            )
         (q,) = self.project(parts.projections[:1], x)
         q, q_norm = with_norm(q.flatten(1, -3), self.norm(parts.q_norm))  # [B, N, H, D]
         k, k_norm, v = self._keys_values(text, q.dtype, kept)
@@ -194,7 +207,9 @@ class CrossAttention(PartsModule):
         """See `PartsModule.arrange`."""
         return out.unflatten(1, x.shape[1:-1])
 
-    def _keys_values(self, text: Tensor, dtype: torch.dtype, kept: KeptText | None) -> tuple[Tensor, ops.QKNorm | None, Tensor]:
+    def _keys_values(
+        self, text: Tensor, dtype: torch.dtype, kept: KeptText | None
+    ) -> tuple[Tensor, ops.QKNorm | None, Tensor]:
         """k `[B, L, H, D]`, its norm, v `[B, L, H, D]`."""
         of_text, norm = self.parts.projections[1:], self.norm(self.parts.k_norm)
         if kept is None:

@@ -121,7 +121,8 @@ class PartsModule(nn.Module):
         super().__init__()
         if not MIN_HEAD_DIM <= parts.head_dim <= MAX_HEAD_DIM:
             raise ValueError(
-                f"{parts.heads} heads of {parts.head_dim} channels came; heads of {MIN_HEAD_DIM} to {MAX_HEAD_DIM} channels are supported: "
+                f"{parts.heads} heads of {parts.head_dim} channels came; heads of {MIN_HEAD_DIM} to {MAX_HEAD_DIM} "
+                "channels are supported: "
                 "wrap the module in BroadcastModule"
             )
         self.parts = parts
@@ -142,7 +143,10 @@ class PartsModule(nn.Module):
         """What the projections give of `x [..., C]`: views `[..., H, D]`."""
         parts = self.parts
         if self.training and parts.dropout:
-            raise RuntimeError(f"attention dropout {parts.dropout} is active; this is for inference, without it: call .eval() on the model")
+            raise RuntimeError(
+                f"attention dropout {parts.dropout} is active; this is for inference, without it: call .eval() on the "
+                "model"
+            )
         shape = (parts.heads, parts.head_dim)
         return [t for p in projections for t in p.project(self, x).unflatten(-1, (p.count, *shape)).unbind(-3)]
 
@@ -156,8 +160,11 @@ class PartsModule(nn.Module):
             return broadcast_unprojected(turn, self, x, args, kwargs)
         return self.finish(self.attend(x, *args, **kwargs)[0], x)
 
-    def attend(self, x: Tensor, *args: Any, store: Turn | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | Quantized | None]:
-        """Attention `[..., H, D]` before its projection, and what the turn `store` keeps of it: a copy, in 8 bits with a scale a head."""
+    def attend(
+        self, x: Tensor, *args: Any, store: Turn | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | Quantized | None]:
+        """Attention `[..., H, D]` before its projection, and what the turn `store` keeps of it: a copy, in 8 bits with
+        a scale a head."""
         raise NotImplementedError
 
     def arrange(self, out: Tensor, x: Tensor) -> Tensor:
@@ -184,7 +191,13 @@ class _Fresh(nn.Module):
 
 
 def fresh(
-    channels: int, heads: int, widths: dict[str, tuple[int, int]], bias: bool, qk_norm: str | None, eps: float, **made: Any
+    channels: int,
+    heads: int,
+    widths: dict[str, tuple[int, int]],
+    bias: bool,
+    qk_norm: str | None,
+    eps: float,
+    **made: Any,
 ) -> nn.Module:
     """New parts, with the names that timm gives them.
 
@@ -197,7 +210,9 @@ def fresh(
         made: device and dtype.
     """
     if heads < 1 or channels % heads:
-        raise ValueError(f"{channels} channels and {heads} heads came; heads that divide the channels are supported: change either")
+        raise ValueError(
+            f"{channels} channels and {heads} heads came; heads that divide the channels are supported: change either"
+        )
     source = _Fresh(heads)
     for name, (inside, outside) in widths.items():
         source.add_module(name, nn.Linear(inside, outside, bias=bias, **made))
@@ -209,7 +224,9 @@ def fresh(
     }
     if qk_norm is not None:
         if qk_norm not in norms:
-            raise ValueError(f"qk_norm {qk_norm!r} came; supported are None, {', '.join(map(repr, norms))}: pass one of these")
+            raise ValueError(
+                f"qk_norm {qk_norm!r} came; supported are None, {', '.join(map(repr, norms))}: pass one of these"
+            )
         for name in ("q_norm", "k_norm"):
             source.add_module(name, norms[qk_norm]())
     return source
@@ -226,7 +243,10 @@ def refuse_options(options: dict[str, Any], supported: str) -> None:
     """Options of other attention modules: None is taken, anything else is refused."""
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise TypeError(f"{', '.join(given)} came; {supported} are supported: leave it out, or wrap the original module in BroadcastModule")
+        raise TypeError(
+            f"{', '.join(given)} came; {supported} are supported: leave it out, or wrap the original module in "
+            "BroadcastModule"
+        )
 
 
 def stored_dtype(q: Tensor, store: Turn | None) -> torch.dtype | None:

@@ -15,8 +15,8 @@ from ..ops import QKNorm
 def with_norm(x: Tensor, norm: nn.Module | None) -> tuple[Tensor, QKNorm | None]:
     """What to give to attention for `norm(x)`: x and the norm, or what `norm` made of x.
 
-    A plain `nn.LayerNorm`, `nn.RMSNorm` or diffusers `RMSNorm` over a head's channels goes into attention, and an RMS norm across heads
-    with its reciprocal root; weights in another dtype than x, hooks, any other module: it is called.
+    A plain `nn.LayerNorm`, `nn.RMSNorm` or diffusers `RMSNorm` over a head's channels goes into attention, and an RMS
+    norm across heads with its reciprocal root; weights in another dtype than x, hooks, any other module: it is called.
 
     Args:
         x: `[*batch, N, H, D]`, H and D side by side in memory.
@@ -61,4 +61,6 @@ def _kind(norm: nn.Module) -> Literal["layer", "rms"] | None:
 
 def _eps(norm: nn.Module) -> float:
     eps = getattr(norm, "eps", None)
-    return eps if isinstance(eps, float) else torch.finfo(torch.float32).eps  # what torch takes for None where it computes in float32
+    return (
+        eps if isinstance(eps, float) else torch.finfo(torch.float32).eps
+    )  # what torch takes for None where it computes in float32

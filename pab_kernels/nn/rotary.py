@@ -8,7 +8,12 @@ from ..ops import Rope
 
 
 def rotary_embedding(
-    tokens: int, channels: int, *, theta: float = 10000.0, interleaved: bool = True, device: torch.device | str | None = None
+    tokens: int,
+    channels: int,
+    *,
+    theta: float = 10000.0,
+    interleaved: bool = True,
+    device: torch.device | str | None = None,
 ) -> Rope:
     """The rotary embedding of positions 0, 1, ..., tokens - 1.
 
@@ -34,7 +39,9 @@ def rotary_embedding(
         torch.Size([5, 16])
     """
     if channels < 2 or channels % 2:
-        raise ValueError(f"channels is {channels}; an even number is supported: pass the head dimension, or an even part of it")
+        raise ValueError(
+            f"channels is {channels}; an even number is supported: pass the head dimension, or an even part of it"
+        )
     frequency = theta ** -(torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels)
     angle = torch.arange(tokens, dtype=torch.float64, device=device)[:, None] * frequency
     return Rope(angle.cos().float(), angle.sin().float(), interleaved)

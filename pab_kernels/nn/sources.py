@@ -1,4 +1,7 @@
-"""Attention modules of diffusers, torch and timm, read as parts. Whatever they have that is not supported is refused."""
+"""Attention modules of diffusers, torch and timm, read as parts.
+
+Whatever they have that is not supported is refused.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ def read_parts(module: nn.Module, cross: bool) -> Parts:
     """The parts of an attention module.
 
     Args:
-        module: diffusers' `Attention`, `nn.MultiheadAttention`, or timm-like: projections of the names above, `proj`, `num_heads`, and
-            perhaps `q_norm`, `k_norm`, `attn_drop`, `proj_drop`, `scale`.
+        module: diffusers' `Attention`, `nn.MultiheadAttention`, or timm-like: projections of the names above, `proj`,
+            `num_heads`, and perhaps `q_norm`, `k_norm`, `attn_drop`, `proj_drop`, `scale`.
         cross: whether it attends to the text.
 
     Raises:
@@ -33,12 +36,16 @@ def read_parts(module: nn.Module, cross: bool) -> Parts:
         ValueError: it has an option that is not supported.
     """
     if not is_plain(module, type(module)):
-        raise ValueError(f"{type(module).__name__} has hooks or a forward of its own, and would lose them: remove them, or {_INSTEAD}")
+        raise ValueError(
+            f"{type(module).__name__} has hooks or a forward of its own, and would lose them: remove them, or "
+            f"{_INSTEAD}"
+        )
     parts = _reader(module, cross)(module, cross)
     _refuse_rest(module, parts)
     if not cross and parts.text_channels != parts.channels:
         raise ValueError(
-            f"{type(module).__name__} takes K and V from {parts.text_channels} channels and Q from {parts.channels}; self attention has "
+            f"{type(module).__name__} takes K and V from {parts.text_channels} channels and Q from {parts.channels}; "
+            "self attention has "
             "one input: use PABCrossAttention"
         )
     return parts
@@ -50,11 +57,16 @@ def _reader(module: nn.Module, cross: bool) -> Callable[[Any, bool], Parts]:
     if (type(module).__module__, type(module).__name__) == ("diffusers.models.attention_processor", "Attention"):
         return _diffusers_parts
     names = _projections(module, cross)
-    if names and isinstance(getattr(module, "proj", None), nn.Module) and isinstance(getattr(module, "num_heads", None), int):
+    if (
+        names
+        and isinstance(getattr(module, "proj", None), nn.Module)
+        and isinstance(getattr(module, "num_heads", None), int)
+    ):
         return _timm_parts
     known = " or ".join(", ".join(names) for names in (CROSS_PROJECTIONS if cross else SELF_PROJECTIONS))
     raise TypeError(
-        f"{type(module).__name__} came; supported are diffusers' Attention, nn.MultiheadAttention, and modules with num_heads, proj and "
+        f"{type(module).__name__} came; supported are diffusers' Attention, nn.MultiheadAttention, and modules with "
+        "num_heads, proj and "
         f"{known}: {_INSTEAD}"
     )
 
@@ -64,7 +76,8 @@ def _diffusers_parts(module: Any, cross: bool) -> Parts:
     processor = type(module.processor).__name__
     unsupported = {
         f"processor {processor}": processor not in ("AttnProcessor2_0", "AttnProcessor"),
-        f"qk_norm and processor {processor}, which leaves it out": processor == "AttnProcessor" and module.norm_q is not None,
+        f"qk_norm and processor {processor}, which leaves it out": processor == "AttnProcessor"
+        and module.norm_q is not None,
         "residual_connection": module.residual_connection,
         f"rescale_output_factor {module.rescale_output_factor}": module.rescale_output_factor != 1,
         "is_causal": module.is_causal,
@@ -91,7 +104,9 @@ def _torch_parts(module: nn.MultiheadAttention, cross: bool) -> Parts:
     inner = module.embed_dim
     if module.add_zero_attn or module.kdim != module.vdim:
         option = "add_zero_attn" if module.add_zero_attn else f"kdim {module.kdim} and vdim {module.vdim}"
-        raise ValueError(f"nn.MultiheadAttention with {option} came; plain attention to one tensor is supported: {_INSTEAD}")
+        raise ValueError(
+            f"nn.MultiheadAttention with {option} came; plain attention to one tensor is supported: {_INSTEAD}"
+        )
 
     def rows(i: int, count: int) -> Rows:
         """Those of `count` of q, k and v, from the i-th on."""
@@ -124,7 +139,9 @@ def _timm_parts(module: Any, cross: bool) -> Parts:
     for name, count in zip(names, counts, strict=True):
         given, wanted = getattr(module, name).out_features, count * module.num_heads * head_dim
         if given != wanted:
-            raise ValueError(f"{name} gives {given} channels; {wanted} are supported, as many heads of K and V as of Q: {_INSTEAD}")
+            raise ValueError(
+                f"{name} gives {given} channels; {wanted} are supported, as many heads of K and V as of Q: {_INSTEAD}"
+            )
     scale = getattr(module, "scale", None)
     fused = getattr(module, "fused_attn", False)  # timm's F.scaled_dot_product_attention, which is not given the scale
     dropout = getattr(module, "attn_drop", None)
@@ -159,8 +176,17 @@ def _scale(scale: float, head_dim: int) -> float | None:
 def _refuse_rest(module: nn.Module, parts: Parts) -> None:
     """Children and tensors that are no part: whatever they do would be lost."""
     taken = parts.roots
-    children = {name: type(child).__name__ for name, child in module.named_children() if not isinstance(child, (nn.Identity, nn.Dropout))}
-    tensors = {name: "tensor" for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
+    children = {
+        name: type(child).__name__
+        for name, child in module.named_children()
+        if not isinstance(child, (nn.Identity, nn.Dropout))
+    }
+    tensors = {
+        name: "tensor" for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
     rest = [f"{name} ({kind})" for name, kind in {**children, **tensors}.items() if name not in taken]
     if rest:
-        raise ValueError(f"{type(module).__name__} with {', '.join(rest)} came; projections and norms of Q and K are supported: {_INSTEAD}")
+        raise ValueError(
+            f"{type(module).__name__} with {', '.join(rest)} came; projections and norms of Q and K are supported: "
+            f"{_INSTEAD}"
+        )

@@ -1,8 +1,8 @@
 """The four fused operations of pyramid attention broadcast, and the two that make and read 8-bit slots.
 
-Each operation is a folder: `__init__.py` (the object that holds a call, with its checks; the public functions; schema and FLOP formula) and
-`reference.py` (pure torch: the definition). Each has a form that returns new tensors and a form, `<op>_out`, that writes to the tensors it
-is given.
+Each operation is a folder: `__init__.py` (the object that holds a call, with its checks; the public functions; schema
+and FLOP formula) and `reference.py` (pure torch: the definition). Each has a form that returns new tensors and a form,
+`<op>_out`, that writes to the tensors it is given.
 """
 
 from __future__ import annotations

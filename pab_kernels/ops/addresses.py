@@ -1,7 +1,8 @@
-"""Where the tokens of operands lie, whose leading dimensions may be strided and broadcast in any way: for Triton kernels over tokens.
+"""Where the tokens of operands lie, whose leading dimensions may be strided and broadcast in any way: for Triton
+kernels over tokens.
 
-On the host the leading dimensions that all operands walk through alike are joined. In the kernel a token's number becomes an index into
-those that are left, and the index an offset into each operand.
+On the host the leading dimensions that all operands walk through alike are joined. In the kernel a token's number
+becomes an index into those that are left, and the index an offset into each operand.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 UNIT = 8
-"""Elements that strides are counted in where all are multiples of it: then accesses of 16 bytes are possible, whatever the strides are.
+"""Elements that strides are counted in where all are multiples of it: then accesses of 16 bytes are possible, whatever
+the strides are.
 
-The compiler knows of a number that it is divisible by 16, or nothing: a row stride of 136 elements as such would cost the alignment.
+The compiler knows of a number that it is divisible by 16, or nothing: a row stride of 136 elements as such would cost
+the alignment.
 """
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
@@ -55,8 +58,11 @@ def broadcast(dims: int, operand: Layout) -> tuple[int, ...]:
     return (0,) * (dims - len(own)) + own
 
 
-def collapsed(sizes: Sequence[int], operands: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """The fewest leading dimensions, at least one, that serve operands with these strides: their sizes, and each operand's strides."""
+def collapsed(
+    sizes: Sequence[int], operands: Sequence[tuple[int, ...]]
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """The fewest leading dimensions, at least one, that serve operands with these strides: their sizes, and each
+    operand's strides."""
     dims: list[tuple[int, tuple[int, ...]]] = []
     for size, strides in zip(sizes, zip(*operands, strict=True), strict=True):
         if dims and all(outer == size * inner for outer, inner in zip(dims[-1][1], strides, strict=True)):
@@ -70,7 +76,8 @@ def collapsed(sizes: Sequence[int], operands: Sequence[tuple[int, ...]]) -> tupl
 
 @dataclass(frozen=True)
 class Addresses:
-    """Sizes of the collapsed leading dimensions, and strides over them: of operands in units, of 8-bit slots' scales in elements."""
+    """Sizes of the collapsed leading dimensions, and strides over them: of operands in units, of 8-bit slots' scales in
+    elements."""
 
     sizes: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]

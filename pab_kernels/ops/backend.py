@@ -1,7 +1,7 @@
 """The one place that chooses which implementation serves an operation.
 
-Backend `b` of operation `op` is the module `pab_kernels.ops.<op>.<b>`, imported when it is first used, so a kernel language that is not
-installed is never asked for. It has the functions of `Backend`.
+Backend `b` of operation `op` is the module `pab_kernels.ops.<op>.<b>`, imported when it is first used, so a kernel
+language that is not installed is never asked for. It has the functions of `Backend`.
 """
 
 from __future__ import annotations
@@ -31,19 +31,24 @@ PREFERRED: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
 """By type of device, what `auto` tries before the reference: kernels written for it. Nothing was measured yet."""
 
 SELF_CHECKING = {"broadcast_residual": "cuda"}
-"""By operation, the backend that checks calls itself, at less cost than Python: `attempt(call, outputs)` is given calls that nobody has
-checked, and says whether it served one. It launches nothing where anything is wrong; the checks in Python then say what."""
+"""By operation, the backend that checks calls itself, at less cost than Python: `attempt(call, outputs)` is given calls
+that nobody has checked, and says whether it served one. It launches nothing where anything is wrong; the checks in
+Python then say what."""
 
 
 class Backend(NamedTuple):
-    """The functions of a backend's module, one of the first two and perhaps others; None for one that it does not have."""
+    """The functions of a backend's module, one of the first two and perhaps others.
+
+    None for one that it does not have.
+    """
 
     compute: Any
     """`compute(call)`: the outputs, new tensors that autograd follows."""
     launch: Any
     """`launch(call, outputs)`: write the outputs; autograd does not follow."""
     refusal: Any
-    """`refusal(call)`: why it cannot serve the call, in a few words, or None. Without it the backend serves everything."""
+    """`refusal(call)`: why it cannot serve the call, in a few words, or None. Without it the backend serves
+    everything."""
     attempt: Any
     """`attempt(call, outputs)`: see `SELF_CHECKING`."""
 
@@ -61,10 +66,17 @@ def implementation(op: str, backend: str, call: Any, *, writes: bool = False) ->
         BackendError: see `choose`; or a gradient would be lost.
     """
     served = load(op, choose(op, backend, call))
-    if served.launch is not None and not writes and torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(call)):
+    if (
+        served.launch is not None
+        and not writes
+        and torch.is_grad_enabled()
+        and any(t.requires_grad for t in _tensors(call))
+    ):
         if backend != "auto":
             reason = "a gradient would be recorded and its kernel has none"
-            raise BackendError(f"{op}: backend {backend!r} cannot serve this call; {reason}: call it under torch.no_grad()")
+            raise BackendError(
+                f"{op}: backend {backend!r} cannot serve this call; {reason}: call it under torch.no_grad()"
+            )
         return load(op, "reference")
     return served
 
@@ -72,8 +84,8 @@ def implementation(op: str, backend: str, call: Any, *, writes: bool = False) ->
 def choose(op: str, backend: str, call: Sequence[Any]) -> str:
     """The backend that serves `op` on this call.
 
-    `auto` is the first of `PREFERRED` for the device that can serve, else the reference. Shapes, dtypes, strides and devices decide, never
-    values, so that a call decides alike when it is traced and when it is run.
+    `auto` is the first of `PREFERRED` for the device that can serve, else the reference. Shapes, dtypes, strides and
+    devices decide, never values, so that a call decides alike when it is traced and when it is run.
 
     Raises:
         BackendError: `backend` is unknown, has no kernel for `op`, or cannot serve this call.
@@ -87,7 +99,9 @@ def choose(op: str, backend: str, call: Sequence[Any]) -> str:
     if backend not in available:
         known, has = f"auto, {', '.join(BACKENDS)}", ", ".join(available)
         if backend in BACKENDS:
-            raise BackendError(f"{op}: backend {backend!r} has no kernel for it; it has {has}: pass one of these or 'auto'")
+            raise BackendError(
+                f"{op}: backend {backend!r} has no kernel for it; it has {has}: pass one of these or 'auto'"
+            )
         raise BackendError(f"{op}: backend {backend!r} is unknown; known are {known}: pass 'auto' or one of these")
     reason = refusal(op, backend, call)
     if reason is not None:
@@ -105,12 +119,15 @@ def refusal(op: str, backend: str, call: Any) -> str | None:
 
 
 def is_traced(op: str, backend: str, device: torch.device) -> bool:
-    """Whether a call that is compiled becomes the reference's plain torch, which the compiler fuses with what is around it.
+    """Whether a call that is compiled becomes the reference's plain torch, which the compiler fuses with what is around
+    it.
 
-    It does where the reference is what serves it, whatever the call, since there is no kernel for the device. Elsewhere it is one opaque
-    operation, and the backend is chosen when it runs.
+    It does where the reference is what serves it, whatever the call, since there is no kernel for the device. Elsewhere
+    it is one opaque operation, and the backend is chosen when it runs.
     """
-    return backend in ("auto", "reference") and all(b not in IMPLEMENTATIONS[op] for b in PREFERRED.get(device.type, ()))
+    return backend in ("auto", "reference") and all(
+        b not in IMPLEMENTATIONS[op] for b in PREFERRED.get(device.type, ())
+    )
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -143,11 +160,17 @@ def refuse_device(tensor: torch.Tensor, interpreted: bool) -> str | None:
         if torch.version.hip is not None:
             return f"the kernels are for NVIDIA's GPUs; {tensor.device} is another's"
         if capability(tensor.device) < (8, 0):
-            return f"{tensor.device} has compute capability {'.'.join(map(str, capability(tensor.device)))}; 8.0 or later is needed"
+            return (
+                f"{tensor.device} has compute capability {'.'.join(map(str, capability(tensor.device)))}; 8.0 or later "
+                "is needed"
+            )
         return None
     if interpreted and tensor.device.type == "cpu":
         return None
-    return f"Triton kernels run on CUDA devices, and on the CPU under TRITON_INTERPRET=1; the tensors are on {tensor.device}"
+    return (
+        "Triton kernels run on CUDA devices, and on the CPU under TRITON_INTERPRET=1; the tensors are on "
+        f"{tensor.device}"
+    )
 
 
 def refuse_float8(tensor: torch.Tensor, name: str) -> str | None:

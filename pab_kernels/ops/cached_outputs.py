@@ -1,4 +1,5 @@
-"""The cached outputs that an operation adds to the residual stream: a few terms, each a slot or the line through two, with a gate."""
+"""The cached outputs that an operation adds to the residual stream: a few terms, each a slot or the line through two,
+with a gate."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ from .quantized import GROUP, Quantized, check_quantized, data_and_scale
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """The straight line through two outputs, read beyond the newest: `newest + weight (newest - before)`, one term of an operation.
+    """The straight line through two outputs, read beyond the newest: `newest + weight (newest - before)`, one term of
+    an operation.
 
-    In float32 (float64 where the operation's tensors are) and rounded once, as a slot is when it is dequantised: nothing in between can
-    overflow, and where both outputs are equal the value is exactly theirs.
+    In float32 (float64 where the operation's tensors are) and rounded once, as a slot is when it is dequantised:
+    nothing in between can overflow, and where both outputs are equal the value is exactly theirs.
 
     Args:
         newest, before: `[..., C]`, each as a slot: a tensor or a `Quantized`.
@@ -49,14 +51,24 @@ _NO_GATES = (None,) * MOST_ADDED
 
 def cached_outputs(op: str, slots: Sequence[Any], gates: Sequence[Any] | None, most: int) -> tuple[CachedOutput, ...]:
     """The terms of a call; what is in the lists is not checked yet."""
-    if isinstance(slots, _LISTS) and len(slots) <= most and (gates is None or (isinstance(gates, _LISTS) and len(gates) == len(slots))):
+    if (
+        isinstance(slots, _LISTS)
+        and len(slots) <= most
+        and (gates is None or (isinstance(gates, _LISTS) and len(gates) == len(slots)))
+    ):
         return tuple(zip(slots, gates or _NO_GATES, strict=False)) if slots else ()
     for name, values in (("slots", slots), ("gates", gates)):
         if not isinstance(values, _LISTS) and (values is not None or name == "slots"):
             raise TypeError(f"{op}: {name} is a {type(values).__name__}; a list or tuple is supported: put it into one")
         if values is not None and len(values) != len(slots):
-            raise ValueError(f"{op}: {name} has length {len(values)}; one entry (or None) per slot, {len(slots)}, is supported: match them")
-    raise ValueError(f"{op}: slots has length {len(slots)}; up to {most} are supported: add the others in a broadcast_residual before")
+            raise ValueError(
+                f"{op}: {name} has length {len(values)}; one entry (or None) per slot, {len(slots)}, is supported: "
+                "match them"
+            )
+    raise ValueError(
+        f"{op}: slots has length {len(slots)}; up to {most} are supported: add the others in a broadcast_residual "
+        "before"
+    )
 
 
 def check_cached_outputs(op: str, x: Tensor, cached: Sequence[CachedOutput]) -> None:
@@ -82,12 +94,14 @@ def _check_slot(op: str, name: str, slot: Any, x: Tensor) -> None:
 def _check_weight(op: str, name: str, weight: Any, x: Tensor) -> None:
     check_kind(op, name, weight, torch.float32, x.device)
     if weight.numel() != 1 or weight.ndim > 1:
-        raise ValueError(f"{op}: {name} has shape {tuple(weight.shape)}; () and (1,) are supported: pass one number on the device")
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(weight.shape)}; () and (1,) are supported: pass one number on the device"
+        )
 
 
 def flatten_cached_outputs(cached: Sequence[CachedOutput]) -> tuple[tuple[Any, ...], ...]:
-    """Slots, their scales, gates and weights, as `CACHED_SCHEMA` and kernels have them: a slot for each term and, where any term is a
-    line, after all of these as many more, the ones before them or None."""
+    """Slots, their scales, gates and weights, as `CACHED_SCHEMA` and kernels have them: a slot for each term and, where
+    any term is a line, after all of these as many more, the ones before them or None."""
     lines = [slot if isinstance(slot, Line) else None for slot, _ in cached]
     slots: list[Any] = [slot.newest if isinstance(slot, Line) else slot for slot, _ in cached]
     if any(line is not None for line in lines):
@@ -110,8 +124,11 @@ def holds_float8(cached: Sequence[CachedOutput]) -> bool:
     return any(slot is not None and slot.dtype == torch.float8_e4m3fn for slot in flatten_cached_outputs(cached)[0])
 
 
-def extrapolate(newest: Tensor | Quantized, older: Sequence[Tensor | Quantized], weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """`newest + sum_k weights_k (newest - older_k)` in float32, or float64 where `dtype` is, rounded once to `dtype`."""
+def extrapolate(
+    newest: Tensor | Quantized, older: Sequence[Tensor | Quantized], weights: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """`newest + sum_k weights_k (newest - older_k)` in float32, or float64 where `dtype` is, rounded once to
+    `dtype`."""
     wide = torch.promote_types(dtype, torch.float32)
     c, *before = (dequantize(slot, wide) if isinstance(slot, Quantized) else slot.to(wide) for slot in (newest, *older))
     value = c
@@ -121,7 +138,8 @@ def extrapolate(newest: Tensor | Quantized, older: Sequence[Tensor | Quantized],
 
 
 def term_value(slot: Tensor | Quantized | Line, dtype: torch.dtype) -> Tensor:
-    """A term before its gate: a slot, dequantised to `dtype` where it is quantised, or the value on a line, rounded to it."""
+    """A term before its gate: a slot, dequantised to `dtype` where it is quantised, or the value on a line, rounded to
+    it."""
     if isinstance(slot, Line):
         return extrapolate(slot.newest, [slot.before], [slot.weight], dtype)
     return dequantize(slot, dtype) if isinstance(slot, Quantized) else slot

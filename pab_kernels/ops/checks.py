@@ -1,4 +1,7 @@
-"""Checks that the operations share. Each error is one line: what came, what is supported, what to do. None reads device data."""
+"""Checks that the operations share.
+
+Each error is one line: what came, what is supported, what to do. None reads device data.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,19 @@ def check_tensor(op: str, name: str, t: Any) -> None:
 
 def check_last_stride(op: str, name: str, t: Tensor) -> None:
     if t.stride(-1) != 1 and t.shape[-1] != 1:
-        raise ValueError(f"{op}: {name} has stride {t.stride(-1)} in its last dimension; stride 1 is supported: call .contiguous() on it")
+        raise ValueError(
+            f"{op}: {name} has stride {t.stride(-1)} in its last dimension; stride 1 is supported: call .contiguous() "
+            "on it"
+        )
 
 
 def check_float(op: str, name: str, t: Any) -> None:
     """A float tensor of at least one dimension."""
     check_tensor(op, name, t)
     if t.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} has dtype {t.dtype}; float16, bfloat16, float32 and float64 are supported: convert it")
+        raise TypeError(
+            f"{op}: {name} has dtype {t.dtype}; float16, bfloat16, float32 and float64 are supported: convert it"
+        )
     if t.ndim == 0:
         raise ValueError(f"{op}: {name} has no dimensions; [..., channels] is supported: reshape it")
 
@@ -71,9 +79,14 @@ def check_output(op: str, name: str, t: Any, shape: Sequence[int], dtype: torch.
     """An operand that is written: no two of its elements share memory, and autograd does not follow it."""
     check_operand(op, name, t, shape, dtype, device)
     if not t.is_contiguous() and overlaps_itself(t):
-        raise ValueError(f"{op}: {name} has strides {t.stride()}; an output whose elements do not overlap is supported: pass a real tensor")
+        raise ValueError(
+            f"{op}: {name} has strides {t.stride()}; an output whose elements do not overlap is supported: pass a real "
+            "tensor"
+        )
     if t.requires_grad:
-        raise ValueError(f"{op}: {name} requires a gradient; what is written is not recorded, other tensors are supported: detach it")
+        raise ValueError(
+            f"{op}: {name} requires a gradient; what is written is not recorded, other tensors are supported: detach it"
+        )
 
 
 def check_number(op: str, name: str, value: Any, least: float = -LARGEST) -> None:
@@ -99,7 +112,12 @@ def _fits(shape: Sequence[int], full: Sequence[int]) -> bool:
 
 def broadcasts(t: Tensor, x: Tensor) -> bool:
     """Whether an operation on x takes `t` as a gate, shift or scale: see `check_broadcasts`."""
-    return t.dtype == x.dtype and t.device == x.device and _fits(t.shape, x.shape) and (t.is_contiguous() or t.stride(-1) == 1)
+    return (
+        t.dtype == x.dtype
+        and t.device == x.device
+        and _fits(t.shape, x.shape)
+        and (t.is_contiguous() or t.stride(-1) == 1)
+    )
 
 
 def check_broadcasts(op: str, name: str, t: Any, x: Tensor) -> None:
@@ -109,7 +127,8 @@ def check_broadcasts(op: str, name: str, t: Any, x: Tensor) -> None:
     check_kind(op, name, t, x.dtype, x.device)
     if not _fits(t.shape, full := x.shape):
         raise ValueError(
-            f"{op}: {name} has shape {tuple(t.shape)}; what broadcasts to {tuple(full)} and has its {full[-1]} channels is supported: "
+            f"{op}: {name} has shape {tuple(t.shape)}; what broadcasts to {tuple(full)} and has its {full[-1]} "
+            "channels is supported: "
             "unsqueeze the missing dimensions"
         )
     check_last_stride(op, name, t)

@@ -1,7 +1,8 @@
-"""The compiled CUDA kernels: loaded once, when the first is asked for; where they are not there or cannot run, it is said why.
+"""The compiled CUDA kernels: loaded once, when the first is asked for; where they are not there or cannot run, it is
+said why.
 
-The library registers with torch the CUDA implementations of `pab_kernels_cuda::<op>`, which write to the tensors that they are given.
-Their schemas and fakes are defined here in Python, where the library need not be.
+The library registers with torch the CUDA implementations of `pab_kernels_cuda::<op>`, which write to the tensors that
+they are given. Their schemas and fakes are defined here in Python, where the library need not be.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def kernel(op: str, arguments: str, *, tells: bool = False) -> Callable[..., Any
 
 
 def rows(t: Tensor) -> Tensor:
-    """`[..., C]` with neighbouring channels and one stride between rows, as kernels take it: itself or a view where there is one."""
+    """`[..., C]` with neighbouring channels and one stride between rows, as kernels take it: itself or a view where
+    there is one."""
     if t.is_contiguous():
         return t
     flat = t.reshape(-1, t.shape[-1])
@@ -43,8 +45,8 @@ def rows(t: Tensor) -> Tensor:
 
 @cache
 def build_info() -> dict[str, Any]:
-    """What the build says of itself: `archs` (compute capabilities), `nvcc`, `torch_target`, `torch_headers`, `commit`, and `missing`,
-    why there are no kernels, or None. Nothing but `missing` where nothing was built."""
+    """What the build says of itself: `archs` (compute capabilities), `nvcc`, `torch_target`, `torch_headers`, `commit`,
+    and `missing`, why there are no kernels, or None. Nothing but `missing` where nothing was built."""
     if BUILD_INFO.exists():
         return json.loads(BUILD_INFO.read_text())
     return {"missing": "nothing was compiled in this source tree; `make extension` compiles them"}
@@ -83,7 +85,8 @@ def _refuse_device(index: int) -> str | None:
 
 
 def runs(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether code for `arch` ("80", "90a", "100f") runs on a device of this capability, as CUDA has it: code of a capability runs on
-    later ones of the same generation, "a" on none but its own, "f" on its family, which is the generation too."""
+    """Whether code for `arch` ("80", "90a", "100f") runs on a device of this capability, as CUDA has it: code of a
+    capability runs on later ones of the same generation, "a" on none but its own, "f" on its family, which is the
+    generation too."""
     major, minor = divmod(int(arch.rstrip("af")), 10)
     return capability == (major, minor) if arch.endswith("a") else capability[0] == major and capability[1] >= minor

@@ -1,4 +1,5 @@
-"""Runs the call of an operation: checked first, then by a backend or, where a graph is compiled, as part of that graph."""
+"""Runs the call of an operation: checked first, then by a backend or, where a graph is compiled, as part of that
+graph."""
 
 from __future__ import annotations
 

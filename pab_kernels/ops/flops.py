@@ -25,8 +25,12 @@ def _cpu_sdpa_flops(query: Sequence[int], key: Sequence[int], *args: Any, out_sh
 
 
 def flop_counter() -> FlopCounterMode:
-    """A silent `FlopCounterMode` that counts the operations of this package and, unlike torch's own, SDPA's kernel for CPUs.
+    """A silent `FlopCounterMode` that counts the operations of this package and, unlike torch's own, SDPA's kernel for
+    CPUs.
 
-    The totals are the same on the CPU and on the meta device, for the public functions in eager and for the registered operations.
+    The totals are the same on the CPU and on the meta device, for the public functions in eager and for the registered
+    operations.
     """
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_sdpa_flops})
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_sdpa_flops}
+    )

@@ -1,4 +1,5 @@
-"""Outputs lie in memory that nothing else in the call shares: checked from addresses, sizes and strides, without reading a value."""
+"""Outputs lie in memory that nothing else in the call shares: checked from addresses, sizes and strides, without
+reading a value."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 _OWN_MEMORY = (Tensor, torch.nn.Parameter)
-"""Of these classes an address means something: fake tensors and wrappers have none of their own, meta tensors the address 0."""
+"""Of these classes an address means something: fake tensors and wrappers have none of their own, meta tensors the
+address 0."""
 
 _PLAIN = frozenset((type(None), str, float, int, bool, torch.dtype))
 """Classes of what holds no tensor."""
@@ -43,7 +45,8 @@ def check_apart(op: str, names: Sequence[str], outputs: Sequence[Any], call: Any
     for name, t in places:
         if t.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
-                f"{op}: {name} was made in inference mode; outside of it other tensors are supported: clone it, or write within that mode"
+                f"{op}: {name} was made in inference mode; outside of it other tensors are supported: clone it, or "
+                "write within that mode"
             )
         if first := t.data_ptr():
             last = first + (t.nbytes if t.is_contiguous() else extent(t))
@@ -65,7 +68,12 @@ def check_apart(op: str, names: Sequence[str], outputs: Sequence[Any], call: Any
         end = begin + (read.nbytes if read.is_contiguous() else extent(read))
         if begin < most and least < end:
             for name, t, first, last in written:
-                if begin < last and first < end and overlap(t, read) and ((name, argument) != ("x_out", "x") or not _same(t, read)):
+                if (
+                    begin < last
+                    and first < end
+                    and overlap(t, read)
+                    and ((name, argument) != ("x_out", "x") or not _same(t, read))
+                ):
                     may = " (x_out may be x itself)" if names[0] == "x_out" else ""
                     raise ValueError(_message(op, name, "slots or gates" if argument == "cached" else argument, may))
 
@@ -78,7 +86,8 @@ def extent(t: Tensor) -> int:
 
 
 def overlaps_itself(t: Tensor) -> bool:
-    """Whether two elements may share memory: each stride, from the least on, is to reach beyond all that the smaller ones span."""
+    """Whether two elements may share memory: each stride, from the least on, is to reach beyond all that the smaller
+    ones span."""
     if t.is_contiguous():
         return False
     reach = 1
@@ -98,8 +107,12 @@ def overlap(a: Tensor, b: Tensor) -> bool:
         return True
     # A byte of both: sum i_k stride_k of a, minus as much of b, is `apart`. Equal strides of both are one term.
     terms: dict[int, tuple[int, int]] = {}
-    steps = [(stride * a.itemsize, 0, size - 1) for stride, size in zip(a.stride(), a.shape, strict=True)] + [(1, 0, a.itemsize - 1)]
-    steps += [(stride * b.itemsize, 1 - size, 0) for stride, size in zip(b.stride(), b.shape, strict=True)] + [(1, 1 - b.itemsize, 0)]
+    steps = [(stride * a.itemsize, 0, size - 1) for stride, size in zip(a.stride(), a.shape, strict=True)] + [
+        (1, 0, a.itemsize - 1)
+    ]
+    steps += [(stride * b.itemsize, 1 - size, 0) for stride, size in zip(b.stride(), b.shape, strict=True)] + [
+        (1, 1 - b.itemsize, 0)
+    ]
     for stride, least, most in steps:
         low, high = terms.get(stride, (0, 0))
         terms[stride] = low + least, high + most
@@ -108,7 +121,10 @@ def overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def _reaches(distance: int, terms: Sequence[_Term], left: list[int]) -> bool:
-    """Whether a sum of multiples of the strides, the greatest first, is this distance; True too where no steps are `left`."""
+    """Whether a sum of multiples of the strides, the greatest first, is this distance.
+
+    True too where no steps are `left`.
+    """
     if not terms:
         return distance == 0
     (stride, least, most), rest = terms[0], terms[1:]
@@ -122,11 +138,14 @@ def _reaches(distance: int, terms: Sequence[_Term], left: list[int]) -> bool:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape and dtype are the same memory, element by element."""
-    return a.data_ptr() == b.data_ptr() and all(s == t or n < 2 for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True))
+    return a.data_ptr() == b.data_ptr() and all(
+        s == t or n < 2 for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True)
+    )
 
 
 def _collect(name: str, value: Any, found: list[tuple[str, Tensor]]) -> None:
-    """Append the tensors with memory of their own in a value, in a tuple or in a dataclass, however deep, each with the value's name."""
+    """Append the tensors with memory of their own in a value, in a tuple or in a dataclass, however deep, each with the
+    value's name."""
     if type(value) in _OWN_MEMORY:
         found.append((name, value))
     elif not isinstance(value, Tensor):
@@ -136,4 +155,7 @@ def _collect(name: str, value: Any, found: list[tuple[str, Tensor]]) -> None:
 
 
 def _message(op: str, name: str, other: str, may: str = "") -> str:
-    return f"{op}: {name} shares memory with {other}; outputs that overlap nothing else in the call are supported{may}: pass another tensor"
+    return (
+        f"{op}: {name} shares memory with {other}; outputs that overlap nothing else in the call are supported{may}: "
+        "pass another tensor"
+    )

@@ -64,7 +64,9 @@ def check_quantized_dtype(op: str, name: str, dtype: Any) -> None:
 def check_group(op: str, group: Any) -> None:
     """A number of channels."""
     if not isinstance(group, int) or isinstance(group, bool) or group < 1:
-        raise ValueError(f"{op}: group is {group!r}; a whole number from 1 on is supported: pass {GROUP} or the head dimension")
+        raise ValueError(
+            f"{op}: group is {group!r}; a whole number from 1 on is supported: pass {GROUP} or the head dimension"
+        )
 
 
 def group_width(group: int, channels: int) -> int:
@@ -76,7 +78,8 @@ def by_channel(scale: Tensor, channels: int, width: int) -> Tensor:
     """The scales of groups of this width, `[..., ceil(C / width)]`, at each of their channels: `[..., C]`."""
     rest = channels % width
     if rest and torch.compiler.is_compiling():
-        # Not a slice of all groups expanded: torch 2.13's inductor reads past the scales where it vectorises that for a CPU.
+        # Not a slice of all groups expanded: torch 2.13's inductor reads past the scales where it vectorises that for a
+        # CPU.
         whole = by_channel(scale[..., : channels // width], channels - rest, width)
         return torch.cat((whole, scale[..., -1:].expand(*scale.shape[:-1], rest)), -1)
     spread = scale.unsqueeze(-1).expand(*scale.shape, width).flatten(-2)
@@ -91,13 +94,17 @@ def check_quantized(
         check_tensor(op, f"{name}.data", q.data)
         check_quantized_dtype(op, f"{name}.data's dtype", q.data.dtype)
     if q.group != group:
-        raise ValueError(f"{op}: {name} has groups of {q.group} channels; {group} is supported here: quantise it with group={group}")
+        raise ValueError(
+            f"{op}: {name} has groups of {q.group} channels; {group} is supported here: quantise it with group={group}"
+        )
     check = check_output if output else check_operand
     check(op, f"{name}.data", q.data, shape, q.data.dtype, device)
     check(op, f"{name}.scale", q.scale, (*shape[:-1], -(-shape[-1] // group)), torch.float32, device)
 
 
-def empty_quantized(shape: Sequence[int], dtype: torch.dtype, group: int = GROUP, device: torch.device | str | None = None) -> Quantized:
+def empty_quantized(
+    shape: Sequence[int], dtype: torch.dtype, group: int = GROUP, device: torch.device | str | None = None
+) -> Quantized:
     """An uninitialised `Quantized` of this shape, for the `_out` operations to write."""
     check_quantized_dtype("empty_quantized", "dtype", dtype)
     check_group("empty_quantized", group)
@@ -111,5 +118,6 @@ def empty_quantized(shape: Sequence[int], dtype: torch.dtype, group: int = GROUP
         if isinstance(shape, (tuple, list)) and shape and all(isinstance(n, int) and n >= 0 for n in shape):
             raise
         raise ValueError(
-            f"empty_quantized: shape is {shape!r}; at least one size, each 0 or more, is supported: pass [..., channels]"
+            f"empty_quantized: shape is {shape!r}; at least one size, each 0 or more, is supported: pass [..., "
+            "channels]"
         ) from None

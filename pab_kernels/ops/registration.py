@@ -1,7 +1,8 @@
-"""Registers an operation with torch: `pab_kernels::<op>` returns new tensors, `pab_kernels::<op>_out` writes to what it is given.
+"""Registers an operation with torch: `pab_kernels::<op>` returns new tensors, `pab_kernels::<op>_out` writes to what it
+is given.
 
-The Python kernel is the implementation for every device and asks `backend.py` which one runs. Both operations are for inference:
-`backward` through the first raises, the second is not recorded.
+The Python kernel is the implementation for every device and asks `backend.py` which one runs. Both operations are for
+inference: `backward` through the first raises, the second is not recorded.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def register(
         op: name.
         call: class of its calls.
         arguments: schema of what is read, as `call.flatten` gives it.
-        outputs: name of each output, and its schema where it is written: of one tensor or, where it may be quantised, of two.
+        outputs: name of each output, and its schema where it is written: of one tensor or, where it may be quantised,
+            of two.
         reference: the outputs of a call, in plain torch.
         flops: takes the shapes of the arguments.
     """
@@ -52,9 +54,13 @@ def register(
         made = call.unflatten(*flat)
         serve_into(op, made, backend, made.pack(args[-len(names) :]))
 
-    functional = torch.library.custom_op(f"pab_kernels::{op}", new, mutates_args=(), schema=f"({signature}) -> Tensor[]")
+    functional = torch.library.custom_op(
+        f"pab_kernels::{op}", new, mutates_args=(), schema=f"({signature}) -> Tensor[]"
+    )
     functional.register_fake(fake)
     functional.register_autograd(refuse)
-    writing = torch.library.custom_op(f"pab_kernels::{op}_out", out, mutates_args=names, schema=f"({signature}, {written}) -> ()")
+    writing = torch.library.custom_op(
+        f"pab_kernels::{op}_out", out, mutates_args=names, schema=f"({signature}, {written}) -> ()"
+    )
     writing.register_fake(lambda *args: None)
     register_flop_formula([getattr(torch.ops.pab_kernels, op), getattr(torch.ops.pab_kernels, f"{op}_out")])(flops)

@@ -18,7 +18,10 @@ STORED_OUT = "Tensor(b!)? stored_out, Tensor(c!)? stored_scale_out"
 def check_store_dtype(op: str, dtype: Any, own: torch.dtype) -> None:
     """None, the dtype of the activations, or an 8-bit one."""
     if dtype is not None and dtype != own and dtype not in EIGHT_BITS:
-        raise TypeError(f"{op}: store_dtype is {dtype}; {own}, torch.int8 and torch.float8_e4m3fn are supported: pass one of these or None")
+        raise TypeError(
+            f"{op}: store_dtype is {dtype}; {own}, torch.int8 and torch.float8_e4m3fn are supported: pass one of these "
+            "or None"
+        )
 
 
 def check_stored_out(op: str, stored: Any, shape: Sequence[int], group: int, like: Tensor) -> None:
@@ -30,7 +33,8 @@ def check_stored_out(op: str, stored: Any, shape: Sequence[int], group: int, lik
 
 
 def dtype_of_stored(stored: Any) -> torch.dtype | None:
-    """The 8-bit dtype of a place, or None: it is then in the dtype of the activations, or is refused when it is checked."""
+    """The 8-bit dtype of a place, or None: it is then in the dtype of the activations, or is refused when it is
+    checked."""
     dtype = getattr(stored.data, "dtype", None) if isinstance(stored, Quantized) else None
     return dtype if dtype in EIGHT_BITS else None
 

@@ -1,1 +1,2 @@
-"""PAB as host data, without torch: configs, schedules, reuses, plans, what they cost, presets, file formats, pictures."""
+"""PAB as host data, without torch: configs, schedules, reuses, plans, what they cost, presets, file formats,
+pictures."""

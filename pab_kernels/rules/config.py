@@ -21,7 +21,8 @@ CacheDtype = Literal["float8_e4m3fn", "int8"]
 
 KINDS: tuple[str, ...] = get_args(Kind)
 DEFAULT_WINDOW = (0.15, 0.85)
-"""The stable middle of the sampling, as fractions of the schedule (PAB, section 3.1: the first and last 15 % change fast)."""
+"""The stable middle of the sampling, as fractions of the schedule (PAB, section 3.1: the first and last 15 % change
+fast)."""
 
 
 MOST_LAYERS = 4096
@@ -54,7 +55,9 @@ def _listed(name: str, given: Any, most: int, without: str) -> tuple[int, ...]:
     if len(values) > most:
         raise ValueError(f"{name} lists at most {most:,} numbers, got {shown(given)}; leave it out {without}")
     if not values or not all(_whole(v) and v >= 0 for v in values):
-        raise ValueError(f"{name} must be a non-empty list of whole numbers from 0, got {shown(given)}; leave it out {without}")
+        raise ValueError(
+            f"{name} must be a non-empty list of whole numbers from 0, got {shown(given)}; leave it out {without}"
+        )
     _check_size(name, *values)
     return tuple(sorted(set(values)))
 
@@ -69,16 +72,17 @@ class Broadcast:
     """One kind's rule: compute once, then reuse.
 
     Step i is reused iff `i % range != 0`, counted from the generation's first call, and i lies in the window:
-    `lo <= i / N < hi` (unit "fraction", of the full schedule of N steps), `lo <= i < hi` ("step"), or `lo < int(t) < hi`
-    ("timestep", see `Broadcast.number`). With explicit steps `at` there is no window: each point of `at` that occurs in the schedule is
-    computed and the `range - 1` steps after it are reused, up to the next point.
+    `lo <= i / N < hi` (unit "fraction", of the full schedule of N steps), `lo <= i < hi` ("step"), or `lo < int(t) <
+    hi` ("timestep", see `Broadcast.number`). With explicit steps `at` there is no window: each point of `at` that
+    occurs in the schedule is computed and the `range - 1` steps after it are reused, up to the next point.
 
     With c the output computed last, at step s, and c_prev the one computed before it, at step p, step i reuses
 
         hold:    c
         linear:  c + w (c - c_prev)  with  w = (i - s) / (s - p)
 
-    Linear is the straight line through both. It keeps two outputs instead of one, and holds where nothing was computed before s.
+    Linear is the straight line through both. It keeps two outputs instead of one, and holds where nothing was computed
+    before s.
 
     Args:
         range: steps from one compute to the next, at least 1; 1 computes always.
@@ -103,19 +107,27 @@ class Broadcast:
 
     def __post_init__(self) -> None:
         if not _whole(self.range) or self.range < 1:
-            raise ValueError(f"range must be a whole number of at least 1, got {shown(self.range)}; 1 computes at every step")
+            raise ValueError(
+                f"range must be a whole number of at least 1, got {shown(self.range)}; 1 computes at every step"
+            )
         _check_size("range", self.range)
         _check_member("unit", self.unit, get_args(Unit))
         _check_member("reuse", self.reuse, tuple(REUSES))
         if not isinstance(self.exact, bool) or (self.exact and self.unit != "timestep"):
-            raise ValueError(f"exact is True or False, and only unit='timestep' rounds; got {shown(self.exact)} with unit {self.unit!r}")
+            raise ValueError(
+                f"exact is True or False, and only unit='timestep' rounds; got {shown(self.exact)} with unit "
+                f"{self.unit!r}"
+            )
         if self.layers is not None:
             object.__setattr__(self, "layers", _listed("layers", self.layers, MOST_LAYERS, "for all layers"))
         if self.at is not None:
             object.__setattr__(self, "at", _listed("at", self.at, MOST_STEPS, "for a window"))
         if self.at is not None:
             if self.window is not None:
-                raise ValueError(f"explicit steps at={shown(self.at)} take no window, got {shown(self.window)}; leave one of the two out")
+                raise ValueError(
+                    f"explicit steps at={shown(self.at)} take no window, got {shown(self.window)}; leave one of the "
+                    "two out"
+                )
             if self.unit == "fraction":
                 raise ValueError("explicit steps `at` need unit='step' or unit='timestep', got 'fraction'")
             return
@@ -130,7 +142,11 @@ class Broadcast:
             raise ValueError(f"window must be two numbers with lo < hi, got {shown(window)}")
         _check_size("a window's ends", lo, hi)
         if (lo < 0 and self.unit != "timestep") or (self.unit == "fraction" and hi > 1):
-            bounds = "0 <= lo < hi <= 1; for steps or timesteps pass that unit" if self.unit == "fraction" else "0 <= lo < hi"
+            bounds = (
+                "0 <= lo < hi <= 1; for steps or timesteps pass that unit"
+                if self.unit == "fraction"
+                else "0 <= lo < hi"
+            )
             raise ValueError(f"window {shown(window)} is out of bounds; unit {self.unit!r} supports {bounds}")
         object.__setattr__(self, "window", (lo, hi))
 
@@ -145,8 +161,9 @@ class Broadcast:
     def number(self, timestep: float) -> int:
         """The whole number that a timestep is compared as: `int(t)`, where a fractional t is first rounded to bfloat16.
 
-        That is what VideoSys compares. Its Open-Sora casts timesteps, which are fractional, to the model's bfloat16: its published point
-        676 is the timestep 674.86. Its other samplers' timesteps are whole numbers, and stay as they are. Rules with `exact` round nothing.
+        That is what VideoSys compares. Its Open-Sora casts timesteps, which are fractional, to the model's bfloat16:
+        its published point 676 is the timestep 674.86. Its other samplers' timesteps are whole numbers, and stay as
+        they are. Rules with `exact` round nothing.
         """
         return int(timestep if self.exact or float(timestep).is_integer() else _bfloat16(timestep))
 
@@ -220,9 +237,12 @@ class PABConfig:
     """Rules for every kind, and how outputs are kept.
 
     Args:
-        spatial, temporal, cross, mlp, block: a `Broadcast`, a range (shorthand for `Broadcast(range)`), or None: always computed.
-        rules: further `(kind, Broadcast)` pairs for some layers; later ones win over earlier ones and over the five fields.
-        cache_dtype: None keeps the model's dtype; "float8_e4m3fn" or "int8" keep 8 bits with a scale per 1 x 128 channels.
+        spatial, temporal, cross, mlp, block: a `Broadcast`, a range (shorthand for `Broadcast(range)`), or None: always
+            computed.
+        rules: further `(kind, Broadcast)` pairs for some layers; later ones win over earlier ones and over the five
+            fields.
+        cache_dtype: None keeps the model's dtype; "float8_e4m3fn" or "int8" keep 8 bits with a scale per 1 x 128
+            channels.
         cache_point: "pre_gate" (projected, gate applied at reuse), "post_gate" (gated) or "unprojected".
 
     Raises:
@@ -277,7 +297,9 @@ class PABConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_dict` gives the config back."""
-        data: dict[str, Any] = {kind: getattr(self, kind).to_dict() for kind in KINDS if getattr(self, kind) is not None}
+        data: dict[str, Any] = {
+            kind: getattr(self, kind).to_dict() for kind in KINDS if getattr(self, kind) is not None
+        }
         if self.rules:
             data["rules"] = [[kind, broadcast.to_dict()] for kind, broadcast in self.rules]
         return data | {"cache_dtype": self.cache_dtype, "cache_point": self.cache_point}

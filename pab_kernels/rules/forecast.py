@@ -2,12 +2,13 @@
 
 Bytes moved are those of the reuses alone, where the costs have output bytes:
 
-    fused:   a run of reuses that follow one another in a block adds up to `MOST_ADDED` outputs at a time. For n outputs the stream is read
-             and written once and each output is read once: (4 + 2 n) C bytes a token where all have 16 bits
+    fused:   reuses that follow one another in a block add up to `MOST_ADDED` outputs at a time. For n outputs the
+             stream is read and written once and each output is read once: (4 + 2 n) C bytes a token at 16 bits
     module:  each output is read once, and the output that is handed to the model is written
 
-The norm and modulation that the same pass may do, `2 C` more for what it writes, are the model's own and not counted, and so is what the
-model does with an output that it is handed. An addition that rides along with the projection before it is counted as if it did not.
+The norm and modulation that the same pass may do, `2 C` more for what it writes, are the model's own and not counted,
+and so is what the model does with an output that it is handed. An addition that rides along with the projection before
+it is counted as if it did not.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def forecast(plan: Plan, costs: Mapping[str, Cost], rest_flops: int = 0, context
     cache = []
     for step in plan.steps:
         for name in contexts * list(plan.rows):  # in the order in which they run
-            change = plan.decision(name, step).held - (plan.decision(name, step - 1).held if step > plan.steps.start else 0)
+            change = plan.decision(name, step).held - (
+                plan.decision(name, step - 1).held if step > plan.steps.start else 0
+            )
             for meter in (kinds[name], "all") if change else ():
                 held[meter] += change * costs[name].slot_bytes
                 peak[meter] = max(peak[meter], held[meter])

@@ -60,12 +60,13 @@ def save_config(config: PABConfig, path: str | Path) -> Path:
 def load_config(path: str | Path) -> PABConfig:
     """Read a config from a JSON or YAML file.
 
-    The file holds the fields of `PABConfig`; a rule is a range or the fields of `Broadcast`. What is left out has its default.
+    The file holds the fields of `PABConfig`; a rule is a range or the fields of `Broadcast`. What is left out has its
+    default.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no file that can be read, or the ending, the syntax or a value is not supported. A number that is not finite, a
-            field that occurs twice and what is far larger than a config are not.
+        ValueError: it is no file that can be read, or the ending, the syntax or a value is not supported. A number that
+            is not finite, a field that occurs twice and what is far larger than a config are not.
         ModuleNotFoundError: for YAML, PyYAML is not installed.
     """
     path = path_of(path)
@@ -92,7 +93,8 @@ def named_config(name: str | Path) -> PABConfig:
     near = difflib.get_close_matches(name, presets(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     raise ValueError(
-        f"there is no preset {shown(name)}{hint} there are {', '.join(sorted(presets()))}; a file ends in .json, .yaml or .yml"
+        f"there is no preset {shown(name)}{hint} there are {', '.join(sorted(presets()))}; a file ends in .json, .yaml "
+        "or .yml"
     )
 
 
@@ -102,12 +104,15 @@ def named_config(name: str | Path) -> PABConfig:
 def from_diffusers(config: Any, sublayers: Sequence[Sublayer] | None = None) -> PABConfig:
     """The rules of diffusers' `PyramidAttentionBroadcastConfig`.
 
-    1. `<kind>_attention_block_skip_range` is the kind's range; None leaves the kind out; spatial is 2 where all three are None.
+    1. `<kind>_attention_block_skip_range` is the kind's range; None leaves the kind out; spatial is 2 where all three
+    are None.
     2. `<kind>_attention_timestep_skip_range` is its window in timesteps, which are not rounded (`exact`).
-    3. `<kind>_attention_block_identifiers` are patterns, searched in the modules' names, that restrict the kind to some layers.
+    3. `<kind>_attention_block_identifiers` are patterns, searched in the modules' names, that restrict the kind to some
+    layers.
 
-    Each kind keeps its own range: diffusers' default patterns give the temporal blocks of Latte the spatial one. diffusers compares the
-    timestep itself with its window, the package `int(t)`: they differ where a fractional timestep lies less than 1 above the lower bound.
+    Each kind keeps its own range: diffusers' default patterns give the temporal blocks of Latte the spatial one.
+    diffusers compares the timestep itself with its window, the package `int(t)`: they differ where a fractional
+    timestep lies less than 1 above the lower bound.
 
     Args:
         config: diffusers' config.
@@ -128,7 +133,9 @@ def from_diffusers(config: Any, sublayers: Sequence[Sublayer] | None = None) -> 
             continue
         named, layers = _identified(config, kind, sublayers)
         if named:
-            window = _window(f"{kind}_attention_timestep_skip_range", getattr(config, f"{kind}_attention_timestep_skip_range"))
+            window = _window(
+                f"{kind}_attention_timestep_skip_range", getattr(config, f"{kind}_attention_timestep_skip_range")
+            )
             rules[kind] = Broadcast(reach, window, "timestep", layers=layers, exact=True)
     return PABConfig(**rules)
 
@@ -146,7 +153,10 @@ def _identified(config: Any, kind: str, sublayers: Sequence[Sublayer] | None) ->
     matched = {s.name: any(re.search(pattern, s.name) for pattern in patterns) for s in of_kind}
     layers = {s.layer for s in of_kind if matched[s.name]}
     if torn := sorted(layers & {s.layer for s in of_kind if not matched[s.name]}):
-        raise ValueError(f"{field} {patterns} name some and not all {kind} sublayers of layer {torn[0]}; a rule holds for whole layers")
+        raise ValueError(
+            f"{field} {patterns} name some and not all {kind} sublayers of layer {torn[0]}; a rule holds for whole "
+            "layers"
+        )
     return bool(layers), None if all(matched.values()) else tuple(sorted(layers))
 
 
@@ -162,25 +172,27 @@ def _window(name: str, pair: Any) -> tuple[float, float]:
 def from_videosys(*, cache_point: CachePoint = "pre_gate", **arguments: Any) -> PABConfig:
     """The rules of VideoSys's keyword arguments.
 
-    1. `<kind>_broadcast`, `<kind>_range`, `<kind>_threshold` for spatial, temporal and cross: where broadcast is true, range and window
-       (`lo < int(t) < hi`) of the kind.
+    1. `<kind>_broadcast`, `<kind>_range`, `<kind>_threshold` for spatial, temporal and cross: where broadcast is true,
+       range and window (`lo < int(t) < hi`) of the kind.
     2. `mlp_broadcast` and the tables `mlp_spatial_broadcast_config` and `mlp_temporal_broadcast_config`,
-       `{timestep: {"block": [...], "skip_count": n}}`: the MLPs of these blocks are computed at the timestep and reused at the next n
-       steps. Where two points of a block lie closer than n, the later one is reused.
+       `{timestep: {"block": [...], "skip_count": n}}`: the MLPs of these blocks are computed at the timestep and reused
+       at the next n steps. Where two points of a block lie closer than n, the later one is reused.
 
     Args:
         cache_point: what is kept. VideoSys keeps gated outputs ("post_gate") for Open-Sora and Latte.
         arguments: VideoSys's; what is left out is off.
 
     Raises:
-        ValueError: an argument is unknown or missing, or a table says what rules cannot: another table for temporal blocks, several
-            skip counts for one block.
+        ValueError: an argument is unknown or missing, or a table says what rules cannot: another table for temporal
+            blocks, several skip counts for one block.
 
     >>> from_videosys(spatial_broadcast=True, spatial_range=2, spatial_threshold=[100, 800]).spatial.window
     (100, 800)
     """
     if unknown := [name for name in arguments if name not in _VIDEOSYS]:
-        raise ValueError(f"VideoSys has no argument {', '.join(map(repr, unknown))}; supported are {', '.join(_VIDEOSYS)}")
+        raise ValueError(
+            f"VideoSys has no argument {', '.join(map(repr, unknown))}; supported are {', '.join(_VIDEOSYS)}"
+        )
     rules: dict[str, Any] = {}
     for kind in _ATTENTIONS:
         if not arguments.get(f"{kind}_broadcast"):
@@ -194,9 +206,13 @@ def from_videosys(*, cache_point: CachePoint = "pre_gate", **arguments: Any) -> 
         return PABConfig(**rules, cache_point=cache_point)
     tables = [_mlp_rules(name, arguments[name]) for name in _MLP_TABLES if arguments.get(name) is not None]
     if not tables:
-        raise ValueError(f"mlp_broadcast is on and no table is given; pass {' and '.join(_MLP_TABLES)}, or mlp_broadcast=False")
+        raise ValueError(
+            f"mlp_broadcast is on and no table is given; pass {' and '.join(_MLP_TABLES)}, or mlp_broadcast=False"
+        )
     if tables[0] != tables[-1]:
-        raise ValueError(f"{' and '.join(_MLP_TABLES)} differ; one MLP rule holds for spatial and temporal blocks: pass equal tables")
+        raise ValueError(
+            f"{' and '.join(_MLP_TABLES)} differ; one MLP rule holds for spatial and temporal blocks: pass equal tables"
+        )
     if len(tables[0]) == 1:
         return PABConfig(**rules, mlp=tables[0][0], cache_point=cache_point)
     return PABConfig(**rules, rules=tuple(("mlp", rule) for rule in tables[0]), cache_point=cache_point)
@@ -213,7 +229,9 @@ def _mlp_rules(name: str, table: Any) -> list[Broadcast]:
         counts = set(skips.values())
         if len(counts) > 1:
             got = ", ".join(map(str, sorted(counts)))
-            raise ValueError(f"{name} has the skip counts {got} for block {block}; one for all timesteps of a block is supported")
+            raise ValueError(
+                f"{name} has the skip counts {got} for block {block}; one for all timesteps of a block is supported"
+            )
         groups.setdefault((counts.pop(), tuple(sorted(skips))), []).append(block)
     return [Broadcast(n + 1, unit="timestep", at=at, layers=tuple(blocks)) for (n, at), blocks in groups.items() if n]
 
@@ -223,12 +241,16 @@ def _table_entries(name: str, table: Any) -> Iterable[tuple[int, Mapping[str, An
     if not isinstance(table, Mapping):
         raise ValueError(f"{name} must be {shape}, got {table!r}")
     for timestep, entry in table.items():
-        whole = isinstance(timestep, SupportsIndex) or (isinstance(timestep, str) and timestep.isdecimal())  # JSON's keys are strings
+        whole = isinstance(timestep, SupportsIndex) or (
+            isinstance(timestep, str) and timestep.isdecimal()
+        )  # JSON's keys are strings
         if not whole or not isinstance(entry, Mapping) or set(entry) != {"block", "skip_count"}:
             raise ValueError(f"{name} must be {shape}, got the entry {timestep!r}: {entry!r}")
         blocks, count = entry["block"], entry["skip_count"]
         if not isinstance(blocks, (list, tuple)) or not all(isinstance(v, int) and v >= 0 for v in (*blocks, count)):
-            raise ValueError(f"{name} must have blocks and skip counts that are whole numbers from 0, got {timestep!r}: {entry!r}")
+            raise ValueError(
+                f"{name} must have blocks and skip counts that are whole numbers from 0, got {timestep!r}: {entry!r}"
+            )
         yield int(timestep), entry
 
 
@@ -244,7 +266,8 @@ def from_steps_masks(**masks: Sequence[int] | str) -> PABConfig:
         masks: by kind; a mask is a row of 1 and 0, or a string such as "11100101", one for each step of the schedule.
 
     Raises:
-        ValueError: a kind is unknown, a mask holds something else, begins with 0, or its length differs from the others'.
+        ValueError: a kind is unknown, a mask holds something else, begins with 0, or its length differs from the
+        others'.
 
     >>> from_steps_masks(block="110010").block.at
     (0, 1, 4)
@@ -257,20 +280,26 @@ def from_steps_masks(**masks: Sequence[int] | str) -> PABConfig:
         row = islice(mask, MOST_STEPS + 1) if isinstance(mask, Iterable) else ()
         cells = [str(int(cell)) if cell in (0, 1, "0", "1") else "?" for cell in row]
         if "?" in cells or cells[:1] != ["1"]:
-            raise ValueError(f"the mask of {kind} must be a row of 1 (compute) and 0 (reuse) that begins with 1, got {shown(mask)}")
+            raise ValueError(
+                f"the mask of {kind} must be a row of 1 (compute) and 0 (reuse) that begins with 1, got {shown(mask)}"
+            )
         check_steps(len(cells), f"the steps of the mask of {kind}")
         lengths[kind] = len(cells)
         longest = max(map(len, "".join(cells).split("1")))
         rules[kind] = Broadcast(longest + 1, unit="step", at=tuple(i for i, cell in enumerate(cells) if cell == "1"))
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"masks of one schedule have one length, got {', '.join(f'{kind} {n}' for kind, n in lengths.items())}")
+        raise ValueError(
+            f"masks of one schedule have one length, got {', '.join(f'{kind} {n}' for kind, n in lengths.items())}"
+        )
     return PABConfig(**rules)
 
 
 def to_steps_masks(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """What a plan computes, as one mask of steps for each kind: 1 computes; 0 reuses, or is inside a block that is reused.
+    """What a plan computes, as one mask of steps for each kind: 1 computes; 0 reuses, or is inside a block that is
+    reused.
 
-    `from_steps_masks(**masks)` makes a config with the same plan. Steps before the one at which the plan is entered are 1.
+    `from_steps_masks(**masks)` makes a config with the same plan. Steps before the one at which the plan is entered are
+    1.
 
     Args:
         plan: of a config, `pab.plan(config, num_steps=)`, or of a model, `pab.summary(model).plan`.
@@ -288,5 +317,7 @@ def to_steps_masks(plan: Plan) -> dict[str, tuple[int, ...]]:
         mask = (1,) * plan.schedule.begin + tuple(computed)
         if masks.setdefault(sublayer.kind, mask) != mask:
             labels = ", ".join(label for label, _ in plan.grouped() if label.partition(" ")[0] == sublayer.kind)
-            raise ValueError(f"a mask holds for all layers of a kind, and these differ: {labels}; give their rules no layers=")
+            raise ValueError(
+                f"a mask holds for all layers of a kind, and these differ: {labels}; give their rules no layers="
+            )
     return {kind: masks[kind] for kind in KINDS if kind in masks}

@@ -77,7 +77,8 @@ class Cost:
     """What one sublayer costs in one call, from shapes alone.
 
     Args:
-        flops: floating-point operations of computing it; for a `block`, those outside of its sublayers, which have their own.
+        flops: floating-point operations of computing it; for a `block`, those outside of its sublayers, which have
+            their own.
         slot_bytes: bytes of its slot.
         output_bytes: bytes of its output in the model's dtype; 0 where bytes moved are not asked for.
     """
@@ -96,7 +97,8 @@ class Forecast:
         flops_without: with every sublayer computed at every step.
         flops_by_step: with the plan, step by step.
         cache_bytes: bytes of slots held after each step.
-        peak_cache_bytes: the most that are held, also within a step, where one sublayer stores before another one reads its slot last.
+        peak_cache_bytes: the most that are held, also within a step, where one sublayer stores before another one reads
+            its slot last.
         peak_by_kind: the most that each kind by itself holds; the kinds need not reach it at the same time.
         moved_bytes: what reuses read and write in device memory; see `rules/forecast.py`.
     """
@@ -146,7 +148,8 @@ def _last_reads(cells: Mapping[int, Decision]) -> dict[int, int]:
 
 
 def generic_sublayers(config: PABConfig) -> list[Sublayer]:
-    """One sublayer a kind that the config names; where rules are restricted to layers, one a listed layer and one for all others.
+    """One sublayer a kind that the config names; where rules are restricted to layers, one a listed layer and one for
+    all others.
 
     Where the config has a rule for blocks, the other sublayers lie in them, as in any model.
     """
@@ -170,8 +173,8 @@ class Plan:
     Args:
         config: the rules.
         schedule: the steps.
-        sublayers: the model's sublayers in the order in which they run, a block after those in it; blocks without a rule are left out.
-            Default: one for each kind of `config`.
+        sublayers: the model's sublayers in the order in which they run, a block after those in it; blocks without a
+            rule are left out. Default: one for each kind of `config`.
 
     `str(plan)` draws it; `plan.plot()` makes a picture.
     """
@@ -223,7 +226,9 @@ class Plan:
                 continue
             if kind not in present:
                 notes.append(f"{kind}: this model has no such sublayers")
-            elif rule.layers is not None and not any(s.kind == kind and rule.applies_to(s.layer) for s in self.sublayers):
+            elif rule.layers is not None and not any(
+                s.kind == kind and rule.applies_to(s.layer) for s in self.sublayers
+            ):
                 notes.append(f"{kind}: this model has no layers {_spans(rule.layers)}")
             elif (kind, rule) not in in_effect:  # a later rule wins
                 continue
@@ -232,14 +237,23 @@ class Plan:
                 # A published table of timesteps serves several schedules, and each has some of its points.
                 missing = [p for p in rule.at if p not in points] if rule.unit == "step" else [] if points else rule.at
                 if missing:
-                    notes.append(f"{kind}: {rule.unit}s {', '.join(map(str, missing))} do not occur in this schedule and have no effect")
+                    notes.append(
+                        f"{kind}: {rule.unit}s {', '.join(map(str, missing))} do not occur in this schedule and have "
+                        "no effect"
+                    )
             elif rule.range > 1 and not rule.reused(self.schedule):
-                notes.append(f"{kind}: range {rule.range} in the window {rule.window} ({rule.unit}s) reuses no step of this schedule")
+                notes.append(
+                    f"{kind}: range {rule.range} in the window {rule.window} ({rule.unit}s) reuses no step of this "
+                    "schedule"
+                )
         return tuple(dict.fromkeys(notes))
 
     def counts(self) -> dict[str, Counts]:
         """Cells by kind and action, over all sublayers and steps."""
-        return {kind: self._count(row for s in self.sublayers if s.kind == kind for row in [self.rows[s.name]]) for kind in self.kinds()}
+        return {
+            kind: self._count(row for s in self.sublayers if s.kind == kind for row in [self.rows[s.name]])
+            for kind in self.kinds()
+        }
 
     def step_counts(self) -> dict[str, Counts]:
         """Steps by kind and action, for the sublayer of each kind that is reused most."""
@@ -258,7 +272,9 @@ class Plan:
     def _count(rows: Iterable[Sequence[Decision]]) -> Counts:
         actions = [d.action for row in rows for d in row]
         stored = actions.count(Action.STORE)
-        return Counts(actions.count(Action.COMPUTE) + stored, stored, actions.count(Action.REUSE), actions.count(Action.SKIP))
+        return Counts(
+            actions.count(Action.COMPUTE) + stored, stored, actions.count(Action.REUSE), actions.count(Action.SKIP)
+        )
 
     @cached_property
     def _columns(self) -> Sequence[Sequence[Decision]]:
@@ -288,8 +304,11 @@ class Plan:
 
     @cached_property
     def patterns(self) -> int:
-        """How many different columns the plan has: the graphs that a compiler makes of it. Reuses of one and of two outputs differ."""
-        return len({tuple((row[i].action, len(row[i].reads)) for row in self.rows.values()) for i in range(len(self.steps))})
+        """How many different columns the plan has: the graphs that a compiler makes of it. Reuses of one and of two
+        outputs differ."""
+        return len(
+            {tuple((row[i].action, len(row[i].reads)) for row in self.rows.values()) for i in range(len(self.steps))}
+        )
 
     def forecast(self, costs: Mapping[str, Cost], rest_flops: int = 0, contexts: int = 1) -> Forecast:
         """FLOPs and bytes of a generation, without running it.
@@ -320,13 +339,19 @@ class Plan:
     def __str__(self) -> str:
         begin = f", entered at {self.schedule.begin}" if self.schedule.begin else ""
         end = f", left at {self.schedule.end}" if self.steps.stop < self.schedule.num_steps else ""
-        lines = [f"{self.schedule.num_steps} steps{begin}{end}, {self.patterns} patterns   # computed  S computed and stored  . reused"]
+        lines = [
+            f"{self.schedule.num_steps} steps{begin}{end}, {self.patterns} patterns   # computed  S computed and "
+            "stored  . reused"
+        ]
         groups = self.grouped()
         width = max((len(label) for label, _ in groups), default=0)
         for label, row in groups:
             c = self._count([row])
             skipped = f", {c.skipped} skipped" if c.skipped else ""
-            lines.append(f"{label:<{width}} {''.join(d.action.value for d in row)}  {c.computed} computed, {c.reused} reused{skipped}")
+            lines.append(
+                f"{label:<{width}} {''.join(d.action.value for d in row)}  {c.computed} computed, {c.reused} "
+                f"reused{skipped}"
+            )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def plot(self, path: str | None = None) -> Figure:

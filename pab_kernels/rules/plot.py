@@ -15,9 +15,20 @@ if TYPE_CHECKING:
 
 COLOURS = {Action.COMPUTE: "#a7b0ba", Action.STORE: "#0072b2", Action.REUSE: "#f5c242", Action.SKIP: "#ffffff"}
 """Fill of a cell, by action: apart from each other in lightness too, for readers who do not see the hues."""
-NAMES = {Action.COMPUTE: "computed", Action.STORE: "computed and stored", Action.REUSE: "reused", Action.SKIP: "inside a reused block"}
+NAMES = {
+    Action.COMPUTE: "computed",
+    Action.STORE: "computed and stored",
+    Action.REUSE: "reused",
+    Action.SKIP: "inside a reused block",
+}
 _WINDOW, _INK, _FAINT = "#d5e6f2", "#1c1e22", "#6e727a"
-_ARROW = {"arrowstyle": "-|>,head_width=0.16,head_length=0.28", "color": "#6b4100", "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
+_ARROW = {
+    "arrowstyle": "-|>,head_width=0.16,head_length=0.28",
+    "color": "#6b4100",
+    "linewidth": 0.9,
+    "shrinkA": 0,
+    "shrinkB": 0,
+}
 _ORDER = ("cross", "temporal", "spatial", "mlp", "block")
 _ROW, _CELL = 1.0, 0.62  # height of a row and of its cells
 _MOST_ARROWS = 120  # columns above which a cell is too narrow for an arrow
@@ -39,13 +50,16 @@ def _draw_row(ax: Axes, y: float, label: str, row: tuple[Decision, ...], begin: 
         edge = "#c4c8ce" if cell.action is Action.SKIP else "white"
         fill = COLOURS[cell.action]
         corner = (step - 0.5, y - _CELL / 2)
-        ax.add_patch(patches.Rectangle(corner, 1, _CELL, facecolor=fill, edgecolor=edge, linewidth=0.8, gid=f"{label} at {step}"))
+        ax.add_patch(
+            patches.Rectangle(corner, 1, _CELL, facecolor=fill, edgecolor=edge, linewidth=0.8, gid=f"{label} at {step}")
+        )
     for source, end in ends.items() if arrows else ():
         ax.annotate("", (end + 0.36, y), (source + 0.5, y), arrowprops=_ARROW)
 
 
 def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:
-    """Draw a plan as a pyramid: a row for each kind, a column for each step, an arrow from each stored output over its reuses.
+    """Draw a plan as a pyramid: a row for each kind, a column for each step, an arrow from each stored output over its
+    reuses.
 
     Args:
         plan: the plan.
@@ -68,13 +82,22 @@ def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:
         window = _window(plan, label, row)
         if window:
             corner, length = (window[0] - 0.5, y - _ROW / 2), window[1] - window[0] + 1
-            ax.add_patch(patches.Rectangle(corner, length, _ROW, facecolor=_WINDOW, edgecolor="none", zorder=0, gid=f"window of {label}"))
+            ax.add_patch(
+                patches.Rectangle(
+                    corner, length, _ROW, facecolor=_WINDOW, edgecolor="none", zorder=0, gid=f"window of {label}"
+                )
+            )
         _draw_row(ax, y, label, row, steps.start, arrows=len(steps) <= _MOST_ARROWS)
         computed = sum(d.action in (Action.COMPUTE, Action.STORE) for d in row)
         reused = sum(d.action is Action.REUSE for d in row)
         counts, right = f"{computed} computed, {reused} reused", (steps.stop - 0.5, y)
         ax.annotate(counts, right, (8, 0), textcoords="offset points", va="center", fontsize=8.5, color=_INK)
-    ax.set_yticks([(len(groups) - 1 - i) * _ROW for i in range(len(groups))], [label for label, _ in groups], fontsize=10, color=_INK)
+    ax.set_yticks(
+        [(len(groups) - 1 - i) * _ROW for i in range(len(groups))],
+        [label for label, _ in groups],
+        fontsize=10,
+        color=_INK,
+    )
     ax.set_xlim(steps.start - 0.7, steps.stop - 0.5)
     ax.set_ylim(-0.55, len(groups) - 0.45)
     ax.set_xlabel("sampling step", fontsize=9, color=_FAINT)
@@ -83,7 +106,11 @@ def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:
     whole_numbers(ax)
     ax.spines[:].set_visible(False)
     present = {d.action for _, row in groups for d in row}
-    handles = [patches.Patch(facecolor=COLOURS[a], edgecolor="#c4c8ce", linewidth=0.5, label=NAMES[a]) for a in Action if a in present]
+    handles = [
+        patches.Patch(facecolor=COLOURS[a], edgecolor="#c4c8ce", linewidth=0.5, label=NAMES[a])
+        for a in Action
+        if a in present
+    ]
     if any(_window(plan, *group) for group in groups):
         handles.append(patches.Patch(facecolor=_WINDOW, label="window"))
     style = {"frameon": False, "fontsize": 9, "handlelength": 1.1, "columnspacing": 1.4}

@@ -1,12 +1,13 @@
 """Published settings, and settings for everything else.
 
-The published ones are those of VideoSys (commit 4cce477), with its timestep windows, MLP tables and cache points. Timesteps are compared
-as VideoSys compares them (`Broadcast.number`): rounded to bfloat16 where its Open-Sora casts them, and as they are in Open-Sora-Plan 1.2,
-whose sampler has fractional ones too. An MLP table names timesteps of the model's published schedules, of which each has some: Open-Sora's
-480p clips of 2 s have all three, longer and larger ones have one. Where a schedule has none of them, `Plan.notes` reports it.
+The published ones are those of VideoSys (commit 4cce477), with its timestep windows, MLP tables and cache points.
+Timesteps are compared as VideoSys compares them (`Broadcast.number`): rounded to bfloat16 where its Open-Sora casts
+them, and as they are in Open-Sora-Plan 1.2, whose sampler has fractional ones too. An MLP table names timesteps of the
+model's published schedules, of which each has some: Open-Sora's 480p clips of 2 s have all three, longer and larger
+ones have one. Where a schedule has none of them, `Plan.notes` reports it.
 
-"demo" is for the model that comes with the package: every second output of every sublayer on the line through the two before it, in the
-default window.
+"demo" is for the model that comes with the package: every second output of every sublayer on the line through the two
+before it, in the default window.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ _PRESETS: dict[str, PABConfig] = {
         **_timesteps(450, 930, spatial=2, temporal=4, cross=6), mlp=_mlp((676, 788, 864), 5), cache_point="post_gate"
     ),
     "open-sora-plan-1.1": PABConfig(
-        **_timesteps(100, 850, spatial=2, temporal=4, cross=6), mlp=_mlp(tuple(range(738, 425, -24)), 7), cache_point="post_gate"
+        **_timesteps(100, 850, spatial=2, temporal=4, cross=6),
+        mlp=_mlp(tuple(range(738, 425, -24)), 7),
+        cache_point="post_gate",
     ),
     "open-sora-plan-1.2": PABConfig(**_timesteps(100, 850, exact=True, spatial=2, cross=6)),
     "latte": PABConfig(
-        **_timesteps(100, 800, spatial=2, temporal=3, cross=6), mlp=_mlp((720, 640, 560, 480, 400), 5), cache_point="post_gate"
+        **_timesteps(100, 800, spatial=2, temporal=3, cross=6),
+        mlp=_mlp((720, 640, 560, 480, 400), 5),
+        cache_point="post_gate",
     ),
     "cogvideox": PABConfig(**_timesteps(100, 850, spatial=2)),
     "vchitect": PABConfig(**_timesteps(100, 800, spatial=2, temporal=4, cross=6)),

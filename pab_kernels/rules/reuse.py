@@ -1,4 +1,5 @@
-"""Reuses: how the kept outputs of a sublayer stand for one that is not computed. A further one is a further class here."""
+"""Reuses: how the kept outputs of a sublayer stand for one that is not computed. A further one is a further class
+here."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class Hold:
 
 
 class Linear:
-    """The straight line through the two newest outputs: `c + w (c - c_prev)` with `w = (i - s) / (s - p)`, all in steps."""
+    """The straight line through the two newest outputs: `c + w (c - c_prev)` with `w = (i - s) / (s - p)`, all in
+    steps."""
 
     outputs = 2
 

@@ -35,8 +35,12 @@ class Schedule:
             raise ValueError(f"num_steps must be a whole number of at least 1, got {shown(self.num_steps)}")
         check_steps(self.num_steps, "num_steps")
         if self.timesteps is not None and len(self.timesteps) != self.num_steps:
-            raise ValueError(f"num_steps={self.num_steps} does not fit {len(self.timesteps)} timesteps; pass one of the two")
-        if self.end is not None and (isinstance(self.end, bool) or not isinstance(self.end, int) or not 0 < self.end <= self.num_steps):
+            raise ValueError(
+                f"num_steps={self.num_steps} does not fit {len(self.timesteps)} timesteps; pass one of the two"
+            )
+        if self.end is not None and (
+            isinstance(self.end, bool) or not isinstance(self.end, int) or not 0 < self.end <= self.num_steps
+        ):
             raise ValueError(f"end must be a whole number in 1..{self.num_steps}, got {shown(self.end)}")
         stop = self.num_steps if self.end is None else self.end
         if isinstance(self.begin, bool) or not isinstance(self.begin, int) or not 0 <= self.begin < stop:
@@ -48,7 +52,13 @@ class Schedule:
         return range(self.begin, self.num_steps if self.end is None else self.end)
 
     @classmethod
-    def of(cls, num_steps: int | None = None, timesteps: Sequence[float] | None = None, begin: int = 0, end: int | None = None) -> Schedule:
+    def of(
+        cls,
+        num_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        begin: int = 0,
+        end: int | None = None,
+    ) -> Schedule:
         """From a number of steps, or from timesteps (any sequence or tensor; read to the host here, once).
 
         Raises:
@@ -65,7 +75,8 @@ class Schedule:
         """The timesteps, for a rule that counts in them."""
         if self.timesteps is None:
             raise ValueError(
-                f"{what} counts in timesteps, but only num_steps={self.num_steps} is known; pass timesteps=, or a window in fractions"
+                f"{what} counts in timesteps, but only num_steps={self.num_steps} is known; pass timesteps=, or a "
+                "window in fractions"
             )
         return self.timesteps
 
@@ -87,5 +98,7 @@ def _row_of_numbers(values: Any) -> tuple[float, ...]:
         host = ()
     check_steps(len(host), "the number of timesteps")
     if not host or not all(map(math.isfinite, host)):
-        raise ValueError(f"timesteps must be a row of finite numbers, got {shown(values)}; a scheduler's `timesteps` are one")
+        raise ValueError(
+            f"timesteps must be a row of finite numbers, got {shown(values)}; a scheduler's `timesteps` are one"
+        )
     return host

@@ -29,12 +29,15 @@ def from_yaml(text: str) -> Any:
     """The data of a YAML document.
 
     Raises:
-        ValueError: it is not YAML, is longer, deeper or holds more values than a config needs, refers to itself, or names a field twice.
-        ModuleNotFoundError: PyYAML is not installed.
+        ValueError: it is not YAML, is longer, deeper or holds more values than a config needs, refers to itself, or
+        names a field twice. ModuleNotFoundError: PyYAML is not installed.
     """
     yaml: Any = require("yaml", "reading YAML files")
     if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"it has {len(text):,} characters; at most {MOST_CHARACTERS:,} are read of YAML: write a longer config as JSON")
+        raise ValueError(
+            f"it has {len(text):,} characters; at most {MOST_CHARACTERS:,} are read of YAML: write a longer config as "
+            "JSON"
+        )
     try:
         _check(yaml, text)
         return yaml.safe_load(text)

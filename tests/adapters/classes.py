@@ -1,4 +1,5 @@
-"""The transformer classes of diffusers that the tests run: a few unlike ones always, all of them where the marker asks for it."""
+"""The transformer classes of diffusers that the tests run: a few unlike ones always, all of them where the marker asks
+for it."""
 
 from __future__ import annotations
 
@@ -29,9 +30,12 @@ COMPILED = {"WanTransformer3DModel": 2, "FluxTransformer2DModel": 5}
 """Classes whose blocks are compiled."""
 
 UNKNOWN_FLOPS = (
-    {"MochiTransformer3DModel", "Lumina2Transformer2DModel"} | tiny_models_a_to_k.UNKNOWN_FLOPS | tiny_models_k_to_z.UNKNOWN_FLOPS
+    {"MochiTransformer3DModel", "Lumina2Transformer2DModel"}
+    | tiny_models_a_to_k.UNKNOWN_FLOPS
+    | tiny_models_k_to_z.UNKNOWN_FLOPS
 )
-"""What does not run on the meta device: their FLOPs are not known. (Mochi asks for autocast there, and torch counts no flex attention.)"""
+"""What does not run on the meta device: their FLOPs are not known. (Mochi asks for autocast there, and torch counts no
+flex attention.)"""
 
 
 def family(name: str) -> Tiny:
@@ -41,4 +45,6 @@ def family(name: str) -> Tiny:
 
 def parameters(tinies: Iterable[Tiny]) -> list[Any]:
     """Tiny models for `pytest.mark.parametrize`, those not in `UNLIKE` with the marker `all_models`."""
-    return [pytest.param(tiny, id=tiny.name, marks=() if tiny.name in UNLIKE else pytest.mark.all_models) for tiny in tinies]
+    return [
+        pytest.param(tiny, id=tiny.name, marks=() if tiny.name in UNLIKE else pytest.mark.all_models) for tiny in tinies
+    ]

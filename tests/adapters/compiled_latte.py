@@ -45,5 +45,7 @@ def outputs(model: Any, x: Any = noise, names: tuple[str, ...] = CONTEXTS) -> li
         for step in range(STEPS):
             for i, name in enumerate(names):
                 with pab.context(model, name, step):
-                    found.append(model(**inputs() | {"hidden_states": x(step), "encoder_hidden_states": prompt(i)}).sample)
+                    found.append(
+                        model(**inputs() | {"hidden_states": x(step), "encoder_hidden_states": prompt(i)}).sample
+                    )
     return found

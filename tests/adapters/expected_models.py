@@ -101,7 +101,10 @@ EXPECTED = {
     "WanVACETransformer3DModel": f"{WAN} spatial:vace_blocks.attn1 cross:vace_blocks.attn2 mlp:vace_blocks.ffn",
     "ZImageTransformer2DModel": "spatial:layers.attention mlp:layers.feed_forward",
 }
-"""Kind and module, without numbers, of every sublayer but blocks, by class. Refiners, text encoders and embedders are not among them."""
+"""Kind and module, without numbers, of every sublayer but blocks, by class.
+
+Refiners, text encoders and embedders are not among them.
+"""
 
 
 def kinds(name: str) -> dict[str, str]:

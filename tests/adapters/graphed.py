@@ -43,7 +43,9 @@ CONFIGS = {
 }
 
 
-def pair(pab_config: PABConfig, build: Callable[[], Any] = lambda: tiny_latte(num_layers=1), steps: int = STEPS) -> tuple[Any, Any]:
+def pair(
+    pab_config: PABConfig, build: Callable[[], Any] = lambda: tiny_latte(num_layers=1), steps: int = STEPS
+) -> tuple[Any, Any]:
     """The same model under PAB twice: eager, and with graphs."""
     eager, graphed = build(), build()
     pab.enable(eager, pab_config, num_steps=steps)
@@ -54,7 +56,11 @@ def pair(pab_config: PABConfig, build: Callable[[], Any] = lambda: tiny_latte(nu
 def called(model: Any, step: int, name: str, seed: int = 0, **arguments: Any) -> Tensor:
     """One call of a Latte, on inputs that differ from one step, context and seed to the next."""
     number = 100 * seed + 10 * CONTEXTS.index(name) + 1
-    given = {"hidden_states": noise(number + step), "encoder_hidden_states": prompt(number), "timestep": torch.tensor([900 - 9 * step])}
+    given = {
+        "hidden_states": noise(number + step),
+        "encoder_hidden_states": prompt(number),
+        "timestep": torch.tensor([900 - 9 * step]),
+    }
     with pab.context(model, name, step):
         return model(**given | arguments).sample
 

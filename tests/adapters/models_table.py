@@ -52,7 +52,11 @@ def _pipelines() -> dict[str, str]:
 def tested(name: str) -> list[str]:
     """What the tests do with a class, beside looking for its sublayers."""
     family = next((tiny for tiny in RUN if tiny.name == name), None)
-    said = [] if family is None else ["run, no FLOPs" if name in UNKNOWN_FLOPS else "run", *(["blocks"] if family.streams else [])]
+    said = (
+        []
+        if family is None
+        else ["run, no FLOPs" if name in UNKNOWN_FLOPS else "run", *(["blocks"] if family.streams else [])]
+    )
     latte = name == "LatteTransformer3DModel"
     said += ["run", "blocks"] if latte else []
     said += ["compiled"] if name in COMPILED or latte else []
@@ -90,7 +94,13 @@ def summary() -> str:
 def page() -> str:
     """All of docs/models.md."""
     kinds = [kind for kind in KINDS if kind != "block"]
-    lines = [INTRODUCTION, f"{summary()}.", "", "| class | " + " | ".join(kinds) + " | tested |", "|---" * (len(kinds) + 2) + "|"]
+    lines = [
+        INTRODUCTION,
+        f"{summary()}.",
+        "",
+        "| class | " + " | ".join(kinds) + " | tested |",
+        "|---" * (len(kinds) + 2) + "|",
+    ]
     for name in sorted(EXPECTED):
         found = [part.partition(":") for part in EXPECTED[name].split()]
         columns = ["<br>".join(f"`{module}`" for kind, _, module in found if kind == column) for column in kinds]

@@ -1,7 +1,8 @@
-"""The oracle for whole pipelines: modules that write down what they give and, where the rule asks for reuse, say it again.
+"""The oracle for whole pipelines: modules that write down what they give and, where the rule asks for reuse, say it
+again.
 
-It knows nothing of plans, slots and generations: a step is a call of the scheduler's `step`, and a branch of guidance is known by the name
-that the pipeline gives it, or by its place among the calls of the model in one step.
+It knows nothing of plans, slots and generations: a step is a call of the scheduler's `step`, and a branch of guidance
+is known by the name that the pipeline gives it, or by its place among the calls of the model in one step.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ class Replay:
                 stack.enter_context(mock.patch.object(owner, method, stand_in, create=method == "cache_context"))
             for s in self.sublayers:
                 if s.kind in self.rules:
-                    stack.enter_context(mock.patch.object(modules[s.name], "forward", self._stand_in(modules[s.name], s)))
+                    stack.enter_context(
+                        mock.patch.object(modules[s.name], "forward", self._stand_in(modules[s.name], s))
+                    )
             yield
 
     def _stand_in(self, module: nn.Module, sublayer: Sublayer) -> Callable[..., Any]:
@@ -113,7 +116,10 @@ class Replay:
             place = (branch, sublayer.name, self.times[sublayer.name])
             self.times.update([sublayer.name])
             at, wrote, out = self.written.get(place, (-1, None, None))
-            source = max((i for i in range(self.first, self.step) if not rule.reuses(i, self.first, timesteps)), default=self.step)
+            source = max(
+                (i for i in range(self.first, self.step) if not rule.reuses(i, self.first, timesteps)),
+                default=self.step,
+            )
             if rule.reuses(self.step, self.first, timesteps) and at >= source and wrote == shape:
                 self.reused[branch, sublayer.kind] += 1
                 return out
@@ -130,7 +136,10 @@ CONFIG = PABConfig(**{kind: Broadcast(rule.range, rule.window) for kind, rule in
 
 
 def assert_runs_as_the_oracle(tiny: Pipe, steps: int, first: int = 0, **call: Any) -> Summary:
-    """Range 1 is the plain pipeline, `RULES` are the oracle, in two runs; and without PAB it is plain again. The summary under `RULES`."""
+    """Range 1 is the plain pipeline, `RULES` are the oracle, in two runs.
+
+    And without PAB it is plain again. The summary under `RULES`.
+    """
     pipe, twin = tiny.build(), tiny.build()
     plain = tiny.sample(pipe, steps, **call)
     assert plain.isfinite().all()
@@ -138,7 +147,9 @@ def assert_runs_as_the_oracle(tiny: Pipe, steps: int, first: int = 0, **call: An
     assert torch.equal(tiny.sample(pipe, steps, **call), plain)
     pab.enable(pipe, CONFIG)
     model = getattr(pipe, tiny.denoiser)
-    replay = Replay(twin, [s for s in pab.sublayers(pipe) if s.kind != "block"], RULES, first, model=getattr(twin, tiny.denoiser))
+    replay = Replay(
+        twin, [s for s in pab.sublayers(pipe) if s.kind != "block"], RULES, first, model=getattr(twin, tiny.denoiser)
+    )
     with replay.running():
         expected = tiny.sample(twin, steps, **call)
     assert not torch.equal(expected, plain)
@@ -148,7 +159,11 @@ def assert_runs_as_the_oracle(tiny: Pipe, steps: int, first: int = 0, **call: An
         summary = pab.summary(pipe)
         assert summary.plan is not None and summary.plan.schedule.begin == first
         assert summary.cache_bytes == 0 and summary.peak_cache_bytes > 0
-        counts = {(name, kind): (t.computed, t.reused) for name, kinds in summary.contexts.items() for kind, t in kinds.items()}
+        counts = {
+            (name, kind): (t.computed, t.reused)
+            for name, kinds in summary.contexts.items()
+            for kind, t in kinds.items()
+        }
         assert counts == {place: (replay.computed[place], replay.reused[place]) for place in counts}
         assert counts.keys() == replay.computed.keys()
         assert runs == replay.runs

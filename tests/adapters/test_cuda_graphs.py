@@ -1,4 +1,5 @@
-"""CUDA graphs, on the CPU: a recorder in place of CUDA's shows which memory they read and write, and that the host reads none of it."""
+"""CUDA graphs, on the CPU: a recorder in place of CUDA's shows which memory they read and write, and that the host
+reads none of it."""
 
 from __future__ import annotations
 
@@ -59,7 +60,10 @@ def addresses(model: Any) -> dict[tuple[str, str, int], tuple[int, ...]]:
 def kept_bytes(model: Any) -> int:
     found = graphs_of(model)
     places = [nest for of_context in found._places.values() for p in of_context.values() for nest in p.values]
-    return sum(t.nbytes for t in tensors_of([places, list(found._inputs.values()), [g.weights for g in found._graphs.values()]]))
+    return sum(
+        t.nbytes
+        for t in tensors_of([places, list(found._inputs.values()), [g.weights for g in found._graphs.values()]])
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -76,13 +80,20 @@ def test_latte_gives_the_bits_and_counts_of_eager_pab_with_a_graph_for_each_patt
         (recorder,) = recorders
         plan = pab.summary(graphed).plan
         assert plan is not None
-        assert len(recorder.recordings) == recorder.warm_ups == plan.patterns * len(CONTEXTS) == pab.summary(graphed).graphs
+        assert (
+            len(recorder.recordings)
+            == recorder.warm_ups
+            == plan.patterns * len(CONTEXTS)
+            == pab.summary(graphed).graphs
+        )
     assert len(recorder.replays) == 2 * STEPS * len(CONTEXTS) - len(recorder.recordings)
     assert pab.summary(graphed).graph_bytes == recorder.nbytes + kept_bytes(graphed)
 
 
 @pytest.mark.parametrize("name", ["hold", "linear int8"])
-def test_slots_lie_at_the_same_addresses_at_every_step_and_in_every_generation(name: str, recorders: list[Recorder]) -> None:
+def test_slots_lie_at_the_same_addresses_at_every_step_and_in_every_generation(
+    name: str, recorders: list[Recorder]
+) -> None:
     _, model = pair(CONFIGS[name])
     seen: dict[tuple[str, str, int], tuple[int, ...]] = {}
     for seed in range(2):
@@ -94,7 +105,9 @@ def test_slots_lie_at_the_same_addresses_at_every_step_and_in_every_generation(n
                         assert seen.setdefault(slot, lies) == lies
     assert {age for _, _, age in seen} == ({0, 1} if "linear" in name else {0})
     places = [place for of_context in graphs_of(model)._places.values() for place in of_context.values()]
-    assert places and all((len(place.values) == 2) is ("linear" in name) for place in places), "one place for what is held"
+    assert places and all((len(place.values) == 2) is ("linear" in name) for place in places), (
+        "one place for what is held"
+    )
     every = [address for lies in seen.values() for address in lies]
     assert len(set(every)) == len(every), "no two share memory, of one context or of two"
 
@@ -163,7 +176,15 @@ def test_pipelines_with_batched_guidance_interrupted_and_of_another_size(recorde
             raise KeyboardInterrupt
         return tensors
 
-    for options in ({}, {"seed": 1}, {"guidance": 1.0}, {"callback_on_step_end": stop}, {"size": 8}, {"seed": 2}, {"steps": 7}):
+    for options in (
+        {},
+        {"seed": 1},
+        {"guidance": 1.0},
+        {"callback_on_step_end": stop},
+        {"size": 8},
+        {"seed": 2},
+        {"steps": 7},
+    ):
         before = [len(r.recordings) for r in recorders]
         found = []
         for pipe in (eager, graphed):
@@ -222,7 +243,12 @@ def test_numbers_among_the_arguments_are_part_of_a_graph(recorders: list[Recorde
             return self.attn(x) * (options["scale"] if options["on"] else 0)
 
     eager, graphed = pair(PABConfig(spatial=EVERY_SECOND), Scaled, 8)
-    for options in ({"scale": 1, "on": True}, {"scale": 1.0, "on": 1}, {"scale": True, "on": None}, {"scale": 2.5, "on": True}):
+    for options in (
+        {"scale": 1, "on": True},
+        {"scale": 1.0, "on": 1},
+        {"scale": True, "on": None},
+        {"scale": 2.5, "on": True},
+    ):
         for _ in range(2):
             x = torch.randn(2, 4)
             a, b = eager(x, options), graphed(x, options)

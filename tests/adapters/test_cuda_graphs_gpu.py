@@ -122,7 +122,9 @@ def test_a_read_on_the_host_is_told_and_leaves_the_device_usable() -> None:
     model, x = Reads().cuda(), torch.ones(2, 4, device="cuda")
     plain, stream = model(x), torch.cuda.current_stream()
     pab.enable(model, PABConfig(spatial=2), num_steps=4, cuda_graphs=True)
-    with pytest.raises(RuntimeError, match=r"Reads cannot be captured as a CUDA graph: .* \(at test_cuda_graphs_gpu.py:\d+, .*item"):
+    with pytest.raises(
+        RuntimeError, match=r"Reads cannot be captured as a CUDA graph: .* \(at test_cuda_graphs_gpu.py:\d+, .*item"
+    ):
         model(x)
     assert torch.cuda.current_stream() == stream
     pab.enable(model, num_steps=4, cuda_graphs=False)

@@ -109,7 +109,11 @@ def test_autocast_and_inference_mode(recorders: list[Recorder]) -> None:
     with pab.generation(eager, num_steps=STEPS), pab.generation(graphed, num_steps=STEPS):
         assert same(generated(graphed, 1), generated(eager, 1))
     before = len(recorders[0].recordings)
-    with pab.generation(eager, num_steps=STEPS), pab.generation(graphed, num_steps=STEPS), torch.autocast("cpu", torch.bfloat16):
+    with (
+        pab.generation(eager, num_steps=STEPS),
+        pab.generation(graphed, num_steps=STEPS),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         assert same(generated(graphed), generated(eager))
     assert len(recorders[0].recordings) == 2 * before and counted(graphed) == counted(eager)
 
@@ -129,7 +133,9 @@ def test_autocast_keeps_no_cast_weights_that_a_graph_would_read_when_they_are_go
         assert kept == [False, False] and torch.is_autocast_cache_enabled()
 
 
-def test_cross_attention_of_ours_computes_keys_and_values_of_the_text_where_it_computes(recorders: list[Recorder]) -> None:
+def test_cross_attention_of_ours_computes_keys_and_values_of_the_text_where_it_computes(
+    recorders: list[Recorder],
+) -> None:
     class Cross(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -224,7 +230,10 @@ def test_threads_that_share_a_model_have_graphs_of_their_own(recorders: list[Rec
         wanted.append(generated(eager, 1))
     barrier = threading.Barrier(2, timeout=HANG)
     found: list[Any] = [None, None]
-    begun = [contextlib.nullcontext(), pab.generation(model, num_steps=STEPS)]  # the first takes what `enable` began in this thread
+    begun = [
+        contextlib.nullcontext(),
+        pab.generation(model, num_steps=STEPS),
+    ]  # the first takes what `enable` began in this thread
 
     def run(i: int) -> None:
         try:
@@ -250,7 +259,9 @@ def test_threads_that_share_a_model_have_graphs_of_their_own(recorders: list[Rec
 
 
 @pytest.mark.parametrize("what", ["blocks.0", ""], ids=["a block", "the model"])
-def test_what_is_compiled_is_captured_and_not_compiled_again(what: str, recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_is_captured_and_not_compiled_again(
+    what: str, recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Recorder, "strict", False)
     tiny = next(t for t in FAMILIES if t.name.startswith("Wan"))
 

@@ -44,11 +44,15 @@ pytestmark = [
 
 def test_what_no_graph_can_take_is_refused(recorders: list[Recorder]) -> None:
     _, model = pair(config())
-    with pytest.raises(TypeError, match="object in what LatteTransformer3DModel was called with; .* leave cuda_graphs out"):
+    with pytest.raises(
+        TypeError, match="object in what LatteTransformer3DModel was called with; .* leave cuda_graphs out"
+    ):
         model(**inputs(), enable_temporal_attentions=object())
     with pytest.raises(TypeError, match="number 500 as timestep, and each number would need a graph"):
         model(**inputs() | {"timestep": 500})
-    with pytest.raises(RuntimeError, match=r"called with .*hidden_states.* on meta, .* on cpu; .* on one CUDA device: move them"):
+    with pytest.raises(
+        RuntimeError, match=r"called with .*hidden_states.* on meta, .* on cpu; .* on one CUDA device: move them"
+    ):
         model(**inputs() | {"hidden_states": noise().to("meta")})
 
     class Told(nn.Module):
@@ -70,12 +74,16 @@ def test_what_no_graph_can_take_is_refused(recorders: list[Recorder]) -> None:
 
 
 @pytest.mark.parametrize("name", ["Mochi", "Lumina2"])
-def test_a_model_that_reads_a_tensor_on_the_host_is_refused_with_the_reason(name: str, recorders: list[Recorder]) -> None:
+def test_a_model_that_reads_a_tensor_on_the_host_is_refused_with_the_reason(
+    name: str, recorders: list[Recorder]
+) -> None:
     tiny = next(t for t in FAMILIES if t.name.startswith(name))
     model = tiny.build()
     plain = outputs(model, tiny(0))
     pab.enable(model, PABConfig(spatial=EVERY_SECOND), num_steps=4, cuda_graphs=True)
-    with pytest.raises(RuntimeError, match=rf"{tiny.name} cannot be captured .*: operation not permitted .*: .* leave cuda_graphs out"):
+    with pytest.raises(
+        RuntimeError, match=rf"{tiny.name} cannot be captured .*: operation not permitted .*: .* leave cuda_graphs out"
+    ):
         model(**tiny(0))
     assert pab.summary(model).cache_bytes == 0 == pab.summary(model).graphs
     pab.enable(model, num_steps=4, cuda_graphs=False)
@@ -138,7 +146,9 @@ def test_hooks_that_work_on_weights_in_every_call_are_refused(recorders: list[Re
     model = tiny_latte(num_layers=1)
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     pab.enable(model, config(), num_steps=STEPS, cuda_graphs=True)
-    with pytest.raises(RuntimeError, match=r"has a hook, diffusers' 'layerwise_casting' \(offloading, casting or another cache\)"):
+    with pytest.raises(
+        RuntimeError, match=r"has a hook, diffusers' 'layerwise_casting' \(offloading, casting or another cache\)"
+    ):
         called(model, 0, "cond")
     model = tiny_latte(num_layers=1)
     hooks = pytest.importorskip("accelerate.hooks")
@@ -158,7 +168,10 @@ def test_hooks_that_work_on_weights_in_every_call_are_refused(recorders: list[Re
 def test_without_a_gpu_the_first_call_says_so() -> None:
     model = tiny_latte(num_layers=1)
     pab.enable(model, config(), num_steps=STEPS, cuda_graphs=True)
-    with pytest.raises(RuntimeError, match="called with tensors on cpu, and CUDA graphs need a CUDA device: move the model and its inputs"):
+    with pytest.raises(
+        RuntimeError,
+        match="called with tensors on cpu, and CUDA graphs need a CUDA device: move the model and its inputs",
+    ):
         called(model, 0, "cond")
     pab.enable(model, num_steps=STEPS, cuda_graphs=False)
     assert called(model, 0, "cond").isfinite().all() and pab.summary(model).graphs is None
@@ -177,7 +190,10 @@ def test_seconds_between_sublayers_and_graphs_exclude_each_other() -> None:
 
 
 class Moves(TorchFunctionMode):
-    """Fails where memory of the host becomes a tensor on the device, which no capture can do. The meta device tells the two apart."""
+    """Fails where memory of the host becomes a tensor on the device, which no capture can do.
+
+    The meta device tells the two apart.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -199,7 +215,9 @@ CLASSES: list[tuple[str, Callable[[], Any], Callable[[], dict[str, Any]]]] = [
 
 
 @pytest.mark.parametrize(("name", "build", "given"), CLASSES, ids=[c[0] for c in CLASSES])
-def test_a_forward_moves_nothing_to_the_device(name: str, build: Callable[[], Any], given: Callable[[], dict[str, Any]]) -> None:
+def test_a_forward_moves_nothing_to_the_device(
+    name: str, build: Callable[[], Any], given: Callable[[], dict[str, Any]]
+) -> None:
     model = build().to("meta")
     arguments = pytree.tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, given())
     pab.enable(model, PABConfig(EVERY_SECOND, EVERY_SECOND, EVERY_THIRD, EVERY_SECOND), num_steps=6)
@@ -213,6 +231,8 @@ def test_the_page_says_which_can_be_captured() -> None:
     page = Path(pab.__file__).parents[1] / "docs" / "cuda_graphs.md"
     if not page.exists():
         pytest.skip("the pages are not here")
-    well, _, badly = page.read_text().partition("classes of diffusers go through: ")[2].partition("They cannot be captured: ")
+    well, _, badly = (
+        page.read_text().partition("classes of diffusers go through: ")[2].partition("They cannot be captured: ")
+    )
     for name in ("Latte", *(re.sub(r"(Transformer)?[23]DModel$", "", t.name) for t in FAMILIES)):
         assert re.search(rf"\b{name}\b", badly if name in (*READ, *MOVE) else well), name

@@ -67,7 +67,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 16,
         "caption_channels": 8,
     },
-    "LuminaNextDiT2DModel": {"hidden_size": 24, "num_layers": 2, "num_attention_heads": 3, "num_kv_heads": 1, "cross_attention_dim": 8},
+    "LuminaNextDiT2DModel": {
+        "hidden_size": 24,
+        "num_layers": 2,
+        "num_attention_heads": 3,
+        "num_kv_heads": 1,
+        "cross_attention_dim": 8,
+    },
     "OmniGenTransformer2DModel": {
         "hidden_size": 16,
         "num_attention_heads": 4,
@@ -94,7 +100,11 @@ def _meta(name: str) -> nn.Module:
     config = CONFIGS.get(name)
     if config is None:
         parameters = inspect.signature(cls.__init__).parameters.values()
-        counts = [p for p in parameters if type(p.default) is int and p.default > 2 and re.search("layers|depth|blocks", p.name)]
+        counts = [
+            p
+            for p in parameters
+            if type(p.default) is int and p.default > 2 and re.search("layers|depth|blocks", p.name)
+        ]
         config = {p.name: 2 for p in counts}
     with torch.device("meta"):
         return cls(**config)
@@ -169,7 +179,10 @@ class SoraBlock(nn.Module):
 class TorchBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.mix, self.look = nn.MultiheadAttention(8, 2, batch_first=True), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mix, self.look = (
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            nn.MultiheadAttention(8, 2, batch_first=True),
+        )
         self.net = mlp()
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
@@ -228,7 +241,10 @@ class DiT(nn.Module):
         super().__init__()
         for name, blocks in lists.items():
             setattr(self, name, nn.ModuleList(blocks))
-        self.text_embedder, self.context_refiner = nn.Sequential(TimmAttention()), nn.ModuleList([ModeBlock(), ModeBlock()])
+        self.text_embedder, self.context_refiner = (
+            nn.Sequential(TimmAttention()),
+            nn.ModuleList([ModeBlock(), ModeBlock()]),
+        )
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         text = self.text_embedder(text)
@@ -268,7 +284,11 @@ def test_temporal_blocks(model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for s in found:
         if s.name.endswith(".attn"):
-            assert s.kind == ("temporal" if s.name.startswith("temporal") or getattr(modules[s.block or ""], "temporal", 0) else "spatial")
+            assert s.kind == (
+                "temporal"
+                if s.name.startswith("temporal") or getattr(modules[s.block or ""], "temporal", 0)
+                else "spatial"
+            )
         if s.name.endswith(".cross_attn"):
             assert s.kind == "cross"
     assert not any("refiner" in s.name or "embedder" in s.name for s in found)
@@ -339,14 +359,21 @@ def test_of_lists_in_lists_the_innermost_counts_in_which_a_class_comes_back() ->
             self.steps = nn.ModuleList([Attend(), Feed()])
 
     found = {s.name: (s.kind, s.layer, s.block) for s in find(DiT(blocks=[Listed(), Listed()]))}
-    assert found["blocks.1.steps.0.attn"] == ("spatial", 1, "blocks.1") and found["blocks.1.steps.1.mlp"] == ("mlp", 1, "blocks.1")
+    assert found["blocks.1.steps.0.attn"] == ("spatial", 1, "blocks.1") and found["blocks.1.steps.1.mlp"] == (
+        "mlp",
+        1,
+        "blocks.1",
+    )
     assert found["blocks.1"] == ("block", 1, None) and "blocks.1.steps.0" not in found
 
 
 def test_lists_in_lists_count_the_outer_one() -> None:
     layers = nn.ModuleList(nn.ModuleList([TimmAttention(), mlp()]) for _ in range(3))
     found = find(nn.ModuleDict({"layers": layers}))
-    assert [(s.name, s.kind, s.layer, s.block) for s in found][-2:] == [("layers.2.0", "spatial", 2, None), ("layers.2.1", "mlp", 2, None)]
+    assert [(s.name, s.kind, s.layer, s.block) for s in found][-2:] == [
+        ("layers.2.0", "spatial", 2, None),
+        ("layers.2.1", "mlp", 2, None),
+    ]
 
 
 def test_kinds_override_add_and_leave_out() -> None:
@@ -383,7 +410,11 @@ def test_hand_written_blocks_run_as_the_plan_says(block: type[nn.Module]) -> Non
     model = DiT(blocks=[block(), block()]).eval().requires_grad_(False)
     xs, text = [torch.randn(3, 3, 8) for _ in range(4)], torch.randn(3, 3, 8)
     plain = [model(x, text) for x in xs]
-    for config in (PABConfig(1, 1, 1, 1, 1), PABConfig(*[Broadcast(2, (0, 1))] * 4), PABConfig(block=Broadcast(2, (0, 1)))):
+    for config in (
+        PABConfig(1, 1, 1, 1, 1),
+        PABConfig(*[Broadcast(2, (0, 1))] * 4),
+        PABConfig(block=Broadcast(2, (0, 1))),
+    ):
         pab.enable(model, config, num_steps=4)
         with_pab = [model(x, text[:, :2]) if config.block and config.spatial is None else model(x, text) for x in xs]
         if config.block == Broadcast(1):
@@ -464,12 +495,19 @@ def test_a_block_that_returns_no_stream_is_refused_by_name() -> None:
 
 
 def test_latte_by_the_generic_path_gives_what_its_own_adapter_gives() -> None:
-    config = PABConfig(spatial=Broadcast(2, (0, 1)), temporal=Broadcast(3, (0, 1)), cross=Broadcast(4, (0, 1)), mlp=Broadcast(2, (0, 1)))
+    config = PABConfig(
+        spatial=Broadcast(2, (0, 1)),
+        temporal=Broadcast(3, (0, 1)),
+        cross=Broadcast(4, (0, 1)),
+        mlp=Broadcast(2, (0, 1)),
+    )
     outs = []
     for kinds in (None, {"transformer_blocks.0.ff": "mlp"}):
         model = tiny_latte()
         pab.enable(model, config, num_steps=6, kinds=kinds)
-        assert isinstance(vars(model)["_pab_broadcaster"].adapter, latte.LatteAdapter if kinds is None else GenericAdapter)
+        assert isinstance(
+            vars(model)["_pab_broadcaster"].adapter, latte.LatteAdapter if kinds is None else GenericAdapter
+        )
         given = inputs()
         outs.append([model(**given | {"hidden_states": given["hidden_states"] * (1 + i)}).sample for i in range(6)])
         tallies = pab.summary(model).contexts["#0"]

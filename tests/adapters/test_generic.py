@@ -32,7 +32,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
     pytest.mark.filterwarnings("ignore:(?s)In CPU autocast:UserWarning"),  # Mochi asks for float32 in autocast
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers' schedulers and numpy
-    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),  # AnyFlowFAR, Kandinsky6SR, Wan-Animate 2
+    pytest.mark.filterwarnings(
+        "ignore:flex_attention called without torch.compile:UserWarning"
+    ),  # AnyFlowFAR, Kandinsky6SR, Wan-Animate 2
 ]
 
 EVERY_SECOND = Broadcast(2, (0, 1))
@@ -119,7 +121,8 @@ def test_a_family_of_diffusers(tiny: Tiny) -> None:
     assert all(same(outputs(model, tiny(seed)), plain[seed]) for seed in range(4))
     assert set(pab.summary(model).contexts["#0"]) == kinds
 
-    # Two contexts with inputs of their own: the first call of each is the model's own, the second says its attention again.
+    # Two contexts with inputs of their own: the first call of each is the model's own, the second says its attention
+    # again.
     rules = PABConfig(EVERY_SECOND, EVERY_SECOND, EVERY_SECOND, EVERY_SECOND)
     replayed = [s for s in sublayers if s.kind != "block"]
     twin = tiny.build()
@@ -127,7 +130,15 @@ def test_a_family_of_diffusers(tiny: Tiny) -> None:
     check(tiny, model, twin, rules, replayed, plain)
     pab.disable(model)
     if tiny.streams:
-        check(tiny, model, twin, PABConfig(block=EVERY_SECOND), [s for s in sublayers if s.kind == "block"], plain, exact=False)
+        check(
+            tiny,
+            model,
+            twin,
+            PABConfig(block=EVERY_SECOND),
+            [s for s in sublayers if s.kind == "block"],
+            plain,
+            exact=False,
+        )
     else:
         pab.enable(model, PABConfig(block=EVERY_SECOND), num_steps=STEPS)
         with pytest.raises(TypeError, match="a stream continues exactly one; leave out the rule for blocks"):
@@ -155,7 +166,11 @@ def counted_runs(model: nn.Module, sublayers: list[Sublayer]) -> Iterator[Counte
         module = model.get_submodule(s.name)
         handles.append(module.register_forward_pre_hook(lambda *_, name=s.name: called.append(name)))
         handles.append(module.register_forward_hook(leave))
-        handles += [m.register_forward_pre_hook(lambda *_, name=s.name: inside(name)) for m in module.modules() if m is not module]
+        handles += [
+            m.register_forward_pre_hook(lambda *_, name=s.name: inside(name))
+            for m in module.modules()
+            if m is not module
+        ]
     try:
         yield runs
     finally:
@@ -164,7 +179,13 @@ def counted_runs(model: nn.Module, sublayers: list[Sublayer]) -> Iterator[Counte
 
 
 def check(
-    tiny: Tiny, model: Any, twin: Any, rules: PABConfig, sublayers: list[Sublayer], plain: dict[int, list[Tensor]], exact: bool = True
+    tiny: Tiny,
+    model: Any,
+    twin: Any,
+    rules: PABConfig,
+    sublayers: list[Sublayer],
+    plain: dict[int, list[Tensor]],
+    exact: bool = True,
 ) -> None:
     with counted_runs(twin, sublayers) as once:
         outputs(twin, tiny(0))
@@ -252,7 +273,10 @@ def test_a_projection_shared_by_attention_and_mlp_runs_where_attention_is_reused
 
 @pytest.mark.parametrize("name", ["WanPipeline", "CogVideoXPipeline"])
 def test_a_pipeline_without_an_adapter_of_its_own_is_analysed(name: str) -> None:
-    """Its samplings under PAB are those of tests/adapters/test_pipelines.py. Guidance here is a call a branch, and batched."""
+    """Its samplings under PAB are those of tests/adapters/test_pipelines.py.
+
+    Guidance here is a call a branch, and batched.
+    """
     tiny = named(name)
     pipe = tiny.build()
     plain = tiny.sample(pipe)

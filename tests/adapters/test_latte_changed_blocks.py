@@ -1,4 +1,7 @@
-"""A Latte block that is not exactly diffusers' is run as it is, with what is found in it; the others stay on the residual stream."""
+"""A Latte block that is not exactly diffusers' is run as it is, with what is found in it.
+
+The others stay on the residual stream.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,9 @@ def wrapped(block: Any) -> None:
 
 
 def bound(block: Any) -> None:
-    block.forward = types.MethodType(lambda self, x, *args, **kwargs: x + 0.5 * type(self).forward(self, x, *args, **kwargs), block)
+    block.forward = types.MethodType(
+        lambda self, x, *args, **kwargs: x + 0.5 * type(self).forward(self, x, *args, **kwargs), block
+    )
 
 
 class Mine(BasicTransformerBlock):
@@ -139,7 +144,9 @@ def test_a_changed_block_is_run_as_it_is_and_the_others_are_fused(change: Callab
     ],
     ids=lambda v: getattr(v, "__name__", v),
 )
-def test_a_method_that_was_replaced_in_its_class_is_used(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_was_replaced_in_its_class_is_used(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = LATTE.sample(LATTE.build(), 2)
     monkeypatch.setattr(owner, name, scaled(getattr(owner, name)))
     assert not torch.equal(LATTE.sample(LATTE.build(), 2), plain)
@@ -181,7 +188,15 @@ def chunked(model: Any) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [without_text, with_two_attentions, with_another_table, foreign, of_unequal_length, with_forwards_of_its_own, chunked],
+    [
+        without_text,
+        with_two_attentions,
+        with_another_table,
+        foreign,
+        of_unequal_length,
+        with_forwards_of_its_own,
+        chunked,
+    ],
     ids=lambda c: c.__name__.replace("_", " "),
 )
 def test_a_model_with_other_parts_is_run_as_it_is(change: Callable[[Any], None]) -> None:
@@ -203,7 +218,9 @@ def test_a_model_of_other_norms_is_run_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__.replace("_", " "))
-def test_a_block_that_is_changed_after_enable_is_run_as_it_is_from_the_next_generation_on(change: Callable[[Any], None]) -> None:
+def test_a_block_that_is_changed_after_enable_is_run_as_it_is_from_the_next_generation_on(
+    change: Callable[[Any], None],
+) -> None:
     pipe, twin = LATTE.build(), changed_pipe(change).build()
     plain = LATTE.sample(twin, STEPS)
     pab.enable(pipe, CONFIG)
@@ -243,7 +260,9 @@ def test_a_block_that_is_changed_back_is_fused_again() -> None:
 def test_gated_outputs_are_not_kept_of_a_block_that_is_run_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_latte()
     wrapped(model.transformer_blocks[0])
-    with pytest.raises(ValueError, match="cache_point 'post_gate' does not suit LatteTransformer3DModel; supported are 'pre_gate'"):
+    with pytest.raises(
+        ValueError, match="cache_point 'post_gate' does not suit LatteTransformer3DModel; supported are 'pre_gate'"
+    ):
         pab.enable(model, PABConfig(spatial=2, cache_point="post_gate"), num_steps=2)
     pipe = tiny_pipe(model=model)
     pab.enable(pipe)

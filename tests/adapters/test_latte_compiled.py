@@ -1,4 +1,5 @@
-"""Blocks compiled with `fullgraph=True`: one graph for each pattern of compute, store and reuse, and the results of plain blocks."""
+"""Blocks compiled with `fullgraph=True`: one graph for each pattern of compute, store and reuse, and the results of
+plain blocks."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def test_as_many_graphs_as_patterns_and_none_in_a_second_generation(pab_config: 
         if first:
             expected, found = outputs(plain), outputs(model)
             made = dict(graphs)
-            assert made == {name: patterns(model, name) for name in ("transformer_blocks.0", "temporal_transformer_blocks.0")}
+            assert made == {
+                name: patterns(model, name) for name in ("transformer_blocks.0", "temporal_transformer_blocks.0")
+            }
         else:
             with pab.generation(plain, num_steps=STEPS), pab.generation(model, num_steps=STEPS):
                 expected, found = outputs(plain), outputs(model)
@@ -76,7 +79,9 @@ def test_what_was_computed_from_another_shape_is_not_reused() -> None:
 
     plain, model = enabled(THIRDS), enabled(THIRDS)
     compiled(model)
-    with torch._dynamo.config.patch(recompile_limit=16):  # both shapes have graphs of their own, as they have without PAB
+    with torch._dynamo.config.patch(
+        recompile_limit=16
+    ):  # both shapes have graphs of their own, as they have without PAB
         for a, b in zip(outputs(model, changing), outputs(plain, changing), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert str(pab.summary(model)) == str(pab.summary(plain)) and pab.summary(model).forced > 0
@@ -105,7 +110,13 @@ def test_an_exception_in_a_compiled_block_leaves_nothing_behind() -> None:
     with torch.no_grad(), pytest.raises(RuntimeError):
         for step in range(STEPS):
             with pab.context(model, "cond", step):
-                model(**inputs() | {"hidden_states": noise(step), "encoder_hidden_states": prompt() if step < 4 else prompt()[..., :3]})
+                model(
+                    **inputs()
+                    | {
+                        "hidden_states": noise(step),
+                        "encoder_hidden_states": prompt() if step < 4 else prompt()[..., :3],
+                    }
+                )
     assert pab.summary(model).cache_bytes == 0
 
 

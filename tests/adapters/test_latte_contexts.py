@@ -19,7 +19,12 @@ from tests.oracle import Oracle, Rule
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-RULES: dict[str, Any] = {"spatial": Rule(2, (0, 1)), "temporal": Rule(3, (0, 1)), "cross": Rule(6, (0, 1)), "mlp": Rule(3, (0.2, 0.8))}
+RULES: dict[str, Any] = {
+    "spatial": Rule(2, (0, 1)),
+    "temporal": Rule(3, (0, 1)),
+    "cross": Rule(6, (0, 1)),
+    "mlp": Rule(3, (0.2, 0.8)),
+}
 CONFIG = PABConfig(**{kind: Broadcast(rule.range, rule.window) for kind, rule in RULES.items()})
 TIMESTEPS = list(range(900, -1, -100))
 STEPS = len(TIMESTEPS)
@@ -28,7 +33,11 @@ COND, UNCOND = prompt(1), prompt(2)
 
 def counts(model: Any, kind: str = "spatial") -> dict[str, tuple[int, int, int]]:
     """By context: computed, reused, forced."""
-    return {name: (t[kind].computed, t[kind].reused, t[kind].forced) for name, t in pab.summary(model).contexts.items() if kind in t}
+    return {
+        name: (t[kind].computed, t[kind].reused, t[kind].forced)
+        for name, t in pab.summary(model).contexts.items()
+        if kind in t
+    }
 
 
 def by_context(model: Any, name: str, step: int) -> Any:
@@ -52,7 +61,10 @@ def test_named_contexts_never_see_each_other(named: Callable[..., Any], poisoned
     xs[poisoned].fill_(float("nan"))
     oracle = Oracle(model, RULES, TIMESTEPS)
     expected = {
-        name: [oracle(name, i, (1 - i / 20) * xs[name], torch.tensor([t]), texts[name]) for i, t in enumerate(TIMESTEPS)] for name in texts
+        name: [
+            oracle(name, i, (1 - i / 20) * xs[name], torch.tensor([t]), texts[name]) for i, t in enumerate(TIMESTEPS)
+        ]
+        for name in texts
     }
     pab.enable(model, CONFIG, num_steps=STEPS)
     for i, t in enumerate(TIMESTEPS):
@@ -67,8 +79,13 @@ def test_named_contexts_never_see_each_other(named: Callable[..., Any], poisoned
     assert pab.summary(model).forced == 0
 
 
-def guided(pipe: Any, order: Callable[[int], str], *, steps: int = STEPS, xs: dict[str, Tensor] | None = None) -> dict[str, list[Tensor]]:
-    """A pipeline's loop that calls the model once a branch and names no context. `order(step)` says which, such as "uc"."""
+def guided(
+    pipe: Any, order: Callable[[int], str], *, steps: int = STEPS, xs: dict[str, Tensor] | None = None
+) -> dict[str, list[Tensor]]:
+    """A pipeline's loop that calls the model once a branch and names no context.
+
+    `order(step)` says which, such as "uc".
+    """
     scheduler, model = pipe.scheduler, pipe.transformer
     scheduler.set_timesteps(steps)
     x = noise() * scheduler.init_noise_sigma
@@ -77,7 +94,9 @@ def guided(pipe: Any, order: Callable[[int], str], *, steps: int = STEPS, xs: di
     for i, t in enumerate(scheduler.timesteps):
         for branch in order(i):
             inputs = scheduler.scale_model_input(x, t) if xs is None else xs[branch] * (1 - i / 20)
-            outs[branch].append(model(hidden_states=inputs, timestep=t[None], encoder_hidden_states=texts[branch], return_dict=False)[0])
+            outs[branch].append(
+                model(hidden_states=inputs, timestep=t[None], encoder_hidden_states=texts[branch], return_dict=False)[0]
+            )
         out = outs[order(i)[-1]][-1][:, :4]
         x = scheduler.step(out.nan_to_num(), t, x, return_dict=False)[0]
     return outs
@@ -146,8 +165,11 @@ def test_a_context_that_ends_early_and_one_that_comes_late_are_computed_and_coun
             expected = oracle(name, i, *args)
             with named(model, name, i):
                 assert torch.equal(model(*args).sample, expected), (name, i)
-    # Late at step 3: spatial and cross have a reuse there and compute once instead; temporal and MLPs compute at 3 anyway.
-    forced = {name: {k: t.forced for k, t in kinds.items() if t.forced} for name, kinds in pab.summary(model).contexts.items()}
+    # Late at step 3: spatial and cross have a reuse there and compute once instead; temporal and MLPs compute at 3
+    # anyway.
+    forced = {
+        name: {k: t.forced for k, t in kinds.items() if t.forced} for name, kinds in pab.summary(model).contexts.items()
+    }
     assert forced == {"early": {}, "always": {}, "late": {"spatial": LAYERS, "cross": LAYERS}}
 
 
@@ -171,7 +193,8 @@ def test_a_block_that_has_to_run_leaves_alone_what_its_sublayers_hold_for_later(
     for i in (0, 1, 3, 4):
         with pab.context(model, "c", step=i):
             model(noise(i), torch.tensor([9 - i]), COND)
-    # Step 3 would reuse the blocks of step 2, which did not come: all in them runs, and cross attention at 4 still reads step 0.
+    # Step 3 would reuse the blocks of step 2, which did not come: all in them runs, and cross attention at 4 still
+    # reads step 0.
     assert counts(model, "block")["c"] == (4 * 2 * LAYERS, 0, 2 * LAYERS)
     assert counts(model, "cross")["c"] == (2 * LAYERS, 2 * LAYERS, 0)
 
@@ -206,7 +229,8 @@ def test_context_names_cannot_collide_with_the_order_of_calls() -> None:
 
 
 def assert_change_is_survived(before: dict[str, Any], after: dict[str, Any], at: int = 4) -> Any:
-    """Calls with other inputs from step `at` on: computed anew, counted, and as the oracle has it for a context that comes late."""
+    """Calls with other inputs from step `at` on: computed anew, counted, and as the oracle has it for a context that
+    comes late."""
     model = tiny_latte()
     oracle = Oracle(tiny_latte(), RULES, TIMESTEPS)
     pab.enable(model, CONFIG, num_steps=STEPS)
@@ -226,7 +250,13 @@ def assert_change_is_survived(before: dict[str, Any], after: dict[str, Any], at:
 
 @pytest.mark.parametrize(
     "after",
-    [{"batch": 1}, {"batch": 3}, {"batch": 2, "height": 24}, {"batch": 2, "height": 8, "width": 32}, {"batch": 2, "text": 7}],
+    [
+        {"batch": 1},
+        {"batch": 3},
+        {"batch": 2, "height": 24},
+        {"batch": 2, "height": 8, "width": 32},
+        {"batch": 2, "text": 7},
+    ],
     ids=["guidance switched off", "larger batch", "larger", "turned, as many tokens", "longer prompt"],
 )
 @pytest.mark.parametrize("at", [4, 5])

@@ -18,7 +18,18 @@ from pab_kernels import Broadcast, PABConfig, ops
 from pab_kernels.analysis.forecasts.measure import measure
 from pab_kernels.broadcast.costs import on_meta
 from pab_kernels.rules.plan import Forecast
-from tests.adapters.tiny_latte import FRAMES, LAYERS, SIZE, TEXT, TEXT_CHANNELS, noise, prompt, sample, tiny_latte, tiny_pipe
+from tests.adapters.tiny_latte import (
+    FRAMES,
+    LAYERS,
+    SIZE,
+    TEXT,
+    TEXT_CHANNELS,
+    noise,
+    prompt,
+    sample,
+    tiny_latte,
+    tiny_pipe,
+)
 from tests.pairs import pairs
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates
@@ -49,7 +60,9 @@ def forecast(model: Any, *, batch: int = 1, size: int = SIZE, text: int = TEXT) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", [PABConfig(), PABConfig(spatial=2, temporal=3, cross=4), PABConfig(**EVERYTHING), PABConfig(**LINEAR)])
+@pytest.mark.parametrize(
+    "config", [PABConfig(), PABConfig(spatial=2, temporal=3, cross=4), PABConfig(**EVERYTHING), PABConfig(**LINEAR)]
+)
 def test_flops_of_a_pipeline_run_are_forecast_and_counted(config: PABConfig, dtype: torch.dtype) -> None:
     pipe = tiny_pipe(model=tiny_latte(dtype))
     with ops.flop_counter() as plain:
@@ -96,7 +109,12 @@ def test_an_mlp_in_chunks_costs_what_all_chunks_do() -> None:
 
 @pytest.mark.parametrize(
     ("rules", "cache_dtype", "cache_point", "dtype"),
-    pairs([EVERYTHING, LINEAR], [None, "int8", "float8_e4m3fn"], ["pre_gate", "post_gate"], [torch.float32, torch.bfloat16]),
+    pairs(
+        [EVERYTHING, LINEAR],
+        [None, "int8", "float8_e4m3fn"],
+        ["pre_gate", "post_gate"],
+        [torch.float32, torch.bfloat16],
+    ),
 )
 def test_peak_cache_bytes_are_forecast(rules: Any, cache_dtype: Any, cache_point: Any, dtype: torch.dtype) -> None:
     pipe = tiny_pipe(model=tiny_latte(dtype))
@@ -117,7 +135,9 @@ def test_peak_cache_bytes_are_forecast(rules: Any, cache_dtype: Any, cache_point
 @st.composite
 def configs(draw: st.DrawFn) -> PABConfig:
     rules = []
-    for kind in draw(st.lists(st.sampled_from(["spatial", "temporal", "cross", "mlp", "block"]), min_size=1, max_size=6)):
+    for kind in draw(
+        st.lists(st.sampled_from(["spatial", "temporal", "cross", "mlp", "block"]), min_size=1, max_size=6)
+    ):
         lo, hi = sorted(draw(st.lists(st.integers(0, 8), min_size=2, max_size=2, unique=True)))
         layers = draw(st.sampled_from([None, (0,), (1,)]))
         reuse = draw(st.sampled_from(["hold", "linear"]))
@@ -139,7 +159,8 @@ def test_the_forecast_holds_for_any_rules(config: PABConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "cache_dtype", "cache_point"), pairs([EVERYTHING, LINEAR], [None, "int8", "float8_e4m3fn"], ["pre_gate", "post_gate"])
+    ("rules", "cache_dtype", "cache_point"),
+    pairs([EVERYTHING, LINEAR], [None, "int8", "float8_e4m3fn"], ["pre_gate", "post_gate"]),
 )
 def test_a_generation_runs_on_the_meta_device(rules: Any, cache_dtype: Any, cache_point: Any) -> None:
     model = tiny_latte().to("meta")

@@ -1,4 +1,5 @@
-"""Where nothing is reused Latte under PAB is bit-identical to Latte, and a module that was changed is called as it is."""
+"""Where nothing is reused Latte under PAB is bit-identical to Latte, and a module that was changed is called as it
+is."""
 
 from __future__ import annotations
 
@@ -75,8 +76,13 @@ def test_keeping_an_output_does_not_change_it(cache_dtype: Any, cache_point: Any
 
 
 @contextlib.contextmanager
-def same_as_plain(change: Callable[[Any], Any], *, undo: Callable[[Any], Any] = lambda model: None, steps: int = 3) -> Iterator[Any]:
-    """A pipeline whose model is changed; with nothing reused it gives what it gives without PAB. The change is used: the result differs."""
+def same_as_plain(
+    change: Callable[[Any], Any], *, undo: Callable[[Any], Any] = lambda model: None, steps: int = 3
+) -> Iterator[Any]:
+    """A pipeline whose model is changed.
+
+    With nothing reused it gives what it gives without PAB. The change is used: the result differs.
+    """
     pipe = tiny_pipe()
     before = sample(pipe, steps)
     change(pipe.transformer)
@@ -95,7 +101,8 @@ CALLS = 3 + 3
 
 
 class LowRank(nn.Module):
-    """A linear layer and a low-rank change to it, as LoRA wraps one: another class, without the attributes of `nn.Linear`."""
+    """A linear layer and a low-rank change to it, as LoRA wraps one: another class, without the attributes of
+    `nn.Linear`."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -126,7 +133,9 @@ def test_a_wrapped_linear_layer_is_used(path: str) -> None:
     assert wrapped[0].calls == CALLS
 
 
-@pytest.mark.parametrize("path", ["attn1", "attn2", "ff", "norm1", "norm2", "attn1.to_out.0", "ff.net.2", "attn1.to_q", "ff.net.0"])
+@pytest.mark.parametrize(
+    "path", ["attn1", "attn2", "ff", "norm1", "norm2", "attn1.to_out.0", "ff.net.2", "attn1.to_q", "ff.net.0"]
+)
 @pytest.mark.parametrize("kind", ["forward", "forward pre"])
 def test_a_hook_on_any_module_fires_and_its_result_is_taken(path: str, kind: str) -> None:
     fired = []
@@ -206,7 +215,9 @@ class MeanOfValues(nn.Module):
         super().__init__()
         self.value = nn.Linear(64, 64)
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Any = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Any = None
+    ) -> Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         return self.value(source).mean(1, keepdim=True).expand_as(hidden_states)
 
@@ -434,7 +445,8 @@ def test_hooks_of_diffusers_and_accelerate_on_model_and_blocks_work_around_pab(w
 @pytest.mark.parametrize("cache_dtype", [None, "int8", "float8_e4m3fn"])
 @torch.no_grad()
 def test_a_large_output_that_does_not_change_stays_finite_in_float16_under_a_linear_rule(cache_dtype: Any) -> None:
-    """The same input at every step: the line through two equal outputs is that output, far from where float16 ends though it is."""
+    """The same input at every step: the line through two equal outputs is that output, far from where float16 ends
+    though it is."""
     model = tiny_latte(torch.float16)
     model.transformer_blocks[0].ff.net[2].bias.fill_(4e4)
     model.adaln_single.linear.weight[5 * 64 :] = 0

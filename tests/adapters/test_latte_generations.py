@@ -20,7 +20,12 @@ from tests.oracle import Rule
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-RULES: dict[str, Any] = {"spatial": Rule(2, (0, 1)), "temporal": Rule(3, (0, 1)), "cross": Rule(6, (0, 1)), "mlp": Rule(3, (0.2, 0.8))}
+RULES: dict[str, Any] = {
+    "spatial": Rule(2, (0, 1)),
+    "temporal": Rule(3, (0, 1)),
+    "cross": Rule(6, (0, 1)),
+    "mlp": Rule(3, (0.2, 0.8)),
+}
 CONFIG = PABConfig(**{kind: Broadcast(rule.range, rule.window) for kind, rule in RULES.items()})
 TIMESTEPS = list(range(900, -1, -100))
 STEPS = len(TIMESTEPS)
@@ -31,7 +36,12 @@ def held(model: Any) -> list[weakref.ref[Tensor]]:
     """Weak references to all that is kept in slots now. They are to die without the garbage collector."""
     broadcaster = broadcaster_of(model)
     assert broadcaster is not None and broadcaster.latest is not None
-    slots = [slot for context in broadcaster.latest.contexts.values() for kept in context.arena._slots.values() for slot in kept]
+    slots = [
+        slot
+        for context in broadcaster.latest.contexts.values()
+        for kept in context.arena._slots.values()
+        for slot in kept
+    ]
     return [weakref.ref(slot.value) for slot in slots]
 
 
@@ -77,13 +87,17 @@ def fail_in_the_step(pipe: Any) -> Any:
     return lambda: delattr(scheduler, "_get_variance"), {}
 
 
-@pytest.mark.parametrize("fail", [fail_in_a_block, fail_in_a_callback, fail_in_the_step], ids=lambda f: f.__name__.replace("_", " "))
+@pytest.mark.parametrize(
+    "fail", [fail_in_a_block, fail_in_a_callback, fail_in_the_step], ids=lambda f: f.__name__.replace("_", " ")
+)
 def test_an_error_in_the_middle_leaves_nothing_for_the_next_run(fail: Callable[[Any], Any]) -> None:
     pipe = tiny_pipe(DDIMScheduler())
     pab.enable(pipe, CONFIG)
     clean = sample(pipe, 8)
     tensors: list[Any] = []
-    handle = pipe.transformer.register_forward_pre_hook(lambda *_: tensors.__setitem__(slice(None), held(pipe.transformer)))
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda *_: tensors.__setitem__(slice(None), held(pipe.transformer))
+    )
     undo, kwargs = fail(pipe)
     with pytest.raises(OnPurpose):
         sample(pipe, 8, seed=5, **kwargs)

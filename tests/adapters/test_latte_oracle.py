@@ -25,12 +25,21 @@ def broadcast(rule: Rule) -> Broadcast:
 
 
 def config_of(rules: dict[str, Rule | list[Rule]], **kwargs: Any) -> PABConfig:
-    pairs = [(kind, broadcast(rule)) for kind, listed in rules.items() for rule in ([listed] if isinstance(listed, Rule) else listed)]
+    pairs = [
+        (kind, broadcast(rule))
+        for kind, listed in rules.items()
+        for rule in ([listed] if isinstance(listed, Rule) else listed)
+    ]
     return PABConfig(rules=tuple(pairs), **kwargs)
 
 
 def both(
-    rules: dict[str, Any], *, batch: int = 1, texts: dict[str, torch.Tensor] = TEXTS, dtype: str | None = None, post_gate: bool = False
+    rules: dict[str, Any],
+    *,
+    batch: int = 1,
+    texts: dict[str, torch.Tensor] = TEXTS,
+    dtype: str | None = None,
+    post_gate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """The adapter's result, the oracle's, and the summary."""
     model = tiny_latte()
@@ -71,18 +80,37 @@ CASES: dict[str, dict[str, Any]] = {
     "pyramid": {"spatial": Rule(2), "temporal": Rule(3), "cross": Rule(4)},
     "everything": {"spatial": Rule(2), "temporal": Rule(4), "cross": Rule(6, WIDE), "mlp": Rule(3)},
     "all but spatial": {"temporal": Rule(4, WIDE), "cross": Rule(5, WIDE), "mlp": Rule(6, WIDE)},
-    "sublayers of blocks that are reused": {"block": Rule(3, WIDE), "spatial": Rule(2, WIDE), "cross": Rule(5, WIDE), "mlp": Rule(4)},
-    "some blocks": {"block": Rule(2, WIDE, layers=(1,)), "spatial": Rule(3, WIDE, layers=(0,)), "mlp": Rule(2, layers=(1,))},
-    "one layer apart from the others": {"spatial": [Rule(2, WIDE), Rule(5, WIDE, layers=(1,))], "cross": Rule(3, WIDE, layers=(0,))},
+    "sublayers of blocks that are reused": {
+        "block": Rule(3, WIDE),
+        "spatial": Rule(2, WIDE),
+        "cross": Rule(5, WIDE),
+        "mlp": Rule(4),
+    },
+    "some blocks": {
+        "block": Rule(2, WIDE, layers=(1,)),
+        "spatial": Rule(3, WIDE, layers=(0,)),
+        "mlp": Rule(2, layers=(1,)),
+    },
+    "one layer apart from the others": {
+        "spatial": [Rule(2, WIDE), Rule(5, WIDE, layers=(1,))],
+        "cross": Rule(3, WIDE, layers=(0,)),
+    },
     "windows in steps": {"spatial": Rule(3, (1, 9), "step"), "cross": Rule(2, (4, 7), "step")},
     "windows in timesteps": {"temporal": Rule(2, (100, 800), "timestep"), "cross": Rule(5, (70, 951), "timestep")},
-    "from the first step to the last": {"spatial": Rule(2, (0, 1)), "cross": Rule(100, (0, 1)), "mlp": Rule(100, (0, 1))},
+    "from the first step to the last": {
+        "spatial": Rule(2, (0, 1)),
+        "cross": Rule(100, (0, 1)),
+        "mlp": Rule(100, (0, 1)),
+    },
 }
 
 
 def reusing(reuse: str, rules: dict[str, Any]) -> dict[str, list[Rule]]:
     """The same rules with this way of reuse."""
-    return {kind: [replace(rule, reuse=reuse) for rule in ([of] if isinstance(of, Rule) else of)] for kind, of in rules.items()}
+    return {
+        kind: [replace(rule, reuse=reuse) for rule in ([of] if isinstance(of, Rule) else of)]
+        for kind, of in rules.items()
+    }
 
 
 @pytest.mark.parametrize(("case", "post_gate", "reuse"), pairs(list(CASES), [False, True], ["hold", "linear"]))
@@ -119,7 +147,9 @@ def test_batched_and_separate_guidance_give_the_same(cache_point: str, reuse: st
     for t in TIMESTEPS:
         out = model(torch.cat([x, x]), timestep=torch.tensor([t, t]), encoder_hidden_states=texts).sample[:, :4]
         x = x - 0.1 * out.sum(0, keepdim=True)
-    assert (x - separate).norm() < 1e-4 * separate.norm()  # a GEMM of two rows may add up in another order than two of one
+    assert (
+        x - separate
+    ).norm() < 1e-4 * separate.norm()  # a GEMM of two rows may add up in another order than two of one
 
 
 BOUNDS = {"int8": 0.01, "float8_e4m3fn": 0.04}
@@ -127,15 +157,21 @@ BOUNDS = {"int8": 0.01, "float8_e4m3fn": 0.04}
 
 @pytest.mark.parametrize(
     ("case", "reuse", "dtype", "post_gate"),
-    pairs(["everything", "block", "sublayers of blocks that are reused"], ["hold", "linear"], list(BOUNDS), [False, True]),
+    pairs(
+        ["everything", "block", "sublayers of blocks that are reused"], ["hold", "linear"], list(BOUNDS), [False, True]
+    ),
 )
-def test_8_bit_slots_round_as_the_oracle_does_and_change_little(case: str, reuse: str, dtype: str, post_gate: bool) -> None:
+def test_8_bit_slots_round_as_the_oracle_does_and_change_little(
+    case: str, reuse: str, dtype: str, post_gate: bool
+) -> None:
     rules = reusing(reuse, CASES[case])
     got, expected, summary = both(rules, dtype=dtype, post_gate=post_gate)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     exact, _, wide = both(rules, post_gate=post_gate)
     error = (got - exact).norm() / exact.norm()
-    assert 0 < error < BOUNDS[dtype] * (1 if reuse == "hold" else 4)  # the line magnifies what rounding does to the two outputs
+    assert (
+        0 < error < BOUNDS[dtype] * (1 if reuse == "hold" else 4)
+    )  # the line magnifies what rounding does to the two outputs
     assert summary.peak_cache_bytes < 0.3 * wide.peak_cache_bytes
 
 
@@ -151,7 +187,16 @@ def test_8_bit_slots_round_as_the_oracle_does_and_change_little(case: str, reuse
         ({}, 1, 4, 20),
         ({"video_length": 3}, 3, 12, 4),
     ],
-    ids=["no cross attention", "GEGLU", "affine norms", "3 heads of 72", "heads of 8", "one token", "one frame", "odd numbers"],
+    ids=[
+        "no cross attention",
+        "GEGLU",
+        "affine norms",
+        "3 heads of 72",
+        "heads of 8",
+        "one token",
+        "one frame",
+        "odd numbers",
+    ],
 )
 @pytest.mark.parametrize(("dtype", "reuse"), [(None, "hold"), ("int8", "hold"), (None, "linear")])
 def test_other_models_and_shapes_are_as_the_oracle_has_them(
@@ -194,10 +239,14 @@ def test_the_oracle_is_not_the_plain_model() -> None:
 @st.composite
 def rule_sets(draw: st.DrawFn) -> dict[str, list[Rule]]:
     rules: dict[str, list[Rule]] = {}
-    for kind in draw(st.lists(st.sampled_from(["spatial", "temporal", "cross", "mlp", "block"]), min_size=1, unique=True)):
+    for kind in draw(
+        st.lists(st.sampled_from(["spatial", "temporal", "cross", "mlp", "block"]), min_size=1, unique=True)
+    ):
         lo, hi = sorted(draw(st.lists(st.integers(0, 10), min_size=2, max_size=2, unique=True)))
         layers = draw(st.sampled_from([None, (0,), (1,)]))
-        rules[kind] = [Rule(draw(st.integers(1, 7)), (lo, hi), "step", layers, draw(st.sampled_from(["hold", "linear"])))]
+        rules[kind] = [
+            Rule(draw(st.integers(1, 7)), (lo, hi), "step", layers, draw(st.sampled_from(["hold", "linear"])))
+        ]
     return rules
 
 

@@ -12,14 +12,29 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteSchedul
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
-from tests.adapters.tiny_latte import LAYERS, counted_operations, inputs, noise, prompt, run_model, sample, tiny_latte, tiny_pipe
+from tests.adapters.tiny_latte import (
+    LAYERS,
+    counted_operations,
+    inputs,
+    noise,
+    prompt,
+    run_model,
+    sample,
+    tiny_latte,
+    tiny_pipe,
+)
 from tests.hang import HANG
 from tests.oracle import Oracle, Rule
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-RULES: dict[str, Any] = {"spatial": Rule(2, (0, 1)), "temporal": Rule(3, (0, 1)), "cross": Rule(6, (0, 1)), "mlp": Rule(3, (0.2, 0.8))}
+RULES: dict[str, Any] = {
+    "spatial": Rule(2, (0, 1)),
+    "temporal": Rule(3, (0, 1)),
+    "cross": Rule(6, (0, 1)),
+    "mlp": Rule(3, (0.2, 0.8)),
+}
 CONFIG = PABConfig(**{kind: Broadcast(rule.range, rule.window) for kind, rule in RULES.items()})
 TIMESTEPS = list(range(900, -1, -100))
 STEPS = len(TIMESTEPS)
@@ -54,7 +69,10 @@ def in_threads(*work: Callable[[], Any]) -> list[Any]:
 @pytest.mark.parametrize("shared", [False, True], ids=["a transformer each", "one transformer"])
 def test_pipelines_in_two_threads_do_not_touch_each_other(shared: bool) -> None:
     model = tiny_latte()
-    pipes = [tiny_pipe(scheduler(), model if shared else tiny_latte()) for scheduler in (DDIMScheduler, EulerDiscreteScheduler)]
+    pipes = [
+        tiny_pipe(scheduler(), model if shared else tiny_latte())
+        for scheduler in (DDIMScheduler, EulerDiscreteScheduler)
+    ]
     settings = [{"steps": 8, "seed": 1}, {"steps": 8, "seed": 2, "guidance": 1.0}]
     for pipe in pipes:
         pab.enable(pipe, CONFIG)
@@ -132,7 +150,9 @@ def test_one_transformer_in_two_pipes_in_turn() -> None:
     assert "step" not in vars(first.scheduler) and "step" not in vars(second.scheduler)
 
 
-def test_a_pipe_that_shares_the_model_and_was_not_enabled_runs_plainly_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pipe_that_shares_the_model_and_was_not_enabled_runs_plainly_and_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = tiny_latte()
     first, second = tiny_pipe(DDIMScheduler(), model), tiny_pipe(DDIMScheduler(), model)
     pab.enable(first, CONFIG)
@@ -171,7 +191,9 @@ def test_a_scheduler_exchanged_after_enable_is_followed(scheduler: Any) -> None:
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used before"])
 @pytest.mark.parametrize("when", ["before the run", "in the run"])
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, HeunDiscreteScheduler])
-def test_a_scheduler_exchanged_on_an_idle_pipe_does_not_disturb_the_other(scheduler: Any, when: str, used: bool) -> None:
+def test_a_scheduler_exchanged_on_an_idle_pipe_does_not_disturb_the_other(
+    scheduler: Any, when: str, used: bool
+) -> None:
     model = tiny_latte()
     idle, busy = tiny_pipe(DDIMScheduler(), model), tiny_pipe(DDIMScheduler(), model)
     pab.enable(idle, CONFIG)
@@ -239,4 +261,6 @@ def test_the_oracle_and_the_loop_see_the_same_rules() -> None:
     model = tiny_latte()
     expected = run_model(Oracle(model, RULES, TIMESTEPS), TIMESTEPS, noise(), {"": COND})
     pab.enable(model, CONFIG, num_steps=STEPS)
-    assert torch.equal(run_model(lambda name, step, *a, **k: model(*a, **k).sample, TIMESTEPS, noise(), {"": COND}), expected)
+    assert torch.equal(
+        run_model(lambda name, step, *a, **k: model(*a, **k).sample, TIMESTEPS, noise(), {"": COND}), expected
+    )

@@ -69,7 +69,10 @@ def computed_steps(kind: str, timesteps: Any, first: int = 0) -> list[int]:
 
 def expected_calls(timesteps: Any, first: int, step: int) -> dict[tuple[str, str], int]:
     """By group and first part, the calls of one module summed over the layers, up to and including `step`."""
-    return {key: LAYERS * sum(i <= step for i in computed_steps(kind, timesteps, first)) for key, kind in SUBLAYER_OF.items()}
+    return {
+        key: LAYERS * sum(i <= step for i in computed_steps(kind, timesteps, first))
+        for key, kind in SUBLAYER_OF.items()
+    }
 
 
 def assert_calls(counts: Counter[tuple[str, str]], timesteps: Any, first: int, step: int) -> None:
@@ -142,7 +145,10 @@ def test_fused_operations_run_as_often_as_the_rules_say(name: str) -> None:
 
 
 def sample_from_the_middle(pipe: Any, first: int, *, tell: bool, steps: int = STEPS) -> Any:
-    """Image-to-image, as diffusers' pipelines do it. Where they tell the scheduler its place, some scale the model's timesteps."""
+    """Image-to-image, as diffusers' pipelines do it.
+
+    Where they tell the scheduler its place, some scale the model's timesteps.
+    """
     scheduler, model = pipe.scheduler, pipe.transformer
     scheduler.set_timesteps(steps)
     if tell:
@@ -183,7 +189,9 @@ def test_a_schedule_entered_in_the_middle_keeps_its_place(name: str, tell: bool)
 def test_a_line_begins_anew_where_the_schedule_is_entered(tell: bool) -> None:
     rules = {kind: replace(rule, reuse="linear") for kind, rule in RULES.items()}
     pipe = tiny_pipe(EulerDiscreteScheduler())
-    pab.enable(pipe, PABConfig(**{kind: Broadcast(rule.range, rule.window, reuse="linear") for kind, rule in rules.items()}))
+    pab.enable(
+        pipe, PABConfig(**{kind: Broadcast(rule.range, rule.window, reuse="linear") for kind, rule in rules.items()})
+    )
     got = sample_from_the_middle(pipe, 4, tell=tell)
     summary = pab.summary(pipe)
     assert summary.plan is not None and summary.plan.schedule.begin == 4

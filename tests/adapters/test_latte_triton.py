@@ -27,13 +27,18 @@ def outputs(config: PABConfig, dtype: torch.dtype) -> list[Tensor]:
     found = []
     with torch.no_grad():
         for step in range(STEPS):
-            given: dict[str, Any] = {"hidden_states": noise(step).to(dtype), **{k: v for k, v in inputs().items() if k != "hidden_states"}}
+            given: dict[str, Any] = {
+                "hidden_states": noise(step).to(dtype),
+                **{k: v for k, v in inputs().items() if k != "hidden_states"},
+            }
             given["encoder_hidden_states"] = given["encoder_hidden_states"].to(dtype)
             found.append(model(**{name: t.to(KERNEL_DEVICE) for name, t in given.items()}).sample.float())
     return found
 
 
-@pytest.mark.parametrize(("reuse", "cache_dtype"), [("hold", None), ("linear", "int8")])  # tests/ops has every kernel with both
+@pytest.mark.parametrize(
+    ("reuse", "cache_dtype"), [("hold", None), ("linear", "int8")]
+)  # tests/ops has every kernel with both
 def test_it_agrees_with_the_reference(reuse: Any, cache_dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = [Broadcast(reach, WINDOW, reuse=reuse) for reach in (2, 3, 4, 2)]
     config = PABConfig(spatial=rules[0], temporal=rules[1], cross=rules[2], mlp=rules[3], cache_dtype=cache_dtype)

@@ -25,11 +25,18 @@ class JointAttention(nn.Module):
         self.video, self.text = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.calls = 0
 
-    def forward(self, *, streams: dict[str, Tensor], rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, dict[str, Any]]:
+    def forward(
+        self, *, streams: dict[str, Tensor], rotary: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
         self.calls += 1
         mean = streams["text"].mean(1, keepdim=True)
         video = self.video(streams["video"] + mean)
-        return video, {"text": self.text(streams["text"]), "count": self.calls, "norm": video.detach().norm(), "none": None}
+        return video, {
+            "text": self.text(streams["text"]),
+            "count": self.calls,
+            "norm": video.detach().norm(),
+            "none": None,
+        }
 
 
 class Attention(nn.Module):
@@ -259,7 +266,10 @@ def test_linear_modules_run_as_often_as_held_ones_and_keep_two_outputs() -> None
     peaks, ran = [], []
     for reuse in ("hold", "linear"):
         model = build()
-        rules = {kind: Broadcast(reach, (0.25, 1), reuse=reuse) for kind, reach in (("spatial", 2), ("temporal", 3), ("mlp", 4))}
+        rules = {
+            kind: Broadcast(reach, (0.25, 1), reuse=reuse)
+            for kind, reach in (("spatial", 2), ("temporal", 3), ("mlp", 4))
+        }
         pab.enable(model, PABConfig(**rules), num_steps=STEPS)
         for i in range(STEPS):
             model(**inputs(i))
@@ -272,7 +282,9 @@ def test_linear_modules_run_as_often_as_held_ones_and_keep_two_outputs() -> None
 
 def test_8_bit_slots_of_a_nest_reuse() -> None:
     model = build()
-    pab.enable(model, PABConfig(spatial=Broadcast(2, (0, 1)), mlp=Broadcast(3, (0, 1)), cache_dtype="int8"), num_steps=STEPS)
+    pab.enable(
+        model, PABConfig(spatial=Broadcast(2, (0, 1)), mlp=Broadcast(3, (0, 1)), cache_dtype="int8"), num_steps=STEPS
+    )
     for i in range(STEPS):
         assert model(**inputs(i)).isfinite().all()
     summary = pab.summary(model)

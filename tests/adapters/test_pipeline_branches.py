@@ -1,5 +1,5 @@
-"""Pipelines whose calls of the model differ from step to step: three branches, guidance that comes and goes, schedules of second order
-or entered in the middle, chunks of a long video."""
+"""Pipelines whose calls of the model differ from step to step: three branches, guidance that comes and goes, schedules
+of second order or entered in the middle, chunks of a long video."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def test_skip_layer_guidance_of_sd3_is_a_context_of_its_own_that_comes_late_and_
     skip = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.7}
     summary = assert_runs_as_the_oracle(tiny, STEPS, **skip)
     assert list(summary.contexts) == ["#0", "#1"]
-    # Steps 1 to 4, without one of three blocks. Attention at 1 and MLPs at 4 would reuse what this branch did not write.
+    # Steps 1 to 4, without one of three blocks. Attention at 1 and MLPs at 4 would reuse what this branch did not
+    # write.
     assert summary.contexts["#1"]["spatial"].forced == 3 and summary.contexts["#1"]["mlp"].forced == 0
     assert all(t.forced == 0 for t in summary.contexts["#0"].values())
 
@@ -65,7 +66,9 @@ GUIDERS = {
 
 @pytest.mark.parametrize("guider", GUIDERS)
 def test_a_guider_of_diffusers(guider: str) -> None:
-    summary = assert_runs_as_the_oracle(with_parts(HUNYUAN_IMAGE, guider=GUIDERS[guider], ocr_guider=GUIDERS[guider]), STEPS)
+    summary = assert_runs_as_the_oracle(
+        with_parts(HUNYUAN_IMAGE, guider=GUIDERS[guider], ocr_guider=GUIDERS[guider]), STEPS
+    )
     third = [] if guider == "an interval" else ["pred_cond_skip"]
     assert list(summary.contexts) == ["pred_cond", "pred_uncond", *third]
     assert all(t.forced == 0 and t.reused > 0 for t in summary.contexts["pred_cond"].values())
@@ -81,7 +84,10 @@ def test_perturbed_attention_guidance_in_one_batch() -> None:
 def test_guidance_switched_off_half_way_by_the_pipeline() -> None:
     summary = assert_runs_as_the_oracle(named("Lumina2Pipeline"), STEPS, cfg_trunc_ratio=0.5)
     assert list(summary.contexts) == ["#0", "#1"] and summary.forced == 0
-    assert {name: c["spatial"].computed + c["spatial"].reused for name, c in summary.contexts.items()} == {"#0": 12, "#1": 6}
+    assert {name: c["spatial"].computed + c["spatial"].reused for name, c in summary.contexts.items()} == {
+        "#0": 12,
+        "#1": 6,
+    }
 
 
 def test_guidance_switched_off_half_way_by_a_callback_halves_the_batch() -> None:
@@ -91,7 +97,10 @@ def test_guidance_switched_off_half_way_by_a_callback_halves_the_batch() -> None
             return {name: tensor[1:] for name, tensor in tensors.items()}
         return {}
 
-    call = {"callback_on_step_end": off, "callback_on_step_end_tensor_inputs": ["prompt_embeds", "pooled_prompt_embeds"]}
+    call = {
+        "callback_on_step_end": off,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds", "pooled_prompt_embeds"],
+    }
     summary = assert_runs_as_the_oracle(named("StableDiffusion3Pipeline"), STEPS, **call)
     assert list(summary.contexts) == ["#0"]
     assert summary.contexts["#0"]["spatial"].forced == 4  # step 3 would reuse
@@ -135,7 +144,9 @@ def _shifted_vae() -> Any:
 
 
 IMAGE_TO_IMAGE = {
-    "FluxImg2ImgPipeline": lambda: _of("FluxPipeline", {"in_channels": 64, "guidance_embeds": True}, image=embedding(7, 16, 4, 6)),
+    "FluxImg2ImgPipeline": lambda: _of(
+        "FluxPipeline", {"in_channels": 64, "guidance_embeds": True}, image=embedding(7, 16, 4, 6)
+    ),
     "StableDiffusion3Img2ImgPipeline": lambda: with_parts(
         _of("StableDiffusion3Pipeline", image=embedding(7, 3, 64, 48).sigmoid()), vae=_shifted_vae
     ),
@@ -177,7 +188,14 @@ def _framepack() -> Pipe:
             "feature_extractor": SiglipImageProcessorPil(size={"height": 32, "width": 32}),
         },
         prompts(6, ones, pooled_prompt_embeds=8)
-        | {"height": 32, "width": 48, "num_frames": 15, "latent_window_size": 3, "true_cfg_scale": 4.0, "sampling_type": "vanilla"}
+        | {
+            "height": 32,
+            "width": 48,
+            "num_frames": 15,
+            "latent_window_size": 3,
+            "true_cfg_scale": 4.0,
+            "sampling_type": "vanilla",
+        }
         | {"negative_pooled_prompt_embeds": embedding(11, 8), "image": PIL.Image.new("RGB", (48, 32), (9, 99, 200))},
         ("#0", "#1"),
         {},
@@ -196,7 +214,14 @@ def _far(*chunks: int) -> Pipe:
             "transformer": transformer("AnyFlowFARTransformer3DModel", full_chunk_limit=len(chunks) + 1),
             "scheduler": diffusers.FlowMapEulerDiscreteScheduler(),
         },
-        prompts(6) | {"height": 32, "width": 64, "num_frames": 4 * sum(chunks) - 3, "guidance_scale": 4.0, "chunk_partition": list(chunks)},
+        prompts(6)
+        | {
+            "height": 32,
+            "width": 64,
+            "num_frames": 4 * sum(chunks) - 3,
+            "guidance_scale": 4.0,
+            "chunk_partition": list(chunks),
+        },
         ("#0",),
         {},
     )
@@ -220,7 +245,10 @@ def test_a_call_after_the_last_step_runs_plainly_and_is_counted() -> None:
 
 
 def _diffusion_forcing(**call: Any) -> Pipe:
-    tiny = with_parts(named("SkyReelsV2Pipeline"), transformer=lambda: transformer("SkyReelsV2Transformer3DModel", inject_sample_info=True))
+    tiny = with_parts(
+        named("SkyReelsV2Pipeline"),
+        transformer=lambda: transformer("SkyReelsV2Transformer3DModel", inject_sample_info=True),
+    )
     return replace(tiny, name="SkyReelsV2DiffusionForcingPipeline", call=tiny.call | {"prompt": None} | call)
 
 

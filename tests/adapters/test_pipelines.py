@@ -14,17 +14,32 @@ from tests.adapters.tiny_pipes import PIPES, Pipe
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers' schedulers hand tensors to numpy
+    pytest.mark.filterwarnings(
+        "ignore:__array__ implementation:DeprecationWarning"
+    ),  # diffusers' schedulers hand tensors to numpy
 ]
 
 STEPS = 6
 
-LIKE_OTHERS = {"QwenImagePipeline", "SkyReelsV2Pipeline", "LTXPipeline", "StableDiffusion3Pipeline", "HunyuanVideoPipeline"}
-"""They call their model as another pipeline does; schedulers and transformers are those of the tests against the oracle."""
+LIKE_OTHERS = {
+    "QwenImagePipeline",
+    "SkyReelsV2Pipeline",
+    "LTXPipeline",
+    "StableDiffusion3Pipeline",
+    "HunyuanVideoPipeline",
+}
+"""They call their model as another pipeline does.
+
+Schedulers and transformers are those of the tests against the oracle.
+"""
 
 every_pipeline = pytest.mark.parametrize("tiny", PIPES, ids=lambda t: t.name)
 unlike_pipelines = pytest.mark.parametrize(
-    "tiny", [pytest.param(tiny, id=tiny.name, marks=pytest.mark.all_models if tiny.name in LIKE_OTHERS else ()) for tiny in PIPES]
+    "tiny",
+    [
+        pytest.param(tiny, id=tiny.name, marks=pytest.mark.all_models if tiny.name in LIKE_OTHERS else ())
+        for tiny in PIPES
+    ],
 )
 
 

@@ -73,14 +73,20 @@ def test_each_transformer_has_its_own_steps_and_both_are_the_oracle(scheduler: A
             for context, tallies in own.contexts.items():
                 assert summary.contexts[f"{name}: {context}"] == tallies
                 for kind, c in own.plan.counts().items():
-                    assert (tallies[kind].computed, tallies[kind].stored, tallies[kind].reused) == (c.computed, c.stored, c.reused)
+                    assert (tallies[kind].computed, tallies[kind].stored, tallies[kind].reused) == (
+                        c.computed,
+                        c.stored,
+                        c.reused,
+                    )
                     assert tallies[kind].computed == oracles[name].computed[context, kind]
     assert len(summary.contexts) == 4
     assert summary.peak_cache_bytes == sum(s.peak_cache_bytes for s in summary.models.values())
     assert summary.flops == sum(s.flops for s in summary.models.values()) and 0 < summary.share < 1
     as_dict, plans = summary.to_dict(), [s.plan for s in summary.models.values() if s.plan is not None]
     assert as_dict["contexts"].keys() == summary.contexts.keys()
-    assert set(as_dict["notes"]) == {note for plan in plans for note in plan.notes} and len(set(as_dict["notes"])) == len(as_dict["notes"])
+    assert set(as_dict["notes"]) == {note for plan in plans for note in plan.notes} and len(
+        set(as_dict["notes"])
+    ) == len(as_dict["notes"])
     pab.disable(pipe)
     assert torch.equal(tiny.sample(pipe, STEPS), plain)
     assert not {"step", "set_timesteps"} & vars(pipe.scheduler).keys()
@@ -141,7 +147,9 @@ def test_the_boundary_is_the_one_that_the_pipeline_has_when_the_run_begins() -> 
 @pytest.mark.parametrize(("boundary", "end"), [(0.5, 3), (0.49, 3), (0.51, 2), (0.0, 4), (1.0, 1), (1.1, 0), (None, 4)])
 def test_a_timestep_on_the_boundary_is_of_the_first(boundary: float | None, end: int) -> None:
     models = {name: torch.nn.Linear(1, 1) for name in MODELS}
-    scheduler = SimpleNamespace(timesteps=torch.tensor([1000.0, 750.0, 500.0, 250.0]), config=SimpleNamespace(num_train_timesteps=1000))
+    scheduler = SimpleNamespace(
+        timesteps=torch.tensor([1000.0, 750.0, 500.0, 250.0]), config=SimpleNamespace(num_train_timesteps=1000)
+    )
     pipe = SimpleNamespace(scheduler=scheduler, config=SimpleNamespace(boundary_ratio=boundary), **models)
     assert left_at(pipe, models["transformer"]) == end
     assert left_at(pipe, models["transformer_2"]) == 4
@@ -153,7 +161,10 @@ def test_a_model_that_is_never_called_has_no_plan() -> None:
     pab.enable(pipe, CONFIG)
     tiny.sample(pipe, STEPS)
     summary = pab.summary(pipe)
-    assert summary.models["transformer_2"].plan is None and list(summary.contexts) == ["transformer: cond", "transformer: uncond"]
+    assert summary.models["transformer_2"].plan is None and list(summary.contexts) == [
+        "transformer: cond",
+        "transformer: uncond",
+    ]
     assert summary.models["transformer"].plan is not None and summary.models["transformer"].plan.steps == range(STEPS)
     assert "transformer_2: not called" in str(summary) and "transformer: 9 steps, " in str(summary)
     assert 0 < summary.flops == summary.models["transformer"].flops < summary.flops_without
@@ -180,7 +191,9 @@ def test_a_pipeline_that_takes_the_first_to_the_end_makes_its_plan_whole() -> No
     """Two pipelines share a scheduler and a transformer, which one of them hands over and the other does not."""
     tiny = wan()
     pipe = tiny.build()
-    other = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=pipe.transformer, scheduler=pipe.scheduler)
+    other = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=pipe.transformer, scheduler=pipe.scheduler
+    )
     other.set_progress_bar_config(disable=True)
     pab.enable(pipe, CONFIG)
     pab.enable(other)
@@ -251,7 +264,13 @@ def test_a_context_is_of_both_and_a_generation_of_a_bare_module_of_one() -> None
 def test_a_transformer_for_each_branch_has_every_step() -> None:
     """Ideogram 4: another model for the unconditional branch, which sees the image alone."""
     tokens, text = 4 * 3, 5
-    config = {"in_channels": 8, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "intermediate_size": 24}
+    config = {
+        "in_channels": 8,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
     config |= {"adaln_dim": 8, "llm_features_dim": 6, "mrope_section": (2, 1, 1)}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -285,6 +304,10 @@ def test_a_transformer_for_each_branch_has_every_step() -> None:
     for own in summary.models.values():
         assert own.plan is not None and own.plan.steps == range(6)
         tally = own.contexts["#0"]["spatial"]
-        assert (tally.computed, tally.reused) == (own.plan.counts()["spatial"].computed, own.plan.counts()["spatial"].reused) == (6, 6)
+        assert (
+            (tally.computed, tally.reused)
+            == (own.plan.counts()["spatial"].computed, own.plan.counts()["spatial"].reused)
+            == (6, 6)
+        )
     pab.disable(pipe)
     assert torch.equal(sample(), plain)

@@ -31,7 +31,9 @@ def kinds(model: nn.Module) -> dict[str, set[str]]:
     for s in pab.sublayers(model):
         if s.kind not in ("mlp", "block"):
             (holder,) = re.findall(r"(\w+)(?:\.\d+)?\.(?:temporal_)?transformer_blocks", s.name) or [s.name]
-            found.setdefault(f"{holder}.{'temporal' if '.temporal_' in s.name else 'attn' + s.name[-1]}", set()).add(s.kind)
+            found.setdefault(f"{holder}.{'temporal' if '.temporal_' in s.name else 'attn' + s.name[-1]}", set()).add(
+                s.kind
+            )
     return found
 
 
@@ -45,7 +47,8 @@ SPATIAL = {"attentions.attn1": {"spatial"}, "attentions.attn2": {"cross"}}
         ("UNetMotionModel", SPATIAL | {"motion_modules.attn1": {"temporal"}, "motion_modules.attn2": {"temporal"}}),
         (
             "UNet3DConditionModel",
-            SPATIAL | {f"{holder}.attn{i}": {"temporal"} for holder in ("temp_attentions", "transformer_in") for i in (1, 2)},
+            SPATIAL
+            | {f"{holder}.attn{i}": {"temporal"} for holder in ("temp_attentions", "transformer_in") for i in (1, 2)},
         ),
         ("UNetSpatioTemporalConditionModel", SPATIAL | {"attentions.temporal": {"temporal", "cross"}}),
     ],
@@ -58,7 +61,9 @@ def test_a_motion_module_by_its_class_alone_is_temporal() -> None:
     """As its own model, or as another model's part under any name."""
     from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 
-    module = AnimateDiffTransformer3D(2, 4, in_channels=8, norm_num_groups=2, cross_attention_dim=None, double_self_attention=True)
+    module = AnimateDiffTransformer3D(
+        2, 4, in_channels=8, norm_num_groups=2, cross_attention_dim=None, double_self_attention=True
+    )
     for model in (module, nn.ModuleDict({"extra": module})):
         assert {s.kind for s in pab.sublayers(model) if ".attn" in s.name} == {"temporal"}
 
@@ -72,5 +77,7 @@ def test_a_pipeline_with_neither_says_what_to_pass() -> None:
         prior: Any = nn.Linear(1, 1)
         scheduler = None
 
-    with pytest.raises(TypeError, match="a pipeline with a `transformer` or a `unet`, and a `scheduler`: pass the denoiser itself"):
+    with pytest.raises(
+        TypeError, match="a pipeline with a `transformer` or a `unet`, and a `scheduler`: pass the denoiser itself"
+    ):
         pab.enable(Prior(), CONFIG)

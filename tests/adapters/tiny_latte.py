@@ -58,7 +58,11 @@ def tiny_latte(dtype: torch.dtype = torch.float32, *, seed: int = 0, **config: A
 def tiny_pipe(scheduler: Any = None, model: Any = None) -> LattePipeline:
     """The stock pipeline, without text encoder and VAE."""
     pipe = LattePipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=model or tiny_latte(), scheduler=scheduler or DDIMScheduler()
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=model or tiny_latte(),
+        scheduler=scheduler or DDIMScheduler(),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -68,7 +72,9 @@ def prompt(seed: int = 1, dtype: torch.dtype = torch.float32, text: int = TEXT) 
     return torch.randn(1, text, TEXT_CHANNELS, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def sample(pipe: Any, steps: int = 10, *, guidance: float = 4.0, size: int = SIZE, seed: int = 0, **kwargs: Any) -> Tensor:
+def sample(
+    pipe: Any, steps: int = 10, *, guidance: float = 4.0, size: int = SIZE, seed: int = 0, **kwargs: Any
+) -> Tensor:
     """One run of the pipeline: latents `[1, 4, FRAMES, size, size]`."""
     dtype = pipe.transformer.dtype
     kwargs = {"prompt_embeds": prompt(1, dtype), "negative_prompt_embeds": prompt(2, dtype)} | kwargs
@@ -85,7 +91,9 @@ def sample(pipe: Any, steps: int = 10, *, guidance: float = 4.0, size: int = SIZ
     ).frames
 
 
-def noise(seed: int = 0, *, batch: int = 1, height: int = SIZE, width: int = SIZE, dtype: torch.dtype = torch.float32) -> Tensor:
+def noise(
+    seed: int = 0, *, batch: int = 1, height: int = SIZE, width: int = SIZE, dtype: torch.dtype = torch.float32
+) -> Tensor:
     return torch.randn(batch, 4, FRAMES, height, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -98,8 +106,11 @@ def inputs(*, batch: int = 1, height: int = SIZE, width: int = SIZE, text: int =
     }
 
 
-def run_model(call: Callable[..., Tensor], timesteps: Any, x: Tensor, texts: dict[str, Tensor], first: int = 0) -> Tensor:
-    """A sampling loop of its own: `call(context, step, x, timestep=, encoder_hidden_states=)` once a step and context."""
+def run_model(
+    call: Callable[..., Tensor], timesteps: Any, x: Tensor, texts: dict[str, Tensor], first: int = 0
+) -> Tensor:
+    """A sampling loop of its own: `call(context, step, x, timestep=, encoder_hidden_states=)` once a step and
+    context."""
     for step in range(first, len(timesteps)):
         t = torch.full((x.shape[0],), int(timesteps[step]), device=x.device)
         outs = [call(name, step, x, timestep=t, encoder_hidden_states=text)[:, :4] for name, text in texts.items()]
@@ -137,7 +148,9 @@ def counted_calls(model: Any) -> Iterator[Counter[tuple[str, str]]]:
                 if getattr(block, part.split(".")[0]) is None:
                     continue
                 key = (group, part)
-                handles.append(block.get_submodule(path).register_forward_hook(lambda *_, key=key: counts.update([key])))
+                handles.append(
+                    block.get_submodule(path).register_forward_hook(lambda *_, key=key: counts.update([key]))
+                )
     try:
         yield counts
     finally:
@@ -147,11 +160,15 @@ def counted_calls(model: Any) -> Iterator[Counter[tuple[str, str]]]:
 
 @contextlib.contextmanager
 def counted_operations() -> Iterator[dict[str, mock.MagicMock]]:
-    """The fused operations, wrapped: what they were called with, and how often; `short_attention` counts as `attention`.
+    """The fused operations, wrapped: what they were called with, and how often; `short_attention` counts as
+    `attention`.
 
     Those of the residual stream are called with one argument, the object of the call.
     """
-    counted = {name: mock.MagicMock(wraps=partial(stream.run_checked, name)) for name in ("broadcast_residual", "project_residual")}
+    counted = {
+        name: mock.MagicMock(wraps=partial(stream.run_checked, name))
+        for name in ("broadcast_residual", "project_residual")
+    }
     counted["attention"] = mock.MagicMock(side_effect=lambda function, *args, **options: function(*args, **options))
     either = {name: partial(counted["attention"], getattr(ops, name)) for name in ("attention", "short_attention")}
     of_stream = mock.patch.object(stream, "run_checked", lambda op, call: counted[op](call))

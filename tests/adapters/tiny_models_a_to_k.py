@@ -43,7 +43,14 @@ _FLUX = {
     "joint_attention_dim": 6,
     "axes_dims_rope": [4, 4, 8],
 }
-_JOY = {"in_channels": 4, "hidden_size": 24, "num_attention_heads": 2, "text_dim": 6, "num_layers": 2, "rope_dim_list": [4, 4, 4]}
+_JOY = {
+    "in_channels": 4,
+    "hidden_size": 24,
+    "num_attention_heads": 2,
+    "text_dim": 6,
+    "num_layers": 2,
+    "rope_dim_list": [4, 4, 4],
+}
 
 
 def _flux(r: Randn, axes: int = 3) -> dict[str, Any]:
@@ -247,7 +254,11 @@ MORE = [
     _tiny(
         "DualTransformer2DModel",
         {**_HEADS, "num_layers": 1, "in_channels": 4, "norm_num_groups": 2, "cross_attention_dim": 6},
-        lambda r: {"hidden_states": r(1, 4, 4, 3), "encoder_hidden_states": r(1, 77 + TEXT, 6), "timestep": _t()},  # 77 to the first
+        lambda r: {
+            "hidden_states": r(1, 4, 4, 3),
+            "encoder_hidden_states": r(1, 77 + TEXT, 6),
+            "timestep": _t(),
+        },  # 77 to the first
     ),
     _tiny(
         "EasyAnimateTransformer3DModel",
@@ -275,7 +286,12 @@ MORE = [
             "text_in_dim": 6,
             "rope_axes_dim": (4, 4, 4),
         },
-        lambda r: {"hidden_states": r(1, 4, 4, 3), "timestep": _t(), "text_bth": r(1, TEXT, 6), "text_lens": torch.tensor([TEXT])},
+        lambda r: {
+            "hidden_states": r(1, 4, 4, 3),
+            "timestep": _t(),
+            "text_bth": r(1, TEXT, 6),
+            "text_lens": torch.tensor([TEXT]),
+        },
     ),
     _tiny(
         "Flux2Transformer2DModel",
@@ -396,7 +412,13 @@ MORE = [
     _tiny(
         "HunyuanVideoFramepackTransformer3DModel",
         next(t.config for t in FAMILIES if t.name == "HunyuanVideoTransformer3DModel")
-        | {"guidance_embeds": True, "has_image_proj": True, "image_proj_dim": 8, "has_clean_x_embedder": True, "patch_size": 2},
+        | {
+            "guidance_embeds": True,
+            "has_image_proj": True,
+            "image_proj_dim": 8,
+            "has_clean_x_embedder": True,
+            "patch_size": 2,
+        },
         _framepack,
     ),
     _tiny(

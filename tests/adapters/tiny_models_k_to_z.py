@@ -39,7 +39,11 @@ class Bare(Tiny):
 
 
 def _tiny(
-    name: str, config: dict[str, Any], inputs: Callable[[Randn], dict[str, Any]], streams: bool = True, of: type[Tiny] = Tiny
+    name: str,
+    config: dict[str, Any],
+    inputs: Callable[[Randn], dict[str, Any]],
+    streams: bool = True,
+    of: type[Tiny] = Tiny,
 ) -> Tiny:
     return of(name, config, inputs, kinds(name), streams)
 
@@ -164,7 +168,8 @@ MORE = [
         "LTX2VideoTransformer3DModel",
         {
             **_LTX2,
-            "rope_type": "split",  # as published; the other one has the shape of the video, so rules for blocks are refused
+            # as published; the other one has the shape of the video, and rules for blocks are refused
+            "rope_type": "split",
         },
         lambda r: {
             "hidden_states": r(1, 24, 4),
@@ -244,13 +249,27 @@ MORE = [
     ),
     _tiny(
         "MiniMaxMusic3RVQDepthDecoder",
-        {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "audio_vocab_size": 8, "num_codebooks": 3},
+        {
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "audio_vocab_size": 8,
+            "num_codebooks": 3,
+        },
         lambda r: {"inputs_embeds": r(1, 3, 16)},
         of=Bare,
     ),
     _tiny(
         "MiniMaxMusic3Transformer1DModel",
-        {**_HEADS, "in_channels": 4, "condition_dim": 6, "ff_inner_dim": 24, "rotary_dim": 4, "fourier_embedding_dim": 8},
+        {
+            **_HEADS,
+            "in_channels": 4,
+            "condition_dim": 6,
+            "ff_inner_dim": 24,
+            "rotary_dim": 4,
+            "fourier_embedding_dim": 8,
+        },
         lambda r: {"hidden_states": r(1, 4, 7), "timestep": _t(0.5), "encoder_hidden_states": r(1, 7, 6)},
     ),
     _tiny(
@@ -319,7 +338,15 @@ MORE = [
     _tiny("OvisImageTransformer2DModel", _FLUX | {"out_channels": 4}, _flux),
     _tiny(
         "PRXTransformer2DModel",
-        {"in_channels": 4, "context_in_dim": 6, "hidden_size": 16, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "axes_dim": [4, 4]},
+        {
+            "in_channels": 4,
+            "context_in_dim": 6,
+            "hidden_size": 16,
+            "mlp_ratio": 2.0,
+            "num_heads": 2,
+            "depth": 2,
+            "axes_dim": [4, 4],
+        },
         lambda r: {"hidden_states": r(1, 4, 8, 6), "timestep": _t(0.5), "encoder_hidden_states": r(1, TEXT, 6)},
     ),
     _tiny(
@@ -378,7 +405,10 @@ MORE = [
             "local_latents_time": _t(0.5),
             "padding_mask": torch.ones(1, 7).bool(),
             "token_type": torch.arange(7)[None],
-            "conditioning": {"is_in_context_conditioning": torch.zeros(1, 7).bool(), "supports_local_latent": torch.ones(1, 7).bool()},
+            "conditioning": {
+                "is_in_context_conditioning": torch.zeros(1, 7).bool(),
+                "supports_local_latent": torch.ones(1, 7).bool(),
+            },
             "recycle_depth": 2,  # every layer runs twice
         },
     ),
@@ -411,7 +441,9 @@ MORE = [
             "timestep": torch.full((1, 1, 3), 500.0),
             "encoder_hidden_states": r(1, 1, TEXT, 6),
             "encoder_attention_mask": torch.ones(1, TEXT),
-            "camera_conditions": torch.cat([torch.eye(4).flatten(), torch.tensor([4.0, 4.0, 1.0, 2.0])]).expand(1, 3, 20),
+            "camera_conditions": torch.cat([torch.eye(4).flatten(), torch.tensor([4.0, 4.0, 1.0, 2.0])]).expand(
+                1, 3, 20
+            ),
             "chunk_plucker": r(1, 3, 3, 4, 2),
         },
     ),

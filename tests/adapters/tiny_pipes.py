@@ -1,4 +1,5 @@
-"""Tiny real pipelines of diffusers around tiny transformers: real schedulers, random weights, prompts as embeddings, latents as output."""
+"""Tiny real pipelines of diffusers around tiny transformers: real schedulers, random weights, prompts as embeddings,
+latents as output."""
 
 from __future__ import annotations
 
@@ -27,8 +28,11 @@ def embedding(seed: int, *shape: int) -> Tensor:
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def prompts(channels: int, mask: Callable[[], Tensor] | None = None, name: str = "prompt_attention_mask", **pooled: int) -> dict[str, Any]:
-    """Embeddings of a prompt and of a negative one, and what goes with them, by the names that pipelines have for them."""
+def prompts(
+    channels: int, mask: Callable[[], Tensor] | None = None, name: str = "prompt_attention_mask", **pooled: int
+) -> dict[str, Any]:
+    """Embeddings of a prompt and of a negative one, and what goes with them, by the names that pipelines have for
+    them."""
     found: dict[str, Any] = {}
     for seed, which in enumerate(("", "negative_")):
         found[f"{which}prompt_embeds"] = embedding(seed, TEXT, channels)
@@ -92,7 +96,10 @@ def ones() -> Tensor:
 
 
 SKYREELS = prompts(6) | {"height": 32, "width": 48, "num_frames": 9, "guidance_scale": 4.0}
-FLUX = {k: v for k, v in prompts(6, pooled_prompt_embeds=8).items() if "negative" not in k} | {"height": 32, "width": 48}
+FLUX = {k: v for k, v in prompts(6, pooled_prompt_embeds=8).items() if "negative" not in k} | {
+    "height": 32,
+    "width": 48,
+}
 SD3 = prompts(6, pooled_prompt_embeds=8) | {"height": 64, "width": 48, "guidance_scale": 4.0}
 HUNYUAN = {k: v for k, v in prompts(6, ones, pooled_prompt_embeds=8).items() if "negative" not in k}
 PIXART = prompts(6, ones) | {"negative_prompt": None, "height": 64, "width": 64, "use_resolution_binning": False}
@@ -101,7 +108,9 @@ WAN = Pipe(
     "WanPipeline",
     lambda: {
         "transformer": transformer("WanTransformer3DModel"),
-        "scheduler": diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        "scheduler": diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
     },
     prompts(6) | {"height": 32, "width": 48, "num_frames": 9, "guidance_scale": 4.0},
     ("cond", "uncond"),
@@ -120,7 +129,10 @@ PIPES = [
     ),
     Pipe(
         "QwenImagePipeline",
-        lambda: {"transformer": transformer("QwenImageTransformer2DModel"), "scheduler": _flow(use_dynamic_shifting=True)},
+        lambda: {
+            "transformer": transformer("QwenImageTransformer2DModel"),
+            "scheduler": _flow(use_dynamic_shifting=True),
+        },
         prompts(6, ones, "prompt_embeds_mask") | {"height": 48, "width": 64, "true_cfg_scale": 4.0},
         ("cond", "uncond"),
         {"width": 80},
@@ -129,7 +141,9 @@ PIPES = [
         "SkyReelsV2Pipeline",
         lambda: {
             "transformer": transformer("SkyReelsV2Transformer3DModel"),
-            "scheduler": diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0),
+            "scheduler": diffusers.UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+            ),
         },
         SKYREELS,
         ("cond", "uncond"),
@@ -141,7 +155,9 @@ PIPES = [
             "transformer": transformer("HunyuanVideo15Transformer3DModel"),
             "scheduler": _flow(),
             "guider": diffusers.ClassifierFreeGuidance(guidance_scale=4.0),
-            "vae": diffusers.AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1),
+            "vae": diffusers.AutoencoderKLHunyuanVideo15(
+                latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1
+            ),
         },
         {**prompts(6, lambda: torch.ones(1, TEXT), "prompt_embeds_mask"), "height": 64, "width": 96, "num_frames": 5}
         | {f"{which}prompt_embeds_2": embedding(seed, 2, 4) for seed, which in ((5, ""), (6, "negative_"))}
@@ -160,7 +176,10 @@ PIPES = [
     ),
     Pipe(
         "CogVideoXPipeline",
-        lambda: {"transformer": transformer("CogVideoXTransformer3DModel"), "scheduler": diffusers.CogVideoXDPMScheduler()},
+        lambda: {
+            "transformer": transformer("CogVideoXTransformer3DModel"),
+            "scheduler": diffusers.CogVideoXDPMScheduler(),
+        },
         prompts(6) | {"height": 64, "width": 48, "num_frames": 5, "guidance_scale": 4.0},
         ("cond_uncond",),
         {"num_frames": 9},
@@ -168,13 +187,17 @@ PIPES = [
     Pipe(
         "LattePipeline",
         lambda: {"transformer": tiny_latte(), "scheduler": diffusers.DDIMScheduler()},
-        prompts(TEXT_CHANNELS) | {"negative_prompt": None, "height": 128, "width": 128, "video_length": 4, "guidance_scale": 4.0},
+        prompts(TEXT_CHANNELS)
+        | {"negative_prompt": None, "height": 128, "width": 128, "video_length": 4, "guidance_scale": 4.0},
         ("#0",),
         {"height": 192, "width": 192},
     ),
     Pipe(
         "LTXPipeline",
-        lambda: {"transformer": transformer("LTXVideoTransformer3DModel"), "scheduler": _flow(use_dynamic_shifting=True)},
+        lambda: {
+            "transformer": transformer("LTXVideoTransformer3DModel"),
+            "scheduler": _flow(use_dynamic_shifting=True),
+        },
         prompts(6, ones) | {"height": 64, "width": 96, "num_frames": 9, "guidance_scale": 4.0},
         ("cond_uncond",),
         {"width": 128},
@@ -188,7 +211,10 @@ PIPES = [
     ),
     Pipe(
         "PixArtSigmaPipeline",
-        lambda: {"transformer": transformer("PixArtTransformer2DModel"), "scheduler": diffusers.DPMSolverMultistepScheduler()},
+        lambda: {
+            "transformer": transformer("PixArtTransformer2DModel"),
+            "scheduler": diffusers.DPMSolverMultistepScheduler(),
+        },
         PIXART,
         ("#0",),
         {"width": 32},
@@ -196,14 +222,20 @@ PIPES = [
     ),
     Pipe(
         "FluxPipeline",
-        lambda: {"transformer": transformer("FluxTransformer2DModel", guidance_embeds=True), "scheduler": _flow(use_dynamic_shifting=True)},
+        lambda: {
+            "transformer": transformer("FluxTransformer2DModel", guidance_embeds=True),
+            "scheduler": _flow(use_dynamic_shifting=True),
+        },
         FLUX,
         ("cond",),
         {"width": 64},
     ),
     Pipe(
         "HunyuanVideoPipeline",
-        lambda: {"transformer": transformer("HunyuanVideoTransformer3DModel", guidance_embeds=True), "scheduler": _flow(shift=7.0)},
+        lambda: {
+            "transformer": transformer("HunyuanVideoTransformer3DModel", guidance_embeds=True),
+            "scheduler": _flow(shift=7.0),
+        },
         HUNYUAN | {"height": 32, "width": 48, "num_frames": 5},
         ("cond",),
         {"height": 48},

@@ -11,7 +11,13 @@ from torch import nn
 
 from tests.adapters.tiny_pipes import Pipe, embedding, prompts
 
-_UNET = {"block_out_channels": (8, 8), "layers_per_block": 1, "cross_attention_dim": 6, "norm_num_groups": 2, "sample_size": 8}
+_UNET = {
+    "block_out_channels": (8, 8),
+    "layers_per_block": 1,
+    "cross_attention_dim": 6,
+    "norm_num_groups": 2,
+    "sample_size": 8,
+}
 
 
 def _blocks(kind: str) -> dict[str, tuple[str, str]]:
@@ -32,7 +38,13 @@ def unet(name: str) -> Any:
         "I2VGenXLUNet": _UNET | _blocks("3D") | {"block_out_channels": (64, 64), "num_attention_heads": 8},
         "UNetSpatioTemporalConditionModel": _UNET
         | _blocks("SpatioTemporal")
-        | {"block_out_channels": (32, 32), "num_attention_heads": 2, "num_frames": 3, "in_channels": 8, "out_channels": 4}
+        | {
+            "block_out_channels": (32, 32),
+            "num_attention_heads": 2,
+            "num_frames": 3,
+            "in_channels": 8,
+            "out_channels": 4,
+        }
         | {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24},
     }[name]
     config.pop("norm_num_groups" if name == "UNetSpatioTemporalConditionModel" else "", None)
@@ -47,13 +59,21 @@ def unet(name: str) -> Any:
 
 def vae(kind: Any = diffusers.AutoencoderKL, **config: Any) -> Any:
     """A tiny VAE, for pipelines that ask it for its scale or encode their first frame."""
-    return kind(block_out_channels=(32,) * 4, layers_per_block=1, latent_channels=4, **config).eval().requires_grad_(False)
+    return (
+        kind(block_out_channels=(32,) * 4, layers_per_block=1, latent_channels=4, **config).eval().requires_grad_(False)
+    )
 
 
 def image_encoder() -> Any:
     """CLIP's, as wide as the UNet's cross attention."""
     config = transformers.CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=6
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=6,
     )
     return transformers.CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
 
@@ -101,7 +121,13 @@ UNETS = [
     Pipe(
         "StableVideoDiffusionPipeline",
         _stable_video,
-        {"image": embedding(0, 3, 16, 16).sigmoid(), "height": 64, "width": 64, "num_frames": 3, "decode_chunk_size": 1},
+        {
+            "image": embedding(0, 3, 16, 16).sigmoid(),
+            "height": 64,
+            "width": 64,
+            "num_frames": 3,
+            "decode_chunk_size": 1,
+        },
         ("#0",),
         {"num_frames": 4},
         denoiser="unet",

@@ -67,14 +67,23 @@ def test_only_what_is_wished_for_is_asked_for() -> None:
     assert arguments(pipe, further) == {"prompt": "a", "num_inference_steps": 6, "output_type": "np"}
     assert arguments(pipe, Wish("a", size=(16, 32))) == {"prompt": "a", "height": 16, "width": 32, "output_type": "pt"}
     call(pipe, whole)
-    assert pipe.got | {"generator": None} == asked | size | {"output_type": "pt", "generator": None, "callback_on_step_end": None}
+    assert pipe.got | {"generator": None} == asked | size | {
+        "output_type": "pt",
+        "generator": None,
+        "callback_on_step_end": None,
+    }
 
 
 def test_frames_are_counted_by_the_pipeline_s_own_name() -> None:
     class Latte:
         def __call__(self, prompt: str, video_length: int = 16, height: int = 8, width: int = 8) -> None: ...
 
-    assert arguments(Latte(), Wish("a", size=(4, 16, 32))) == {"prompt": "a", "video_length": 4, "height": 16, "width": 32}
+    assert arguments(Latte(), Wish("a", size=(4, 16, 32))) == {
+        "prompt": "a",
+        "video_length": 4,
+        "height": 16,
+        "width": 32,
+    }
 
 
 def test_a_model_of_a_fixed_number_of_frames_is_asked_for_those_that_it_was_trained_with() -> None:
@@ -157,7 +166,9 @@ def test_a_pipeline_that_fails_does_so_in_one_line(error: type[Exception]) -> No
 
     with pytest.raises(ValueError) as info:
         call(Failing(), Wish("a"))
-    assert str(info.value) == "Failing failed: set_timesteps() got an unexpected argument" and isinstance(info.value.__cause__, error)
+    assert str(info.value) == "Failing failed: set_timesteps() got an unexpected argument" and isinstance(
+        info.value.__cause__, error
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

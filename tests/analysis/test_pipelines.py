@@ -45,13 +45,19 @@ def test_what_is_no_pipeline_is_refused_in_one_line(folder: Path, tmp_path: Path
     index = json.loads((folder / "model_index.json").read_text())
     (broken / "model_index.json").write_text(json.dumps(index))
     unet = DDIMPipeline(
-        UNet2DModel(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4),
+        UNet2DModel(
+            block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+        ),
         DDIMScheduler(),
     )
     unet.save_pretrained(tmp_path / "unet")
     for model, error, message in (
         (tmp_path / "nothing", FileNotFoundError, "there is no folder"),
-        ("not-a-folder", FileNotFoundError, "there is no folder not-a-folder; give the folder of a diffusers pipeline, an id"),
+        (
+            "not-a-folder",
+            FileNotFoundError,
+            "there is no folder not-a-folder; give the folder of a diffusers pipeline, an id",
+        ),
         (tmp_path / "file", FileNotFoundError, "there is no folder"),
         (tmp_path / "empty", FileNotFoundError, "no model_index.json"),
         (broken, ValueError, "could not be loaded as a diffusers pipeline"),
@@ -64,10 +70,15 @@ def test_what_is_no_pipeline_is_refused_in_one_line(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("offload", "expected"), [("none", "to"), ("model", "enable_model_cpu_offload"), ("sequential", "enable_sequential_cpu_offload")]
+    ("offload", "expected"),
+    [("none", "to"), ("model", "enable_model_cpu_offload"), ("sequential", "enable_sequential_cpu_offload")],
 )
 def test_offloading_is_diffusers_own(offload: str, expected: str) -> None:
     pipe, device = mock.Mock(), torch.device("cuda")
     placed = pipelines._placed(pipe, device, offload)
     ((name, args, kwargs),) = pipe.method_calls
-    assert name == expected and (*args, *kwargs.values()) == (device,) and placed is (pipe.to.return_value if offload == "none" else pipe)
+    assert (
+        name == expected
+        and (*args, *kwargs.values()) == (device,)
+        and placed is (pipe.to.return_value if offload == "none" else pipe)
+    )

@@ -31,8 +31,14 @@ def test_pab_is_on_during_the_run_and_off_afterwards() -> None:
     pipe = tiny_pipe()
     plain = sampling.sample(pipe, lambda: (broadcaster_of(pipe.transformer), sample(pipe, 2)))
     assert plain.output[0] is None and plain.summary is None and plain.seconds > 0
-    on = sampling.sample(pipe, lambda: (broadcaster_of(pipe.transformer), sample(pipe, 2)), PABConfig(spatial=1), timed=True)
-    assert on.output[0] is not None and torch.equal(on.output[1], plain.output[1]) and broadcaster_of(pipe.transformer) is None
+    on = sampling.sample(
+        pipe, lambda: (broadcaster_of(pipe.transformer), sample(pipe, 2)), PABConfig(spatial=1), timed=True
+    )
+    assert (
+        on.output[0] is not None
+        and torch.equal(on.output[1], plain.output[1])
+        and broadcaster_of(pipe.transformer) is None
+    )
     assert on.summary is not None and on.summary.rest_seconds is not None and 0 < on.summary.rest_seconds < on.seconds
 
 
@@ -41,7 +47,9 @@ def test_graphs_are_captured_before_the_time_that_is_taken(monkeypatch: pytest.M
     pipe, seen = tiny_pipe(), []
 
     def call() -> torch.Tensor:
-        seen.append(0 if (on := broadcaster_of(pipe.transformer)) is None or on.latest is None else len(on.latest.graphs or ()))
+        seen.append(
+            0 if (on := broadcaster_of(pipe.transformer)) is None or on.latest is None else len(on.latest.graphs or ())
+        )
         return sample(pipe, 4)
 
     plain = sampling.sample(pipe, call, PABConfig(spatial=2))
@@ -77,7 +85,9 @@ def test_where_memory_cannot_be_measured_it_is_said(monkeypatch: pytest.MonkeyPa
     assert (peak.nbytes, peak.what) == (None, "not measured")
 
 
-def test_on_a_cuda_device_the_peak_is_the_allocator_s_and_the_device_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cuda_device_the_peak_is_the_allocator_s_and_the_device_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     done: list[str] = []
     for name in ("reset_peak_memory_stats", "synchronize", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device, name=name: done.append(f"{name} {device}") or 7)

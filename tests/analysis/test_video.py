@@ -24,7 +24,9 @@ def test_every_clip_is_in_the_film_enlarged_and_unchanged():
     assert film.dtype == np.uint8 and film.shape[0] == 3 and film.shape[1] % 16 == 0 and film.shape[2] % 16 == 0
     for column in (first, second):
         for clip in column:
-            wanted = (clip * 255).round().byte().permute(0, 2, 3, 1).numpy().repeat(2, 1).repeat(2, 2)  # [frames, 16, 80, 3]
+            wanted = (
+                (clip * 255).round().byte().permute(0, 2, 3, 1).numpy().repeat(2, 1).repeat(2, 2)
+            )  # [frames, 16, 80, 3]
             windows = np.lib.stride_tricks.sliding_window_view(film[0], (16, 80, 3))[:, :, 0]
             found = np.argwhere((windows == wanted[0]).all(axis=(2, 3, 4)))
             assert len(found) == 1
@@ -48,7 +50,11 @@ def test_a_long_title_wraps_and_moves_the_clips_down():
     ("columns", "captions", "message"),
     [
         ([], [], "got none"),
-        ([("a", "", clips()), ("b", "", clips(frames=4))], ["x", "y"], r"must all be \[clips, frames, 3, height, width\]"),
+        (
+            [("a", "", clips()), ("b", "", clips(frames=4))],
+            ["x", "y"],
+            r"must all be \[clips, frames, 3, height, width\]",
+        ),
         ([("a", "", clips()[0])], ["x", "y"], "must all be"),
         ([("a", "", clips())], ["x"], "2 clips need 2 captions"),
     ],
@@ -67,7 +73,9 @@ def test_a_gif_holds_every_frame_and_repeats(tmp_path):
         assert image.info["duration"] == 1000 // 6 // 10 * 10
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # imageio's reader leaves a pipe to the collector
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # imageio's reader leaves a pipe to the collector
 def test_an_mp4_repeats_the_clip_at_full_size(tmp_path):
     import imageio.v2 as imageio
 
@@ -113,8 +121,15 @@ def test_what_stands_below_a_title():
     ("script", "said"),
     [
         ("exit 1", "ffmpeg failed: it gave no reason"),
-        ("cat > /dev/null; echo '[out#0 @ 0x5] Error closing file: No space left on device' >&2; echo bye >&2; exit 228", None),
-        ("cat > /dev/null; echo 'first' >&2; echo '[mp4 @ 0x55] [a @ 0x1] no such codec' >&2; exit 1", "ffmpeg failed: no such codec"),
+        (
+            "cat > /dev/null; echo '[out#0 @ 0x5] Error closing file: No space left on device' >&2; echo bye >&2; exit "
+            "228",
+            None,
+        ),
+        (
+            "cat > /dev/null; echo 'first' >&2; echo '[mp4 @ 0x55] [a @ 0x1] no such codec' >&2; exit 1",
+            "ffmpeg failed: no such codec",
+        ),
     ],
 )
 def test_a_film_that_ffmpeg_cannot_write_is_no_file(script: str, said: str | None, tmp_path, monkeypatch):
@@ -130,7 +145,10 @@ def test_a_film_that_ffmpeg_cannot_write_is_no_file(script: str, said: str | Non
         write_mp4(tmp_path / "film.mp4", np.zeros((9, 300, 400, 3), np.uint8))
     assert (info.value.errno, info.value.filename) == (None if said else errno.ENOSPC, str(tmp_path / "film.mp4"))
     assert info.value.strerror == (said or "No space left on device")
-    assert (tmp_path / "film.mp4").read_text() == "old" and {p.name for p in tmp_path.iterdir()} == {"film.mp4", "ffmpeg"}
+    assert (tmp_path / "film.mp4").read_text() == "old" and {p.name for p in tmp_path.iterdir()} == {
+        "film.mp4",
+        "ffmpeg",
+    }
 
 
 @pytest.mark.parametrize("write", [write_gif, lambda path, film: write_png(path, film[0])], ids=["gif", "png"])

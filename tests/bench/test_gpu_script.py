@@ -41,7 +41,9 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is n
 
 
 def _run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", str(SCRIPT), *arguments], env={**os.environ, **variables}, capture_output=True, text=True)
+    return subprocess.run(
+        ["bash", str(SCRIPT), *arguments], env={**os.environ, **variables}, capture_output=True, text=True
+    )
 
 
 def test_it_parses_and_can_be_executed():
@@ -52,7 +54,17 @@ def test_it_parses_and_can_be_executed():
 def test_parts_are_listed_and_groups_expanded():
     parts = _run("--list").stdout.split()
     tests = {"tests_ops", "tests_kernels", "tests_csrc", "tests_graphs", "ctest", "fuzz"}
-    assert set(parts) >= {"build", *tests, "memcheck", "racecheck", "initcheck", "synccheck", "determinism", "denoiser", *OPS}
+    assert set(parts) >= {
+        "build",
+        *tests,
+        "memcheck",
+        "racecheck",
+        "initcheck",
+        "synccheck",
+        "determinism",
+        "denoiser",
+        *OPS,
+    }
     assert len(set(parts)) == len(parts)
     assert _run("--list", "bench", "memcheck").stdout.split() == [*OPS, "memcheck"]
     assert "bench/gpu.sh --list" in _run("--help").stdout
@@ -140,7 +152,9 @@ def test_a_backend_that_serves_nothing_has_not_passed(sanitized, capsys):
 
 
 def test_cuda_kernels_that_were_not_compiled_are_left_out(sanitized, capsys, monkeypatch):
-    monkeypatch.setattr(sanitize.cuda_library, "load", lambda: "this installation has no CUDA kernels: nvcc was not found")
+    monkeypatch.setattr(
+        sanitize.cuda_library, "load", lambda: "this installation has no CUDA kernels: nvcc was not found"
+    )
     given = ("--geometry", "tiny", "--op", "broadcast_residual")
     status, rows = sanitized(*given, "--backend", "reference,cuda")
     assert status == 0 and {row["backend"] for row in rows} == {"reference"}

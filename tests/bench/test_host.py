@@ -77,7 +77,9 @@ def test_a_child_takes_the_package_of_the_other_checkout(tmp_path: Path, monkeyp
     (tmp_path / "pab_kernels").symlink_to(ROOT / "pab_kernels")
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "__init__.py").write_text("raise ImportError('the wrong bench')")
-    program = host.CHILD.replace("host.child(*sys.argv[1:])", "print(host.json.dumps({{'package': host.pab.__file__, 'seconds': {{}}}}))")
+    program = host.CHILD.replace(
+        "host.child(*sys.argv[1:])", "print(host.json.dumps({{'package': host.pab.__file__, 'seconds': {{}}}}))"
+    )
     monkeypatch.setattr(host, "CHILD", program)
     assert host.measured_with(tmp_path, ["latte"], 1) == {}
     with pytest.raises(RuntimeError, match="there is no pab_kernels in"):
@@ -91,7 +93,9 @@ def test_what_cannot_be_measured_is_refused() -> None:
         host._checkout("/tmp")
 
 
-def test_rows_are_written_with_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_written_with_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "host.jsonl"
     monkeypatch.setattr(sys, "argv", ["host", "--models", "latte", "--repeats", "1", "--out", str(path)])
     host.main()

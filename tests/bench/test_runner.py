@@ -17,8 +17,31 @@ from bench.exact_attention import checked_queries, exact_attention
 from bench.record import environment, read
 
 FIELDS = {
-    *("bench", "geometry", "case", "shape", "dtype", "seed", "candidate", "ours", "status", "reason", "error", "allowed_error"),
-    *("microseconds", "spread", "repeats", "timed_by", "sets", "rotated_bytes", "cache_bytes", "exceeds_cache", "clocks"),
+    *(
+        "bench",
+        "geometry",
+        "case",
+        "shape",
+        "dtype",
+        "seed",
+        "candidate",
+        "ours",
+        "status",
+        "reason",
+        "error",
+        "allowed_error",
+    ),
+    *(
+        "microseconds",
+        "spread",
+        "repeats",
+        "timed_by",
+        "sets",
+        "rotated_bytes",
+        "cache_bytes",
+        "exceeds_cache",
+        "clocks",
+    ),
     *("bytes", "flops", "floor_microseconds", "share_of_floor", "gigabytes_per_second", "teraflops_per_second"),
     *("copy_gigabytes_per_second", "matmul_teraflops_per_second", "device", "versions", "commit", "command", "date"),
 }
@@ -30,7 +53,9 @@ def bench(monkeypatch, tmp_path):
 
     def run(*arguments: str):
         path = tmp_path / "rows.jsonl"
-        monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--device", "cpu", "--repeats", "2", "--json", str(path)])
+        monkeypatch.setattr(
+            sys, "argv", ["bench", *arguments, "--device", "cpu", "--repeats", "2", "--json", str(path)]
+        )
         monkeypatch.setattr(runner.signal, "signal", lambda *_: None)
         return runner.main(), read([path]) if path.exists() else []
 
@@ -48,7 +73,9 @@ def test_reference_and_eager_are_right_in_every_case(bench, geometry, dtype):
     chosen = ["--candidate", "pab reference", "--candidate", "torch eager"]
     status, rows = bench("--op", "all", "--geometry", geometry, "--dtype", dtype, *chosen)
     assert status == 0
-    assert {row["bench"] for row in rows} == set(runner.OPS) - ({"short_attention"} if geometry == "odd-joint" else set())
+    assert {row["bench"] for row in rows} == set(runner.OPS) - (
+        {"short_attention"} if geometry == "odd-joint" else set()
+    )
     for row in rows:
         assert row["status"] == "ok", row
         assert set(row) >= FIELDS and row["dtype"] == dtype and row["timed_by"] == "wall clock"
@@ -70,7 +97,9 @@ def test_bytes_are_those_of_the_design(bench):
     for slots, name in enumerate(["norm", "1 slot", "2 slots", "3 slots"]):
         streams = 2 if slots == 0 else 3 + slots
         assert by_case[name] == streams * tokens * channels * width + modulation + slots * 2 * channels * width
-    assert by_case["1 int8 slot"] == by_case["1 slot"] - tokens * channels * 3 + tokens * 4  # a scale for each group of up to 128
+    assert (
+        by_case["1 int8 slot"] == by_case["1 slot"] - tokens * channels * 3 + tokens * 4
+    )  # a scale for each group of up to 128
 
 
 def test_what_is_wrong_or_fails_or_is_not_there_is_a_row_and_tells(bench, monkeypatch, capsys):
@@ -132,7 +161,9 @@ def test_an_interrupted_run_keeps_its_rows(bench, monkeypatch):
 
 
 def test_cases_for_which_no_time_is_left_are_rows(bench):
-    status, rows = bench("--op", "short_attention", "--geometry", "tiny", "--seconds", "1e-9", "--candidate", "pab reference")
+    status, rows = bench(
+        "--op", "short_attention", "--geometry", "tiny", "--seconds", "1e-9", "--candidate", "pab reference"
+    )
     assert status == 0 and {row["status"] for row in rows} == {"skipped"} and len(rows) == 2
 
 
@@ -154,7 +185,9 @@ def test_rows_are_one_json_object_a_line(bench, tmp_path):
     bench("--op", "broadcast_residual", "--geometry", "tiny", "--case", "norm", "--candidate", "torch eager")
     bench("--op", "broadcast_residual", "--geometry", "tiny", "--case", "norm", "--candidate", "torch eager")
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
-    assert len(lines) == 4 and len({json.loads(line)["seed"] for line in lines}) == 2  # "norm" and "no norm", other numbers each time
+    assert (
+        len(lines) == 4 and len({json.loads(line)["seed"] for line in lines}) == 2
+    )  # "norm" and "no norm", other numbers each time
 
 
 def test_exact_attention_is_softmax_attention_in_float64_row_by_row(monkeypatch):

@@ -8,8 +8,21 @@ from bench.table import best, listing, show, tables
 
 
 def _row(candidate: str, microseconds: float | None = None, **more) -> dict:
-    row = {"bench": "attention", "geometry": "latte", "case": "spatial", "dtype": "bfloat16", "device": "a GPU", "candidate": candidate}
-    row |= {"ours": candidate.startswith("pab"), "status": "ok", "reason": None, "flops": 10**9, "floor_microseconds": 50.0}
+    row = {
+        "bench": "attention",
+        "geometry": "latte",
+        "case": "spatial",
+        "dtype": "bfloat16",
+        "device": "a GPU",
+        "candidate": candidate,
+    }
+    row |= {
+        "ours": candidate.startswith("pab"),
+        "status": "ok",
+        "reason": None,
+        "flops": 10**9,
+        "floor_microseconds": 50.0,
+    }
     row |= {"copy_gigabytes_per_second": 4300.0, "matmul_teraflops_per_second": 780.0, "exceeds_cache": True}
     if microseconds is not None:
         row |= {"microseconds": microseconds, "spread": [microseconds * 0.99, microseconds * 1.02]}
@@ -40,7 +53,18 @@ def test_a_case_that_is_lost_stays_and_says_by_how_much():
         "ours, of the floor",
         "best other / ours",
     ]
-    cells = ["latte", "spatial", "50", "120 (triton)", "300", "**100 (cuDNN)**", "-", "wrong: FlexAttention", "42 %", "0.83x"]
+    cells = [
+        "latte",
+        "spatial",
+        "50",
+        "120 (triton)",
+        "300",
+        "**100 (cuDNN)**",
+        "-",
+        "wrong: FlexAttention",
+        "42 %",
+        "0.83x",
+    ]
     assert table.lines == [cells]
     assert any(note.startswith("flash-attn 2, unavailable (everywhere): flash_attn is not") for note in table.notes)
     assert "| latte | spatial | 50 | 120 (triton) |" in table.markdown()
@@ -52,7 +76,12 @@ def test_the_last_measurement_of_a_candidate_counts():
 
 
 def test_devices_and_dtypes_have_tables_of_their_own_and_other_benches_none():
-    rows = [*ROWS, _row("pab triton", 1.0, device="another"), _row("pab triton", 1.0, dtype="float16"), {"bench": "denoiser"}]
+    rows = [
+        *ROWS,
+        _row("pab triton", 1.0, device="another"),
+        _row("pab triton", 1.0, dtype="float16"),
+        {"bench": "denoiser"},
+    ]
     assert [table.title for table in tables(rows)] == [
         "attention, a GPU, bfloat16",
         "attention, another, bfloat16",

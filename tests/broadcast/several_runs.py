@@ -16,7 +16,9 @@ STEPS = 7
 
 def bare(model: Toy, step: int, seed: int, text: Tensor | None = None) -> Tensor:
     with torch.no_grad():
-        return model(noise(10 * seed + step), torch.tensor([float(900 - step)]), noise(100 + seed, 3) if text is None else text)
+        return model(
+            noise(10 * seed + step), torch.tensor([float(900 - step)]), noise(100 + seed, 3) if text is None else text
+        )
 
 
 def alone(seed: int, steps: int = STEPS) -> list[Tensor]:
@@ -31,7 +33,9 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def pair(scheduler: Callable[[], Any] | None = None, **prompts: Tensor) -> tuple[Pipe, Pipe, Tensor, Tensor]:
     model = toy()
-    pipes = [Pipe(model, scheduler and scheduler(), prompts.get(name, noise(200 + i, 3))) for i, name in enumerate("ab")]
+    pipes = [
+        Pipe(model, scheduler and scheduler(), prompts.get(name, noise(200 + i, 3))) for i, name in enumerate("ab")
+    ]
     for pipe in pipes:
         pab.enable(pipe, CONFIG)
     return *pipes, pipes[0].sample(STEPS, 1), pipes[1].sample(STEPS, 2)  # type: ignore[return-value]

@@ -21,7 +21,9 @@ SUBLAYERS = [Sublayer(f"s{i}", "spatial", i) for i in range(12)]
 
 def storing_call(cache_dtype: CacheDtype | None = None, cache_point: CachePoint = "pre_gate") -> Call:
     """A call at a step at which every sublayer stores."""
-    config = PABConfig.from_dict({"spatial": {"range": 2, "window": [0, 1]}, "cache_dtype": cache_dtype, "cache_point": cache_point})
+    config = PABConfig.from_dict(
+        {"spatial": {"range": 2, "window": [0, 1]}, "cache_dtype": cache_dtype, "cache_point": cache_point}
+    )
     call = Generation(config, SUBLAYERS, num_steps=2).open()
     assert call is not None
     call.prepare()

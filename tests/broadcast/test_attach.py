@@ -1,4 +1,5 @@
-"""Replaced methods: what they call, and that everything is given back, whatever others have done to the object meanwhile."""
+"""Replaced methods: what they call, and that everything is given back, whatever others have done to the object
+meanwhile."""
 
 from __future__ import annotations
 
@@ -15,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from pab_kernels.broadcast.attach import Attached, attach_forward, is_stand_in
-from tests.broadcast.owners import Counter, Inc, Owner, accelerate_hook, accelerate_unhook, diffusers_hooks, doubled, out
+from tests.broadcast.owners import (
+    Counter,
+    Inc,
+    Owner,
+    accelerate_hook,
+    accelerate_unhook,
+    diffusers_hooks,
+    doubled,
+    out,
+)
 
 # Replacing and giving back
 
@@ -95,7 +105,9 @@ def test_the_signature_and_documentation_path_lead_to_the_original() -> None:
     signature = inspect.signature(counter.add)
     attached = Attached(counter, "add", doubled).attach()
     assert inspect.signature(counter.add) == signature
-    assert inspect.unwrap(counter.add) is Counter.add and inspect.getsource(counter.add) == inspect.getsource(Counter.add)
+    assert inspect.unwrap(counter.add) is Counter.add and inspect.getsource(counter.add) == inspect.getsource(
+        Counter.add
+    )
     attached.detach()
     assert inspect.signature(counter.add) == signature
 
@@ -116,7 +128,9 @@ def test_an_object_without_attributes_of_its_own_is_refused() -> None:
         def add(self) -> None:
             """Nothing."""
 
-    with pytest.raises(TypeError, match="Bare.add cannot be followed, as the object has no __dict__; wrap it in a plain class"):
+    with pytest.raises(
+        TypeError, match="Bare.add cannot be followed, as the object has no __dict__; wrap it in a plain class"
+    ):
         Attached(Bare(), "add", doubled)
 
 

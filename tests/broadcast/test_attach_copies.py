@@ -56,7 +56,9 @@ def test_a_copy_of_an_offloaded_model_is_plain_whichever_came_first() -> None:
 # Copies that share what they are copies of
 
 
-@pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copy_of", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "deepcopy", "pickle"]
+)
 def test_every_copy_is_what_the_object_was(copy_of: Any) -> None:
     counter = Counter()
     counter.total = 5

@@ -1,4 +1,5 @@
-"""Whose call it is, where only one thing tells: the prompt, the timestep, the thread that began a run, or the request that is taken up."""
+"""Whose call it is, where only one thing tells: the prompt, the timestep, the thread that began a run, or the request
+that is taken up."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from tests.broadcast.toy import CONFIG, Pipe, noise, toy
 
 
 def _step(pipe: Pipe, i: int) -> Tensor:
-    """A call at step `i` from a function that holds neither the pipeline nor its scheduler, and the scheduler's step."""
+    """A call at step `i` from a function that holds neither the pipeline nor its scheduler, and the scheduler's
+    step."""
     t = pipe.scheduler.timesteps[i]
     out = call(pipe.transformer, t.expand(1), pipe.prompt)
     pipe.scheduler.step(out, t, noise(1))

@@ -147,12 +147,16 @@ class Around(nn.Module):
     [
         lambda model, around: model.layer.register_forward_hook(around.see),
         lambda model, around: model.layer.register_forward_pre_hook(around.see),
-        lambda model, around: setattr(model, "_cache_config", around.see),  # as enable_cache(config) leaves its callback
+        lambda model, around: setattr(
+            model, "_cache_config", around.see
+        ),  # as enable_cache(config) leaves its callback
         lambda model, around: setattr(model, "known", [around.own]),
     ],
     ids=["hook", "pre-hook", "cache config", "attribute"],
 )
-def test_what_a_model_knows_of_its_surroundings_is_not_copied(model: nn.Module, know: Callable[[nn.Module, Any], Any]) -> None:
+def test_what_a_model_knows_of_its_surroundings_is_not_copied(
+    model: nn.Module, know: Callable[[nn.Module, Any], Any]
+) -> None:
     know(model, Around())
     ran = run(model, torch.ones(1, 5, C))
     with OffMeta() as mode:
@@ -249,7 +253,9 @@ def test_flops_that_cannot_be_known_are_left_out_and_the_log_says_why(caplog: py
     assert "Reads: FLOPs are not known, as it does not run on the meta device: " in caplog.text
 
 
-def test_an_argument_of_which_nothing_is_known_leaves_flops_unknown(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_argument_of_which_nothing_is_known_leaves_flops_unknown(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
     run(model, torch.ones(1, 5, C), how={"own": object()})
     with caplog.at_level(logging.INFO, "pab_kernels"):
         assert pab.summary(model).flops == 0
@@ -265,7 +271,16 @@ def test_floats_do_not_part_arguments_and_everything_else_does() -> None:
         return Arguments.of(*pytree.tree_flatten((args, kwargs)))
 
     assert of(x, t=0.5) == of(x + 1, t=0.7) and hash(of(x, t=0.5)) == hash(of(x + 1, t=0.7))
-    others = [of(x[:1], t=0.5), of(x.double(), t=0.5), of(x, t=1), of(x, s=0.5), of((x,), t=0.5), of(x, 0.5), of(x, t=None), of(x, t=True)]
+    others = [
+        of(x[:1], t=0.5),
+        of(x.double(), t=0.5),
+        of(x, t=1),
+        of(x, s=0.5),
+        of((x,), t=0.5),
+        of(x, 0.5),
+        of(x, t=None),
+        of(x, t=True),
+    ]
     assert len({of(x, t=0.5), *others}) == 1 + len(others)
     args, kwargs = of(x, t=[x.bool(), 3]).on_meta()
     assert args[0].is_meta and args[0].shape == x.shape and kwargs["t"][0].dtype == torch.bool and kwargs["t"][1] == 3
@@ -276,13 +291,17 @@ def test_a_call_that_failed_is_not_counted(model: nn.Module) -> None:
     with torch.no_grad(), pab.generation(model, num_steps=STEPS):
         model(x)
         counted = pab.summary(model).flops
-        with mock.patch.object(model.layer.out, "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        with (
+            mock.patch.object(model.layer.out, "forward", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
             model(x)
     assert pab.summary(model).flops == counted > 0
 
 
 def test_two_threads_that_count_leave_no_dispatch_mode_set(model: nn.Module) -> None:
-    """Torch keeps in a global variable whether one is active: of two that overlap, the one that ends last would leave it set."""
+    """Torch keeps in a global variable whether one is active: of two that overlap, the one that ends last would leave
+    it set."""
     x = torch.ones(1, 5, C)
     with torch.no_grad(), pab.generation(model, num_steps=STEPS):
         model(x)

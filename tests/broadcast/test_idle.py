@@ -1,4 +1,5 @@
-"""Sublayers of which nothing is reused in a whole generation: they run as they are, and every run is counted once, where it belongs."""
+"""Sublayers of which nothing is reused in a whole generation: they run as they are, and every run is counted once,
+where it belongs."""
 
 from __future__ import annotations
 

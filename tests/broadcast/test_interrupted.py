@@ -128,4 +128,6 @@ def test_an_interrupted_enable_of_an_enabled_model_leaves_it_enabled_as_it_was(p
         _run(lambda: pab.enable(pipe, other), {moment})
         found = pipe.sample(4)
         assert _attributes(pipe) == enabled, moment
-        assert torch.equal(found, wanted) or (torch.equal(found, changed) and moment > whole - 5), "all is done before its last lines"
+        assert torch.equal(found, wanted) or (torch.equal(found, changed) and moment > whole - 5), (
+            "all is done before its last lines"
+        )

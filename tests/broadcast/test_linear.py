@@ -82,7 +82,9 @@ def test_the_line_reads_what_lies_on_it() -> None:
         turn = take(generation)
         if isinstance(turn.slot, Extrapolation):
             newest, before = (slot.source for slot in turn.slot.slots)
-            assert (newest, before) == (4, 0) and newest + turn.slot.weights[0] * (newest - before) == pytest.approx(step)
+            assert (newest, before) == (4, 0) and newest + turn.slot.weights[0] * (newest - before) == pytest.approx(
+                step
+            )
     assert step == 7 and isinstance(turn.slot, Extrapolation)
 
 
@@ -101,7 +103,9 @@ def test_weights_are_numbers_on_the_device_made_once_a_generation_by_a_fill() ->
         assert called == ["full"] and (weight.shape, weight.dtype, weight.device.type) == ((), torch.float32, device)
         called.clear()
     assert generation.weight(1 / 3, torch.device("cpu")) == torch.tensor(1 / 3)
-    assert begin(Broadcast(2), 9).weight(1 / 3, torch.device("cpu")) is not generation.weight(1 / 3, torch.device("cpu"))
+    assert begin(Broadcast(2), 9).weight(1 / 3, torch.device("cpu")) is not generation.weight(
+        1 / 3, torch.device("cpu")
+    )
 
 
 # Outputs that are missing
@@ -119,10 +123,26 @@ def test_a_context_that_comes_late_computes_until_it_has_two_outputs() -> None:
 
 def test_a_step_that_another_cache_skipped_is_made_up_for() -> None:
     generation = begin(Broadcast(4, (1, 99), "step", "linear"), 16)
-    steps = [0, 1, 2, 3, 4, 5, 9, 10, 11, 12, 13, 14, 15]  # 8, which step 9 and the second of the next would read, was skipped
+    steps = [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        9,
+        10,
+        11,
+        12,
+        13,
+        14,
+        15,
+    ]  # 8, which step 9 and the second of the next would read, was skipped
     turns = dict(zip(steps, (said(take(generation, step)) for step in steps), strict=True))
     assert [turns[step] for step in (0, 1, 4, 5)] == ["S", "0", "S", "4 0"]
-    assert [turns[step] for step in (9, 10, 11)] == ["S", "9 4", "9 4"], "computed, and the newest became the one before"
+    assert [turns[step] for step in (9, 10, 11)] == ["S", "9 4", "9 4"], (
+        "computed, and the newest became the one before"
+    )
     assert [turns[step] for step in (12, 13, 14, 15)] == ["S", "12 9", "12 9", "12 9"]
     assert forced(generation) == 1
 
@@ -161,7 +181,12 @@ def test_steps_that_go_back_never_read_what_a_later_step_computed() -> None:
 def test_a_missing_last_reuse_is_kept_where_the_next_stretch_reads_it() -> None:
     generation = begin(Broadcast(3, (1, 99), "step", "linear"), 9)
     turns = {step: said(take(generation, step)) for step in (5, 6, 7, 8)}
-    assert turns == {5: "S", 6: "S", 7: "6 5", 8: "6 5"}  # step 5 is the last that reads 3 and 0, and 6 is to be extended from 3
+    assert turns == {
+        5: "S",
+        6: "S",
+        7: "6 5",
+        8: "6 5",
+    }  # step 5 is the last that reads 3 and 0, and 6 is to be extended from 3
     alone = begin(Broadcast(3, (1, 6), "step", "linear"), 9)
     assert said(take(alone, 5)) == "#" and alone.meter.now == 0
 
@@ -215,7 +240,9 @@ def test_both_outputs_are_freed_when_the_last_reader_is_done_with_them() -> None
     begin_at=st.integers(0, 5),
     present=st.lists(st.booleans(), min_size=12, max_size=12),
 )
-def test_whatever_calls_are_missing_only_own_earlier_outputs_are_read(rule: Broadcast, begin_at: int, present: Sequence[bool]) -> None:
+def test_whatever_calls_are_missing_only_own_earlier_outputs_are_read(
+    rule: Broadcast, begin_at: int, present: Sequence[bool]
+) -> None:
     generation = begin(rule, 12)
     plan = generation.start(begin_at)
     computed: list[int] = []
@@ -249,9 +276,12 @@ def test_whatever_calls_are_missing_only_own_earlier_outputs_are_read(rule: Broa
 @pytest.mark.parametrize("cache_dtype", [None, "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_stream_extends_outputs_that_lie_on_a_line(dtype: torch.dtype, cache_dtype: Any) -> None:
-    """Against float64: what is on a straight line over the steps is hit, but for the roundings of slots, line and stream."""
+    """Against float64: what is on a straight line over the steps is hit, but for the roundings of slots, line and
+    stream."""
     torch.manual_seed(3)
-    x, start, slope, gate = (torch.randn(s, dtype=torch.float64) for s in ((2, 3, 130), (2, 3, 130), (2, 3, 130), (2, 1, 130)))
+    x, start, slope, gate = (
+        torch.randn(s, dtype=torch.float64) for s in ((2, 3, 130), (2, 3, 130), (2, 3, 130), (2, 1, 130))
+    )
     generation = begin(Broadcast(4, (3, 99), "step", "linear"), 12, cache_dtype=cache_dtype)
     rounding = torch.finfo(dtype).eps + {None: 0, "int8": 1 / 127, "float8_e4m3fn": 1 / 16}[cache_dtype]
     with torch.no_grad():
@@ -271,9 +301,13 @@ def test_a_stream_extends_outputs_that_lie_on_a_line(dtype: torch.dtype, cache_d
             assert error <= (1 + 2 * slot.weights[0]) * 2 * rounding * size
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=["both", "one of two"])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=["both", "one of two"]
+)
 @torch.no_grad()
-def test_under_autocast_a_line_of_another_dtype_is_added_as_the_plain_expression(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def test_under_autocast_a_line_of_another_dtype_is_added_as_the_plain_expression(
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
     key = Key((2, 8), torch.float32, torch.device("cpu"))
     values = [torch.randn(2, 8).to(dtype) for dtype in dtypes]
     newest, before = (Slot(v, key, source, 32, v.dtype) for v, source in zip(values, (4, 1), strict=True))

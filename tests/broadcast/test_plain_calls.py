@@ -1,4 +1,5 @@
-"""Calls that are no part of a sampling run (training, evaluation, warm-up, export) run plainly, are counted, and disturb no run."""
+"""Calls that are no part of a sampling run (training, evaluation, warm-up, export) run plainly, are counted, and
+disturb no run."""
 
 from __future__ import annotations
 

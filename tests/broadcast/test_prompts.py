@@ -38,7 +38,9 @@ def under_another_name(model: Toy, x: Tensor, t: Tensor, text: Tensor) -> Tensor
 CALLS = pytest.mark.parametrize("call", [by_keyword, by_position, in_a_list, under_another_name])
 
 
-def sample(pipe: Pipe, call: Call, branches: Callable[[int], dict[str, Tensor]], named: bool = False) -> dict[tuple[str, int], Tensor]:
+def sample(
+    pipe: Pipe, call: Call, branches: Callable[[int], dict[str, Tensor]], named: bool = False
+) -> dict[tuple[str, int], Tensor]:
     """The outputs of all calls."""
     outs: dict[tuple[str, int], Tensor] = {}
     pipe.scheduler.set_timesteps(STEPS)

@@ -1,4 +1,5 @@
-"""Requests: runs that share one model, put down and taken up in any order, thread or task, and nothing of one reaches another."""
+"""Requests: runs that share one model, put down and taken up in any order, thread or task, and nothing of one reaches
+another."""
 
 from __future__ import annotations
 
@@ -40,7 +41,12 @@ def test_three_requests_are_mixed_step_by_step() -> None:
     assert all(same(out, alone(i, STEPS + i)) for i, out in enumerate(outs))
     for i, request in enumerate(requests):
         summary = pab.summary(request)
-        assert summary.forced == 0 and summary.cache_bytes == 0 and summary.plan is not None and len(summary.plan.steps) == STEPS + i
+        assert (
+            summary.forced == 0
+            and summary.cache_bytes == 0
+            and summary.plan is not None
+            and len(summary.plan.steps) == STEPS + i
+        )
     assert pab.summary(model).cache_bytes == 0
 
 
@@ -165,7 +171,10 @@ def test_what_a_request_keeps_is_released_when_it_is_closed_fails_or_is_forgotte
         raise KeyError
     assert pab.summary(model).cache_bytes == 0
     for request in (closed, failed):
-        with pytest.raises(RuntimeError, match="this request is closed, or ended by an error; begin another one"), request:
+        with (
+            pytest.raises(RuntimeError, match="this request is closed, or ended by an error; begin another one"),
+            request,
+        ):
             pass
     gc.disable()
     try:
@@ -217,7 +226,9 @@ def test_release_lets_go_of_everything_in_all_threads_and_the_model_stays_enable
 @pytest.mark.parametrize("scheduler", [None, DDIMScheduler])
 @pytest.mark.parametrize("late", [0, 1, 3])
 @pytest.mark.parametrize("name", [None, "cond"])
-def test_two_runs_interleaved_in_one_thread_are_what_they_are_alone(name: str | None, late: int, scheduler: Any) -> None:
+def test_two_runs_interleaved_in_one_thread_are_what_they_are_alone(
+    name: str | None, late: int, scheduler: Any
+) -> None:
     a, b, right_a, right_b = pair(scheduler)
     of_a, of_b = a.steps(STEPS, 1, name), b.steps(STEPS, 2, name)
     last_a = last_b = None
@@ -276,7 +287,10 @@ def test_a_call_that_two_runs_can_claim_is_refused_before_anything_is_read() -> 
     a.scheduler.set_timesteps(STEPS)
     b.scheduler.set_timesteps(STEPS)
     t = a.scheduler.timesteps[0].expand(1)
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"2 sampling runs on this model go on .*pab\.generation.*pab\.release"):
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"2 sampling runs on this model go on .*pab\.generation.*pab\.release"),
+    ):
         call(a.transformer, t, same_prompt)
     pab.release(b)
     assert torch.equal(a.sample(STEPS, 1), right_a)

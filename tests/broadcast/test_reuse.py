@@ -47,7 +47,8 @@ def parabola(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("parabola")
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_a_reuse_of_three_outputs_needs_no_more_than_its_class(cache_dtype: Any) -> None:
-    """Squares of uneven timesteps lie on a parabola: from the third computed step on, what is not computed is right all the same."""
+    """Squares of uneven timesteps lie on a parabola: from the third computed step on, what is not computed is right all
+    the same."""
     timesteps = [900.0, 850.0, 700.0, 640.0, 500.0, 330.0, 310.0, 120.0, 70.0, 20.0]
     model = Model()
     config = PABConfig(spatial=Broadcast(3, (3, 9), "step", "parabola"), cache_dtype=cache_dtype)

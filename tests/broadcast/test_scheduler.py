@@ -1,4 +1,5 @@
-"""Following a scheduler: each `set_timesteps` begins, each `step` ends a step, and as many steps as there are timesteps."""
+"""Following a scheduler: each `set_timesteps` begins, each `step` ends a step, and as many steps as there are
+timesteps."""
 
 from __future__ import annotations
 
@@ -112,7 +113,9 @@ def test_a_listener_that_leaves_when_told_does_not_hide_the_news_from_the_next(s
     assert (leaving.told, staying.told) == (["begin"], ["begin", "step"])
 
 
-def test_methods_that_others_wrapped_since_stay_and_tell_nobody_after_the_last_listener_left(scheduler: Scheduler) -> None:
+def test_methods_that_others_wrapped_since_stay_and_tell_nobody_after_the_last_listener_left(
+    scheduler: Scheduler,
+) -> None:
     listener, late = Listener(), Listener()
     watch = followed(scheduler, listener)
     inner = scheduler.step

@@ -63,7 +63,9 @@ def test_what_is_quantised_already_is_left_so(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", RAGGED, ids=str)
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bytes_are_those_foreseen_from_the_shape(shape: tuple[int, ...], cache_dtype: CacheDtype | None, dtype: torch.dtype) -> None:
+def test_bytes_are_those_foreseen_from_the_shape(
+    shape: tuple[int, ...], cache_dtype: CacheDtype | None, dtype: torch.dtype
+) -> None:
     kept = pack(torch.randn(shape, dtype=dtype), CACHE_DTYPES[cache_dtype])
     assert nbytes(kept) == slot_bytes(shape, dtype, cache_dtype)
     tensors = (kept.data, kept.scale) if isinstance(kept, Quantized) else (kept,)

@@ -1,4 +1,5 @@
-"""Seconds by kind: what they are given to, what is counted where sublayers are fused, and that nothing waits or is read unasked."""
+"""Seconds by kind: what they are given to, what is counted where sublayers are fused, and that nothing waits or is read
+unasked."""
 
 from __future__ import annotations
 
@@ -87,7 +88,9 @@ class Event:
         return 1e3 * (end.moment - self.moment)
 
 
-def test_on_a_cuda_device_events_are_recorded_and_waited_for_when_they_are_read(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cuda_device_events_are_recorded_and_waited_for_when_they_are_read(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -95,7 +98,10 @@ def test_on_a_cuda_device_events_are_recorded_and_waited_for_when_they_are_read(
     for kind, device in ((REST, first), ("spatial", None), ("cross", None), (REST, second), (None, None)):
         watch.mark(kind, device)
     assert Event.waited == 0 and len(Event.made) == 5 and clock.reads == 0
-    assert watch.seconds() == {REST: 3 + 9, "spatial": 5}  # moments 1, 4, 9, 16, 25; cross begins and ends on different devices
+    assert watch.seconds() == {
+        REST: 3 + 9,
+        "spatial": 5,
+    }  # moments 1, 4, 9, 16, 25; cross begins and ends on different devices
     assert Event.waited == 1
     assert watch.seconds() == {REST: 12, "spatial": 5}
 
@@ -104,7 +110,10 @@ def test_on_a_cuda_device_events_are_recorded_and_waited_for_when_they_are_read(
 def slow_operations(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
     for name in ("attention", "short_attention"):
         monkeypatch.setattr(ops, name, clock.slow(getattr(ops, name), 1.0))
-    run = {name: clock.slow(stream.run_checked, seconds) for name, seconds in (("project_residual", 10.0), ("broadcast_residual", 100.0))}
+    run = {
+        name: clock.slow(stream.run_checked, seconds)
+        for name, seconds in (("project_residual", 10.0), ("broadcast_residual", 100.0))
+    }
     monkeypatch.setattr(stream, "run_checked", lambda op, call: run[op](op, call))
     return clock
 
@@ -124,14 +133,20 @@ def seconds(summary: Any) -> dict[str, float]:
 def test_a_fused_sublayer_has_its_norm_its_attention_and_its_projection(slow_operations: Clock) -> None:
     summary = timed(tiny_latte(), COMPUTED)
     # the projection waits for the sublayer after it, and is the former's all the same
-    assert seconds(summary) == {"spatial": 111 * LAYERS, "temporal": 111 * LAYERS, "cross": 11 * LAYERS, "mlp": 110 * 2 * LAYERS}
+    assert seconds(summary) == {
+        "spatial": 111 * LAYERS,
+        "temporal": 111 * LAYERS,
+        "cross": 11 * LAYERS,
+        "mlp": 110 * 2 * LAYERS,
+    }
     assert summary.rest_seconds == 0 and slow_operations.now == sum(seconds(summary).values())
 
 
 def test_what_is_reused_is_added_where_the_stream_is_read_next(slow_operations: Clock) -> None:
     reused = Broadcast(2, (0, 1))
     summary = timed(tiny_latte(), PABConfig(spatial=reused, temporal=reused), steps=2)
-    # step 1: the temporal attention is pending and comes along in the MLP's norm; the spatial one is flushed for the cross attention
+    # step 1: the temporal attention is pending and comes along in the MLP's norm; the spatial one is flushed for the
+    # cross attention
     assert seconds(summary) == {
         "spatial": 111 * LAYERS,
         "temporal": 111 * LAYERS,
@@ -152,7 +167,10 @@ def test_the_rest_of_the_model_is_not_a_sublayers(slow_operations: Clock) -> Non
     model.pos_embed.forward = slow_operations.slow(model.pos_embed.forward, 5.0)
     summary = timed(model, COMPUTED)
     assert summary.rest_seconds == 12 and seconds(summary)["mlp"] == 110 * 2 * LAYERS
-    assert "12.000 s outside of the sublayers" in str(summary) and str(summary).splitlines()[5].split()[:2] == ["context", "#0"]
+    assert "12.000 s outside of the sublayers" in str(summary) and str(summary).splitlines()[5].split()[:2] == [
+        "context",
+        "#0",
+    ]
     assert str(summary).splitlines()[5].endswith("seconds") and str(summary).splitlines()[6].endswith("222.000")
 
 

@@ -1,4 +1,5 @@
-"""The residual stream gives, bit for bit, what the plain chain of expressions gives, in as few fused operations as promised."""
+"""The residual stream gives, bit for bit, what the plain chain of expressions gives, in as few fused operations as
+promised."""
 
 from __future__ import annotations
 
@@ -65,13 +66,24 @@ def _modulation(kind: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | No
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Quantized) or isinstance(b, Quantized):
-        return isinstance(a, Quantized) and isinstance(b, Quantized) and _same(a.data.float(), b.data.float()) and _same(a.scale, b.scale)
+        return (
+            isinstance(a, Quantized)
+            and isinstance(b, Quantized)
+            and _same(a.data.float(), b.data.float())
+            and _same(a.scale, b.scale)
+        )
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
 _gates = st.sampled_from(_GATES)
 _STEPS = st.one_of(
-    st.tuples(st.just("project"), st.sampled_from(sorted(LINEARS)) | st.just("plain"), _gates, st.booleans(), st.sampled_from([1, 5])),
+    st.tuples(
+        st.just("project"),
+        st.sampled_from(sorted(LINEARS)) | st.just("plain"),
+        _gates,
+        st.booleans(),
+        st.sampled_from([1, 5]),
+    ),
     st.tuples(st.just("add"), st.sampled_from(["own", "float32", "channels outermost"]), _gates, st.booleans()),
     st.tuples(st.just("reuse"), st.sampled_from(["own", "float32", "int8", "float8"]), _gates),
     st.tuples(st.just("reuse"), st.just("own"), st.just("none")),
@@ -122,7 +134,9 @@ def test_any_program_gives_what_the_plain_chain_gives(
                 if rest[0] in ("int8", "float8"):
                     value = quantize(value, torch.int8 if rest[0] == "int8" else torch.float8_e4m3fn)
                 slots.append(slot_of(value))
-            reads = [dequantize(s.value, torch.float32) if isinstance(s.value, Quantized) else s.value.float() for s in slots]
+            reads = [
+                dequantize(s.value, torch.float32) if isinstance(s.value, Quantized) else s.value.float() for s in slots
+            ]
             weight = torch.tensor(2 / 3)
             value = reads[0] if step == "reuse" else reads[0] + weight * (reads[0] - reads[1])
             chain.add(value.to(chain.x.dtype if isinstance(slots[0].value, Quantized) else own), gate, None)
@@ -148,7 +162,10 @@ def test_any_program_gives_what_the_plain_chain_gives(
         kept = kept_by(call, i)
         assert _same(kept, expected)
         for t in (kept.data, kept.scale) if isinstance(kept, Quantized) else (kept,):
-            assert t.untyped_storage().data_ptr() not in (given_x.untyped_storage().data_ptr(), result.untyped_storage().data_ptr())
+            assert t.untyped_storage().data_ptr() not in (
+                given_x.untyped_storage().data_ptr(),
+                result.untyped_storage().data_ptr(),
+            )
 
 
 # Single cases
@@ -247,7 +264,9 @@ def test_a_stream_runs_on_the_meta_device(cache_dtype: CacheDtype | None, counte
 def test_an_rms_norm_without_eps_has_that_of_torch(dtype: torch.dtype) -> None:
     for size in (1e-3, 1e-5, 1e-9):  # the eps decides
         x = (size * torch.randn(5, 8)).to(dtype)
-        assert torch.equal(ResidualStream(x, storing_call()).norm_modulate(nn.RMSNorm(8, dtype=dtype)), nn.RMSNorm(8, dtype=dtype)(x))
+        assert torch.equal(
+            ResidualStream(x, storing_call()).norm_modulate(nn.RMSNorm(8, dtype=dtype)), nn.RMSNorm(8, dtype=dtype)(x)
+        )
 
 
 @torch.no_grad()
@@ -268,7 +287,13 @@ def test_reuse_before_the_projection_is_added_before_it() -> None:
 @pytest.mark.parametrize("shape", [(2, 3, 8), (2, 1, 8)])
 @torch.no_grad()
 def test_gate_and_shift_may_make_the_stream_wider(shape: tuple[int, ...], counted: Counter[str]) -> None:
-    x, a, wide, linear, norm = torch.randn(1, 3, 8), torch.randn(1, 3, 4), torch.randn(shape), nn.Linear(4, 8), nn.LayerNorm(8)
+    x, a, wide, linear, norm = (
+        torch.randn(1, 3, 8),
+        torch.randn(1, 3, 4),
+        torch.randn(shape),
+        nn.Linear(4, 8),
+        nn.LayerNorm(8),
+    )
     streams = [ResidualStream(x, storing_call()) for _ in range(4)]
     streams[0].reuse(slot_of(x), wide)
     assert torch.equal(streams[0].read(), wide * x + x)

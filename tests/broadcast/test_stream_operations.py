@@ -14,7 +14,14 @@ from pab_kernels.broadcast.stream import ResidualStream
 from tests.broadcast.streams import LINEARS, NORMS, slot_of, storing_call
 
 
-def _run(program: str, call: Call, *, linear: nn.Module | None = None, norm: nn.Module | None = None, gate: Tensor | None = None) -> None:
+def _run(
+    program: str,
+    call: Call,
+    *,
+    linear: nn.Module | None = None,
+    norm: nn.Module | None = None,
+    gate: Tensor | None = None,
+) -> None:
     """P projects, A adds, R reuses, L reuses two outputs, N norms and modulates, X reads."""
     x = torch.randn(2, 3, 8)
     stream = ResidualStream(x, call)
@@ -26,7 +33,10 @@ def _run(program: str, call: Call, *, linear: nn.Module | None = None, norm: nn.
         elif step == "R":
             stream.reuse(slot_of(torch.randn(2, 3, 8)), gate)
         elif step == "L":
-            stream.reuse(Extrapolation((slot_of(torch.randn(2, 3, 8)), slot_of(torch.randn(2, 3, 8))), (torch.tensor(0.5),)), gate)
+            stream.reuse(
+                Extrapolation((slot_of(torch.randn(2, 3, 8)), slot_of(torch.randn(2, 3, 8))), (torch.tensor(0.5),)),
+                gate,
+            )
         elif step == "N":
             stream.norm_modulate(norm or nn.LayerNorm(8), torch.randn(8), torch.randn(2, 1, 8))
         else:
@@ -79,7 +89,9 @@ def _run(program: str, call: Call, *, linear: nn.Module | None = None, norm: nn.
     ],
 )
 @torch.no_grad()
-def test_operations_are_as_few_as_promised(program: str, broadcasts: int, projections: int, counted: Counter[str]) -> None:
+def test_operations_are_as_few_as_promised(
+    program: str, broadcasts: int, projections: int, counted: Counter[str]
+) -> None:
     for gate in (None, torch.randn(2, 1, 8)):
         counted.clear()
         _run(program, storing_call(), gate=gate)
@@ -95,7 +107,13 @@ def test_a_linear_that_anybody_changed_is_called_and_not_fused(name: str, counte
 
 @pytest.mark.parametrize(
     ("name", "fused"),
-    [("layer", True), ("affine layer", True), ("layer without bias", True), ("rms", True), ("rms with torch's eps", True)]
+    [
+        ("layer", True),
+        ("affine layer", True),
+        ("layer without bias", True),
+        ("rms", True),
+        ("rms with torch's eps", True),
+    ]
     + [(name, False) for name in ("hooked", "subclass", "custom", "layer over tokens too", "rms over tokens too")],
 )
 @torch.no_grad()

@@ -57,7 +57,9 @@ def test_the_summary_says_what_was_done() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [HALF, PABConfig(cross=Broadcast(3, (0, 1)), block=Broadcast(2, (0, 1), layers=(0,)))])
+@pytest.mark.parametrize(
+    "config", [HALF, PABConfig(cross=Broadcast(3, (0, 1)), block=Broadcast(2, (0, 1), layers=(0,)))]
+)
 def test_bytes_and_flops_are_told_by_context_and_kind(config: PABConfig) -> None:
     model = tiny_latte()
     pab.enable(model, config)
@@ -75,14 +77,28 @@ def test_bytes_and_flops_are_told_by_context_and_kind(config: PABConfig) -> None
     tallies = [t for kinds in summary.contexts.values() for t in kinds.values()]
     assert sum(t.flops_saved for t in tallies) == summary.flops_without - summary.flops > 0
     assert sum(t.cache_bytes for kinds in early.contexts.values() for t in kinds.values()) == early.cache_bytes
-    assert {t.cache_bytes for t in tallies} == {0} and sum(t.peak_cache_bytes for t in tallies) >= summary.peak_cache_bytes
-    cond, slot = summary.contexts["cond"], INPUTS["hidden_states"].shape[2] * TOKENS * 64 * 4  # [frames, tokens, C] float32
+    assert {t.cache_bytes for t in tallies} == {0} and sum(
+        t.peak_cache_bytes for t in tallies
+    ) >= summary.peak_cache_bytes
+    cond, slot = (
+        summary.contexts["cond"],
+        INPUTS["hidden_states"].shape[2] * TOKENS * 64 * 4,
+    )  # [frames, tokens, C] float32
     spatial = cond["spatial"]
-    assert cond["cross"].peak_cache_bytes == slot * LAYERS and early.contexts["cond"]["cross"].cache_bytes in (0, slot * LAYERS)
+    assert cond["cross"].peak_cache_bytes == slot * LAYERS and early.contexts["cond"]["cross"].cache_bytes in (
+        0,
+        slot * LAYERS,
+    )
     if config is HALF:  # reused in 2 of 5 steps
-        assert spatial.flops_saved * 5 == spatial.flops_without * 2 and cond["temporal"].peak_cache_bytes == slot * LAYERS
+        assert (
+            spatial.flops_saved * 5 == spatial.flops_without * 2 and cond["temporal"].peak_cache_bytes == slot * LAYERS
+        )
     else:  # as a part of the block of layer 0
-        assert spatial.reused == 0 and spatial.flops_saved * 10 == spatial.flops_without * 2 and cond["block"].flops_saved == 0
+        assert (
+            spatial.reused == 0
+            and spatial.flops_saved * 10 == spatial.flops_without * 2
+            and cond["block"].flops_saved == 0
+        )
         assert cond["block"].peak_cache_bytes == 2 * slot and spatial.peak_cache_bytes == 0
 
 

@@ -1,4 +1,5 @@
-"""Where a run enters its schedule, and which step a call is at, told by the timestep wherever it is and whatever is made of it."""
+"""Where a run enters its schedule, and which step a call is at, told by the timestep wherever it is and whatever is
+made of it."""
 
 from __future__ import annotations
 
@@ -96,7 +97,9 @@ def of_tokens(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("call", [by_keyword, by_position])
 @pytest.mark.parametrize("wrap", [lambda m: m, Wrapper, peft], ids=["bare", "a wrapper", "peft"])
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_a_run_entered_in_the_middle_is_known_through_wrappers(wrap: Any, call: Any, timestep: Any, scheduler: Any) -> None:
+def test_a_run_entered_in_the_middle_is_known_through_wrappers(
+    wrap: Any, call: Any, timestep: Any, scheduler: Any
+) -> None:
     pipe = Pipe(wrap(toy()), scheduler())
     pab.enable(pipe, CONFIG)
     pipe.scheduler.set_timesteps(8)
@@ -104,7 +107,11 @@ def test_a_run_entered_in_the_middle_is_known_through_wrappers(wrap: Any, call: 
     with torch.no_grad():
         for t in times:
             out = call(pipe.transformer, x, timestep(t), pipe.prompt)
-            x = pipe.scheduler.step(out, t, x)[0] if scheduler is not HeunDiscreteScheduler else pipe.scheduler.step(out, t, x).prev_sample
+            x = (
+                pipe.scheduler.step(out, t, x)[0]
+                if scheduler is not HeunDiscreteScheduler
+                else pipe.scheduler.step(out, t, x).prev_sample
+            )
     summary = pab.summary(pipe)
     assert summary.plan is not None and summary.plan.schedule.begin == 4 and len(summary.plan.steps) == len(times)
     assert summary.forced == 0 and summary.cache_bytes == 0

@@ -1,4 +1,5 @@
-"""Runs as some people write them: generators that hold things open, foreign numbers, prompts in objects, parts that are gone."""
+"""Runs as some people write them: generators that hold things open, foreign numbers, prompts in objects, parts that are
+gone."""
 
 from __future__ import annotations
 
@@ -159,7 +160,9 @@ def test_timesteps_are_numbers_of_any_library(number: Any) -> None:
     assert counts(pipe)["spatial"] == (20, 20, 0) and pab.summary(pipe).plain_calls == 0
 
 
-@pytest.mark.parametrize("way", [lambda t: t * 0.001, lambda t: (t / 1000).bfloat16(), lambda t: (t * 1.0).half() / 1000])
+@pytest.mark.parametrize(
+    "way", [lambda t: t * 0.001, lambda t: (t / 1000).bfloat16(), lambda t: (t * 1.0).half() / 1000]
+)
 @pytest.mark.parametrize("scheduler", [None, DDIMScheduler])
 def test_a_timestep_that_is_rounded_on_another_way_is_that_of_its_step(way: Any, scheduler: Any) -> None:
     pipe = Pipe(toy(), scheduler and scheduler())

@@ -1,4 +1,5 @@
-"""What a user runs is what is broadcast, or one warning says why not: loops, models and schedulers are exchanged, wrapped and copied."""
+"""What a user runs is what is broadcast, or one warning says why not: loops, models and schedulers are exchanged,
+wrapped and copied."""
 
 from __future__ import annotations
 
@@ -165,7 +166,9 @@ def test_a_scheduler_exchanged_between_runs_is_followed() -> None:
 
 
 def own_function(module: nn.Module) -> None:
-    module.forward = types.MethodType(lambda self, *args, **kwargs: 2 * type(self).forward(self, *args, **kwargs), module)  # type: ignore[method-assign]
+    module.forward = types.MethodType(
+        lambda self, *args, **kwargs: 2 * type(self).forward(self, *args, **kwargs), module
+    )  # type: ignore[method-assign]
 
 
 def around_what_was_there(module: nn.Module) -> None:
@@ -175,7 +178,9 @@ def around_what_was_there(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("where", ["", "blocks.0", "blocks.1.attn"])
 @pytest.mark.parametrize("change", [own_function, around_what_was_there])
-def test_another_forward_put_on_after_enable_runs_and_is_broadcast(change: Any, where: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_forward_put_on_after_enable_runs_and_is_broadcast(
+    change: Any, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
     before = toy()
     change(before.get_submodule(where))
     plain = Pipe(before).sample()
@@ -221,14 +226,18 @@ def test_another_step_put_on_a_scheduler_after_enable_is_followed() -> None:
 def test_a_class_patched_after_enable_runs_as_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, original, called = enabled(ONES), Toy.forward, []
     plain = Pipe(toy()).sample()
-    monkeypatch.setattr(Toy, "forward", lambda self, *args, **kwargs: (called.append(1), 2 * original(self, *args, **kwargs))[1])
+    monkeypatch.setattr(
+        Toy, "forward", lambda self, *args, **kwargs: (called.append(1), 2 * original(self, *args, **kwargs))[1]
+    )
     doubled = pipe.sample()
     assert len(called) == STEPS and not torch.equal(doubled, plain)
     pab.disable(pipe)
     assert torch.equal(pipe.sample(), doubled)
 
 
-def test_blocks_replaced_within_a_run_compute_and_the_run_says_that_nothing_was_reused(caplog: pytest.LogCaptureFixture) -> None:
+def test_blocks_replaced_within_a_run_compute_and_the_run_says_that_nothing_was_reused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     pipe = enabled()
     steps = pipe.steps(STEPS, 0)
     next(steps)
@@ -290,7 +299,9 @@ def test_calls_that_each_have_a_name_of_their_own_are_told(caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize("other", ["pipeline", "transformer_2"])
-def test_a_model_that_is_not_called_where_another_one_has_its_scheduler_is_not_told(other: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_is_not_called_where_another_one_has_its_scheduler_is_not_told(
+    other: str, caplog: pytest.LogCaptureFixture
+) -> None:
     pipe = enabled()
     if other == "transformer_2":
         pipe.transformer_2 = toy(1)  # type: ignore[attr-defined]
@@ -330,7 +341,9 @@ def copied(pipe: Pipe) -> Pipe:
 
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, DDIMScheduler])
 @pytest.mark.parametrize("used", [False, True])
-def test_a_request_on_a_shallow_copy_runs_plainly_and_moves_nothing(scheduler: Any, used: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_request_on_a_shallow_copy_runs_plainly_and_moves_nothing(
+    scheduler: Any, used: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     plain = Pipe(toy(), scheduler()).sample(9)
     for config in (ONES, CONFIG):
         pipe = Pipe(toy(), scheduler())

@@ -48,7 +48,9 @@ class Toy(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([Block(), Block()])
 
-    def forward(self, hidden_states: Tensor, timestep: Any = None, encoder_hidden_states: Any = None, guidance: Any = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, timestep: Any = None, encoder_hidden_states: Any = None, guidance: Any = None
+    ) -> Tensor:
         text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, (list, tuple)) else encoder_hidden_states
         t = torch.as_tensor(timestep, dtype=hidden_states.dtype)
         x = hidden_states * (1 + 1e-3 * (t[..., None] if t.ndim == 2 else t.reshape(-1, 1, 1)))

@@ -26,7 +26,9 @@ FILES = {"analysis.json", "start.yaml", "curves.png", "layers.png"}
 
 
 def pab(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.build_app(), list(map(str, arguments)), env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    return CliRunner().invoke(
+        cli.build_app(), list(map(str, arguments)), env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +45,28 @@ def test_a_folder_is_analysed_and_everything_written(folder: Path, tmp_path: Pat
     assert "DiTTransformer2DModel, 10 steps" in result.stdout and "spatial" in result.stdout and "mlp" in result.stdout
     assert "written in" in result.stderr and {p.name for p in out.iterdir()} == FILES
     data = json.loads((out / "analysis.json").read_text())
-    assert data["complete"] and data["num_steps"] == 10 and {s["kind"] for s in data["sublayers"]} == {"spatial", "mlp", "block"}
+    assert (
+        data["complete"]
+        and data["num_steps"] == 10
+        and {s["kind"] for s in data["sublayers"]} == {"spatial", "mlp", "block"}
+    )
     assert load_config(out / "start.yaml") == PABConfig.from_dict(data["start"]["config"])
 
 
 def test_json_is_printed_and_plots_are_left_out(folder: Path, tmp_path: Path) -> None:
-    result = pab("analyze", "--model", folder, "--steps", 4, "--json", "--no-plot", "--argument", "class_labels=[1]", "--out", tmp_path)
+    result = pab(
+        "analyze",
+        "--model",
+        folder,
+        "--steps",
+        4,
+        "--json",
+        "--no-plot",
+        "--argument",
+        "class_labels=[1]",
+        "--out",
+        tmp_path,
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == json.loads((tmp_path / "analysis.json").read_text())
     assert not list(tmp_path.glob("*.png"))
@@ -60,7 +78,9 @@ def test_the_demo_model_has_a_prompt_of_its_own(tmp_path: Path) -> None:
     assert "LatteTransformer3DModel, 3 steps" in result.stdout and "temporal" in result.stdout
 
 
-def test_an_interrupted_run_keeps_what_was_measured_and_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_keeps_what_was_measured_and_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, steps = diffusers.DDIMScheduler.step, []
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +92,9 @@ def test_an_interrupted_run_keeps_what_was_measured_and_says_so(folder: Path, tm
     monkeypatch.setattr(diffusers.DDIMScheduler, "step", step)
     result = pab("analyze", "--model", folder, "--steps", 8, "--argument", "class_labels=[1]", "--out", tmp_path)
     assert result.exit_code == 130
-    assert "interrupted: what was measured until then is in" in result.stderr and result.stderr.endswith("pab: interrupted\n")
+    assert "interrupted: what was measured until then is in" in result.stderr and result.stderr.endswith(
+        "pab: interrupted\n"
+    )
     assert "interrupted" in result.stdout
     data = json.loads((tmp_path / "analysis.json").read_text())
     assert not data["complete"] and data["start"] is None
@@ -84,9 +106,15 @@ def test_an_interrupted_run_keeps_what_was_measured_and_says_so(folder: Path, tm
     ("arguments", "message"),
     [
         (("--model", "nothing"), "there is no folder nothing"),
-        (("--model", "FOLDER"), "DiTPipeline needs class_labels; give --prompt TEXT, and others by --argument NAME=VALUE"),
+        (
+            ("--model", "FOLDER"),
+            "DiTPipeline needs class_labels; give --prompt TEXT, and others by --argument NAME=VALUE",
+        ),
         (("--model", "FOLDER", "--prompt", "x"), "DiTPipeline takes no prompt; it takes class_labels"),
-        (("--model", "FOLDER", "--argument", "class_labels"), "--argument takes NAME=VALUE such as height=256, got 'class_labels'"),
+        (
+            ("--model", "FOLDER", "--argument", "class_labels"),
+            "--argument takes NAME=VALUE such as height=256, got 'class_labels'",
+        ),
         (("--model", "demo", "--steps", "2"), "--steps must be at least 3"),
         (("--model", "demo", "--dtype", "int8"), "--dtype is float32, bfloat16 or float16, got 'int8'"),
         (("--model", "demo", "--device", "toaster"), "device 'toaster' cannot be used here: "),

@@ -51,8 +51,14 @@ def test_version(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--scheduler", "magic"], "the demo model has no scheduler 'magic'; it has ddim, dpm++, pndm, heun, euler, unipc"),
-        (["--ranges", "2,x,6"], "--ranges takes spatial,temporal,cross[,mlp] as whole numbers such as 2,4,6, got '2,x,6'"),
+        (
+            ["--scheduler", "magic"],
+            "the demo model has no scheduler 'magic'; it has ddim, dpm++, pndm, heun, euler, unipc",
+        ),
+        (
+            ["--ranges", "2,x,6"],
+            "--ranges takes spatial,temporal,cross[,mlp] as whole numbers such as 2,4,6, got '2,x,6'",
+        ),
         (["--ranges", "2,4"], "ranges must be three or four whole numbers"),
         (["--ranges", "0,4,6"], "got 0,4,6"),
         (["--prompt", "a red banana"], "the demo model does not know the word 'banana'; it knows colour: red"),
@@ -84,7 +90,9 @@ def test_a_missing_package_gives_one_line_that_says_what_to_install(package: str
     monkeypatch.setitem(sys.modules, package, None)
     result = pab("demo")
     assert result.exit_code == 1 and result.stderr.count("\n") == 1
-    assert f"pab demo needs the package {package}" in result.stderr and "pip install 'pab-kernels[demo]'" in result.stderr
+    assert (
+        f"pab demo needs the package {package}" in result.stderr and "pip install 'pab-kernels[demo]'" in result.stderr
+    )
 
 
 def test_without_typer_the_script_says_what_to_install(monkeypatch, capsys):
@@ -101,14 +109,37 @@ def test_a_tiny_run_writes_every_file_and_prints_the_table(tmp_path):
     assert files == {"clips.gif", "clips.mp4", "schedule-demo.png", "schedule-pab246.png", "results.json"}
     for name in files:
         assert str(tmp_path / name) in result.stdout
-    for wanted in ("no PAB", "PAB demo preset", "PAB 2/4/6", "diffusers' PAB 2/4/6", "2+2", "speed-up", "PSNR, dB", "MiB kept", "1.00x"):
+    for wanted in (
+        "no PAB",
+        "PAB demo preset",
+        "PAB 2/4/6",
+        "diffusers' PAB 2/4/6",
+        "2+2",
+        "speed-up",
+        "PSNR, dB",
+        "MiB kept",
+        "1.00x",
+    ):
         assert wanted in result.stdout
 
 
 def test_json_prints_the_results_alone(monkeypatch, tmp_path):
     every = demo.variants
     monkeypatch.setattr(demo, "variants", lambda settings: every(settings)[:2])
-    result = pab("demo", "--steps", "2", "--prompt", "a blue bar", "--device", "cpu", "--json", "--seed", "3", "--out", str(tmp_path))
+    result = pab(
+        "demo",
+        "--steps",
+        "2",
+        "--prompt",
+        "a blue bar",
+        "--device",
+        "cpu",
+        "--json",
+        "--seed",
+        "3",
+        "--out",
+        str(tmp_path),
+    )
     data = json.loads(result.stdout)
     assert data == json.loads((tmp_path / "results.json").read_text())
     assert data["prompts"] == ["a blue bar"] and data["seeds"] == [3]
@@ -161,7 +192,9 @@ def test_the_table_fits_its_terminal(width: int, first: str):
     closeness = [Closeness(psnr, ssim, None, None, None) for psnr, ssim in ((31.2, 0.951), (33.1, 0.972))]
     quality = tuple(Comparison("A", "B", 8, 8, total, ()) for total in closeness)
     sampled = Sampled(torch.zeros(2, 8, 3, 8, 8), 10.0, Peak(), None)
-    runs = [demo.DemoRun(v, 29, 50, sampled, 100, counts, 2**20, 2, quality) for v in demo.variants(demo.DemoSettings())]
+    runs = [
+        demo.DemoRun(v, 29, 50, sampled, 100, counts, 2**20, 2, quality) for v in demo.variants(demo.DemoSettings())
+    ]
     console = Console(width=width, record=True, file=io.StringIO(), color_system=None)
     console.print(results_table(demo.DemoResult(demo.DemoSettings(), tuple(runs), False, {}, "a device"), width))
     text = console.export_text()

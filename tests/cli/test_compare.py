@@ -1,4 +1,7 @@
-"""`pab compare` as a user calls it, with wrong arguments, missing files and Ctrl-C; and what all commands have in common."""
+"""`pab compare` as a user calls it, with wrong arguments, missing files and Ctrl-C.
+
+And what all commands have in common.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ COMMANDS = ("demo", "generate", "plan", "analyze", "compare", "doctor")
 
 
 def pab(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.build_app(), list(map(str, arguments)), env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    return CliRunner().invoke(
+        cli.build_app(), list(map(str, arguments)), env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    )
 
 
 @pytest.fixture
@@ -62,9 +67,17 @@ def test_json_is_printed_alone(clips: tuple[Path, Path]) -> None:
 def test_without_a_package_for_lpips_a_line_says_so(clips: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("lpips", "torchmetrics"):
         monkeypatch.setitem(sys.modules, package, None)
-    assert pab("compare", *clips).stdout.splitlines()[-1].startswith("note: LPIPS was not measured: neither the package lpips")
+    assert (
+        pab("compare", *clips)
+        .stdout.splitlines()[-1]
+        .startswith("note: LPIPS was not measured: neither the package lpips")
+    )
     refused = pab("compare", *clips, "--lpips")
-    assert refused.exit_code == 1 and refused.stderr.startswith("pab: LPIPS cannot be measured: neither") and refused.stdout == ""
+    assert (
+        refused.exit_code == 1
+        and refused.stderr.startswith("pab: LPIPS cannot be measured: neither")
+        and refused.stdout == ""
+    )
 
 
 def test_the_picture_is_drawn(clips: tuple[Path, Path], tmp_path: Path) -> None:
@@ -78,7 +91,10 @@ def test_the_picture_is_drawn(clips: tuple[Path, Path], tmp_path: Path) -> None:
         (["a.npy", "missing.mp4"], "pab: there is no file or folder missing.mp4"),
         (["a.npy", "."], "pab: the folder . holds no images; supported are .png"),
         (["a.npy", "notes.txt"], "pab: notes.txt ends in .txt; supported are folders of images and .mp4"),
-        (["a.npy", "a.npy", "--values", "0"], "pab: --values takes two numbers, black and white, such as 0,1 or -1,1, got '0'"),
+        (
+            ["a.npy", "a.npy", "--values", "0"],
+            "pab: --values takes two numbers, black and white, such as 0,1 or -1,1, got '0'",
+        ),
         (["a.npy", "a.npy", "--values", "1,0"], "pab: values must be two numbers, black below white, got (1.0, 0.0)"),
         (["a.npy", "a.npy", "--plot", "curve.doc"], "pab: curve.doc cannot be drawn; supported endings are"),
         (["a.npy", "a.npy", "--plot", "none/curve.png"], "pab: there is no folder none for curve.png; make it first"),
@@ -114,10 +130,14 @@ def test_ctrl_c_is_one_line(clips: tuple[Path, Path], monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(comparison, "compare", interrupted)
     result = pab("compare", *clips, "--no-lpips")
-    assert result.exit_code == 130 and result.stdout == "" and result.stderr.strip().splitlines() == ["pab: interrupted"]
+    assert (
+        result.exit_code == 130 and result.stdout == "" and result.stderr.strip().splitlines() == ["pab: interrupted"]
+    )
 
 
-def test_ctrl_c_while_the_picture_is_drawn_keeps_the_table(clips: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_the_picture_is_drawn_keeps_the_table(
+    clips: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -128,11 +148,15 @@ def test_ctrl_c_while_the_picture_is_drawn_keeps_the_table(clips: tuple[Path, Pa
 
 
 @pytest.mark.parametrize("package", ["rich", "skimage"])
-def test_a_missing_package_gives_one_line(package: str, clips: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_gives_one_line(
+    package: str, clips: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     app = cli.build_app()
     monkeypatch.setitem(sys.modules, package, None)
     result = CliRunner().invoke(app, ["compare", *map(str, clips)])
-    assert result.exit_code == 1 and result.stderr.startswith(f"pab: pab compare needs the package {package}, which is not installed")
+    assert result.exit_code == 1 and result.stderr.startswith(
+        f"pab: pab compare needs the package {package}, which is not installed"
+    )
 
 
 def test_the_script_runs_as_a_process(clips: tuple[Path, Path]) -> None:

@@ -30,7 +30,9 @@ from pab_kernels.analysis.quality.clips import read_clip
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # imageio's reader leaves a pipe to the collector
+    pytest.mark.filterwarnings(
+        "ignore::pytest.PytestUnraisableExceptionWarning"
+    ),  # imageio's reader leaves a pipe to the collector
 ]
 
 MANY = "1" + "0" * 30
@@ -38,7 +40,9 @@ LONG = "n" * 5000
 
 
 def pab(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.build_app(), list(map(str, arguments)), env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    return CliRunner().invoke(
+        cli.build_app(), list(map(str, arguments)), env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    )
 
 
 def _given(folder: Path) -> None:
@@ -75,8 +79,14 @@ SCHEDULE = ("plan", "--config", "pab246", "--steps")
         (("plan", "--model", "latte", "--batch", MANY), f"batch must be at most 1,000,000, got {MANY}"),
         (("plan", "--model", "latte", "--text", MANY), f"text must be at most 1,000,000, got {MANY}"),
         (("plan", "--model", "latte", "--size", f"16x512x{MANY}"), f"width must be at most 1,000,000, got {MANY}"),
-        (("plan", "--model", "neg.json", "--size", "5x32x48", "--steps", 3), "neg.json: WanTransformer3DModel does not take this config"),
-        (("plan", "--model", "nan.json", "--size", "5x32x48", "--steps", 3), "nan.json is not JSON: NaN is no number of JSON"),
+        (
+            ("plan", "--model", "neg.json", "--size", "5x32x48", "--steps", 3),
+            "neg.json: WanTransformer3DModel does not take this config",
+        ),
+        (
+            ("plan", "--model", "nan.json", "--size", "5x32x48", "--steps", 3),
+            "nan.json is not JSON: NaN is no number of JSON",
+        ),
         (("plan", "--model", "deep.json"), "deep.json is not JSON: it is nested too deep"),
         (("plan", "--model", "fifo.json"), "fifo.json is a pipe, a device or a socket, not a file"),
         (("plan", "--model", f"{LONG}/config.json"), "there is no nnn"),
@@ -86,7 +96,10 @@ SCHEDULE = ("plan", "--config", "pab246", "--steps")
         (("compare", "a.npy", f"{LONG}.mp4"), "there is no file or folder nnn"),
         (("compare", "fifo.mp4", "a.npy"), "fifo.mp4 is a pipe, a device or a socket, not a file"),
         (("compare", "zero.png", "a.npy"), "zero.png is a pipe, a device or a socket, not a file"),
-        (("compare", "loop.mp4", "a.npy"), "loop.mp4 cannot be read as mp4: [Errno 40] Too many levels of symbolic links"),
+        (
+            ("compare", "loop.mp4", "a.npy"),
+            "loop.mp4 cannot be read as mp4: [Errno 40] Too many levels of symbolic links",
+        ),
         (("compare", "folder.png", "a.npy"), "the folder folder.png holds no images"),
         (("compare", "cut.npy", "a.npy"), "cut.npy cannot be read as npy: "),
         (("compare", "lies.npy", "a.npy"), "lies.npy "),
@@ -97,8 +110,14 @@ SCHEDULE = ("plan", "--config", "pab246", "--steps")
         (("compare", "tensor.pt", "a.npy"), "tensor.pt cannot be read as pt: "),
         (("compare", "tensor.safetensors", "a.npy"), "tensor.safetensors cannot be read as safetensors: "),
         (("compare", "tensor.json", "a.npy"), "tensor.json ends in .json; supported are folders of images"),
-        (("compare", "a.npy", "a.npy", "--values", "0,inf"), "values must be two numbers, black below white, got (0.0, inf)"),
-        (("compare", "a.npy", "a.npy", "--values", "nan,1"), "values must be two numbers, black below white, got (nan, 1.0)"),
+        (
+            ("compare", "a.npy", "a.npy", "--values", "0,inf"),
+            "values must be two numbers, black below white, got (0.0, inf)",
+        ),
+        (
+            ("compare", "a.npy", "a.npy", "--values", "nan,1"),
+            "values must be two numbers, black below white, got (nan, 1.0)",
+        ),
         (("demo", "--steps", MANY), f"steps must be at most 10,000, got {MANY}"),
         (("demo", "--clips", MANY), f"--clips must be at most 1,000, got {MANY}"),
         (("demo", "--seed", MANY), f"seed must fit into 64 bits, got {MANY}"),
@@ -106,8 +125,14 @@ SCHEDULE = ("plan", "--config", "pab246", "--steps")
         (("demo", "--out", "a.npy/out"), "a.npy/out: Not a directory"),
         (("analyze", "--model", "demo", "--steps", MANY), f"--steps must be at most 10,000, got {MANY}"),
         (("analyze", "--model", "demo", "--seed", f"-{MANY}"), f"seed must fit into 64 bits, got -{MANY}"),
-        (("analyze", "--model", "demo", "--argument", "guidance_scale=NaN"), "--argument guidance_scale: NaN is no number of JSON"),
-        (("analyze", "--model", "demo", "--argument", "guidance_scale=1e999"), "--argument guidance_scale: 1e999 is no number of JSON"),
+        (
+            ("analyze", "--model", "demo", "--argument", "guidance_scale=NaN"),
+            "--argument guidance_scale: NaN is no number of JSON",
+        ),
+        (
+            ("analyze", "--model", "demo", "--argument", "guidance_scale=1e999"),
+            "--argument guidance_scale: 1e999 is no number of JSON",
+        ),
         (("analyze", "--model", "demo", "--argument", "x=" + "[" * 9999), "--argument x: it is nested too deep"),
         (("analyze", "--model", LONG), "there is no folder nnn"),
         ((*GENERATE, "--steps", MANY), f"steps must be at most 10,000, got {MANY}"),
@@ -125,7 +150,9 @@ SCHEDULE = ("plan", "--config", "pab246", "--steps")
     ],
     ids=lambda v: v if isinstance(v, str) else " ".join(map(str, v))[:60],
 )
-def test_what_was_given_is_refused_at_once(arguments: tuple[object, ...], message: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_was_given_is_refused_at_once(
+    arguments: tuple[object, ...], message: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     _given(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -167,14 +194,35 @@ def _failed(result: Any, path: Path) -> None:
         (8, ["off.mp4", "pab.mp4", "results.json", "schedule.png"]),
     ],
 )
-def test_generate_keeps_the_runs_and_every_file_is_whole(files: int, kept: list[str], full: Any, tmp_path: Path) -> None:
+def test_generate_keeps_the_runs_and_every_file_is_whole(
+    files: int, kept: list[str], full: Any, tmp_path: Path
+) -> None:
     full(files)
-    asked = (*GENERATE, "--size", "8x32x32", "--steps", 2, "--guidance", 3, "--compare", "--device", "cpu", "--out", tmp_path / "out")
+    asked = (
+        *GENERATE,
+        "--size",
+        "8x32x32",
+        "--steps",
+        2,
+        "--guidance",
+        3,
+        "--compare",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "out",
+    )
     result = pab(*asked)
-    assert result.exit_code == 1 and result.stderr.endswith(": No space left on device\n") and result.stderr.count("\n") == 1
+    assert (
+        result.exit_code == 1
+        and result.stderr.endswith(": No space left on device\n")
+        and result.stderr.count("\n") == 1
+    )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == kept
     shown = [line.split() for line in result.stdout.splitlines()]
-    assert sum(line[:2] == ["no", "PAB"] or line[:1] == ["PAB"] for line in shown) == (0 if files < 1 else 1 if files < 4 else 2)
+    assert sum(line[:2] == ["no", "PAB"] or line[:1] == ["PAB"] for line in shown) == (
+        0 if files < 1 else 1 if files < 4 else 2
+    )
     for name in kept:
         if name.endswith(".mp4"):
             assert read_clip(tmp_path / "out" / name).frames.shape == (8, 3, 32, 32)
@@ -200,7 +248,9 @@ def test_demo_prints_what_it_cannot_write(
     assert [path.name for path in tmp_path.glob("*.json")] == ["results.json"] * bool(files)
 
 
-@pytest.mark.parametrize(("files", "name"), [(0, "analysis.json"), (1, "start.yaml"), (2, "curves.png"), (3, "layers.png")])
+@pytest.mark.parametrize(
+    ("files", "name"), [(0, "analysis.json"), (1, "start.yaml"), (2, "curves.png"), (3, "layers.png")]
+)
 def test_analyze_prints_what_it_cannot_write(files: int, name: str, full: Any, tmp_path: Path) -> None:
     (tmp_path / name).write_text("of an earlier run")
     full(files)
@@ -217,7 +267,9 @@ def test_compare_and_plan_print_what_they_cannot_draw(full: Any, tmp_path: Path)
     _failed(compared, tmp_path / "c.png")
     planned = pab("plan", "--config", "pab246", "--steps", 9, "--plot", tmp_path / "p.png")
     _failed(planned, tmp_path / "p.png")
-    assert "total" in compared.stdout and "9 steps" in planned.stdout and [p.name for p in tmp_path.iterdir()] == ["a.npy"]
+    assert (
+        "total" in compared.stdout and "9 steps" in planned.stdout and [p.name for p in tmp_path.iterdir()] == ["a.npy"]
+    )
 
 
 def test_ctrl_c_while_analyze_writes_keeps_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,4 +296,9 @@ def test_ctrl_c_before_anything_is_measured_writes_nothing(tmp_path: Path, monke
 
     monkeypatch.setattr(study, "analyze", interrupted)
     result = pab("analyze", "--model", "demo", "--steps", 8, "--device", "cpu", "--out", tmp_path)
-    assert result.exit_code == 130 and result.stderr == "pab: interrupted\n" and result.stdout == "" and not list(tmp_path.iterdir())
+    assert (
+        result.exit_code == 130
+        and result.stderr == "pab: interrupted\n"
+        and result.stdout == ""
+        and not list(tmp_path.iterdir())
+    )

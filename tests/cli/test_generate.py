@@ -30,7 +30,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 def pab(*arguments: object) -> Any:
     app = cli.build_app()
-    return CliRunner().invoke(app, ["generate", *map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    return CliRunner().invoke(
+        app, ["generate", *map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +48,27 @@ def asked(model: Path, tmp_path: Path) -> list[object]:
 
 
 def test_the_table_the_summary_and_the_files_are_printed(asked: list[object], tmp_path: Path) -> None:
-    result = pab(*asked, "--compare", "--pab", "pab246", "--size", "256x256", "--seed", 3, "--negative-prompt", "a", "--guidance", 2)
+    result = pab(
+        *asked,
+        "--compare",
+        "--pab",
+        "pab246",
+        "--size",
+        "256x256",
+        "--seed",
+        3,
+        "--negative-prompt",
+        "a",
+        "--guidance",
+        2,
+    )
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("PixArtSigmaPipeline, float32, ") and [line.split()[:2] for line in lines[4:6]][0] == ["no", "PAB"]
+    assert lines[0].startswith("PixArtSigmaPipeline, float32, ") and [line.split()[:2] for line in lines[4:6]][0] == [
+        "no",
+        "PAB",
+    ]
     assert lines[5].split()[0] == "PAB" and lines[5].split()[-1] == "pab.png" and "1.00x" in lines[4]
     assert any(line.startswith("3 steps, ") for line in lines) and any(line.startswith("context #0") for line in lines)
     written = [Path(line) for line in lines if line.startswith(str(tmp_path))]
@@ -63,7 +81,9 @@ def test_the_table_the_summary_and_the_files_are_printed(asked: list[object], tm
 def test_json_is_printed_alone(asked: list[object], tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(PABConfig(cross=2).to_dict()))
-    result = pab(*asked, "--pab", config, "--dtype", "bfloat16", "--timed", "--argument", "num_images_per_prompt=2", "--json")
+    result = pab(
+        *asked, "--pab", config, "--dtype", "bfloat16", "--timed", "--argument", "num_images_per_prompt=2", "--json"
+    )
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data == json.loads((tmp_path / "out" / "results.json").read_text()) and data["dtype"] == "bfloat16"
@@ -106,7 +126,9 @@ def test_wrong_arguments_give_one_clear_line_and_exit_code_2(
     assert not (tmp_path / "out" / "off.png").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--model", "demo"], ["--prompt", "a"], ["--model", "demo", "--prompt", "a", "--speed"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--model", "demo"], ["--prompt", "a"], ["--model", "demo", "--prompt", "a", "--speed"]]
+)
 def test_missing_and_unknown_arguments_are_refused(arguments: list[str]) -> None:
     assert pab(*arguments).exit_code == 2
 
@@ -128,7 +150,9 @@ def test_ctrl_c_keeps_the_finished_runs_and_says_so(
     monkeypatch.setattr(generate_module, "generate", interrupted)
     result = pab(*asked, "--compare", "--pab", "pab246")
     assert result.exit_code == 130
-    assert result.stderr.splitlines() == [f"interrupted: {len(kept)} of 2 runs are finished and kept in {tmp_path / 'out'}"]
+    assert result.stderr.splitlines() == [
+        f"interrupted: {len(kept)} of 2 runs are finished and kept in {tmp_path / 'out'}"
+    ]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*kept, "results.json"]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["interrupted"] is True
     assert ("no PAB" in result.stdout) is bool(kept)
@@ -139,4 +163,6 @@ def test_the_script_runs_as_a_process_and_is_silent_but_for_its_report(asked: li
     script = [sys.executable, "-W", "ignore", "-c", "from pab_kernels.cli import main; main()", "generate"]
     done = subprocess.run([*script, *map(str, asked), "--json"], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and [run["key"] for run in json.loads(done.stdout)["runs"]] == ["pab"]
-    assert done.stderr.splitlines() == [str(tmp_path / "out" / name) for name in ("pab.png", "schedule.png", "results.json")]
+    assert done.stderr.splitlines() == [
+        str(tmp_path / "out" / name) for name in ("pab.png", "schedule.png", "results.json")
+    ]

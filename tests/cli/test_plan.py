@@ -25,7 +25,9 @@ GIVEN = ("--size", "5x32x48", "--steps", 10, "--text", 7)
 
 
 def pab(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.build_app(), list(map(str, arguments)), env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    return CliRunner().invoke(
+        cli.build_app(), list(map(str, arguments)), env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    )
 
 
 def test_schedule_and_table_are_printed() -> None:
@@ -49,8 +51,14 @@ def test_known_models_are_listed() -> None:
     [
         (["--model", "cogvideo"], "pab: there is no model 'cogvideo'; did you mean 'cogvideox-5b'"),
         (["--model", "x"], "pab: there is no model 'x'. Known are latte, "),
-        (["--model", "latte", "--size", "16x510x512"], "pab: size 16x510x512: height 510 does not fit; multiples of 16 are supported"),
-        (["--model", "latte", "--steps", "1001"], "pab: 1001 steps are more than the 1000 that this model's scheduler has"),
+        (
+            ["--model", "latte", "--size", "16x510x512"],
+            "pab: size 16x510x512: height 510 does not fit; multiples of 16 are supported",
+        ),
+        (
+            ["--model", "latte", "--steps", "1001"],
+            "pab: 1001 steps are more than the 1000 that this model's scheduler has",
+        ),
         (["--model", "none/config.json"], "pab: there is no none/config.json"),
         (
             ["--model", "nobody/nothing"],
@@ -89,7 +97,9 @@ def planned(model: Path) -> dict[str, Any]:
 def test_a_file_a_saved_transformer_and_a_saved_pipeline_give_the_same(transformer: Any, tmp_path: Path) -> None:
     transformer.save_pretrained(tmp_path / "saved")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    pipeline = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer)
+    pipeline = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer
+    )
     pipeline.save_pretrained(tmp_path / "pipeline")
     found = planned(tmp_path / "saved" / "config.json")
     assert found["calls_per_step"] == 2 and found["schedule"]["spatial"].count(".") > 0
@@ -100,7 +110,10 @@ def test_a_transformer_of_ones_own_needs_size_and_steps(transformer: Any, tmp_pa
     transformer.save_pretrained(tmp_path)
     for given, missing in ((("--steps", 4), "size"), (("--size", "5x32x48"), "steps")):
         result = pab("plan", "--model", tmp_path, *given)
-        assert (result.exit_code, result.stderr) == (2, f"pab: {tmp_path} is not a known family, so {missing} must be given\n")
+        assert (result.exit_code, result.stderr) == (
+            2,
+            f"pab: {tmp_path} is not a known family, so {missing} must be given\n",
+        )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +125,10 @@ def test_a_transformer_of_ones_own_needs_size_and_steps(transformer: Any, tmp_pa
         ('{"_class_name": 3}', "{} names no class"),
         ("[]", "{} does not hold a config, but list"),
         ("{", "{} is not JSON: "),
-        ('{"_class_name": "WanTransformer3DModel", "num_layers": "two"}', "{}: WanTransformer3DModel does not take this config: "),
+        (
+            '{"_class_name": "WanTransformer3DModel", "num_layers": "two"}',
+            "{}: WanTransformer3DModel does not take this config: ",
+        ),
     ],
 )
 def test_a_config_that_is_not_a_transformers_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -125,7 +141,10 @@ def test_a_config_that_is_not_a_transformers_is_refused_in_one_line(text: str, m
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     result = pab("plan", "--model", tmp_path, *GIVEN)
-    assert (result.exit_code, result.stderr) == (2, f"pab: {tmp_path} has no config.json and no transformer/config.json\n")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"pab: {tmp_path} has no config.json and no transformer/config.json\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +171,9 @@ def test_what_the_hub_refuses_is_named(error: Any, reason: str, monkeypatch: pyt
     monkeypatch.setattr(hub, "hf_hub_download", download)
     result = pab("plan", "--model", "nobody/nothing")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"pab: the config of nobody/nothing is not cached and cannot be fetched: {reason}; give the path of a ")
+    assert result.stderr.startswith(
+        f"pab: the config of nobody/nothing is not cached and cannot be fetched: {reason}; give the path of a "
+    )
     assert len(asked) == (2 if error is errors.EntryNotFoundError else 1)
 
 
@@ -164,7 +185,9 @@ def test_an_error_that_is_not_the_hubs_is_not_hidden(monkeypatch: pytest.MonkeyP
     assert isinstance(pab("plan", "--model", "nobody/nothing").exception, RuntimeError)
 
 
-def test_a_hub_id_of_a_transformer_alone_is_fetched(transformer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_of_a_transformer_alone_is_fetched(
+    transformer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     transformer.save_pretrained(tmp_path)
 
     def download(hub_id: str, name: str) -> str:

@@ -1,4 +1,5 @@
-"""The unmodified binding of a kernel to torch, compiled for CPU tensors around the kernel under the lockstep machine."""
+"""The unmodified binding of a kernel to torch, compiled for CPU tensors around the kernel under the lockstep
+machine."""
 
 from __future__ import annotations
 
@@ -32,11 +33,35 @@ def bound(op: str, folder: Path) -> ctypes.CDLL:
     kernels = library(f"{op}.cu", folder, [f"{op}_plan.cpp"])
     source = (ROOT / "python" / f"{op}_torch.cpp").read_text()
     assert source.count("pab_kernels_cuda, CUDA, library") == 1
-    (folder / "binding.cpp").write_text(source.replace("pab_kernels_cuda, CUDA, library", "pab_kernels_cuda, CPU, library"))
+    (folder / "binding.cpp").write_text(
+        source.replace("pab_kernels_cuda, CUDA, library", "pab_kernels_cuda, CPU, library")
+    )
     (folder / "stand_in.cpp").write_text(STAND_IN)
-    command = ["g++", "-std=c++17", "-O0", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    command += [f"-I{ROOT / 'python'}", "-isystem", str(TORCH / "include"), str(folder / "binding.cpp"), str(folder / "stand_in.cpp")]
-    command += [str(folder / op), f"-Wl,-rpath,{folder}", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-o", str(folder / "binding.so")]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O0",
+        "-fPIC",
+        "-shared",
+        "-Wl,-Bsymbolic",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ]
+    command += [
+        f"-I{ROOT / 'python'}",
+        "-isystem",
+        str(TORCH / "include"),
+        str(folder / "binding.cpp"),
+        str(folder / "stand_in.cpp"),
+    ]
+    command += [
+        str(folder / op),
+        f"-Wl,-rpath,{folder}",
+        f"-L{TORCH / 'lib'}",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-o",
+        str(folder / "binding.so"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     torch.ops.load_library(folder / "binding.so")

@@ -1,7 +1,8 @@
 """Takes the compiled CUDA kernels out of the library in the source tree and reads what the compiler made of them.
 
-`python -m tests.csrc.compilation` prints a JSON line for every kernel and architecture. A module `tests.csrc.kernels_<op>` says what the
-kernels of an operation must be. cuobjdump and nvdisasm are those inside the triton package.
+`python -m tests.csrc.compilation` prints a JSON line for every kernel and architecture. A module
+`tests.csrc.kernels_<op>` says what the kernels of an operation must be. cuobjdump and nvdisasm are those inside the
+triton package.
 """
 
 from __future__ import annotations

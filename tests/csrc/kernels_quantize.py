@@ -9,6 +9,8 @@ NARROW = ("LDG.E.U8", "LDG.E.U16", "LDG.E.64", "STG.E.U8", "STG.E.U16", "STG.E.1
 KERNELS = {
     "quantize_kernel<*, *, true>": Promise(has=("LDG.E.128", "STG.E.64"), has_not=NARROW, loads_first=True),
     "quantize_kernel<*, *, false>": Promise(loads_first=True),
-    "dequantize_kernel<*, *, true>": Promise(has=("LDG.E.64", "STG.E.128"), has_not=("LDG.E.U", "STG.E.U"), loads_first=True),
+    "dequantize_kernel<*, *, true>": Promise(
+        has=("LDG.E.64", "STG.E.128"), has_not=("LDG.E.U", "STG.E.U"), loads_first=True
+    ),
     "dequantize_kernel<*, *, false>": Promise(loads_first=True),
 }

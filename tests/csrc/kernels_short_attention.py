@@ -1,4 +1,5 @@
-"""What the kernels of short_attention must be: 16-byte accesses, and no more products than the head dimension asks for."""
+"""What the kernels of short_attention must be: 16-byte accesses, and no more products than the head dimension asks
+for."""
 
 from __future__ import annotations
 

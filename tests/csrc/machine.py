@@ -1,4 +1,5 @@
-"""Launches of a library that was compiled against the lockstep machine: on named buffers, with a count of what was written."""
+"""Launches of a library that was compiled against the lockstep machine: on named buffers, with a count of what was
+written."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class Machine:
         self.library = library
         library.lockstep_order(int(reversed_order))
 
-    def launch(self, launcher: str, arguments: ctypes.Structure, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+    def launch(
+        self, launcher: str, arguments: ctypes.Structure, read: Sequence[Tensor], written: Sequence[Tensor]
+    ) -> None:
         """Launch; every element of the views `written` must be written once, and nothing else of their storages."""
         self.run(lambda: getattr(self.library, launcher)(ctypes.byref(arguments), None), read, written)
 
@@ -40,12 +43,16 @@ class Machine:
         """As `launch`: `call` launches, and gives 0 where nothing failed."""
         self.library.lockstep_forget()
         writable = {t.untyped_storage().data_ptr() for t in written}
-        for begin, size in {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*read, *written)}.items():
+        for begin, size in {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*read, *written)
+        }.items():
             self.library.lockstep_buffer(begin, size, int(begin in writable))
         assert call() == 0, self.library.lockstep_error()
         for t in written:
             storage = t.untyped_storage()
             counts = torch.tensor(self.library.lockstep_counts(storage.data_ptr(), 1)[: storage.nbytes()])
             expected = torch.zeros(storage.nbytes() // t.element_size(), t.element_size(), dtype=torch.int64)
-            expected[:, 0].as_strided(t.shape, [s * t.element_size() for s in t.stride()], t.storage_offset() * t.element_size()).fill_(1)
+            expected[:, 0].as_strided(
+                t.shape, [s * t.element_size() for s in t.stride()], t.storage_offset() * t.element_size()
+            ).fill_(1)
             assert torch.equal(counts, expected[:, :1].expand_as(expected).flatten())

@@ -1,5 +1,5 @@
-"""The unmodified binding of broadcast_residual to torch, compiled for CPU tensors around the kernel under the lockstep machine: what the
-public function does with `backend="cuda"`, all the way down."""
+"""The unmodified binding of broadcast_residual to torch, compiled for CPU tensors around the kernel under the lockstep
+machine: what the public function does with `backend="cuda"`, all the way down."""
 
 from __future__ import annotations
 
@@ -179,7 +179,15 @@ EIGHT = Quantized(torch.zeros(2, 3, 136, dtype=torch.int8), torch.zeros(2, 3, 2)
 )
 def test_what_is_wrong_is_refused_by_c_and_told_by_python(kernels, wrong):
     kernels.lockstep_forget()  # a launch would fail, and the machine say so
-    right = {"x": X, "slots": [X], "gates": [G], "norm": Norm(), "shift": G, "scale": None, "x_out": torch.empty_like(X)}
+    right = {
+        "x": X,
+        "slots": [X],
+        "gates": [G],
+        "norm": Norm(),
+        "shift": G,
+        "scale": None,
+        "x_out": torch.empty_like(X),
+    }
     given = right | {"y_out": torch.empty_like(X)} | wrong
     with torch.no_grad(), pytest.raises((TypeError, ValueError)) as told:
         broadcast_residual_out(**given, backend="cuda")
@@ -195,7 +203,10 @@ def test_what_it_cannot_serve_is_refused_with_the_reason(kernels):
         (torch.zeros(1, 1, 1, 1, 1, 8), "x has 6 dimensions; up to 5"),
         (torch.zeros(1, 1, dtype=torch.bfloat16).expand(2**31, 1), "x has 2147483648 tokens; up to 2147483643"),
     ):
-        unchecked = mock.patch.object(BroadcastResidual, "check_outputs"), mock.patch("pab_kernels.ops.dispatch.check_apart")
+        unchecked = (
+            mock.patch.object(BroadcastResidual, "check_outputs"),
+            mock.patch("pab_kernels.ops.dispatch.check_apart"),
+        )
         with torch.no_grad(), unchecked[0], unchecked[1]:  # one of them is too large to be there
             assert_refuses(BackendError, message, broadcast_residual_out, x, norm=Norm(), y_out=x, backend="cuda")
         assert kernels.lockstep_error() == b"", "it was launched"
@@ -207,14 +218,18 @@ def test_it_finds_the_overlaps_that_python_finds(kernels, data):
     sizes = data.draw(st.sampled_from([(3, 4), (2, 3, 4), (1, 5, 1), (4, 1)]))
     views = []
     for _ in range(3):
-        strides = data.draw(st.lists(st.sampled_from([4, 5, 8, 10, 12, 16, 24]), min_size=len(sizes) - 1, max_size=len(sizes) - 1))
+        strides = data.draw(
+            st.lists(st.sampled_from([4, 5, 8, 10, 12, 16, 24]), min_size=len(sizes) - 1, max_size=len(sizes) - 1)
+        )
         views.append(ROOM.as_strided(sizes, (*strides, 1), data.draw(st.integers(0, 24))))
     x, x_out, y_out = views
     kernels.lockstep_forget()
     slot = torch.zeros(sizes)
     kernels.lockstep_buffer(ROOM.data_ptr(), ROOM.nbytes, 1)
     kernels.lockstep_buffer(slot.data_ptr(), slot.nbytes, 0)
-    same = x.data_ptr() == x_out.data_ptr() and all(a == b or n < 2 for a, b, n in zip(x.stride(), x_out.stride(), sizes, strict=True))
+    same = x.data_ptr() == x_out.data_ptr() and all(
+        a == b or n < 2 for a, b, n in zip(x.stride(), x_out.stride(), sizes, strict=True)
+    )
     refused = overlaps_itself(x_out) or overlaps_itself(y_out) or overlap(x_out, y_out) or overlap(x, y_out)
     refused |= overlap(x, x_out) and not same
     assert cuda.attempt(BroadcastResidual(x, ((slot, None),), Norm()), (x_out, y_out)) is not refused

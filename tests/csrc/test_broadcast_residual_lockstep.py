@@ -1,5 +1,5 @@
-"""The unmodified kernel of broadcast_residual on the CPU: the bits of the reference that rounds where kernels do, but for the order of the
-norm's sums; every element written once, no other touched."""
+"""The unmodified kernel of broadcast_residual on the CPU: the bits of the reference that rounds where kernels do, but
+for the order of the norm's sums; every element written once, no other touched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from torch import Tensor
 
 from pab_kernels.ops import Line, Norm, Quantized, quantize
 from tests.csrc.machine import NUMBERS, Machine, library
-from tests.ops.broadcast_residual_cases import LINES, NORMS, assert_right, call, exact, move_slot, poisoned, rounded_once
+from tests.ops.broadcast_residual_cases import (
+    LINES,
+    NORMS,
+    assert_right,
+    call,
+    exact,
+    move_slot,
+    poisoned,
+    rounded_once,
+)
 from tests.ops.tensors import DTYPES, EIGHT_BITS, assert_accurate, draws, parts
 
 OPERANDS, DIMS = 20, 4
@@ -50,15 +59,30 @@ def aligned(t: Tensor, offset: int = 0) -> Tensor:
     return buffer[begin : begin + t.numel()].view(t.shape).copy_(t)
 
 
-def launch(kernels: Any, args: Any, options: dict[str, Any], outputs: tuple[Tensor | None, Tensor | None], order: bool = False) -> Any:
+def launch(
+    kernels: Any, args: Any, options: dict[str, Any], outputs: tuple[Tensor | None, Tensor | None], order: bool = False
+) -> Any:
     """The kernel on these tensors where they are, into `outputs`; it must write them, once, and nothing else."""
     (x, slots), norm = args, options.get("norm")
-    lines = [s if isinstance(s, Line) else Line(s, None, None) for s in slots] + [Line(None, None, None)] * (3 - len(slots))
+    lines = [s if isinstance(s, Line) else Line(s, None, None) for s in slots] + [Line(None, None, None)] * (
+        3 - len(slots)
+    )
     held = [line.newest for line in lines] + [line.before for line in lines]
     data, scales = zip(*((s.data, s.scale) if isinstance(s, Quantized) else (s, None) for s in held), strict=True)
     weights = [line.weight for line in lines]
-    operands = [x, *outputs, options.get("scale"), options.get("shift"), *data, *options["gates"], *[None] * (3 - len(slots)), *scales]
-    given = Arguments(channels=x.shape[-1], slots=len(slots), dtype=NUMBERS[x.dtype], norm=NORMS.index(norm and norm.kind))
+    operands = [
+        x,
+        *outputs,
+        options.get("scale"),
+        options.get("shift"),
+        *data,
+        *options["gates"],
+        *[None] * (3 - len(slots)),
+        *scales,
+    ]
+    given = Arguments(
+        channels=x.shape[-1], slots=len(slots), dtype=NUMBERS[x.dtype], norm=NORMS.index(norm and norm.kind)
+    )
     for i, t in enumerate(operands):
         given.operands[i] = None if t is None else t.data_ptr()
     for i, slot in enumerate(data):
@@ -92,7 +116,9 @@ def run(kernels: Any, args: Any, options: dict[str, Any], offset: int = 0, order
         return poisoned(args[0]) if offset == 8 else aligned(torch.full_like(args[0], torch.nan), offset)
 
     placed = (place(args[0]), [move_slot(slot, place) for slot in args[1]])
-    given = {name: [place(t) for t in value] if isinstance(value, list) else place(value) for name, value in options.items()}
+    given = {
+        name: [place(t) for t in value] if isinstance(value, list) else place(value) for name, value in options.items()
+    }
     if (norm := options.get("norm")) is not None:
         given["norm"] = Norm(norm.kind, place(norm.weight), place(norm.bias), norm.eps)
     outs = outputs() if args[1] else None, None if norm is None else outputs()
@@ -110,7 +136,9 @@ def test_every_option(kernels, dtype, kinds, norm):
             run(kernels, *call((2, 3, channels), kinds, norm, dtype, affine=channels == 136, device="cpu"), offset)
 
 
-@pytest.mark.parametrize("channels", [1, 7, 8, 128, 512, 520, 1152, 1536, 1920, 2304, 3072, 4096, 5120, 6000, 8191, 8192])
+@pytest.mark.parametrize(
+    "channels", [1, 7, 8, 128, 512, 520, 1152, 1536, 1920, 2304, 3072, 4096, 5120, 6000, 8191, 8192]
+)
 def test_every_width(kernels, channels):
     for kinds, norm, dtype in (
         ("i", "layer", torch.bfloat16),
@@ -136,7 +164,9 @@ def test_any_number_of_tokens(kernels, tokens):
     run(kernels, *call((1, tokens, 264), "f", "layer", torch.float16, device="cpu"))
 
 
-@pytest.mark.parametrize("shape", [(152,), (2, 1, 1, 152), (1, 3, 1, 152), (2, 3, 1, 152), (2, 3, 4, 152), (4, 152), (1, 1, 4, 152)])
+@pytest.mark.parametrize(
+    "shape", [(152,), (2, 1, 1, 152), (1, 3, 1, 152), (2, 3, 1, 152), (2, 3, 4, 152), (4, 152), (1, 1, 4, 152)]
+)
 def test_gate_shift_and_scale_broadcast_by_row_frame_or_token(kernels, shape):
     draw = draws(torch.bfloat16, 1)
     x, slot = draw(2, 3, 4, 152), draw(2, 3, 4, 152)
@@ -146,7 +176,10 @@ def test_gate_shift_and_scale_broadcast_by_row_frame_or_token(kernels, shape):
 @pytest.mark.parametrize("by", [8, 3])
 def test_views_are_read_and_written_in_place(kernels, by):
     (x, slots), options = call((2, 5, 136), "mi", "layer", torch.bfloat16, device="cpu")
-    x, *rest = (poisoned(t)[..., by - 8 : by - 8 or None] if by == 8 else poisoned(t) for t in (x, options["shift"], options["scale"]))
+    x, *rest = (
+        poisoned(t)[..., by - 8 : by - 8 or None] if by == 8 else poisoned(t)
+        for t in (x, options["shift"], options["scale"])
+    )
     options |= {"shift": rest[0], "scale": rest[1]}
     turned = Quantized(slots[1].data.transpose(0, 1).contiguous().transpose(0, 1), slots[1].scale)
     outs = [torch.full((5, 2, 136 + by), torch.nan, dtype=torch.bfloat16)[..., :136].transpose(0, 1) for _ in range(2)]

@@ -1,5 +1,5 @@
-"""The planner of broadcast_residual: every channel of every token is covered once, where the tensors have it; limits are kept; what cannot
-be served is refused in a sentence."""
+"""The planner of broadcast_residual: every channel of every token is covered once, where the tensors have it; limits
+are kept; what cannot be served is refused in a sentence."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def layouts(draw, sizes, channels):
 @st.composite
 def calls(draw):
     sizes = tuple(draw(st.lists(st.one_of(st.integers(1, 3), st.integers(1, 9000)), max_size=4)))
-    channels = draw(st.one_of(st.sampled_from([128, 1152, 1536, 1920, 2304, 3072, 4096, 5120, 8192]), st.integers(1, 8192)))
+    channels = draw(
+        st.one_of(st.sampled_from([128, 1152, 1536, 1920, 2304, 3072, 4096, 5120, 8192]), st.integers(1, 8192))
+    )
     dtype = draw(st.sampled_from(ACTIVATIONS))
     slots = draw(st.lists(st.sampled_from((dtype, *EIGHT_BITS)), max_size=3))
     before = [draw(st.sampled_from((None, dtype, *EIGHT_BITS))) for _ in slots]
@@ -40,13 +42,22 @@ def calls(draw):
     plain = draw(st.booleans())
 
     def operand():
-        return 4096 + (0 if plain else 4 * draw(st.integers(0, 8))), contiguous if plain else list(draw(layouts(sizes, channels)))
+        return 4096 + (0 if plain else 4 * draw(st.integers(0, 8))), contiguous if plain else list(
+            draw(layouts(sizes, channels))
+        )
 
     reads = [*slots, *[None] * (3 - len(slots)), *before, *[None] * (3 - len(slots))]
     there = [True, *draw(st.tuples(*[st.booleans()] * 4)), *(read is not None for read in reads)]
     there += [draw(st.booleans()) and i < len(slots) for i in range(3)] + [read in EIGHT_BITS for read in reads]
     operands = [operand() if i else None for i in there]
-    return {"sizes": sizes, "channels": channels, "dtype": dtype, "slots": slots, "before": before, "operands": operands}
+    return {
+        "sizes": sizes,
+        "channels": channels,
+        "dtype": dtype,
+        "slots": slots,
+        "before": before,
+        "operands": operands,
+    }
 
 
 def plan(sizes, channels, dtype, slots, before, operands):
@@ -63,10 +74,20 @@ def test_every_channel_of_every_token_is_covered_once_within_the_limits(call, ra
         assert made.refusal == "fewer than 2^31 - 4 tokens are supported" and tokens > 2**31 - 5
         return
     rows = made.block // made.row_threads
-    assert made.grid[0] * rows >= tokens > (made.grid[0] - 1) * rows and made.grid[0] * rows < 2**31 and made.grid[1:] == (1, 1)
-    assert made.row_threads % 32 == 0 and made.block == rows * made.row_threads and rows == (4 if made.row_threads == 32 else 1)
+    assert (
+        made.grid[0] * rows >= tokens > (made.grid[0] - 1) * rows
+        and made.grid[0] * rows < 2**31
+        and made.grid[1:] == (1, 1)
+    )
+    assert (
+        made.row_threads % 32 == 0
+        and made.block == rows * made.row_threads
+        and rows == (4 if made.row_threads == 32 else 1)
+    )
     assert made.block <= _host.broadcast_residual_max_block(made.lane_vectors) <= 512 and made.shared_bytes == 0
-    assert made.row_threads * made.lane_vectors * 8 >= call["channels"] > (made.row_threads - 32) * made.lane_vectors * 8
+    assert (
+        made.row_threads * made.lane_vectors * 8 >= call["channels"] > (made.row_threads - 32) * made.lane_vectors * 8
+    )
 
     assert math.prod(sizes) == tokens and len(sizes) <= max(1, sum(size > 1 for size in call["sizes"]))
     token = random.randrange(tokens)
@@ -92,7 +113,9 @@ def test_eight_channels_at_once_are_taken_exactly_where_all_of_them_are_aligned(
         of_kind = call["slots"] if i < SLOTS + 3 else call["before"]
         dtype = of_kind[(i - SLOTS) % 3] if SLOTS <= i < GATES and operand is not None else call["dtype"]
         width = 16 if SIZE[dtype] > 1 else 8
-        aligned &= operand is None or all(n % width == 0 for n in (operand[0], *(SIZE[dtype] * stride for stride in operand[1])))
+        aligned &= operand is None or all(
+            n % width == 0 for n in (operand[0], *(SIZE[dtype] * stride for stride in operand[1]))
+        )
     assert made.vector_bytes == (16 if aligned else SIZE[call["dtype"]])
     assert made.lane_vectors in ((1, 3, 4, 5) if aligned and SIZE[call["dtype"]] == 2 else (2,))
 
@@ -101,7 +124,14 @@ def contiguous(*sizes, dtype="bfloat16", slots=(), channels=1152, **change):
     where = (4096, [channels * math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))])
     there, lacking = [where if i < len(slots) else None for i in range(3)], [None] * 3
     operands = [*[where] * 5, *there, *lacking, *there, *there, *lacking]
-    return {"sizes": sizes, "channels": channels, "dtype": dtype, "slots": list(slots), "before": [], "operands": operands} | change
+    return {
+        "sizes": sizes,
+        "channels": channels,
+        "dtype": dtype,
+        "slots": list(slots),
+        "before": [],
+        "operands": operands,
+    } | change
 
 
 def on_a_line(dtype="bfloat16", **missing):
@@ -126,7 +156,16 @@ def test_tokens_that_all_operands_walk_through_alike_are_one_dimension():
 
 @pytest.mark.parametrize(
     ("channels", "lane_vectors", "row_threads"),
-    [(128, 1, 32), (512, 1, 64), (768, 3, 32), (1024, 4, 32), (1152, 5, 32), (1536, 3, 64), (1920, 4, 64), (2304, 3, 96)]
+    [
+        (128, 1, 32),
+        (512, 1, 64),
+        (768, 3, 32),
+        (1024, 4, 32),
+        (1152, 5, 32),
+        (1536, 3, 64),
+        (1920, 4, 64),
+        (2304, 3, 96),
+    ]
     + [(3072, 3, 128), (4096, 4, 128), (5120, 4, 160), (8192, 4, 256)],
 )
 def test_the_widths_of_models_leave_few_threads_idle(channels, lane_vectors, row_threads):
@@ -153,7 +192,10 @@ def test_refusals_are_sentences(change, message):
 
 def test_what_is_no_line_is_refused():
     assert plan(**on_a_line())[2].refusal is None and plan(**on_a_line("int8"))[2].refusal is None
-    assert plan(**on_a_line("float16"))[2].refusal == "a slot has the dtype of the activations, or is int8 or float8_e4m3fn"
+    assert (
+        plan(**on_a_line("float16"))[2].refusal
+        == "a slot has the dtype of the activations, or is int8 or float8_e4m3fn"
+    )
     assert plan(**on_a_line("int8", scale=SLOT_SCALES + 3))[2].refusal == "a slot of 8 bits has scales"
     assert plan(**on_a_line(before=SLOTS + 3))[2].refusal == "a line has a weight and a slot before the newest"
 

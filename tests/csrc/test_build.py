@@ -15,7 +15,9 @@ from pab_kernels.ops import cuda_library
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="the sources of the kernels are not here")
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "CMakeLists.txt").exists(), reason="the sources of the kernels are not here"
+)
 
 
 def _run(*command: str | Path, **options) -> str:
@@ -81,13 +83,19 @@ def test_without_tools_nothing_is_compiled_and_it_is_said_what_is_missing(tmp_pa
     header = tmp_path / "torch" / "headeronly" / "version.h"
     header.parent.mkdir(parents=True)
     header.write_text("#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 9\n#define TORCH_VERSION_PATCH 1\n")
-    assert "torch 2.9.1's headers were found; 2.10 or later is needed" in _setup(**bare, PAB_TORCH_INCLUDE=str(tmp_path))[1]
+    assert (
+        "torch 2.9.1's headers were found; 2.10 or later is needed"
+        in _setup(**bare, PAB_TORCH_INCLUDE=str(tmp_path))[1]
+    )
 
 
 def test_torchs_headers_are_found_where_the_build_is_isolated_from_torch():
     """pip's isolated builds hide torch from imports; the interpreter is still that of the environment."""
     _need("c++", "nvcc", "cmake")
-    hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name, *rest: None if name == 'torch' else find(name)"
+    hide = (
+        "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name, *rest: None if name == 'torch' "
+        "else find(name)"
+    )
     assert _setup(hide) == ["1 []", "None"]
 
 
@@ -99,7 +107,13 @@ def test_an_editable_install_compiles_nothing_by_itself(tmp_path):
     (tmp_path / "pab_kernels").mkdir()
     (tmp_path / "pab_kernels" / "__init__.py").touch()
     env = {name: value for name, value in os.environ.items() if name != "PAB_BUILD_CUDA"}
-    _run(sys.executable, "-c", "import setuptools.build_meta as b; print(b.build_editable('dist'))", cwd=tmp_path, env=env)
+    _run(
+        sys.executable,
+        "-c",
+        "import setuptools.build_meta as b; print(b.build_editable('dist'))",
+        cwd=tmp_path,
+        env=env,
+    )
     assert list((tmp_path / "dist").glob("*.whl")) and not list(tmp_path.rglob("cmake-*"))
     assert [path.name for path in (tmp_path / "pab_kernels").iterdir()] == ["__init__.py"]
 

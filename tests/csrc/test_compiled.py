@@ -43,7 +43,9 @@ def _faults(promise: Promise, record: dict) -> list[str]:
 
 
 def test_every_kernel_keeps_its_promise(records):
-    assert {r["kernel"]: _promise(r["kernel"]) for r in records if len(_promise(r["kernel"])) != 1} == {}, "a kernel has one promise"
+    assert {r["kernel"]: _promise(r["kernel"]) for r in records if len(_promise(r["kernel"])) != 1} == {}, (
+        "a kernel has one promise"
+    )
     faults = {bounds.key(r): _faults(PROMISES[_promise(r["kernel"])[0]], r) for r in records}
     assert {kernel: found for kernel, found in faults.items() if found} == {}
 
@@ -75,4 +77,8 @@ def test_a_broken_promise_is_found():
     assert _faults(promise, record) == ["has no HMMA", "has LDG.E.U16", "loads after a store"]
     assert _faults(Promise(waits=True), record | {"arch": "90a", "waits": False}) == ["accesses memory before it waits"]
     assert _faults(Promise(waits=True), record | {"arch": "80", "waits": False}) == []
-    assert _faults(Promise(), record | {"stack": 8}) == ["spills"] == _faults(Promise(), record | {"opcodes": {"STL.64": 1}})
+    assert (
+        _faults(Promise(), record | {"stack": 8})
+        == ["spills"]
+        == _faults(Promise(), record | {"opcodes": {"STL.64": 1}})
+    )

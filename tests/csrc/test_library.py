@@ -17,7 +17,17 @@ from pab_kernels.ops import cuda_library
 from pab_kernels.ops.backend import IMPLEMENTATIONS
 from tests.ops.tensors import assert_refuses
 
-NEEDED = ("libtorch.so", "libstdc++.so", "libm.so", "libgcc_s.so", "libc.so", "libdl.so", "librt.so", "libpthread.so", "ld-linux")
+NEEDED = (
+    "libtorch.so",
+    "libstdc++.so",
+    "libm.so",
+    "libgcc_s.so",
+    "libc.so",
+    "libdl.so",
+    "librt.so",
+    "libpthread.so",
+    "ld-linux",
+)
 
 X = torch.zeros(2, 128)
 
@@ -55,7 +65,9 @@ def test_it_loads_before_the_schemas_are_defined_and_after(built):
     for first, second in ((define, load), (load, define)):
         there = "torch._C._dispatch_has_kernel_for_dispatch_key('pab_kernels_cuda::quantize', 'CUDA')"
         code = f"import torch\n{first}\n{second}\nassert {there}"
-        done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=cuda_library.PACKAGE.parent, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code], cwd=cuda_library.PACKAGE.parent, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
 
 
@@ -71,13 +83,18 @@ def test_it_needs_neither_cuda_nor_more_of_torch_than_every_torch_has(built):
 def test_tensors_on_the_cpu_are_refused_in_a_sentence(built):
     message = "backend 'cuda' cannot serve this call; CUDA kernels run on CUDA devices; the tensors are on cpu"
     assert_refuses(ops.BackendError, message, ops.quantize, X, torch.int8, backend="cuda")
-    assert_refuses(ops.BackendError, message, ops.dequantize, ops.quantize(X, torch.int8), torch.float32, backend="cuda")
+    assert_refuses(
+        ops.BackendError, message, ops.dequantize, ops.quantize(X, torch.int8), torch.float32, backend="cuda"
+    )
 
 
 def test_an_installation_without_kernels_says_what_the_build_lacked(fresh, monkeypatch, tmp_path):
     info = tmp_path / "_build_info.json"
     monkeypatch.setattr(cuda_library, "BUILD_INFO", info)
-    message = "this installation has no CUDA kernels: nothing was compiled in this source tree; `make extension` compiles them"
+    message = (
+        "this installation has no CUDA kernels: nothing was compiled in this source tree; `make extension` compiles "
+        "them"
+    )
     assert_refuses(ops.BackendError, message, ops.quantize, X, torch.int8, backend="cuda")
     cuda_library.build_info.cache_clear(), cuda_library.load.cache_clear()
     info.write_text(json.dumps({"missing": "nvcc was not found"}))

@@ -1,4 +1,5 @@
-"""The lockstep machine itself: products, shuffles and conversions are right, and what is wrong ends a launch with a sentence."""
+"""The lockstep machine itself: products, shuffles and conversions are right, and what is wrong ends a launch with a
+sentence."""
 
 from __future__ import annotations
 

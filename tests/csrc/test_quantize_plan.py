@@ -1,4 +1,5 @@
-"""The planner of quantize and dequantize: everything is covered, once; limits are kept; what cannot be served is refused in a sentence."""
+"""The planner of quantize and dequantize: everything is covered, once; limits are kept; what cannot be served is
+refused in a sentence."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def test_every_group_and_every_channel_is_covered_once_within_the_limits(quantiz
 
 @calls
 @settings(max_examples=400)
-def test_eight_channels_at_once_are_taken_exactly_where_all_of_them_are_aligned(quantize, addresses, channels, group, paddings, **call):
+def test_eight_channels_at_once_are_taken_exactly_where_all_of_them_are_aligned(
+    quantize, addresses, channels, group, paddings, **call
+):
     made = plan(quantize, addresses=addresses, channels=channels, group=group, paddings=paddings, **call)
     if made.refusal is not None:
         return

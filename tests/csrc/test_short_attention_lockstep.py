@@ -1,4 +1,5 @@
-"""The unmodified kernel and binding of short_attention on the CPU: the reference's results, every element written once, no other touched.
+"""The unmodified kernel and binding of short_attention on the CPU: the reference's results, every element written once,
+no other touched.
 
 All goes through ops/short_attention/cuda.py and torch's dispatcher, as on a device.
 """
@@ -210,7 +211,9 @@ def test_outputs_weights_and_tables_that_are_not_aligned(kernels):
     check(inputs, None, norm, across_norm, Rope(*strided, interleaved=True))
     expected = attend(*inputs, q_norm=aligned, store_dtype=torch.int8)
     out = torch.full((2, 2, 12, 2, 73), torch.nan).bfloat16()[..., 1:]
-    stored = Quantized(torch.zeros(2, 2, 12, 2, 75, dtype=torch.int8)[..., 3:], torch.zeros(2, 2, 12, 2, 3)[..., 1:2], 72)
+    stored = Quantized(
+        torch.zeros(2, 2, 12, 2, 75, dtype=torch.int8)[..., 3:], torch.zeros(2, 2, 12, 2, 3)[..., 1:2], 72
+    )
     assert_same(attend(*inputs, q_norm=norm, store_dtype=torch.int8, places=(out, stored)), expected, strides=False)
 
 

@@ -1,4 +1,5 @@
-"""The planner of short_attention: every head of every sequence is covered, once; limits are kept; what cannot be served is refused."""
+"""The planner of short_attention: every head of every sequence is covered, once; limits are kept; what cannot be served
+is refused."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ _host = host()
 
 HEAD_DIMS = (64, 72, 96, 128)
 CALL = {
-    "q": (4096, 0, 1152, 3456, 72), "k": (4096, 0, 1152, 3456, 72), "v": (4096, 0, 1152, 3456, 72), "out": (4096, 0, 1152, 3456, 72),
-    "stored": None, "vectors": (0,) * 6, "sequences": 5, "batch": 5, "tokens": 16, "heads": 16, "head_dim": 72, "rotary": 0,
+    "q": (4096, 0, 1152, 3456, 72), "k": (4096, 0, 1152, 3456, 72), "v": (4096, 0, 1152, 3456, 72), "out": (4096, 0,
+    1152, 3456, 72),
+    "stored": None, "vectors": (0,) * 6, "sequences": 5, "batch": 5, "tokens": 16, "heads": 16, "head_dim": 72,
+    "rotary": 0,
     "interleaved": True, "dtype": "bfloat16", "stored_dtype": "bfloat16",
 }  # fmt: skip
 
@@ -38,9 +41,13 @@ calls = given(
 
 @calls
 @settings(max_examples=400)
-def test_every_head_of_every_sequence_is_covered_once_within_the_limits(sequences, tokens, heads, head_dim, rotary, dtype, **call):
+def test_every_head_of_every_sequence_is_covered_once_within_the_limits(
+    sequences, tokens, heads, head_dim, rotary, dtype, **call
+):
     made = plan(sequences=sequences, tokens=tokens, heads=heads, head_dim=head_dim, rotary=rotary, dtype=dtype, **call)
-    known = 1 <= tokens <= 64 and head_dim in HEAD_DIMS and rotary % 2 == 0 and rotary <= head_dim and dtype != "float32"
+    known = (
+        1 <= tokens <= 64 and head_dim in HEAD_DIMS and rotary % 2 == 0 and rotary <= head_dim and dtype != "float32"
+    )
     assert (made.refusal is None) == (known and sequences * heads < 2**31)
     if made.refusal is not None:
         assert ";" not in made.refusal and 10 < len(made.refusal) < 120
@@ -55,7 +62,12 @@ def test_every_head_of_every_sequence_is_covered_once_within_the_limits(sequence
     assert needed <= made.shared_bytes <= 48 << 10 and (needed > 0) == (made.shared_bytes > 0)
 
 
-@given(st.sampled_from(["q", "k", "v", "out", "stored"]), st.integers(0, 4), st.integers(0, 40), st.sampled_from(["bfloat16", "int8"]))
+@given(
+    st.sampled_from(["q", "k", "v", "out", "stored"]),
+    st.integers(0, 4),
+    st.integers(0, 40),
+    st.sampled_from(["bfloat16", "int8"]),
+)
 @settings(max_examples=200)
 def test_heads_that_do_not_begin_at_vectors_are_refused(name, which, change, stored_dtype):
     changed = list(CALL["q"])
@@ -64,7 +76,10 @@ def test_heads_that_do_not_begin_at_vectors_are_refused(name, which, change, sto
     width = 8 if name == "stored" and stored_dtype == "int8" else 16
     size = 1 if which == 0 or width == 8 else 2
     assert (made.refusal is None) == (change * size % width == 0)
-    assert made.refusal is None or f"begins at a multiple of {'16 bytes, or 8' if name == 'stored' else '16 bytes'}" in made.refusal
+    assert (
+        made.refusal is None
+        or f"begins at a multiple of {'16 bytes, or 8' if name == 'stored' else '16 bytes'}" in made.refusal
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +96,10 @@ def test_heads_that_do_not_begin_at_vectors_are_refused(name, which, change, sto
         ({"rotary": 7}, "an even number of channels rotates"),
         ({"rotary": 74}, "up to the head dimension"),
         ({"sequences": 2**27}, "fewer than 2^31 heads of sequences"),
-        *[({"vectors": (0,) * i + (8,) + (0,) * (5 - i)}, "weights, biases and tables begin at multiples") for i in range(6)],
+        *[
+            ({"vectors": (0,) * i + (8,) + (0,) * (5 - i)}, "weights, biases and tables begin at multiples")
+            for i in range(6)
+        ],
     ],
 )
 def test_refusals_are_sentences(change, message):

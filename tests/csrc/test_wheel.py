@@ -67,11 +67,15 @@ def test_it_holds_the_kernels_and_says_what_they_are(wheel):
         info = json.loads(files.read("pab_kernels/_build_info.json"))
         (tags,) = (files.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL"))
     assert {"pab_kernels/pab_kernels_cuda.so", f"pab_kernels/_host{sysconfig.get_config_var('EXT_SUFFIX')}"} <= names
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"pab_kernels"}, "no tests, no sources of kernels"
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"pab_kernels"}, (
+        "no tests, no sources of kernels"
+    )
     interpreter = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert f"Tag: {interpreter}-{interpreter}-linux_" in tags and "Root-Is-Purelib: false" in tags
     assert info["missing"] is None and info["archs"] == cuda_library.build_info()["archs"]
-    assert info["torch_target"] == "2.10" and info["nvcc"].count(".") == 2 and info.keys() >= {"commit", "torch_headers"}
+    assert (
+        info["torch_target"] == "2.10" and info["nvcc"].count(".") == 2 and info.keys() >= {"commit", "torch_headers"}
+    )
 
 
 def test_it_works_where_it_is_installed(wheel, tmp_path):
@@ -84,7 +88,18 @@ def test_it_works_where_it_is_installed(wheel, tmp_path):
     run(sys.executable, "-m", "venv", "--without-pip", "venv")
     python = tmp_path / "venv" / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))").strip())
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--disable-pip-version-check", wheel)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--disable-pip-version-check",
+        wheel,
+    )
     (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
     seen = json.loads(run(python, "-W", "error", "-c", SMOKE).splitlines()[-1])
     assert Path(seen["file"]).is_relative_to(site)

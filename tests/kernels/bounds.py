@@ -1,8 +1,9 @@
 """The table of registers and shared memory of every compiled kernel: bounds that may only fall.
 
 `python -m tests.kernels.compilation 80 90 100 | python -m tests.kernels.bounds` (Triton) or
-`python -m tests.csrc.compilation | python -m tests.kernels.bounds` (CUDA) adds launches that are new and lowers bounds where kernels
-have become leaner; where one has become fatter it ends with an error and writes nothing. `--drop` takes out the launches that are gone.
+`python -m tests.csrc.compilation | python -m tests.kernels.bounds` (CUDA) adds launches that are new and lowers bounds
+where kernels have become leaner; where one has become fatter it ends with an error and writes nothing. `--drop` takes
+out the launches that are gone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ TABLE = Path(__file__).with_name("bounds.json")
 
 
 def read() -> dict[str, dict[str, list[int]]]:
-    """By compiler (a Triton version, or nvcc and its version) and `<launch> <kernel> sm_<arch>`: registers and bytes of shared memory."""
+    """By compiler (a Triton version, or nvcc and its version) and `<launch> <kernel> sm_<arch>`: registers and bytes of
+    shared memory."""
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 
@@ -26,14 +28,18 @@ def key(record: dict[str, Any]) -> str:
     return f"{record['launch']} {record['kernel']} sm_{record['arch']}"
 
 
-def tightened(table: dict[str, dict[str, list[int]]], records: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+def tightened(
+    table: dict[str, dict[str, list[int]]], records: Iterable[dict[str, Any]]
+) -> tuple[dict[str, Any], list[str]]:
     """The table with lower bounds, and a sentence for each bound that would have to rise."""
     broken = []
     tightened = {version: dict(rows) for version, rows in table.items()}
     for record in records:
         row, used = tightened.setdefault(record["compiler"], {}), [record["registers"], record["shared"]]
         bound = row.get(key(record), used)
-        broken += [f"{key(record)}, {record['compiler']}: {used}, bound {bound}"] if any(map(int.__gt__, used, bound)) else []
+        broken += (
+            [f"{key(record)}, {record['compiler']}: {used}, bound {bound}"] if any(map(int.__gt__, used, bound)) else []
+        )
         row[key(record)] = list(map(min, used, bound))
     return tightened, broken
 

@@ -1,8 +1,10 @@
-"""Compiles the Triton kernels without a device, exactly as their launchers launch them, and reads what the compiler made of them.
+"""Compiles the Triton kernels without a device, exactly as their launchers launch them, and reads what the compiler
+made of them.
 
-A module `tests.kernels.launches_<op>` lists, by name, calls of a launcher on meta tensors (nothing is computed) and what each kernel must
-look like. `python -m tests.kernels.compilation 80 90 100` compiles every one for these architectures and prints a JSON line for each. It
-runs without TRITON_INTERPRET, with whichever Triton is first on the path. The machine's GPU, if it has one, is not used.
+A module `tests.kernels.launches_<op>` lists, by name, calls of a launcher on meta tensors (nothing is computed) and
+what each kernel must look like. `python -m tests.kernels.compilation 80 90 100` compiles every one for these
+architectures and prints a JSON line for each. It runs without TRITON_INTERPRET, with whichever Triton is first on the
+path. The machine's GPU, if it has one, is not used.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Launch:
 
     Args:
         call: runs the launcher on meta tensors.
-        dots: every product runs on tensor cores: HGMMA on sm_90, UTCHMMA or HMMA on sm_100, HMMA on sm_80; none by multiply-adds.
+        dots: every product runs on tensor cores: HGMMA on sm_90, UTCHMMA or HMMA on sm_100, HMMA on sm_80; none by
+            multiply-adds.
         pipelined: loads go to shared memory asynchronously (LDGSTS or UTMALDG).
         wide: narrowest global load or store in bytes a lane; None where narrower ones are in order.
         archs: compute capabilities that the launch is for.
@@ -70,8 +73,12 @@ def _captured(arch: int) -> Iterator[list[tuple[str, Any]]]:
     kernels: list[tuple[str, Any]] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        bound, specialization, options = create_function_from_signature(self.signature, self.params, backend)(*args, **kwargs)
-        options, signature, constexprs, attrs = self._pack_args(backend, kwargs | {"debug": False}, bound, specialization, options)
+        bound, specialization, options = create_function_from_signature(self.signature, self.params, backend)(
+            *args, **kwargs
+        )
+        options, signature, constexprs, attrs = self._pack_args(
+            backend, kwargs | {"debug": False}, bound, specialization, options
+        )
         source = ASTSource(self, signature, constexprs, attrs)
         kernels.append((self.__name__, triton.compile(source, target=target, options=options.__dict__)))
 
@@ -113,7 +120,10 @@ def compile_launch(name: str, arch: int) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str]) -> None:
-    """Compile for the architectures named; a further argument with a letter in it keeps the launches whose name contains it."""
+    """Compile for the architectures named.
+
+    A further argument with a letter in it keeps the launches whose name contains it.
+    """
     archs = [int(a) for a in arguments if a.isdigit()]
     only = [a for a in arguments if not a.isdigit()]
     chosen = [(name, arch) for name, launch in launches().items() for arch in archs if arch in launch.archs]

@@ -1,7 +1,7 @@
 """The machine code of compiled kernels as text, by the tools of the CUDA toolkit that are in the triton package.
 
-Disassembling a kernel takes longer than finding it in Triton's cache, and the same bytes give the same text: it is kept beside that cache,
-in the environment, by the hash of the kernel.
+Disassembling a kernel takes longer than finding it in Triton's cache, and the same bytes give the same text: it is kept
+beside that cache, in the environment, by the hash of the kernel.
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ def _packed(*sizes: int) -> list[Tensor]:
     return [whole.select(-3, i) for i in range(3)]
 
 
-def _attend(arch: int, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, stored: Quantized | None = None) -> None:
+def _attend(
+    arch: int, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, stored: Quantized | None = None
+) -> None:
     chosen = tiles(q.shape[-3], q.shape[-1], divmod(arch, 10))
     out = torch.empty(q.shape, dtype=q.dtype, device="meta")
     attend_in_tiles(Attention(q, k, v, key_lengths=lengths), (out, stored), chosen)
@@ -45,13 +47,15 @@ def _attend_and_store(arch: int, *sizes: int) -> None:
     _attend(arch, q, k, v, stored=stored)
 
 
-# By name: narrowest access in bytes, and the call. The last 16 channels of a tile of 64 keys are 8 bytes a lane, of 32 keys 4; a
-# scale a head is 4.
+# By name: narrowest access in bytes, and the call. The last 16 channels of a tile of 64 keys are 8 bytes a lane, of 32
+# keys 4; a scale a head is 4.
 CALLS: dict[str, tuple[int, Callable[[int], None]]] = {
     "open_sora_480p": (8, lambda arch: _attend(arch, *_packed(2, 15, 1590, 3, 16, 72))),
     "open_sora_cross_lengths": (
         8,
-        lambda arch: _attend(arch, _meta(2, 15 * 1590, 16, 72), *_packed(2, 300, 3, 16, 72)[1:], _meta(2, dtype=torch.int64)),
+        lambda arch: _attend(
+            arch, _meta(2, 15 * 1590, 16, 72), *_packed(2, 300, 3, 16, 72)[1:], _meta(2, dtype=torch.int64)
+        ),
     ),
     "latte": (8, lambda arch: _attend(arch, *(_meta(32, 1024, 16, 72, dtype=torch.float16) for _ in range(3)))),
     "open_sora_plan_int8": (4, lambda arch: _attend_and_store(arch, 1, 28 * 900, 3, 24, 96)),

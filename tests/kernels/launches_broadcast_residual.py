@@ -23,7 +23,9 @@ def _eight_bits(*sizes: int, dtype: torch.dtype) -> Quantized:
     return Quantized(_meta(*sizes, dtype=dtype), _meta(*sizes[:-1], -(-sizes[-1] // 128), dtype=torch.float32))
 
 
-def _add(channels: int, *slots: torch.dtype, tokens: int = 15 * 1590, norm: Norm | None = None, lines: bool = False) -> Callable[[], Any]:
+def _add(
+    channels: int, *slots: torch.dtype, tokens: int = 15 * 1590, norm: Norm | None = None, lines: bool = False
+) -> Callable[[], Any]:
     """x `[2, tokens, C]`, slots of these dtypes or lines through two such, gate, shift and scale of each batch row."""
     x, vector = _meta(2, tokens, channels), _meta(2, 1, channels)
     kept = [_meta(*x.shape) if dtype == x.dtype else _eight_bits(*x.shape, dtype=dtype) for dtype in slots]

@@ -34,7 +34,8 @@ def _project(
     slots: tuple[torch.dtype, ...] = (), dtype: torch.dtype = BF16, gate: str = "row", lines: bool = False,
     bias: bool = True,
 ) -> None:  # fmt: skip
-    """x `[2, tokens, C]` and a of as many channels, a gate of each batch row or token, slots, or lines, with the gate of a row."""
+    """x `[2, tokens, C]` and a of as many channels, a gate of each batch row or token, slots, or lines, with the gate
+    of a row."""
     x, row = _meta(2, tokens, channels, dtype=dtype), _meta(2, 1, channels, dtype=dtype)
     weight, one = _meta(channels, channels, dtype=dtype), _meta(1, dtype=FP32)
     reads = [_kept(*x.shape, dtype=kept, own=dtype) for kept in slots]
@@ -53,12 +54,16 @@ CALLS: dict[str, Callable[[int], None]] = {
     "open_sora": partial(_project, **OPEN_SORA),
     "open_sora_no_bias_1_slot": partial(_project, **OPEN_SORA, store="pre_gate", slots=(BF16,), bias=False),
     "open_sora_store": partial(_project, **OPEN_SORA, store="pre_gate"),
-    "open_sora_post_gate_int8_2_mixed_slots": partial(_project, **OPEN_SORA, store="post_gate", store_dtype=INT8, slots=(BF16, INT8)),
+    "open_sora_post_gate_int8_2_mixed_slots": partial(
+        _project, **OPEN_SORA, store="post_gate", store_dtype=INT8, slots=(BF16, INT8)
+    ),
     "latte_fp16_store_2_lines": partial(
         _project, channels=1152, tokens=16 * 1024, store="pre_gate", slots=(FP16, FP16), dtype=FP16, lines=True
     ),
     "latte_fp16_line": partial(_project, channels=1152, tokens=16 * 1024, slots=(FP16,), dtype=FP16, lines=True),
-    "open_sora_store_int8_int8_line": partial(_project, **OPEN_SORA, store="pre_gate", store_dtype=INT8, slots=(INT8,), lines=True),
+    "open_sora_store_int8_int8_line": partial(
+        _project, **OPEN_SORA, store="pre_gate", store_dtype=INT8, slots=(INT8,), lines=True
+    ),
     "open_sora_few_tokens": partial(_project, channels=1152, tokens=300, store="pre_gate"),
     "cogvideox_3072_store": partial(_project, channels=3072, tokens=17776, store="pre_gate", gate="token"),
     "wan_5120_post_gate_int8": partial(_project, channels=5120, tokens=32760, store="post_gate", store_dtype=INT8),
@@ -78,7 +83,11 @@ FP32_CALLS: dict[str, Callable[[int], None]] = {  # exact, on no tensor cores
 
 LAUNCHES = {
     f"{name}_sm{arch}": Launch(
-        partial(call, arch), dots=name not in FP32_CALLS, pipelined=True, wide=16 if "no_bias" in name else 4, archs=(arch,)
+        partial(call, arch),
+        dots=name not in FP32_CALLS,
+        pipelined=True,
+        wide=16 if "no_bias" in name else 4,
+        archs=(arch,),
     )
     for name, call in {**CALLS, **FP8_CALLS, **FP32_CALLS}.items()
     for arch in (80, 90, 100)

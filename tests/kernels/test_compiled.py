@@ -64,7 +64,8 @@ def _faults(launch: Launch, record: dict) -> list[str]:
         "has products by multiply-adds": not (launch.dots and record["plain_dots"]),
         "has products on the old tensor core path": not (launch.dots and arch == 90) or "HMMA" not in names,
         "has no asynchronous copy": not launch.pipelined or names & {"LDGSTS", "UTMALDG"},
-        "has narrow accesses": launch.wide is None or min(_widths(opcodes, ("LDG.", "STG.", "LDGSTS")), default=16) >= launch.wide,
+        "has narrow accesses": launch.wide is None
+        or min(_widths(opcodes, ("LDG.", "STG.", "LDGSTS")), default=16) >= launch.wide,
     }
     return [fault for fault, fine in checks.items() if not fine]
 
@@ -77,13 +78,18 @@ def test_every_kernel_is_lean(compiled):
 def test_products_by_multiply_adds_are_seen(compiled):
     """Those of float32 are exact, and so not on tensor cores: what the check of all other launches looks for."""
     plain = [
-        record["plain_dots"] for (name, _), records in compiled.items() for record in records if name.startswith("project_residual/float32")
+        record["plain_dots"]
+        for (name, _), records in compiled.items()
+        for record in records
+        if name.startswith("project_residual/float32")
     ]
     assert plain and min(plain) > 0
 
 
 def test_every_launch_was_compiled_for_its_architectures(compiled):
-    assert set(compiled) == {(name, arch) for name, launch in LAUNCHES.items() for arch in ARCHS if arch in launch.archs}
+    assert set(compiled) == {
+        (name, arch) for name, launch in LAUNCHES.items() for arch in ARCHS if arch in launch.archs
+    }
 
 
 def test_registers_and_shared_memory_keep_their_bounds(compiled):

@@ -26,10 +26,17 @@ def test_the_check_passes_on_drawn_clips():
 
 def test_wrong_words_are_counted_against_their_word():
     captions = [Caption("red", "circle", "left", "night"), Caption("blue", "circle", "left", "day")]
-    clips = shapes.render_batch([Caption("red", "circle", "right", "night"), Caption("blue", "circle", "left", "day")], torch.Generator())
+    clips = shapes.render_batch(
+        [Caption("red", "circle", "right", "night"), Caption("blue", "circle", "left", "day")], torch.Generator()
+    )
     report = check.score(captions, clips)
     scores = {s.word: (s.shown, s.asked) for s in report.scores}
-    assert scores["left"] == (1, 2) and scores["circle"] == (2, 2) and scores["red"] == (1, 1) and scores["green"] == (0, 0)
+    assert (
+        scores["left"] == (1, 2)
+        and scores["circle"] == (2, 2)
+        and scores["red"] == (1, 1)
+        and scores["green"] == (0, 0)
+    )
     assert report.whole == 1 and report.share == 7 / 8
     assert "| direction | left | 1 of 2 | 50 % (not followed) |" in str(report) and "green" not in str(report)
     assert json.loads(json.dumps(report.to_dict()))["whole_caption"] == 1
@@ -49,7 +56,9 @@ def test_clips_and_captions_must_pair_up():
 def test_the_model_is_checked_in_batches_of_its_captions(monkeypatch):
     monkeypatch.setattr(check, "BATCH", 2)
     seen = []
-    report = check.check_model(load(device="cpu"), shapes.held_out()[:3], steps=1, progress=lambda done, total: seen.append((done, total)))
+    report = check.check_model(
+        load(device="cpu"), shapes.held_out()[:3], steps=1, progress=lambda done, total: seen.append((done, total))
+    )
     assert report.clips == 3 and seen == [(2, 3), (3, 3)]
 
 

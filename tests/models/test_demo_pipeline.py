@@ -108,7 +108,9 @@ def test_missing_weights_say_how_to_get_them(tmp_path):
 
 def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    with pytest.raises(ModuleNotFoundError, match=r"the demo model needs the package diffusers.*pip install 'pab-kernels\[demo\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"the demo model needs the package diffusers.*pip install 'pab-kernels\[demo\]'"
+    ):
         load()
 
 
@@ -136,7 +138,10 @@ def test_the_pipeline_reads_prompts_in_words_and_goes_through_a_folder(demo: Dem
     pipe = LattePipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     size = {"height": shapes.SIZE, "width": shapes.SIZE, "video_length": shapes.FRAMES}
-    prompt, options = "a red circle moves up", {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt", **size}
+    prompt, options = (
+        "a red circle moves up",
+        {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt", **size},
+    )
     expected = demo.generate([prompt], [4], steps=2)
     for drawing in (demo.pipe, pipe):
         assert torch.equal(drawing(prompt, generator=torch.Generator().manual_seed(4), **options).frames, expected)

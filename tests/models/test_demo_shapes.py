@@ -22,7 +22,9 @@ def test_the_checker_reads_through_weak_noise():
 
 
 def test_a_plain_clip_shows_a_background_only():
-    clip = torch.tensor(shapes.BACKGROUNDS["dawn"])[None, :, None, None].expand(shapes.FRAMES, 3, shapes.SIZE, shapes.SIZE)
+    clip = torch.tensor(shapes.BACKGROUNDS["dawn"])[None, :, None, None].expand(
+        shapes.FRAMES, 3, shapes.SIZE, shapes.SIZE
+    )
     assert shapes.read_clip(clip) == Caption(background="dawn")
 
 

@@ -18,7 +18,11 @@ C, HEADS, TEXT = 64, 2, 24
 
 
 def tiny(**config: Any) -> STDiT3:
-    model = STDiT3(hidden_size=C, num_heads=HEADS, depth=2, caption_channels=TEXT, model_max_length=5, **config).double().eval()
+    model = (
+        STDiT3(hidden_size=C, num_heads=HEADS, depth=2, caption_channels=TEXT, model_max_length=5, **config)
+        .double()
+        .eval()
+    )
     for name, p in model.named_parameters():
         if "norm" in name:
             nn.init.normal_(p, 1, 0.3)
@@ -38,7 +42,16 @@ def inputs(batch: int = 2) -> dict[str, Any]:
     }
 
 
-def plain(w: dict[str, Tensor], x: Tensor, timestep: Tensor, y: Tensor, mask: Tensor, fps: Tensor, height: Tensor, width: Tensor) -> Tensor:
+def plain(
+    w: dict[str, Tensor],
+    x: Tensor,
+    timestep: Tensor,
+    y: Tensor,
+    mask: Tensor,
+    fps: Tensor,
+    height: Tensor,
+    width: Tensor,
+) -> Tensor:
     def linear(name: str, x: Tensor) -> Tensor:
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
@@ -131,10 +144,21 @@ def test_frames_that_are_given_are_modulated_as_at_timestep_0() -> None:
 
 
 def test_parameters_have_the_names_of_the_checkpoint() -> None:
-    block = {f"{n}.{p}" for n in ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear") for p in ("weight", "bias")}
+    block = {
+        f"{n}.{p}"
+        for n in ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear")
+        for p in ("weight", "bias")
+    }
     block |= {f"{n}.{p}" for n in ("cross_attn.proj", "mlp.fc1", "mlp.fc2") for p in ("weight", "bias")}
     block |= {"attn.q_norm.weight", "attn.k_norm.weight", "scale_shift_table"}
-    pairs = ("x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "fps_embedder.mlp.0", "fps_embedder.mlp.2", "t_block.1")
+    pairs = (
+        "x_embedder.proj",
+        "t_embedder.mlp.0",
+        "t_embedder.mlp.2",
+        "fps_embedder.mlp.0",
+        "fps_embedder.mlp.2",
+        "t_block.1",
+    )
     pairs += ("y_embedder.y_proj.fc1", "y_embedder.y_proj.fc2", "final_layer.linear")
     names = {f"{n}.{p}" for n in pairs for p in ("weight", "bias")}
     names |= {"rope.freqs", "y_embedder.y_embedding", "final_layer.scale_shift_table"}

@@ -1,4 +1,5 @@
-"""What the tests of `PABAttention` and `PABCrossAttention` compare with: attention by its definition, and modules as timm writes them."""
+"""What the tests of `PABAttention` and `PABCrossAttention` compare with: attention by its definition, and modules as
+timm writes them."""
 
 from __future__ import annotations
 
@@ -31,7 +32,13 @@ class TimmAttention(nn.Module):
     """Self attention after timm's `Attention`."""
 
     def __init__(
-        self, dim: int, num_heads: int, bias: bool = True, norm: Any = nn.Identity, fused: bool = False, drop: float = 0.0
+        self,
+        dim: int,
+        num_heads: int,
+        bias: bool = True,
+        norm: Any = nn.Identity,
+        fused: bool = False,
+        drop: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.fused_attn = num_heads, dim // num_heads, fused
@@ -54,9 +61,12 @@ class TimmAttention(nn.Module):
 
 
 class TimmCrossAttention(nn.Module):
-    """Attention to the text after timm's and Open-Sora's: a projection of q and a packed one of k and v, under either's names."""
+    """Attention to the text after timm's and Open-Sora's: a projection of q and a packed one of k and v, under either's
+    names."""
 
-    def __init__(self, dim: int, num_heads: int, text: int, suffix: str = "", bias: bool = True, norm: Any = nn.Identity) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, text: int, suffix: str = "", bias: bool = True, norm: Any = nn.Identity
+    ) -> None:
         super().__init__()
         self.num_heads, self.suffix = num_heads, suffix
         self.add_module(f"q{suffix}", nn.Linear(dim, dim, bias=bias))

@@ -35,7 +35,9 @@ def unrows(y: Tensor, kind: str, shape: tuple[int, ...]) -> Tensor:
     return y.unflatten(0, (batch, places)).transpose(1, 2) if kind == "temporal" else y.unflatten(0, (batch, frames))
 
 
-def defined(module: PABAttention, x: Tensor, kind: str, heads: int, packed: bool, qk_norm: str | None, rope: Any) -> Tensor:
+def defined(
+    module: PABAttention, x: Tensor, kind: str, heads: int, packed: bool, qk_norm: str | None, rope: Any
+) -> Tensor:
     """Self attention by its definition, of the module's weights."""
     part = dict(module.module.named_children())
     y = rows(x, kind)
@@ -75,7 +77,9 @@ def test_rotary_embedding_counts_along_the_attended_dimension(kind: str, interle
         module(tokens(2, 6, 8, 68), rope)
 
 
-@pytest.mark.parametrize(("channels", "message"), [(0, "channels is 0"), (33, "channels is 33; an even number is supported")])
+@pytest.mark.parametrize(
+    ("channels", "message"), [(0, "channels is 0"), (33, "channels is 33; an even number is supported")]
+)
 def test_rotary_embedding_refuses_odd_channels(channels: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rotary_embedding(3, channels)
@@ -198,7 +202,9 @@ def test_it_is_torchs_attention(kind: str, bias: bool, batch_first: bool) -> Non
     assert_shares(made, source)
 
 
-@pytest.mark.parametrize("norm", [nn.Identity, nn.LayerNorm, nn.RMSNorm, lambda d: nn.LayerNorm(d, elementwise_affine=False)])
+@pytest.mark.parametrize(
+    "norm", [nn.Identity, nn.LayerNorm, nn.RMSNorm, lambda d: nn.LayerNorm(d, elementwise_affine=False)]
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["spatial", "temporal"])
 def test_it_is_timms_attention(kind: str, bias: bool, norm: Any) -> None:
@@ -254,7 +260,9 @@ def test_what_takes_the_place_of_a_projection_is_called() -> None:
     assert torch.equal(made(x), before + 1)
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of an RMSNorm in float32 under autocast
+@pytest.mark.filterwarnings(
+    "ignore:Mismatch dtype between input and weight"
+)  # torch's, of an RMSNorm in float32 under autocast
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("qk_norm", [None, "rms", "rms_across_heads"])
 def test_half_dtypes_and_autocast(qk_norm: str | None, dtype: torch.dtype) -> None:
@@ -314,7 +322,10 @@ REFUSED = {
     "is_causal": lambda: diffusers_attention(is_causal=True),
     "kv_heads, 33 channels": lambda: diffusers_attention(kv_heads=1),
     "pre_only": lambda: diffusers_attention(pre_only=True),
-    "processor FusedAttnProcessor2_0": lambda: (source := diffusers_attention(), source.set_processor(FusedAttnProcessor2_0()))[0],
+    "processor FusedAttnProcessor2_0": lambda: (
+        source := diffusers_attention(),
+        source.set_processor(FusedAttnProcessor2_0()),
+    )[0],
     "qk_norm and processor AttnProcessor, which": lambda: diffusers_attention(qk_norm="rms_norm", scale_qk=False),
     "K and V from 24 channels and Q from 66": lambda: diffusers_attention(cross_attention_dim=24),
     "2 heads of 8 channels came; heads of 32 to 128": lambda: diffusers_attention(dim_head=8),
@@ -336,9 +347,13 @@ def test_options_that_are_not_supported_are_refused_in_one_line(message: str) ->
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("module", [nn.Linear(3, 3), nn.TransformerEncoderLayer(64, 2), nn.Identity()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "module", [nn.Linear(3, 3), nn.TransformerEncoderLayer(64, 2), nn.Identity()], ids=lambda m: type(m).__name__
+)
 def test_modules_of_other_kinds_are_refused(module: nn.Module) -> None:
-    with pytest.raises(TypeError, match=f"{type(module).__name__} came; supported are diffusers' Attention, nn.MultiheadAttention, and"):
+    with pytest.raises(
+        TypeError, match=f"{type(module).__name__} came; supported are diffusers' Attention, nn.MultiheadAttention, and"
+    ):
         PABAttention.from_module(module)
 
 
@@ -365,7 +380,9 @@ def test_arguments_that_do_not_fit_are_refused(options: dict[str, Any], message:
 
 @pytest.mark.parametrize("x", [torch.randn(5, 64), torch.randn(1, 2, 3, 4, 64), torch.randn(1, 5, 63), None])
 def test_inputs_that_do_not_fit_are_refused(x: Any) -> None:
-    with pytest.raises(ValueError, match=r"x came with .*; \[B, T, S, C\] or \[B, N, C\] with 64 channels is supported"):
+    with pytest.raises(
+        ValueError, match=r"x came with .*; \[B, T, S, C\] or \[B, N, C\] with 64 channels is supported"
+    ):
         PABAttention(64, 2)(x)
 
 
@@ -373,7 +390,9 @@ def test_options_of_others_are_taken_only_where_they_are_none() -> None:
     module = PABAttention(64, 2)
     x = tokens(1, 5, 64)
     assert torch.equal(module(x, attention_mask=None, encoder_hidden_states=None), module(x))
-    with pytest.raises(TypeError, match="attention_mask came; x and rope are supported: leave it out, or wrap the original module"):
+    with pytest.raises(
+        TypeError, match="attention_mask came; x and rope are supported: leave it out, or wrap the original module"
+    ):
         module(x, attention_mask=torch.ones(5))
 
 

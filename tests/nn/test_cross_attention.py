@@ -1,4 +1,5 @@
-"""`PABCrossAttention`: what it computes, whose weights it takes, and that the text's keys and values are computed once a generation."""
+"""`PABCrossAttention`: what it computes, whose weights it takes, and that the text's keys and values are computed once
+a generation."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def tokens(*shape: int, seed: int = 3, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def defined(module: PABCrossAttention, x: Tensor, text: Tensor, lengths: Tensor | None, packed: bool, qk_norm: str | None) -> Tensor:
+def defined(
+    module: PABCrossAttention, x: Tensor, text: Tensor, lengths: Tensor | None, packed: bool, qk_norm: str | None
+) -> Tensor:
     """Attention to the text by its definition, of the module's weights."""
     part = dict(module.module.named_children())
     q = part["q"](x.flatten(1, -2))
@@ -40,7 +43,9 @@ def defined(module: PABCrossAttention, x: Tensor, text: Tensor, lengths: Tensor 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
 @pytest.mark.parametrize("shape", [(2, 3, 7, 66), (2, 11, 66), (2, 1, 66)])
-def test_it_computes_its_definition(shape: tuple[int, ...], lengths: Tensor | None, packed: bool, qk_norm: str | None) -> None:
+def test_it_computes_its_definition(
+    shape: tuple[int, ...], lengths: Tensor | None, packed: bool, qk_norm: str | None
+) -> None:
     for dtype in (torch.float64, torch.float32):
         module = randomised(PABCrossAttention(66, 2, 41, packed=packed, bias=packed, qk_norm=qk_norm, dtype=dtype))
         x, text = tokens(*shape, dtype=dtype), tokens(2, 5, 41, seed=4, dtype=dtype)
@@ -84,7 +89,9 @@ def test_it_is_diffusers_attention(name: str) -> None:
 
 
 def test_norms_across_heads_of_diffusers() -> None:
-    source = randomised(Attention(66, cross_attention_dim=41, heads=2, kv_heads=2, dim_head=33, qk_norm="rms_norm_across_heads"))
+    source = randomised(
+        Attention(66, cross_attention_dim=41, heads=2, kv_heads=2, dim_head=33, qk_norm="rms_norm_across_heads")
+    )
     made = PABCrossAttention.from_module(source)
     x, text = tokens(2, 9, 66), tokens(2, 5, 41, seed=4)
     q, k, v = source.norm_q(source.to_q(x)), source.norm_k(source.to_k(text)), source.to_v(text)
@@ -123,7 +130,10 @@ def test_it_is_timms_attention(bias: bool, suffix: str, norm: Any) -> None:
             lambda: Attention(64, cross_attention_dim=64, heads=2, dim_head=32, cross_attention_norm="layer_norm"),
             "norm_cross \\(LayerNorm\\)",
         ),
-        (lambda: Attention(64, cross_attention_dim=64, heads=2, dim_head=32, added_kv_proj_dim=4), "add_k_proj \\(Linear\\)"),
+        (
+            lambda: Attention(64, cross_attention_dim=64, heads=2, dim_head=32, added_kv_proj_dim=4),
+            "add_k_proj \\(Linear\\)",
+        ),
         (lambda: nn.MultiheadAttention(64, 2, kdim=12), "kdim 12 and vdim 64"),
         (lambda: nn.MultiheadAttention(64, 2, add_bias_kv=True), "bias_k \\(tensor\\), bias_v \\(tensor\\)"),
     ],
@@ -177,7 +187,9 @@ class Model(nn.Module):
     def _count(self, *args: Any) -> None:
         self.projected += 1
 
-    def forward(self, x: Tensor, text: Tensor, lengths: Tensor | None = None, encoder_hidden_states: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, text: Tensor, lengths: Tensor | None = None, encoder_hidden_states: Tensor | None = None
+    ) -> Tensor:
         for cross in self.cross:
             x = x + cross(x, text, lengths)
         return x
@@ -195,7 +207,9 @@ def steps(n: int) -> list[Tensor]:
 TEXT = tokens(2, 5, 41, seed=100)
 
 
-@pytest.mark.parametrize("options", [{}, {"packed": False}, {"qk_norm": "rms"}, {"qk_norm": "rms_across_heads"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"packed": False}, {"qk_norm": "rms"}, {"qk_norm": "rms_across_heads"}], ids=str
+)
 def test_keys_and_values_are_computed_once_and_the_result_is_the_same_to_the_bit(options: dict[str, Any]) -> None:
     model = build(**options)
     plain = [model(x, TEXT, LENGTHS) for x in steps(6)]
@@ -242,9 +256,17 @@ CHANGES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a view": lambda model, text: text[:],
     "written to": lambda model, text: text.mul_(-1),
     "written to through a view": lambda model, text: (text[0].zero_(), text)[1],
-    "weights written to": lambda model, text: (model.cross[0].module.kv.weight.neg_(), model.cross[1].module.kv.bias.neg_(), text)[-1],
-    "weights loaded": lambda model, text: (model.load_state_dict({n: -p for n, p in model.state_dict().items()}), text)[1],
-    "weights replaced": lambda model, text: ([setattr(c.module, "kv", nn.Linear(41, 128)) for c in model.cross], text)[1],
+    "weights written to": lambda model, text: (
+        model.cross[0].module.kv.weight.neg_(),
+        model.cross[1].module.kv.bias.neg_(),
+        text,
+    )[-1],
+    "weights loaded": lambda model, text: (model.load_state_dict({n: -p for n, p in model.state_dict().items()}), text)[
+        1
+    ],
+    "weights replaced": lambda model, text: ([setattr(c.module, "kv", nn.Linear(41, 128)) for c in model.cross], text)[
+        1
+    ],
     "a norm written to": lambda model, text: ([c.module.k_norm.weight.neg_() for c in model.cross], text)[1],
 }
 

@@ -52,7 +52,9 @@ def model() -> nn.Module:
 
 def config(cache_point: str, cache_dtype: str | None = None, reuse: str = "hold", reach: int = 3) -> PABConfig:
     rule = Broadcast(reach, (0, 1), reuse=reuse)
-    return PABConfig(spatial=rule, temporal=rule, cross=rule, mlp=rule, cache_point=cache_point, cache_dtype=cache_dtype)  # type: ignore[arg-type]
+    return PABConfig(
+        spatial=rule, temporal=rule, cross=rule, mlp=rule, cache_point=cache_point, cache_dtype=cache_dtype
+    )  # type: ignore[arg-type]
 
 
 def sampled(model: nn.Module, rules: PABConfig, steps: int = STEPS) -> list[Tensor]:
@@ -72,7 +74,9 @@ def test_a_held_attention_projected_again_is_the_held_output(model: nn.Module, r
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("reuse", "cache_dtype"), [("linear", None), ("hold", "int8"), ("linear", "int8"), ("hold", "float8_e4m3fn")])
+@pytest.mark.parametrize(
+    ("reuse", "cache_dtype"), [("linear", None), ("hold", "int8"), ("linear", "int8"), ("hold", "float8_e4m3fn")]
+)
 def test_it_is_the_projected_one_but_for_roundings(model: nn.Module, reuse: str, cache_dtype: Any) -> None:
     projected = sampled(copy.deepcopy(model), config("pre_gate", None, reuse))
     unprojected = sampled(copy.deepcopy(model), config("unprojected", cache_dtype, reuse))
@@ -80,7 +84,9 @@ def test_it_is_the_projected_one_but_for_roundings(model: nn.Module, reuse: str,
     for a, b in zip(projected, unprojected, strict=True):
         assert (a - b).norm() <= bound * a.norm()
     if cache_dtype is not None:
-        assert any(not torch.equal(a, b) for a, b in zip(projected, unprojected, strict=True)), "the slots are 8-bit ones"
+        assert any(not torch.equal(a, b) for a, b in zip(projected, unprojected, strict=True)), (
+            "the slots are 8-bit ones"
+        )
 
 
 @torch.no_grad()
@@ -119,7 +125,13 @@ def test_a_projection_that_was_changed_meanwhile_is_the_one_that_runs(model: nn.
 @torch.no_grad()
 def test_an_8_bit_slot_is_written_by_the_pass_that_computes_attention(model: nn.Module) -> None:
     text, x = torch.randn(1, 5, C), torch.randn(1, 3, 7, C)
-    rules = PABConfig(spatial=Broadcast(2, (0, 1)), temporal=2, cross=Broadcast(2, (0, 1)), cache_point="unprojected", cache_dtype="int8")
+    rules = PABConfig(
+        spatial=Broadcast(2, (0, 1)),
+        temporal=2,
+        cross=Broadcast(2, (0, 1)),
+        cache_point="unprojected",
+        cache_dtype="int8",
+    )
     pab.enable(model, rules, num_steps=2)
     with mock.patch.object(slots, "quantize", side_effect=AssertionError("a pass of its own")):
         model(x, text)
@@ -157,7 +169,9 @@ def test_flops_are_those_that_ran(model: nn.Module) -> None:
 
 def test_modules_that_cannot_be_parted_are_refused() -> None:
     wrapped = nn.ModuleDict({"attn": BroadcastModule(nn.MultiheadAttention(C, 2), "spatial")})
-    with pytest.raises(ValueError, match="cache_point 'unprojected' does not suit ModuleDict; supported are 'pre_gate'"):
+    with pytest.raises(
+        ValueError, match="cache_point 'unprojected' does not suit ModuleDict; supported are 'pre_gate'"
+    ):
         pab.enable(wrapped, PABConfig(spatial=2, cache_point="unprojected"), num_steps=3)
 
 

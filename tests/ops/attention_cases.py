@@ -80,11 +80,17 @@ OUTPUTS_REFUSED = [
     ({"stored_out": Q.half()}, TypeError, "stored_out has dtype torch.float16"),
     ({"stored_out": Q[:1]}, ValueError, "stored_out has shape (1, 7, 2, 40)"),
     ({"stored_out": quantize(Q, torch.int8)}, ValueError, "stored_out has groups of 128 channels; 40"),
-    ({"stored_out": Quantized(Q.char(), Q[..., 0], 40)}, ValueError, "stored_out.scale has shape (2, 7, 2); (2, 7, 2, 1)"),
+    (
+        {"stored_out": Quantized(Q.char(), Q[..., 0], 40)},
+        ValueError,
+        "stored_out.scale has shape (2, 7, 2); (2, 7, 2, 1)",
+    ),
 ]
 
 
-def refused(changes: dict[str, Any], error: type[Exception], message: str, function: Callable[..., Any], **options: Any) -> None:
+def refused(
+    changes: dict[str, Any], error: type[Exception], message: str, function: Callable[..., Any], **options: Any
+) -> None:
     """The call with these changes raises the error."""
     given = {"q": Q, "k": Q, "v": Q, **options, **changes}
     assert_refuses(error, message, function, *(given.pop(name) for name in "qkv"), **given)

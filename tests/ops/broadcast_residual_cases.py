@@ -1,4 +1,5 @@
-"""Calls of `broadcast_residual`, and what a kernel's results must be: accurate against float64, and rounded where the reference says."""
+"""Calls of `broadcast_residual`, and what a kernel's results must be: accurate against float64, and rounded where the
+reference says."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ LINES = ("M", "F", "mI", "MiF", "XMI")
 
 
 def draw_slots(draw: Any, shape: tuple[int, ...], kinds: str, weight: float = 0.7) -> list[Any]:
-    """One term a letter: `m` a slot in the model's dtype, `i` in int8, `f` in float8; `M`, `I`, `F` a line through two such; `X` a line
-    through an int8 slot and one in the model's dtype."""
+    """One term a letter: `m` a slot in the model's dtype, `i` in int8, `f` in float8; `M`, `I`, `F` a line through two
+    such; `X` a line through an int8 slot and one in the model's dtype."""
     made = {"m": lambda t: t, "i": lambda t: quantize(t, torch.int8), "f": lambda t: quantize(t, torch.float8_e4m3fn)}
     slots: list[Any] = []
     for kind in kinds:
@@ -79,7 +80,9 @@ def poisoned(t: Tensor) -> Tensor:
     return inside
 
 
-def exact(x: Tensor, slots: list[Any], *, gates: Any, norm: Any = None, shift: Any = None, scale: Any = None) -> list[Any]:
+def exact(
+    x: Tensor, slots: list[Any], *, gates: Any, norm: Any = None, shift: Any = None, scale: Any = None
+) -> list[Any]:
     """The mathematics in float64; y from the x that was rounded."""
     total = x.double()
     for slot, gate in zip(slots, gates, strict=True):
@@ -96,7 +99,9 @@ def exact(x: Tensor, slots: list[Any], *, gates: Any, norm: Any = None, shift: A
     return [total, z if shift is None else z + shift.double()]
 
 
-def call_of(x: Tensor, slots: list[Any], *, gates: Any, norm: Any = None, shift: Any = None, scale: Any = None) -> BroadcastResidual:
+def call_of(
+    x: Tensor, slots: list[Any], *, gates: Any, norm: Any = None, shift: Any = None, scale: Any = None
+) -> BroadcastResidual:
     """The call as backends take it."""
     return BroadcastResidual(x, cached_outputs("test", slots, gates, MOST_ADDED), norm, shift, scale)
 

@@ -44,7 +44,11 @@ def across(q: Tensor, weighted: bool = True, seed: int = 4) -> QKNorm:
 
 
 def everything(
-    frames: int, dim: int = 40, dtype: torch.dtype = torch.bfloat16, interleaved: bool = True, device: str = KERNEL_DEVICE
+    frames: int,
+    dim: int = 40,
+    dtype: torch.dtype = torch.bfloat16,
+    interleaved: bool = True,
+    device: str = KERNEL_DEVICE,
 ) -> dict[str, Any]:
     draw = draws(dtype, 1, device)
     return {
@@ -65,7 +69,9 @@ def affine(kind: Any, dim: int = 40, device: str = KERNEL_DEVICE) -> QKNorm:
 
 
 def double(norm: QKNorm | None) -> QKNorm | None:
-    return norm and QKNorm(norm.kind, *(t if t is None else t.double() for t in (norm.weight, norm.bias)), norm.eps, norm.rstd)
+    return norm and QKNorm(
+        norm.kind, *(t if t is None else t.double() for t in (norm.weight, norm.bias)), norm.eps, norm.rstd
+    )
 
 
 def check(
@@ -76,7 +82,8 @@ def check(
     k_norm: QKNorm | None = None,
     rope: Rope | None = None,
 ) -> Tensor:
-    """The error of the kernel that `call` calls against float64 is about that of torch, and it rounds where its reference rounds."""
+    """The error of the kernel that `call` calls against float64 is about that of torch, and it rounds where its
+    reference rounds."""
     before = [t.clone() for t in inputs]
     out, stored = call(*inputs, softmax_scale=softmax_scale, q_norm=q_norm, k_norm=k_norm, rope=rope)
     assert stored is None

@@ -15,7 +15,8 @@ KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the tests run Triton kernels: compiled on a GPU, else in Triton's interpreter."""
 
 MANY = 1590 if KERNEL_DEVICE == "cuda" else 331
-"""Tokens of a video of Open-Sora, or as many as take the interpreter a second or two: more than fill the tiles of several programs."""
+"""Tokens of a video of Open-Sora, or as many as take the interpreter a second or two: more than fill the tiles of
+several programs."""
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
@@ -77,21 +78,27 @@ class Guarded:
         assert poisoned[~self.inside].all(), "an element outside was written"
 
 
-def guarded_quantized(*sizes: int, dtype: torch.dtype, group: int, device: str = "cpu") -> tuple[Quantized, list[Guarded]]:
+def guarded_quantized(
+    *sizes: int, dtype: torch.dtype, group: int, device: str = "cpu"
+) -> tuple[Quantized, list[Guarded]]:
     data = Guarded(*sizes, dtype=dtype, device=device)
     scale = Guarded(*sizes[:-1], -(-sizes[-1] // group), dtype=torch.float32, device=device)
     return Quantized(data.tensor, scale.tensor, group), [data, scale]
 
 
 def opcheck(op: Any, args: tuple[Any, ...]) -> None:
-    """`torch.library.opcheck`; where an argument is float8, without its comparison of the arguments, which torch lacks for float8."""
+    """`torch.library.opcheck`.
+
+    Where an argument is float8, without its comparison of the arguments, which torch lacks for float8.
+    """
     float8 = any(t.dtype == torch.float8_e4m3fn for t in parts(args) if isinstance(t, Tensor))
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(op, args, test_utils=utils[1:] if float8 else utils)
 
 
 def called_when_compiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
-    """The result of the function under `torch.compile(fullgraph=True)`, and the operations of this package in its graph."""
+    """The result of the function under `torch.compile(fullgraph=True)`, and the operations of this package in its
+    graph."""
     called: list[str] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -103,7 +110,9 @@ def called_when_compiled(function: Callable[..., Any], *args: Any, **kwargs: Any
         return torch.compile(function, fullgraph=True, backend=backend)(*args, **kwargs), called
 
 
-def assert_refuses(error: type[Exception], message: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+def assert_refuses(
+    error: type[Exception], message: str, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
     """The call raises the error, in one line that says what came, what is supported and what to do."""
     try:
         function(*args, **kwargs)

@@ -1,4 +1,5 @@
-"""`attention` computes what a diffusers processor does, from wherever q, k and v lie, and refuses what it cannot serve."""
+"""`attention` computes what a diffusers processor does, from wherever q, k and v lie, and refuses what it cannot
+serve."""
 
 from __future__ import annotations
 
@@ -12,7 +13,16 @@ from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pab_kernels.ops import QKNorm, Quantized, Rope, attention, attention_out, dequantize, quantize
-from tests.ops.attention_cases import HEAD_DIMS, LENGTHS, OPTIONS_REFUSED, OUTPUTS_REFUSED, QKV_REFUSED, Q, refused, softmax_attention
+from tests.ops.attention_cases import (
+    HEAD_DIMS,
+    LENGTHS,
+    OPTIONS_REFUSED,
+    OUTPUTS_REFUSED,
+    QKV_REFUSED,
+    Q,
+    refused,
+    softmax_attention,
+)
 from tests.ops.tensors import (
     DTYPES,
     EIGHT_BITS,
@@ -154,7 +164,9 @@ def test_norms_of_q_and_k(kind, dtype):
     ):
         same = softmax_attention(formula(q, dtype) if q_norm else q, formula(k, dtype) if k_norm else k, v)
         right = softmax_attention(
-            formula(q, torch.float64) if q_norm else exact[0], formula(k, torch.float64) if k_norm else exact[1], exact[2]
+            formula(q, torch.float64) if q_norm else exact[0],
+            formula(k, torch.float64) if k_norm else exact[1],
+            exact[2],
         )
         assert_accurate(attention(q, k, v, **options)[0], same, right)
 
@@ -251,7 +263,9 @@ def test_the_stored_copy(dim, dtype):
         assert isinstance(stored, Quantized) and stored.group == dim and stored.scale.shape == (2, 3, 7, 2, 1)
         assert_same(stored, quantize(out, eight, group=dim))
         error = (dequantize(stored, torch.float32) - out.float()).abs()
-        assert (error <= out.float().abs().amax(-1, keepdim=True) * (0.5001 / 127 if eight == torch.int8 else 1 / 16)).all()
+        assert (
+            error <= out.float().abs().amax(-1, keepdim=True) * (0.5001 / 127 if eight == torch.int8 else 1 / 16)
+        ).all()
 
 
 @pytest.mark.parametrize("store_dtype", [None, torch.bfloat16, *EIGHT_BITS])
@@ -272,7 +286,10 @@ def test_out_writes_its_outputs_and_nothing_else(dtype, store_dtype):
 
 
 def test_it_gives_the_same_twice():
-    calls = [attention(*qkv(2, 5, dtype=torch.bfloat16), store_dtype=torch.int8, **everything(torch.bfloat16)) for _ in range(2)]
+    calls = [
+        attention(*qkv(2, 5, dtype=torch.bfloat16), store_dtype=torch.int8, **everything(torch.bfloat16))
+        for _ in range(2)
+    ]
     assert_same(*calls)
 
 
@@ -282,7 +299,9 @@ def test_batches_that_torchs_kernels_cannot_take_are_split(monkeypatch):
     reference, sizes = importlib.import_module("pab_kernels.ops.attention.reference"), []
     sdpa = F.scaled_dot_product_attention
     monkeypatch.setattr(reference, "MAX_BATCH", 3)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *args, **kw: (sizes.append(len(q)), sdpa(q, *args, **kw))[1])
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *args, **kw: (sizes.append(len(q)), sdpa(q, *args, **kw))[1]
+    )
     assert_same(attention(*inputs), plain)
     assert_same(attention(*inputs, **options), full)
     assert sizes == [3, 3, 3, 1] * 2
@@ -294,7 +313,10 @@ def test_meta_and_fake_tensors(order, store_dtype):
     def call(device):
         q, k, v = (t.to(device) for t in packed(order))
         n = q.shape[-3]
-        options = {"q_norm": QKNorm(weight=torch.ones(40, device=device)), "key_lengths": torch.ones(2, dtype=torch.int64, device=device)}
+        options = {
+            "q_norm": QKNorm(weight=torch.ones(40, device=device)),
+            "key_lengths": torch.ones(2, dtype=torch.int64, device=device),
+        }
         rope = Rope(torch.ones(n, 8, device=device), torch.ones(n, 8, device=device), False)
         return parts(attention(q, k, v, rope=rope, store_dtype=store_dtype, **options))
 
@@ -308,7 +330,19 @@ def flat(q, k, v, store_dtype, options):
     """Arguments of the registered operation."""
     q_norm, k_norm, rope = options["q_norm"], options["k_norm"], options["rope"]
     norms = [x for n in (q_norm, k_norm) for x in (n.kind, n.weight, n.bias, n.eps, n.rstd)]
-    return (q, k, v, options["key_lengths"], options["softmax_scale"], *norms, rope.cos, rope.sin, rope.interleaved, store_dtype, "auto")
+    return (
+        q,
+        k,
+        v,
+        options["key_lengths"],
+        options["softmax_scale"],
+        *norms,
+        rope.cos,
+        rope.sin,
+        rope.interleaved,
+        store_dtype,
+        "auto",
+    )
 
 
 def plain(q, k, v, store_dtype):
@@ -330,7 +364,9 @@ def test_the_registered_operations_return_what_the_public_function_does(store_dt
     assert_same(outputs, expected)
 
 
-@pytest.mark.parametrize("args", [flat(*qkv(2, 5), torch.int8, everything()), plain(*packed("temporal"), torch.float32)])
+@pytest.mark.parametrize(
+    "args", [flat(*qkv(2, 5), torch.int8, everything()), plain(*packed("temporal"), torch.float32)]
+)
 def test_the_registered_operations_pass_opcheck(args):
     opcheck(OP, args)
     opcheck(OUT, (*args, *empty_outputs(OP(*args))))

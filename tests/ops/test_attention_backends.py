@@ -1,4 +1,7 @@
-"""`attention` by SDPA and by flash-attn. The package flash-attn needs a GPU: a stand-in in pure torch keeps to its interface here."""
+"""`attention` by SDPA and by flash-attn.
+
+The package flash-attn needs a GPU: a stand-in in pure torch keeps to its interface here.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,12 @@ def qkv(*batch, queries=7, keys=None, heads=2, dim=40, dtype=torch.bfloat16):
 def everything(dtype):
     """Options for 7 queries and keys of heads of 40."""
     draw, theta = draws(dtype, 1), draws(seed=3)(7, 12)
-    return {"softmax_scale": 0.2, "q_norm": QKNorm(weight=draw(40)), "k_norm": QKNorm(), "rope": Rope(theta.cos(), theta.sin(), False)}
+    return {
+        "softmax_scale": 0.2,
+        "q_norm": QKNorm(weight=draw(40)),
+        "k_norm": QKNorm(),
+        "rope": Rope(theta.cos(), theta.sin(), False),
+    }
 
 
 @pytest.fixture
@@ -64,7 +72,10 @@ def test_sdpa_is_the_reference(store_dtype, dtype):
     options = everything(dtype) | {"key_lengths": torch.tensor([4, 0])}
     expected = attention(*inputs, store_dtype=store_dtype, backend="reference", **options)
     assert_same(attention(*inputs, store_dtype=store_dtype, backend="sdpa", **options), expected)
-    out, stored_out = torch.empty_like(inputs[0]), None if store_dtype is None else quantize(inputs[0], store_dtype, group=40)
+    out, stored_out = (
+        torch.empty_like(inputs[0]),
+        None if store_dtype is None else quantize(inputs[0], store_dtype, group=40),
+    )
     attention_out(*inputs, out=out, stored_out=stored_out, backend="sdpa", **options)
     assert_same((out, stored_out), expected, strides=False)
 
@@ -82,7 +93,9 @@ def test_without_the_package_flash_attn_is_refused_by_name(monkeypatch):
 def test_flash_attn_computes_what_the_reference_does(keys, dtype, flash):
     inputs, options = qkv(2, keys=keys, dtype=dtype), everything(dtype)
     given = Attention(*inputs, **options)
-    exact = [QKNorm(n.kind, None if n.weight is None else n.weight.double()) for n in (options["q_norm"], options["k_norm"])]
+    exact = [
+        QKNorm(n.kind, None if n.weight is None else n.weight.double()) for n in (options["q_norm"], options["k_norm"])
+    ]
     exact = reference.compute(Attention(*(t.double() for t in inputs), 0.2, None, *exact, options["rope"]))[0]
     assert_accurate(flash.compute(given)[0], reference.compute(given)[0], exact)
 
@@ -95,7 +108,10 @@ def test_flash_attn_is_given_views_and_its_output_lies_as_q_does(store_dtype, or
     out, stored = flash.compute(Attention(q, k, v, store_dtype=store_dtype))
     expected, like = reference.compute(Attention(q, k, v, store_dtype=store_dtype))
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
-    for a, b in ((out, expected), *(() if stored is None else ((getattr(stored, "data", stored), getattr(like, "data", like)),))):
+    for a, b in (
+        (out, expected),
+        *(() if stored is None else ((getattr(stored, "data", stored), getattr(like, "data", like)),)),
+    ):
         assert a.stride() == b.stride() and a.dtype == b.dtype
     if store_dtype in (torch.int8, torch.float8_e4m3fn):
         assert_same(stored, quantize(out, store_dtype, group=40), strides=False)
@@ -127,7 +143,13 @@ def test_flash_attn_is_not_called_for_nothing(sizes, flash, calls):
 
 
 def test_what_flash_attn_cannot_serve_it_refuses(flash):
-    assert_refuses(BackendError, "flash-attn runs on CUDA devices; the tensors are on cpu", attention, *qkv(1), backend="flash_attn")
+    assert_refuses(
+        BackendError,
+        "flash-attn runs on CUDA devices; the tensors are on cpu",
+        attention,
+        *qkv(1),
+        backend="flash_attn",
+    )
 
     class OnCuda:
         """What a refusal looks at of a tensor on a GPU."""
@@ -142,4 +164,6 @@ def test_what_flash_attn_cannot_serve_it_refuses(flash):
     assert refusal(OnCuda(torch.float32)) == "q is torch.float32; float16 and bfloat16 are supported"
     assert refusal(OnCuda(dim=36)) == "the head dimension is 36; multiples of 8 are supported"
     assert refusal(OnCuda(), softmax_scale=-1.0).startswith("softmax_scale is -1.0; one that is not negative")
-    assert refusal(OnCuda(), key_lengths=torch.tensor([3])).startswith("key_lengths is given; flash-attn takes packed keys")
+    assert refusal(OnCuda(), key_lengths=torch.tensor([3])).startswith(
+        "key_lengths is given; flash-attn takes packed keys"
+    )

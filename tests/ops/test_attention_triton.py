@@ -1,4 +1,5 @@
-"""The Triton kernel of `attention` computes what the reference defines, from wherever its operands lie, and writes its outputs only."""
+"""The Triton kernel of `attention` computes what the reference defines, from wherever its operands lie, and writes its
+outputs only."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def double(value):
 
 
 def check(q, k, v, **options):
-    """Error against float64 that of torch, and all but the last bit that of the reference that rounds in the same places."""
+    """Error against float64 that of torch, and all but the last bit that of the reference that rounds in the same
+    places."""
     given = Attention(q, k, v, **options)
     out, stored = attention(q, k, v, backend="triton", **options)
     exact = reference.compute(Attention(*map(double, given[:-1])))[0]
@@ -116,7 +118,9 @@ def test_the_scale_of_the_softmax(scale):
 
 def test_a_scale_of_0_weighs_the_keys_of_the_length_alike():
     q, k, v = qkv(1, queries=3, keys=5)
-    out, _ = attention(q, k, v, softmax_scale=0.0, key_lengths=torch.tensor([4], device=KERNEL_DEVICE), backend="triton")
+    out, _ = attention(
+        q, k, v, softmax_scale=0.0, key_lengths=torch.tensor([4], device=KERNEL_DEVICE), backend="triton"
+    )
     assert torch.allclose(out.float(), v[:, :4].float().mean(1, keepdim=True).expand_as(out), atol=1e-2)
 
 
@@ -152,7 +156,11 @@ def test_operands_that_are_expanded_and_dimensions_in_any_order():
 
 
 def test_the_kernel_writes_to_memory_as_the_fake_says():
-    for given in (packed("temporal"), packed("spatial"), [t.permute(2, 0, 1, 3, 4) for t in qkv(2, 1, queries=3, heads=1)]):
+    for given in (
+        packed("temporal"),
+        packed("spatial"),
+        [t.permute(2, 0, 1, 3, 4) for t in qkv(2, 1, queries=3, heads=1)],
+    ):
         for store_dtype in (None, torch.bfloat16, torch.int8):
             here = parts(attention(*given, store_dtype=store_dtype, backend="triton"))
             meta = parts(attention(*(t.to("meta") for t in given), store_dtype=store_dtype))
@@ -160,7 +168,9 @@ def test_the_kernel_writes_to_memory_as_the_fake_says():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
-@pytest.mark.parametrize("shut", [slice(0, 64), slice(0, 66), slice(64, 128), slice(3, 130), slice(0, 129), slice(0, 130)])
+@pytest.mark.parametrize(
+    "shut", [slice(0, 64), slice(0, 66), slice(64, 128), slice(3, 130), slice(0, 129), slice(0, 130)]
+)
 def test_keys_with_scores_of_minus_infinity_weigh_nothing(shut):
     """A whole step of the loop of them, too; where there are no others the output is 0."""
     q, k, v = qkv(1, queries=3, keys=130)
@@ -266,7 +276,11 @@ def test_a_nan_in_the_values_reaches_what_is_stored(store_dtype):
     q, k, v = qkv(1, queries=3, dim=72)
     v[0, 1, 0, 70] = torch.nan
     out, stored = attention(q, k, v, store_dtype=store_dtype, backend="triton")
-    assert stored.scale[:, :, 0].isnan().all() and stored.scale[:, :, 1].isfinite().all() and out[:, :, 0, 70].isnan().all()
+    assert (
+        stored.scale[:, :, 0].isnan().all()
+        and stored.scale[:, :, 1].isfinite().all()
+        and out[:, :, 0, 70].isnan().all()
+    )
 
 
 @pytest.mark.parametrize("store_dtype", [None, torch.bfloat16, *EIGHT_BITS])
@@ -326,7 +340,19 @@ def flat(q, k, v, store_dtype, options):
     """Arguments of the registered operation."""
     q_norm, k_norm, rope = options["q_norm"], options["k_norm"], options["rope"]
     norms = [x for n in (q_norm, k_norm) for x in (n.kind, n.weight, n.bias, n.eps, n.rstd)]
-    return (q, k, v, options["key_lengths"], options["softmax_scale"], *norms, rope.cos, rope.sin, rope.interleaved, store_dtype, "triton")
+    return (
+        q,
+        k,
+        v,
+        options["key_lengths"],
+        options["softmax_scale"],
+        *norms,
+        rope.cos,
+        rope.sin,
+        rope.interleaved,
+        store_dtype,
+        "triton",
+    )
 
 
 def test_the_registered_operations_pass_opcheck():
@@ -362,7 +388,9 @@ def test_compiled_it_is_one_operation_with_the_same_result():
 )
 def test_what_it_cannot_serve_it_refuses(given, options, message):
     assert_refuses(BackendError, message, attention, *given, backend="triton", **options)
-    assert_refuses(BackendError, message, attention_out, *given, out=torch.empty_like(given[0]), backend="triton", **options)
+    assert_refuses(
+        BackendError, message, attention_out, *given, out=torch.empty_like(given[0]), backend="triton", **options
+    )
 
 
 def test_too_many_programs_are_refused():

@@ -100,7 +100,12 @@ def test_a_kernel_that_is_added_to_the_table_is_called_where_asked_for(name, mon
 @pytest.mark.parametrize("name", CALLS)
 def test_auto_takes_the_preferred_kernel_of_a_device_where_it_can_serve(name, monkeypatch):
     called, refusals = [], [None, "it is Sunday"]
-    kernel(monkeypatch, name.removesuffix("_out"), refusal=lambda call: refusals.pop(0), launch=lambda *args: called.append(args))
+    kernel(
+        monkeypatch,
+        name.removesuffix("_out"),
+        refusal=lambda call: refusals.pop(0),
+        launch=lambda *args: called.append(args),
+    )
     monkeypatch.setitem(backends.PREFERRED, "cpu", ("cuda",))
     CALLS[name]()
     assert len(called) == 1
@@ -127,14 +132,18 @@ def test_a_kernel_language_that_is_not_installed_is_named(monkeypatch):
     assert choose("attention", "auto", (X,)) == "reference"
 
 
-@pytest.mark.parametrize("case", ["attention", "short_attention", "broadcast_residual", "project_residual slot", "project_residual store"])
+@pytest.mark.parametrize(
+    "case", ["attention", "short_attention", "broadcast_residual", "project_residual slot", "project_residual store"]
+)
 def test_float8_is_left_to_the_reference_on_a_gpu_that_lacks_it(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     op, capability = case.split()[0], [(8, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
     with FakeTensorMode():
         q = torch.empty(2, 7, 2, 72, dtype=torch.bfloat16, device="cuda")
-        slot = Quantized(torch.empty(q.shape, dtype=torch.float8_e4m3fn, device="cuda"), torch.empty(2, 7, 2, 1, device="cuda"))
+        slot = Quantized(
+            torch.empty(q.shape, dtype=torch.float8_e4m3fn, device="cuda"), torch.empty(2, 7, 2, 1, device="cuda")
+        )
         call = {
             "attention": Attention(q, q, q, store_dtype=torch.float8_e4m3fn),
             "short_attention": ShortAttention(q, q, q, store_dtype=torch.float8_e4m3fn),
@@ -151,7 +160,9 @@ def test_float8_is_left_to_the_reference_on_a_gpu_that_lacks_it(case: str, monke
 
 
 @pytest.mark.parametrize("op", ["attention", "short_attention", "broadcast_residual", "project_residual"])
-def test_a_gpu_that_triton_does_not_compile_for_is_left_to_the_reference(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_triton_does_not_compile_for_is_left_to_the_reference(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with FakeTensorMode():
@@ -181,11 +192,19 @@ RECORDING = {
 @pytest.mark.parametrize("name", RECORDING)
 def test_no_gradient_is_lost_in_silence(name, monkeypatch):
     call, op, launched = RECORDING[name], "dequantize" if name == "a scale" else "broadcast_residual", []
-    kernel(monkeypatch, op, refusal=lambda call: None, launch=lambda *args: launched.append(args), attempt=lambda *args: False)
+    kernel(
+        monkeypatch,
+        op,
+        refusal=lambda call: None,
+        launch=lambda *args: launched.append(args),
+        attempt=lambda *args: False,
+    )
     monkeypatch.setitem(backends.PREFERRED, "cpu", ("cuda",))
     outputs = call()
     assert any(t.requires_grad for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
-    assert_refuses(ops.BackendError, "backend 'cuda' cannot serve this call; a gradient would be recorded", call, backend="cuda")
+    assert_refuses(
+        ops.BackendError, "backend 'cuda' cannot serve this call; a gradient would be recorded", call, backend="cuda"
+    )
     assert not launched
     with torch.no_grad():
         call(), call(backend="cuda")

@@ -37,7 +37,10 @@ def everything(dtype=torch.float32, shape=(2, 7, 136), seed=0):
     draw = draws(dtype, seed)
     x, gate = draw(*shape), draw(shape[0], *(1,) * (len(shape) - 2), shape[-1])
     slots = slots_of(draw, shape, 3)
-    slots[1:] = Line(slots[1], draw(*shape), torch.tensor(0.3)), Line(slots[2], quantize(draw(*shape), torch.int8), torch.tensor([1.7]))
+    slots[1:] = (
+        Line(slots[1], draw(*shape), torch.tensor(0.3)),
+        Line(slots[2], quantize(draw(*shape), torch.int8), torch.tensor([1.7])),
+    )
     return (x, slots), {
         "gates": [gate, None, draw(*shape)],
         "norm": Norm("layer", draw(shape[-1]), draw(shape[-1]), 1e-5),
@@ -100,7 +103,12 @@ def test_error_against_float64(shape, dtype, kind):
     weight, bias, factor = draw(shape[-1]), None if kind == "rms" else draw(shape[-1]), torch.tensor(1.3)
     eight, before = quantize(b, torch.int8), draw(*shape)
     got = broadcast_residual(
-        x, [Line(a, before, factor), eight], gates=[None, gate], norm=Norm(kind, weight, bias, 1e-3), shift=shift, scale=scale
+        x,
+        [Line(a, before, factor), eight],
+        gates=[None, gate],
+        norm=Norm(kind, weight, bias, 1e-3),
+        shift=shift,
+        scale=scale,
     )
     norm64 = layer_norm if kind == "layer" else rms_norm
 
@@ -130,11 +138,15 @@ def test_nothing_that_is_given_is_written_or_returned():
     given = [x, *parts(slots), *parts(options["gates"]), options["shift"], options["scale"]]
     kept = [t.clone() for t in given]
     results = broadcast_residual(x, slots, **options)
-    assert all(torch.equal(a.float(), b.float()) for a, b in zip(given, kept, strict=True)) and {t._version for t in given} == {0}
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(given, kept, strict=True)) and {
+        t._version for t in given
+    } == {0}
     assert {t.untyped_storage().data_ptr() for t in given}.isdisjoint({t.untyped_storage().data_ptr() for t in results})
 
 
-@pytest.mark.parametrize("gate_shape", [(2, 1, 1, 8), (2, 3, 1, 8), (2, 3, 5, 8), (1, 3, 1, 8), (3, 1, 8), (5, 8), (8,)])
+@pytest.mark.parametrize(
+    "gate_shape", [(2, 1, 1, 8), (2, 3, 1, 8), (2, 3, 5, 8), (1, 3, 1, 8), (3, 1, 8), (5, 8), (8,)]
+)
 def test_gates_shifts_and_scales_broadcast(gate_shape):
     draw = draws()
     x, slot = draw(2, 3, 5, 8), draw(2, 3, 5, 8)
@@ -210,7 +222,13 @@ def test_meta_and_fake_tensors():
         def move(t):
             if isinstance(t, Line):
                 return Line(move(t.newest), move(t.before), move(t.weight))
-            return type(t)(t.data.to(device), t.scale.to(device), t.group) if hasattr(t, "group") else t if t is None else t.to(device)
+            return (
+                type(t)(t.data.to(device), t.scale.to(device), t.group)
+                if hasattr(t, "group")
+                else t
+                if t is None
+                else t.to(device)
+            )
 
         norm = Norm("layer", move(options["norm"].weight), move(options["norm"].bias))
         rest = {k: [move(t) for t in v] if isinstance(v, list) else move(v) for k, v in options.items() if k != "norm"}
@@ -337,7 +355,12 @@ ONE = torch.tensor(1.0)
         ((X, [X, Line(None, X, ONE)]), {}, TypeError, "slots[1].newest is a NoneType"),
         ((X, [Line(X, X[:1], ONE)]), {}, ValueError, "slots[0].before has shape (1, 7, 136)"),
         ((X, [Line(EIGHT, X.half(), ONE)]), {}, TypeError, "slots[0].before has dtype torch.float16"),
-        ((X, [Line(X, quantize(X, torch.int8, group=64), ONE)]), {}, ValueError, "slots[0].before has groups of 64 channels"),
+        (
+            (X, [Line(X, quantize(X, torch.int8, group=64), ONE)]),
+            {},
+            ValueError,
+            "slots[0].before has groups of 64 channels",
+        ),
         ((X, [Line(Line(X, X, ONE), X, ONE)]), {}, TypeError, "slots[0].newest is a Line"),
         ((X,), {"norm": "layer"}, TypeError, "norm is a str"),
         ((X,), {"norm": QKNorm()}, TypeError, "norm is a QKNorm"),

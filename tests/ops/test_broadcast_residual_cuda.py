@@ -10,8 +10,26 @@ import torch
 from hypothesis import given, settings
 
 from pab_kernels.ops import Norm, broadcast_residual, broadcast_residual_out, cuda_library, quantize
-from tests.ops.broadcast_residual_cases import LINES, NORMS, assert_rounded_once, call, call_of, check, poisoned, rounded_once
-from tests.ops.tensors import DTYPES, EIGHT_BITS, Guarded, assert_refuses, assert_same, called_when_compiled, draws, opcheck
+from tests.ops.broadcast_residual_cases import (
+    LINES,
+    NORMS,
+    assert_rounded_once,
+    call,
+    call_of,
+    check,
+    poisoned,
+    rounded_once,
+)
+from tests.ops.tensors import (
+    DTYPES,
+    EIGHT_BITS,
+    Guarded,
+    assert_refuses,
+    assert_same,
+    called_when_compiled,
+    draws,
+    opcheck,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("there is no CUDA device", allow_module_level=True)
@@ -52,7 +70,9 @@ def test_any_number_of_tokens(tokens):
     check(*call((1, tokens, 264), "f", "layer", torch.bfloat16, affine=False), "cuda")
 
 
-@pytest.mark.parametrize("shape", [(152,), (2, 1, 1, 152), (1, 3, 1, 152), (2, 3, 1, 152), (2, 3, 4, 152), (4, 152), (1, 1, 4, 152)])
+@pytest.mark.parametrize(
+    "shape", [(152,), (2, 1, 1, 152), (1, 3, 1, 152), (2, 3, 1, 152), (2, 3, 4, 152), (4, 152), (1, 1, 4, 152)]
+)
 def test_gate_shift_and_scale_broadcast_by_row_frame_or_token(shape):
     draw = draws(torch.bfloat16, 1, "cuda")
     x, slot = draw(2, 3, 4, 152), draw(2, 3, 4, 152)
@@ -118,13 +138,19 @@ def test_a_device_that_is_not_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one device")
     (x, slots), options = call((2, 7, 136), "m", None, torch.float32)
-    other = broadcast_residual(x.to("cuda:1"), [slots[0].to("cuda:1")], gates=[options["gates"][0].to("cuda:1")], backend="cuda")[0]
+    other = broadcast_residual(
+        x.to("cuda:1"), [slots[0].to("cuda:1")], gates=[options["gates"][0].to("cuda:1")], backend="cuda"
+    )[0]
     assert torch.equal(other.to("cuda:0"), broadcast_residual(x, slots, gates=options["gates"], backend="cuda")[0])
 
 
 def test_a_tensor_that_is_not_on_the_device_is_refused():
     (x, slots), options = call((2, 7, 136), "m", "layer", torch.float32)
-    for change in ({"slots": [slots[0].cpu()]}, {"shift": options["shift"].cpu()}, {"gates": [options["gates"][0].cpu()]}):
+    for change in (
+        {"slots": [slots[0].cpu()]},
+        {"shift": options["shift"].cpu()},
+        {"gates": [options["gates"][0].cpu()]},
+    ):
         assert_refuses(
             ValueError,
             "is on cpu; the operation runs on cuda:0",

@@ -64,7 +64,16 @@ def test_a_ragged_last_group_and_a_group_of_zeros(kind: torch.dtype) -> None:
     check((x, [quantize(values, kind)]), options)
 
 
-GATE_SHAPES = [(152,), (2, 1, 1, 152), (1, 3, 1, 152), (2, 3, 1, 152), (2, 3, 4, 152), (4, 152), (3, 1, 152), (1, 1, 4, 152)]
+GATE_SHAPES = [
+    (152,),
+    (2, 1, 1, 152),
+    (1, 3, 1, 152),
+    (2, 3, 1, 152),
+    (2, 3, 4, 152),
+    (4, 152),
+    (3, 1, 152),
+    (1, 1, 4, 152),
+]
 
 
 @pytest.mark.parametrize("shape", GATE_SHAPES)
@@ -105,7 +114,9 @@ def test_outputs_are_written_whole_and_nothing_around_them(dtype: torch.dtype) -
     for place, value in zip(places, broadcast_residual(*args, **options, backend="triton"), strict=True):
         place.assert_written()
         assert torch.equal(place.tensor, value)
-    for t, kept in zip([t for t in parts([args, list(options.values())]) if isinstance(t, Tensor)], inputs, strict=True):
+    for t, kept in zip(
+        [t for t in parts([args, list(options.values())]) if isinstance(t, Tensor)], inputs, strict=True
+    ):
         assert torch.equal(t.float(), kept.float())
 
 
@@ -147,7 +158,9 @@ def test_one_launch_and_no_copies() -> None:
 
 def test_it_is_deterministic() -> None:
     args, options = call((3, 50, 1152) if KERNEL_DEVICE == "cuda" else (3, 5, 264), "mi", "layer", torch.bfloat16)
-    assert_same(broadcast_residual(*args, **options, backend="triton"), broadcast_residual(*args, **options, backend="triton"))
+    assert_same(
+        broadcast_residual(*args, **options, backend="triton"), broadcast_residual(*args, **options, backend="triton")
+    )
 
 
 @pytest.mark.parametrize("kinds, norm", [("", "rms"), ("Mi", "layer"), ("I", None)])
@@ -161,7 +174,9 @@ def test_registered_fake_and_compiled(kinds: str, norm: str | None) -> None:
 
 def test_what_it_cannot_serve_is_refused_with_the_reason() -> None:
     x = torch.zeros(1, 2, 136, dtype=torch.float64, device=KERNEL_DEVICE)
-    assert_refuses(BackendError, "x is torch.float64; float16, bfloat16 and float32", broadcast_residual, x, [x], backend="triton")
+    assert_refuses(
+        BackendError, "x is torch.float64; float16, bfloat16 and float32", broadcast_residual, x, [x], backend="triton"
+    )
     wide = torch.zeros(1, 1, 8200, device=KERNEL_DEVICE)
     assert_refuses(BackendError, "x has 8200 channels; up to 8192", broadcast_residual, wide, [wide], backend="triton")
     meta = torch.zeros(1, 2, 136, device="meta")

@@ -34,11 +34,19 @@ def case(name, device):
         "cross attention": lambda: ops.attention(*qkv(device, 11, (2,)), key_lengths=lengths),
         "attention_out": lambda: ops.attention_out(*qkv(device), out=torch.empty(2, 5, 7, 3, 40, device=device)),
         "short_attention": lambda: ops.short_attention(*qkv(device), rope=rope),
-        "short_attention_out": lambda: ops.short_attention_out(*qkv(device), out=torch.empty(2, 5, 7, 3, 40, device=device)),
-        "project_residual": lambda: ops.project_residual(a, weight, bias, x, gate=x[:, :1], store="pre_gate", store_dtype=torch.int8),
-        "project_residual_out": lambda: ops.project_residual_out(a, weight, None, x, slots=[x], x_out=torch.empty_like(x)),
+        "short_attention_out": lambda: ops.short_attention_out(
+            *qkv(device), out=torch.empty(2, 5, 7, 3, 40, device=device)
+        ),
+        "project_residual": lambda: ops.project_residual(
+            a, weight, bias, x, gate=x[:, :1], store="pre_gate", store_dtype=torch.int8
+        ),
+        "project_residual_out": lambda: ops.project_residual_out(
+            a, weight, None, x, slots=[x], x_out=torch.empty_like(x)
+        ),
         "broadcast_residual": lambda: ops.broadcast_residual(x, [x, x], norm=ops.Norm(), shift=x, scale=x),
-        "broadcast_residual_out": lambda: ops.broadcast_residual_out(x, norm=ops.Norm("rms"), y_out=torch.empty_like(x)),
+        "broadcast_residual_out": lambda: ops.broadcast_residual_out(
+            x, norm=ops.Norm("rms"), y_out=torch.empty_like(x)
+        ),
     }[name]
 
 

@@ -1,4 +1,5 @@
-"""A line, `newest + weight (newest - before)`, is one term: float32 inside, rounded once, on every backend that runs here."""
+"""A line, `newest + weight (newest - before)`, is one term: float32 inside, rounded once, on every backend that runs
+here."""
 
 from __future__ import annotations
 
@@ -66,7 +67,10 @@ def test_a_constant_is_what_a_slot_gives(backend: str, dtype: torch.dtype, kept:
 def test_the_stream_and_a_module_give_the_same_bits(dtype: torch.dtype, kinds: str) -> None:
     draw, key = draws(dtype), Key((3, 264), dtype, torch.device("cpu"))
     slots = [draw(3, 264) if kind == "m" else quantize(draw(3, 264), torch.int8) for kind in kinds]
-    line, weight = [Slot((slot, [dtype]), key, source, 0) for slot, source in zip(slots, (4, 1), strict=True)], torch.tensor(2 / 3)
+    line, weight = (
+        [Slot((slot, [dtype]), key, source, 0) for slot, source in zip(slots, (4, 1), strict=True)],
+        torch.tensor(2 / 3),
+    )
     of_module = extrapolated(Extrapolation(tuple(line), (weight,)))
     of_stream = broadcast_residual(torch.zeros(3, 264, dtype=dtype), [Line(*slots, weight)])[0]
     assert torch.equal(of_module, of_stream)

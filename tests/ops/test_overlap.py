@@ -1,4 +1,5 @@
-"""Outputs share no memory with themselves, each other or what is read: every operation refuses before anything is written."""
+"""Outputs share no memory with themselves, each other or what is read: every operation refuses before anything is
+written."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ from tests.ops.tensors import assert_refuses, draws
 def bytes_of(t: Tensor) -> list[int]:
     """The addresses of all bytes of all elements."""
     indices = itertools.product(*(range(size) for size in t.shape))
-    begins = [t.data_ptr() + t.itemsize * sum(i * s for i, s in zip(index, t.stride(), strict=True)) for index in indices]
+    begins = [
+        t.data_ptr() + t.itemsize * sum(i * s for i, s in zip(index, t.stride(), strict=True)) for index in indices
+    ]
     return [begin + byte for begin in begins for byte in range(t.itemsize)]
 
 
@@ -42,7 +45,9 @@ def bytes_of(t: Tensor) -> list[int]:
 def views(draw: Any, buffer: Tensor) -> Tensor:
     """Any strided view of a buffer."""
     sizes = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
-    strides = draw(st.lists(st.sampled_from([0, 1, 1, 2, 3, 4, 5, 8, 12, 16]), min_size=len(sizes), max_size=len(sizes)))
+    strides = draw(
+        st.lists(st.sampled_from([0, 1, 1, 2, 3, 4, 5, 8, 12, 16]), min_size=len(sizes), max_size=len(sizes))
+    )
     typed = buffer.view(draw(st.sampled_from([torch.int8, torch.float16, torch.float32])))
     reach = 1 + sum(max(0, size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     return typed.as_strided(sizes, strides, draw(st.integers(0, max(0, typed.numel() - reach))))
@@ -123,24 +128,43 @@ def attend(**options: Any) -> Any:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: broadcast_residual_out(X, [S], x_out=ROWS[:4], y_out=ROWS[:4], norm=Norm()), "y_out shares memory with x_out"),
-        (lambda: broadcast_residual_out(X, [S], x_out=ROWS[:4], y_out=ROWS[1:], norm=Norm()), "y_out shares memory with x_out"),
+        (
+            lambda: broadcast_residual_out(X, [S], x_out=ROWS[:4], y_out=ROWS[:4], norm=Norm()),
+            "y_out shares memory with x_out",
+        ),
+        (
+            lambda: broadcast_residual_out(X, [S], x_out=ROWS[:4], y_out=ROWS[1:], norm=Norm()),
+            "y_out shares memory with x_out",
+        ),
         (lambda: broadcast_residual_out(X, [S], x_out=S), "x_out shares memory with slots or gates"),
-        (lambda: broadcast_residual_out(ROWS[:4], [S], x_out=ROWS[1:]), "x_out shares memory with x; outputs that overlap nothing"),
+        (
+            lambda: broadcast_residual_out(ROWS[:4], [S], x_out=ROWS[1:]),
+            "x_out shares memory with x; outputs that overlap nothing",
+        ),
         (lambda: broadcast_residual_out(X, norm=Norm(), y_out=X), "y_out shares memory with x"),
         (lambda: broadcast_residual_out(X, [S], x_out=ROWS.as_strided((4, 8), (1, 1))), "x_out has strides (1, 1)"),
-        (lambda: broadcast_residual_out(X, [S], x_out=torch.zeros(4, 8, requires_grad=True)), "x_out requires a gradient"),
+        (
+            lambda: broadcast_residual_out(X, [S], x_out=torch.zeros(4, 8, requires_grad=True)),
+            "x_out requires a gradient",
+        ),
         (lambda: project_residual_out(X, S[:, :8].new_zeros(8, 8), None, S, x_out=X), "x_out shares memory with a"),
         (
-            lambda: project_residual_out(X, ROWS.new_zeros(8, 8), None, S, x_out=ROWS[:4], stored_out=ROWS[1:], store="pre_gate"),
+            lambda: project_residual_out(
+                X, ROWS.new_zeros(8, 8), None, S, x_out=ROWS[:4], stored_out=ROWS[1:], store="pre_gate"
+            ),
             "stored_out shares memory with x_out",
         ),
         (
-            lambda: project_residual_out(X, ROWS.new_zeros(8, 8), None, S, x_out=S, stored_out=Quantized(EIGHT, BITS), store="pre_gate"),
+            lambda: project_residual_out(
+                X, ROWS.new_zeros(8, 8), None, S, x_out=S, stored_out=Quantized(EIGHT, BITS), store="pre_gate"
+            ),
             "stored_out.scale shares memory with stored_out.data",
         ),
         (lambda: quantize_out(X, Quantized(EIGHT, BITS)), "out.scale shares memory with out.data"),
-        (lambda: quantize_out(X, Quantized(X.view(torch.int8).view(4, 32)[:, :8], torch.zeros(4, 1))), "out.data shares memory with x"),
+        (
+            lambda: quantize_out(X, Quantized(X.view(torch.int8).view(4, 32)[:, :8], torch.zeros(4, 1))),
+            "out.data shares memory with x",
+        ),
         (lambda: quantize_out(X, Quantized(EIGHT, torch.zeros(1).expand(4, 1))), "out.scale has strides (0, 1)"),
         (lambda: dequantize_out(Quantized(EIGHT, X[:, :1]), X), "out shares memory with q"),
     ],

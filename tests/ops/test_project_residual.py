@@ -23,7 +23,13 @@ from tests.ops.tensors import (
 
 OP = torch.ops.pab_kernels.project_residual.default
 OUT = torch.ops.pab_kernels.project_residual_out.default
-STORES = [(None, None), ("pre_gate", None), ("post_gate", None), ("pre_gate", torch.int8), ("post_gate", torch.float8_e4m3fn)]
+STORES = [
+    (None, None),
+    ("pre_gate", None),
+    ("post_gate", None),
+    ("pre_gate", torch.int8),
+    ("post_gate", torch.float8_e4m3fn),
+]
 
 
 def inputs(dtype=torch.float32, shape=(2, 7, 136), k=40, seed=0):
@@ -101,7 +107,10 @@ def test_what_is_added_is_not_quantised(store_dtype):
 def test_results_are_memory_of_their_own(store, store_dtype, gated):
     a, weight, bias, x = inputs()
     gate = torch.ones(136) if gated else None
-    given, results = [a, weight, bias, x], parts(project_residual(a, weight, bias, x, gate=gate, store=store, store_dtype=store_dtype))
+    given, results = (
+        [a, weight, bias, x],
+        parts(project_residual(a, weight, bias, x, gate=gate, store=store, store_dtype=store_dtype)),
+    )
     memory = [t.untyped_storage().data_ptr() for t in (*given, *results)]
     assert len(set(memory)) == len(memory) and {t._version for t in given} == {0}
 
@@ -160,7 +169,12 @@ def sample(store, store_dtype):
     a, weight, bias, x = inputs()
     more = rest()
     line, eight = more["slots"]
-    cached = ([line.newest, eight.data, line.before, None], [None, eight.scale, None, None], more["gates"], [line.weight, None])
+    cached = (
+        [line.newest, eight.data, line.before, None],
+        [None, eight.scale, None, None],
+        more["gates"],
+        [line.weight, None],
+    )
     args = (a, weight, bias, x, more["gate"], store, store_dtype or x.dtype, *cached, "auto")
     results = parts(project_residual(a, weight, bias, x, store=store, store_dtype=store_dtype, **more))
     return args, [torch.empty_like(t) for t in results] + [None] * (3 - len(results)), results
@@ -192,7 +206,9 @@ def test_compiled_it_has_the_same_result(store, store_dtype, opaque):
 def test_compiled_out():
     expected = project_residual(*inputs(), store="pre_gate", store_dtype=torch.int8, **rest())
     x_out, stored_out = torch.empty_like(expected[0]), quantize(torch.zeros(2, 7, 136), torch.int8)
-    _, called = called_when_compiled(project_residual_out, *inputs(), x_out=x_out, stored_out=stored_out, store="pre_gate", **rest())
+    _, called = called_when_compiled(
+        project_residual_out, *inputs(), x_out=x_out, stored_out=stored_out, store="pre_gate", **rest()
+    )
     assert called == ["pab_kernels.project_residual_out"]
     assert_same((x_out, stored_out), expected)
 
@@ -272,8 +288,16 @@ def test_store_dtypes_refused(changes, error, message):
         ({"x_out": X, "stored_out": X}, ValueError, "store is None and stored_out is given"),
         ({"x_out": X, "store": "pre_gate", "stored_out": X.half()}, TypeError, "stored_out has dtype torch.float16"),
         ({"x_out": X, "store": "pre_gate", "stored_out": X[:1]}, ValueError, "stored_out has shape (1, 7, 136)"),
-        ({"x_out": X, "store": "pre_gate", "stored_out": quantize(X[:1], torch.int8)}, ValueError, "stored_out.data has shape (1, 7, 136)"),
-        ({"x_out": X, "store": "pre_gate", "stored_out": quantize(X, torch.int8, 64)}, ValueError, "stored_out has groups of 64"),
+        (
+            {"x_out": X, "store": "pre_gate", "stored_out": quantize(X[:1], torch.int8)},
+            ValueError,
+            "stored_out.data has shape (1, 7, 136)",
+        ),
+        (
+            {"x_out": X, "store": "pre_gate", "stored_out": quantize(X, torch.int8, 64)},
+            ValueError,
+            "stored_out has groups of 64",
+        ),
         ({"x_out": X, "store": "pre_gate", "stored_out": "slot"}, TypeError, "stored_out is a str"),
     ],
 )

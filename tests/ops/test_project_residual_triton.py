@@ -36,11 +36,21 @@ pytest.importorskip("triton")
 
 from pab_kernels.ops.project_residual import triton as kernel
 
-STORES = [(None, None), ("pre_gate", None), ("post_gate", None), ("pre_gate", torch.int8), ("post_gate", torch.float8_e4m3fn)]
+STORES = [
+    (None, None),
+    ("pre_gate", None),
+    ("post_gate", None),
+    ("pre_gate", torch.int8),
+    ("post_gate", torch.float8_e4m3fn),
+]
 
 
 def call(
-    shape: tuple[int, ...] = (2, 7, 136), kinds: str = "", dtype: torch.dtype = torch.bfloat16, k: int = 40, **options: Any
+    shape: tuple[int, ...] = (2, 7, 136),
+    kinds: str = "",
+    dtype: torch.dtype = torch.bfloat16,
+    k: int = 40,
+    **options: Any,
 ) -> tuple[list[Any], dict[str, Any]]:
     """Arguments with a bias and a gate a batch row; the first slot has a gate."""
     draw = draws(dtype, 0, KERNEL_DEVICE)
@@ -54,7 +64,9 @@ def call(
     return args, given | options
 
 
-def exact(a: Tensor, weight: Tensor, bias: Any, x: Tensor, *, gate: Any, slots: Any, gates: Any, store: Any) -> list[Any]:
+def exact(
+    a: Tensor, weight: Tensor, bias: Any, x: Tensor, *, gate: Any, slots: Any, gates: Any, store: Any
+) -> list[Any]:
     """The mathematics in float64; the new x, and what is stored of it before it is quantised."""
     p = torch.nn.functional.linear(a.double(), weight.double(), None if bias is None else bias.double())
     gated = p if gate is None else gate.double() * p
@@ -75,7 +87,8 @@ def value(stored: Tensor | Quantized) -> Tensor:
 
 
 def check(args: list[Any], options: dict[str, Any], identical: bool = False) -> None:
-    """Accurate against float64, and equal to the reference that rounds in the same places but for the order of sums, or `identical`."""
+    """Accurate against float64, and equal to the reference that rounds in the same places but for the order of sums, or
+    `identical`."""
     got = project_residual(*args, **options, backend="triton")
     plain = project_residual(*args, **options, backend="reference")
     rounded = reference.rounded_once(call_of(args, options))
@@ -90,7 +103,8 @@ def check(args: list[Any], options: dict[str, Any], identical: bool = False) -> 
     assert_accurate(value(got[1]), value(plain[1]), true[1])
     for a, b in zip(parts(got), parts(rounded), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        # Sums in another order, as other processors have them, move a number to the other side of a rounding now and then, no more.
+        # Sums in another order, as other processors have them, move a number to the other side of a rounding now and
+        # then, no more.
         assert a.dtype == torch.float32 or (a.float() != b.float()).sum() <= max(1, 0.02 * a.numel())
 
 
@@ -103,7 +117,8 @@ def test_it_is_accurate(dtype: torch.dtype, kinds: str, stored: tuple[Any, Any])
 @pytest.mark.parametrize(("store", "store_dtype"), STORES)
 @pytest.mark.parametrize("dtype", HALF)
 def test_it_rounds_where_it_says(dtype: torch.dtype, store: Any, store_dtype: Any) -> None:
-    """With numbers whose sums are exact in any order the reference that rounds in the same places gives the same bits."""
+    """With numbers whose sums are exact in any order the reference that rounds in the same places gives the same
+    bits."""
     shape = (2, 65, 200)
     args, options = call(shape, "mm", dtype, 72, store=store, store_dtype=store_dtype)
     generator = torch.Generator().manual_seed(3)
@@ -148,7 +163,12 @@ def test_a_ragged_last_group_a_group_of_zeros_and_one_of_infinity(kind: torch.dt
     args, options = call((2, 5, 200), store="pre_gate", store_dtype=kind)
     args[1][:128] = 0
     args[2][:128] = 0
-    args[0][..., 0], args[1][-1], args[1][-1, 0], args[2][-1] = 1, 0, 64, -64  # the last channel is small with its bias alone
+    args[0][..., 0], args[1][-1], args[1][-1, 0], args[2][-1] = (
+        1,
+        0,
+        64,
+        -64,
+    )  # the last channel is small with its bias alone
     check(args, options)
     stored = project_residual(*args, **options, backend="triton")[1]
     assert (stored.scale[..., 0] == 0).all() and (stored.data[..., :128].float() == 0).all()
@@ -162,7 +182,9 @@ def test_what_is_added_is_the_same_whatever_is_stored(kind: torch.dtype) -> None
     plain = project_residual(*args, **options, backend="triton")[0]
     for store in ("pre_gate", "post_gate"):
         for dtype in (None, kind):
-            assert torch.equal(project_residual(*args, **options, store=store, store_dtype=dtype, backend="triton")[0], plain)
+            assert torch.equal(
+                project_residual(*args, **options, store=store, store_dtype=dtype, backend="triton")[0], plain
+            )
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -173,7 +195,16 @@ def test_bias_and_gate_may_be_absent(bias: bool, gated: bool) -> None:
     check(args, options | ({} if gated else {"gate": None}))
 
 
-GATE_SHAPES = [(152,), (2, 1, 1, 152), (1, 3, 1, 152), (2, 3, 1, 152), (2, 3, 4, 152), (4, 152), (3, 1, 152), (1, 1, 4, 152)]
+GATE_SHAPES = [
+    (152,),
+    (2, 1, 1, 152),
+    (1, 3, 1, 152),
+    (2, 3, 1, 152),
+    (2, 3, 4, 152),
+    (4, 152),
+    (3, 1, 152),
+    (1, 1, 4, 152),
+]
 
 
 @pytest.mark.parametrize("shape", GATE_SHAPES)
@@ -197,7 +228,9 @@ def test_views_with_padded_strides_are_read_in_place(offset: int, k: int) -> Non
     args, options = call(kinds="mm", k=k, store="pre_gate", store_dtype=torch.int8)
     args = [poisoned(t, offset) for t in args]
     options |= {"gate": poisoned(options["gate"], offset), "slots": [poisoned(t, offset) for t in options["slots"]]}
-    options["slots"][1] = Quantized(*(poisoned(t.float(), offset).to(t.dtype) for t in parts(quantize(options["slots"][1], torch.int8))))
+    options["slots"][1] = Quantized(
+        *(poisoned(t.float(), offset).to(t.dtype) for t in parts(quantize(options["slots"][1], torch.int8)))
+    )
     before = [t.clone() for t in parts([args, options["slots"]])]
     check(args, options)
     for view, kept in zip(parts([args, options["slots"]]), before, strict=True):

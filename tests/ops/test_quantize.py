@@ -82,7 +82,9 @@ def test_other_groups(group):
     q = quantize(x, torch.int8, group=group)
     assert q.group == group and q.scale.shape == (2, -(-144 // group))
     for c in range(144):
-        assert torch.equal(q.scale[:, c // group], x[:, c // group * group : (c // group + 1) * group].abs().amax(-1) / 127)
+        assert torch.equal(
+            q.scale[:, c // group], x[:, c // group * group : (c // group + 1) * group].abs().amax(-1) / 127
+        )
     assert torch.allclose(dequantize(q, torch.float32), x, atol=0.02)
 
 
@@ -109,7 +111,11 @@ def test_meta_and_fake_tensors(dtype):
         fakes = [quantize(torch.empty(2, 3, 136), dtype)]
     for other in (*fakes, quantize(torch.empty(2, 3, 136, device="meta"), dtype), empty_quantized((2, 3, 136), dtype)):
         assert (other.data.shape, other.data.dtype, other.data.stride()) == (real.data.shape, dtype, real.data.stride())
-        assert (other.scale.shape, other.scale.dtype, other.scale.stride()) == (real.scale.shape, torch.float32, real.scale.stride())
+        assert (other.scale.shape, other.scale.dtype, other.scale.stride()) == (
+            real.scale.shape,
+            torch.float32,
+            real.scale.stride(),
+        )
         assert dequantize(other, torch.bfloat16).shape == (2, 3, 136)
 
 
@@ -178,7 +184,9 @@ def test_a_group_wider_than_the_channels_is_one_group(dtype, group):
     quantize_out(x, out)
     dequantize_out(out, values)
     assert_same((out.data, out.scale, values), (whole.data, whole.scale, dequantize(whole, torch.float32)))
-    (compiled, dequantized), _ = called_when_compiled(lambda t: ((q := quantize(t, dtype, group)), dequantize(q, torch.float32)), x)
+    (compiled, dequantized), _ = called_when_compiled(
+        lambda t: ((q := quantize(t, dtype, group)), dequantize(q, torch.float32)), x
+    )
     assert_same((compiled.data, dequantized), (whole.data, values))
 
 

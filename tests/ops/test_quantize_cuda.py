@@ -1,4 +1,5 @@
-"""`quantize` and `dequantize` in CUDA, on a device: bit for bit the reference, whatever the strides, the stream and the graph."""
+"""`quantize` and `dequantize` in CUDA, on a device: bit for bit the reference, whatever the strides, the stream and the
+graph."""
 
 from __future__ import annotations
 
@@ -59,7 +60,12 @@ def test_zeros_extremes_and_what_is_not_finite(eight):
     assert_the_same_as_the_reference(x, eight, 128)
     x[4, 3], x[5, 200] = torch.nan, -torch.inf
     back = dequantize(quantize(x, eight, backend="cuda"), torch.float32, backend="cuda")
-    assert back[4, 3].isnan() and back[5, 200].isnan() and back[4, 128:].isfinite().all() and back[5, :128].isfinite().all()
+    assert (
+        back[4, 3].isnan()
+        and back[5, 200].isnan()
+        and back[4, 128:].isfinite().all()
+        and back[5, :128].isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("channels", [200, 256])
@@ -86,7 +92,10 @@ def test_every_value_of_eight_bits_dequantises_exactly():
 
 
 def test_it_runs_on_the_current_stream_and_in_graphs():
-    x, out = spread(64, 1152, dtype=torch.bfloat16), quantize(spread(64, 1152, dtype=torch.bfloat16, seed=1), torch.int8)
+    x, out = (
+        spread(64, 1152, dtype=torch.bfloat16),
+        quantize(spread(64, 1152, dtype=torch.bfloat16, seed=1), torch.int8),
+    )
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -135,4 +144,6 @@ def test_compiled_it_is_one_operation_that_torch_knows():
 )
 @settings(max_examples=CALLS)
 def test_fuzz(sizes, offset, group, dtype, eight, seed):
-    assert_the_same_as_the_reference(spread(sizes[0], sizes[1] + offset, dtype=dtype, seed=seed)[:, offset:], eight, group)
+    assert_the_same_as_the_reference(
+        spread(sizes[0], sizes[1] + offset, dtype=dtype, seed=seed)[:, offset:], eight, group
+    )

@@ -38,7 +38,9 @@ def _dot(a_ptr, b_ptr, out_ptr, N: tl.constexpr):
 
 def numbers():
     draw = draws(device=KERNEL_DEVICE)
-    edges = torch.tensor([0.0, -0.0, 448, -448, 17, 18, 19, 2**-6, 2**-9, 2**-10, 3 * 2**-10, 1e-5, 1.00390625, 1.01171875, 240, -1e-3])
+    edges = torch.tensor(
+        [0.0, -0.0, 448, -448, 17, 18, 19, 2**-6, 2**-9, 2**-10, 3 * 2**-10, 1e-5, 1.00390625, 1.01171875, 240, -1e-3]
+    )
     return torch.cat([draw(500) * s for s in (1e-3, 1e-2, 1, 100, 1e-30)] + [edges.to(KERNEL_DEVICE)])
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from pab_kernels.ops import BackendError, QKNorm, Rope, attention, quantize, short_attention, short_attention_out
-from tests.ops.attention_cases import HEAD_DIMS, OPTIONS_REFUSED, OUTPUTS_REFUSED, QKV_REFUSED, refused, softmax_attention
+from tests.ops.attention_cases import (
+    HEAD_DIMS,
+    OPTIONS_REFUSED,
+    OUTPUTS_REFUSED,
+    QKV_REFUSED,
+    refused,
+    softmax_attention,
+)
 from tests.ops.tensors import (
     DTYPES,
     EIGHT_BITS,
@@ -91,7 +98,9 @@ def test_meta_tensors(store_dtype):
     def call(device):
         return parts(short_attention(*(t.to(device) for t in temporal(5)), store_dtype=store_dtype))
 
-    assert [(t.shape, t.dtype, t.stride()) for t in call("meta")] == [(t.shape, t.dtype, t.stride()) for t in call("cpu")]
+    assert [(t.shape, t.dtype, t.stride()) for t in call("meta")] == [
+        (t.shape, t.dtype, t.stride()) for t in call("cpu")
+    ]
 
 
 def sample(store_dtype):
@@ -147,7 +156,11 @@ def test_gradients_flow_through_the_reference_and_not_through_the_rest():
     [
         *QKV_REFUSED,
         *OPTIONS_REFUSED,
-        (dict.fromkeys("qkv", torch.ones(1, 65, 1, 32)), ValueError, "65 queries and 65 keys came; equal numbers up to 64"),
+        (
+            dict.fromkeys("qkv", torch.ones(1, 65, 1, 32)),
+            ValueError,
+            "65 queries and 65 keys came; equal numbers up to 64",
+        ),
         (dict.fromkeys("kv", torch.ones(2, 6, 2, 40)), ValueError, "7 queries and 6 keys came"),
     ],
 )
@@ -167,7 +180,9 @@ def test_outputs_refused(changes, error, message):
 
 def test_what_the_cuda_kernel_refuses():
     def refuses(reason, *inputs):
-        assert_refuses(BackendError, f"'cuda' cannot serve this call; {reason}", short_attention, *inputs, backend="cuda")
+        assert_refuses(
+            BackendError, f"'cuda' cannot serve this call; {reason}", short_attention, *inputs, backend="cuda"
+        )
 
     for dtype in (torch.float32, torch.float64):
         refuses(f"q is {dtype}; float16 and bfloat16 are supported", *temporal(5, 72, dtype))
@@ -177,6 +192,11 @@ def test_what_the_cuda_kernel_refuses():
     q, k, v = temporal(5, 72, torch.bfloat16)
     odd = torch.zeros(*q.shape[:-1], 76, dtype=q.dtype)[..., :72]
     refuses("heads of q do not all begin at a multiple of 16 bytes", odd, k, v)
-    refuses("heads of k do not all begin at a multiple of 16 bytes", q, torch.zeros(2, 3, 5, 2, 80, dtype=q.dtype)[..., 1:73], v)
+    refuses(
+        "heads of k do not all begin at a multiple of 16 bytes",
+        q,
+        torch.zeros(2, 3, 5, 2, 80, dtype=q.dtype)[..., 1:73],
+        v,
+    )
     refuses("heads of v do not all begin at a multiple of 16 bytes", q, k, odd)
     refuses("", q, k, v)  # the device, or that nothing was compiled

@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from pab_kernels.ops import QKNorm, Quantized, Rope, cuda_library, quantize, short_attention, short_attention_out
 from tests.ops.short_attention_cases import across, affine, everything, plain, tables, temporal
 from tests.ops.short_attention_cases import check as checked
-from tests.ops.tensors import EIGHT_BITS, HALF, Guarded, assert_same, called_when_compiled, draws, guarded_quantized, opcheck
+from tests.ops.tensors import (
+    EIGHT_BITS,
+    HALF,
+    Guarded,
+    assert_same,
+    called_when_compiled,
+    draws,
+    guarded_quantized,
+    opcheck,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("there is no CUDA device", allow_module_level=True)
@@ -75,7 +84,8 @@ def test_addresses_beyond_32_bits():
         pytest.skip("there is less than 20 GiB of free memory on the device")
     apart, row = 2**31 + 8, 5 * 2 * 64
     source, out = (
-        torch.zeros(2 * apart + row, dtype=torch.bfloat16, device="cuda").as_strided((3, 5, 2, 64), (apart, 128, 64, 1)) for _ in "ab"
+        torch.zeros(2 * apart + row, dtype=torch.bfloat16, device="cuda").as_strided((3, 5, 2, 64), (apart, 128, 64, 1))
+        for _ in "ab"
     )
     near = temporal(5, places=3, b=1, dim=64)[0][0]
     source.copy_(near)
@@ -144,7 +154,10 @@ def test_a_device_that_is_not_the_current_one():
 
 @pytest.mark.parametrize("frames", [15, 31, 64])
 def test_again_and_again_gives_the_same_bits(frames):
-    inputs, options = temporal(frames, places=100, dim=72), {**everything(frames, 72, interleaved=False), "store_dtype": torch.int8}
+    inputs, options = (
+        temporal(frames, places=100, dim=72),
+        {**everything(frames, 72, interleaved=False), "store_dtype": torch.int8},
+    )
     first = attend(*inputs, **options)
     for _ in range(20):
         assert_same(attend(*inputs, **options), first)
@@ -156,7 +169,10 @@ def test_compiled_it_is_one_operation_that_torch_knows():
     assert called == ["pab_kernels.short_attention"]
     assert_same(result, short_attention(*inputs, **options))
     none = (None, None, None, 0.0, None)
-    opcheck(torch.ops.pab_kernels.short_attention.default, (*inputs, None, *none, *none, None, None, False, torch.int8, "cuda"))
+    opcheck(
+        torch.ops.pab_kernels.short_attention.default,
+        (*inputs, None, *none, *none, None, None, False, torch.int8, "cuda"),
+    )
 
 
 @st.composite

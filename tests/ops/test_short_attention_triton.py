@@ -1,4 +1,5 @@
-"""The Triton kernel of `short_attention` computes what the reference defines, wherever its operands lie, and writes its outputs only."""
+"""The Triton kernel of `short_attention` computes what the reference defines, wherever its operands lie, and writes its
+outputs only."""
 
 from __future__ import annotations
 
@@ -126,7 +127,9 @@ def test_nothing_to_do(sizes):
     assert out.shape == stored.data.shape == empty.shape
 
 
-@pytest.mark.parametrize("layout", ["spatial", "contiguous", "odd strides", "expanded", "one batch dimension", "no heads apart"])
+@pytest.mark.parametrize(
+    "layout", ["spatial", "contiguous", "odd strides", "expanded", "one batch dimension", "no heads apart"]
+)
 def test_operands_lie_anywhere(layout):
     draw = draws(torch.bfloat16, device=KERNEL_DEVICE)
     if layout == "spatial":
@@ -134,11 +137,17 @@ def test_operands_lie_anywhere(layout):
     elif layout == "contiguous":
         inputs = [draw(2, 3, 7, 2, 40) for _ in range(3)]
     elif layout == "odd strides":
-        inputs = [torch.full((3, 9, 8, 3, 47), torch.nan).to(draw(1))[1:, 3 * i : 3 * i + 3, :7, 1:, 3:43] for i in range(3)]
+        inputs = [
+            torch.full((3, 9, 8, 3, 47), torch.nan).to(draw(1))[1:, 3 * i : 3 * i + 3, :7, 1:, 3:43] for i in range(3)
+        ]
         for t in inputs:
             t.copy_(draw(2, 3, 7, 2, 40))
     elif layout == "expanded":
-        inputs = [draw(2, 3, 7, 2, 40), draw(1, 3, 1, 2, 40).expand(2, 3, 7, 2, 40), draw(2, 1, 7, 1, 40).expand(2, 3, 7, 2, 40)]
+        inputs = [
+            draw(2, 3, 7, 2, 40),
+            draw(1, 3, 1, 2, 40).expand(2, 3, 7, 2, 40),
+            draw(2, 1, 7, 1, 40).expand(2, 3, 7, 2, 40),
+        ]
     elif layout == "one batch dimension":
         inputs = [draw(5, 7, 3, 2, 40).select(2, i) for i in range(3)]
     else:
@@ -275,4 +284,6 @@ def test_refused():
 
 
 def test_auto_takes_it_on_a_gpu_only():
-    assert choose("short_attention", "auto", ShortAttention(*temporal(5))) == ("triton" if KERNEL_DEVICE == "cuda" else "reference")
+    assert choose("short_attention", "auto", ShortAttention(*temporal(5))) == (
+        "triton" if KERNEL_DEVICE == "cuda" else "reference"
+    )

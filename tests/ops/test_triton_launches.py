@@ -86,7 +86,14 @@ def test_broadcast_residual_reaches_beyond_32_bits(dim: int) -> None:
     expected = ops.broadcast_residual(x, [slot], gates=[gate], norm=ops.Norm(), shift=gate, backend="triton")
     x_out, y_out, gate = (far(t, dim) for t in (x, x, gate))
     ops.broadcast_residual_out(
-        far(x, dim), [far(slot, dim)], gates=[gate], norm=ops.Norm(), shift=gate, x_out=x_out, y_out=y_out, backend="triton"
+        far(x, dim),
+        [far(slot, dim)],
+        gates=[gate],
+        norm=ops.Norm(),
+        shift=gate,
+        x_out=x_out,
+        y_out=y_out,
+        backend="triton",
     )
     assert torch.equal(x_out, expected[0]) and torch.equal(y_out, expected[1])
 
@@ -97,7 +104,15 @@ def test_project_residual_reaches_beyond_32_bits(dim: int) -> None:
     expected = ops.project_residual(a, weight, None, x, store="pre_gate", slots=[x], backend="triton")
     x_out, stored, slot = (far(x, dim) for _ in range(3))
     ops.project_residual_out(
-        far(a, dim), far(weight), None, far(x, dim), x_out=x_out, stored_out=stored, store="pre_gate", slots=[slot], backend="triton"
+        far(a, dim),
+        far(weight),
+        None,
+        far(x, dim),
+        x_out=x_out,
+        stored_out=stored,
+        store="pre_gate",
+        slots=[slot],
+        backend="triton",
     )
     assert torch.equal(x_out, expected[0]) and torch.equal(stored, expected[1])
 

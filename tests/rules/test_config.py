@@ -129,7 +129,9 @@ def test_a_fractional_timestep_is_rounded_as_a_bfloat16_tensor_is(t: float) -> N
 
 
 def test_windows_and_points_are_compared_with_the_rounded_timestep() -> None:
-    schedule = Schedule.of(timesteps=[1000, 929.5, 927.9, 674.86, 451.2, 450.4, 100])  # 1000, 928, 928, 676, 452, 450, 100
+    schedule = Schedule.of(
+        timesteps=[1000, 929.5, 927.9, 674.86, 451.2, 450.4, 100]
+    )  # 1000, 928, 928, 676, 452, 450, 100
     assert Broadcast(9, (451, 929), "timestep").reused(schedule) == {1, 2, 3, 4}
     assert Broadcast(9, (451, 929), "timestep", exact=True).reused(schedule) == {2, 3}
     assert Broadcast(2, unit="timestep", at=[676]).points(schedule) == (3,)
@@ -189,7 +191,9 @@ def test_a_timestep_that_a_second_order_scheduler_repeats_is_a_point_each_time()
 
 def test_later_rules_win_over_earlier_ones_and_over_the_fields() -> None:
     first, second, third = Broadcast(3), Broadcast(4, layers=[1, 2]), Broadcast(1, layers=[2])
-    config = PABConfig(spatial=2, cross=first, rules=(("spatial", second), ("spatial", third), ("cross", Broadcast(8, layers=[7]))))
+    config = PABConfig(
+        spatial=2, cross=first, rules=(("spatial", second), ("spatial", third), ("cross", Broadcast(8, layers=[7])))
+    )
     assert [config.rule("spatial", layer) for layer in range(4)] == [Broadcast(2), second, third, Broadcast(2)]
     assert config.rule("cross", 0) is first
     assert config.rule("mlp", 0) is None
@@ -266,7 +270,10 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"mlp": True}, "mlp must be a Broadcast, a range or None, got True"),
     ({"block": {"range": 2}}, "block must be a Broadcast, a range or None, got {"),
     ({"cache_dtype": "bfloat16"}, "cache_dtype 'bfloat16' is not known; supported are None, 'float8_e4m3fn', 'int8'"),
-    ({"cache_point": "gated"}, "cache_point 'gated' is not known; supported are 'pre_gate', 'post_gate', 'unprojected'"),
+    (
+        {"cache_point": "gated"},
+        "cache_point 'gated' is not known; supported are 'pre_gate', 'post_gate', 'unprojected'",
+    ),
     ({"cache_point": None}, "cache_point None is not known"),
     ({"rules": None}, r"rules must be a list of \(kind, Broadcast\) pairs, got None"),
     ({"rules": 5}, "pairs, got 5"),
@@ -274,7 +281,10 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rules": (("spatial", 2),)}, r"rules must be \(kind, Broadcast\) pairs, got \('spatial', 2\)"),
     ({"rules": (("spatial",),)}, "pairs, got"),
     ({"rules": (_RULE,)}, "pairs, got Broadcast"),
-    ({"rules": (("self", _RULE),)}, "kind 'self' is not known; supported are 'spatial', 'temporal', 'cross', 'mlp', 'block'"),
+    (
+        {"rules": (("self", _RULE),)},
+        "kind 'self' is not known; supported are 'spatial', 'temporal', 'cross', 'mlp', 'block'",
+    ),
     ({"rules": ((None, _RULE),)}, "kind None is not known"),
 ]
 
@@ -308,11 +318,20 @@ def test_a_bad_dict_is_refused_in_one_line(data: Any, message: str) -> None:
 
 
 ENDLESS: list[tuple[Callable[[], Any], str]] = [
-    (lambda: Broadcast(2, layers=range(10**9)), "layers lists at most 4,096 numbers, got range(0, 1000000000); leave it out for all"),
+    (
+        lambda: Broadcast(2, layers=range(10**9)),
+        "layers lists at most 4,096 numbers, got range(0, 1000000000); leave it out for all",
+    ),
     (lambda: Broadcast(2, layers=itertools.count()), "layers lists at most 4,096 numbers, got count("),
-    (lambda: Broadcast(2, unit="step", at=itertools.repeat(0)), "at lists at most 10,000 numbers, got repeat(0); leave it out for a"),
+    (
+        lambda: Broadcast(2, unit="step", at=itertools.repeat(0)),
+        "at lists at most 10,000 numbers, got repeat(0); leave it out for a",
+    ),
     (lambda: Broadcast(2, unit="step", at=range(10_001)), "at lists at most 10,000 numbers, got range(0, 10001)"),
-    (lambda: Broadcast(2, unit="timestep", at=[10**30]), "at must be at most 2**63 - 1, got 1000000000000000000000000000000"),
+    (
+        lambda: Broadcast(2, unit="timestep", at=[10**30]),
+        "at must be at most 2**63 - 1, got 1000000000000000000000000000000",
+    ),
     (lambda: Broadcast(2, layers=[3, 2**63]), "layers must be at most 2**63 - 1, got (3, 9223372036854775808)"),
     (lambda: Broadcast(10**6000), "range must be at most 2**63 - 1, got a number of very many digits"),
     (lambda: Broadcast(-(10**6000)), "range must be a whole number of at least 1, got a number of very many digits"),
@@ -393,7 +412,9 @@ def test_a_bad_schedule_is_refused_in_one_line(values: dict[str, Any], message: 
 @pytest.mark.parametrize("rule", [Broadcast(2, (100, 800), "timestep"), Broadcast(2, unit="timestep", at=[500])])
 def test_a_rule_in_timesteps_says_that_it_needs_them(rule: Broadcast) -> None:
     named = r"\(100, 800\)" if rule.window else re.escape("at=(500,)")
-    with pytest.raises(ValueError, match=f"{named}.* only num_steps=10 is known; pass timesteps=, or a window in fractions"):
+    with pytest.raises(
+        ValueError, match=f"{named}.* only num_steps=10 is known; pass timesteps=, or a window in fractions"
+    ):
         rule.reused(Schedule(10))
 
 
@@ -408,6 +429,12 @@ def test_timesteps_may_be_anything_in_a_row() -> None:
     import torch
 
     expected = Schedule(3, (30.0, 20.0, 10.0))
-    for row in ([30, 20, 10], range(30, 0, -10), np.array([30, 20, 10]), torch.tensor([30, 20, 10]), list(torch.tensor([30.0, 20, 10]))):
+    for row in (
+        [30, 20, 10],
+        range(30, 0, -10),
+        np.array([30, 20, 10]),
+        torch.tensor([30, 20, 10]),
+        list(torch.tensor([30.0, 20, 10])),
+    ):
         assert Schedule.of(timesteps=row) == expected
         assert Schedule.of(3, row) == expected

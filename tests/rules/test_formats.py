@@ -1,4 +1,5 @@
-"""Configs in other forms: files, diffusers' and VideoSys's settings, masks of steps. Round trips, and plans equal to theirs."""
+"""Configs in other forms: files, diffusers' and VideoSys's settings, masks of steps. Round trips, and plans equal to
+theirs."""
 
 from __future__ import annotations
 
@@ -42,7 +43,12 @@ _PAIRS = {
 def _rules(draw: st.DrawFn) -> Broadcast:
     unit = draw(st.sampled_from(sorted(_PAIRS)))
     if unit != "fraction" and draw(st.booleans()):
-        return Broadcast(draw(_RANGES), unit=unit, layers=draw(_LAYERS), at=draw(st.lists(st.integers(0, 999), min_size=1, max_size=4)))
+        return Broadcast(
+            draw(_RANGES),
+            unit=unit,
+            layers=draw(_LAYERS),
+            at=draw(st.lists(st.integers(0, 999), min_size=1, max_size=4)),
+        )
     return Broadcast(draw(_RANGES), tuple(sorted(draw(_PAIRS[unit]))), unit, layers=draw(_LAYERS))
 
 
@@ -73,7 +79,9 @@ def test_a_config_survives_its_file(ending: str, config: PABConfig, tmp_path_fac
 
 def test_a_file_is_written_as_people_write_it(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
-    (tmp_path / "c.yaml").write_text("spatial: 2\nmlp:\n  range: 2\n  window: [0.3, 0.8]\nrules:\n- [cross, {range: 3, layers: [0, 1]}]\n")
+    (tmp_path / "c.yaml").write_text(
+        "spatial: 2\nmlp:\n  range: 2\n  window: [0.3, 0.8]\nrules:\n- [cross, {range: 3, layers: [0, 1]}]\n"
+    )
     config = PABConfig(spatial=2, mlp=Broadcast(2, (0.3, 0.8)), rules=(("cross", Broadcast(3, layers=(0, 1))),))
     assert load_config(str(tmp_path / "c.yaml")) == config
     (tmp_path / "c.json").write_text('{"spatial": 2, "cache_dtype": "int8"}')
@@ -94,7 +102,9 @@ def test_a_file_is_written_as_people_write_it(tmp_path: Path) -> None:
         ("config", "{}", "a config file ends in .json, .yaml or .yml, got 'no ending'"),
     ],
 )
-def test_a_bad_file_is_refused_in_one_line_that_names_it(name: str, text: str | bytes, message: str, tmp_path: Path) -> None:
+def test_a_bad_file_is_refused_in_one_line_that_names_it(
+    name: str, text: str | bytes, message: str, tmp_path: Path
+) -> None:
     pytest.importorskip("yaml")
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with _refused(ValueError, message):
@@ -107,17 +117,39 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
 
 
 _NESTED = 100_000
-_ALIASES = "rules:\n- &a0 [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(f"- &a{i + 1} [{', '.join([f'*a{i}'] * 8)}]\n" for i in range(12))
+_ALIASES = "rules:\n- &a0 [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"- &a{i + 1} [{', '.join([f'*a{i}'] * 8)}]\n" for i in range(12)
+)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.json", '{"spatial": {"range": 2, "window": [0.1, NaN]}}', "c.json: NaN is no number of JSON; they are finite"),
-        ("c.json", '{"cross": {"range": 2, "unit": "step", "window": [-Infinity, 3]}}', "c.json: -Infinity is no number of JSON"),
-        ("c.json", '{"cross": {"range": 2, "unit": "step", "window": [0, 1e999]}}', "c.json: 1e999 is no number of JSON"),
-        ("c.yaml", "cross: {range: 2, unit: step, window: [0, .inf]}", "c.yaml: a window's ends must be at most 2**63 - 1"),
-        ("c.yaml", "cross: {range: 2, window: [.nan, 1]}", "c.yaml: window must be two numbers with lo < hi, got [nan, 1]"),
+        (
+            "c.json",
+            '{"spatial": {"range": 2, "window": [0.1, NaN]}}',
+            "c.json: NaN is no number of JSON; they are finite",
+        ),
+        (
+            "c.json",
+            '{"cross": {"range": 2, "unit": "step", "window": [-Infinity, 3]}}',
+            "c.json: -Infinity is no number of JSON",
+        ),
+        (
+            "c.json",
+            '{"cross": {"range": 2, "unit": "step", "window": [0, 1e999]}}',
+            "c.json: 1e999 is no number of JSON",
+        ),
+        (
+            "c.yaml",
+            "cross: {range: 2, unit: step, window: [0, .inf]}",
+            "c.yaml: a window's ends must be at most 2**63 - 1",
+        ),
+        (
+            "c.yaml",
+            "cross: {range: 2, window: [.nan, 1]}",
+            "c.yaml: window must be two numbers with lo < hi, got [nan, 1]",
+        ),
         ("c.json", '{"cross": {"range": 2, "range": 3}}', "c.json: 'range' occurs twice"),
         ("c.yaml", "spatial: 2\ncross: 3\nspatial: 4\n", "c.yaml: 'spatial' occurs twice"),
         ("c.json", '{"rules": ' + "[" * _NESTED, "c.json: it is nested too deep"),
@@ -129,17 +161,31 @@ _ALIASES = "rules:\n- &a0 [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(f"- &a{i + 1} [{
         ("c.json", '{"mlp": ' + "9" * 4000 + "}", "c.json: range must be at most 2**63 - 1, got 999"),
         ("c.json", '{"mlp": ' + "9" * 9000 + "}", "c.json: Exceeds the limit"),
         ("c.yaml", "mlp: 0x" + "f" * 9000, "c.yaml: range must be at most 2**63 - 1, got a number of very many digits"),
-        ("c.json", '{"mlp": {"range": 2, "layers": [' + "7, " * 5000 + "7]}}", "c.json: layers lists at most 4,096 numbers, got [7, 7"),
+        (
+            "c.json",
+            '{"mlp": {"range": 2, "layers": [' + "7, " * 5000 + "7]}}",
+            "c.json: layers lists at most 4,096 numbers, got [7, 7",
+        ),
         ("c.json", '{"' + "x" * 10_000 + '": 1}', "c.json: PABConfig has no field 'xxx"),
         ("c.json", " " * 2**20 + "{}", "c.json has more than 1,048,576 bytes; it holds no config"),
-        ("c.yaml", "#" * 2**17, "c.yaml: it has 131,072 characters; at most 65,536 are read of YAML: write a longer config as JSON"),
-        ("c.json", b"\x00\x00\x00\x20ftypisom\x00\x00\x02\x00isomiso2avc1mp41\xff\xd8", "'utf-8' codec can't decode byte 0xff"),
+        (
+            "c.yaml",
+            "#" * 2**17,
+            "c.yaml: it has 131,072 characters; at most 65,536 are read of YAML: write a longer config as JSON",
+        ),
+        (
+            "c.json",
+            b"\x00\x00\x00\x20ftypisom\x00\x00\x02\x00isomiso2avc1mp41\xff\xd8",
+            "'utf-8' codec can't decode byte 0xff",
+        ),
         ("c.yaml", b"\x89PNG\r\n\x1a\n\x00", "'utf-8' codec can't decode byte 0x89"),
         ("c.yaml", "mlp: !!python/object/apply:os.abort []", "c.yaml: could not determine a constructor"),
         ("c.yaml", "mlp: 2000-13-40", "c.yaml: month must be in 1..12"),
     ],
 )
-def test_a_hostile_file_is_refused_in_one_short_line(name: str, text: str | bytes, message: str, tmp_path: Path) -> None:
+def test_a_hostile_file_is_refused_in_one_short_line(
+    name: str, text: str | bytes, message: str, tmp_path: Path
+) -> None:
     pytest.importorskip("yaml")
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with _refused(ValueError, message) as refused:
@@ -149,7 +195,9 @@ def test_a_hostile_file_is_refused_in_one_short_line(name: str, text: str | byte
 
 def test_aliases_and_merges_are_read(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
-    (tmp_path / "c.yaml").write_text("spatial: &s {range: 2, window: [0.2, 0.8]}\ntemporal: *s\ncross: {<<: *s, range: 6}\n")
+    (tmp_path / "c.yaml").write_text(
+        "spatial: &s {range: 2, window: [0.2, 0.8]}\ntemporal: *s\ncross: {<<: *s, range: 6}\n"
+    )
     rule = Broadcast(2, (0.2, 0.8))
     assert load_config(tmp_path / "c.yaml") == PABConfig(spatial=rule, temporal=rule, cross=Broadcast(6, (0.2, 0.8)))
 
@@ -173,7 +221,11 @@ def _link(path: Path, target: str | Path) -> Path:
         (lambda folder: _link(folder, folder), ValueError, "c.yaml cannot be read: Too many levels of symbolic links"),
         (lambda folder: _link(folder, "nowhere"), FileNotFoundError, "there is no file"),
         (lambda folder: folder / "c.yaml", FileNotFoundError, "there is no file"),
-        (lambda folder: folder.write_text("") and folder or folder / "c.yaml", ValueError, "cannot be read: Not a directory"),
+        (
+            lambda folder: folder.write_text("") and folder or folder / "c.yaml",
+            ValueError,
+            "cannot be read: Not a directory",
+        ),
         (lambda folder: "n" * 5000 + ".yaml", ValueError, "cannot be read: File name too long"),
         (lambda folder: "n/" * 3000 + "c.json", ValueError, "cannot be read: File name too long"),
         (lambda folder: "c\0.json", ValueError, "no file can be named 'c\\x00.json'"),
@@ -185,7 +237,9 @@ def _link(path: Path, target: str | Path) -> Path:
     ],
 )
 @pytest.mark.parametrize("read", [load_config, named_config])
-def test_what_is_no_file_is_refused_at_once(make: Any, error: type[Exception], message: str, read: Any, tmp_path: Path) -> None:
+def test_what_is_no_file_is_refused_at_once(
+    make: Any, error: type[Exception], message: str, read: Any, tmp_path: Path
+) -> None:
     given = make(tmp_path / "c.yaml")
     with _refused(error, message) as refused:
         read(given)
@@ -209,10 +263,14 @@ def test_a_config_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
     assert load_config(path) == PABConfig(spatial=2) and list(tmp_path.iterdir()) == [path]
 
 
-def test_without_pyyaml_json_works_and_yaml_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyyaml_json_works_and_yaml_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "yaml", None)
     assert load_config(save_config(PABConfig(spatial=2), tmp_path / "c.json")) == PABConfig(spatial=2)
-    with _refused(ModuleNotFoundError, "writing YAML files needs the package yaml, which is not installed: pip install"):
+    with _refused(
+        ModuleNotFoundError, "writing YAML files needs the package yaml, which is not installed: pip install"
+    ):
         save_config(PABConfig(), tmp_path / "c.yaml")
     assert not (tmp_path / "c.yaml").exists()
     (tmp_path / "c.yaml").write_text("spatial: 2")
@@ -243,12 +301,16 @@ def _diffusers_reused(timesteps: list[int], reach: int, window: tuple[int, int])
 
 
 @given(
-    timesteps=st.lists(st.integers(0, 999), min_size=1, max_size=30, unique=True).map(lambda v: sorted(v, reverse=True)),
+    timesteps=st.lists(st.integers(0, 999), min_size=1, max_size=30, unique=True).map(
+        lambda v: sorted(v, reverse=True)
+    ),
     reaches=st.tuples(_RANGES, _RANGES, _RANGES),
     window=st.tuples(st.integers(0, 400), st.integers(401, 1000)),
 )
 @settings(max_examples=60)
-def test_diffusers_ranges_and_windows_reuse_the_same_steps(timesteps: list[int], reaches: tuple[int, ...], window: tuple[int, int]) -> None:
+def test_diffusers_ranges_and_windows_reuse_the_same_steps(
+    timesteps: list[int], reaches: tuple[int, ...], window: tuple[int, int]
+) -> None:
     kinds = ("spatial", "temporal", "cross")
     ranges = {f"{kind}_attention_block_skip_range": reach for kind, reach in zip(kinds, reaches, strict=True)}
     windows = {f"{kind}_attention_timestep_skip_range": window for kind in kinds}
@@ -277,12 +339,16 @@ def test_diffusers_identifiers_restrict_the_layers() -> None:
         spatial=Broadcast(2, (100, 800), "timestep", layers=(1, 2), exact=True),
         temporal=Broadcast(4, (100, 800), "timestep", exact=True),
     )
-    with _refused(ValueError, "spatial_attention_block_identifiers ('^transformer_blocks\\\\.[12]\\\\.',) name modules of a model"):
+    with _refused(
+        ValueError, "spatial_attention_block_identifiers ('^transformer_blocks\\\\.[12]\\\\.',) name modules of a model"
+    ):
         from_diffusers(config)
 
 
 def test_identifiers_that_tear_a_layer_are_refused() -> None:
-    config = _diffusers(spatial_attention_block_skip_range=2, spatial_attention_block_identifiers=("^transformer_blocks",))
+    config = _diffusers(
+        spatial_attention_block_skip_range=2, spatial_attention_block_identifiers=("^transformer_blocks",)
+    )
     with _refused(ValueError, "name some and not all spatial sublayers of layer 1; a rule holds for whole layers"):
         from_diffusers(config, [*_SUBLAYERS, Sublayer("single_transformer_blocks.1.attn", "spatial", 1)])
 
@@ -291,7 +357,11 @@ def test_identifiers_that_tear_a_layer_are_refused() -> None:
     ("fields", "error", "message"),
     [
         ({"spatial_attention_block_skip_range": 0}, ValueError, "range must be a whole number of at least 1, got 0"),
-        ({"spatial_attention_timestep_skip_range": (100,)}, ValueError, "spatial_attention_timestep_skip_range must be two timesteps"),
+        (
+            {"spatial_attention_timestep_skip_range": (100,)},
+            ValueError,
+            "spatial_attention_timestep_skip_range must be two timesteps",
+        ),
     ],
 )
 def test_bad_values_of_diffusers_are_refused(fields: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -310,7 +380,11 @@ def test_another_config_is_not_taken_for_diffusers() -> None:
 def _videosys(lo: int, hi: int, ranges: dict[str, int], points: tuple[int, ...], blocks: int) -> dict[str, Any]:
     """VideoSys's arguments as its pipelines spell them."""
     table = {t: {"block": list(range(blocks)), "skip_count": 2} for t in points}
-    arguments: dict[str, Any] = {"mlp_broadcast": True, "mlp_spatial_broadcast_config": table, "mlp_temporal_broadcast_config": dict(table)}
+    arguments: dict[str, Any] = {
+        "mlp_broadcast": True,
+        "mlp_spatial_broadcast_config": table,
+        "mlp_temporal_broadcast_config": dict(table),
+    }
     for kind, reach in ranges.items():
         arguments |= {f"{kind}_broadcast": True, f"{kind}_threshold": [lo, hi], f"{kind}_range": reach}
     return arguments
@@ -336,10 +410,13 @@ def test_the_keywords_of_videosys_give_the_presets(name: str) -> None:
 
 
 def _videosys_mlp_reused(timesteps: list[int], table: dict[int, dict[str, Any]], block: int) -> list[bool]:
-    """VideoSys's rule for the MLP of a block, written a second time: reused within skip_count steps after a listed timestep."""
+    """VideoSys's rule for the MLP of a block, written a second time: reused within skip_count steps after a listed
+    timestep."""
     reused = []
     for i, t in enumerate(timesteps):
-        earlier = [key for key in table if key in timesteps and 0 < i - timesteps.index(key) <= table[key]["skip_count"]]
+        earlier = [
+            key for key in table if key in timesteps and 0 < i - timesteps.index(key) <= table[key]["skip_count"]
+        ]
         listed = t in table and block in table[t]["block"]
         reused.append(not listed and any(block in table[key]["block"] for key in earlier))
     return reused
@@ -350,19 +427,28 @@ def _videosys_mlp_reused(timesteps: list[int], table: dict[int, dict[str, Any]],
 def test_videosys_tables_reuse_the_same_steps(data: st.DataObject, timesteps: list[int]) -> None:
     timesteps = sorted(timesteps, reverse=True)
     skip = data.draw(st.integers(0, 4))
-    entries = st.fixed_dictionaries({"block": st.lists(st.integers(0, 3), max_size=4, unique=True), "skip_count": st.just(skip)})
+    entries = st.fixed_dictionaries(
+        {"block": st.lists(st.integers(0, 3), max_size=4, unique=True), "skip_count": st.just(skip)}
+    )
     table = data.draw(st.dictionaries(st.sampled_from(timesteps) | st.integers(1, 999), entries, max_size=4))
     config = from_videosys(mlp_broadcast=True, mlp_spatial_broadcast_config=table)
     made = Plan(config, Schedule.of(timesteps=timesteps), tuple(Sublayer(f"mlp{i}", "mlp", i) for i in range(4)))
     for block in range(4):
-        assert [d.action is Action.REUSE for d in made.rows[f"mlp{block}"]] == _videosys_mlp_reused(timesteps, table, block)
+        assert [d.action is Action.REUSE for d in made.rows[f"mlp{block}"]] == _videosys_mlp_reused(
+            timesteps, table, block
+        )
 
 
 def test_what_is_off_is_left_out() -> None:
     assert from_videosys() == PABConfig()
-    assert from_videosys(spatial_broadcast=False, spatial_range=2, spatial_threshold=[1, 2], mlp_broadcast=False) == PABConfig()
+    assert (
+        from_videosys(spatial_broadcast=False, spatial_range=2, spatial_threshold=[1, 2], mlp_broadcast=False)
+        == PABConfig()
+    )
     off = PUBLISHED["latte"] | {"mlp_broadcast": False, "cross_broadcast": False}
-    assert from_videosys(**off) == PABConfig(spatial=Broadcast(2, (100, 800), "timestep"), temporal=Broadcast(3, (100, 800), "timestep"))
+    assert from_videosys(**off) == PABConfig(
+        spatial=Broadcast(2, (100, 800), "timestep"), temporal=Broadcast(3, (100, 800), "timestep")
+    )
 
 
 def test_timesteps_of_a_table_may_be_the_strings_of_json() -> None:
@@ -371,7 +457,11 @@ def test_timesteps_of_a_table_may_be_the_strings_of_json() -> None:
 
 
 def test_blocks_with_other_points_have_rules_of_their_own() -> None:
-    table = {720: {"block": [0, 1], "skip_count": 2}, 640: {"block": [0], "skip_count": 2}, 560: {"block": [2], "skip_count": 1}}
+    table = {
+        720: {"block": [0, 1], "skip_count": 2},
+        640: {"block": [0], "skip_count": 2},
+        560: {"block": [2], "skip_count": 1},
+    }
     config = from_videosys(mlp_broadcast=True, mlp_spatial_broadcast_config=table)
     expected = [((0,), (640, 720), 3), ((1,), (720,), 3), ((2,), (560,), 2)]
     assert [(kind, rule.layers, rule.at, rule.range) for kind, rule in config.rules] == [("mlp", *e) for e in expected]
@@ -383,14 +473,29 @@ _ENTRY = {"block": [0], "skip_count": 2}
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"spatial_gap": 2}, "VideoSys has no argument 'spatial_gap'; supported are spatial_broadcast, spatial_threshold, spatial_range"),
+        (
+            {"spatial_gap": 2},
+            "VideoSys has no argument 'spatial_gap'; supported are spatial_broadcast, spatial_threshold, spatial_range",
+        ),
         ({"spatial_broadcast": True, "spatial_range": 2}, "spatial_broadcast is on and spatial_threshold is missing"),
-        ({"cross_broadcast": True, "cross_range": 2, "cross_threshold": 5}, "cross_threshold must be two timesteps (lo, hi), got 5"),
+        (
+            {"cross_broadcast": True, "cross_range": 2, "cross_threshold": 5},
+            "cross_threshold must be two timesteps (lo, hi), got 5",
+        ),
         ({"mlp_broadcast": True}, "mlp_broadcast is on and no table is given"),
-        ({"mlp_broadcast": True, "mlp_spatial_broadcast_config": [720]}, "mlp_spatial_broadcast_config must be {timestep:"),
+        (
+            {"mlp_broadcast": True, "mlp_spatial_broadcast_config": [720]},
+            "mlp_spatial_broadcast_config must be {timestep:",
+        ),
         ({"mlp_broadcast": True, "mlp_spatial_broadcast_config": {"x": _ENTRY}}, "got the entry 'x'"),
-        ({"mlp_broadcast": True, "mlp_spatial_broadcast_config": {7: {"block": [0]}}}, "got the entry 7: {'block': [0]}"),
-        ({"mlp_broadcast": True, "mlp_spatial_broadcast_config": {7: {"block": [-1], "skip_count": 1}}}, "whole numbers from 0"),
+        (
+            {"mlp_broadcast": True, "mlp_spatial_broadcast_config": {7: {"block": [0]}}},
+            "got the entry 7: {'block': [0]}",
+        ),
+        (
+            {"mlp_broadcast": True, "mlp_spatial_broadcast_config": {7: {"block": [-1], "skip_count": 1}}},
+            "whole numbers from 0",
+        ),
         (
             {"mlp_broadcast": True, "mlp_spatial_broadcast_config": {7: _ENTRY}, "mlp_temporal_broadcast_config": {}},
             "mlp_spatial_broadcast_config and mlp_temporal_broadcast_config differ",
@@ -412,7 +517,10 @@ def test_arguments_that_rules_cannot_say_are_refused(arguments: dict[str, Any], 
 @st.composite
 def _masks(draw: st.DrawFn) -> dict[str, tuple[int, ...]]:
     length = draw(st.integers(1, 40))
-    kinds = draw(st.lists(st.sampled_from([kind for kind in KINDS if kind != "block"]), unique=True, min_size=1) | st.just(["block"]))
+    kinds = draw(
+        st.lists(st.sampled_from([kind for kind in KINDS if kind != "block"]), unique=True, min_size=1)
+        | st.just(["block"])
+    )
     rest = st.lists(st.integers(0, 1), min_size=length - 1, max_size=length - 1)
     return {kind: (1, *draw(rest)) for kind in sorted(kinds, key=KINDS.index)}
 
@@ -442,7 +550,9 @@ def test_a_plan_survives_its_masks(config: PABConfig, steps: tuple[int, int]) ->
 def test_a_mask_is_a_string_or_any_row() -> None:
     expected = from_steps_masks(block=[1, 1, 0, 0, 1, 0])
     assert expected == PABConfig(block=Broadcast(3, unit="step", at=(0, 1, 4)))
-    assert from_steps_masks(block="110010") == from_steps_masks(block=(True, True, False, False, True, False)) == expected
+    assert (
+        from_steps_masks(block="110010") == from_steps_masks(block=(True, True, False, False, True, False)) == expected
+    )
 
 
 def test_a_step_inside_a_reused_block_is_not_computed() -> None:

@@ -17,7 +17,8 @@ from pab_kernels.rules.schedule import Schedule
 
 COMPUTE, STORE, REUSE, SKIP = Action.COMPUTE, Action.STORE, Action.REUSE, Action.SKIP
 
-# Any plan of a small model: up to three layers of all kinds, some in blocks that have a rule, some entered in the middle
+# Any plan of a small model: up to three layers of all kinds, some in blocks that have a rule, some entered in the
+# middle
 
 
 @st.composite
@@ -164,7 +165,9 @@ def test_counts_add_up_to_all_cells(made: Plan) -> None:
     for kind, c in made.counts().items():
         actions = [a for s in made.sublayers if s.kind == kind for a in runs[s.name].actions]
         assert (c.computed, c.reused, c.skipped) == tuple(actions.count(a) for a in ("compute", "reuse", "skip"))
-        assert c.stored == sum(len({i for reads in runs[s.name].reads for i in reads}) for s in made.sublayers if s.kind == kind)
+        assert c.stored == sum(
+            len({i for reads in runs[s.name].reads for i in reads}) for s in made.sublayers if s.kind == kind
+        )
         steps = made.step_counts()[kind]
         assert steps.computed + steps.reused + steps.skipped == len(made.steps)
         assert steps.reused == max(runs[s.name].actions.count("reuse") for s in made.sublayers if s.kind == kind)
@@ -229,7 +232,9 @@ def test_the_drawing_shows_every_row_once_and_its_counts(made: Plan) -> None:
 
 
 def test_range_one_computes_always_and_stores_nothing() -> None:
-    made = plan(PABConfig(spatial=1, temporal=Broadcast(1, (0, 1)), cross=Broadcast(1, unit="step", at=[2])), num_steps=9)
+    made = plan(
+        PABConfig(spatial=1, temporal=Broadcast(1, (0, 1)), cross=Broadcast(1, unit="step", at=[2])), num_steps=9
+    )
     assert {d for row in made.rows.values() for d in row} == {Decision(COMPUTE)}
     assert made.patterns == 1
     assert made.notes == ()
@@ -262,12 +267,19 @@ def test_a_slot_is_kept_across_steps_at_which_the_block_around_it_is_reused() ->
     made = Plan(config, Schedule(8), sublayers)
     assert "".join(d.action.value for d in made.rows["b"]) == "S..S..##"
     assert "".join(d.action.value for d in made.rows["b.attn"]) == "S  .  .#"
-    assert [made.decision("b.attn", step) for step in (3, 6)] == [Decision(REUSE, (0,), held=1), Decision(REUSE, (0,), held=0)]
+    assert [made.decision("b.attn", step) for step in (3, 6)] == [
+        Decision(REUSE, (0,), held=1),
+        Decision(REUSE, (0,), held=0),
+    ]
     assert [[d.held for d in made.decisions(step)] for step in (4, 5, 6)] == [[1, 1], [1, 0], [0, 0]]
 
 
 def test_a_block_without_a_rule_is_left_out_and_its_sublayers_go_their_own_way() -> None:
-    sublayers = tuple(Sublayer(f"b{i}{end}", kind, i, block=f"b{i}") for i in (0, 1) for end, kind in ((".attn", "spatial"), ("", "block")))
+    sublayers = tuple(
+        Sublayer(f"b{i}{end}", kind, i, block=f"b{i}")
+        for i in (0, 1)
+        for end, kind in ((".attn", "spatial"), ("", "block"))
+    )
     made = Plan(PABConfig(spatial=2, block=Broadcast(2, layers=[1])), Schedule(10), sublayers)
     assert set(made.rows) == {"b0.attn", "b1.attn", "b1"}
     assert any(d.action is REUSE for d in made.rows["b0.attn"])
@@ -442,15 +454,21 @@ def test_notes_name_layers_that_the_model_lacks() -> None:
 def test_notes_name_windows_in_which_nothing_is_reused() -> None:
     message = "spatial: range 2 in the window (%s) (%s) reuses no step of this schedule"
     assert _notes(PABConfig(spatial=Broadcast(2, (20, 30), "step"))) == (message % ("20, 30", "steps"),)
-    assert _notes(PABConfig(spatial=Broadcast(2, (4, 5), "step"))) == (message % ("4, 5", "steps"),)  # in the window, on the beat
+    assert _notes(PABConfig(spatial=Broadcast(2, (4, 5), "step"))) == (
+        message % ("4, 5", "steps"),
+    )  # in the window, on the beat
     assert _notes(PABConfig(spatial=Broadcast(2, (0.91, 0.99)))) == (message % ("0.91, 0.99", "fractions"),)
     ones = Schedule.of(timesteps=[v / 10 for v in range(10, 0, -1)])  # sigmas, where timesteps up to 1000 are meant
-    assert _notes(PABConfig(spatial=Broadcast(2, (100, 800), "timestep")), schedule=ones) == (message % ("100, 800", "timesteps"),)
+    assert _notes(PABConfig(spatial=Broadcast(2, (100, 800), "timestep")), schedule=ones) == (
+        message % ("100, 800", "timesteps"),
+    )
 
 
 def test_notes_name_explicit_steps_before_the_entry() -> None:
     config = PABConfig(spatial=Broadcast(2, unit="step", at=[1, 5, 12]))
-    assert _notes(config, schedule=Schedule(10, begin=3)) == ("spatial: steps 1, 12 do not occur in this schedule and have no effect",)
+    assert _notes(config, schedule=Schedule(10, begin=3)) == (
+        "spatial: steps 1, 12 do not occur in this schedule and have no effect",
+    )
 
 
 # A schedule that is left before its end, as another model takes over
@@ -458,7 +476,9 @@ def test_notes_name_explicit_steps_before_the_entry() -> None:
 
 def test_a_plan_that_ends_early_is_the_beginning_of_the_whole_one_and_keeps_nothing_for_later() -> None:
     config = PABConfig(
-        spatial=Broadcast(4, (0.2, 0.9)), temporal=Broadcast(3, unit="step", at=(2, 7)), cross=Broadcast(6, (0, 1000), "timestep")
+        spatial=Broadcast(4, (0.2, 0.9)),
+        temporal=Broadcast(3, unit="step", at=(2, 7)),
+        cross=Broadcast(6, (0, 1000), "timestep"),
     )
     timesteps = tuple(float(t) for t in range(1000, 0, -100))
     whole = Plan(config, Schedule(10, timesteps))
@@ -469,7 +489,9 @@ def test_a_plan_that_ends_early_is_the_beginning_of_the_whole_one_and_keeps_noth
             assert [d.reads for d in row] == [d.reads for d in whole.rows[name][:end]]
             assert early.decision(name, end - 1).held == 0
             read = {i for d in row for i in d.reads}
-            assert all((d.action is Action.STORE) == (i in read) for i, d in enumerate(row) if d.action is not Action.REUSE)
+            assert all(
+                (d.action is Action.STORE) == (i in read) for i, d in enumerate(row) if d.action is not Action.REUSE
+            )
     assert "10 steps, left at 5, " in str(Plan(config, Schedule(10, timesteps, end=5)))
     assert "left at" not in str(Plan(config, Schedule(10, timesteps, end=10)))
     assert Plan(config, Schedule(10, timesteps, begin=3, end=5)).steps == range(3, 5)

@@ -23,7 +23,11 @@ def rectangles(figure, prefix: str = "") -> dict[str, object]:
         plan(PABConfig(cross=3, mlp=Broadcast(2, layers=(0, 1))), num_steps=7),
         plan(PABConfig.preset("latte"), timesteps=[999 - 20 * i for i in range(50)]),
         Plan(PABConfig(spatial=2), Schedule(12, begin=4)),
-        Plan(PABConfig(block=3, spatial=2), Schedule(9), (Sublayer("b", "block", 0), Sublayer("s", "spatial", 0, block="b"))),
+        Plan(
+            PABConfig(block=3, spatial=2),
+            Schedule(9),
+            (Sublayer("b", "block", 0), Sublayer("s", "spatial", 0, block="b")),
+        ),
         plan(PABConfig(spatial=2), num_steps=1),
         plan(PABConfig(spatial=3), num_steps=150),
         plan(PABConfig(spatial=Broadcast(2, reuse="linear"), cross=Broadcast(4, reuse="linear")), num_steps=20),
@@ -33,7 +37,9 @@ def rectangles(figure, prefix: str = "") -> dict[str, object]:
 def test_every_cell_is_drawn_in_the_colour_of_its_action(drawn: Plan):
     figure = plot_plan(drawn)
     cells = {gid: p for gid, p in rectangles(figure).items() if " at " in gid}
-    expected = {f"{label} at {step}": row[step - drawn.steps.start] for label, row in drawn.grouped() for step in drawn.steps}
+    expected = {
+        f"{label} at {step}": row[step - drawn.steps.start] for label, row in drawn.grouped() for step in drawn.steps
+    }
     assert cells.keys() == expected.keys()
     for gid, cell in cells.items():
         assert to_hex(cell.get_facecolor()) == COLOURS[expected[gid].action]
@@ -43,10 +49,18 @@ def test_every_cell_is_drawn_in_the_colour_of_its_action(drawn: Plan):
 def test_rows_form_the_pyramid_with_their_counts():
     figure = plot_plan(plan(PABConfig(spatial=2, temporal=4, cross=6, mlp=2), num_steps=20))
     axes = figure.axes[0]
-    labels = [t.get_text() for _, t in sorted(zip(axes.get_yticks(), axes.get_yticklabels(), strict=True), key=lambda pair: -pair[0])]
+    labels = [
+        t.get_text()
+        for _, t in sorted(zip(axes.get_yticks(), axes.get_yticklabels(), strict=True), key=lambda pair: -pair[0])
+    ]
     assert labels == ["cross", "temporal", "spatial", "mlp"]
     counts = [t.get_text() for t in axes.texts if t.get_text()]
-    assert counts == ["8 computed, 12 reused", "10 computed, 10 reused", "13 computed, 7 reused", "13 computed, 7 reused"]
+    assert counts == [
+        "8 computed, 12 reused",
+        "10 computed, 10 reused",
+        "13 computed, 7 reused",
+        "13 computed, 7 reused",
+    ]
 
 
 def arrows(drawn: Plan) -> list[tuple[int, int]]:
@@ -63,7 +77,9 @@ def test_an_arrow_leads_from_each_stored_output_to_its_last_reuse():
 
 
 def test_arrows_of_a_linear_reuse_are_those_of_a_hold():
-    assert arrows(plan(PABConfig(cross=Broadcast(4, reuse="linear")), num_steps=20)) == arrows(plan(PABConfig(cross=4), num_steps=20))
+    assert arrows(plan(PABConfig(cross=Broadcast(4, reuse="linear")), num_steps=20)) == arrows(
+        plan(PABConfig(cross=4), num_steps=20)
+    )
 
 
 @pytest.mark.parametrize(("exact", "first"), [(False, 2), (True, 1)])
@@ -86,7 +102,12 @@ def test_the_legend_names_what_is_there():
     figure = plot_plan(plan(PABConfig(spatial=1), num_steps=5))
     assert [t.get_text() for t in figure.legends[0].get_texts()] == [NAMES[Action.COMPUTE]]
     figure = plot_plan(plan(PABConfig(spatial=2), num_steps=9))
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["computed", "computed and stored", "reused", "window"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [
+        "computed",
+        "computed and stored",
+        "reused",
+        "window",
+    ]
 
 
 def test_it_is_saved_and_stays_out_of_pyplot(tmp_path):
@@ -99,5 +120,7 @@ def test_it_is_saved_and_stays_out_of_pyplot(tmp_path):
 
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r"drawing a plan needs the package matplotlib.*pip install 'pab-kernels\[demo\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"drawing a plan needs the package matplotlib.*pip install 'pab-kernels\[demo\]'"
+    ):
         plot_plan(plan(PABConfig(spatial=2), num_steps=4))

@@ -74,14 +74,18 @@ def _table(points: list[int], layers: int) -> Broadcast:
 _PLAN_TABLE = [738, 714, 690, 666, 642, 618, 594, 570, 546, 522, 498, 474, 450, 426]
 PUBLISHED = {
     "open-sora-1.2": PABConfig(
-        **_in_timesteps(450, 930, spatial=2, temporal=4, cross=6), mlp=_table([676, 788, 864], 5), cache_point="post_gate"
+        **_in_timesteps(450, 930, spatial=2, temporal=4, cross=6),
+        mlp=_table([676, 788, 864], 5),
+        cache_point="post_gate",
     ),
     "open-sora-plan-1.1": PABConfig(
         **_in_timesteps(100, 850, spatial=2, temporal=4, cross=6), mlp=_table(_PLAN_TABLE, 7), cache_point="post_gate"
     ),
     "open-sora-plan-1.2": PABConfig(**_in_timesteps(100, 850, exact=True, spatial=2, cross=6)),
     "latte": PABConfig(
-        **_in_timesteps(100, 800, spatial=2, temporal=3, cross=6), mlp=_table([720, 640, 560, 480, 400], 5), cache_point="post_gate"
+        **_in_timesteps(100, 800, spatial=2, temporal=3, cross=6),
+        mlp=_table([720, 640, 560, 480, 400], 5),
+        cache_point="post_gate",
     ),
     "cogvideox": PABConfig(**_in_timesteps(100, 850, spatial=2)),
     "vchitect": PABConfig(**_in_timesteps(100, 800, spatial=2, temporal=4, cross=6)),
@@ -104,7 +108,9 @@ def test_presets_cannot_be_changed_through_the_dict_that_lists_them() -> None:
 
 
 def test_an_unknown_preset_is_refused_in_one_line_that_lists_them() -> None:
-    with pytest.raises(ValueError, match="there is no preset 'pab'; there are cogvideox, demo, latte, .*vchitect") as error:
+    with pytest.raises(
+        ValueError, match="there is no preset 'pab'; there are cogvideox, demo, latte, .*vchitect"
+    ) as error:
         PABConfig.preset("pab")
     assert "\n" not in str(error.value)
 
@@ -114,7 +120,9 @@ def test_an_unknown_preset_is_refused_in_one_line_that_lists_them() -> None:
 
 def _mlp_steps(made: Plan) -> dict[str, list[int]]:
     row = made.rows["mlp.0"]
-    return {action.name: [i for i, d in enumerate(row) if d.action is action] for action in (Action.STORE, Action.REUSE)}
+    return {
+        action.name: [i for i, d in enumerate(row) if d.action is action] for action in (Action.STORE, Action.REUSE)
+    }
 
 
 def test_the_latte_table_occurs_in_fifty_ddim_steps() -> None:
@@ -122,7 +130,9 @@ def test_the_latte_table_occurs_in_fifty_ddim_steps() -> None:
     stored = [13, 17, 21, 25, 29]  # 720, 640, 560, 480, 400
     assert _mlp_steps(made) == {"STORE": stored, "REUSE": sorted(i + k for i in stored for k in (1, 2))}
     assert made.notes == ()
-    reused_at_14 = {s.layer for s in made.sublayers if s.kind == "mlp" and made.decision(s.name, 14).action is Action.REUSE}
+    reused_at_14 = {
+        s.layer for s in made.sublayers if s.kind == "mlp" and made.decision(s.name, 14).action is Action.REUSE
+    }
     assert reused_at_14 == {0, 1, 2, 3, 4}
 
 
@@ -178,11 +188,15 @@ def test_without_timesteps_the_preset_is_one_that_needs_none() -> None:
     assert Plan(config, Schedule(20), (Sublayer("a", "spatial", 0),)).counts()["spatial"].reused > 0
 
 
-def test_rules_without_effect_are_a_warning_where_somebody_wrote_them_for_the_model(caplog: pytest.LogCaptureFixture) -> None:
+def test_rules_without_effect_are_a_warning_where_somebody_wrote_them_for_the_model(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """A preset is for many models: of its rules one reads with INFO."""
     caplog.set_level(logging.INFO, "pab_kernels")
     written = PABConfig(spatial=Broadcast(2, EVERY_STEP), temporal=Broadcast(4, EVERY_STEP))
     for config, level in ((None, logging.INFO), (PABConfig.preset("pab246"), logging.INFO), (written, logging.WARNING)):
         caplog.clear()
         pab.enable(toy(), config, num_steps=8)
-        assert [r.levelno for r in caplog.records if "temporal: this model has no such sublayers" in r.getMessage()] == [level]
+        assert [
+            r.levelno for r in caplog.records if "temporal: this model has no such sublayers" in r.getMessage()
+        ] == [level]

@@ -1,7 +1,7 @@
 """PAB together with something else, compared with that something else alone.
 
-The oracle is the other thing with an `if` around each sublayer: it writes down what a sublayer's `forward` gives, inside of everything that
-others have put around it, and says it again where the rule asks for it.
+The oracle is the other thing with an `if` around each sublayer: it writes down what a sublayer's `forward` gives,
+inside of everything that others have put around it, and says it again where the rule asks for it.
 """
 
 from __future__ import annotations
@@ -47,11 +47,18 @@ class Subject:
 
 
 def _latte_inputs(seed: int) -> dict[str, Any]:
-    return {"hidden_states": noise(seed), "timestep": torch.tensor([500]), "encoder_hidden_states": prompt(seed), "return_dict": False}
+    return {
+        "hidden_states": noise(seed),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": prompt(seed),
+        "return_dict": False,
+    }
 
 
 _GENERIC = {t.name: Subject(t.name, t.build, t) for t in FAMILIES}
-WAN, FLUX, COGVIDEOX = (_GENERIC[f"{name}"] for name in ("WanTransformer3DModel", "FluxTransformer2DModel", "CogVideoXTransformer3DModel"))
+WAN, FLUX, COGVIDEOX = (
+    _GENERIC[f"{name}"] for name in ("WanTransformer3DModel", "FluxTransformer2DModel", "CogVideoXTransformer3DModel")
+)
 LATTE = Subject("LatteTransformer3DModel", tiny_latte, _latte_inputs)
 """The one that is not run by the generic adapter."""
 SUBJECTS = (WAN, FLUX, COGVIDEOX, LATTE)
@@ -64,7 +71,10 @@ def sublayers(model: Any) -> dict[str, str]:
 
 @dataclass
 class Replay:
-    """Record and replay at every second step, in a plain model; where there is nothing to say again, computed and counted as forced."""
+    """Record and replay at every second step, in a plain model.
+
+    Where there is nothing to say again, computed and counted as forced.
+    """
 
     model: nn.Module
     step: int = 0
@@ -118,7 +128,10 @@ def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
 
 
 def counted(model: Any) -> Counter[tuple[str, str, str]]:
-    """What `summary` counts, as `Replay.counts` has it; without its FLOPs, which take longer than the tiny models do."""
+    """What `summary` counts, as `Replay.counts` has it.
+
+    Without its FLOPs, which take longer than the tiny models do.
+    """
     broadcaster = broadcaster_of(getattr(model, "_orig_mod", model))
     assert broadcaster is not None and broadcaster.latest is not None
     return Counter(
@@ -157,8 +170,8 @@ def check(
 ) -> None:
     """PAB is right together with what `combine` does to a model and `around` to its calls.
 
-    Range 1 is bit-identical to the combination without PAB, range 2 to the oracle, also in a second generation; the counts are its;
-    `disable` gives the combination back, with no trace.
+    Range 1 is bit-identical to the combination without PAB, range 2 to the oracle, also in a second generation; the
+    counts are its; `disable` gives the combination back, with no trace.
 
     Args:
         forced: whether the combination skips what a later step was to read.

@@ -11,7 +11,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from diffusers.hooks.group_offloading import GroupOffloadingConfig, GroupOffloadingType, ModuleGroup, _apply_group_offloading
+from diffusers.hooks.group_offloading import (
+    GroupOffloadingConfig,
+    GroupOffloadingType,
+    ModuleGroup,
+    _apply_group_offloading,
+)
 from torch import Tensor
 
 CPU = torch.device("cpu")

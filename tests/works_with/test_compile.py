@@ -1,4 +1,5 @@
-"""torch.compile: the whole model, or its repeated blocks; as many graphs as the plan has patterns, none after the first generation."""
+"""torch.compile: the whole model, or its repeated blocks; as many graphs as the plan has patterns, none after the first
+generation."""
 
 from __future__ import annotations
 
@@ -113,9 +114,12 @@ def test_a_graph_for_every_pattern() -> None:
         assert plan is not None and counter.frame_count == plan.patterns > 2
 
 
-@pytest.mark.parametrize(("subject", "order"), [(SMALL_WAN, "before"), (SMALL_FLUX, "after")], ids=["Wan before", "Flux after"])
+@pytest.mark.parametrize(
+    ("subject", "order"), [(SMALL_WAN, "before"), (SMALL_FLUX, "after")], ids=["Wan before", "Flux after"]
+)
 def test_repeated_blocks(subject: Subject, order: str) -> None:
-    """diffusers' regional compilation: blocks of a class share their graphs' limit, and each has one for each pattern."""
+    """diffusers' regional compilation: blocks of a class share their graphs' limit, and each has one for each
+    pattern."""
     twin, model, counter = subject.build(), subject.build(), CompileCounter()
     replay = Replay(twin)
     again = run(subject, twin, replay)
@@ -135,14 +139,20 @@ def test_a_model_compiled_after_enable_is_refused_until_it_is_enabled_too(fullgr
     model = SMALL_WAN.build()
     pab.enable(model, TWO, num_steps=STEPS)
     compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
-    with pytest.raises(Exception, match=r"compiled = torch.compile\(model\) call pab.enable\(compiled\).*model.compile\(\)"):
+    with pytest.raises(
+        Exception, match=r"compiled = torch.compile\(model\) call pab.enable\(compiled\).*model.compile\(\)"
+    ):
         WAN.call(compiled, 0)
     pab.enable(compiled)
     assert WAN.call(compiled, 0).isfinite().all()
 
 
 def test_a_pipeline_with_a_compiled_transformer() -> None:
-    eager, pipe, counter = tiny_pipe(DDIMScheduler(), tiny_latte(num_layers=1)), tiny_pipe(DDIMScheduler()), CompileCounter()
+    eager, pipe, counter = (
+        tiny_pipe(DDIMScheduler(), tiny_latte(num_layers=1)),
+        tiny_pipe(DDIMScheduler()),
+        CompileCounter(),
+    )
     pipe.transformer = torch.compile(tiny_latte(num_layers=1), backend=counter)
     plain = sample(pipe, 4)
     for p in (eager, pipe):

@@ -1,4 +1,5 @@
-"""What a compiled block stores and reads costs no copy: it stays where it was computed, and a slot is read where it lies."""
+"""What a compiled block stores and reads costs no copy: it stays where it was computed, and a slot is read where it
+lies."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ class Model(nn.Module):
 def work(code: str) -> tuple[int, int, int]:
     """Buffers, loops over elements and products of matrices in what the compiler wrote of a graph."""
     body = code[code.index("def call(") : code.index("runner = ")]
-    buffers, loops, products = (len(re.findall(p, body)) for p in (r"= empty_strided_cpu\(", r" cpp_fused\w*\(", r"extern_kernels\."))
+    buffers, loops, products = (
+        len(re.findall(p, body)) for p in (r"= empty_strided_cpu\(", r" cpp_fused\w*\(", r"extern_kernels\.")
+    )
     return buffers, loops, products
 
 
@@ -54,7 +57,12 @@ def test_a_stored_and_a_read_output_cost_no_copy() -> None:
     x, gate = torch.randn(8, 64), torch.randn(64)
     model.block.compile(fullgraph=True)
     _, (plain,) = run_and_get_code(model, x, gate)
-    pab.enable(model, PABConfig(spatial=Broadcast(3, (0, 1))), num_steps=STEPS, kinds={"block.attn": "spatial", "block.mlp": "mlp"})
+    pab.enable(
+        model,
+        PABConfig(spatial=Broadcast(3, (0, 1))),
+        num_steps=STEPS,
+        kinds={"block.attn": "spatial", "block.mlp": "mlp"},
+    )
     _, (storing,) = run_and_get_code(model, x, gate)
     _, (reading,) = run_and_get_code(model, x, gate)
     assert work(storing) == work(plain)

@@ -1,4 +1,5 @@
-"""Context parallelism of diffusers: two ranks, each with half of the tokens and slots of its own, that do the same at every step."""
+"""Context parallelism of diffusers: two ranks, each with half of the tokens and slots of its own, that do the same at
+every step."""
 
 from __future__ import annotations
 

@@ -14,7 +14,9 @@ from tests.works_with.combination import LATTE, STEPS, SUBJECTS, TWO, WAN, Subje
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
-    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),  # autocast leaves Wan's RMSNorm as it is
+    pytest.mark.filterwarnings(
+        "ignore:Mismatch dtype between input and weight:UserWarning"
+    ),  # autocast leaves Wan's RMSNorm as it is
 ]
 
 subjects = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
@@ -56,7 +58,11 @@ def test_what_inference_mode_kept_is_reused_outside_of_it(subject: Subject) -> N
             found = []
             for step in range(STEPS):
                 for place, name in enumerate(("cond", "uncond")):
-                    with torch.inference_mode((step % 2 == 0) == first), torch.set_grad_enabled(True), pab.context(model, name):
+                    with (
+                        torch.inference_mode((step % 2 == 0) == first),
+                        torch.set_grad_enabled(True),
+                        pab.context(model, name),
+                    ):
                         found.append(subject.call(model, step + 100 * place))
         assert same(found, wanted) and pab.summary(model).forced == 0
 

@@ -1,4 +1,5 @@
-"""Rules for blocks where two streams have the same shape: which output continues which input cannot be known, and is not guessed."""
+"""Rules for blocks where two streams have the same shape: which output continues which input cannot be known, and is
+not guessed."""
 
 from __future__ import annotations
 
@@ -31,7 +32,10 @@ def test_a_rule_for_blocks_is_refused_at_the_first_call() -> None:
     model = SUBJECT.build()
     plain = run(SUBJECT, model)
     pab.enable(model, HALF, num_steps=STEPS)
-    refusal = r"transformer_blocks.0: output 0 .* continues 2 of its inputs.*enable\(model, kinds={'transformer_blocks.0': None}\)"
+    refusal = (
+        r"transformer_blocks.0: output 0 .* continues 2 of its inputs.*enable\(model, "
+        r"kinds={'transformer_blocks.0': None}\)"
+    )
     with pytest.raises(TypeError, match=refusal):
         SUBJECT.call(model, 0)
     assert pab.summary(model).cache_bytes == 0

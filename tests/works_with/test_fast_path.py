@@ -1,4 +1,5 @@
-"""`nn.TransformerEncoderLayer`, which torch runs as one operation where nobody is in the way: its attention is then not called."""
+"""`nn.TransformerEncoderLayer`, which torch runs as one operation where nobody is in the way: its attention is then not
+called."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def slowly() -> Iterator[None]:
 def test_its_attention_is_refused_and_nothing_is_left_behind() -> None:
     model = Encoder().eval()
     assert {s.kind for s in pab.sublayers(model)} == {"spatial", "block"}
-    with pytest.raises(ValueError, match=r"layers.0.self_attn .*set_fastpath_enabled\(False\).*kinds={'layers.\*.self_attn': None}"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.self_attn .*set_fastpath_enabled\(False\).*kinds={'layers.\*.self_attn': None}"
+    ):
         pab.enable(model, PABConfig(spatial=HALF), num_steps=STEPS)
     assert all("forward" not in vars(m) for m in model.modules()) and "_pab_broadcaster" not in vars(model)
 

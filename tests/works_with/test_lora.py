@@ -9,7 +9,21 @@ import pytest
 import torch
 
 import pab_kernels as pab
-from tests.works_with.combination import COGVIDEOX, FLUX, LATTE, STEPS, TWO, WAN, Replay, Subject, check, counted, run, same, sublayers
+from tests.works_with.combination import (
+    COGVIDEOX,
+    FLUX,
+    LATTE,
+    STEPS,
+    TWO,
+    WAN,
+    Replay,
+    Subject,
+    check,
+    counted,
+    run,
+    same,
+    sublayers,
+)
 
 pytest.importorskip("peft")
 

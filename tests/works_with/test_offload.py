@@ -1,4 +1,5 @@
-"""Weights that are elsewhere until a module runs: model, sequential and group offloading of accelerate and diffusers."""
+"""Weights that are elsewhere until a module runs: model, sequential and group offloading of accelerate and
+diffusers."""
 
 from __future__ import annotations
 
@@ -95,7 +96,9 @@ def test_weights_of_a_reused_sublayer_are_not_moved(subject: Subject) -> None:
     "offload",
     [
         lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
-        lambda pipe: accelerate.cpu_offload(pipe.transformer, CPU),  # as enable_sequential_cpu_offload does, which takes no CPU
+        lambda pipe: accelerate.cpu_offload(
+            pipe.transformer, CPU
+        ),  # as enable_sequential_cpu_offload does, which takes no CPU
         lambda pipe: pipe.enable_group_offload(onload_device=CPU, offload_type="leaf_level"),
     ],
     ids=["model", "sequential", "group"],

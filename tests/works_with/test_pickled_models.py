@@ -27,7 +27,8 @@ import torch
 for path in sys.argv[1:]:
     loaded = torch.load(path, weights_only=False) if path.endswith(".torch") else pickle.load(open(path, "rb"))
     modules = loaded.modules() if isinstance(loaded, torch.nn.Module) else [loaded]
-    assert not [name for m in modules for name in vars(m) if name.startswith("_pab") or name in ("forward", "step")], path
+    names = {name for m in modules for name in vars(m)}
+    assert not [name for name in names if name.startswith("_pab") or name in ("forward", "step")], path
     print(path, type(loaded).__name__)
 assert "pab_kernels" not in sys.modules
 """
@@ -47,7 +48,8 @@ def scheduler() -> Any:
 
 
 def test_they_load_without_the_package(tmp_path: Path) -> None:
-    """A model and a scheduler, by `torch.save` and by pickle, in one interpreter: importing torch takes longer than all of it."""
+    """A model and a scheduler, by `torch.save` and by pickle, in one interpreter: importing torch takes longer than all
+    of it."""
     loaded = []
     for make in (wan, scheduler):
         made = make()

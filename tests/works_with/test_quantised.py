@@ -1,7 +1,8 @@
-"""Quantised linear layers: torchao and bitsandbytes where they are installed, and the two ways in which such layers are made, by hand.
+"""Quantised linear layers: torchao and bitsandbytes where they are installed, and the two ways in which such layers are
+made, by hand.
 
-One way keeps `nn.Linear` and gives it a weight that is more than its numbers (torchao), the other puts a subclass in its place
-(bitsandbytes).
+One way keeps `nn.Linear` and gives it a weight that is more than its numbers (torchao), the other puts a subclass in
+its place (bitsandbytes).
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:Fut
 
 
 class Int8Weight(Tensor):
-    """int8 numbers with a scale for each row; it is of the dtype that it stands for, and a linear layer dequantises it."""
+    """int8 numbers with a scale for each row.
+
+    It is of the dtype that it stands for, and a linear layer dequantises it.
+    """
 
     q: Tensor
     scale: Tensor
@@ -97,7 +101,9 @@ def bitsandbytes(bits: int) -> Callable[[Any], None]:
 
 
 WAYS = [by_weights, by_subclass, torchao, bitsandbytes(4), bitsandbytes(8)]
-CASES = [(subject, way) for way in WAYS for subject in (WAN, FLUX, LATTE) if subject is not WAN or "bits" not in way.__name__]
+CASES = [
+    (subject, way) for way in WAYS for subject in (WAN, FLUX, LATTE) if subject is not WAN or "bits" not in way.__name__
+]
 """Wan's widths are too odd for bitsandbytes."""
 
 

@@ -51,7 +51,9 @@ def test_save_pretrained_saves_the_plain_model(subject: Subject, tmp_path: Path)
     assert files["plain"] == files["enabled"]
     loaded = type(model).from_pretrained(tmp_path / "enabled")
     for m in (model, loaded):
-        assert m.state_dict().keys() == state.keys() and all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
+        assert m.state_dict().keys() == state.keys() and all(
+            torch.equal(v, state[k]) for k, v in m.state_dict().items()
+        )
     for a, b in zip(run(subject, loaded), plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # weights in a file lie otherwise than in memory
 
@@ -70,7 +72,9 @@ def test_a_pipeline_saved_while_enabled(tmp_path: Path) -> None:
     assert not torch.allclose(plain, reused)
 
 
-@pytest.mark.parametrize(("subject", "compiled"), [(LATTE, False), (WAN, False), (WAN, True)], ids=["Latte", "Wan", "Wan compiled"])
+@pytest.mark.parametrize(
+    ("subject", "compiled"), [(LATTE, False), (WAN, False), (WAN, True)], ids=["Latte", "Wan", "Wan compiled"]
+)
 def test_nothing_keeps_a_pipeline_alive_after_disable(subject: Subject, compiled: bool) -> None:
     """Not even until the collector comes; what `compile` leaves in a model refers to it, and is for the collector."""
     pipe = named("LattePipeline" if subject is LATTE else "WanPipeline").build()

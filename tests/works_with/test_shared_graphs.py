@@ -1,4 +1,5 @@
-"""Compiled blocks share their graphs: equal blocks need one for each pattern of the plan, however many blocks there are."""
+"""Compiled blocks share their graphs: equal blocks need one for each pattern of the plan, however many blocks there
+are."""
 
 from __future__ import annotations
 
@@ -49,11 +50,18 @@ def _latte() -> Model:
 
 def _stdit3() -> Model:
     torch.manual_seed(0)
-    model = STDiT3(hidden_size=64, num_heads=2, depth=BLOCKS, caption_channels=6, model_max_length=5).eval().requires_grad_(False)
+    model = (
+        STDiT3(hidden_size=64, num_heads=2, depth=BLOCKS, caption_channels=6, model_max_length=5)
+        .eval()
+        .requires_grad_(False)
+    )
 
     def arguments(step: int) -> dict[str, Any]:
         g = torch.Generator().manual_seed(step)
-        x, y = torch.randn(1, 4, 3, 8, 8, generator=g), torch.randn(1, 1, 5, 6, generator=torch.Generator().manual_seed(0))
+        x, y = (
+            torch.randn(1, 4, 3, 8, 8, generator=g),
+            torch.randn(1, 1, 5, 6, generator=torch.Generator().manual_seed(0)),
+        )
         size = {name: torch.tensor([value]) for name, value in (("height", 64.0), ("width", 64.0), ("fps", 24.0))}
         return {"x": x, "timestep": torch.tensor([900.0]), "y": y} | size
 
@@ -177,7 +185,10 @@ def test_a_request_in_another_thread_adds_no_graph() -> None:
 
 @torch.no_grad()
 def test_other_rules_share_what_they_have_in_common() -> None:
-    """A step at which everything is computed is one graph, whatever is reused at others; and so is a block outside of any call."""
+    """A step at which everything is computed is one graph, whatever is reused at others.
+
+    And so is a block outside of any call.
+    """
     model, arguments, groups = _family("WanTransformer3DModel", "blocks")
     counter = CompileCounter()
     _compiled(model, groups, counter)
@@ -199,7 +210,9 @@ def test_a_block_that_is_called_by_itself_adds_no_graph_a_call() -> None:
     _compiled(model, groups, counter)
     given: list[Any] = []
     block: Any = model.get_submodule(groups[0])[0]  # type: ignore[index]
-    handle = block.register_forward_pre_hook(lambda module, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
+    handle = block.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append((args, kwargs)), with_kwargs=True
+    )
     pab.enable(model, PABConfig(spatial=RULE))
     with pab.generation(model, num_steps=STEPS):
         _run(model, arguments)
@@ -210,4 +223,6 @@ def test_a_block_that_is_called_by_itself_adds_no_graph_a_call() -> None:
         block(*args, **kwargs)
         counts.append(counter.frame_count)
     assert len(set(counts)) == 1
-    assert pab.summary(model).contexts["#0"]["mlp"].computed == STEPS * len(list(model.get_submodule(groups[0]).children()))
+    assert pab.summary(model).contexts["#0"]["mlp"].computed == STEPS * len(
+        list(model.get_submodule(groups[0]).children())
+    )

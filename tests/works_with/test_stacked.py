@@ -1,4 +1,5 @@
-"""Several things at once: an adapter, an attention backend, a step cache and offloaded weights, all on one model under PAB."""
+"""Several things at once: an adapter, an attention backend, a step cache and offloaded weights, all on one model under
+PAB."""
 
 from __future__ import annotations
 
@@ -32,8 +33,14 @@ def test_all_at_once(subject: Subject, kind: str) -> None:
     def combine(model: Any) -> None:
         inject(model)
         model.set_attention_backend("_native_math")
-        model.enable_cache(MagCacheConfig(mag_ratios=[1.0] * STEPS, num_inference_steps=STEPS, retention_ratio=3 / STEPS, max_skip_steps=2))
-        grouped(model, kind, prefetch=True)  # last: when its first pass ends diffusers takes hooks out from under others, which are lost
+        model.enable_cache(
+            MagCacheConfig(
+                mag_ratios=[1.0] * STEPS, num_inference_steps=STEPS, retention_ratio=3 / STEPS, max_skip_steps=2
+            )
+        )
+        grouped(
+            model, kind, prefetch=True
+        )  # last: when its first pass ends diffusers takes hooks out from under others, which are lost
 
     with offloading():
         check(subject, combine, forced=True)

@@ -33,7 +33,9 @@ def first_block() -> Any:
 
 def mag() -> Any:
     """Skips steps 3 and 4, so that step 5 finds what step 2 kept for step 3."""
-    return MagCacheConfig(mag_ratios=[1.0] * STEPS, num_inference_steps=STEPS, retention_ratio=3 / STEPS, max_skip_steps=2)
+    return MagCacheConfig(
+        mag_ratios=[1.0] * STEPS, num_inference_steps=STEPS, retention_ratio=3 / STEPS, max_skip_steps=2
+    )
 
 
 def sea() -> Any:
@@ -59,14 +61,18 @@ def faster() -> Any:
 
 def diffusers_own() -> Any:
     return PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001), current_timestep_callback=lambda: 500
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        current_timestep_callback=lambda: 500,
     )
 
 
 def _guided(seed: int) -> dict[str, Any]:
     """Both branches of guidance in one batch."""
     branches = [COGVIDEOX.inputs(seed), COGVIDEOX.inputs(seed + 1)]
-    return {k: torch.cat([b[k] for b in branches]) if isinstance(v, torch.Tensor) else v for k, v in branches[0].items()}
+    return {
+        k: torch.cat([b[k] for b in branches]) if isinstance(v, torch.Tensor) else v for k, v in branches[0].items()
+    }
 
 
 GUIDED = replace(COGVIDEOX, inputs=_guided)

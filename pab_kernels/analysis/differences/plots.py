@@ -28,7 +28,8 @@ def _drawn(value: float | None) -> TypeGuard[float]:
 
 
 def plot_curves(analysis: Analysis, path: str | Path | None = None) -> Figure:
-    """Draw the relative and the mean squared difference of each kind over the steps, means over layers, on logarithmic scales.
+    """Draw the relative and the mean squared difference of each kind over the steps, means over layers, on logarithmic
+    scales.
 
     Args:
         analysis: what was measured.
@@ -46,14 +47,18 @@ def plot_curves(analysis: Analysis, path: str | Path | None = None) -> Figure:
             steps, values = [i for i, _ in points], [v for _, v in points]
             ax.plot(steps, values, _STYLES.get(kind, "-"), color=COLOURS[kind], label=kind, linewidth=1.6)
         if start is not None:
-            ax.axvspan(start.window[0] - 0.5, start.window[1] - 0.5, color=_WINDOW, zorder=0, label="window to start from")
+            ax.axvspan(
+                start.window[0] - 0.5, start.window[1] - 0.5, color=_WINDOW, zorder=0, label="window to start from"
+            )
         ax.set_yscale("log")
         ax.set_title(f"{_TITLES[what]} to the step before", fontsize=10)
         ax.set_xlabel("sampling step", fontsize=9)
         ax.set_xlim(0, analysis.num_steps - 0.5)
         whole_numbers(ax)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False, fontsize=9)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False, fontsize=9
+    )
     return saved(figure, path)
 
 

@@ -1,12 +1,13 @@
-"""How much the output of every sublayer differs between neighbouring steps, measured while a model samples without broadcasting.
+"""How much the output of every sublayer differs between neighbouring steps, measured while a model samples without
+broadcasting.
 
 For sublayer s in context c, with its outputs o_i at step i,
 
     1. mse_i      = mean((o_i - o_(i-1))^2)
     2. relative_i = ||o_i - o_(i-1)|| / ||o_i||
 
-what holding the last output for one step would get wrong; of a block, o is the change that it makes to its stream. Only the last
-output is kept, and nothing is read from the device before the end.
+what holding the last output for one step would get wrong; of a block, o is the change that it makes to its stream. Only
+the last output is kept, and nothing is read from the device before the end.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _Place = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Differences:
-    """Of one sublayer in one context; entry i compares step i with the step before it, None where there is nothing to compare.
+    """Of one sublayer in one context; entry i compares step i with the step before it, None where there is nothing to
+    compare.
 
     Args:
         name, kind, layer: of the sublayer.
@@ -58,14 +60,19 @@ class Probe:
         progress: called at the beginning of every step.
         check: called before every sublayer; what it raises ends the run.
 
-    It may be interrupted between any two instructions: a difference and what it is of are one entry of a list, and one that is found
+    It may be interrupted between any two instructions: a difference and what it is of are one entry of a list, and one
+        that is found
     twice counts once.
     """
 
     cache_points = ("pre_gate",)
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, progress: Progress | None = None, check: Callable[[], None] = lambda: None
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        progress: Progress | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.sublayers = adapter.sublayers
         self._modules = [model.get_submodule(s.name) for s in self.sublayers]

@@ -16,7 +16,8 @@ Curves = Mapping[str, Sequence[float | None]]
 PYRAMID = ("spatial", "temporal", "cross")
 """Published order of ranges, the shortest first: cross attention differs least (PAB, arXiv 2408.12588, section 3.1)."""
 MIDDLE = (0.15, 0.85)
-"""The part of the schedule that is stable in the paper's measurements (section 3.1): the reference for what is small here."""
+"""The part of the schedule that is stable in the paper's measurements (section 3.1): the reference for what is small
+here."""
 SMALL = 2.0
 """How often the median of the middle a step's difference may be, to count as small. A choice of this package."""
 LONGEST_RANGE = 6
@@ -41,18 +42,25 @@ class Start:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict."""
-        return {"window": list(self.window), "config": self.config.to_dict(), "drift": self.drift, "follows_order": self.follows_order}
+        return {
+            "window": list(self.window),
+            "config": self.config.to_dict(),
+            "drift": self.drift,
+            "follows_order": self.follows_order,
+        }
 
 
 def starting_config(relative: Curves, mse: Curves, num_steps: int) -> Start | None:
-    """A window and ranges from measured differences; None where attention was not measured in the middle, or is not finite there.
+    """A window and ranges from measured differences; None where attention was not measured in the middle, or is not
+    finite there.
 
-    1. A step is calm if for every attention kind its relative difference is at most twice that kind's median over the middle 70 % of
-       the schedule. The window is the longest run of calm steps.
-    2. A held output drifts by about its difference a step, and the outputs of all kinds are added to the same stream. With `drift` the
-       root of a kind's mean squared difference in the window, the kind that drifts most gets range 2, and the others may drift as far
-       as that one does: `range = 1 + floor(largest drift / own drift)`, at most 6.
-    3. Ranges follow the published order, spatial <= temporal <= cross: one that is longer than a later one is cut to it.
+    1. A step is calm if for every attention kind its relative difference is at most twice that kind's median over the
+       middle 70 % of the schedule. The window is the longest run of calm steps.
+    2. A held output drifts by about its difference a step, and the outputs of all kinds are added to the same stream.
+       With `drift` the root of a kind's mean squared difference in the window, the kind that drifts most gets range 2,
+       and the others may drift as far as that one does: `range = 1 + floor(largest drift / own drift)`, at most 6.
+    3. Ranges follow the published order, spatial <= temporal <= cross: one that is longer than a later one is cut to
+    it.
 
     Args:
         relative: by kind, the relative difference at every step; kinds other than attention get no rule.
@@ -76,7 +84,9 @@ def starting_config(relative: Curves, mse: Curves, num_steps: int) -> Start | No
     if not all(map(math.isfinite, drift.values())):
         return None
     largest = max(drift.values())
-    ranges = {kind: LONGEST_RANGE if own == 0 else min(LONGEST_RANGE, 1 + int(largest / own)) for kind, own in drift.items()}
+    ranges = {
+        kind: LONGEST_RANGE if own == 0 else min(LONGEST_RANGE, 1 + int(largest / own)) for kind, own in drift.items()
+    }
     shortest = LONGEST_RANGE
     for kind in reversed(attention):
         shortest = ranges[kind] = min(ranges[kind], shortest)

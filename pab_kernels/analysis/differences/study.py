@@ -116,16 +116,25 @@ class Analysis:
         ]
         for kind in self.kinds:
             cells = [*self.parts(kind), self.parts(kind, "mse")[1]]
-            texts = ["-" if c is None else f"{c:.{digits}}" for c, digits in zip(cells, ("3f", "3f", "3f", "2e"), strict=True)]
-            lines.append(f"{kind:<9}" + "".join(f"{text:>{width}}" for text, width in zip(texts, (21, 9, 11, 18), strict=True)))
+            texts = [
+                "-" if c is None else f"{c:.{digits}}"
+                for c, digits in zip(cells, ("3f", "3f", "3f", "2e"), strict=True)
+            ]
+            lines.append(
+                f"{kind:<9}" + "".join(f"{text:>{width}}" for text, width in zip(texts, (21, 9, 11, 18), strict=True))
+            )
         start = self.start
         if start is None:
             return "\n".join(lines)
         ranges = ", ".join(f"{kind} {rule.range}" for kind, rule in start.config.broadcasts())
-        lines.append(f"differences stay small in steps {start.window[0]} to {start.window[1] - 1}; ranges to start from: {ranges}")
+        lines.append(
+            f"differences stay small in steps {start.window[0]} to {start.window[1] - 1}; ranges to start from: "
+            f"{ranges}"
+        )
         if not start.follows_order:
             lines.append(
-                "note: here spatial, temporal and cross do not differ in the published order; the ranges follow that order all the same"
+                "note: here spatial, temporal and cross do not differ in the published order; the ranges follow that "
+                "order all the same"
             )
         return "\n".join(lines)
 
@@ -143,18 +152,19 @@ def analyze(
     kinds: Mapping[str, str | None] | None = None,
     progress: Progress | None = None,
 ) -> Analysis:
-    """Measure how much the outputs of all sublayers differ from step to step while `run()` samples, without broadcasting.
+    """Measure how much the outputs of all sublayers differ from step to step while `run()` samples, without
+    broadcasting.
 
     Args:
         model_or_pipe: a diffusers pipeline, or the DiT itself.
-        run: samples once with it. In a loop of your own, `pab.context(model, name)` names the branches as usual; without names they are
-            told apart by their order within a step.
+        run: samples once with it. In a loop of your own, `pab.context(model, name)` names the branches as usual;
+            without names they are told apart by their order within a step.
         num_steps: of `run`, for a bare module; a pipeline's scheduler tells it.
         kinds: as in `pab.enable`.
         progress: called at every step with the number of steps begun and of all.
 
-    The first Ctrl-C stops the run before the next sublayer of the model, or at its end where no further one runs; the second stops it
-    at once, wherever it is. Either way what was measured is kept and the model is given back.
+    The first Ctrl-C stops the run before the next sublayer of the model, or at its end where no further one runs; the
+    second stops it at once, wherever it is. Either way what was measured is kept and the model is given back.
 
     Raises:
         Interrupted: Ctrl-C, or a KeyboardInterrupt of `run`; its `analysis` has what was measured until then.
@@ -164,10 +174,14 @@ def analyze(
     pipe = None if isinstance(model_or_pipe, nn.Module) else model_or_pipe
     given: Any = model_or_pipe if pipe is None else getattr(pipe, "transformer", None)
     if not isinstance(given, nn.Module):
-        raise TypeError(f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer`")
+        raise TypeError(
+            f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer`"
+        )
     model: nn.Module = uncompiled(given)
     if broadcaster_of(model) is not None:
-        raise ValueError(f"PAB is enabled on this {type(model).__name__}: what is reused does not differ; pab.disable it first")
+        raise ValueError(
+            f"PAB is enabled on this {type(model).__name__}: what is reused does not differ; pab.disable it first"
+        )
     if (pipe is None) != (num_steps is not None):
         raise ValueError("num_steps is needed for a bare module, and only there: a pipeline's scheduler tells it")
     study = _Study(model)
@@ -189,7 +203,9 @@ def analyze(
 
 def _is_interrupt(error: BaseException | None) -> bool:
     """Whether Ctrl-C is behind an error: libraries turn it into errors of theirs where it lands in their callbacks."""
-    return error is not None and (isinstance(error, KeyboardInterrupt) or _is_interrupt(error.__cause__ or error.__context__))
+    return error is not None and (
+        isinstance(error, KeyboardInterrupt) or _is_interrupt(error.__cause__ or error.__context__)
+    )
 
 
 class _Study:
@@ -208,7 +224,13 @@ class _Study:
         return self._stop.noted > 0
 
     def measure(
-        self, pipe: Any, adapter: Adapter, run: Callable[[], Any], num_steps: int | None, progress: Progress | None, stop: CtrlC
+        self,
+        pipe: Any,
+        adapter: Adapter,
+        run: Callable[[], Any],
+        num_steps: int | None,
+        progress: Progress | None,
+        stop: CtrlC,
     ) -> None:
         """Run with a probe in the model."""
         self._stop = stop

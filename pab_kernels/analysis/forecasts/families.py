@@ -28,11 +28,21 @@ class Family:
 
 
 def _cogvideox(**config: Any) -> dict[str, Any]:
-    return {"_class_name": "CogVideoXTransformer3DModel", "sample_height": 60, "sample_width": 90, "sample_frames": 49} | config
+    return {
+        "_class_name": "CogVideoXTransformer3DModel",
+        "sample_height": 60,
+        "sample_width": 90,
+        "sample_frames": 49,
+    } | config
 
 
 def _wan(**config: Any) -> dict[str, Any]:
-    return {"_class_name": "WanTransformer3DModel", "attention_head_dim": 128, "text_dim": 4096, "patch_size": (1, 2, 2)} | config
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "attention_head_dim": 128,
+        "text_dim": 4096,
+        "patch_size": (1, 2, 2),
+    } | config
 
 
 FAMILIES = {
@@ -93,9 +103,14 @@ FAMILIES = {
         (Size(129, 720, 1280), Size(129, 544, 960)),
         50,
     ),
-    "ltx-video": Family("Lightricks/LTX-Video", {"_class_name": "LTXVideoTransformer3DModel"}, (Size(161, 512, 704),), 50),
+    "ltx-video": Family(
+        "Lightricks/LTX-Video", {"_class_name": "LTXVideoTransformer3DModel"}, (Size(161, 512, 704),), 50
+    ),
     "flux.1-dev": Family(
-        "black-forest-labs/FLUX.1-dev", {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}, (Size(1, 1024, 1024),), 28
+        "black-forest-labs/FLUX.1-dev",
+        {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True},
+        (Size(1, 1024, 1024),),
+        28,
     ),
     # Open-Sora v1.2.0, opensora/models/stdit/stdit3.py; 2, 4 and 8 s at 480p, 2 and 4 s at 720p
     "open-sora-1.2": Family(
@@ -117,4 +132,7 @@ def unknown_family(name: str) -> ValueError:
     """The error for a name that is none, with those that are near."""
     near = difflib.get_close_matches(name.lower(), FAMILIES, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-    return ValueError(f"there is no model {name!r}{hint} Known are {', '.join(FAMILIES)}; a hub id or the path of a config.json serves too")
+    return ValueError(
+        f"there is no model {name!r}{hint} Known are {', '.join(FAMILIES)}; a hub id or the path of a config.json "
+        "serves too"
+    )

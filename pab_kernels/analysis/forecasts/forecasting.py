@@ -79,8 +79,8 @@ class ModelForecast:
     def device_bytes(self) -> int:
         """Device memory: weights, activations of a call and slots, each at its most.
 
-        Not in it are text encoder and VAE, what the CUDA context, the allocator and kernels take for themselves, and the latents that the
-        scheduler keeps.
+        Not in it are text encoder and VAE, what the CUDA context, the allocator and kernels take for themselves, and
+        the latents that the scheduler keeps.
         """
         return self.weight_bytes + self.activation_bytes + self.total.peak_cache_bytes
 
@@ -128,13 +128,15 @@ def forecast(
 ) -> ModelForecast:
     """FLOPs, cache bytes, bytes moved and device memory of a generation with PAB, from shapes alone.
 
-    1. The transformer is made from its config on the meta device, where tensors have shapes and no values, and is called once.
+    1. The transformer is made from its config on the meta device, where tensors have shapes and no values, and is
+    called once.
     2. Its plan is made for the timesteps of its family's usual scheduler.
-    3. The plan's forecast of what that call measured is what a generation on the device counts: `ops.flop_counter()` and
-       `pab.summary(...).peak_cache_bytes`.
+    3. The plan's forecast of what that call measured is what a generation on the device counts: `ops.flop_counter()`
+       and `pab.summary(...).peak_cache_bytes`.
 
     Args:
-        model: a name in `families.FAMILIES`, a hub id, a path of a config.json or of a folder with one, or a config with `_class_name`.
+        model: a name in `families.FAMILIES`, a hub id, a path of a config.json or of a folder with one, or a config
+            with `_class_name`.
         size: frames, height and width of the clip; default the usual one of a known family.
         steps: of the sampling; default the usual number of a known family.
         config: the rules; default the preset of the model's class.

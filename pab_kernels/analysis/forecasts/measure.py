@@ -1,4 +1,5 @@
-"""One call of a model on the meta device, measured: FLOPs and outputs of every sublayer, and the memory that the call needs."""
+"""One call of a model on the meta device, measured: FLOPs and outputs of every sublayer, and the memory that the call
+needs."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Measured:
     Args:
         flops: of the whole call.
         runs: see `watched`.
-        activation_bytes: the most that tensors of the call, its inputs included, take at one time, with attention that keeps no scores.
+        activation_bytes: the most that tensors of the call, its inputs included, take at one time, with attention that
+            keeps no scores.
         weight_bytes: of parameters and buffers.
     """
 
@@ -38,13 +40,16 @@ class Measured:
     def costs(self, cache_dtype: str | None = None) -> tuple[dict[str, Cost], int]:
         """What each sublayer costs in one call, and the FLOPs of the rest: the arguments of `Plan.forecast`.
 
-        A block's FLOPs are those outside of its sublayers. A sublayer that runs several times in a call has a slot for each time.
+        A block's FLOPs are those outside of its sublayers. A sublayer that runs several times in a call has a slot for
+        each time.
         """
         runs: dict[str, list[SublayerRun]] = {}
         for run in self.runs.values():
             runs.setdefault(run.name, []).append(run)
         costs = {
-            name: Cost(sum(r.own[name] for r in each), sum(r.nbytes(cache_dtype) for r in each), sum(r.nbytes() for r in each))
+            name: Cost(
+                sum(r.own[name] for r in each), sum(r.nbytes(cache_dtype) for r in each), sum(r.nbytes() for r in each)
+            )
             for name, each in runs.items()
         }
         return costs, self.flops - sum(cost.flops for cost in costs.values())
@@ -53,8 +58,9 @@ class Measured:
 def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> Measured:
     """Call `model` once, as it is without PAB.
 
-    FLOPs are those that `ops.flop_counter()` counts. Memory is what eager torch holds: every tensor from the operation that makes it until
-    nothing refers to it. Attention's scores are not among them, as no kernel for GPUs keeps them, nor are workspaces of kernels.
+    FLOPs are those that `ops.flop_counter()` counts. Memory is what eager torch holds: every tensor from the operation
+    that makes it until nothing refers to it. Attention's scores are not among them, as no kernel for GPUs keeps them,
+    nor are workspaces of kernels.
 
     Args:
         model: on the meta device; nothing is computed there.
@@ -71,7 +77,9 @@ def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sub
         with watched(model, sublayers, counter) as runs:
             model(**inputs)
     if missing := [s.name for s in sublayers if s.name not in runs]:
-        raise RuntimeError(f"{type(model).__name__}: {missing[0]} did not run in a call of the model; nothing is known of it")
+        raise RuntimeError(
+            f"{type(model).__name__}: {missing[0]} did not run in a call of the model; nothing is known of it"
+        )
     return Measured(counter.get_total_flops(), runs, live.peak, sum(weights.values()))
 
 
@@ -113,7 +121,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 class AttentionWithoutScores(TorchFunctionMode):
-    """Lets `F.scaled_dot_product_attention` count as a kernel that keeps no scores: its output is all that is alive of it."""
+    """Lets `F.scaled_dot_product_attention` count as a kernel that keeps no scores: its output is all that is alive of
+    it."""
 
     def __init__(self, live: LiveBytes) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""What each class of transformer is called with at a size of clip: latents, text, calls a step, timesteps. Meta tensors: shapes alone."""
+"""What each class of transformer is called with at a size of clip: latents, text, calls a step, timesteps. Meta
+tensors: shapes alone."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class ModelCall:
 
     Args:
         latents: from a config and the size of a clip, that of its latents.
-        tensors: from a config, the batch, the latents, the tokens of the text and the model's dtype: the arguments of `forward`.
+        tensors: from a config, the batch, the latents, the tokens of the text and the model's dtype: the arguments of
+            `forward`.
         timesteps: of a number of steps, for latents of a size and the clip.
         text: tokens of the prompt, padding included.
         batch: what the batch of a call is times that of the clips: 2 with batched classifier-free guidance.
@@ -56,7 +58,10 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def compressed(frames: int, pixels: int) -> Callable[[Config, Size], Size]:
-    """Latents of a VAE that makes one latent frame of the first frame and one of every `frames` further ones; the patches must fit."""
+    """Latents of a VAE that makes one latent frame of the first frame and one of every `frames` further ones.
+
+    The patches must fit.
+    """
 
     def latents(config: Config, clip: Size) -> Size:
         patch = config.get("patch_size", 1)
@@ -66,7 +71,8 @@ def compressed(frames: int, pixels: int) -> Callable[[Config, Size], Size]:
             step = frames * p_t
             first = 1 + frames * (p_t - 1)
             raise ValueError(
-                f"size {clip}: {clip.frames} frames do not fit; {first}, {first + step}, {first + 2 * step}, ... are supported"
+                f"size {clip}: {clip.frames} frames do not fit; {first}, {first + step}, {first + 2 * step}, ... are "
+                "supported"
             )
         for name, length, multiple in (("height", clip.height, pixels * p_h), ("width", clip.width, pixels * p_w)):
             if length % multiple:
@@ -84,14 +90,18 @@ def _latte_latents(config: Config, clip: Size) -> Size:
 
 def _flux_latents(config: Config, clip: Size) -> Size:
     if clip.frames != 1:
-        raise ValueError(f"size {clip}: {clip.frames} frames do not fit; this model makes images: 1x{clip.height}x{clip.width}")
+        raise ValueError(
+            f"size {clip}: {clip.frames} frames do not fit; this model makes images: 1x{clip.height}x{clip.width}"
+        )
     return compressed(1, 8)({"patch_size": 2}, clip)
 
 
 def _open_sora_latents(config: Config, clip: Size) -> Size:
     """Open-Sora 1.2's VAE: every 17 frames are 5 latent ones, rounded down in height and width; patches are padded."""
     if clip.frames != 1 and clip.frames % 17:
-        raise ValueError(f"size {clip}: {clip.frames} frames do not fit; 1 and multiples of 17 are supported (51 are 2 s)")
+        raise ValueError(
+            f"size {clip}: {clip.frames} frames do not fit; 1 and multiples of 17 are supported (51 are 2 s)"
+        )
     return Size(1 if clip.frames == 1 else clip.frames // 17 * 5, clip.height // 8, clip.width // 8)
 
 
@@ -99,7 +109,8 @@ def _open_sora_latents(config: Config, clip: Size) -> Size:
 
 
 def _video(text_channels: str) -> Tensors:
-    """Latents with channels first, a timestep for each clip, and text of as many channels as the config has under a name."""
+    """Latents with channels first, a timestep for each clip, and text of as many channels as the config has under a
+    name."""
 
     def tensors(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype) -> dict[str, Any]:
         return {
@@ -246,5 +257,5 @@ MODEL_CALLS = {
     "FluxTransformer2DModel": ModelCall(_flux_latents, _flux, _flux_timesteps, text=512),
     "STDiT3": ModelCall(_open_sora_latents, _stdit3, _open_sora_timesteps, text=300, batch=2),
 }
-"""By class. Text, guidance and timesteps are the defaults of the classes' text-to-video pipelines in diffusers; STDiT3's those of Open-Sora
-1.2's `configs/opensora-v1-2/inference/sample.py`."""
+"""By class. Text, guidance and timesteps are the defaults of the classes' text-to-video pipelines in diffusers;
+STDiT3's those of Open-Sora 1.2's `configs/opensora-v1-2/inference/sample.py`."""

@@ -45,8 +45,8 @@ def find_config(model: str | Path | Mapping[str, Any]) -> Source:
     """The config of a transformer.
 
     Args:
-        model: a name or hub id in `FAMILIES`; a path of a config.json, or of a folder that has it or has it in `transformer`; any other
-            hub id, whose config.json is fetched where it is not cached; or the config itself.
+        model: a name or hub id in `FAMILIES`; a path of a config.json, or of a folder that has it or has it in
+            `transformer`; any other hub id, whose config.json is fetched where it is not cached; or the config itself.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -128,7 +128,9 @@ def _reason(errors: Any, error: Exception) -> str:
 
 def _source(name: str, config: Mapping[str, Any]) -> Source:
     architectures = config.get("architectures")
-    class_name = config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
+    class_name = config.get("_class_name") or (
+        architectures[0] if isinstance(architectures, list) and architectures else None
+    )
     if not isinstance(class_name, str):
         raise ValueError(f"{name} names no class: a transformer's config has _class_name")
     if class_name not in MODEL_CALLS:
@@ -138,7 +140,8 @@ def _source(name: str, config: Mapping[str, Any]) -> Source:
 
 
 def build(source: Source, dtype: torch.dtype) -> Any:
-    """The transformer on the meta device with the dtypes that loading it in `dtype` gives: some classes keep modules in float32.
+    """The transformer on the meta device with the dtypes that loading it in `dtype` gives: some classes keep modules in
+    float32.
 
     Raises:
         ValueError: the class does not take this config.

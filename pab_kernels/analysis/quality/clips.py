@@ -20,7 +20,8 @@ VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TENSORS = (".pt", ".pth", ".npy", ".safetensors")
 _OVERSHOOT = 2**-8
-"""How far a floating-point pixel may lie outside of black and white, as a share of their distance: the rounding of bfloat16."""
+"""How far a floating-point pixel may lie outside of black and white, as a share of their distance: the rounding of
+bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ class Clip:
 def read_clip(source: Any, name: str = "clip", values: tuple[float, float] = (0.0, 1.0)) -> Clip:
     """Read a clip.
 
-    A folder's images are its frames, in the order of their names with numbers by value (`2.png` before `10.png`). A file of tensors holds
-    one tensor: `[frames, channels, height, width]`, `[frames, height, width, channels]` or `[channels, frames, height, width]`, perhaps
-    with a batch of 1 in front; or an image, without frames; or a grey clip, without channels. The dimension of 1, 3 or 4 is the channels,
-    looked for in the order last, second, first. Transparent pixels are shown on black.
+    A folder's images are its frames, in the order of their names with numbers by value (`2.png` before `10.png`). A
+    file of tensors holds one tensor: `[frames, channels, height, width]`, `[frames, height, width, channels]` or
+    `[channels, frames, height, width]`, perhaps with a batch of 1 in front; or an image, without frames; or a grey
+    clip, without channels. The dimension of 1, 3 or 4 is the channels, looked for in the order last, second, first.
+    Transparent pixels are shown on black.
 
     Args:
         source: a path, or a tensor or array.
@@ -81,13 +83,17 @@ def _read(path: Path) -> np.ndarray:
     if reader is None:
         supported = " ".join(VIDEOS + IMAGES + TENSORS)
         raise ValueError(
-            f"{shortened(str(path))} ends in {ending or 'nothing'}; supported are folders of images and {supported}: convert it"
+            f"{shortened(str(path))} ends in {ending or 'nothing'}; supported are folders of images and {supported}: "
+            "convert it"
         )
     return _decoded(reader, path)
 
 
 def _decoded(reader: Callable[[Path], np.ndarray], path: Path) -> np.ndarray:
-    """What `reader` makes of a file; whatever its library raises on a damaged one becomes one line, and what it warns of is left out."""
+    """What `reader` makes of a file.
+
+    Whatever its library raises on a damaged one becomes one line, and what it warns of is left out.
+    """
     try:
         check_regular(path)
         with warnings.catch_warnings():
@@ -102,14 +108,18 @@ def _decoded(reader: Callable[[Path], np.ndarray], path: Path) -> np.ndarray:
 
 
 def _read_folder(path: Path) -> np.ndarray:
-    files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith(".")), key=_natural)
+    files = sorted(
+        (p for p in path.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith(".")), key=_natural
+    )
     if not files:
         raise ValueError(f"the folder {path} holds no images; supported are {' '.join(IMAGES)}")
     frames: list[np.ndarray] = []
     for file in files:
         frame = _decoded(_read_image, file)  # [1, height, width, channels]
         if len(frame) > 1:
-            raise ValueError(f"{file} holds {len(frame)} frames; a folder has one in each image: compare that file by itself")
+            raise ValueError(
+                f"{file} holds {len(frame)} frames; a folder has one in each image: compare that file by itself"
+            )
         if frames and frame.shape[1:3] != frames[0].shape[1:3]:
             (h0, w0), (h, w) = frames[0].shape[1:3], frame.shape[1:3]
             raise ValueError(f"the frames of a clip have one size: {files[0]} is {h0} x {w0}, {file} is {h} x {w}")
@@ -122,9 +132,15 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
 
 
 def _joined(frames: list[np.ndarray]) -> np.ndarray:
-    """Frames `[1, height, width, channels]` as one array; where some are grey, opaque or have 8 bits, they become as the others."""
+    """Frames `[1, height, width, channels]` as one array.
+
+    Where some are grey, opaque or have 8 bits, they become as the others.
+    """
     if len({(f.shape, f.dtype) for f in frames}) > 1:
-        frames = [np.round(f.astype(np.float64) * (255 / 65535)).astype(np.uint8) if f.dtype == np.uint16 else f for f in frames]
+        frames = [
+            np.round(f.astype(np.float64) * (255 / 65535)).astype(np.uint8) if f.dtype == np.uint16 else f
+            for f in frames
+        ]
         most = max(f.shape[3] for f in frames)
         frames = [_widened(f, most) for f in frames]
     return np.concatenate(frames)
@@ -140,7 +156,9 @@ def _widened(frame: np.ndarray, channels: int) -> np.ndarray:
 
 def _read_image(path: Path) -> np.ndarray:
     """`[frames, height, width, 1, 3 or 4]`, uint8, or uint16 for grey images of 16 bits."""
-    image, operations, sequence = (require(f"PIL.{part}", "reading images") for part in ("Image", "ImageOps", "ImageSequence"))
+    image, operations, sequence = (
+        require(f"PIL.{part}", "reading images") for part in ("Image", "ImageOps", "ImageSequence")
+    )
     frames = []
     with image.open(path) as opened:
         for frame in sequence.Iterator(opened):
@@ -174,7 +192,9 @@ def _read_tensor(path: Path) -> np.ndarray:
         held = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(held, dict):
         if len(held) != 1:
-            raise ValueError(f"it holds {len(held)} entries ({', '.join(map(str, list(held)[:5]))}); save the clip alone")
+            raise ValueError(
+                f"it holds {len(held)} entries ({', '.join(map(str, list(held)[:5]))}); save the clip alone"
+            )
         held = next(iter(held.values()))
     if not isinstance(held, torch.Tensor):
         raise ValueError(f"it holds a {type(held).__name__}; save the clip as one tensor")
@@ -204,7 +224,8 @@ def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
             if array.shape[axis] in (1, 3, 4):
                 return np.moveaxis(array, axis, 1)
     raise ValueError(
-        f"{name} has the shape {shape}; supported are [frames, channels, height, width], [frames, height, width, channels] and "
+        f"{name} has the shape {shape}; supported are [frames, channels, height, width], [frames, height, width, "
+        "channels] and "
         "[channels, frames, height, width] with 1, 3 or 4 channels and at least one frame: permute or cut it"
     )
 
@@ -214,7 +235,9 @@ def _checked(frames: np.ndarray, name: str, values: tuple[float, float]) -> Clip
     if frames.dtype in (np.uint8, np.uint16, np.bool_):
         black, white = 0.0, 1.0 if frames.dtype == np.bool_ else float(np.iinfo(frames.dtype).max)
     elif not np.issubdtype(frames.dtype, np.floating):
-        raise ValueError(f"{name} has the dtype {frames.dtype}; supported are uint8, uint16, bool and floating point: convert it")
+        raise ValueError(
+            f"{name} has the dtype {frames.dtype}; supported are uint8, uint16, bool and floating point: convert it"
+        )
     else:
         low, high = float(frames.min()), float(frames.max())
         if not np.isfinite([low, high]).all():

@@ -37,7 +37,8 @@ class Closeness:
     Args:
         psnr: in dB; infinite where they are equal.
         ssim: 1 where they are equal.
-        consistency_a, consistency_b: 1 - the mean absolute change from the frame before, in either clip; None for a first frame.
+        consistency_a, consistency_b: 1 - the mean absolute change from the frame before, in either clip; None for a
+            first frame.
         lpips: 0 where they are equal; None where it was not measured.
     """
 
@@ -49,7 +50,9 @@ class Closeness:
 
     def to_dict(self) -> dict[str, float | None]:
         """JSON-ready: an infinite PSNR is None."""
-        return {name: value if value is not None and math.isfinite(value) else None for name, value in vars(self).items()}
+        return {
+            name: value if value is not None and math.isfinite(value) else None for name, value in vars(self).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,10 @@ class Comparison:
         return "\n".join([*head, *table, *(f"note: {note}" for note in self.notes)])
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw every measure over the frames; saved to `path` if given, in the format of its ending. Needs matplotlib."""
+        """Draw every measure over the frames.
+
+        Saved to `path` if given, in the format of its ending. Needs matplotlib.
+        """
         figure = new_figure("plotting a comparison", (8, 6.4), dpi=150)
         panels = [(_HEADINGS[name], [name]) for name in ("psnr", "ssim")]
         if len(self.frames) > 1:
@@ -112,7 +118,9 @@ class Comparison:
                 values = [getattr(frame, name) for frame in self.frames]
                 drawn = [v if v is not None and math.isfinite(v) else math.nan for v in values]
                 label = {"consistency_a": "A", "consistency_b": "B"}.get(name)
-                ax.plot(range(len(drawn)), drawn, marker="o", markersize=3, color=_COLOURS.get(name, "#0072b2"), label=label)
+                ax.plot(
+                    range(len(drawn)), drawn, marker="o", markersize=3, color=_COLOURS.get(name, "#0072b2"), label=label
+                )
             if len(names) > 1:
                 ax.legend(loc="best", frameon=False)
             ax.set_ylabel(heading)
@@ -150,22 +158,26 @@ def compare(
     4. LPIPS of every frame, where it is installed.
 
     Args:
-        a, b: paths of videos, images, folders of images or files of tensors, or tensors or arrays: see `clips.read_clip`.
+        a, b: paths of videos, images, folders of images or files of tensors, or tensors or arrays: see
+            `clips.read_clip`.
         values: of black and white in floating-point tensors.
-        lpips: True: it must be measured; False: it is not; None: where a package for it is installed, and a note says where not.
+        lpips: True: it must be measured; False: it is not; None: where a package for it is installed, and a note says
+            where not.
         progress: called after every frame.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a clip is not supported, their sizes or numbers of frames differ, or with `lpips=True` its network cannot be loaded.
-        ModuleNotFoundError: a package is not installed that the clips, or `lpips=True`, need.
+        ValueError: a clip is not supported, their sizes or numbers of frames differ, or with `lpips=True` its network
+        cannot be loaded. ModuleNotFoundError: a package is not installed that the clips, or `lpips=True`, need.
 
     >>> import numpy as np
     >>> round(compare(np.full((2, 3, 8, 8), 0.6), np.full((2, 3, 8, 8), 0.5), lpips=False).total.psnr, 6)
     20.0
     """
     if len(values) != 2 or not values[0] < values[1] or not all(map(math.isfinite, values)):
-        raise ValueError(f"values must be two numbers, black below white, got {values}; they are (0, 1) or (-1, 1) for most models")
+        raise ValueError(
+            f"values must be two numbers, black below white, got {values}; they are (0, 1) or (-1, 1) for most models"
+        )
     require("skimage.metrics", "measuring PSNR and SSIM")
     clips = read_clip(a, "A", values), read_clip(b, "B", values)
     _check_alike(*clips)
@@ -189,11 +201,15 @@ def compare(
 def _check_alike(a: Clip, b: Clip) -> None:
     if len(a.frames) != len(b.frames):
         raise ValueError(
-            f"{a.name} has {len(a.frames)} frame(s) and {b.name} has {len(b.frames)}; the numbers must agree: cut the longer one"
+            f"{a.name} has {len(a.frames)} frame(s) and {b.name} has {len(b.frames)}; the numbers must agree: cut the "
+            "longer one"
         )
     if a.frames.shape[2:] != b.frames.shape[2:]:
         (h, w), (h2, w2) = a.frames.shape[2:], b.frames.shape[2:]
-        raise ValueError(f"{a.name} has frames of {h} x {w} and {b.name} of {h2} x {w2} (height x width); they must agree: resize one clip")
+        raise ValueError(
+            f"{a.name} has frames of {h} x {w} and {b.name} of {h2} x {w2} (height x width); they must agree: resize "
+            "one clip"
+        )
 
 
 def _chosen_lpips(wanted: bool | None) -> tuple[Distance | None, list[str]]:
@@ -209,7 +225,9 @@ def _chosen_lpips(wanted: bool | None) -> tuple[Distance | None, list[str]]:
         return None, [f"LPIPS was not measured: {error}"]
 
 
-def _measure(clips: tuple[Clip, Clip], distance: Distance | None, progress: Progress | None) -> tuple[list[float], list[Closeness]]:
+def _measure(
+    clips: tuple[Clip, Clip], distance: Distance | None, progress: Progress | None
+) -> tuple[list[float], list[Closeness]]:
     """The mean squared error and the closeness of every frame."""
     errors, frames = [], []
     before: list[np.ndarray] = []

@@ -20,7 +20,8 @@ MISSING = (
 
 
 def load_lpips() -> Distance:
-    """LPIPS (Zhang et al. 2018) with AlexNet, from the package lpips, else from torchmetrics: 0 for equal frames, larger further apart.
+    """LPIPS (Zhang et al. 2018) with AlexNet, from the package lpips, else from torchmetrics: 0 for equal frames,
+    larger further apart.
 
     Raises:
         ModuleNotFoundError: neither is installed; the message says so.
@@ -43,11 +44,15 @@ def _from_lpips() -> Callable[..., torch.Tensor]:
 
 
 def _from_torchmetrics() -> Callable[..., torch.Tensor]:
-    metric = importlib.import_module("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+    metric = importlib.import_module("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity(
+        net_type="alex", normalize=True
+    )
     return metric.eval()
 
 
 @torch.no_grad()
 def _distance(network: Callable[..., torch.Tensor], a: np.ndarray, b: np.ndarray) -> float:
-    x, y = (torch.from_numpy(np.ascontiguousarray(frame, dtype=np.float32))[None] for frame in (a, b))  # [1, 3, height, width]
+    x, y = (
+        torch.from_numpy(np.ascontiguousarray(frame, dtype=np.float32))[None] for frame in (a, b)
+    )  # [1, 3, height, width]
     return float(network(x, y))

@@ -27,5 +27,7 @@ def ssim(frame: np.ndarray, reference: np.ndarray) -> float:
     metrics = require("skimage.metrics", "measuring PSNR and SSIM")
     height, width = frame.shape[1:]
     if min(height, width) < SSIM_WINDOW:
-        raise ValueError(f"clip has frames of {height} x {width}; SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels")
+        raise ValueError(
+            f"clip has frames of {height} x {width}; SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels"
+        )
     return float(metrics.structural_similarity(reference, frame, data_range=1, channel_axis=0, win_size=SSIM_WINDOW))

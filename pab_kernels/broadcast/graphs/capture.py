@@ -29,10 +29,12 @@ class Capture(Protocol):
         """Bytes of device memory that the graphs have between them."""
 
     def warm_up(self, run: Callable[[], Any]) -> Any:
-        """What `run` returns, run where it will be captured: what libraries make when they are first used is then there."""
+        """What `run` returns, run where it will be captured: what libraries make when they are first used is then
+        there."""
 
     def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """The work that `run` queues on the device, as a graph, without doing it: what replays it, and what `run` returned."""
+        """The work that `run` queues on the device, as a graph, without doing it: what replays it, and what `run`
+        returned."""
 
 
 class CudaCapture:
@@ -48,7 +50,8 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise RuntimeError(
-                f"the model was called with tensors on {device}, and CUDA graphs need a CUDA device: move the model and its inputs there, "
+                f"the model was called with tensors on {device}, and CUDA graphs need a CUDA device: move the model "
+                "and its inputs there, "
                 "or leave cuda_graphs out of pab.enable"
             )
         self._pool = torch.cuda.graph_pool_handle()

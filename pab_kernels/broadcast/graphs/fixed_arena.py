@@ -1,4 +1,5 @@
-"""Slots at fixed addresses, as CUDA graphs need them: an arena that keeps its memory from one generation to the next."""
+"""Slots at fixed addresses, as CUDA graphs need them: an arena that keeps its memory from one generation to the
+next."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ class FixedPlace:
         """The newest first."""
 
     def write(self, value: Any) -> None:
-        """Make `value` the newest. That is always at the same address, so that one graph reads it at every step: the older ones move."""
+        """Make `value` the newest.
+
+        That is always at the same address, so that one graph reads it at every step: the older ones move.
+        """
         for older, newer in zip(self.values[:0:-1], self.values[-2::-1], strict=True):
             copy_into(older, newer)
         copy_into(self.values[0], value)
@@ -42,7 +46,8 @@ Places = dict[tuple[str, Hashable], FixedPlace]
 
 @dataclass(frozen=True)
 class Change:
-    """What a call did to an arena: `Arena.put` or, without a place, `Arena.release`. How many outputs it left follows from the step."""
+    """What a call did to an arena: `Arena.put` or, without a place, `Arena.release`. How many outputs it left follows
+    from the step."""
 
     name: str
     place: FixedPlace | None = None
@@ -72,13 +77,21 @@ class FixedArena(Arena):
         self._rehearsed = False
 
     def rehearsal(self, *, writes: bool) -> FixedArena:
-        """An arena with these slots, for a call that is repeated as it was: one that does something else is an error."""
+        """An arena with these slots, for a call that is repeated as it was: one that does something else is an
+        error."""
         copy = FixedArena(Meter(), self.places, self._outputs, writes=writes)
         copy.meters = {kind: Meter() for kind in self.meters}
-        copy.weights, copy._kinds, copy._slots, copy._rehearsed = self.weights, dict(self._kinds), dict(self._slots), True
+        copy.weights, copy._kinds, copy._slots, copy._rehearsed = (
+            self.weights,
+            dict(self._kinds),
+            dict(self._slots),
+            True,
+        )
         return copy
 
-    def put(self, name: str, kind: str, value: Any, key: Key, source: int, dtype: torch.dtype | None = None, most: int = 1) -> None:
+    def put(
+        self, name: str, kind: str, value: Any, key: Key, source: int, dtype: torch.dtype | None = None, most: int = 1
+    ) -> None:
         """See `Arena.put`; `value` is copied.
 
         Raises:

@@ -1,10 +1,14 @@
-"""CUDA graphs of a model: what its forward queues on the device, captured once for each thing that it may be asked to do, and replayed.
+"""CUDA graphs of a model: what its forward queues on the device, captured once for each thing that it may be asked to
+do, and replayed.
 
-    1. a call's key: its context, what its arguments look like, and what every sublayer is to do, known before the model runs
+    1. a call's key: its context, what its arguments look like, and what every sublayer is to do, known before the model
+    runs
     2. a key that is new: the model runs, which is the call, and runs again while it is captured, which does nothing
-    3. a key that is known: arguments and weights of outputs are written to where the graph reads them, and the graph is replayed
+    3. a key that is known: arguments and weights of outputs are written to where the graph reads them, and the graph is
+    replayed
 
-What a call does on the host (counts, slots held and let go) is written down when it is captured, and done again at every replay.
+What a call does on the host (counts, slots held and let go) is written down when it is captured, and done again at
+every replay.
 """
 
 from __future__ import annotations
@@ -109,7 +113,13 @@ class Graphs:
         return sum(t.nbytes for t in tensors_of(kept)) + (self._capture.nbytes if self._capture else 0)
 
     def run(
-        self, call: Call, model: nn.Module, compute: Compute, args: tuple[Any, ...], kwargs: Mapping[str, Any], timestep: Any = None
+        self,
+        call: Call,
+        model: nn.Module,
+        compute: Compute,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        timestep: Any = None,
     ) -> Any:
         """The model's output in `call`, in tensors that are the caller's own.
 
@@ -119,7 +129,8 @@ class Graphs:
         """
         if isinstance(timestep, (int, float)):
             raise TypeError(
-                f"{self._name} was called with the number {timestep!r} as timestep, and each number would need a graph of its own: pass a "
+                f"{self._name} was called with the number {timestep!r} as timestep, and each number would need a graph "
+                "of its own: pass a "
                 "tensor on the device, or leave cuda_graphs out of pab.enable"
             )
         given = (args, dict(kwargs))
@@ -142,7 +153,11 @@ class Graphs:
         copy_into(inputs, given)
         weights = graph.weights if graph else _fixed_numbers(sum(map(len, read.values())), device)
         if read:
-            host = torch.tensor([w for of_place in read.values() for w in of_place], dtype=torch.float32, pin_memory=device.type == "cuda")
+            host = torch.tensor(
+                [w for of_place in read.values() for w in of_place],
+                dtype=torch.float32,
+                pin_memory=device.type == "cuda",
+            )
             weights.copy_(host, non_blocking=True)
         if graph is None:
             numbers = iter(weights)
@@ -162,7 +177,9 @@ class Graphs:
         assert self._capture is not None
         before, again, dry = host_state(model), arena.rehearsal(writes=True), arena.rehearsal(writes=False)
         arena.changes.clear()
-        if self._state is not None and difference(self._state, before) is not None:  # changed since the generation began
+        if (
+            self._state is not None and difference(self._state, before) is not None
+        ):  # changed since the generation began
             self._graphs.clear()
         with _autocast_without_memory():
             call.prepare()
@@ -198,7 +215,8 @@ class Graphs:
 
     def _refused(self, reason: str) -> RuntimeError:
         return RuntimeError(
-            f"{self._name} cannot be captured as a CUDA graph: {reason}. Its forward may queue work on the device, always the same for the "
+            f"{self._name} cannot be captured as a CUDA graph: {reason}. Its forward may queue work on the device, "
+            "always the same for the "
             "same shapes, and do nothing else: change what does, or leave cuda_graphs out of pab.enable"
         )
 
@@ -227,18 +245,24 @@ class Graphs:
 
     def _device(self, given: Any) -> torch.device:
         """The device of all arguments."""
-        devices = {leaf.device: keystr(path) for path, leaf in tree_flatten_with_path(given)[0] if isinstance(leaf, torch.Tensor)}
+        devices = {
+            leaf.device: keystr(path)
+            for path, leaf in tree_flatten_with_path(given)[0]
+            if isinstance(leaf, torch.Tensor)
+        }
         if len(devices) == 1:
             return next(iter(devices))
         found = ", ".join(f"{where} on {device}" for device, where in devices.items()) or "no tensor"
         raise RuntimeError(
-            f"{self._name} was called with {found}; with CUDA graphs all inputs are to be on one CUDA device: move them, or leave "
+            f"{self._name} was called with {found}; with CUDA graphs all inputs are to be on one CUDA device: move "
+            "them, or leave "
             "cuda_graphs out of pab.enable"
         )
 
 
 def _turns(call: Call) -> tuple[Hashable, dict[str, tuple[float, ...]]]:
-    """What every sublayer is to do in a call, slots told by where they lie; and the weights of those that are read together, by place.
+    """What every sublayer is to do in a call, slots told by where they lie; and the weights of those that are read
+    together, by place.
 
     A planned reuse whose slots are not there is told from a planned computation: it is counted as forced.
     """

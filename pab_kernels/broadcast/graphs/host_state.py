@@ -1,4 +1,5 @@
-"""What of a model, the values in its tensors aside, decides which work a call queues: a CUDA graph holds for as long as it stays."""
+"""What of a model, the values in its tensors aside, decides which work a call queues: a CUDA graph holds for as long as
+it stays."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _ELSEWHERE = {REGISTRY}
 
 
 def host_state(model: nn.Module) -> State:
-    """The attributes of all modules: numbers and strings as they are, tensors by their addresses, other objects by which they are.
+    """The attributes of all modules: numbers and strings as they are, tensors by their addresses, other objects by
+    which they are.
 
     Of objects that are no modules, such as attention processors, their own numbers, strings and tensors are part of it.
     """
@@ -37,7 +39,9 @@ def difference(a: State, b: State) -> str | None:
     if a == b:
         return None
     names = ((name, key) for name in {**a, **b} for key in {**a.get(name, {}), **b.get(name, {})})
-    return next(f"{name}.{key}".lstrip(".") for name, key in names if a.get(name, {}).get(key) != b.get(name, {}).get(key))
+    return next(
+        f"{name}.{key}".lstrip(".") for name, key in names if a.get(name, {}).get(key) != b.get(name, {}).get(key)
+    )
 
 
 def _of(value: Any, deep: bool = True) -> Hashable:
@@ -52,7 +56,9 @@ def _of(value: Any, deep: bool = True) -> Hashable:
     if not deep or isinstance(value, (nn.Module, type)) or not hasattr(value, "__dict__"):
         return id(value)
     own = vars(value).items()
-    return id(value), tuple([(k, _of(v, False)) for k, v in own if type(v) in _NUMBERS or isinstance(v, (enum.Enum, torch.Tensor))])
+    return id(value), tuple(
+        [(k, _of(v, False)) for k, v in own if type(v) in _NUMBERS or isinstance(v, (enum.Enum, torch.Tensor))]
+    )
 
 
 def _address(tensor: torch.Tensor) -> Hashable:

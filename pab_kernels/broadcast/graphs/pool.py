@@ -1,4 +1,5 @@
-"""Which CUDA graphs a generation uses: those of one serve others after it, and two that go on at once have graphs of their own."""
+"""Which CUDA graphs a generation uses: those of one serve others after it, and two that go on at once have graphs of
+their own."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ class GraphPool:
         self._graphs: list[Graphs] = []
 
     def taken_by(self, generation: Generation, model: nn.Module) -> Graphs:
-        """Graphs that are `generation`'s for a call that begins, until their `running` is False; those of another config are dropped."""
+        """Graphs that are `generation`'s for a call that begins, until their `running` is False.
+
+        Those of another config are dropped.
+        """
         with self._lock:
             graphs = generation.graphs
             if graphs is None or graphs.user is not generation:

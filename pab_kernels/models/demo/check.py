@@ -78,11 +78,14 @@ class Report:
         for s in (s for s in self.scores if s.asked):
             verdict = "" if s.followed else " (not followed)"
             lines.append(f"| {s.slot} | {s.word} | {s.shown} of {s.asked} | {100 * s.share:.0f} %{verdict} |")
-        return "\n".join([*lines, f"| | all words | whole caption: {self.whole} of {self.clips} | {100 * self.share:.1f} % |"])
+        return "\n".join(
+            [*lines, f"| | all words | whole caption: {self.whole} of {self.clips} | {100 * self.share:.1f} % |"]
+        )
 
 
 def score(captions: Sequence[Caption], clips: torch.Tensor) -> Report:
-    """Read `clips` `[clips, frames, 3, height, width]` and count, word by word, how many show what their caption says."""
+    """Read `clips` `[clips, frames, 3, height, width]` and count, word by word, how many show what their caption
+    says."""
     if len(captions) != len(clips):
         raise ValueError(f"each clip needs its caption, got {len(clips)} clips and {len(captions)} captions")
     pairs = [(caption.words(), shapes.read_clip(clip).words()) for caption, clip in zip(captions, clips, strict=True)]
@@ -154,7 +157,10 @@ def describe(demo: DemoPipeline, report: Report, steps: int, guidance: float) ->
     """The figures of a model card, in Markdown."""
     followed = [s.word for s in report.scores if s.followed]
     missed = [s.word for s in report.scores if s.asked and not s.followed]
-    verdict = f"In at least {FOLLOWED:.0%} of clips: {', '.join(followed) or 'no word'}. In fewer: {', '.join(missed) or 'none'}."
+    verdict = (
+        f"In at least {FOLLOWED:.0%} of clips: {', '.join(followed) or 'no word'}. In fewer: "
+        f"{', '.join(missed) or 'none'}."
+    )
     training = ", ".join(f"{key} {value}" for key, value in sorted(demo.training.items()) if key != "format")
     scheduler = type(demo.pipe.scheduler).__name__
     return "\n".join(
@@ -181,7 +187,10 @@ def main() -> None:
     parser.add_argument("--json", metavar="PATH", help="write the figures here")
     args = parser.parse_args()
     if (drawn := check_data()).whole != drawn.clips:
-        raise SystemExit(f"the checker misreads {drawn.clips - drawn.whole} of {drawn.clips} drawn clips: its figures would mean nothing")
+        raise SystemExit(
+            f"the checker misreads {drawn.clips - drawn.whole} of {drawn.clips} drawn clips: its figures would mean "
+            "nothing"
+        )
     demo = load(args.scheduler, args.device, args.weights)
     begin = time.monotonic()
 

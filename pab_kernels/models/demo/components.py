@@ -1,4 +1,5 @@
-"""What a pipeline folder of the demo model holds beside the transformer and the scheduler, as diffusers saves and loads it."""
+"""What a pipeline folder of the demo model holds beside the transformer and the scheduler, as diffusers saves and loads
+it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ class PixelDecoder(ModelMixin, ConfigMixin):
     config_name = "config.json"
 
     @register_to_config
-    def __init__(self, scaling_factor: float = 1.0, block_out_channels: Sequence[int] = (1,)) -> None:  # one level: no down-scaling
+    def __init__(
+        self, scaling_factor: float = 1.0, block_out_channels: Sequence[int] = (1,)
+    ) -> None:  # one level: no down-scaling
         super().__init__()
         self.anchor = torch.nn.Parameter(torch.zeros(1), requires_grad=False)  # knows device and dtype
 

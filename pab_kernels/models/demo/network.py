@@ -1,4 +1,5 @@
-"""The demo model's networks: a small `LatteTransformer3DModel` and the table that turns captions into prompt embeddings."""
+"""The demo model's networks: a small `LatteTransformer3DModel` and the table that turns captions into prompt
+embeddings."""
 
 from __future__ import annotations
 
@@ -51,13 +52,18 @@ class PromptTable(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slots = nn.ModuleDict({slot: nn.Embedding(len(words) + 1, CAPTION_CHANNELS) for slot, words in VOCABULARY.items()})
+        self.slots = nn.ModuleDict(
+            {slot: nn.Embedding(len(words) + 1, CAPTION_CHANNELS) for slot, words in VOCABULARY.items()}
+        )
 
     @staticmethod
     def indices(captions: list[Caption]) -> torch.Tensor:
         """Row of each word in its slot's table, 0 where the slot is open: `[batch, slots]`, int64."""
         return torch.tensor(
-            [[1 + words.index(word) if (word := getattr(c, slot)) else 0 for slot, words in VOCABULARY.items()] for c in captions]
+            [
+                [1 + words.index(word) if (word := getattr(c, slot)) else 0 for slot, words in VOCABULARY.items()]
+                for c in captions
+            ]
         )
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:

@@ -74,7 +74,8 @@ def read_weights(path: str | Path | None = None) -> Weights:
         if not file.is_file():
             raise FileNotFoundError(
                 f"the demo model's weights are not at {file}; they come with the package, or "
-                "`python examples/train_demo_model.py --export pab_kernels/models/demo` makes them from a training's checkpoint"
+                "`python examples/train_demo_model.py --export pab_kernels/models/demo` makes them from a training's "
+                "checkpoint"
             )
         with safetensors.safe_open(str(file), framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
@@ -105,14 +106,17 @@ class DemoPipeline:
         return Schedule.of(timesteps=scheduler.timesteps)
 
     def inputs(self, captions: Sequence[Caption], seeds: Sequence[int]) -> dict[str, Any]:
-        """The arguments of `pipe(...)` that say what is drawn: embeddings, one noise generator a clip, the clip's size."""
+        """The arguments of `pipe(...)` that say what is drawn: embeddings, one noise generator a clip, the clip's
+        size."""
         if not captions or len(captions) != len(seeds):
             raise ValueError(f"each clip needs a prompt and a seed, got {len(captions)} prompts and {len(seeds)} seeds")
         device = self.pipe.transformer.device
         with torch.no_grad():
             embeds = self.prompts(self.prompts.indices(list(captions)).to(device))
             negative = self.prompts(self.prompts.indices([Caption()] * len(captions)).to(device))
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
+        generators = [
+            torch.Generator().manual_seed(seed) for seed in seeds
+        ]  # on the CPU: the same noise on every device
         size = {"height": SIZE, "width": SIZE, "video_length": FRAMES}
         texts = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "negative_prompt": None}
         return {**texts, "generator": generators, **size}
@@ -138,7 +142,8 @@ class DemoPipeline:
             `[clips, frames, 3, height, width]`, float32 in [0, 1], on the CPU.
 
         Raises:
-            ValueError: a prompt has an unknown word, the numbers of prompts and seeds differ, or `steps` is not positive.
+            ValueError: a prompt has an unknown word, the numbers of prompts and seeds differ, or `steps` is not
+            positive.
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")

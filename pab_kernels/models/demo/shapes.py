@@ -1,7 +1,8 @@
-"""Captioned moving shapes: the data that the demo model is trained on, and the checker that reads a clip back into words.
+"""Captioned moving shapes: the data that the demo model is trained on, and the checker that reads a clip back into
+words.
 
-A caption has one word for each slot of `VOCABULARY` ("a red circle moves right at night"). A clip shows one anti-aliased shape that
-crosses the frame at constant velocity before a plain background.
+A caption has one word for each slot of `VOCABULARY` ("a red circle moves right at night"). A clip shows one
+anti-aliased shape that crosses the frame at constant velocity before a plain background.
 """
 
 from __future__ import annotations
@@ -142,7 +143,9 @@ def render_batch(batch: list[Caption], generator: torch.Generator, frames: int =
         progress = uniform(-0.5, 0.5)[:, None]
     offset = along[:, None] + travel[:, None] * progress  # [n, frames]
     sideways = direction.flip(1).abs()
-    centre = SIZE / 2 + direction[:, None] * offset[..., None] + sideways[:, None] * across[:, None, None]  # [n, frames, 2]
+    centre = (
+        SIZE / 2 + direction[:, None] * offset[..., None] + sideways[:, None] * across[:, None, None]
+    )  # [n, frames, 2]
     px, py = _grid()
     coverage = torch.empty(n, frames, SIZE, SIZE)
     for shape in SHAPES:
@@ -164,15 +167,18 @@ def _nearest(value: torch.Tensor, table: dict[str, tuple[float, float, float]]) 
 def read_clip(clip: torch.Tensor) -> Caption:
     """Read a clip back into the caption that it shows: the checker of the demo model.
 
-    The background is the median colour of the frame's border; coverage is a pixel's projection on the line from the background to the
-    shape's colour; the direction is the larger component of the path's slope, at least a quarter of a pixel a frame; the shape is the
-    one whose drawing, at the coverage's own centre and area, agrees best in all frames. A slot that cannot be read is `None`.
+    The background is the median colour of the frame's border; coverage is a pixel's projection on the line from the
+    background to the shape's colour; the direction is the larger component of the path's slope, at least a quarter of a
+    pixel a frame; the shape is the one whose drawing, at the coverage's own centre and area, agrees best in all frames.
+    A slot that cannot be read is `None`.
 
     Args:
         clip: `[frames, 3, SIZE, SIZE]` in [0, 1].
     """
     clip = clip.float().cpu()
-    border = torch.cat([clip[:, :, 0], clip[:, :, -1], clip[:, :, :, 0], clip[:, :, :, -1]], dim=-1)  # [frames, 3, 4 * SIZE]
+    border = torch.cat(
+        [clip[:, :, 0], clip[:, :, -1], clip[:, :, :, 0], clip[:, :, :, -1]], dim=-1
+    )  # [frames, 3, 4 * SIZE]
     ground = border.transpose(0, 1).flatten(1).median(dim=1).values  # [3]
     background = _nearest(ground, BACKGROUNDS)
     contrast = (clip - ground[:, None, None]).square().sum(1).sqrt()  # [frames, SIZE, SIZE]

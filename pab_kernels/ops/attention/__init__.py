@@ -1,4 +1,5 @@
-"""`attention`: self and cross attention straight from the packed projection, with QK-norm, rotary embedding and key lengths inside."""
+"""`attention`: self and cross attention straight from the packed projection, with QK-norm, rotary embedding and key
+lengths inside."""
 
 from __future__ import annotations
 
@@ -69,7 +70,17 @@ class Attention(NamedTuple):
     def flatten(self) -> tuple[Any, ...]:
         q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype = self
         tables = (None, None, False) if rope is None else (rope.cos, rope.sin, rope.interleaved)
-        return q, k, v, key_lengths, softmax_scale, *flatten_qk_norm(q_norm), *flatten_qk_norm(k_norm), *tables, store_dtype
+        return (
+            q,
+            k,
+            v,
+            key_lengths,
+            softmax_scale,
+            *flatten_qk_norm(q_norm),
+            *flatten_qk_norm(k_norm),
+            *tables,
+            store_dtype,
+        )
 
     @classmethod
     def unflatten(cls, *flat: Any) -> Attention:
@@ -109,24 +120,25 @@ def attention(
         3. stored = out, quantised with a scale a head if store_dtype has 8 bits
 
     A norm and a rotary embedding are float32 inside and each rounds to q's dtype; softmax and products are those of
-    `F.scaled_dot_product_attention`; what is stored is quantised from the rounded output. Keys beyond the length are not read.
-    Packed `qkv [B, T, S, 3, H, D]` in spatial order is `qkv.select(3, i)`, in temporal order `qkv.select(3, i).transpose(1, 2)`.
-    Autograd and compiled graphs: as `broadcast_residual`.
+    `F.scaled_dot_product_attention`; what is stored is quantised from the rounded output. Keys beyond the length are
+    not read. Packed `qkv [B, T, S, 3, H, D]` in spatial order is `qkv.select(3, i)`, in temporal order `qkv.select(3,
+    i).transpose(1, 2)`. Autograd and compiled graphs: as `broadcast_residual`.
 
     Args:
         q: `[*batch, N, H, D]`, float, one or two batch dimensions, any strides with a contiguous last dimension; D from
             32 to 128.
         k, v: `[*batch, M, H, D]`, as q.
         softmax_scale: a finite number, or None for D ** -0.5.
-        key_lengths: int32 or int64 `[*batch]` or `[first batch dimension]`, or None for all keys. Never read on the host: a length below
-            0 counts as 0, one beyond M as M.
+        key_lengths: int32 or int64 `[*batch]` or `[first batch dimension]`, or None for all keys. Never read on the
+            host: a length below 0 counts as 0, one beyond M as M.
         q_norm, k_norm, rope: see `QKNorm` and `Rope`.
         store_dtype: None to store nothing, q's dtype, torch.int8 or torch.float8_e4m3fn.
         backend: "auto", or one that must serve.
 
     Returns:
-        out `[*batch, N, H, D]`, its dimensions in q's order in memory, so that for temporal order `out.transpose(1, 2).flatten(-2)` is a
-        view; and what is stored, in the same order and memory of its own: a tensor, a `Quantized` with group D, or None.
+        out `[*batch, N, H, D]`, its dimensions in q's order in memory, so that for temporal order `out.transpose(1,
+        2).flatten(-2)` is a view; and what is stored, in the same order and memory of its own: a tensor, a `Quantized`
+        with group D, or None.
 
     Raises:
         TypeError, ValueError: an argument is not of this kind.
@@ -150,10 +162,11 @@ def attention_out(
     rope: Rope | None = None,
     backend: str = "auto",
 ) -> None:
-    """`attention` into out, of q's shape and dtype and any strides with a contiguous last dimension, and into stored_out if given.
+    """`attention` into out, of q's shape and dtype and any strides with a contiguous last dimension, and into
+    stored_out if given.
 
-    stored_out is a tensor as out or a `Quantized` with group D. Outputs may not overlap themselves, each other or what is read. Not
-    recorded by autograd.
+    stored_out is a tensor as out or a `Quantized` with group D. Outputs may not overlap themselves, each other or what
+    is read. Not recorded by autograd.
     """
     dtype = None if stored_out is None else dtype_of_stored(stored_out) or getattr(q, "dtype", None)
     write(OP, Attention(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, dtype), backend, (out, stored_out))

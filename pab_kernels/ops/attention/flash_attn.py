@@ -23,7 +23,10 @@ def refusal(call: Attention) -> str | None:
     if softmax_scale is not None and softmax_scale < 0:  # its maximum is that of the scores before they are scaled
         return f"softmax_scale is {softmax_scale}; one that is not negative is supported"
     if call.key_lengths is not None:
-        return "key_lengths is given; flash-attn takes packed keys, and to pack them the lengths would have to be read on the host"
+        return (
+            "key_lengths is given; flash-attn takes packed keys, and to pack them the lengths would have to be read on "
+            "the host"
+        )
     return None
 
 
@@ -35,5 +38,7 @@ def compute(call: Attention) -> Outputs:
 
     if q.numel() == 0:
         return finished(call, torch.empty_like(q))
-    out = in_parts(flash, *(t.flatten(0, -4) for t in (q, k, v)))  # [batch, N, H, D], copied where two batch dimensions do not merge
+    out = in_parts(
+        flash, *(t.flatten(0, -4) for t in (q, k, v))
+    )  # [batch, N, H, D], copied where two batch dimensions do not merge
     return finished(call, out.reshape(q.shape))

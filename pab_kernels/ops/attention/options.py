@@ -1,4 +1,5 @@
-"""What attention does to q and k first, per-head norms and rotary embedding: options, checks, schema, and their definition."""
+"""What attention does to q and k first, per-head norms and rotary embedding: options, checks, schema, and their
+definition."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ class QKNorm(Norm):
 
     Args:
         kind, weight, bias, eps: as `Norm`, with weight and bias `[D]`.
-        rstd: None, or the reciprocal root mean square over all heads, `[*batch, N]` float32 of any strides (kind "rms", weight `[H, D]` or
-            None): the norm is then `q * rstd * weight` in float32, rounded once; eps is already in rstd.
+        rstd: None, or the reciprocal root mean square over all heads, `[*batch, N]` float32 of any strides (kind "rms",
+            weight `[H, D]` or None): the norm is then `q * rstd * weight` in float32, rounded once; eps is already in
+            rstd.
     """
 
     kind: Literal["layer", "rms"] = "rms"
@@ -53,7 +55,10 @@ def check_qkv(op: str, q: Any, k: Any, v: Any) -> None:
     """q `[*batch, N, H, D]`, k and v `[*batch, M, H, D]`: one or two batch dimensions, at least one key."""
     check_activation(op, "q", q)
     if q.ndim not in (4, 5):
-        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; [*batch, N, H, D] with one or two batch dimensions is supported: reshape it")
+        raise ValueError(
+            f"{op}: q has shape {tuple(q.shape)}; [*batch, N, H, D] with one or two batch dimensions is supported: "
+            "reshape it"
+        )
     head_dim = q.shape[-1]
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(
@@ -74,7 +79,9 @@ def check_qk_norm(op: str, name: str, norm: Any, t: Tensor) -> None:
     check_norm(op, name, norm, t.shape[-1:] if norm.rstd is None else t.shape[-2:], t.dtype, t.device)
     if norm.rstd is not None:
         if norm.kind != "rms":
-            raise ValueError(f"{op}: {name}.rstd is given with kind {norm.kind!r}; it is supported with 'rms' only: pass kind='rms'")
+            raise ValueError(
+                f"{op}: {name}.rstd is given with kind {norm.kind!r}; it is supported with 'rms' only: pass kind='rms'"
+            )
         check_shape(op, f"{name}.rstd", norm.rstd, t.shape[:-2], torch.float32, t.device)
 
 
@@ -83,14 +90,18 @@ def check_rope(op: str, rope: Any, q: Tensor) -> None:
     if not isinstance(rope, Rope):
         raise TypeError(f"{op}: rope is a {type(rope).__name__}; pab_kernels.ops.Rope is supported: pass one or None")
     if not isinstance(rope.interleaved, bool):
-        raise TypeError(f"{op}: rope.interleaved is a {type(rope.interleaved).__name__}; True and False are supported: pass one of these")
+        raise TypeError(
+            f"{op}: rope.interleaved is a {type(rope.interleaved).__name__}; True and False are supported: pass one of "
+            "these"
+        )
     check_activation(op, "rope.cos", rope.cos)
     half = rope.cos.shape[-1]
     for name, table in (("cos", rope.cos), ("sin", rope.sin)):
         check_operand(op, f"rope.{name}", table, (q.shape[-3], half), torch.float32, q.device)
     if 2 * half > q.shape[-1]:
         raise ValueError(
-            f"{op}: rope rotates {2 * half} channels; up to the head dimension {q.shape[-1]} are supported: pass [N, R / 2] tables"
+            f"{op}: rope rotates {2 * half} channels; up to the head dimension {q.shape[-1]} are supported: pass [N, R "
+            "/ 2] tables"
         )
 
 
@@ -100,11 +111,14 @@ def check_key_lengths(op: str, key_lengths: Any, q: Tensor) -> None:
     if key_lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: key_lengths has dtype {key_lengths.dtype}; int32 and int64 are supported: convert it")
     if key_lengths.device != q.device:
-        raise ValueError(f"{op}: key_lengths is on {key_lengths.device}; the operation runs on {q.device}: move it there")
+        raise ValueError(
+            f"{op}: key_lengths is on {key_lengths.device}; the operation runs on {q.device}: move it there"
+        )
     batch = q.shape[:-3]
     if key_lengths.shape not in (batch, batch[:1]):
         raise ValueError(
-            f"{op}: key_lengths has shape {tuple(key_lengths.shape)}; {tuple(batch)} or {tuple(batch[:1])} is supported here: reshape it"
+            f"{op}: key_lengths has shape {tuple(key_lengths.shape)}; {tuple(batch)} or {tuple(batch[:1])} is "
+            "supported here: reshape it"
         )
 
 
@@ -125,7 +139,10 @@ def normalise(x: Tensor, norm: QKNorm) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """The rotary embedding, `(a cos - b sin, b cos + a sin)` for every pair (a, b), in float32; rounds once to x's dtype."""
+    """The rotary embedding, `(a cos - b sin, b cos + a sin)` for every pair (a, b), in float32.
+
+    Rounds once to x's dtype.
+    """
     channels = 2 * rope.cos.shape[-1]
     rotary = x[..., :channels].to(torch.promote_types(x.dtype, torch.float32))
     a, b = (rotary[..., 0::2], rotary[..., 1::2]) if rope.interleaved else rotary.chunk(2, -1)

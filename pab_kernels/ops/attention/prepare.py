@@ -1,6 +1,8 @@
-"""Triton's pre-pass of `attention`: the per-head norm and the rotary embedding of q or k, written once for all tiles of queries.
+"""Triton's pre-pass of `attention`: the per-head norm and the rotary embedding of q or k, written once for all tiles of
+queries.
 
-    1. y = norm(x) per head: weight (x - mean) / sqrt(var + eps) + bias; weight x / sqrt(mean square + eps); or weight x rstd
+    1. y = norm(x) per head: weight (x - mean) / sqrt(var + eps) + bias; weight x / sqrt(mean square + eps); or weight x
+    rstd
     2. a pair (a, b) of y's first R channels becomes (a cos - b sin, b cos + a sin)
 
 float32 inside; the norm rounds to x's dtype, then the rotation does, as `normalise` and `rotate` do, which define it.
@@ -55,12 +57,15 @@ def _channels(ptr, channels, a_channels, b_channels, D: tl.constexpr, PAIRS: tl.
 def _prepare_kernel(
     x_ptr, y_ptr, weight_ptr, bias_ptr, rstd_ptr, cos_ptr, sin_ptr,
     x_strides, rstd_strides, eps, tokens, heads, batch,
-    D: tl.constexpr, PAIRS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, PAIRS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
+    UNIT: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """A program: TOKENS tokens of one batch row, HEADS heads. x is strided as in the attention kernel, y contiguous [batch, H, N, D].
+    """A program: TOKENS tokens of one batch row, HEADS heads. x is strided as in the attention kernel, y contiguous
+    [batch, H, N, D].
 
-    Channels lie in two tensors, firsts and seconds of D / 2 <= PAIRS pairs: those that rotate come first; the rest are paired as they are.
+    Channels lie in two tensors, firsts and seconds of D / 2 <= PAIRS pairs: those that rotate come first; the rest are
+    paired as they are.
     """
     groups, tiles = tl.cdiv(heads, HEADS), tl.cdiv(tokens, TOKENS)
     group, rest = tl.program_id(0) % groups, tl.program_id(0) // groups
@@ -126,7 +131,8 @@ def _prepare_kernel(
 
 
 def norm_arguments(norm: QKNorm | None) -> tuple[Any, ...]:
-    """How kernels take a norm: kind, weight, bias, reciprocal root, its strides over (first batch dimension, second, token), and eps."""
+    """How kernels take a norm: kind, weight, bias, reciprocal root, its strides over (first batch dimension, second,
+    token), and eps."""
     if norm is None:
         return "", None, None, None, (0, 0, 0), 0.0
     weight = None if norm.weight is None else norm.weight.contiguous()

@@ -88,11 +88,17 @@ def online_attention(call: Attention, step: int) -> Outputs:
     shape, dtype = call.q.shape, call.q.dtype
     scale = (shape[-1] ** -0.5 if call.softmax_scale is None else call.softmax_scale) / log(2)
     q, k, v = prepared(call)
-    valid = _valid_keys(k, torch.full(shape[:-3], k.shape[-3], device=k.device) if call.key_lengths is None else call.key_lengths)
+    valid = _valid_keys(
+        k, torch.full(shape[:-3], k.shape[-3], device=k.device) if call.key_lengths is None else call.key_lengths
+    )
     k, v = (t.masked_fill(~valid[..., None, None], 0) for t in (k, v))
     q, k, v = (_heads_first(t).float() for t in (q, k, v))  # [batch, H, N, D]
     mask = valid.flatten(0, -2)[:, None, None, :]  # [batch, 1, 1, M]
-    peak, total, out = q.new_full((*q.shape[:-1], 1), torch.finfo(torch.float32).min), q.new_zeros(*q.shape[:-1], 1), torch.zeros_like(q)
+    peak, total, out = (
+        q.new_full((*q.shape[:-1], 1), torch.finfo(torch.float32).min),
+        q.new_zeros(*q.shape[:-1], 1),
+        torch.zeros_like(q),
+    )
     for start in range(0, k.shape[-2], step):
         here = slice(start, start + step)
         scores = (q @ k[..., here, :].mT * scale).masked_fill(~mask[..., here], -torch.inf)
@@ -107,7 +113,9 @@ def online_attention(call: Attention, step: int) -> Outputs:
 
 def _valid_keys(k: Tensor, key_lengths: Tensor) -> Tensor:
     """Which keys are within the lengths, `[*batch, M]`."""
-    lengths = key_lengths.reshape(*key_lengths.shape, *(1,) * (k.ndim - 2 - key_lengths.ndim))  # [*batch, 1] or [B, 1, 1]
+    lengths = key_lengths.reshape(
+        *key_lengths.shape, *(1,) * (k.ndim - 2 - key_lengths.ndim)
+    )  # [*batch, 1] or [B, 1, 1]
     return (torch.arange(k.shape[-3], device=k.device) < lengths).expand(*k.shape[:-3], -1)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 UNIT = 8
-"""Elements that strides are counted in where all are multiples of it: then accesses of 16 bytes are possible, whatever the strides are.
+"""Elements that strides are counted in where all are multiples of it: then accesses of 16 bytes are possible, whatever
+the strides are.
 
-The compiler knows of a number that it is divisible by 16, or nothing: a head stride of 72 elements as such would cost the alignment.
+The compiler knows of a number that it is divisible by 16, or nothing: a head stride of 72 elements as such would cost
+the alignment.
 """
 
 
@@ -23,7 +25,8 @@ def aligned(t: Tensor) -> bool:
 
 
 def head_strides(t: Tensor | None, unit: int = 1) -> tuple[int, ...]:
-    """Strides over the first batch dimension (0 if there is one only), the second, tokens and heads of `[*batch, N, H, D]`, in units."""
+    """Strides over the first batch dimension (0 if there is one only), the second, tokens and heads of `[*batch, N, H,
+    D]`, in units."""
     if t is None:
         return (0, 0, 0, 0)
     strides = [stride // unit for stride in _real(t)[:-1]]

@@ -1,12 +1,15 @@
-"""`attention` in Triton: one pass over the keys with a running maximum, from packed views, into the output and what is stored.
+"""`attention` in Triton: one pass over the keys with a running maximum, from packed views, into the output and what is
+stored.
 
-    1. q', k' = prepare(q), prepare(k), where they have a norm or a rotary embedding: once, not again for every tile of queries; what lies
-       in memory so that 16 bytes cannot be read at once is copied by the same kernel
+    1. q', k' = prepare(q), prepare(k), where they have a norm or a rotary embedding: once, not again for every tile of
+       queries; what lies in memory so that 16 bytes cannot be read at once is copied by the same kernel
     2. for each tile of keys:  s = softmax_scale log2(e) q' k'^T;  m' = max(m, max s);  p = 2^(s - m')
                                l = 2^(m - m') l + sum p;  o = 2^(m - m') o + p v;  m = m'
-    3. out = o / l, 0 where there are no keys or all scores are -inf; stored = out, quantised with a scale a head if it has 8 bits
+    3. out = o / l, 0 where there are no keys or all scores are -inf; stored = out, quantised with a scale a head if it
+    has 8 bits
 
-A head is never padded to a power of two: D = 72 is 64 + 16 channels, two products a tile, and only the 16 have (8) masked ones.
+A head is never padded to a power of two: D = 72 is 64 + 16 channels, two products a tile, and only the 16 have (8)
+masked ones.
 
 What rounds, everything else being float32:
     1. a norm rounds to q's dtype, then the rotary embedding does
@@ -43,7 +46,10 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 @dataclass(frozen=True)
 class Tiles:
-    """Queries of a program, keys of a step of its loop; warps, steps whose loads are under way, and registers that a lane may have."""
+    """Queries of a program, keys of a step of its loop.
+
+    Warps, steps whose loads are under way, and registers that a lane may have.
+    """
 
     queries: int
     keys: int
@@ -54,7 +60,8 @@ class Tiles:
 
 def tiles(queries: int, head_dim: int, capability: tuple[int, int]) -> Tiles:
     """The tile sizes for a call on a device of this compute capability."""
-    # Tensor cores that take q from registers; on sm_86, sm_89 and sm_120 a block has no more than 99 KB of shared memory, too.
+    # Tensor cores that take q from registers; on sm_86, sm_89 and sm_120 a block has no more than 99 KB of shared
+    # memory, too.
     in_registers = capability[0] not in (9, 10, 11)
     if in_registers and head_dim > 80 and queries <= 64:  # 64 keys would spill, and 4 warps from 120 on
         return Tiles(64, 32, 4 if head_dim <= 112 else 8, 2)
@@ -62,7 +69,9 @@ def tiles(queries: int, head_dim: int, capability: tuple[int, int]) -> Tiles:
         return Tiles(128, 32, 8, 3)
     if queries <= 64:
         return Tiles(64, 64, 4, 2)
-    if capability[0] == 9 and head_dim <= 72:  # 128 registers: a multiprocessor holds two programs; 80 channels would spill
+    if (
+        capability[0] == 9 and head_dim <= 72
+    ):  # 128 registers: a multiprocessor holds two programs; 80 channels would spill
         return Tiles(128, 64, 8, 3, 128)
     if capability[0] == 10 and head_dim == 80:  # Triton 3.6.0 would take 128, and spill where an 8-bit copy is stored
         return Tiles(128, 64, 8, 3, 168)
@@ -71,14 +80,16 @@ def tiles(queries: int, head_dim: int, capability: tuple[int, int]) -> Tiles:
 
 @cache
 def parts(head_dim: int) -> tuple[tuple[int, int], ...]:
-    """First channel and width of the parts of a head, powers of two that sum to the next multiple of 16, the least depth of a product."""
+    """First channel and width of the parts of a head, powers of two that sum to the next multiple of 16, the least
+    depth of a product."""
     widths = [width for width in (128, 64, 32, 16) if -(-head_dim // 16) * 16 & width]
     return tuple((sum(widths[:i]), width) for i, width in enumerate(widths))
 
 
 @triton.jit
 def _tile(ptr, rows, count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """Channels FIRST to FIRST + WIDTH of these rows, 0 beyond the D-th and, if MASKED, in the rows from `count` on: these are not read."""
+    """Channels FIRST to FIRST + WIDTH of these rows, 0 beyond the D-th and, if MASKED, in the rows from `count` on:
+    these are not read."""
     channels = FIRST + tl.arange(0, WIDTH)
     ptrs = ptr + rows.to(tl.int64)[:, None] * stride + channels[None, :]  # [ROWS, WIDTH]
     if MASKED:
@@ -100,7 +111,9 @@ def _stride(units, UNIT: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    return tl.zeros([ROWS, WIDTH], dtype=tl.float32)  # Triton 3.6 wants constexprs in a shape; an element of a tuple is none there
+    return tl.zeros(
+        [ROWS, WIDTH], dtype=tl.float32
+    )  # Triton 3.6 wants constexprs in a shape; an element of a tuple is none there
 
 
 @triton.jit
@@ -141,8 +154,9 @@ def _attention_kernel(
 ):  # fmt: skip
     """A program: QUERIES queries of one head of one batch row.
 
-    Strides are (first batch dimension, second, token, head), in UNITs of elements and, of what is written, OUT_UNITs: a factor that is
-    known when the kernel is compiled says how wide accesses may be, which a head stride of 72 would hide. `batch` is the second's size.
+    Strides are (first batch dimension, second, token, head), in UNITs of elements and, of what is written, OUT_UNITs: a
+    factor that is known when the kernel is compiled says how wide accesses may be, which a head stride of 72 would
+    hide. `batch` is the second's size.
     """
     tile, row = tl.program_id(0) % tl.cdiv(queries, QUERIES), tl.program_id(0) // tl.cdiv(queries, QUERIES)
     head = (row % heads).to(tl.int64)
@@ -150,7 +164,11 @@ def _attention_kernel(
     q_ptr += (first * q_strides[0] + second * q_strides[1] + head * q_strides[3]) * UNIT
     k_ptr += (first * k_strides[0] + second * k_strides[1] + head * k_strides[3]) * UNIT
     v_ptr += (first * v_strides[0] + second * v_strides[1] + head * v_strides[3]) * UNIT
-    q_stride, k_stride, v_stride = _stride(q_strides[2], UNIT, WIDE), _stride(k_strides[2], UNIT, WIDE), _stride(v_strides[2], UNIT, WIDE)
+    q_stride, k_stride, v_stride = (
+        _stride(q_strides[2], UNIT, WIDE),
+        _stride(k_strides[2], UNIT, WIDE),
+        _stride(v_strides[2], UNIT, WIDE),
+    )
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + first * lengths_strides[0] + second * lengths_strides[1])
         keys = tl.minimum(tl.maximum(length, 0), keys).to(tl.int32)
@@ -166,10 +184,14 @@ def _attention_kernel(
     whole = keys // KEYS * KEYS
     for start in range(0, whole, KEYS):
         k_start, v_start = k_ptr + tl.cast(start, tl.int64) * k_stride, v_ptr + tl.cast(start, tl.int64) * v_stride
-        out, peak, total = _attend(q, out, peak, total, k_start, v_start, k_stride, v_stride, KEYS, scale, PARTS, D, KEYS, False)
+        out, peak, total = _attend(
+            q, out, peak, total, k_start, v_start, k_stride, v_stride, KEYS, scale, PARTS, D, KEYS, False
+        )
     if whole < keys:
         k_start, v_start = k_ptr + tl.cast(whole, tl.int64) * k_stride, v_ptr + tl.cast(whole, tl.int64) * v_stride
-        out, peak, total = _attend(q, out, peak, total, k_start, v_start, k_stride, v_stride, keys - whole, scale, PARTS, D, KEYS, True)
+        out, peak, total = _attend(
+            q, out, peak, total, k_start, v_start, k_stride, v_stride, keys - whole, scale, PARTS, D, KEYS, True
+        )
 
     out_ptr += (first * out_strides[0] + second * out_strides[1] + head * out_strides[3]) * OUT_UNIT
     total = tl.where(total == 0, 1.0, total)  # no keys, or none with a score above -inf
@@ -179,23 +201,39 @@ def _attention_kernel(
         channels = PARTS[i][0] + tl.arange(0, PARTS[i][1])
         mask = (rows < queries)[:, None] & (channels < D)[None, :]
         y = narrow(out[i] / total[:, None], out_ptr.dtype.element_ty)
-        tl.store(out_ptr + rows.to(tl.int64)[:, None] * _stride(out_strides[2], OUT_UNIT, WIDE) + channels[None, :], y, mask=mask)
+        tl.store(
+            out_ptr + rows.to(tl.int64)[:, None] * _stride(out_strides[2], OUT_UNIT, WIDE) + channels[None, :],
+            y,
+            mask=mask,
+        )
         result += (y.to(tl.float32),)
-        bits = tl.max(result[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # as integers, magnitudes have their order, NaN the largest
+        bits = tl.max(
+            result[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1
+        )  # as integers, magnitudes have their order, NaN the largest
         magnitude = tl.maximum(magnitude, bits.to(tl.float32, bitcast=True), tl.PropagateNan.ALL)
     if stored_ptr is not None:
         stored_ptr += (first * stored_strides[0] + second * stored_strides[1] + head * stored_strides[3]) * OUT_UNIT
         dtype: tl.constexpr = stored_ptr.dtype.element_ty
         if stored_scale_ptr is not None:
             group_scale = scale_of(magnitude, dtype)
-            stored_scale_ptr += first * stored_scale_strides[0] + second * stored_scale_strides[1] + head * stored_scale_strides[3]
+            stored_scale_ptr += (
+                first * stored_scale_strides[0] + second * stored_scale_strides[1] + head * stored_scale_strides[3]
+            )
             tl.store(stored_scale_ptr + rows.to(tl.int64) * stored_scale_strides[2], group_scale, mask=rows < queries)
         for i in tl.static_range(len(PARTS)):
             channels = PARTS[i][0] + tl.arange(0, PARTS[i][1])
             mask = (rows < queries)[:, None] & (channels < D)[None, :]
-            kept = quantized(result[i], group_scale[:, None], dtype) if stored_scale_ptr is not None else narrow(result[i], dtype)
+            kept = (
+                quantized(result[i], group_scale[:, None], dtype)
+                if stored_scale_ptr is not None
+                else narrow(result[i], dtype)
+            )
             tl.store(
-                stored_ptr + rows.to(tl.int64)[:, None] * _stride(stored_strides[2], OUT_UNIT, WIDE) + channels[None, :], kept, mask=mask
+                stored_ptr
+                + rows.to(tl.int64)[:, None] * _stride(stored_strides[2], OUT_UNIT, WIDE)
+                + channels[None, :],
+                kept,
+                mask=mask,
             )
 
 
@@ -245,13 +283,18 @@ def attend_in_tiles(call: Attention, outputs: Outputs, chosen: Tiles) -> None:
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     lengths_strides: tuple[int, ...] = (0, 0)
     if key_lengths is not None:
-        by_row = key_lengths.expand(batch) if len(batch) == 1 or key_lengths.ndim == 2 else key_lengths[:, None].expand(batch)
+        by_row = (
+            key_lengths.expand(batch)
+            if len(batch) == 1 or key_lengths.ndim == 2
+            else key_lengths[:, None].expand(batch)
+        )
         lengths_strides = head_strides(by_row[..., None, None, None])[:2]
     _attention_kernel[(programs,)](
         q, k, v, out, stored, stored_scale, key_lengths,
         head_strides(q, UNIT), head_strides(k, UNIT), head_strides(v, UNIT),
         head_strides(out, out_unit), head_strides(stored, out_unit), head_strides(stored_scale), lengths_strides,
         scale / log(2), queries, keys, heads, batch[-1],
-        D=head_dim, PARTS=parts(head_dim), UNIT=UNIT, OUT_UNIT=out_unit, WIDE=wide, QUERIES=chosen.queries, KEYS=chosen.keys,
+        D=head_dim, PARTS=parts(head_dim), UNIT=UNIT, OUT_UNIT=out_unit, WIDE=wide, QUERIES=chosen.queries,
+        KEYS=chosen.keys,
         num_warps=chosen.warps, num_stages=chosen.stages, maxnreg=chosen.registers, enable_fp_fusion=True,
     )  # fmt: skip

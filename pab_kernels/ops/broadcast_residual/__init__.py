@@ -29,7 +29,10 @@ OP = "broadcast_residual"
 
 
 class BroadcastResidual(NamedTuple):
-    """A call of `broadcast_residual`; its outputs are the new x where there are cached outputs, and y where there is a norm."""
+    """A call of `broadcast_residual`.
+
+    Its outputs are the new x where there are cached outputs, and y where there is a norm.
+    """
 
     x: Tensor
     cached: tuple[CachedOutput, ...] = ()
@@ -45,7 +48,10 @@ class BroadcastResidual(NamedTuple):
             check_norm_type(op, "norm", norm, Norm)
             check_norm(op, "norm", norm, x.shape[-1:], x.dtype, x.device)
         elif not cached:
-            raise ValueError(f"{op}: neither slots nor norm is given; up to {MOST_ADDED} slots, a norm, or both are supported: pass one")
+            raise ValueError(
+                f"{op}: neither slots nor norm is given; up to {MOST_ADDED} slots, a norm, or both are supported: pass "
+                "one"
+            )
         for name, t in (("shift", shift), ("scale", scale)):
             if t is not None and norm is None:
                 raise ValueError(f"{op}: {name} is given without norm; it modulates the normed x: pass a norm")
@@ -94,15 +100,18 @@ def broadcast_residual(
         1. for each slot: c = slot, dequantised, or the value on a `Line`; c = gate * c; x = c + x
         2. y = norm(x); y = y * (1 + scale); y = y + shift
 
-    Every assignment rounds to x's dtype; a norm is float32 inside. An absent gate, scale or shift is skipped, not multiplied.
-    Memory: (6 + 2n) bytes a channel for n bf16 slots, (6 + n) for 8-bit ones, 4 for none; a line reads two. The reference is plain torch
-    and differentiable, in eager and in graphs compiled for a device without kernels, such as a CPU; other graphs are for inference.
+    Every assignment rounds to x's dtype; a norm is float32 inside. An absent gate, scale or shift is skipped, not
+    multiplied. Memory: (6 + 2n) bytes a channel for n bf16 slots, (6 + n) for 8-bit ones, 4 for none; a line reads two.
+    The reference is plain torch and differentiable, in eager and in graphs compiled for a device without kernels, such
+    as a CPU; other graphs are for inference.
 
     Args:
         x: `[..., C]`, float, last dimension contiguous.
         slots: up to three, each x's shape and dtype, a `Quantized` in groups of 128, or a `Line` through two such.
-        gates: one entry per slot: None or x's dtype, broadcasting to x with all C channels (per batch row, frame or token).
-        weights: refused. Two weighted slots would be rounded one after the other, and the first may overflow; a `Line` rounds once.
+        gates: one entry per slot: None or x's dtype, broadcasting to x with all C channels (per batch row, frame or
+            token).
+        weights: refused. Two weighted slots would be rounded one after the other, and the first may overflow; a `Line`
+            rounds once.
         norm: None for no y.
         shift, scale: as a gate.
         backend: "auto", or one that must serve.
@@ -115,7 +124,9 @@ def broadcast_residual(
         BackendError: `backend` cannot serve.
     """
     if weights is not None:
-        raise ValueError(f"{OP}: weights is given; kept outputs are weighted as a line: slots=[Line(newest, before, weight)]")
+        raise ValueError(
+            f"{OP}: weights is given; kept outputs are weighted as a line: slots=[Line(newest, before, weight)]"
+        )
     call = BroadcastResidual(x, cached_outputs(OP, slots, gates, MOST_ADDED), norm, shift, scale)
     x_new, y = run(OP, call, backend)
     return x if x_new is None else x_new, y
@@ -135,7 +146,8 @@ def broadcast_residual_out(
 ) -> None:
     """`broadcast_residual` into tensors of x's shape and dtype: x_out with slots, y_out with a norm, else None.
 
-    x_out may be x itself; apart from that, outputs may not overlap themselves, each other or what is read. Not recorded by autograd.
+    x_out may be x itself; apart from that, outputs may not overlap themselves, each other or what is read. Not recorded
+    by autograd.
     """
     call = BroadcastResidual(x, cached_outputs(OP, slots, gates, MOST_ADDED), norm, shift, scale)
     write(OP, call, backend, (x_out, y_out))

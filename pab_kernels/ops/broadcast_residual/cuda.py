@@ -80,7 +80,9 @@ def _lines(cached: Sequence[CachedOutput]) -> list[Any]:
     """The terms where any is a line."""
     added: list[Any] = []
     for slot, gate in cached:
-        newest, before, weight = (slot.newest, slot.before, slot.weight) if isinstance(slot, Line) else (slot, None, None)
+        newest, before, weight = (
+            (slot.newest, slot.before, slot.weight) if isinstance(slot, Line) else (slot, None, None)
+        )
         added += (*data_and_scale(newest), gate, *data_and_scale(before), weight)
     return added
 
@@ -93,7 +95,8 @@ def _has_groups(slot: Tensor | Quantized | Line) -> bool:
 
 
 def attempt(call: BroadcastResidual, outputs: Outputs) -> bool:
-    """`launch` of a call that nobody has checked: C++ does, at a tenth of what it costs in Python, but for what it cannot ask."""
+    """`launch` of a call that nobody has checked: C++ does, at a tenth of what it costs in Python, but for what it
+    cannot ask."""
     norm = call.norm
     try:
         if norm is not None and (type(norm) is not Norm or norm.kind not in _KINDS or type(norm.eps) is not float):

@@ -29,7 +29,8 @@ def compute(call: BroadcastResidual) -> Outputs:
 
 
 def rounded_once(call: BroadcastResidual) -> Outputs:
-    """The outputs as the kernels round them: everything in float32, the new x rounded once, and y, computed from it, rounded once."""
+    """The outputs as the kernels round them: everything in float32, the new x rounded once, and y, computed from it,
+    rounded once."""
     x, cached, norm, shift, scale = call
     if cached:
         x = add_in_float32(x.float(), cached).to(x.dtype)

@@ -1,12 +1,13 @@
 """`broadcast_residual` in Triton: one kernel, one pass over memory, a token's channels in the registers of its warps.
 
-    1. x' = x + sum_i gate_i * c_i;  c_i = slot_i or, on a line, slot_i + weight_i * (slot_i - before_i);  a slot of 8 bits is data * scale
+    1. x' = x + sum_i gate_i * c_i;  c_i = slot_i or, on a line, slot_i + weight_i * (slot_i - before_i);
+        a slot of 8 bits is data * scale
     2. layer: z = (x' - m) / sqrt(mean (x' - m)^2 + eps), m = mean x';  rms: z = x' / sqrt(mean x'^2 + eps)
     3. y = (norm_weight * z + norm_bias) * (1 + scale) + shift
 
-The C channels are chunks of a power of two, of which only the last may be ragged: C = 1152 is 4.5 chunks of 256, not half of 2048. A
-thread has 16 bytes of each chunk. Sums are elementwise over the chunks first and across threads once. Every load comes before the first
-store, since none after it could be moved ahead of it.
+The C channels are chunks of a power of two, of which only the last may be ragged: C = 1152 is 4.5 chunks of 256, not
+half of 2048. A thread has 16 bytes of each chunk. Sums are elementwise over the chunks first and across threads once.
+Every load comes before the first store, since none after it could be moved ahead of it.
 
 What rounds, everything else being float32:
     1. x' rounds once, to x's dtype
@@ -50,7 +51,8 @@ class Tile:
 
 
 def tile(channels: int, itemsize: int) -> Tile:
-    """The tile for tokens of this many channels: a thread has 16 bytes of each of 5 chunks at most, so that all operands fit registers."""
+    """The tile for tokens of this many channels: a thread has 16 bytes of each of 5 chunks at most, so that all
+    operands fit registers."""
     width = next(width for width in (128, 256, 512, 1024, 2048) if channels <= 5 * width)
     at_once = 32 * 16 // itemsize  # channels of a warp
     warps = max(4, width // at_once)
@@ -82,10 +84,14 @@ def _store(ptr, index, strides, live, value, FIRST: tl.constexpr, W: tl.constexp
 
 
 @triton.jit
-def _load_slot_scale(ptr, index, strides, live, FIRST: tl.constexpr, W: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):
+def _load_slot_scale(
+    ptr, index, strides, live, FIRST: tl.constexpr, W: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
+):
     """The scale of each of these channels, `[ROWS, W]`; a group's is loaded once, not 128 times."""
     groups: tl.constexpr = W // SLOT_GROUP
-    scales = _load(ptr, index, strides, live, FIRST // SLOT_GROUP, groups, (C + SLOT_GROUP - 1) // SLOT_GROUP, 1)  # [ROWS, W / 128]
+    scales = _load(
+        ptr, index, strides, live, FIRST // SLOT_GROUP, groups, (C + SLOT_GROUP - 1) // SLOT_GROUP, 1
+    )  # [ROWS, W / 128]
     return tl.reshape(tl.broadcast_to(scales[:, :, None], [ROWS, groups, SLOT_GROUP]), [ROWS, W])
 
 
@@ -103,12 +109,15 @@ def _load_cached(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _broadcast_residual_kernel(
-    x_ptr, scale_ptr, shift_ptr, x_out_ptr, y_out_ptr, slot_ptrs, gate_ptrs, slot_scale_ptrs, weight_ptrs, norm_weight_ptr, norm_bias_ptr,
-    x_strides, scale_strides, shift_strides, x_out_strides, y_out_strides, slot_strides, gate_strides, slot_scale_strides,
+    x_ptr, scale_ptr, shift_ptr, x_out_ptr, y_out_ptr, slot_ptrs, gate_ptrs, slot_scale_ptrs, weight_ptrs,
+    norm_weight_ptr, norm_bias_ptr,
+    x_strides, scale_strides, shift_strides, x_out_strides, y_out_strides, slot_strides, gate_strides,
+    slot_scale_strides,
     sizes, tokens, eps,
     NORM: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """A program: ROWS tokens. Leading dimensions have these `sizes`; strides over them are in UNITs, those of slot scales in elements.
+    """A program: ROWS tokens. Leading dimensions have these `sizes`; strides over them are in UNITs, those of slot
+    scales in elements.
 
     There is a slot for each gate and, where there are lines, behind all of these one more, the one before it.
     """
@@ -123,10 +132,23 @@ def _broadcast_residual_kernel(
     for first in tl.static_range(0, C, W):
         new = _load(x_ptr, index, x_strides, live, first, W, C, UNIT).to(tl.float32)  # [ROWS, W]
         for i in tl.static_range(len(gate_ptrs)):
-            slot = _load_cached(slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, live, i, first, W, C, UNIT, ROWS)
+            slot = _load_cached(
+                slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, live, i, first, W, C, UNIT, ROWS
+            )
             if weight_ptrs[i] is not None:
                 before = _load_cached(
-                    slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, live, len(gate_ptrs) + i, first, W, C, UNIT, ROWS
+                    slot_ptrs,
+                    slot_scale_ptrs,
+                    index,
+                    slot_strides,
+                    slot_scale_strides,
+                    live,
+                    len(gate_ptrs) + i,
+                    first,
+                    W,
+                    C,
+                    UNIT,
+                    ROWS,
                 )
                 slot += weights[i] * (slot - before)
             if gate_ptrs[i] is not None:
@@ -206,7 +228,11 @@ def launch(call: BroadcastResidual, outputs: Outputs) -> None:
     *leading, channels = x.shape
     slots, slot_scales, gates, weights = flatten_cached_outputs(cached)
     kind, norm_weight, norm_bias, eps = flatten_norm(norm)
-    at = addresses(tuple(leading), tuple(map(layout, (x, scale, shift, x_out, y_out, *slots, *gates))), tuple(map(layout, slot_scales)))
+    at = addresses(
+        tuple(leading),
+        tuple(map(layout, (x, scale, shift, x_out, y_out, *slots, *gates))),
+        tuple(map(layout, slot_scales)),
+    )
     chosen, tokens = tile(channels, x.element_size()), x.numel() // channels
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _broadcast_residual_kernel[(-(-tokens // chosen.rows),)](

@@ -28,7 +28,9 @@ class Dequantize(NamedTuple):
         if not isinstance(q, Quantized):
             raise TypeError(f"{op}: q is a {type(q).__name__}; a Quantized is supported: make one with quantize")
         if dtype not in FLOATS:
-            raise TypeError(f"{op}: dtype is {dtype}; float16, bfloat16, float32 and float64 are supported: pass one of these")
+            raise TypeError(
+                f"{op}: dtype is {dtype}; float16, bfloat16, float32 and float64 are supported: pass one of these"
+            )
         if not isinstance(q.data, Tensor) or q.data.ndim == 0:
             check_tensor(op, "q.data", q.data)
             raise ValueError(f"{op}: q.data has no dimensions; [..., channels] is supported: reshape it")

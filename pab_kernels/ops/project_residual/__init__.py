@@ -1,4 +1,5 @@
-"""`project_residual`: an output projection that adds itself to the residual stream and stores itself, in the GEMM's epilogue."""
+"""`project_residual`: an output projection that adds itself to the residual stream and stores itself, in the GEMM's
+epilogue."""
 
 from __future__ import annotations
 
@@ -58,12 +59,15 @@ class ProjectResidual(NamedTuple):
         if gate is not None:
             check_broadcasts(op, "gate", gate, x)
         if store not in (None, "pre_gate", "post_gate"):
-            raise ValueError(f"{op}: store is {store!r}; None, 'pre_gate' and 'post_gate' are supported: pass one of these")
+            raise ValueError(
+                f"{op}: store is {store!r}; None, 'pre_gate' and 'post_gate' are supported: pass one of these"
+            )
         check_cached_outputs(op, x, cached)
         check_store_dtype(op, store_dtype, x.dtype)
         if store is None and store_dtype is not None:
             raise ValueError(
-                f"{op}: store_dtype is {store_dtype} and store is None; a dtype is supported with a store: pass store='pre_gate'"
+                f"{op}: store_dtype is {store_dtype} and store is None; a dtype is supported with a store: pass "
+                "store='pre_gate'"
             )
 
     def check_outputs(self, op: str, outputs: Outputs) -> None:
@@ -71,7 +75,9 @@ class ProjectResidual(NamedTuple):
         check_output(op, "x_out", x_out, x.shape, x.dtype, x.device)
         if (self.store is None) != (stored_out is None):
             came = "None" if stored_out is None else "given"
-            raise ValueError(f"{op}: store is {self.store!r} and stored_out is {came}; both or neither are supported: match them")
+            raise ValueError(
+                f"{op}: store is {self.store!r} and stored_out is {came}; both or neither are supported: match them"
+            )
         if stored_out is not None:
             check_stored_out(op, stored_out, x.shape, GROUP, x)
 
@@ -114,8 +120,8 @@ def project_residual(
         3. for each slot: as in `broadcast_residual`
         4. stored = p ("pre_gate") or g ("post_gate"), quantised if store_dtype has 8 bits
 
-    Every assignment rounds to x's dtype; the product accumulates as `F.linear` does. What is stored is quantised from the rounded
-    p or g, what is added is not quantised. Autograd and compiled graphs: as `broadcast_residual`.
+    Every assignment rounds to x's dtype; the product accumulates as `F.linear` does. What is stored is quantised from
+    the rounded p or g, what is added is not quantised. Autograd and compiled graphs: as `broadcast_residual`.
 
     Args:
         a: `[..., K]` in x's dtype, last dimension contiguous, leading dimensions as x.
@@ -128,7 +134,8 @@ def project_residual(
         backend: "auto", or one that must serve.
 
     Returns:
-        x (new, contiguous) and what is stored: `[..., C]`, contiguous, memory of its own; a `Quantized` in groups of 128; or None.
+        x (new, contiguous) and what is stored: `[..., C]`, contiguous, memory of its own; a `Quantized` in groups of
+        128; or None.
 
     Raises:
         TypeError, ValueError: an argument is not of this kind.
@@ -153,9 +160,11 @@ def project_residual_out(
     gates: Sequence[Tensor | None] | None = None,
     backend: str = "auto",
 ) -> None:
-    """`project_residual` into x_out, of x's shape and dtype, and with `store` into stored_out, whose dtype is the store's.
+    """`project_residual` into x_out, of x's shape and dtype, and with `store` into stored_out, whose dtype is the
+    store's.
 
-    x_out may be x itself; apart from that, outputs may not overlap themselves, each other or what is read. Not recorded by autograd.
+    x_out may be x itself; apart from that, outputs may not overlap themselves, each other or what is read. Not recorded
+    by autograd.
     """
     cached = cached_outputs(OP, slots, gates, MOST_ADDED - 1)
     dtype = None if store is None else dtype_of_stored(stored_out)
@@ -170,7 +179,8 @@ def _flops(a: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -
 register(
     OP,
     ProjectResidual,
-    f"Tensor a, Tensor weight, Tensor? bias, Tensor x, Tensor? gate, str? store, ScalarType store_dtype, {CACHED_SCHEMA}",
+    "Tensor a, Tensor weight, Tensor? bias, Tensor x, Tensor? gate, str? store, ScalarType store_dtype, "
+    f"{CACHED_SCHEMA}",
     {"x_out": "Tensor(a!) x_out", "stored_out": STORED_OUT},
     reference.compute,
     _flops,

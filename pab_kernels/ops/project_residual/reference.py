@@ -24,7 +24,8 @@ def compute(call: ProjectResidual) -> Outputs:
 
 
 def rounded_once(call: ProjectResidual) -> Outputs:
-    """The outputs as the kernels round them: everything in float32; p, what is stored of it and the new x round once each."""
+    """The outputs as the kernels round them: everything in float32; p, what is stored of it and the new x round once
+    each."""
     a, weight, bias, x, gate, *_, cached = call
     p = F.linear(a.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     gated = p.float() if gate is None else gate.float() * p.float()

@@ -1,19 +1,21 @@
-"""`project_residual` in Triton: a persistent GEMM whose epilogue stores, gates and adds; the projection never goes to memory for that.
+"""`project_residual` in Triton: a persistent GEMM whose epilogue stores, gates and adds; the projection never goes to
+memory for that.
 
     1. p = a weight^T + bias
     2. x' = x + gate * p + sum_i gate_i * c_i;  c_i as in `broadcast_residual`
     3. stored = p or gate * p, quantised with a scale for its 128 channels if it has 8 bits
 
-A program takes one tile of tokens and 128 channels after the other: that is one group of an 8-bit slot, and C = 1152 is 9 of them. Where
-it compiles without spills the loops over tiles and over K are one pipeline: the first loads of a tile are under way while the epilogue of
-the tile before runs. Tiles follow one another down a band of rows before they go on to the next 128 channels, so that those that run at
-the same time share rows of `a` and of the weight in the L2 cache.
+A program takes one tile of tokens and 128 channels after the other: that is one group of an 8-bit slot, and C = 1152 is
+9 of them. Where it compiles without spills the loops over tiles and over K are one pipeline: the first loads of a tile
+are under way while the epilogue of the tile before runs. Tiles follow one another down a band of rows before they go on
+to the next 128 channels, so that those that run at the same time share rows of `a` and of the weight in the L2 cache.
 
-Operands are read through pointers, not tensor descriptors: any strides of any leading dimensions and any K will do. What is aligned to 16
-bytes, with strides in multiples of 8, goes to shared memory asynchronously all the same; anything else is read element by element.
+Operands are read through pointers, not tensor descriptors: any strides of any leading dimensions and any K will do.
+What is aligned to 16 bytes, with strides in multiples of 8, goes to shared memory asynchronously all the same; anything
+else is read element by element.
 
-The epilogue takes 32 channels of a tile at a time, since the registers do not hold all operands of a whole one. A gate is loaded as any
-operand is, with stride 0 where it is broadcast.
+The epilogue takes 32 channels of a tile at a time, since the registers do not hold all operands of a whole one. A gate
+is loaded as any operand is, with stride 0 where it is broadcast.
 
 What rounds, everything else being float32:
     1. p rounds to x's dtype: a slot in that dtype, reused, adds what was added here
@@ -49,7 +51,8 @@ BAND = tl.constexpr(8)
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens of a tile and input channels of a step; warps, steps whose loads are under way, programs that a multiprocessor has at once.
+    """Tokens of a tile and input channels of a step; warps, steps whose loads are under way, programs that a
+    multiprocessor has at once.
 
     Args:
         flat: whether the loops over tiles and over K are one pipeline.
@@ -71,7 +74,9 @@ def tile(tokens: int, channels: int, itemsize: int, capability: tuple[int, int],
         return Tile(64, 16, 8, 3, 2, True)
     tiles = -(-tokens // 128) * -(-channels // GROUP)
     rows = 128 if tiles >= multiprocessors else 64
-    if capability[0] == 10:  # sums lie in tensor memory: the registers hold two programs, and the one pipeline would not fit them
+    if (
+        capability[0] == 10
+    ):  # sums lie in tensor memory: the registers hold two programs, and the one pipeline would not fit them
         return Tile(rows, 64, 8, 3, 2, False, 255)
     depth, stages = (64, 3) if capability[0] == 9 else (32, 4)
     return Tile(rows, depth, rows // 16, stages, 1, True)
@@ -111,7 +116,8 @@ def _mask(live, channels, C: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _load_cached(
-    ptrs, scale_ptrs, index, strides, scale_strides, group, channels, live, mask, SLOT: tl.constexpr, UNIT: tl.constexpr,
+    ptrs, scale_ptrs, index, strides, scale_strides, group, channels, live, mask, SLOT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """These channels of one of the slots in float32, dequantised where it has scales, with that of their group."""
     slot = _load(ptrs[SLOT], index, strides[SLOT], channels, mask, UNIT)
@@ -154,14 +160,19 @@ def _project_residual_kernel(
         channel = tl.minimum(group * COLUMNS + tl.arange(0, COLUMNS), C - 1)
         depth = tl.arange(0, DEPTH)
         a_ptrs = _pointers(a_ptr, index, a_strides, depth, UNIT)  # [ROWS, DEPTH]
-        weight_ptrs = _pointers(weight_ptr, (channel.to(tl.int64),), (weight_stride,), depth, WEIGHT_UNIT)  # [COLUMNS, DEPTH]
+        weight_ptrs = _pointers(
+            weight_ptr, (channel.to(tl.int64),), (weight_stride,), depth, WEIGHT_UNIT
+        )  # [COLUMNS, DEPTH]
         sums = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         for first in tl.range(0, K, DEPTH):
             if K % DEPTH == 0:
                 a, weight = tl.load(a_ptrs + first), tl.load(weight_ptrs + first)
             else:
                 there = (first + depth < K)[None, :]
-                a, weight = tl.load(a_ptrs + first, mask=there, other=0.0), tl.load(weight_ptrs + first, mask=there, other=0.0)
+                a, weight = (
+                    tl.load(a_ptrs + first, mask=there, other=0.0),
+                    tl.load(weight_ptrs + first, mask=there, other=0.0),
+                )
             sums = tl.dot(operand(a), operand(weight).T, sums, input_precision="ieee")
 
         index = index_of(token, sizes)  # again: kept through the loop it would cost registers
@@ -183,11 +194,22 @@ def _project_residual_kernel(
             new = gated + _load(x_ptr, index, x_strides, channels, mask, UNIT)
             for i in tl.static_range(len(slot_gate_ptrs)):
                 slot = _load_cached(
-                    slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, group, channels, live, mask, i, UNIT
+                    slot_ptrs,
+                    slot_scale_ptrs,
+                    index,
+                    slot_strides,
+                    slot_scale_strides,
+                    group,
+                    channels,
+                    live,
+                    mask,
+                    i,
+                    UNIT,
                 )
                 if slot_weight_ptrs[i] is not None:
                     before = _load_cached(
-                        slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, group, channels, live, mask,
+                        slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, group, channels, live,
+                        mask,
                         len(slot_gate_ptrs) + i, UNIT,
                     )  # fmt: skip
                     slot += slot_weights[i] * (slot - before)
@@ -242,7 +264,10 @@ def launch(call: ProjectResidual, outputs: Outputs) -> None:
 
 @cache
 def _device(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors; two of them where there is no such device, so that programs have several tiles there too."""
+    """Compute capability and multiprocessors.
+
+    Two of them where there is no such device, so that programs have several tiles there too.
+    """
     if device.type != "cuda":
         return (9, 0), 2
     properties = torch.cuda.get_device_properties(device)

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from ..checks import check_float, check_tensor
 from ..dispatch import Outputs, run, write
-from ..quantized import GROUP, Quantized, check_group, check_quantized, check_quantized_dtype, empty_quantized, group_width
+from ..quantized import (
+    GROUP,
+    Quantized,
+    check_group,
+    check_quantized,
+    check_quantized_dtype,
+    empty_quantized,
+    group_width,
+)
 from ..registration import register
 from . import reference
 
@@ -53,8 +61,8 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int = GROUP, *, backend: str 
         1. scale = max |x| / 127 (int8) or / 448 (float8_e4m3fn), over the group
         2. data = round(x / scale), 0 where scale is 0
 
-    In float32; rounds once, to nearest even. A group that holds an infinity or NaN dequantises to NaN. Compiled, "auto" is plain torch,
-    which the compiler fuses with what is around it.
+    In float32; rounds once, to nearest even. A group that holds an infinity or NaN dequantises to NaN. Compiled, "auto"
+    is plain torch, which the compiler fuses with what is around it.
 
     Args:
         x: `[..., C]`, float, any strides.
@@ -73,7 +81,10 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int = GROUP, *, backend: str 
 
 
 def quantize_out(x: Tensor, out: Quantized, *, backend: str = "auto") -> None:
-    """`quantize` into `out`, in its dtype and groups. Its data and scales may not overlap each other or x. Not recorded by autograd."""
+    """`quantize` into `out`, in its dtype and groups.
+
+    Its data and scales may not overlap each other or x. Not recorded by autograd.
+    """
     if not isinstance(out, Quantized):
         raise TypeError(f"{OP}: out is a {type(out).__name__}; a Quantized is supported: make one with empty_quantized")
     check_tensor(OP, "out.data", out.data)

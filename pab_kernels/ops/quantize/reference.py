@@ -20,7 +20,9 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int) -> Quantized:
     width = group_width(group, channels)
     groups, ragged = -(-channels // width), channels % width != 0
     x = x.float().contiguous()
-    grouped = (F.pad(x, (0, groups * width - channels)) if ragged else x).unflatten(-1, (groups, width))  # [..., groups, width]
+    grouped = (F.pad(x, (0, groups * width - channels)) if ragged else x).unflatten(
+        -1, (groups, width)
+    )  # [..., groups, width]
     scale = grouped.abs().amax(-1) / limit
     divisor = scale.masked_fill(scale == 0, 1)
     if ragged and torch.compiler.is_compiling():  # see by_channel

@@ -1,7 +1,9 @@
-"""`short_attention`: self attention over sequences of up to 64 tokens by the hundred thousand, as temporal attention has them.
+"""`short_attention`: self attention over sequences of up to 64 tokens by the hundred thousand, as temporal attention
+has them.
 
-What it computes is `attention` without key lengths. It is an operation of its own for its kernel, which is bound by bytes, not by FLOPs:
-it packs many sequences into a tile, where `attention` gives every sequence and head a tile, mostly of padding.
+What it computes is `attention` without key lengths. It is an operation of its own for its kernel, which is bound by
+bytes, not by FLOPs: it packs many sequences into a tile, where `attention` gives every sequence and head a tile, mostly
+of padding.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class ShortAttention(Attention):
         queries, keys = self.q.shape[-3], self.k.shape[-3]
         if queries > MAX_TOKENS or keys != queries:
             raise ValueError(
-                f"{op}: {queries} queries and {keys} keys came; equal numbers up to {MAX_TOKENS} are supported: call attention"
+                f"{op}: {queries} queries and {keys} keys came; equal numbers up to {MAX_TOKENS} are supported: call "
+                "attention"
             )
 
     def flatten(self) -> tuple[Any, ...]:

@@ -1,7 +1,9 @@
-"""`short_attention` in CUDA: csrc/short_attention.cu, a warp for each head of a sequence of up to 32 tokens, a block for one of up to 64.
+"""`short_attention` in CUDA: csrc/short_attention.cu, a warp for each head of a sequence of up to 32 tokens, a block
+for one of up to 64.
 
-Every row of q, k and v is read once, 16 bytes at a time, straight from the packed projection. What rounds is what rounds in the Triton
-kernel. Heads of sequences do not mix: where v holds an infinity or NaN, its channel of its head becomes one, and no other.
+Every row of q, k and v is read once, 16 bytes at a time, straight from the packed projection. What rounds is what
+rounds in the Triton kernel. Heads of sequences do not mix: where v holds an infinity or NaN, its channel of its head
+becomes one, and no other.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ MAX_HEADS = 2**31 - 1
 _NORM = "int {0}_kind, Tensor? {0}_weight, Tensor? {0}_bias, Tensor? {0}_rstd, float {0}_eps"
 _kernel = kernel(
     "short_attention",
-    f"Tensor q, Tensor k, Tensor v, float scale, {_NORM.format('q')}, {_NORM.format('k')}, Tensor? cos, Tensor? sin, bool interleaved, "
+    f"Tensor q, Tensor k, Tensor v, float scale, {_NORM.format('q')}, {_NORM.format('k')}, Tensor? cos, Tensor? sin, "
+    "bool interleaved, "
     "Tensor(a!) out, Tensor(b!)? stored, Tensor(c!)? stored_scale",
 )
 
@@ -38,7 +41,10 @@ def refusal(call: Attention) -> str | None:
     if q.shape[-1] not in HEAD_DIMS:
         return f"the head dimension is {q.shape[-1]}; 64, 72, 96 and 128 are supported"
     if prod(q.shape[:-3]) * q.shape[-2] > MAX_HEADS:
-        return f"{prod(q.shape[:-3])} sequences of {q.shape[-2]} heads came; fewer than 2 ** 31 heads together are supported"
+        return (
+            f"{prod(q.shape[:-3])} sequences of {q.shape[-2]} heads came; fewer than 2 ** 31 heads together are "
+            "supported"
+        )
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not aligned(t):
             return f"heads of {name} do not all begin at a multiple of 16 bytes; a packed projection's do"
@@ -55,7 +61,8 @@ def launch(call: Attention, outputs: Outputs) -> None:
     cos, sin = (None, None) if rope is None or rope.cos.shape[-1] == 0 else (_vectors(rope.cos), _vectors(rope.sin))
     places = [_place(out), None if stored is None else _place(stored)]
     _kernel(
-        q, k, v, scale / log(2), *_norm_arguments(q_norm), *_norm_arguments(k_norm), cos, sin, rope is not None and rope.interleaved,
+        q, k, v, scale / log(2), *_norm_arguments(q_norm), *_norm_arguments(k_norm), cos, sin,
+        rope is not None and rope.interleaved,
         *places, stored_scale,
     )  # fmt: skip
     for place, wanted in zip(places, (out, stored), strict=True):
@@ -79,7 +86,8 @@ def _vectors(t: Tensor | None) -> Tensor | None:
 
 
 def _place(t: Tensor) -> Tensor:
-    """Where the kernel writes t: t itself where each head begins at a multiple of its 16 bytes, or 8 of an 8-bit dtype."""
+    """Where the kernel writes t: t itself where each head begins at a multiple of its 16 bytes, or 8 of an 8-bit
+    dtype."""
     if unit_of(t) > 1 and t.data_ptr() % (8 * t.element_size()) == 0:
         return t
     return torch.empty(t.shape, dtype=t.dtype, device=t.device)

@@ -1,17 +1,18 @@
-"""`short_attention` in Triton: many sequences to a tile, read once from the packed projection and written once in its order.
+"""`short_attention` in Triton: many sequences to a tile, read once from the packed projection and written once in its
+order.
 
-A tile is 64 rows: all N tokens of floor(64 / N) heads, first the next head of a sequence, then the first of the next sequence. The heads of
-a token, neighbours in memory, are neighbouring rows: what is read and written is whole sectors of memory, where one head of 72 channels
-begins or ends within one. Both products are of the whole tile, 64 x 64 scores, of which those between two heads are masked: what that
-wastes costs no access to memory, which bounds this operation.
+A tile is 64 rows: all N tokens of floor(64 / N) heads, first the next head of a sequence, then the first of the next
+sequence. The heads of a token, neighbours in memory, are neighbouring rows: what is read and written is whole sectors
+of memory, where one head of 72 channels begins or ends within one. Both products are of the whole tile, 64 x 64 scores,
+of which those between two heads are masked: what that wastes costs no access to memory, which bounds this operation.
 
     1. q' = rope(q_norm(q));  k' = rope(k_norm(k)), in registers
     2. s = softmax_scale log2(e) q' k'^T, -inf between two heads;  p = 2^(s - max s);  l = sum p
     3. out = p v / l;  stored = out, quantised with a scale a head if it has 8 bits
 
-A head is never padded to a power of two: D = 72 is parts of 64 + 16 channels, two products a tile, and only the 16 have (8) masked ones.
-The order of channels is nothing to q' k'^T: where a rotary embedding turns channel i with i + R / 2, the parts of q and k are those of each
-half.
+A head is never padded to a power of two: D = 72 is parts of 64 + 16 channels, two products a tile, and only the 16 have
+(8) masked ones. The order of channels is nothing to q' k'^T: where a rotary embedding turns channel i with i + R / 2,
+the parts of q and k are those of each half.
 
 What rounds, everything else being float32:
     1. a norm rounds to q's dtype, then the rotary embedding does
@@ -20,8 +21,8 @@ What rounds, everything else being float32:
     4. what is stored is quantised from the rounded out: a scale rounds to float32, a quotient to 8 bits
 `attention.reference.online_attention`, with all keys in one step, rounds in the same places.
 
-Heads of sequences do not mix. Where v holds an infinity or NaN, its head of its sequence becomes NaN in all channels if N <= 32 (in the
-product of a tile, 0 times it would spoil the other heads), and in the channel that holds it if N > 32.
+Heads of sequences do not mix. Where v holds an infinity or NaN, its head of its sequence becomes NaN in all channels if
+N <= 32 (in the product of a tile, 0 times it would spoil the other heads), and in the channel that holds it if N > 32.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ from ..quantized import data_and_scale
 from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
 
 MAX_HEADS = 2**31 - 64
-"""Heads of sequences are counted in 32 bits, and a tile may begin with the last; the grid's first axis, the one in use, ends there too."""
+"""Heads of sequences are counted in 32 bits, and a tile may begin with the last.
+
+The grid's first axis, the one in use, ends there too.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,15 @@ class Tiles:
 
 
 def tiles(head_dim: int) -> Tiles:
-    """The tile sizes for a call: the registers of 4 warps do not hold larger heads with their norm and rotary embedding."""
+    """The tile sizes for a call: the registers of 4 warps do not hold larger heads with their norm and rotary
+    embedding."""
     return Tiles(rows=64, warps=4 if head_dim <= 80 else 8)
 
 
 @cache
 def sections(head_dim: int, rotary: int, interleaved: bool) -> tuple[tuple[tuple[int, int, int], ...], int]:
-    """First channel, width and number of channels of the parts of q and k; those that rotate come first, and how many do.
+    """First channel, width and number of channels of the parts of q and k; those that rotate come first, and how many
+    do.
 
     Where pairs are not interleaved every second part holds the partners of the one before.
     """
@@ -72,7 +78,9 @@ def sections(head_dim: int, rotary: int, interleaved: bool) -> tuple[tuple[tuple
         for first, width in parts(rotary // halves)
         for half in range(halves)
     ]
-    still = [(rotary + first, width, min(width, head_dim - rotary - first)) for first, width in parts(head_dim - rotary)]
+    still = [
+        (rotary + first, width, min(width, head_dim - rotary - first)) for first, width in parts(head_dim - rotary)
+    ]
     return (*turning, *still), len(turning)
 
 
@@ -150,8 +158,9 @@ def _rotated(
 ):  # fmt: skip
     """The parts x of q or k, the first TURNING of which rotate by the tables [N, R / 2].
 
-    What lies beyond their channels is 0 already. `_padded`, which says so again, is there for the compiler: without it, it rotates in the
-    layout of the product's operand, for which it passes the float32 tables through shared memory, and spills.
+    What lies beyond their channels is 0 already. `_padded`, which says so again, is there for the compiler: without it,
+    it rotates in the layout of the product's operand, for which it passes the float32 tables through shared memory, and
+    spills.
     """
     rotated = ()
     at = token * (R // 2)
@@ -181,14 +190,17 @@ def _short_attention_kernel(
     q_weight_ptr, q_bias_ptr, q_rstd_ptr, q_rstd_strides, q_eps,
     k_weight_ptr, k_bias_ptr, k_rstd_ptr, k_rstd_strides, k_eps,
     cos_ptr, sin_ptr, scale, sequences, batch, heads,
-    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PARTS: tl.constexpr, QK_PARTS: tl.constexpr, TURNING: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ROWS: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PARTS: tl.constexpr, QK_PARTS: tl.constexpr, TURNING: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile.
 
-    Strides are (first batch dimension, second, token, head), in UNITs of elements and, of what is written, OUT_UNITs: a factor that is
-    known when the kernel is compiled says how wide accesses may be, which a head stride of 72 would hide. `batch` is the second's size.
-    PARTS are first channel, width and number of channels of the parts of v and out, QK_PARTS those of q and k.
+    Strides are (first batch dimension, second, token, head), in UNITs of elements and, of what is written, OUT_UNITs: a
+    factor that is known when the kernel is compiled says how wide accesses may be, which a head stride of 72 would
+    hide. `batch` is the second's size. PARTS are first channel, width and number of channels of the parts of v and out,
+    QK_PARTS those of q and k.
     """
     PACKED: tl.constexpr = ROWS // N
     rows = tl.arange(0, ROWS)
@@ -255,11 +267,18 @@ def _short_attention_kernel(
         if stored_scale_ptr is not None:
             magnitude = tl.zeros([ROWS], dtype=tl.int32)
             for i in tl.static_range(len(PARTS)):  # as integers, magnitudes have their order, and NaN is the largest
-                magnitude = tl.maximum(magnitude, tl.max(out[i].to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
+                magnitude = tl.maximum(
+                    magnitude, tl.max(out[i].to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+                )
             group_scale = scale_of(magnitude.to(tl.float32, bitcast=True), stored_dtype)
             at = first * stored_scale_strides[0] + second * stored_scale_strides[1] + token * stored_scale_strides[2]
             tl.store(stored_scale_ptr + at + head * stored_scale_strides[3], group_scale, mask=valid)
-        at = first * stored_strides[0] + second * stored_strides[1] + token * stored_strides[2] + head * stored_strides[3]
+        at = (
+            first * stored_strides[0]
+            + second * stored_strides[1]
+            + token * stored_strides[2]
+            + head * stored_strides[3]
+        )
         for i in tl.static_range(len(PARTS)):
             kept = out[i]
             if stored_scale_ptr is not None:
@@ -280,7 +299,10 @@ def refusal(call: Attention) -> str | None:
     if q.shape[-1] % 8:
         return f"the head dimension is {q.shape[-1]}; multiples of 8 are supported"
     if prod(q.shape[:-3]) * q.shape[-2] > MAX_HEADS:
-        return f"{prod(q.shape[:-3])} sequences of {q.shape[-2]} heads came; up to 2 ** 31 - 64 heads together are supported"
+        return (
+            f"{prod(q.shape[:-3])} sequences of {q.shape[-2]} heads came; up to 2 ** 31 - 64 heads together are "
+            "supported"
+        )
     return refuse_float8(q, "store_dtype") if call.store_dtype == torch.float8_e4m3fn else None
 
 
@@ -307,6 +329,7 @@ def launch(call: Attention, outputs: Outputs) -> None:
             *q_norm_arguments, *k_norm_arguments,
             cos, sin, scale / log(2), sequences, batch[-1], heads,
             N=tokens, D=head_dim, R=rotary, Q_NORM=q_kind, K_NORM=k_kind, INTERLEAVED=interleaved,
-            PARTS=sections(head_dim, 0, True)[0], QK_PARTS=qk_parts, TURNING=turning, UNIT=unit, OUT_UNIT=out_unit, ROWS=chosen.rows,
+            PARTS=sections(head_dim, 0, True)[0], QK_PARTS=qk_parts, TURNING=turning, UNIT=unit, OUT_UNIT=out_unit,
+            ROWS=chosen.rows,
             num_warps=chosen.warps, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip

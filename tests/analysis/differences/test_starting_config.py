@@ -39,8 +39,12 @@ def test_one_loud_step_parts_the_window_and_the_longer_run_wins() -> None:
         ({"spatial": 1.0, "temporal": 1.0, "cross": 4.0}, (2, 2, 2), False),
     ],
 )
-def test_ranges_let_all_kinds_drift_alike_in_the_published_order(mse: dict[str, float], ranges: tuple[int, ...], follows: bool) -> None:
-    start = starting_config({kind: u(0.1) for kind in mse}, {kind: u(value, high=100.0) for kind, value in mse.items()}, 20)
+def test_ranges_let_all_kinds_drift_alike_in_the_published_order(
+    mse: dict[str, float], ranges: tuple[int, ...], follows: bool
+) -> None:
+    start = starting_config(
+        {kind: u(0.1) for kind in mse}, {kind: u(value, high=100.0) for kind, value in mse.items()}, 20
+    )
     assert start is not None
     assert tuple(rule.range for _, rule in start.config.broadcasts()) == ranges
     assert start.follows_order is follows
@@ -49,7 +53,9 @@ def test_ranges_let_all_kinds_drift_alike_in_the_published_order(mse: dict[str, 
 
 def test_other_kinds_get_no_rule() -> None:
     start = starting_config({"spatial": u(0.1), "mlp": u(5.0, 9, 10)}, {"spatial": u(1.0), "mlp": u(1.0)}, 20)
-    assert start is not None and [kind for kind, _ in start.config.broadcasts()] == ["spatial"] and start.window == (3, 17)
+    assert (
+        start is not None and [kind for kind, _ in start.config.broadcasts()] == ["spatial"] and start.window == (3, 17)
+    )
 
 
 def test_without_attention_or_a_middle_there_is_none() -> None:

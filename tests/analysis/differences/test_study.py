@@ -140,7 +140,9 @@ def test_a_run_is_the_same_as_without_and_nothing_stays_behind() -> None:
     assert found.kinds == ("spatial", "temporal", "cross", "mlp", "block")
     assert len(found.differences) == LAYERS * 7 and found.timesteps is not None and len(found.timesteps) == STEPS
     for d in found.differences:
-        assert d.mse[0] is None and all(v is not None and math.isfinite(v) and v > 0 for v in d.mse[1:] + d.relative[1:])
+        assert d.mse[0] is None and all(
+            v is not None and math.isfinite(v) and v > 0 for v in d.mse[1:] + d.relative[1:]
+        )
     assert {kind: len(found.layers(kind)) for kind in found.kinds} == dict.fromkeys(found.kinds, LAYERS)
 
 
@@ -176,7 +178,12 @@ def test_interrupted_runs_keep_what_was_measured() -> None:
 
     seen: list[tuple[int, int]] = []
     with pytest.raises(Interrupted) as info:
-        analyze(model, lambda: play(model, {"cond": [1.0, 2.0, 4.0, 8.0]}, stop), num_steps=4, progress=lambda *p: seen.append(p))
+        analyze(
+            model,
+            lambda: play(model, {"cond": [1.0, 2.0, 4.0, 8.0]}, stop),
+            num_steps=4,
+            progress=lambda *p: seen.append(p),
+        )
     found = info.value.analysis
     assert isinstance(info.value, KeyboardInterrupt) and not found.complete and found.start is None
     assert found.curve("spatial") == (None, pytest.approx(0.5), pytest.approx(0.5), None)
@@ -329,7 +336,9 @@ def test_an_error_after_ctrl_c_is_shown_as_what_ended_the_run() -> None:
 
     with pytest.raises(Interrupted) as info:
         analyze(model, lambda: play(model, {"cond": VALUES}, stop), num_steps=4)
-    assert str(info.value.__cause__) == "a loader was interrupted" and info.value.analysis.curve("spatial")[1] == pytest.approx(0.5)
+    assert str(info.value.__cause__) == "a loader was interrupted" and info.value.analysis.curve("spatial")[
+        1
+    ] == pytest.approx(0.5)
 
 
 def test_before_the_first_step_nothing_is_measured_and_the_report_is_empty(tmp_path: Path) -> None:
@@ -368,7 +377,9 @@ def test_results_are_written_and_drawn(tmp_path: Path) -> None:
     curves = found.plot(tmp_path / "curves.png")
     for ax, what in zip(curves.axes, ("relative", "mse"), strict=True):
         lines = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
-        assert {kind: list(lines[kind]) for kind in found.kinds} == {kind: list(found.curve(kind, what)[1:]) for kind in found.kinds}
+        assert {kind: list(lines[kind]) for kind in found.kinds} == {
+            kind: list(found.curve(kind, what)[1:]) for kind in found.kinds
+        }
     maps = found.plot_layers(tmp_path / "layers.png")
     grids = [ax.get_images()[0].get_array() for ax in maps.axes if ax.get_images()]
     assert [grid.shape for grid in grids] == [(LAYERS, STEPS)] * 5
@@ -400,7 +411,9 @@ def demo() -> Analysis:
 
     pipe = load("ddim", device="cpu")
     inputs = pipe.inputs([parse("a red circle moves right at night")], [0])
-    return analyze(pipe.pipe, lambda: pipe.pipe(**inputs, num_inference_steps=20, guidance_scale=3.0, output_type="latent"))
+    return analyze(
+        pipe.pipe, lambda: pipe.pipe(**inputs, num_inference_steps=20, guidance_scale=3.0, output_type="latent")
+    )
 
 
 def test_the_demo_model_shows_the_u(demo: Analysis) -> None:
@@ -412,11 +425,16 @@ def test_the_demo_model_shows_the_u(demo: Analysis) -> None:
 
 
 def test_the_demo_model_shows_the_order_of_the_kinds(demo: Analysis) -> None:
-    """By mean squared difference, at every step after the first: spatial > temporal > cross. Relative to the outputs it does not hold."""
+    """By mean squared difference, at every step after the first: spatial > temporal > cross. Relative to the outputs it
+    does not hold."""
     spatial, temporal, cross = (demo.curve(kind, "mse") for kind in ("spatial", "temporal", "cross"))
     middle = range(6, 17)
     for i in middle:
         a, b, c = spatial[i], temporal[i], cross[i]
         assert a is not None and b is not None and c is not None and a > b > c, i
     assert demo.start is not None and demo.start.follows_order
-    assert {kind: rule.range for kind, rule in demo.start.config.broadcasts()} == {"spatial": 2, "temporal": 2, "cross": 6}
+    assert {kind: rule.range for kind, rule in demo.start.config.broadcasts()} == {
+        "spatial": 2,
+        "temporal": 2,
+        "cross": 6,
+    }

@@ -23,15 +23,27 @@ from pab_kernels.analysis.forecasts.transformers import build, find_config
 
 TINY: dict[str, tuple[dict[str, Any], Size]] = {
     "latte": (
-        dict(FAMILIES["latte"].config) | {"num_attention_heads": 2, "attention_head_dim": 32, "cross_attention_dim": 64, "num_layers": 2},
+        dict(FAMILIES["latte"].config)
+        | {"num_attention_heads": 2, "attention_head_dim": 32, "cross_attention_dim": 64, "num_layers": 2},
         Size(16, 32, 48),
     ),
     "cogvideox": (
-        {"_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": 2, "num_layers": 2, "use_rotary_positional_embeddings": True},
+        {
+            "_class_name": "CogVideoXTransformer3DModel",
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "use_rotary_positional_embeddings": True,
+        },
         Size(5, 32, 48),
     ),
     "wan": (
-        {"_class_name": "WanTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 96, "num_layers": 2},
+        {
+            "_class_name": "WanTransformer3DModel",
+            "num_attention_heads": 2,
+            "attention_head_dim": 32,
+            "ffn_dim": 96,
+            "num_layers": 2,
+        },
         Size(5, 32, 48),
     ),
     "stdit3": ({"_class_name": "STDiT3", "hidden_size": 64, "num_heads": 2, "depth": 2}, Size(17, 40, 56)),
@@ -46,7 +58,9 @@ def all_steps(range: int, **options: Any) -> Broadcast:
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 @pytest.mark.parametrize(("name", "rules"), [*((name, RULES) for name in TINY), ("wan", BLOCKS), ("cogvideox", BLOCKS)])
-def test_the_forecast_is_what_a_generation_on_the_meta_device_counts(name: str, rules: PABConfig, cache_dtype: Any) -> None:
+def test_the_forecast_is_what_a_generation_on_the_meta_device_counts(
+    name: str, rules: PABConfig, cache_dtype: Any
+) -> None:
     config, clip = TINY[name]
     rules = dataclasses.replace(rules, cache_dtype=cache_dtype)
     found = forecast(config, clip, steps=10, config=rules, text=7)
@@ -65,7 +79,9 @@ def test_the_forecast_is_what_a_generation_on_the_meta_device_counts(name: str, 
     summary = pab.summary(model)
     assert counter.get_total_flops() == found.total.flops
     assert 10 * how.contexts * plain.get_total_flops() == found.total.flops_without > found.total.flops
-    assert summary.peak_cache_bytes == found.total.peak_cache_bytes == found.peak_cache_bytes[cache_dtype or "model"] > 0
+    assert (
+        summary.peak_cache_bytes == found.total.peak_cache_bytes == found.peak_cache_bytes[cache_dtype or "model"] > 0
+    )
     for kind, one in found.kinds.items():
         ran = [tallies[kind] for tallies in summary.contexts.values()]
         expected = (sum(t.computed for t in ran), sum(t.stored for t in ran), sum(t.reused for t in ran))
@@ -82,13 +98,25 @@ EIGHT = 2 * 16 * 6 * (64 + 4)
 @pytest.mark.parametrize(
     ("name", "steps", "rules", "moved"),
     [
-        # 2 steps x 2 layers reuse: 3 outputs in the spatial block and 2 in the temporal one, and the stream there and back in each
+        # 2 steps x 2 layers reuse: 3 outputs in the spatial block and 2 in the temporal one, and the stream there and
+        # back in each
         ("latte", 4, {"spatial": 2, "temporal": 2, "cross": 2, "mlp": 2}, 2 * 2 * ((2 + 3) + (2 + 2)) * LATTE),
-        ("latte", 4, {"spatial": 2, "temporal": 2, "cross": 2, "mlp": 2, "cache_dtype": "int8"}, 2 * 2 * (4 * LATTE + 5 * EIGHT)),
+        (
+            "latte",
+            4,
+            {"spatial": 2, "temporal": 2, "cross": 2, "mlp": 2, "cache_dtype": "int8"},
+            2 * 2 * (4 * LATTE + 5 * EIGHT),
+        ),
         # cross is computed between the two: the stream goes there and back twice
         ("latte", 4, {"spatial": 2, "mlp": 2}, 2 * 2 * (2 * (2 + 1) + (2 + 1)) * LATTE),
-        # step 1 has one output of cross; steps 3 and 5 have two, and the fourth of the block is one too many for one pass
-        ("latte", 6, {"spatial": 2, "cross": "linear", "mlp": 2}, 2 * ((2 + 3) + 2 * (2 * 2 + 4) + 3 * (2 + 1)) * LATTE),
+        # step 1 has one output of cross; steps 3 and 5 have two, and the fourth of the block is one too many for one
+        # pass
+        (
+            "latte",
+            6,
+            {"spatial": 2, "cross": "linear", "mlp": 2},
+            2 * ((2 + 3) + 2 * (2 * 2 + 4) + 3 * (2 + 1)) * LATTE,
+        ),
         # 2 contexts x 2 layers: spatial reads and writes in 2 steps, cross reads one output and then two
         ("wan", 4, {"spatial": 2, "cross": "linear"}, 2 * 2 * (2 * (1 + 1) + (1 + 1) + (2 + 1)) * WAN),
         ("wan", 4, {"spatial": 2, "block": 2}, 2 * 2 * 2 * (1 + 1) * WAN),
@@ -123,7 +151,12 @@ def test_device_memory_is_weights_activations_and_cache(name: str) -> None:
     alive = [0]
 
     def note(module: Any, args: Any, out: Any) -> None:  # what a layer reads and what it makes are alive together
-        alive.append(sum(t.nbytes for t in {id(t): t for t in (*args, out, *inputs.values()) if isinstance(t, torch.Tensor)}.values()))
+        alive.append(
+            sum(
+                t.nbytes
+                for t in {id(t): t for t in (*args, out, *inputs.values()) if isinstance(t, torch.Tensor)}.values()
+            )
+        )
 
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear):

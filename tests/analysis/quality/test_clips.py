@@ -21,7 +21,9 @@ def _pixels(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-_leaves_a_pipe = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # imageio's reader, to the collector
+_leaves_a_pipe = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # imageio's reader, to the collector
 
 
 def _refused(error: type[Exception], message: str) -> Any:
@@ -168,7 +170,9 @@ def test_grey_colour_and_transparent_frames_of_a_folder_go_together(tmp_path: Pa
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
     frames = read_clip(tmp_path).frames
     assert frames.shape == (4, 3, 8, 9) and frames.dtype == np.uint8
-    assert (frames[0] == grey).all() and np.array_equal(frames[1].transpose(1, 2, 0), colour) and (frames[3] == grey).all()
+    assert (
+        (frames[0] == grey).all() and np.array_equal(frames[1].transpose(1, 2, 0), colour) and (frames[3] == grey).all()
+    )
 
 
 def test_a_palette_is_read_as_its_colours(tmp_path: Path) -> None:
@@ -223,7 +227,9 @@ def test_an_empty_folder_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["clip.txt", "clip"])
 def test_an_unsupported_ending_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("")
-    with _refused(ValueError, f"ends in {Path(name).suffix or 'nothing'}; supported are folders of images and .mp4 .m4v"):
+    with _refused(
+        ValueError, f"ends in {Path(name).suffix or 'nothing'}; supported are folders of images and .mp4 .m4v"
+    ):
         read_clip(tmp_path / name)
 
 

@@ -35,7 +35,9 @@ def test_consistency_is_the_change_from_frame_to_frame() -> None:
     found = compare(flickers, steady, lpips=False)
     assert [f.consistency_b for f in found.frames] == [None, 1, 1] and found.total.consistency_b == 1
     assert found.frames[0].consistency_a is None
-    assert [f.consistency_a for f in found.frames[1:]] == pytest.approx([0.8, 0.9]) and found.total.consistency_a == pytest.approx(0.85)
+    assert [f.consistency_a for f in found.frames[1:]] == pytest.approx(
+        [0.8, 0.9]
+    ) and found.total.consistency_a == pytest.approx(0.85)
 
 
 def test_a_single_frame_has_no_consistency() -> None:
@@ -73,8 +75,16 @@ def test_progress_is_told_after_every_frame() -> None:
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
-        (np.zeros((3, 3, 8, 8)), np.zeros((2, 3, 8, 8)), "A has 3 frame(s) and B has 2; the numbers must agree: cut the longer one"),
-        (np.zeros((2, 3, 8, 9)), np.zeros((2, 3, 9, 8)), "A has frames of 8 x 9 and B of 9 x 8 (height x width); they must agree"),
+        (
+            np.zeros((3, 3, 8, 8)),
+            np.zeros((2, 3, 8, 8)),
+            "A has 3 frame(s) and B has 2; the numbers must agree: cut the longer one",
+        ),
+        (
+            np.zeros((2, 3, 8, 9)),
+            np.zeros((2, 3, 9, 8)),
+            "A has frames of 8 x 9 and B of 9 x 8 (height x width); they must agree",
+        ),
         (np.zeros((2, 3, 6, 8)), np.zeros((2, 3, 6, 8)), "SSIM needs at least 7 x 7 pixels"),
         (np.zeros((8, 9)), np.zeros((2, 3, 9, 8)), "A has the shape [8, 9]"),
         (np.zeros((2, 3, 8, 8)), np.full((2, 3, 8, 8), 2.0), "B has values from 2 to 2"),
@@ -125,7 +135,9 @@ def _install(monkeypatch: pytest.MonkeyPatch, package: str, network: Any) -> Non
 
 @pytest.mark.parametrize("package", ["lpips", "torchmetrics"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_lpips_is_measured_where_a_package_is_installed(package: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lpips_is_measured_where_a_package_is_installed(
+    package: str, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _install(monkeypatch, package, _Distance)
     a, b = _clips(channels=channels)
     found = compare(a, b)
@@ -138,7 +150,9 @@ def test_without_a_package_a_note_says_what_to_install(monkeypatch: pytest.Monke
     _install(monkeypatch, "", None)
     found = compare(*_clips())
     (note,) = found.notes
-    assert found.total.lpips is None and note.startswith("LPIPS was not measured: neither the package lpips nor torchmetrics")
+    assert found.total.lpips is None and note.startswith(
+        "LPIPS was not measured: neither the package lpips nor torchmetrics"
+    )
     assert "pip install lpips" in note and "\n" not in note and f"note: {note}" in str(found)
     with _refused(ModuleNotFoundError, "LPIPS cannot be measured: neither the package lpips nor torchmetrics"):
         compare(*_clips(), lpips=True)

@@ -28,7 +28,9 @@ def test_psnr_of_a_known_error():
     clip[0] += 0.1
     quality = compare(clip, reference, lpips=False)
     assert quality.frames[0].psnr == pytest.approx(20) and quality.frames[1].psnr == math.inf
-    assert quality.total.psnr == pytest.approx(-10 * math.log10(0.01 / 2))  # of the mean error, not the mean of the frames
+    assert quality.total.psnr == pytest.approx(
+        -10 * math.log10(0.01 / 2)
+    )  # of the mean error, not the mean of the frames
 
 
 def test_ssim_of_flat_frames_is_its_luminance_term():
@@ -66,7 +68,9 @@ def test_the_measures_of_a_clip_are_those_of_its_frames(channels: int):
     a = (b + rng.normal(0, 0.05, b.shape)).clip(0, 1)
     found = compare(a, b, lpips=False)
     assert found.total.psnr == pytest.approx(-10 * math.log10(((a - b) ** 2).mean()))
-    assert [f.psnr for f in found.frames] == pytest.approx([-10 * math.log10(((x - y) ** 2).mean()) for x, y in zip(a, b, strict=True)])
+    assert [f.psnr for f in found.frames] == pytest.approx(
+        [-10 * math.log10(((x - y) ** 2).mean()) for x, y in zip(a, b, strict=True)]
+    )
     assert [f.ssim for f in found.frames] == pytest.approx([ssim(x, y) for x, y in zip(a, b, strict=True)])
     assert found.total.ssim == pytest.approx(np.mean([f.ssim for f in found.frames]))
 
@@ -75,10 +79,18 @@ def test_the_measures_of_a_clip_are_those_of_its_frames(channels: int):
     ("clip", "reference", "message"),
     [
         (torch.zeros(2, 3, 8, 8), torch.zeros(3, 3, 8, 8), "A has 2 frame(s) and B has 3; the numbers must agree"),
-        (torch.zeros(8, 8), torch.zeros(8, 8), "A has the shape [8, 8]; supported are [frames, channels, height, width]"),
+        (
+            torch.zeros(8, 8),
+            torch.zeros(8, 8),
+            "A has the shape [8, 8]; supported are [frames, channels, height, width]",
+        ),
         (torch.zeros(2, 8, 8, 2), torch.zeros(2, 8, 8, 2), "A has the shape [2, 8, 8, 2]"),
         (torch.zeros(0, 3, 8, 8), torch.zeros(0, 3, 8, 8), "at least one frame"),
-        (torch.zeros(2, 3, 6, 8), torch.zeros(2, 3, 6, 8), "clip has frames of 6 x 8; SSIM needs at least 7 x 7 pixels"),
+        (
+            torch.zeros(2, 3, 6, 8),
+            torch.zeros(2, 3, 6, 8),
+            "clip has frames of 6 x 8; SSIM needs at least 7 x 7 pixels",
+        ),
         (torch.full((1, 3, 8, 8), math.nan), torch.zeros(1, 3, 8, 8), "not finite"),
     ],
 )

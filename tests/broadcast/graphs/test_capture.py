@@ -1,4 +1,7 @@
-"""`CudaCapture` asks torch for what it should, in the right order; tests/adapters/test_cuda_graphs_gpu.py has it at work."""
+"""`CudaCapture` asks torch for what it should, in the right order.
+
+Tests/adapters/test_cuda_graphs_gpu.py has it at work.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,9 @@ def test_graphs_are_captured_on_that_stream_into_one_pool(asked: mock.MagicMock)
         asked.graph.assert_called_with(asked.CUDAGraph.return_value, **how)
     assert asked.graph_pool_handle.call_count == asked.Stream.call_count == 1 and asked.CUDAGraph.call_count == 2
     CudaCapture(DEVICE)
-    assert asked.graph_pool_handle.call_count == 2 and asked.Stream.call_count == 1, "streams keep workspaces: there is one"
+    assert asked.graph_pool_handle.call_count == 2 and asked.Stream.call_count == 1, (
+        "streams keep workspaces: there is one"
+    )
     assert made.nbytes == 7
     asked.memory_snapshot.assert_called_with((0, 7))
 
@@ -70,7 +75,9 @@ def test_a_capture_that_fails_gives_the_callers_stream_back(asked: mock.MagicMoc
 
 @pytest.mark.parametrize("device", ["cpu", "meta", "mps"])
 def test_other_devices_are_refused(device: str) -> None:
-    with pytest.raises(RuntimeError, match=f"called with tensors on {device}, and CUDA graphs need a CUDA device: move the model"):
+    with pytest.raises(
+        RuntimeError, match=f"called with tensors on {device}, and CUDA graphs need a CUDA device: move the model"
+    ):
         CudaCapture(torch.device(device))
 
 

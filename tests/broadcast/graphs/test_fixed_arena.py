@@ -78,7 +78,9 @@ def test_changes_are_repeated_with_the_counts_of_the_call_itself() -> None:
     for name in "abd":
         assert held(repeated, name) == held(plain, name)
     assert repeated._meter.peak == plain._meter.peak == 2 * KEY_BYTES
-    assert {kind: vars(meter) for kind, meter in repeated.meters.items()} == {kind: vars(meter) for kind, meter in plain.meters.items()}
+    assert {kind: vars(meter) for kind, meter in repeated.meters.items()} == {
+        kind: vars(meter) for kind, meter in plain.meters.items()
+    }
 
 
 KEY_BYTES = value(0).nbytes
@@ -124,5 +126,8 @@ def test_like_has_memory_of_its_own_that_can_be_written_in_any_mode() -> None:
         nest = [torch.ones(1, 3).expand(2, 3), pack(torch.ones(2, 4), torch.int8), None]
         made = like(nest)
     copy_into(made, nest)
-    assert all(torch.equal(a, b) for a, b in zip(tensors_of(made), tensors_of(nest), strict=True)) and len(tensors_of(made)) == 3
+    assert (
+        all(torch.equal(a, b) for a, b in zip(tensors_of(made), tensors_of(nest), strict=True))
+        and len(tensors_of(made)) == 3
+    )
     assert made[0].is_contiguous() and not made[0].is_inference() and made[2] is None
