@@ -5,7 +5,6 @@
 #include <cmath>
 
 #include "../csrc/broadcast_residual_plan.h"
-#include "overlap.h"
 #include "torch_tensor.h"
 
 namespace pab {
@@ -86,47 +85,7 @@ struct Call {
     if (!t) return;
     check_kind(*t);
     set_same(operand, *t, arguments.channels);
-    require(!overlaps_itself(memory(operand)), "the elements of an output overlap");
     arguments.operands[operand] = t->mutable_data_ptr();
-  }
-
-  Memory memory(int operand) const {
-    Memory m;
-    m.begin = reinterpret_cast<std::uintptr_t>(arguments.operands[operand]);
-    const bool is_slot = operand >= kSlots && operand < kGates;
-    m.item = operand >= kSlotScales ? 4 : size_of(is_slot ? arguments.slot_dtypes[operand - kSlots] : arguments.dtype);
-    m.rank = static_cast<int>(sizes[operand].size());
-    for (int dim = 0; dim < m.rank; ++dim) m.sizes[dim] = sizes[operand][dim], m.strides[dim] = strides[operand][dim];
-    return m;
-  }
-
-  // Neighbouring numbers that are no operand over tokens.
-  static Memory memory(const void* begin, std::int64_t bytes) {
-    Memory m;
-    m.begin = reinterpret_cast<std::uintptr_t>(begin);
-    m.rank = 1, m.sizes[0] = bytes, m.strides[0] = 1;
-    return m;
-  }
-
-  // An output shares memory with nothing else, unless it is x_out and x.
-  void check_apart() const {
-    const BroadcastResidualArguments& a = arguments;
-    for (const int written : {kXOut, kYOut}) {
-      if (a.operands[written] == nullptr) continue;
-      const Memory out = memory(written);
-      const auto require_apart = [&](const Memory& other) { require(!overlap(out, other), "an output shares memory with another tensor"); };
-      for (int operand = 0; operand < kOperands; ++operand) {
-        if (operand == written || a.operands[operand] == nullptr) continue;
-        const Memory other = memory(operand);
-        if (written != kXOut || operand != kX || !same(out, other)) require_apart(other);
-      }
-      for (const void* affine : {a.norm_weight, a.norm_bias}) {
-        if (affine != nullptr) require_apart(memory(affine, a.channels * size_of(a.dtype)));
-      }
-      for (const float* weight : a.weights) {
-        if (weight != nullptr) require_apart(memory(weight, sizeof(float)));
-      }
-    }
   }
 
   // The slot of a term or, kMaxSlots further on, the one before it.
@@ -186,7 +145,6 @@ struct Call {
     set_broadcast(kScale, scale);
     set_written(kXOut, x_out, a.slots > 0);
     set_written(kYOut, y_out, a.norm != NormKind::kNone);
-    check_apart();
     append_dimensions();
     const char* refusal = plan_broadcast_residual(a).refusal;
     launch_on(x, "broadcast_residual", refusal, [&](void* stream) { return pab_broadcast_residual(&a, stream); });

@@ -57,8 +57,8 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot serve the call; the message says why and what to do."""
 
 
-def implementation(op: str, backend: str, call: Any, *, writes: bool = False) -> Backend:
-    """The backend that serves a call; `writes` if it is into given outputs, which is recorded by none.
+def implementation(op: str, backend: str, call: Any) -> Backend:
+    """The backend that serves a call.
 
     `auto` is the reference where autograd is to record the call and the kernel has no gradient.
 
@@ -66,12 +66,7 @@ def implementation(op: str, backend: str, call: Any, *, writes: bool = False) ->
         BackendError: see `choose`; or a gradient would be lost.
     """
     served = load(op, choose(op, backend, call))
-    if (
-        served.launch is not None
-        and not writes
-        and torch.is_grad_enabled()
-        and any(t.requires_grad for t in _tensors(call))
-    ):
+    if served.launch is not None and torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(call)):
         if backend != "auto":
             reason = "a gradient would be recorded and its kernel has none"
             raise BackendError(

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .overlap import overlaps_itself
-
 LARGEST = sys.float_info.max
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -73,20 +71,6 @@ def check_operand(op: str, name: str, t: Any, shape: Sequence[int], dtype: torch
         return  # as nearly all are, at a third of what it costs to find out what is wrong
     check_shape(op, name, t, shape, dtype, device)
     check_last_stride(op, name, t)
-
-
-def check_output(op: str, name: str, t: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    """An operand that is written: no two of its elements share memory, and autograd does not follow it."""
-    check_operand(op, name, t, shape, dtype, device)
-    if not t.is_contiguous() and overlaps_itself(t):
-        raise ValueError(
-            f"{op}: {name} has strides {t.stride()}; an output whose elements do not overlap is supported: pass a real "
-            "tensor"
-        )
-    if t.requires_grad:
-        raise ValueError(
-            f"{op}: {name} requires a gradient; what is written is not recorded, other tensors are supported: detach it"
-        )
 
 
 def check_number(op: str, name: str, value: Any, least: float = -LARGEST) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_operand, check_output, check_tensor
+from .checks import check_operand, check_tensor
 
 GROUP = 128
 """Channels that share a scale in a slot of the residual stream."""
@@ -86,9 +86,7 @@ def by_channel(scale: Tensor, channels: int, width: int) -> Tensor:
     return spread[..., :channels] if rest else spread
 
 
-def check_quantized(
-    op: str, name: str, q: Quantized, shape: Sequence[int], group: int, device: torch.device, *, output: bool = False
-) -> None:
+def check_quantized(op: str, name: str, q: Quantized, shape: Sequence[int], group: int, device: torch.device) -> None:
     """A `Quantized` of this shape, group and device, with scales to match."""
     if not isinstance(q.data, Tensor) or q.data.dtype not in EIGHT_BITS:
         check_tensor(op, f"{name}.data", q.data)
@@ -97,15 +95,14 @@ def check_quantized(
         raise ValueError(
             f"{op}: {name} has groups of {q.group} channels; {group} is supported here: quantise it with group={group}"
         )
-    check = check_output if output else check_operand
-    check(op, f"{name}.data", q.data, shape, q.data.dtype, device)
-    check(op, f"{name}.scale", q.scale, (*shape[:-1], -(-shape[-1] // group)), torch.float32, device)
+    check_operand(op, f"{name}.data", q.data, shape, q.data.dtype, device)
+    check_operand(op, f"{name}.scale", q.scale, (*shape[:-1], -(-shape[-1] // group)), torch.float32, device)
 
 
 def empty_quantized(
     shape: Sequence[int], dtype: torch.dtype, group: int = GROUP, device: torch.device | str | None = None
 ) -> Quantized:
-    """An uninitialised `Quantized` of this shape, for the `_out` operations to write."""
+    """An uninitialised `Quantized` of this shape."""
     check_quantized_dtype("empty_quantized", "dtype", dtype)
     check_group("empty_quantized", group)
     try:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_output
-from ..dispatch import Outputs, run, write
+from ..checks import check_number
+from ..dispatch import Outputs, run
 from ..flops import attention_flops
 from ..quantized import Quantized
 from ..registration import register
-from ..stored import STORED_OUT, check_store_dtype, check_stored_out, dtype_of_stored, stored_of
+from ..stored import check_store_dtype, stored_of
 from . import reference
 from .layout import empty_output
 from .options import (
@@ -61,12 +61,6 @@ class Attention(NamedTuple):
             check_key_lengths(op, key_lengths, q)
         check_store_dtype(op, store_dtype, q.dtype)
 
-    def check_outputs(self, op: str, outputs: Outputs) -> None:
-        q, (out, stored_out) = self.q, outputs
-        check_output(op, "out", out, q.shape, q.dtype, q.device)
-        if stored_out is not None:
-            check_stored_out(op, stored_out, q.shape, q.shape[-1], q)
-
     def flatten(self) -> tuple[Any, ...]:
         q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype = self
         tables = (None, None, False) if rope is None else (rope.cos, rope.sin, rope.interleaved)
@@ -96,8 +90,8 @@ class Attention(NamedTuple):
             return out, stored
         return out, Quantized(stored, empty_output(q, torch.float32, 1), q.shape[-1])
 
-    def pack(self, tensors: Sequence[Tensor | None]) -> Outputs:
-        return tensors[0], stored_of(tensors[1:], self.q.shape[-1])
+    def pack(self, tensors: Sequence[Tensor]) -> Outputs:
+        return tensors[0], stored_of(*tensors[1:], group=self.q.shape[-1])
 
 
 def attention(
@@ -148,30 +142,6 @@ def attention(
     return out, stored
 
 
-def attention_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    out: Tensor,
-    stored_out: Tensor | Quantized | None = None,
-    softmax_scale: float | None = None,
-    key_lengths: Tensor | None = None,
-    q_norm: QKNorm | None = None,
-    k_norm: QKNorm | None = None,
-    rope: Rope | None = None,
-    backend: str = "auto",
-) -> None:
-    """`attention` into out, of q's shape and dtype and any strides with a contiguous last dimension, and into
-    stored_out if given.
-
-    stored_out is a tensor as out or a `Quantized` with group D. Outputs may not overlap themselves, each other or what
-    is read. Not recorded by autograd.
-    """
-    dtype = None if stored_out is None else dtype_of_stored(stored_out) or getattr(q, "dtype", None)
-    write(OP, Attention(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, dtype), backend, (out, stored_out))
-
-
 def count_flops(q: Sequence[int], k: Sequence[int], *args: Any, **kwargs: Any) -> int:
     """The FLOP formula of `attention` and `short_attention`."""
     *batch, queries, heads, head_dim = q
@@ -182,7 +152,6 @@ register(
     OP,
     Attention,
     f"Tensor q, Tensor k, Tensor v, Tensor? key_lengths, {OPTIONS_SCHEMA}, ScalarType? store_dtype",
-    {"out": "Tensor(a!) out", "stored_out": STORED_OUT},
     reference.compute,
     count_flops,
 )

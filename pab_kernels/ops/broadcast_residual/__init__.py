@@ -18,8 +18,8 @@ from ..cached_outputs import (
     flatten_cached_outputs,
     unflatten_cached_outputs,
 )
-from ..checks import check_activation, check_broadcasts, check_output
-from ..dispatch import Outputs, run, write
+from ..checks import check_activation, check_broadcasts
+from ..dispatch import Outputs, run
 from ..norm import NORM_SCHEMA, Norm, check_norm, check_norm_type, flatten_norm, unflatten_norm
 from ..quantized import Quantized
 from ..registration import register
@@ -58,16 +58,6 @@ class BroadcastResidual(NamedTuple):
             if t is not None:
                 check_broadcasts(op, name, t, x)
 
-    def check_outputs(self, op: str, outputs: Outputs) -> None:
-        x, (x_out, y_out) = self.x, outputs
-        for name, out, source, given in (("x_out", x_out, "slots", self.cached), ("y_out", y_out, "norm", self.norm)):
-            if out is not None and given:
-                check_output(op, name, out, x.shape, x.dtype, x.device)
-            elif given:
-                raise ValueError(f"{op}: {name} is None and {source} is given; its result needs a place: pass {name}")
-            elif out is not None:
-                raise ValueError(f"{op}: {name} is given without {source}; nothing would be written there: pass None")
-
     def flatten(self) -> tuple[Any, ...]:
         return self.x, *flatten_cached_outputs(self.cached), *flatten_norm(self.norm), self.shift, self.scale
 
@@ -80,7 +70,7 @@ class BroadcastResidual(NamedTuple):
         x_out = torch.empty_like(x, memory_format=contiguous) if self.cached else None
         return x_out, None if self.norm is None else torch.empty_like(x, memory_format=contiguous)
 
-    def pack(self, tensors: Sequence[Tensor | None]) -> Outputs:
+    def pack(self, tensors: Sequence[Tensor]) -> Outputs:
         return tuple(tensors) if len(tensors) == 2 else (tensors[0], None) if self.cached else (None, tensors[0])
 
 
@@ -132,31 +122,9 @@ def broadcast_residual(
     return x if x_new is None else x_new, y
 
 
-def broadcast_residual_out(
-    x: Tensor,
-    slots: Sequence[Tensor | Quantized | Line] = (),
-    *,
-    x_out: Tensor | None = None,
-    y_out: Tensor | None = None,
-    gates: Sequence[Tensor | None] | None = None,
-    norm: Norm | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    backend: str = "auto",
-) -> None:
-    """`broadcast_residual` into tensors of x's shape and dtype: x_out with slots, y_out with a norm, else None.
-
-    x_out may be x itself; apart from that, outputs may not overlap themselves, each other or what is read. Not recorded
-    by autograd.
-    """
-    call = BroadcastResidual(x, cached_outputs(OP, slots, gates, MOST_ADDED), norm, shift, scale)
-    write(OP, call, backend, (x_out, y_out))
-
-
 register(
     OP,
     BroadcastResidual,
     f"Tensor x, {CACHED_SCHEMA}, {NORM_SCHEMA.format('norm')}, Tensor? shift, Tensor? scale",
-    {"x_out": "Tensor(a!)? x_out", "y_out": "Tensor(b!)? y_out"},
     reference.compute,
 )

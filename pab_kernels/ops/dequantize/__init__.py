@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, check_activation, check_output, check_tensor
-from ..dispatch import Outputs, run, write
+from ..checks import FLOATS, check_tensor
+from ..dispatch import Outputs, run
 from ..quantized import Quantized, check_group, check_quantized, group_width
 from ..registration import register
 from . import reference
@@ -37,9 +37,6 @@ class Dequantize(NamedTuple):
         check_group(op, q.group)
         check_quantized(op, "q", q, q.data.shape, q.group, q.data.device)
 
-    def check_outputs(self, op: str, outputs: Outputs) -> None:
-        check_output(op, "out", outputs[0], self.q.data.shape, self.dtype, self.q.data.device)
-
     def flatten(self) -> tuple[Any, ...]:
         return self.q.data, self.q.scale, group_width(self.q.group, self.q.shape[-1]), self.dtype
 
@@ -50,7 +47,7 @@ class Dequantize(NamedTuple):
     def empty(self) -> Outputs:
         return (torch.empty(self.q.shape, dtype=self.dtype, device=self.q.device),)
 
-    def pack(self, tensors: Sequence[Tensor | None]) -> Outputs:
+    def pack(self, tensors: Sequence[Tensor]) -> Outputs:
         return tuple(tensors)
 
 
@@ -74,16 +71,9 @@ def dequantize(q: Quantized, dtype: torch.dtype, *, backend: str = "auto") -> Te
     return run(OP, Dequantize(q, dtype), backend)[0]
 
 
-def dequantize_out(q: Quantized, out: Tensor, *, backend: str = "auto") -> None:
-    """`dequantize` into `out`, `[..., C]`, in its dtype, which may not overlap q. Not recorded by autograd."""
-    check_activation(OP, "out", out)
-    write(OP, Dequantize(q, out.dtype), backend, (out,))
-
-
 register(
     OP,
     Dequantize,
     "Tensor data, Tensor scale, int group, ScalarType dtype",
-    {"out": "Tensor(a!) out"},
     reference.compute,
 )

@@ -20,12 +20,12 @@ from ..cached_outputs import (
     flatten_cached_outputs,
     unflatten_cached_outputs,
 )
-from ..checks import check_activation, check_broadcasts, check_operand, check_output
-from ..dispatch import Outputs, run, write
+from ..checks import check_activation, check_broadcasts, check_operand
+from ..dispatch import Outputs, run
 from ..flops import linear_flops
 from ..quantized import GROUP, Quantized, empty_quantized
 from ..registration import register
-from ..stored import STORED_OUT, check_store_dtype, check_stored_out, dtype_of_stored, stored_of
+from ..stored import check_store_dtype, stored_of
 from . import reference
 
 OP = "project_residual"
@@ -70,17 +70,6 @@ class ProjectResidual(NamedTuple):
                 "store='pre_gate'"
             )
 
-    def check_outputs(self, op: str, outputs: Outputs) -> None:
-        x, (x_out, stored_out) = self.x, outputs
-        check_output(op, "x_out", x_out, x.shape, x.dtype, x.device)
-        if (self.store is None) != (stored_out is None):
-            came = "None" if stored_out is None else "given"
-            raise ValueError(
-                f"{op}: store is {self.store!r} and stored_out is {came}; both or neither are supported: match them"
-            )
-        if stored_out is not None:
-            check_stored_out(op, stored_out, x.shape, GROUP, x)
-
     def flatten(self) -> tuple[Any, ...]:
         return *self[:6], self.store_dtype or self.x.dtype, *flatten_cached_outputs(self.cached)
 
@@ -96,8 +85,8 @@ class ProjectResidual(NamedTuple):
             return x_out, empty_quantized(x.shape, self.eight_bits, GROUP, x.device)
         return x_out, None if self.store is None else torch.empty_like(x_out)
 
-    def pack(self, tensors: Sequence[Tensor | None]) -> Outputs:
-        return tensors[0], stored_of(tensors[1:], GROUP)
+    def pack(self, tensors: Sequence[Tensor]) -> Outputs:
+        return tensors[0], stored_of(*tensors[1:], group=GROUP)
 
 
 def project_residual(
@@ -146,31 +135,6 @@ def project_residual(
     return x_new, stored
 
 
-def project_residual_out(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    *,
-    x_out: Tensor,
-    stored_out: Tensor | Quantized | None = None,
-    gate: Tensor | None = None,
-    store: Literal["pre_gate", "post_gate"] | None = None,
-    slots: Sequence[Tensor | Quantized | Line] = (),
-    gates: Sequence[Tensor | None] | None = None,
-    backend: str = "auto",
-) -> None:
-    """`project_residual` into x_out, of x's shape and dtype, and with `store` into stored_out, whose dtype is the
-    store's.
-
-    x_out may be x itself; apart from that, outputs may not overlap themselves, each other or what is read. Not recorded
-    by autograd.
-    """
-    cached = cached_outputs(OP, slots, gates, MOST_ADDED - 1)
-    dtype = None if store is None else dtype_of_stored(stored_out)
-    write(OP, ProjectResidual(a, weight, bias, x, gate, store, dtype, cached), backend, (x_out, stored_out))
-
-
 def _flops(a: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
     c_out, c_in = weight
     return linear_flops(prod(a[:-1]), c_in, c_out)
@@ -181,7 +145,6 @@ register(
     ProjectResidual,
     "Tensor a, Tensor weight, Tensor? bias, Tensor x, Tensor? gate, str? store, ScalarType store_dtype, "
     f"{CACHED_SCHEMA}",
-    {"x_out": "Tensor(a!) x_out", "stored_out": STORED_OUT},
     reference.compute,
     _flops,
 )

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_float, check_tensor
-from ..dispatch import Outputs, run, write
+from ..checks import check_float
+from ..dispatch import Outputs, run
 from ..quantized import (
     GROUP,
     Quantized,
     check_group,
-    check_quantized,
     check_quantized_dtype,
     empty_quantized,
     group_width,
@@ -37,9 +36,6 @@ class Quantize(NamedTuple):
         check_quantized_dtype(op, "dtype", self.dtype)
         check_group(op, self.group)
 
-    def check_outputs(self, op: str, outputs: Outputs) -> None:
-        check_quantized(op, "out", outputs[0], self.x.shape, self.group, self.x.device, output=True)
-
     def flatten(self) -> tuple[Any, ...]:
         return self.x, self.dtype, group_width(self.group, self.x.shape[-1])
 
@@ -50,7 +46,7 @@ class Quantize(NamedTuple):
     def empty(self) -> Outputs:
         return (empty_quantized(self.x.shape, self.dtype, self.group, self.x.device),)
 
-    def pack(self, tensors: Sequence[Any]) -> Outputs:
+    def pack(self, tensors: Sequence[Tensor]) -> Outputs:
         data, scale = tensors
         return (Quantized(data, scale, self.group),)
 
@@ -80,21 +76,9 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int = GROUP, *, backend: str 
     return run(OP, Quantize(x, dtype, group), backend)[0]
 
 
-def quantize_out(x: Tensor, out: Quantized, *, backend: str = "auto") -> None:
-    """`quantize` into `out`, in its dtype and groups.
-
-    Its data and scales may not overlap each other or x. Not recorded by autograd.
-    """
-    if not isinstance(out, Quantized):
-        raise TypeError(f"{OP}: out is a {type(out).__name__}; a Quantized is supported: make one with empty_quantized")
-    check_tensor(OP, "out.data", out.data)
-    write(OP, Quantize(x, out.data.dtype, out.group), backend, (out,))
-
-
 register(
     OP,
     Quantize,
     "Tensor x, ScalarType dtype, int group",
-    {"out": "Tensor(a!) data_out, Tensor(b!) scale_out"},
     reference.compute,
 )

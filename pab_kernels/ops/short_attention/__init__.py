@@ -16,10 +16,9 @@ from torch import Tensor
 from ..attention import Attention, count_flops
 from ..attention.options import OPTIONS_SCHEMA, QKNorm, Rope
 from ..attention.reference import compute
-from ..dispatch import run, write
+from ..dispatch import run
 from ..quantized import Quantized
 from ..registration import register
-from ..stored import STORED_OUT, dtype_of_stored
 
 OP = "short_attention"
 MAX_TOKENS = 64
@@ -83,29 +82,10 @@ def short_attention(
     return out, stored
 
 
-def short_attention_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    out: Tensor,
-    stored_out: Tensor | Quantized | None = None,
-    softmax_scale: float | None = None,
-    q_norm: QKNorm | None = None,
-    k_norm: QKNorm | None = None,
-    rope: Rope | None = None,
-    backend: str = "auto",
-) -> None:
-    """`short_attention` into out and, if given, stored_out; both as in `attention_out`."""
-    dtype = None if stored_out is None else dtype_of_stored(stored_out) or getattr(q, "dtype", None)
-    write(OP, ShortAttention(q, k, v, softmax_scale, None, q_norm, k_norm, rope, dtype), backend, (out, stored_out))
-
-
 register(
     OP,
     ShortAttention,
     f"Tensor q, Tensor k, Tensor v, {OPTIONS_SCHEMA}, ScalarType? store_dtype",
-    {"out": "Tensor(a!) out", "stored_out": STORED_OUT},
     compute,
     count_flops,
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..attention import Attention
 from ..attention.options import QKNorm
-from ..attention.strides import aligned, unit_of
+from ..attention.strides import aligned
 from ..cuda_library import kernel, refuse
 from ..dispatch import Outputs
 from ..quantized import data_and_scale
@@ -59,15 +59,11 @@ def launch(call: Attention, outputs: Outputs) -> None:
     stored, stored_scale = data_and_scale(stored_out)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     cos, sin = (None, None) if rope is None or rope.cos.shape[-1] == 0 else (_vectors(rope.cos), _vectors(rope.sin))
-    places = [_place(out), None if stored is None else _place(stored)]
     _kernel(
         q, k, v, scale / log(2), *_norm_arguments(q_norm), *_norm_arguments(k_norm), cos, sin,
         rope is not None and rope.interleaved,
-        *places, stored_scale,
+        out, stored, stored_scale,
     )  # fmt: skip
-    for place, wanted in zip(places, (out, stored), strict=True):
-        if place is not wanted and place is not None and wanted is not None:
-            wanted.copy_(place)
 
 
 def _norm_arguments(norm: QKNorm | None) -> tuple[int, Tensor | None, Tensor | None, Tensor | None, float]:
@@ -83,11 +79,3 @@ def _vectors(t: Tensor | None) -> Tensor | None:
     if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
         return t
     return t.clone(memory_format=torch.contiguous_format)
-
-
-def _place(t: Tensor) -> Tensor:
-    """Where the kernel writes t: t itself where each head begins at a multiple of its 16 bytes, or 8 of an 8-bit
-    dtype."""
-    if unit_of(t) > 1 and t.data_ptr() % (8 * t.element_size()) == 0:
-        return t
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
