@@ -1,5 +1,4 @@
-"""Runs the call of an operation: checked first, then by a backend or, where a graph is compiled, as part of that
-graph."""
+"""Checks the call of an operation and runs it: on a backend or, under `torch.compile`, as part of the graph."""
 
 from __future__ import annotations
 
@@ -17,52 +16,52 @@ Outputs = tuple[Any, ...]
 
 
 class Call(Protocol):
-    """A call of an operation: a named tuple of all that it reads. The device of the first entry is where it runs."""
-
-    @property
-    def _fields(self) -> tuple[str, ...]: ...
+    """A call of an operation: a named tuple of all that it reads. It runs on the device of the first entry."""
 
     def __getitem__(self, index: Any, /) -> Any: ...
 
     def check(self, op: str) -> None:
-        """Raise a TypeError or ValueError that says what is not supported."""
+        """Raise a TypeError or ValueError if the call is not supported."""
 
     def flatten(self) -> tuple[Any, ...]:
-        """The arguments of the operation that is registered with torch, but for the backend."""
+        """The arguments of the operation as registered with torch, without the backend."""
 
     @classmethod
     def unflatten(cls, *flat: Any) -> Call:
-        """The call that `flatten` made these of."""
+        """The inverse of `flatten`."""
 
     def empty(self) -> Outputs:
         """Uninitialised outputs."""
 
     def pack(self, tensors: Sequence[Tensor]) -> Outputs:
-        """The outputs whose tensors these are, without those that are None."""
+        """The outputs with these tensors, which lack those that are None."""
 
 
 REFERENCES: dict[str, Callable[[Any], Outputs]] = {}
-"""By operation, its outputs in plain torch; `register` adds to it."""
+"""By operation, the function of a call to its outputs in plain torch; `register` adds to it."""
 
 
 def run(op: str, call: Call, backend: str) -> Outputs:
-    """The outputs of a call, as new tensors; it is checked.
+    """The outputs of a call, checked first, as new tensors.
 
     Raises:
         TypeError, ValueError: the call is not supported.
         BackendError: the backend cannot serve it.
     """
-    attempt = None if backend == "auto" else _attempt_of(op, backend)
-    if attempt is not None and isinstance(call[0], Tensor):
+    if (
+        SELF_CHECKING.get(op) == backend
+        and isinstance(call[0], Tensor)
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    ):
         outputs = call.empty()
-        if attempt(call, outputs):
+        if load(op, backend).attempt(call, outputs):
             return outputs
     call.check(op)
     return run_checked(op, call, backend)
 
 
 def run_checked(op: str, call: Call, backend: str = "auto") -> Outputs:
-    """`run` for a call that is right by construction."""
+    """`run` for a call that is valid by construction."""
     if not torch.compiler.is_compiling():
         return serve(op, call, backend)
     if is_traced(op, backend, call[0].device):
@@ -81,12 +80,5 @@ def serve(op: str, call: Call, backend: str) -> Outputs:
 
 
 def tensors_of(outputs: Outputs) -> list[Tensor]:
-    """The tensors of the outputs that there are."""
+    """The tensors of the outputs that are not None."""
     return [t for out in outputs for t in data_and_scale(out) if t is not None]
-
-
-def _attempt_of(op: str, backend: str) -> Callable[[Call, Outputs], bool] | None:
-    """What may be handed a call that nobody has checked, if the backend has it."""
-    if SELF_CHECKING.get(op) != backend or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    return load(op, backend).attempt

@@ -388,4 +388,4 @@ def test_refused(changes, error, message):
 
 def test_store_dtypes_refused():
     for dtype in (torch.float16, torch.int16, "int8"):
-        refused({"store_dtype": dtype}, TypeError, f"store_dtype is {dtype}", attention)
+        refused({"store_dtype": dtype}, TypeError, f"store_dtype is {dtype!r}", attention)

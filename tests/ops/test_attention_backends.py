@@ -148,7 +148,7 @@ def test_what_flash_attn_cannot_serve_it_refuses(flash):
     assert refusal(OnCuda()) is None
     assert refusal(OnCuda(torch.float32)) == "q is torch.float32; float16 and bfloat16 are supported"
     assert refusal(OnCuda(dim=36)) == "the head dimension is 36; multiples of 8 are supported"
-    assert refusal(OnCuda(), softmax_scale=-1.0).startswith("softmax_scale is -1.0; one that is not negative")
+    assert refusal(OnCuda(), softmax_scale=-1.0).startswith("softmax_scale is -1.0; 0 or more is supported")
     assert refusal(OnCuda(), key_lengths=torch.tensor([3])).startswith(
         "key_lengths is given; flash-attn takes packed keys"
     )

@@ -285,8 +285,7 @@ def test_a_nan_in_the_values_reaches_what_is_stored(store_dtype):
 
 
 @pytest.mark.parametrize("store_dtype", [None, torch.bfloat16, *EIGHT_BITS])
-@pytest.mark.parametrize("edge", [0, 3])
-def test_it_writes_its_outputs_and_nothing_else(store_dtype, edge):
+def test_it_writes_its_outputs_and_nothing_else(store_dtype):
     inputs, options = qkv(2, queries=5, dim=72), everything(5, 72)
     expected = attention(*inputs, store_dtype=store_dtype, backend="triton", **options)
     given = [t.clone() for t in inputs]
@@ -299,14 +298,7 @@ def test_it_writes_its_outputs_and_nothing_else(store_dtype, edge):
         stored_out, more = guarded_quantized(*sizes, dtype=store_dtype, group=72, device=KERNEL_DEVICE)
         guards += more
     call = Attention(*inputs, **options, store_dtype=store_dtype)
-    if edge:  # out lies so that 16 bytes cannot be written at once
-        wide = Guarded(2, 5, 2, 72 + edge, dtype=torch.bfloat16, device=KERNEL_DEVICE)
-        wide.tensor[..., :edge] = 0
-        launch("attention", "triton", call, wide.tensor[..., edge:], stored_out)
-        guards[0].tensor.copy_(wide.tensor[..., edge:])
-        wide.assert_written()
-    else:
-        launch("attention", "triton", call, guards[0].tensor, stored_out)
+    launch("attention", "triton", call, guards[0].tensor, stored_out)
     for guard in guards:
         guard.assert_written()
     assert_same((guards[0].tensor, stored_out), expected, strides=False)
@@ -376,7 +368,7 @@ def test_compiled_it_is_one_operation_with_the_same_result():
         (qkv(1, dtype=torch.float32), {}, "q is torch.float32; float16 and bfloat16"),
         (qkv(1, dtype=torch.float64), {}, "q is torch.float64"),
         (qkv(1, dim=36), {}, "the head dimension is 36; multiples of 8"),
-        (qkv(1), {"softmax_scale": -0.1}, "softmax_scale is -0.1; one that is not negative"),
+        (qkv(1), {"softmax_scale": -0.1}, "softmax_scale is -0.1; 0 or more is supported"),
         ([t.to("meta") for t in qkv(1)], {}, "the tensors are on meta"),
     ],
 )
@@ -387,9 +379,9 @@ def test_what_it_cannot_serve_it_refuses(given, options, message):
 def test_too_many_programs_are_refused():
     q = torch.empty(1, dtype=torch.bfloat16, device=KERNEL_DEVICE).expand(2**16, 2**14, 2, 40)
     rows = q[:1, :1, :1].expand(1, 2**31 - 1023, 1, 40)
-    assert "2 ** 31 - 1024 heads" in kernel.refusal(Attention(rows, rows[:, 1:], rows[:, 1:]))
+    assert "at most 2147482624 are supported" in kernel.refusal(Attention(rows, rows[:, 1:], rows[:, 1:]))
     assert kernel.refusal(Attention(*(rows[:, 1:],) * 3)) is None
-    assert "2 ** 31 - 1024 heads" in kernel.refusal(Attention(q, q, q))
+    assert "at most 2147482624 are supported" in kernel.refusal(Attention(q, q, q))
     assert kernel.refusal(Attention(q[:-1], q[:-1], q[:-1])) is None
 
 

@@ -86,7 +86,7 @@ def sample(store_dtype):
     inputs, options = temporal(5), everything(5)
     norms = [x for n in (options["q_norm"], options["k_norm"]) for x in (n.kind, n.weight, n.bias, n.eps, n.rstd)]
     rope = options["rope"]
-    args = (*inputs, options["softmax_scale"], *norms, rope.cos, rope.sin, rope.interleaved, store_dtype, "auto")
+    args = (*inputs, None, options["softmax_scale"], *norms, rope.cos, rope.sin, rope.interleaved, store_dtype, "auto")
     return args, parts(short_attention(*inputs, store_dtype=store_dtype, **options))
 
 
@@ -121,9 +121,9 @@ def test_gradients_flow_through_the_reference_and_not_through_the_rest():
         (
             dict.fromkeys("qkv", torch.ones(1, 65, 1, 32)),
             ValueError,
-            "65 queries and 65 keys came; equal numbers up to 64",
+            "got 65 queries and 65 keys; equal numbers up to 64",
         ),
-        (dict.fromkeys("kv", torch.ones(2, 6, 2, 40)), ValueError, "7 queries and 6 keys came"),
+        (dict.fromkeys("kv", torch.ones(2, 6, 2, 40)), ValueError, "got 7 queries and 6 keys"),
     ],
 )
 def test_refused(changes, error, message):
@@ -144,7 +144,7 @@ def test_what_the_cuda_kernel_refuses():
         refuses(f"q is {dtype}; float16 and bfloat16 are supported", *temporal(5, 72, dtype))
     refuses("the head dimension is 80; 64, 72, 96 and 128 are supported", *temporal(5, 80, torch.float16))
     many = torch.zeros(64, dtype=torch.bfloat16).expand(2**30, 1, 2, 64)
-    refuses(f"{2**30} sequences of 2 heads came; fewer than 2 ** 31 heads", many, many, many)
+    refuses(f"there are {2**31} heads of sequences; at most {2**31 - 1}", many, many, many)
     q, k, v = temporal(5, 72, torch.bfloat16)
     odd = torch.zeros(*q.shape[:-1], 76, dtype=q.dtype)[..., :72]
     refuses("heads of q do not all begin at a multiple of 16 bytes", odd, k, v)

@@ -174,11 +174,11 @@ def test_it_writes_its_outputs_and_nothing_else(frames, dim, store_dtype):
     assert_same((out.tensor, stored_out), expected, strides=False)
 
 
-def test_outputs_of_any_strides():
+def test_outputs_in_any_order_of_dimensions():
     inputs = temporal(7, places=3)
     expected = short_attention(*inputs, store_dtype=torch.int8, backend="triton")
-    out = torch.empty(7, 3, 2, 2, 43, dtype=torch.bfloat16, device=KERNEL_DEVICE)[..., 3:].permute(2, 1, 0, 3, 4)
-    data = torch.empty(3, 2, 7, 2, 41, dtype=torch.int8, device=KERNEL_DEVICE)[..., 1:].transpose(0, 1)
+    out = torch.empty(7, 3, 2, 2, 48, dtype=torch.bfloat16, device=KERNEL_DEVICE)[..., 3:43].permute(2, 1, 0, 3, 4)
+    data = torch.empty(3, 2, 7, 2, 48, dtype=torch.int8, device=KERNEL_DEVICE)[..., 1:41].transpose(0, 1)
     scale = torch.empty(2, 2, 7, 3, 2, device=KERNEL_DEVICE).permute(0, 3, 2, 1, 4)[..., :1]
     given = ShortAttention(*inputs, store_dtype=torch.int8)
     launch("short_attention", "triton", given, out, Quantized(data, scale, 40))
@@ -250,7 +250,17 @@ def sample(store_dtype):
     inputs, options = temporal(5), everything(5)
     norms = [x for n in (options["q_norm"], options["k_norm"]) for x in (n.kind, n.weight, n.bias, n.eps, n.rstd)]
     rope = options["rope"]
-    return (*inputs, options["softmax_scale"], *norms, rope.cos, rope.sin, rope.interleaved, store_dtype, "triton")
+    return (
+        *inputs,
+        None,
+        options["softmax_scale"],
+        *norms,
+        rope.cos,
+        rope.sin,
+        rope.interleaved,
+        store_dtype,
+        "triton",
+    )
 
 
 @pytest.mark.parametrize("store_dtype", [None, torch.int8])
@@ -275,7 +285,7 @@ def test_refused():
         refuses(f"q is {dtype}; float16 and bfloat16 are supported", *temporal(5, dtype=dtype))
     refuses("the head dimension is 36; multiples of 8 are supported", *temporal(5, dim=36))
     many = torch.zeros(32, dtype=torch.bfloat16, device=KERNEL_DEVICE).expand(2**30, 1, 2, 32)
-    refuses(f"{2**30} sequences of 2 heads came; up to 2 ** 31 - 64 heads", many, many, many)
+    refuses(f"there are {2**31} heads of sequences; at most {2**31 - 64}", many, many, many)
 
 
 def test_auto_takes_it_on_a_gpu_only():

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, check_tensor
+from ..checks import FLOATS, check_tensor, none_of, not_a
 from ..dispatch import Outputs, run
 from ..quantized import Quantized, check_group, check_quantized, group_width
 from ..registration import register
@@ -18,7 +18,7 @@ OP = "dequantize"
 
 
 class Dequantize(NamedTuple):
-    """A call of `dequantize`; its one output is a tensor."""
+    """A call of `dequantize`; its output is a tensor."""
 
     q: Quantized
     dtype: torch.dtype
@@ -26,11 +26,9 @@ class Dequantize(NamedTuple):
     def check(self, op: str) -> None:
         q, dtype = self
         if not isinstance(q, Quantized):
-            raise TypeError(f"{op}: q is a {type(q).__name__}; a Quantized is supported: make one with quantize")
+            raise not_a(op, "q", q, "a Quantized", "make one with quantize")
         if dtype not in FLOATS:
-            raise TypeError(
-                f"{op}: dtype is {dtype}; float16, bfloat16, float32 and float64 are supported: pass one of these"
-            )
+            raise TypeError(none_of(op, "dtype", dtype, FLOATS))
         if not isinstance(q.data, Tensor) or q.data.ndim == 0:
             check_tensor(op, "q.data", q.data)
             raise ValueError(f"{op}: q.data has no dimensions; [..., channels] is supported: reshape it")
@@ -54,19 +52,19 @@ class Dequantize(NamedTuple):
 def dequantize(q: Quantized, dtype: torch.dtype, *, backend: str = "auto") -> Tensor:
     """`data * scale` in float32, rounded once to `dtype`.
 
-    Compiled, "auto" is plain torch, which the compiler fuses with what is around it.
+    In a compiled graph "auto" is plain torch, which the compiler fuses with the code around it.
 
     Args:
         q: data and scales `[..., C]`.
         dtype: a float dtype.
-        backend: "auto", or one that must serve.
+        backend: "auto", or the name of one.
 
     Returns:
         `[..., C]`, contiguous.
 
     Raises:
-        TypeError, ValueError: an argument is not of this kind.
-        BackendError: `backend` cannot serve.
+        TypeError, ValueError: an argument is not supported.
+        BackendError: the backend cannot serve the call.
     """
     return run(OP, Dequantize(q, dtype), backend)[0]
 

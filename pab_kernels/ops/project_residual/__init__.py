@@ -1,5 +1,4 @@
-"""`project_residual`: an output projection that adds itself to the residual stream and stores itself, in the GEMM's
-epilogue."""
+"""`project_residual`: an output projection whose epilogue adds it to the residual stream and stores it."""
 
 from __future__ import annotations
 
@@ -16,23 +15,22 @@ from ..cached_outputs import (
     CachedOutput,
     Line,
     cached_outputs,
-    check_cached_outputs,
-    flatten_cached_outputs,
-    unflatten_cached_outputs,
+    check_cached,
+    flatten_cached,
+    unflatten_cached,
 )
-from ..checks import check_activation, check_broadcasts, check_operand
+from ..checks import check_activation, check_broadcasts, check_operand, none_of
 from ..dispatch import Outputs, run
 from ..flops import linear_flops
-from ..quantized import GROUP, Quantized, empty_quantized
+from ..quantized import GROUP, Quantized, check_store_dtype, empty_quantized, stored_of
 from ..registration import register
-from ..stored import check_store_dtype, stored_of
 from . import reference
 
 OP = "project_residual"
 
 
 class ProjectResidual(NamedTuple):
-    """A call of `project_residual`; its outputs are the new x and what is stored. A `store_dtype` of None is x's."""
+    """A call of `project_residual`; its outputs are the new x and the slot. A `store_dtype` of None is x's."""
 
     a: Tensor
     weight: Tensor
@@ -45,7 +43,7 @@ class ProjectResidual(NamedTuple):
 
     @property
     def eight_bits(self) -> torch.dtype | None:
-        """The dtype of what is stored, if it is quantised."""
+        """The dtype of the slot, if it is quantised."""
         return None if self.store is None or self.store_dtype in (None, self.x.dtype) else self.store_dtype
 
     def check(self, op: str) -> None:
@@ -59,24 +57,20 @@ class ProjectResidual(NamedTuple):
         if gate is not None:
             check_broadcasts(op, "gate", gate, x)
         if store not in (None, "pre_gate", "post_gate"):
-            raise ValueError(
-                f"{op}: store is {store!r}; None, 'pre_gate' and 'post_gate' are supported: pass one of these"
-            )
-        check_cached_outputs(op, x, cached)
+            raise ValueError(none_of(op, "store", store, (None, "pre_gate", "post_gate")))
+        check_cached(op, x, cached)
         check_store_dtype(op, store_dtype, x.dtype)
         if store is None and store_dtype is not None:
-            raise ValueError(
-                f"{op}: store_dtype is {store_dtype} and store is None; a dtype is supported with a store: pass "
-                "store='pre_gate'"
-            )
+            given = f"store_dtype is {store_dtype} and store is None"
+            raise ValueError(f"{op}: {given}; a dtype is supported with a store: pass store='pre_gate'")
 
     def flatten(self) -> tuple[Any, ...]:
-        return *self[:6], self.store_dtype or self.x.dtype, *flatten_cached_outputs(self.cached)
+        return *self[:6], self.store_dtype or self.x.dtype, *flatten_cached(self.cached)
 
     @classmethod
     def unflatten(cls, *flat: Any) -> ProjectResidual:
         a, weight, bias, x, gate, store, store_dtype, *cached = flat
-        return cls(a, weight, bias, x, gate, store, store_dtype, unflatten_cached_outputs(*cached))
+        return cls(a, weight, bias, x, gate, store, store_dtype, unflatten_cached(*cached))
 
     def empty(self) -> Outputs:
         x = self.x
@@ -109,26 +103,30 @@ def project_residual(
         3. for each slot: as in `broadcast_residual`
         4. stored = p ("pre_gate") or g ("post_gate"), quantised if store_dtype has 8 bits
 
-    Every assignment rounds to x's dtype; the product accumulates as `F.linear` does. What is stored is quantised from
-    the rounded p or g, what is added is not quantised. Autograd and compiled graphs: as `broadcast_residual`.
+    Every assignment rounds to x's dtype; the product accumulates as in `F.linear`. An 8-bit slot is quantised from the
+    rounded p or g, and x gets p unquantised. For autograd and compiled graphs see `broadcast_residual`.
 
     Args:
         a: `[..., K]` in x's dtype, last dimension contiguous, leading dimensions as x.
-        weight: `[C, K]` in x's dtype; bias: `[C]` or None.
+        weight: `[C, K]` in x's dtype.
+        bias: `[C]` in x's dtype, or None.
         x: `[..., C]`, float, last dimension contiguous; never written.
         gate: None or x's dtype, broadcasting to x with all C channels.
-        store: which to store, or None.
+        store: which of the two to store, or None.
         store_dtype: x's dtype (also None), torch.int8 or torch.float8_e4m3fn.
         slots, gates: as in `broadcast_residual`, up to two.
-        backend: "auto", or one that must serve.
+        backend: "auto", or the name of one.
 
     Returns:
-        x (new, contiguous) and what is stored: `[..., C]`, contiguous, memory of its own; a `Quantized` in groups of
-        128; or None.
+        x (new, contiguous) and the slot: a contiguous tensor `[..., C]`, a `Quantized` in groups of 128, or None.
 
     Raises:
-        TypeError, ValueError: an argument is not of this kind.
-        BackendError: `backend` cannot serve.
+        TypeError, ValueError: an argument is not supported.
+        BackendError: the backend cannot serve the call.
+
+    Example:
+        >>> a, weight, x = torch.randn(2, 6, 32), torch.randn(64, 32), torch.randn(2, 6, 64)
+        >>> x, slot = project_residual(a, weight, None, x, store="pre_gate", store_dtype=torch.int8)
     """
     cached = cached_outputs(OP, slots, gates, MOST_ADDED - 1)
     x_new, stored = run(OP, ProjectResidual(a, weight, bias, x, gate, store, store_dtype, cached), backend)

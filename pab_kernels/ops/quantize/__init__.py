@@ -10,14 +10,7 @@ from torch import Tensor
 
 from ..checks import check_float
 from ..dispatch import Outputs, run
-from ..quantized import (
-    GROUP,
-    Quantized,
-    check_group,
-    check_quantized_dtype,
-    empty_quantized,
-    group_width,
-)
+from ..quantized import GROUP, Quantized, check_group, check_quantized_dtype, empty_quantized, group_width
 from ..registration import register
 from . import reference
 
@@ -25,7 +18,7 @@ OP = "quantize"
 
 
 class Quantize(NamedTuple):
-    """A call of `quantize`; its one output is a `Quantized`."""
+    """A call of `quantize`; its output is a `Quantized`."""
 
     x: Tensor
     dtype: torch.dtype
@@ -57,21 +50,26 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int = GROUP, *, backend: str 
         1. scale = max |x| / 127 (int8) or / 448 (float8_e4m3fn), over the group
         2. data = round(x / scale), 0 where scale is 0
 
-    In float32; rounds once, to nearest even. A group that holds an infinity or NaN dequantises to NaN. Compiled, "auto"
-    is plain torch, which the compiler fuses with what is around it.
+    Computes in float32 and rounds once, to nearest even. A group that holds an infinity or NaN dequantises to NaN. In a
+    compiled graph "auto" is plain torch, which the compiler fuses with the code around it.
 
     Args:
         x: `[..., C]`, float, any strides.
         dtype: torch.int8 or torch.float8_e4m3fn.
-        group: channels to a scale, 1 or more; the last group may be shorter, and one wider than C is one group.
-        backend: "auto", or one that must serve.
+        group: channels to a scale, 1 or more; the last group may be shorter, and a group wider than C is all channels.
+        backend: "auto", or the name of one.
 
     Returns:
         Contiguous data `[..., C]` and scale `[..., ceil(C / group)]`.
 
     Raises:
-        TypeError, ValueError: an argument is not of this kind.
-        BackendError: `backend` cannot serve.
+        TypeError, ValueError: an argument is not supported.
+        BackendError: the backend cannot serve the call.
+
+    Example:
+        >>> q = quantize(torch.randn(2, 6, 200), torch.int8)
+        >>> q.data.shape, q.scale.shape
+        (torch.Size([2, 6, 200]), torch.Size([2, 6, 2]))
     """
     return run(OP, Quantize(x, dtype, group), backend)[0]
 
