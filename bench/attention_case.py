@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pab_kernels.ops import QKNorm, Quantized, Rope, attention_flops, attention_out, quantize, short_attention_out
+from pab_kernels import ops
+from pab_kernels.ops import QKNorm, Rope, attention_flops, quantize
 
 from .candidates import backends, compiled, eager, plain_torch
 from .case import Candidate, Case, Draw, Inputs, Outputs, Run, Unavailable, doubled, floats
@@ -113,7 +114,6 @@ def case(name: str, title: str, attention: Attention, dtype: torch.dtype) -> Cas
         dtype,
         attention.flops,
         partial(_draw, attention),
-        partial(_places, attention),
         sdpa,
         partial(_exact, attention),
         looked_at,
@@ -151,21 +151,6 @@ def views(attention: Attention, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]
     if attention.kind == "temporal":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return q, k, v
-
-
-def _places(attention: Attention, inputs: Inputs) -> Outputs:
-    q = views(attention, inputs)[0]
-    order = q.transpose(1, 2) if attention.kind == "temporal" else q  # as the tokens lie in memory
-
-    def place(dtype: torch.dtype, channels: int) -> Tensor:
-        out = torch.empty(*order.shape[:-1], channels, dtype=dtype, device=q.device)
-        return out.transpose(1, 2) if attention.kind == "temporal" else out
-
-    if attention.store is None:
-        return place(q.dtype, q.shape[-1]), None
-    return place(q.dtype, q.shape[-1]), Quantized(
-        place(attention.store, q.shape[-1]), place(torch.float32, 1), q.shape[-1]
-    )
 
 
 def normed(t: Tensor, weight: Tensor, kind: str) -> Tensor:
@@ -233,16 +218,15 @@ def _checked(attention: Attention) -> Tensor:
     return checked_queries(attention.queries, attention.keys, attention.geometry.heads)
 
 
-def _call(attention: Attention, backend: str, inputs: Inputs, places: Outputs) -> Outputs:
+def _call(attention: Attention, backend: str, inputs: Inputs) -> Outputs:
     q, k, v = views(attention, inputs)
     norms = _qk_norms(attention, q, k, inputs)
     rope = Rope(inputs["cos"], inputs["sin"], attention.rope == "interleaved") if attention.rope else None
     options: dict[str, Any] = {"q_norm": norms[0], "k_norm": norms[1], "rope": rope, "backend": backend}
+    options["store_dtype"] = attention.store
     if attention.op == "attention":
-        attention_out(q, k, v, out=places[0], stored_out=places[1], key_lengths=inputs.get("lengths"), **options)
-    else:
-        short_attention_out(q, k, v, out=places[0], stored_out=places[1], **options)
-    return places
+        return ops.attention(q, k, v, key_lengths=inputs.get("lengths"), **options)
+    return ops.short_attention(q, k, v, **options)
 
 
 def _qk_norms(attention: Attention, q: Tensor, k: Tensor, inputs: Inputs) -> Sequence[QKNorm | None]:
@@ -295,7 +279,7 @@ def _flash_attn(attention: Attention, name: str, module: str) -> Candidate:
             out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [batch, N, H, D]
             return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
-        return lambda inputs, places: plain(attention, kernel, inputs)
+        return partial(plain, attention, kernel)
 
     return Candidate(name, make)
 
@@ -321,7 +305,7 @@ def _flex(attention: Attention) -> Candidate:
 
         flex = torch.compile(attend, dynamic=False, fullgraph=True)
 
-        def run(inputs: Inputs, places: Outputs) -> Outputs:
+        def run(inputs: Inputs) -> Outputs:
             q, k, v = before(inputs)
             return finished(attention, flex(q, k, v, inputs.get("lengths")))
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pab_kernels.ops import Line, Norm, Quantized, broadcast_residual_out, quantize
+from pab_kernels.ops import Line, Norm, Quantized, broadcast_residual, quantize
 
 from .candidates import backends, plain_torch
 from .case import Case, Draw, Inputs, Outputs, doubled, plain_value
@@ -85,10 +85,6 @@ def _case(name: str, geometry: Geometry, dtype: torch.dtype, title: str, options
             "scale": draw(batch, 1, channels) if options.modulated else None,
         }
 
-    def places(inputs: Inputs) -> Outputs:
-        x = inputs["x"]
-        return torch.empty_like(x) if options.slots else None, None if options.norm is None else torch.empty_like(x)
-
     plain = plain_of(options)
     return Case(
         OP,
@@ -98,7 +94,6 @@ def _case(name: str, geometry: Geometry, dtype: torch.dtype, title: str, options
         dtype,
         0,
         draw,
-        places,
         plain,
         exact=lambda inputs: _looked_at(plain(doubled(inputs))),
         looked_at=_looked_at,
@@ -126,13 +121,11 @@ def plain_of(options: Options) -> Callable[[Inputs], Outputs]:
     return plain
 
 
-def _call(options: Options, backend: str, inputs: Inputs, places: Outputs) -> Outputs:
+def _call(options: Options, backend: str, inputs: Inputs) -> Outputs:
     norm = None if options.norm is None else Norm(options.norm, inputs["weight"], inputs["bias"], EPS)
     given = {name: inputs[name] for name in ("gates", "shift", "scale")}
-    broadcast_residual_out(
-        inputs["x"], inputs["slots"], x_out=places[0], y_out=places[1], norm=norm, backend=backend, **given
-    )
-    return places
+    x, y = broadcast_residual(inputs["x"], inputs["slots"], norm=norm, backend=backend, **given)
+    return x if options.slots else None, y
 
 
 def _looked_at(outputs: Outputs) -> tuple[Tensor, ...]:

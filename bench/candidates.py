@@ -13,14 +13,14 @@ from pab_kernels.ops.backend import IMPLEMENTATIONS
 from .case import Candidate, Inputs, Outputs, Run
 
 
-def backends(op: str, call: Callable[[str, Inputs, Outputs], Outputs]) -> list[Candidate]:
+def backends(op: str, call: Callable[[str, Inputs], Outputs]) -> list[Candidate]:
     """A candidate for every backend of `op`; `call` takes the backend's name first."""
     return [Candidate(f"pab {name}", partial(partial, call, name), ours=True) for name in IMPLEMENTATIONS[op]]
 
 
 def eager(plain: Callable[[Inputs], Outputs], name: str = "torch eager") -> Candidate:
     """The user's code as it is."""
-    return Candidate(name, lambda: _without_places(plain))
+    return Candidate(name, lambda: plain)
 
 
 def compiled(plain: Callable[[Inputs], Outputs], name: str = "torch.compile", mode: str | None = None) -> Candidate:
@@ -28,7 +28,7 @@ def compiled(plain: Callable[[Inputs], Outputs], name: str = "torch.compile", mo
 
     def make() -> Run:
         torch._dynamo.reset()
-        return _without_places(torch.compile(plain, mode=mode, dynamic=False, fullgraph=True))
+        return torch.compile(plain, mode=mode, dynamic=False, fullgraph=True)
 
     return Candidate(name, make)
 
@@ -39,7 +39,3 @@ def plain_torch(plain: Callable[[Inputs], Outputs]) -> list[Candidate]:
     Graphs are captured by whoever times it.
     """
     return [eager(plain), compiled(plain), compiled(plain, "torch.compile max-autotune", "max-autotune-no-cudagraphs")]
-
-
-def _without_places(plain: Callable[[Inputs], Outputs]) -> Run:
-    return lambda inputs, places: plain(inputs)

@@ -17,8 +17,8 @@ Inputs = dict[str, Any]
 Outputs = tuple[Any, ...]
 """Tensors, `Quantized` or None."""
 
-Run = Callable[[Inputs, Outputs], Outputs]
-"""Computes a case: takes the inputs and a place for each output, which it may leave alone, and returns the outputs."""
+Run = Callable[[Inputs], Outputs]
+"""Computes a case: takes the inputs and returns the outputs."""
 
 
 class Unavailable(Exception):
@@ -50,7 +50,6 @@ class Case:
         dtype: of the activations.
         flops: that the case cannot do without.
         draw: makes fresh random inputs.
-        places: makes uninitialised outputs for these inputs.
         plain: the case as a user writes it in torch, in the dtype of the inputs.
         exact: the case in float64, of what `looked_at` looks at.
         looked_at: the part of the outputs that is compared with `exact`, as tensors of floats.
@@ -64,7 +63,6 @@ class Case:
     dtype: torch.dtype
     flops: int
     draw: Callable[[Draw], Inputs]
-    places: Callable[[Inputs], Outputs]
     plain: Callable[[Inputs], Outputs]
     exact: Callable[[Inputs], tuple[Tensor, ...]]
     looked_at: Callable[[Outputs], tuple[Tensor, ...]]
@@ -142,6 +140,11 @@ def poison(value: Any) -> None:
             t.view(torch.uint8).fill_(0xFF)
         else:
             t.fill_(torch.nan)
+
+
+def poison_free_memory(like: Any) -> None:
+    """Poison the memory that the allocator hands out next for outputs like these, to find what is not written there."""
+    poison([torch.empty_like(t) for t in tensors(like)])
 
 
 def unwritten(value: Any) -> bool:

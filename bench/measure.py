@@ -14,7 +14,7 @@ from torch import Tensor
 from pab_kernels.ops import BackendError
 
 from . import timing
-from .case import Candidate, Case, Draw, Inputs, Outputs, Unavailable, nbytes, poison, unwritten
+from .case import Candidate, Case, Draw, Inputs, Outputs, Unavailable, nbytes, poison, poison_free_memory, unwritten
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """The largest relative error that torch's own result may have: beyond it the case itself is wrong."""
@@ -45,10 +45,11 @@ def measure(
     row = _what(case, ceilings, seed)
     try:
         with torch.no_grad():
-            sets, known = _draw(case, device, seed)
-            row |= known
-            exact = case.exact(sets[0][0])
-            allowed = _allowed(case, sets[0], exact)
+            sets, rotation = _draw(case, device, seed)
+            plain = case.plain(sets[0])
+            row |= {"bytes": nbytes(sets[0]) + nbytes(plain), **rotation}
+            exact = case.exact(sets[0])
+            allowed = _allowed(case, plain, exact)
     except Exception as error:  # whatever it is, it is the reason in every row
         yield from (
             {**row, **_of(c), "status": "failed", "reason": f"the case itself: {reason(error)}"} for c in candidates
@@ -60,7 +61,7 @@ def measure(
     for candidate in candidates:
         with torch.no_grad():
             result, timed = _attempt(
-                case, candidate, sets, exact, allowed, repeats, device, None if clocks else read_clocks
+                case, candidate, sets, plain, exact, allowed, repeats, device, None if clocks else read_clocks
             )
         if timed:
             clocks = clocks or timed.clocks
@@ -94,27 +95,25 @@ def _of(candidate: Candidate) -> Row:
     return {"candidate": candidate.name, "ours": candidate.ours}
 
 
-def _draw(case: Case, device: torch.device, seed: int) -> tuple[list[tuple[Inputs, Outputs]], Row]:
-    """The input sets with places for their outputs, and what a row says of them."""
+def _draw(case: Case, device: torch.device, seed: int) -> tuple[list[Inputs], Row]:
+    """The input sets, and what a row says of their rotation."""
     draw, cache = Draw(case.dtype, device, seed), timing.cache_bytes(device)
-    inputs = [case.draw(draw)]
-    size = nbytes(inputs[0])
+    sets = [case.draw(draw)]
+    size = nbytes(sets[0])
     needed = timing.sets_needed(size, cache)
-    inputs += [case.draw(draw) for _ in range(min(needed, timing.MAX_SETS) - 1)]
-    sets = [(one, case.places(one)) for one in inputs]
+    sets += [case.draw(draw) for _ in range(min(needed, timing.MAX_SETS) - 1)]
     rotation = {"sets": len(sets), "rotated_bytes": len(sets) * size, "cache_bytes": cache}
     rotation["exceeds_cache"] = rotation["rotated_bytes"] > timing.CACHE_MULTIPLE * cache > 0
-    return sets, {"bytes": size + nbytes(sets[0][1]), **rotation}
+    return sets, rotation
 
 
-def _allowed(case: Case, first: tuple[Inputs, Outputs], exact: tuple[Tensor, ...]) -> list[dict[str, float]]:
+def _allowed(case: Case, plain: Outputs, exact: tuple[Tensor, ...]) -> list[dict[str, float]]:
     """For every output, twice the error of the same-dtype torch computation plus one rounding: relative in norm, and
     largest absolute."""
-    inputs, places = first
-    errors = _errors(case.looked_at(case.plain(inputs)), exact)
+    errors = _errors(case.looked_at(plain), exact)
     allowed = []
-    for error, place, truth in zip(errors, (p for p in places if p is not None), exact, strict=True):
-        bound = ROUNDING[case.dtype] if isinstance(place, Tensor) else EIGHT_BITS
+    for error, out, truth in zip(errors, (out for out in plain if out is not None), exact, strict=True):
+        bound = ROUNDING[case.dtype] if isinstance(out, Tensor) else EIGHT_BITS
         if not error["relative"] <= bound:
             raise ValueError(
                 f"torch's own result has a relative error of {error['relative']:.2e}; up to {bound:.0e} is rounding"
@@ -137,7 +136,8 @@ def _errors(looked_at: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[di
 def _attempt(
     case: Case,
     candidate: Candidate,
-    sets: list[tuple[Inputs, Outputs]],
+    sets: list[Inputs],
+    plain: Outputs,
     exact: tuple[Tensor, ...],
     allowed: list[dict[str, float]],
     repeats: int,
@@ -149,13 +149,11 @@ def _attempt(
         warnings.simplefilter("always")
         try:
             run = candidate.make()
-            inputs, places = sets[0]
-            poison(places)
-            _poison_free_memory(nbytes(places), device)
-            verdict = _checked(case, run(inputs, places), exact, allowed)
+            poison_free_memory(plain)
+            verdict = _checked(case, run(sets[0]), exact, allowed)
             if verdict["status"] != "ok":
                 return verdict, None
-            timed = timing.measure(lambda i: run(*sets[i]), len(sets), repeats, device, poison, read_clocks)
+            timed = timing.measure(lambda i: run(sets[i]), len(sets), repeats, device, poison, read_clocks)
             again = _checked(case, timed.result, exact, allowed)
             if again["status"] != "ok":
                 return {**again, "reason": f"when it was timed: {again['reason']}"}, None
@@ -181,13 +179,6 @@ def _checked(case: Case, outputs: Outputs, exact: tuple[Tensor, ...], allowed: l
         if not error[measure] <= bound[measure]  # a NaN is not
     ]
     return {"status": "wrong" if worse else "ok", "reason": "; ".join(worse) or None, "error": errors}
-
-
-def _poison_free_memory(size: int, device: torch.device) -> None:
-    """Leave NaN in the memory that CUDA's allocator will hand out next, so that what a candidate allocates and does not
-    write is found."""
-    if device.type == "cuda":
-        torch.full((size // 2,), torch.nan, dtype=torch.float32, device=device)
 
 
 def _figures(timed: timing.Timing, moved: int, flops: int, floor: float) -> Row:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pab_kernels.ops import Line, Quantized, empty_quantized, linear_flops, project_residual_out, quantize
+from pab_kernels.ops import Line, Quantized, linear_flops, project_residual, quantize
 
 from .candidates import backends, plain_torch
 from .case import Case, Draw, Inputs, Outputs, doubled, floats, plain_value
@@ -79,15 +79,6 @@ def _case(name: str, geometry: Geometry, dtype: torch.dtype, title: str, options
             "gates": [draw(batch, 1, channels) for _ in options.slots],
         }
 
-    def places(inputs: Inputs) -> Outputs:
-        x = inputs["x"]
-        if options.store is None:
-            return torch.empty_like(x), None
-        kept = options.store_dtype
-        return torch.empty_like(x), torch.empty_like(x) if kept is None else empty_quantized(
-            x.shape, kept, device=x.device
-        )
-
     exact_options = replace(options, store_dtype=None)
     plain = plain_of(options)
     return Case(
@@ -98,7 +89,6 @@ def _case(name: str, geometry: Geometry, dtype: torch.dtype, title: str, options
         dtype,
         linear_flops(batch * tokens, channels, channels),
         draw,
-        places,
         plain,
         exact=lambda inputs: _looked_at(plain_of(exact_options)(doubled(inputs))),
         looked_at=_looked_at,
@@ -123,10 +113,9 @@ def plain_of(options: Options) -> Callable[[Inputs], Outputs]:
     return plain
 
 
-def _call(options: Options, backend: str, inputs: Inputs, places: Outputs) -> Outputs:
+def _call(options: Options, backend: str, inputs: Inputs) -> Outputs:
     given = {name: inputs[name] for name in ("a", "weight", "bias", "x", "gate", "slots", "gates")}
-    project_residual_out(**given, x_out=places[0], stored_out=places[1], store=options.store, backend=backend)
-    return places
+    return project_residual(**given, store=options.store, store_dtype=options.store_dtype, backend=backend)
 
 
 def _looked_at(outputs: Outputs) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ from pab_kernels.ops import BACKENDS, BackendError, cuda_library
 from pab_kernels.ops.backend import IMPLEMENTATIONS
 
 from .__main__ import OPS, cases
-from .case import Case, Draw, poison, tensors, unwritten
+from .case import Case, Draw, Outputs, poison_free_memory, tensors, unwritten
 from .geometries import GEOMETRIES
 from .measure import progress, reason
 from .record import append, environment
@@ -34,14 +34,15 @@ def repeated(case: Case, backend: str, repeats: int, device: torch.device, seed:
     (candidate,) = (c for c in case.candidates if c.name == f"pab {backend}")
     inputs = case.draw(Draw(case.dtype, device, seed))
     first: list[torch.Tensor] = []
+    outputs: Outputs = ()
     try:
         run = candidate.make()
         for i in range(repeats):
-            places = case.places(inputs)
             if poisoned:
-                poison(places)
-            bits = [t.view(torch.uint8) for t in tensors(run(inputs, places))]
-            if poisoned and unwritten(places):
+                poison_free_memory(outputs)
+            outputs = run(inputs)
+            bits = [t.view(torch.uint8) for t in tensors(outputs)]
+            if poisoned and unwritten(outputs):
                 return {"status": "failed", "reason": f"run {i}: an element was not written, or is not finite"}
             first = first or bits
             if not all(map(torch.equal, first, bits)):
@@ -67,7 +68,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-poison", action="store_true", help="outputs stay uninitialised: for initcheck")
+    parser.add_argument("--no-poison", action="store_true", help="leave free memory as it is: for initcheck")
     parser.add_argument("--json", help="file to which rows are appended, JSON lines")
     args = parser.parse_args()
     shared, failed = environment(args.device), 0

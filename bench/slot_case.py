@@ -19,9 +19,8 @@ def slot_cases(
     op: str,
     *,
     draw: Callable[[Tensor, torch.dtype], Inputs],
-    places: Callable[[Inputs, torch.dtype, torch.dtype], Outputs],
     plain: Callable[[Inputs, torch.dtype, torch.dtype], Outputs],
-    call: Callable[[str, Inputs, Outputs], Outputs],
+    call: Callable[[str, Inputs, torch.dtype, torch.dtype], Outputs],
     exact: Callable[[Inputs], tuple[Tensor, ...]],
     looked_at: Callable[[Outputs], tuple[Tensor, ...]],
 ) -> Cases:
@@ -30,8 +29,8 @@ def slot_cases(
     Args:
         op: its name.
         draw: the inputs, of activations `[batch, tokens, channels]` and the 8-bit dtype.
-        places, plain: as in `Case`, with the activations' dtype and the 8-bit one.
-        call: a backend, by its name, into places.
+        plain: as in `Case`, with the activations' dtype and the 8-bit one.
+        call: the same with a backend, by its name, which comes first.
         exact, looked_at: as in `Case`.
     """
 
@@ -46,12 +45,12 @@ def slot_cases(
             def user(inputs: Inputs) -> Outputs:
                 return plain(inputs, dtype, kept)
 
-            def empty(inputs: Inputs) -> Outputs:
-                return places(inputs, dtype, kept)
+            def served(backend: str, inputs: Inputs) -> Outputs:
+                return call(backend, inputs, dtype, kept)
 
             shape = {"batch": batch, "tokens": tokens, "channels": channels}
-            candidates = (*backends(op, call), *plain_torch(user))
-            return Case(op, name, title, shape, dtype, 0, drawn, empty, user, exact, looked_at, candidates)
+            candidates = (*backends(op, served), *plain_torch(user))
+            return Case(op, name, title, shape, dtype, 0, drawn, user, exact, looked_at, candidates)
 
         yield from (made(title, kept) for title, kept in DTYPES.items())
 

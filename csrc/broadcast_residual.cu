@@ -9,11 +9,11 @@ namespace {
 
 constexpr int kApart = kWarp * 8;  // channels between the vectors of a thread
 
-// Without the 1, ptxas keeps some to 128 registers, and spills.
+// Without the 1, ptxas limits some kernels to 128 registers and spills.
 template <typename T, int kLaneVectors, int kSlotsHeld, bool kAligned>
 __global__ void __launch_bounds__(max_block(kLaneVectors), 1)
     broadcast_residual_kernel(const BroadcastResidualArguments a, const int row_threads) {
-  constexpr bool kLines = kSlotsHeld == 2;  // a slot and the one before it, of one term after the other
+  constexpr bool kLines = kSlotsHeld == 2;  // a slot and its previous one are held, one term after the other
   const bool warp_rows = row_threads == kWarp;
   const int lane = warp_rows ? threadIdx.x % kWarp : threadIdx.x;
   const Place place(a, warp_rows ? blockIdx.x * kWarpRows + threadIdx.x / kWarp : blockIdx.x);
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(max_block(kLaneVectors), 1)
   // A warp has kLaneVectors times 32 neighbouring vectors: those of a thread lie a constant distance apart, and need one address.
   const int channels = static_cast<int>(a.channels);
   const int first = (lane / kWarp * kLaneVectors * kWarp + lane % kWarp) * 8;
-  int live[kLaneVectors];  // channels that there are from a vector's first on
+  int live[kLaneVectors];  // channels that exist from a vector's first on
 #pragma unroll
   for (int v = 0; v < kLaneVectors; ++v) live[v] = channels - first - v * kApart;
   const auto read_row = [&](const T* row, Vector8<T>(&to)[kLaneVectors]) {
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(max_block(kLaneVectors), 1)
   };
 
   float sum[kLaneVectors][8];
-  // Term i, of the slot that is held there; on a line the one before it is held in the other place.
+  // Term i, from the slot that is held there; for a line, the other place holds the previous slot.
   const auto add_term = [&](int i, int held) {
     const bool gated = a.operands[kGates + i] != nullptr;
     Vector8<T> gate[kLaneVectors];
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(max_block(kLaneVectors), 1)
       widen8(x[v], y);
 #pragma unroll
       for (int k = 0; k < 8; ++k) y[k] = (y[k] - mean) * inverse;
-      if (a.norm_weight != nullptr) {  // the same for every token: from a cache, and not worth the registers before
+      if (a.norm_weight != nullptr) {  // the same for every token: cached, so not worth registers earlier
         widen8(read_vector<kAligned>(static_cast<const T*>(a.norm_weight) + first + v * kApart, live[v]), by);
 #pragma unroll
         for (int k = 0; k < 8; ++k) y[k] *= by[k];
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(max_block(kLaneVectors), 1)
 
 using Kernel = void (*)(BroadcastResidualArguments, int);
 
-// Of those that hold enough slots, the one that holds the fewest.
+// The instance that holds the fewest slots, but enough.
 template <typename T, int kLaneVectors, bool kAligned>
 Kernel with_slots(int slots, bool lines) {
   if (lines) return broadcast_residual_kernel<T, kLaneVectors, 2, kAligned>;

@@ -1,4 +1,4 @@
-// Where the operands of a token lie, and how a thread reads its vectors of them.
+// The addresses of a token's operands, and how a thread reads its vectors of them.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +9,7 @@
 
 namespace pab {
 
-// A kernel may have been started before those that it depends on have ended: nothing is touched before this. From here on the next may be.
+// A kernel may start before those that it depends on have ended: call this before any access to memory. It also lets the next kernel start.
 __device__ __forceinline__ void wait_for_kernels_before() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
@@ -36,7 +36,7 @@ struct Place {
     }
   }
 
-  // The last block may have more room than there are tokens: then the outermost index is beyond its dimension.
+  // In the last block some tokens may not exist: their outermost index is beyond its dimension.
   __device__ __forceinline__ bool exists() const {
     unsigned outermost = index[0];
 #pragma unroll
@@ -58,14 +58,14 @@ struct Place {
 template <typename T>
 using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint16_t>;
 
-// Whether there is the k-th channel of a vector from whose first on there are `live`, any number.
-// Aligned vectors are there whole or not at all.
+// Whether the k-th channel of a vector exists, where `live` channels, any number, exist from its first on.
+// Aligned vectors exist whole or not at all.
 template <bool kAligned>
 __device__ __forceinline__ bool is_live(int k, int live) {
   return (kAligned ? 0 : k) < live;
 }
 
-// Eight neighbouring channels, 0 where there is none.
+// Eight neighbouring channels, 0 where one does not exist.
 template <bool kAligned, typename T>
 __device__ __forceinline__ Vector8<T> read_vector(const T* from, int live) {
   Vector8<T> v = {};

@@ -3,7 +3,7 @@
 //      where a slot of 8 bits is data * scale
 //   2. layer: z = (x' - m) / sqrt(mean (x' - m)^2 + eps), m = mean x';  rms: z = x' / sqrt(mean x'^2 + eps)
 //   3. y = (norm_weight * z + norm_bias) * (1 + scale) + shift
-// Everything is float32, but x' rounds once to its dtype, and y, computed from the rounded x', once.
+// Everything is float32; x' rounds once to its dtype, and y, computed from the rounded x', rounds once.
 #pragma once
 
 #include "plan.h"
@@ -11,10 +11,10 @@
 namespace pab {
 
 constexpr int kMaxSlots = 3;
-constexpr int kMaxDims = 4;        // leading dimensions, once those that all operands walk through alike are joined
+constexpr int kMaxDims = 4;        // leading dimensions, after merging those that all operands traverse alike
 constexpr int kSlotGroup = 128;    // channels that share a scale in an 8-bit slot
 
-// Operands over tokens. Slots, those before them, gates, and scales of both are three each.
+// Operands over tokens: three each of slots, previous slots of lines, gates, and scales of both kinds of slots.
 enum Operand : int {
   kX,
   kXOut,
@@ -35,16 +35,16 @@ struct BroadcastResidualArguments {
   void* operands[kOperands];                  // [tokens, channels], scales of slots [tokens, ceil(channels / 128)]; nullptr: absent
   std::int64_t strides[kOperands][kMaxDims];  // elements; 0 where an operand is broadcast
   std::int64_t sizes[kMaxDims];               // of the leading dimensions, the innermost first
-  std::int64_t dims;                          // how many of them there are, at least 1
+  std::int64_t dims;                          // number of leading dimensions, at least 1
   std::int64_t channels;
-  const float* weights[kMaxSlots];            // of a line, one number each; nullptr: no line
+  const float* weights[kMaxSlots];            // one number for each line; nullptr: no line
   const void* norm_weight;                    // [channels]; nullptr: 1
   const void* norm_bias;                      // [channels]; nullptr: 0
   float eps;
   int slots;
   NormKind norm;
   DType dtype;                                // of all but 8-bit slots and float32 scales and weights
-  DType slot_dtypes[2 * kMaxSlots];           // dtype, int8 or float8 e4m3; of slots, and of those before them
+  DType slot_dtypes[2 * kMaxSlots];           // of slots and previous slots: dtype, int8 or float8 e4m3
 };
 
 }  // namespace pab

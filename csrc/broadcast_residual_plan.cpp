@@ -10,7 +10,7 @@ const char* refuse(const BroadcastResidualArguments& a) {
   for (int i = 0; i < a.slots; ++i) {
     if ((a.weights[i] == nullptr) != (a.operands[kBefore + i] == nullptr)) return "a line has a weight and a slot before the newest";
     for (int slot = i; slot < 2 * kMaxSlots; slot += kMaxSlots) {
-      if (slot != i && a.operands[kSlots + slot] == nullptr) continue;  // it holds: there is none before the newest
+      if (slot != i && a.operands[kSlots + slot] == nullptr) continue;  // not a line: there is no previous slot
       if (is_activation(a.slot_dtypes[slot])) {
         if (a.slot_dtypes[slot] != a.dtype) return "a slot has the dtype of the activations, or is int8 or float8_e4m3fn";
       } else if (a.operands[kSlotScales + slot] == nullptr) {
@@ -37,7 +37,7 @@ bool all_aligned(const BroadcastResidualArguments& a) {
   return is_aligned(a.norm_weight, 16) && is_aligned(a.norm_bias, 16);
 }
 
-// Of those for which there is a kernel, the vectors of a thread that leave the fewest idle; of equals the least registers.
+// The vectors of a thread, among those with a kernel, that leave the fewest idle; among equals, with the fewest registers.
 int choose_lane_vectors(std::int64_t vectors, DType dtype, bool aligned) {
   if (!aligned || dtype == DType::kFloat32) return 2;
   if (vectors <= 2 * kWarp) return 1;

@@ -27,8 +27,8 @@ struct BroadcastResidualPlan : LaunchPlan {
   int row_threads = 0;             // a multiple of 32: 32 is a warp of a block of several tokens, more are a block
 };
 
-// Appends a leading dimension outside of those that are there, joined with the outermost where every operand goes on from one to the
-// other in equal steps. False where there is no room for it.
+// Appends an outer leading dimension, merged with the outermost one where the strides of all operands allow it. False if there is no
+// room for it.
 bool append_dimension(BroadcastResidualArguments& arguments, std::int64_t size, const std::int64_t (&strides)[kOperands]);
 
 BroadcastResidualPlan plan_broadcast_residual(const BroadcastResidualArguments& arguments);

@@ -1,4 +1,4 @@
-// Launches a kernel as its plan says.
+// Launches a kernel by its plan.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 
 namespace pab {
 
-// Whether the current device can start a kernel before the one before it has ended.
+// Whether the current device can start a kernel before the previous one has ended.
 inline bool device_overlaps_kernels() {
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&

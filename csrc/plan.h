@@ -1,4 +1,4 @@
-// What a planner decides about a launch, and the words that all operations share. Plain host C++.
+// The launch plan that a planner makes, and types that all operations share. Plain host C++.
 #pragma once
 
 #include <cstdint>
@@ -17,11 +17,11 @@ constexpr std::int64_t kMaxGridX = 2147483647;
 constexpr std::int64_t kMaxGridYZ = 65535;
 
 struct LaunchPlan {
-  unsigned grid[3] = {1, 1, 1};   // a dimension of 0: nothing is to be done, nothing is launched
+  unsigned grid[3] = {1, 1, 1};   // a dimension of 0: nothing is launched
   unsigned block = 1;             // threads
   unsigned shared_bytes = 0;      // dynamic shared memory
-  int vector_bytes = 0;           // of the activations that a lane reads or writes at once
-  bool waits = false;             // the kernel waits itself for those before it in the stream, and so may be started before they have ended
+  int vector_bytes = 0;           // of activations that a lane accesses at once
+  bool waits = false;             // the kernel itself waits for earlier ones in the stream, and may start before they have ended
   const char* refusal = nullptr;  // why the kernel cannot serve; nullptr where it can
 };
 

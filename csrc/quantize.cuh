@@ -2,7 +2,7 @@
 //   1. scale = max |x| / 127 (int8) or / 448 (e4m3), a true division
 //   2. data = x / scale rounded to nearest even and clamped, 0 where scale is 0
 //   3. value = data * scale
-// All in float32. A group that holds an infinity or a NaN has a scale that is one, and dequantises to NaN.
+// All in float32. The scale of a group that holds an infinity or NaN is infinite or NaN, and the group dequantises to NaN.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -20,7 +20,7 @@ template <>
 struct EightBits<std::int8_t> {
   static constexpr float kLimit = 127.0f;
 
-  // __float2int_rn makes NaN 0, as the reference has it; fminf and fmaxf would make it a limit.
+  // __float2int_rn makes NaN 0, as in the reference; fminf and fmaxf would make it a limit.
   static __device__ __forceinline__ unsigned narrow(float q) { return min(max(__float2int_rn(q), -127), 127) & 0xff; }
 
   static __device__ __forceinline__ std::uint32_t narrow4(const float (&q)[4]) {
@@ -50,7 +50,7 @@ struct EightBits<Float8> {
     return low | high << 16;
   }
 #else
-  // Before 8.9 there is no instruction for it, and CUDA's function goes through 64-bit integers. Here a normal result rounds by an addition
+  // Devices before 8.9 have no instruction for it, and CUDA's function goes through 64-bit integers. Here a normal result rounds by an addition
   // to its bits; a subnormal one counts 2^-9, and an addition of 2^14 leaves the count in the last bits.
   static __device__ __forceinline__ unsigned narrow(float q) {
     const std::uint32_t bits = __float_as_uint(q), m = bits & 0x7fffffffu;

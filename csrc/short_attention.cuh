@@ -1,8 +1,8 @@
 // Rows of q, k and v inside a warp, and what happens to them before their product. A group is 8 rows of a head, row g of lanes 4g to 4g + 3.
 //
 // Of each block of 32 channels a lane has 8 neighbours, 16 bytes, as four words of two; where 8 channels are left (D = 72) it has two of
-// them. That differs from the order of channels in the fragments of a product (mma.cuh) by a permutation, which is nothing to q k^T where
-// q and k share it: what is loaded at once feeds the product as it is. Of v and out, it makes 16 bytes of four products' columns.
+// them. That differs from the order of channels in the fragments of a product (mma.cuh) by a permutation, which does not change q k^T when
+// q and k share it: loaded words feed the product unchanged. For v and out, 16 bytes are columns of four products.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -62,7 +62,7 @@ __device__ __forceinline__ std::uint32_t narrow(float x, float y) {
   return word;
 }
 
-// The lane's words of a piece, from where they lie.
+// The lane's words of a piece, from memory.
 template <int kHeadDim, typename Words>
 __device__ __forceinline__ void load_piece(const void* from, int piece, Words& words) {
   if (piece < Channels<kHeadDim>::kBlocks) {
@@ -204,7 +204,7 @@ __device__ __forceinline__ void rotate_words(std::uint32_t (&q)[kWords], std::ui
   }
 }
 
-// Rotates rows of q and k in any pairs: by way of shared memory, where channels meet that two lanes may have. All lanes call it.
+// Rotates rows of q and k in any pairs, through shared memory, since two lanes may have the channels of a pair. All lanes call it.
 template <typename T, int kHeadDim, int kWords>
 __device__ __forceinline__ void rotate_pairs(std::uint32_t (&q)[kWords], std::uint32_t (&k)[kWords], const Rotation& r, bool valid,
                                              char* q_row, char* k_row) {

@@ -5,14 +5,14 @@
 
 namespace pab {
 
-// A tensor [first, second, token, head, channel]: elements between neighbours in each dimension but the last, in which it is 1.
+// Strides in elements of a tensor [first, second, token, head, channel] whose channels are neighbours.
 struct HeadStrides {
   std::int64_t first, second, token, head;
 };
 
 enum class NormKind : int { kNone, kRms, kLayer, kAcross };
 
-// weight and bias are null where there is none; kAcross: the reciprocal root is given, and weight has a row for each head.
+// weight and bias may be null. For kAcross the reciprocal root is given, and weight has a row for each head.
 struct QKNormArguments {
   NormKind kind;
   float eps;
@@ -39,13 +39,13 @@ struct ShortAttentionArguments {
   QKNormArguments k_norm;
   const float* cos;            // [token, rotary / 2]
   const float* sin;
-  float scale;                 // of the scores, before softmax to the base of 2
+  float scale;                 // of the scores, for a softmax in powers of two
   std::int64_t sequences;      // of both batch dimensions
   std::int64_t batch;          // size of the second batch dimension
   std::int64_t tokens;
   std::int64_t heads;
   std::int64_t head_dim;
-  std::int64_t rotary;         // channels that rotate: 0, where there is no embedding
+  std::int64_t rotary;         // channels that rotate; 0 without an embedding
   bool interleaved;
   DType dtype;                 // of q, k, v and out
   DType stored_dtype;

@@ -1,11 +1,10 @@
 // torch.ops.pab_kernels_cuda.broadcast_residual, broadcast_residual_one and broadcast_residual_lines, whose schemas are in cuda.py of the operation.
-// Everything that the kernel relies on is checked here, so that a call that is right needs no checks in Python.
+// All assumptions of the kernel about a call are checked here, so that a valid call needs no checks in Python.
 #include "../csrc/broadcast_residual.h"
 
 #include <cmath>
 
 #include "../csrc/broadcast_residual_plan.h"
-#include "overlap.h"
 #include "torch_tensor.h"
 
 namespace pab {
@@ -14,7 +13,7 @@ namespace {
 using MaybeTensor = std::optional<Tensor>;
 using Numbers = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// Dtype and device as torch's own numbers, which are compared; to give them names costs more.
+// Dtype and device as torch's numbers: comparing these costs less than converting them.
 struct Kind {
   int32_t dtype, device_type, device;
 
@@ -59,7 +58,7 @@ struct Call {
     arguments.operands[operand] = const_cast<void*>(t.const_data_ptr());
   }
 
-  // x's shape, the last size aside.
+  // Of x's shape except for the last size.
   void set_same(int operand, const Tensor& t, int64_t last) {
     place(operand, t);
     const Numbers own = sizes[operand], full = sizes[kX];
@@ -86,50 +85,10 @@ struct Call {
     if (!t) return;
     check_kind(*t);
     set_same(operand, *t, arguments.channels);
-    require(!overlaps_itself(memory(operand)), "the elements of an output overlap");
     arguments.operands[operand] = t->mutable_data_ptr();
   }
 
-  Memory memory(int operand) const {
-    Memory m;
-    m.begin = reinterpret_cast<std::uintptr_t>(arguments.operands[operand]);
-    const bool is_slot = operand >= kSlots && operand < kGates;
-    m.item = operand >= kSlotScales ? 4 : size_of(is_slot ? arguments.slot_dtypes[operand - kSlots] : arguments.dtype);
-    m.rank = static_cast<int>(sizes[operand].size());
-    for (int dim = 0; dim < m.rank; ++dim) m.sizes[dim] = sizes[operand][dim], m.strides[dim] = strides[operand][dim];
-    return m;
-  }
-
-  // Neighbouring numbers that are no operand over tokens.
-  static Memory memory(const void* begin, std::int64_t bytes) {
-    Memory m;
-    m.begin = reinterpret_cast<std::uintptr_t>(begin);
-    m.rank = 1, m.sizes[0] = bytes, m.strides[0] = 1;
-    return m;
-  }
-
-  // An output shares memory with nothing else, unless it is x_out and x.
-  void check_apart() const {
-    const BroadcastResidualArguments& a = arguments;
-    for (const int written : {kXOut, kYOut}) {
-      if (a.operands[written] == nullptr) continue;
-      const Memory out = memory(written);
-      const auto require_apart = [&](const Memory& other) { require(!overlap(out, other), "an output shares memory with another tensor"); };
-      for (int operand = 0; operand < kOperands; ++operand) {
-        if (operand == written || a.operands[operand] == nullptr) continue;
-        const Memory other = memory(operand);
-        if (written != kXOut || operand != kX || !same(out, other)) require_apart(other);
-      }
-      for (const void* affine : {a.norm_weight, a.norm_bias}) {
-        if (affine != nullptr) require_apart(memory(affine, a.channels * size_of(a.dtype)));
-      }
-      for (const float* weight : a.weights) {
-        if (weight != nullptr) require_apart(memory(weight, sizeof(float)));
-      }
-    }
-  }
-
-  // The slot of a term or, kMaxSlots further on, the one before it.
+  // The slot of a term or, kMaxSlots further on, the previous one of a line.
   void set_slot(int number, const Tensor& slot, const MaybeTensor& scale) {
     if (scale) {
       const Kind own(slot);
@@ -152,7 +111,7 @@ struct Call {
     set_broadcast(kGates + i, gate);
   }
 
-  // Makes the slot that was added last a line's newest.
+  // Makes the last added slot the newest of a line.
   void set_before(const MaybeTensor& before, const MaybeTensor& scale, const MaybeTensor& weight) {
     require(before.has_value() == weight.has_value(), "a line has a slot before the newest and a weight");
     if (!weight) return;
@@ -171,7 +130,7 @@ struct Call {
     return t->const_data_ptr();
   }
 
-  // Once the slots are there: what is left, and the launch.
+  // Sets the other arguments, after the slots, and launches.
   void launch(int64_t norm, double eps, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, const MaybeTensor& shift,
               const MaybeTensor& scale, const MaybeTensor& x_out, const MaybeTensor& y_out) {
     BroadcastResidualArguments& a = arguments;
@@ -186,13 +145,12 @@ struct Call {
     set_broadcast(kScale, scale);
     set_written(kXOut, x_out, a.slots > 0);
     set_written(kYOut, y_out, a.norm != NormKind::kNone);
-    check_apart();
     append_dimensions();
     const char* refusal = plan_broadcast_residual(a).refusal;
     launch_on(x, "broadcast_residual", refusal, [&](void* stream) { return pab_broadcast_residual(&a, stream); });
   }
 
-  // An operand is broadcast along the leading dimensions that it lacks or has once.
+  // An operand is broadcast along leading dimensions that it lacks or in which its size is 1.
   void append_dimensions() {
     const int64_t leading = static_cast<int64_t>(sizes[kX].size()) - 1;
     for (int64_t outward = 1; outward <= leading; ++outward) {
@@ -208,7 +166,7 @@ struct Call {
   }
 };
 
-// The operations tell that they ran.
+// The operations return whether they ran.
 bool broadcast_residual_one(const Tensor& x, int64_t norm, double eps, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
                             const MaybeTensor& shift, const MaybeTensor& scale, const MaybeTensor& x_out, const MaybeTensor& y_out,
                             const MaybeTensor& slot, const MaybeTensor& slot_scale, const MaybeTensor& gate) {

@@ -1,4 +1,4 @@
-"""Modules: attention under a plan, and `BroadcastModule`, which puts any attention module under one."""
+"""Modules under PAB: attention for models of your own, and `BroadcastModule`, which wraps any module."""
 
 from .attention import PABAttention
 from .broadcast_module import BroadcastModule

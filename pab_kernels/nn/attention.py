@@ -1,4 +1,4 @@
-"""`PABAttention`: self attention under a plan, over space or over time."""
+"""`PABAttention`: self attention over space or time, computed or broadcast."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from .sources import read_parts
 
 
 class PABAttention(BroadcastModule):
-    """Self attention under a plan: computed, or its last output given back.
+    """Self attention that a plan computes or broadcasts.
 
         1. q, k, v = split(qkv(x)), heads of D channels; q = rope(q_norm(q)); k = rope(k_norm(k))
         2. out = proj(softmax(softmax_scale q k^T) v), over space, or over time where the kind is "temporal"
 
-    Attention reads the projection where it lies, in either order, and up to 64 frames are attended to by
-    `short_attention`. For full attention over space and time give x as `[B, N, C]`, kind "spatial". Without `enable`,
-    it is a plain module. `state_dict` names are `qkv`, or `q`, `k`, `v`; `proj`, `q_norm`, `k_norm`; after
-    `from_module`, those of the module that it replaces.
+    Attention reads views of the projection in either order; `short_attention` serves up to 64 frames. For full
+    attention over space and time pass x as `[B, N, C]` with kind "spatial". Without `enable` this is a plain module.
+    `state_dict` has `qkv`, or `q`, `k`, `v`; `proj`, `q_norm`, `k_norm`; after `from_module`, the names of the source.
 
     Args:
         channels: C.
         heads: H; C / H is 32 to 128.
         kind: "spatial" or "temporal".
         layer: index of its block, for rules restricted to some layers.
-        packed: one projection for q, k and v, or three.
-        bias: whether these have biases; the output projection has one.
+        packed: whether q, k and v share one projection.
+        bias: whether these projections have biases; the output projection always does.
         qk_norm: None, "rms" or "layer" (per head), or "rms_across_heads".
-        eps: of these norms.
+        eps: of the norms.
         device, dtype: of the weights.
 
     Raises:
@@ -66,18 +65,21 @@ class PABAttention(BroadcastModule):
 
     @classmethod
     def from_module(cls, module: nn.Module, kind: str = "spatial", layer: int = 0) -> PABAttention:
-        """The same attention as `module`: its weights are shared, not copied, and keep their names.
+        """The same attention as `module`, with shared weights under the same names.
 
-        It is called as `PABAttention` is, with x in batch-first order, whatever the arguments of `module`.
+        It takes the arguments of `PABAttention`, with x in batch-first order, not those of `module`.
 
         Args:
             module: diffusers' `Attention`, `nn.MultiheadAttention`, or timm-like (`qkv` or `q`, `k`, `v`; `proj`,
                 `num_heads`, perhaps `q_norm` and `k_norm`).
-            kind, layer: as above.
+            kind, layer: as in `PABAttention`.
+
+        Returns:
+            A module that shares the parameters of `module`.
 
         Raises:
-            TypeError: the module is of another kind.
-            ValueError: it has an option that is not supported, or the kind is not.
+            TypeError: the class of the module is not supported.
+            ValueError: the kind or an option of the module is not supported.
         """
         attention = cls.__new__(cls)
         attention._take(module, kind, layer)
@@ -86,19 +88,22 @@ class PABAttention(BroadcastModule):
     def _take(self, source: nn.Module, kind: str, layer: int) -> None:
         if kind not in ("spatial", "temporal"):
             raise ValueError(
-                f"kind {kind!r} came; 'spatial' and 'temporal' are supported: use PABCrossAttention for the text"
+                f"got kind {kind!r}; 'spatial' and 'temporal' are supported: use PABCrossAttention for the text"
             )
         inner = SelfAttention(source, read_parts(source, cross=False), kind == "temporal")
         super().__init__(inner, kind, layer)
         self.training = source.training
 
     def forward(self, x: Tensor, rope: ops.Rope | None = None, **options: Any) -> Tensor:
-        """The output, of x's shape but for the channels.
+        """Attention over T or S, by kind, or over N.
 
         Args:
-            x: `[B, T, S, C]`, attended over T or S by kind, or `[B, N, C]`.
+            x: `[B, T, S, C]` or `[B, N, C]`.
             rope: tables for T, S or N positions; see `rotary_embedding`.
-            options: those of other attention modules, taken where they are None.
+            options: arguments of other attention modules, which must be None.
+
+        Returns:
+            The shape of x, with the channels of the output projection.
 
         Raises:
             TypeError, ValueError: an argument is not supported.
@@ -117,7 +122,7 @@ class SelfAttention(PartsModule):
     def attend(  # type: ignore[override]
         self, x: Tensor, rope: ops.Rope | None = None, *, store: Turn | None = None
     ) -> tuple[Tensor, Tensor | ops.Quantized | None]:
-        """See `PABAttention.forward`; the attention is `[B, S, T, H, D]` where it is over frames."""
+        """Attention as in `PABAttention.forward`, `[B, S, T, H, D]` where it is over frames."""
         parts = self.parts
         check_input("x", x, "[B, T, S, C] or [B, N, C]", (3, 4), parts.channels)
         q, k, v = self.project(parts.projections, x)

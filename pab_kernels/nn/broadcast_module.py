@@ -1,4 +1,4 @@
-"""`BroadcastModule`: any attention module under a plan."""
+"""`BroadcastModule`: any module whose output a plan broadcasts."""
 
 from __future__ import annotations
 
@@ -19,25 +19,31 @@ _PREFIX = "module."
 
 
 class BroadcastModule(nn.Module):
-    """Wraps an attention module (or an MLP): computed as it is, or its last output given back, as the plan says.
+    """Wraps an attention module or an MLP, which a plan computes or broadcasts.
 
-    The output may be a tensor or any nest of tensors, and is kept whole (see `broadcast.outputs`). Where it is used as
-    `x + gate * module(...)`, the gate stays outside and fresh. `state_dict` has the names of the wrapped module.
-    Without `enable`, it is the wrapped module.
+    The output may be a tensor or any nest of tensors, and is kept whole (see `broadcast.outputs`). In
+    `x + gate * module(...)` the gate is applied at every step. `state_dict` has the names of the wrapped module.
+    Without `enable`, calls go straight to the wrapped module.
 
     Args:
-        module: what is wrapped.
+        module: to wrap.
         kind: "spatial", "temporal", "cross" or "mlp".
         layer: index of its block, for rules restricted to some layers.
 
     Raises:
-        ValueError: the kind is not known.
+        ValueError: the kind is not supported.
+
+    Example:
+        >>> attention = BroadcastModule(nn.Linear(8, 8), "spatial", layer=3)
+        >>> list(attention.state_dict())
+        ['weight', 'bias']
     """
 
     def __init__(self, module: nn.Module, kind: str, layer: int = 0) -> None:
         super().__init__()
         if kind not in KINDS or kind == "block":
-            raise ValueError(f"kind {kind!r} is not known; supported are 'spatial', 'temporal', 'cross', 'mlp'")
+            supported = "'spatial', 'temporal', 'cross' and 'mlp' are supported"
+            raise ValueError(f"got kind {kind!r}; {supported}: pass one of these")
         self.module = module
         self.kind = kind
         self.layer = layer
@@ -46,15 +52,14 @@ class BroadcastModule(nn.Module):
         self.register_load_state_dict_pre_hook(_restore)
 
     def join(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Membership:
-        """The tie to `broadcaster`, which holds from its `attach` to its `detach`."""
+        """The membership in `broadcaster`, from its `attach` to its `detach`."""
         return Membership(self, broadcaster, sublayer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output, computed or broadcast."""
         member = self._member
-        turn = (
-            None if member is None or member.module is not self else member.current.turn
-        )  # a shallow copy has the member too
+        # A shallow copy has the member too.
+        turn = None if member is None or member.module is not self else member.current.turn
         if turn is None or turn.call is None or turn.passes():
             return self.module(*args, **kwargs)
         if turn.unprojected and isinstance(self.module, PartsModule):
@@ -63,12 +68,12 @@ class BroadcastModule(nn.Module):
 
     @property
     def projection(self) -> nn.Module | None:
-        """What comes after what is kept with `cache_point="unprojected"`."""
+        """The module that runs on slots of `cache_point="unprojected"`."""
         return self.module.projection if isinstance(self.module, PartsModule) else None
 
 
 class Membership:
-    """A module's tie to the broadcaster of the model that it is in."""
+    """A module's membership in the broadcaster of its model."""
 
     def __init__(self, module: BroadcastModule, broadcaster: Broadcaster, sublayer: Sublayer) -> None:
         self.module = module
@@ -80,11 +85,11 @@ class Membership:
         return (type(None), ())  # a copy of the model is a plain model
 
     def attach(self) -> None:
-        """Run under the broadcaster."""
+        """Follow the broadcaster."""
         self.module._member = self
 
     def detach(self) -> None:
-        """Be the wrapped module again."""
+        """Go back to calling the wrapped module."""
         if self.module._member is self:
             self.module._member = None
 
@@ -99,10 +104,6 @@ def _restore(module: nn.Module, state: Mapping[str, Any], prefix: str, *args: An
 
 
 def _rename(state: dict[str, Any], prefix: str, other: str) -> None:
-    """Names that start with `prefix` start with `other` instead.
-
-    All are taken out first, as the wrapped module may have a `module` too.
-    """
-    state.update(
-        [(other + name[len(prefix) :], state.pop(name)) for name in [n for n in state if n.startswith(prefix)]]
-    )
+    """Replace `prefix` by `other`, in all names at once: the wrapped module may itself have a child `module`."""
+    names = [name for name in state if name.startswith(prefix)]
+    state.update([(other + name[len(prefix) :], state.pop(name)) for name in names])

@@ -1,5 +1,4 @@
-"""`PABCrossAttention`: attention to the text under a plan, with the text's keys and values computed once a
-generation."""
+"""`PABCrossAttention`: attention to the text, computed or broadcast, with its keys and values computed once a run."""
 
 from __future__ import annotations
 
@@ -23,25 +22,26 @@ from .sources import read_parts
 
 
 class PABCrossAttention(BroadcastModule):
-    """Attention to the text under a plan: computed, or its last output given back.
+    """Attention to the text that a plan computes or broadcasts.
 
         1. q = q_norm(q(x)); k, v = split(kv(text)); k = k_norm(k); heads of D channels
         2. out = proj(softmax(softmax_scale q k^T) v), over the first text_lengths tokens
 
     Under PAB, k and v are computed once for each context of a generation and kept until its last step, in addition to
-    the slots and counted with them. They serve while `text` and the weights are the same tensor objects and nothing has
-    written to them (torch counts writes), so the result is to the bit what it is without. A model that makes its text
-    anew in every call (embeds it, say) so has no gain: embed it before. Text made under `torch.inference_mode` does not
-    count writes and is projected always.
+    the slots and counted with them. They are reused while `text` and the weights are the same tensor objects and
+    unchanged (by torch's count of writes), so that results are bit-identical. A model that embeds its text in every
+    call gains nothing: embed it before the run. Tensors made under `torch.inference_mode` do not count writes, so text
+    made there is projected in every call.
 
-    Without `enable`, it is a plain module. `state_dict` names are `q`, and `kv` or `k`, `v`; `proj`, `q_norm`,
-    `k_norm`; after `from_module`, those of the module that it replaces.
+    Without `enable` this is a plain module. `state_dict` has `q`, and `kv` or `k`, `v`; `proj`, `q_norm`, `k_norm`;
+    after `from_module`, the names of the source.
 
     Args:
         channels: C of x.
         heads: H; C / H is 32 to 128.
         text_channels: C of the text; None for that of x.
-        layer, packed, bias, qk_norm, eps, device, dtype: as in `PABAttention`; packed is one projection for k and v.
+        packed: whether k and v share one projection.
+        layer, bias, qk_norm, eps, device, dtype: as in `PABAttention`.
 
     Raises:
         ValueError: an argument is not supported.
@@ -68,25 +68,24 @@ class PABCrossAttention(BroadcastModule):
     ) -> None:
         text = channels if text_channels is None else text_channels
         of_text = {"kv": (text, 2 * channels)} if packed else dict.fromkeys("kv", (text, channels))
-        self._take(
-            fresh(
-                channels, heads, {"q": (channels, channels), **of_text}, bias, qk_norm, eps, device=device, dtype=dtype
-            ),
-            layer,
-        )
+        widths = {"q": (channels, channels), **of_text}
+        self._take(fresh(channels, heads, widths, bias, qk_norm, eps, device=device, dtype=dtype), layer)
 
     @classmethod
     def from_module(cls, module: nn.Module, layer: int = 0) -> PABCrossAttention:
-        """The same attention as `module`: its weights are shared, not copied, and keep their names.
+        """The same attention as `module`, with shared weights under the same names.
 
         Args:
             module: diffusers' `Attention`, `nn.MultiheadAttention`, or timm-like (`q` and `kv`, `q_linear` and
                 `kv_linear`, or `q`, `k` and `v`; `proj`, `num_heads`, perhaps `q_norm` and `k_norm`).
-            layer: as above.
+            layer: as in `PABCrossAttention`.
+
+        Returns:
+            A module that shares the parameters of `module`.
 
         Raises:
-            TypeError: the module is of another kind.
-            ValueError: it has an option that is not supported.
+            TypeError: the class of the module is not supported.
+            ValueError: an option of the module is not supported.
         """
         attention = cls.__new__(cls)
         attention._take(module, layer)
@@ -97,13 +96,16 @@ class PABCrossAttention(BroadcastModule):
         self.training = source.training
 
     def forward(self, x: Tensor, text: Tensor, text_lengths: Tensor | None = None, **options: Any) -> Tensor:
-        """The output, of x's shape but for the channels.
+        """Attention of all tokens of x to the text.
 
         Args:
             x: `[B, T, S, C]` or `[B, N, C]`.
             text: `[B, L, C]`.
             text_lengths: int32 or int64 `[B]`, how many of the L tokens are text; None for all.
-            options: those of other attention modules, taken where they are None.
+            options: arguments of other attention modules, which must be None.
+
+        Returns:
+            The shape of x, with the channels of the output projection.
 
         Raises:
             TypeError, ValueError: an argument is not supported.
@@ -116,11 +118,9 @@ class PABCrossAttention(BroadcastModule):
         return out
 
     def _kept(self) -> KeptText | None:
-        """Where the call that this is part of keeps keys and values; a compiled graph and a CUDA graph keep none."""
-        if torch.compiler.is_compiling() or self._member is None or self._member.broadcaster.call is None:
-            return None
-        call = self._member.broadcaster.call
-        if call.arena.fixed:
+        """Where the current call keeps keys and values: nowhere in a compiled graph or a CUDA graph."""
+        call = None if torch.compiler.is_compiling() or self._member is None else self._member.broadcaster.call
+        if self._member is None or call is None or call.arena.fixed:
             return None
         return KeptText(call, f"{self._member.sublayer.name}, keys and values")
 
@@ -131,7 +131,7 @@ class KeptText:
 
     Args:
         call: of the model.
-        name: that they have in its context's arena.
+        name: in the arena of its context.
     """
 
     call: Call
@@ -143,7 +143,7 @@ class KeptText:
         return self.call.step + 1 == self.call.generation.schedule.steps.stop
 
     def get(self, sources: Sequence[Tensor]) -> Any:
-        """What was kept, if it was made from these tensors as they are now; else None."""
+        """The kept value, if it was made from these tensors as they are now; else None."""
         slot = self.call.arena.get(self.name)
         if slot is None or _uncounted(sources):
             return None
@@ -154,14 +154,14 @@ class KeptText:
         return value if same else None
 
     def put(self, value: Any, sources: Sequence[Tensor]) -> None:
-        """Keep what was made from these tensors."""
+        """Keep a value made from these tensors."""
         if not (self.last or _uncounted(sources)):
             made_from = [(weakref.ref(t), t._version) for t in sources]
             self.call.arena.put(self.name, "cross", (value, made_from), Key.of(sources[0]), self.call.step)
 
 
 def _uncounted(tensors: Sequence[Tensor]) -> bool:
-    """Whether torch does not count the writes to one of them."""
+    """Whether torch does not count the writes to one of these tensors."""
     return any(t.is_inference() for t in tensors)
 
 
@@ -177,30 +177,19 @@ class CrossAttention(PartsModule):
         *,
         store: Turn | None = None,
     ) -> tuple[Tensor, Tensor | ops.Quantized | None]:
-        """See `PABCrossAttention.forward`.
-
-        `kept` holds keys and values of earlier steps. The attention is `[B, N, H, D]`.
-        """
+        """Attention as in `PABCrossAttention.forward`, `[B, N, H, D]`; `kept` has keys and values of earlier steps."""
         parts = self.parts
         check_input("x", x, "[B, T, S, C] or [B, N, C]", (3, 4), parts.channels)
         check_input("text", text, "[B, L, C]", (3,), parts.text_channels)
         if text.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"text has a batch of {text.shape[0]} and x of {x.shape[0]}; equal ones are supported: give x as [B, "
-                "T, S, C]"
-            )
+            sizes = f"text has a batch of {text.shape[0]} and x of {x.shape[0]}"
+            raise ValueError(f"{sizes}; equal sizes are supported: pass x as [B, T, S, C]")
         (q,) = self.project(parts.projections[:1], x)
         q, q_norm = with_norm(q.flatten(1, -3), self.norm(parts.q_norm))  # [B, N, H, D]
         k, k_norm, v = self._keys_values(text, q.dtype, kept)
+        scale, dtype = parts.softmax_scale, stored_dtype(q, store)
         return ops.attention(
-            q,
-            k,
-            v,
-            softmax_scale=parts.softmax_scale,
-            key_lengths=text_lengths,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            store_dtype=stored_dtype(q, store),
+            q, k, v, softmax_scale=scale, key_lengths=text_lengths, q_norm=q_norm, k_norm=k_norm, store_dtype=dtype
         )
 
     def arrange(self, out: Tensor, x: Tensor) -> Tensor:
@@ -217,7 +206,7 @@ class CrossAttention(PartsModule):
             return *with_norm(k, norm), v
         sources = [text, *(w for p in of_text for w in p.weights(self)), *(() if norm is None else norm.parameters())]
         held = kept.get(sources)
-        if held is None or held[0].dtype != dtype:  # autocast may have come or gone
+        if held is None or held[0].dtype != dtype:  # autocast may have changed
             held = self._keys_values(text, dtype, None)
             kept.put(held, sources)
         else:

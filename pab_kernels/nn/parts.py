@@ -1,4 +1,4 @@
-"""The parts of an attention module, under the names that they have in its `state_dict`: projections, norms, output."""
+"""The parts of an attention module, projections, norms and output, by their names in its `state_dict`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..ops.quantized import Quantized
 
 @dataclass(frozen=True)
 class Layer:
-    """A child module that projects, such as an `nn.Linear` or whatever has taken its place.
+    """A child module that projects: an `nn.Linear` or its replacement.
 
     Args:
         name: of the child.
-        count: how many of q, k and v it gives, side by side.
+        count: how many of q, k and v it computes, side by side.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Layer:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What of the module it is."""
+        """Names of the children and parameters of the module that it uses."""
         return (self.name,)
 
     def project(self, owner: nn.Module, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Layer:
         return owner.get_submodule(self.name)(x)
 
     def weights(self, owner: nn.Module) -> list[Tensor]:
-        """What the projection depends on."""
+        """The parameters of the projection."""
         return list(owner.get_submodule(self.name).parameters())
 
 
@@ -48,7 +48,7 @@ class Rows:
 
     Args:
         weight, bias: names of the parameters; the bias may be None in the module.
-        weight_rows, bias_rows: first row and the one after the last.
+        weight_rows, bias_rows: the first row and the end.
         count: as in `Layer`.
     """
 
@@ -60,7 +60,7 @@ class Rows:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What of the module it is."""
+        """Names of the children and parameters of the module that it uses."""
         return (self.weight, self.bias)
 
     def project(self, owner: nn.Module, x: Tensor) -> Tensor:
@@ -69,22 +69,22 @@ class Rows:
         return F.linear(x, weight[slice(*self.weight_rows)], None if bias is None else bias[slice(*self.bias_rows)])
 
     def weights(self, owner: nn.Module) -> list[Tensor]:
-        """What the projection depends on."""
+        """The parameters of the projection."""
         return [p for p in (getattr(owner, self.weight), getattr(owner, self.bias)) if p is not None]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What an attention module consists of.
+    """The parts of an attention module.
 
     Args:
         channels, text_channels: C of the inputs.
         heads, head_dim: H and D.
-        projections: that of q first; together they give q, k and v.
-        out: names of the modules that run on the attention's output, one after the other.
+        projections: of q, k and v, that of q first.
+        out: names of the modules that run on the attention's output, in order.
         q_norm, k_norm: names of the norms, or None.
         softmax_scale: None for D ** -0.5.
-        dropout: of attention's probabilities, while training.
+        dropout: of the attention probabilities in training.
     """
 
     channels: int
@@ -101,17 +101,16 @@ class Parts:
     @property
     def roots(self) -> set[str]:
         """Names of the module's own children and parameters among the parts."""
-        norms = [name for name in (self.q_norm, self.k_norm) if name is not None]
-        names = [*(name for p in self.projections for name in p.names), *norms, *self.out]
-        return {name.partition(".")[0] for name in names}
+        names = (*(name for p in self.projections for name in p.names), self.q_norm, self.k_norm, *self.out)
+        return {name.partition(".")[0] for name in names if name is not None}
 
 
 class PartsModule(nn.Module):
-    """An attention module made of another one's parts: the same objects under the same names, nothing copied.
+    """An attention module made of the parts of another: the same objects under the same names.
 
     Args:
-        source: whose parts they are.
-        parts: which ones.
+        source: the other module.
+        parts: its parts.
 
     Raises:
         ValueError: the head dimension is not supported.
@@ -120,14 +119,13 @@ class PartsModule(nn.Module):
     def __init__(self, source: nn.Module, parts: Parts) -> None:
         super().__init__()
         if not MIN_HEAD_DIM <= parts.head_dim <= MAX_HEAD_DIM:
+            supported = f"heads of {MIN_HEAD_DIM} to {MAX_HEAD_DIM} channels are supported"
             raise ValueError(
-                f"{parts.heads} heads of {parts.head_dim} channels came; heads of {MIN_HEAD_DIM} to {MAX_HEAD_DIM} "
-                "channels are supported: "
-                "wrap the module in BroadcastModule"
+                f"got {parts.heads} heads of {parts.head_dim} channels; {supported}: wrap the module in BroadcastModule"
             )
         self.parts = parts
         roots = parts.roots
-        for name, parameter in source._parameters.items():  # in the order that they have there
+        for name, parameter in source._parameters.items():  # in the order of the source
             if name in roots:
                 self.register_parameter(name, parameter)
         for name, child in source._modules.items():
@@ -136,26 +134,24 @@ class PartsModule(nn.Module):
         self.training = source.training
 
     def extra_repr(self) -> str:
-        """What is printed of the module beside its children."""
+        """Heads and head dimension, for `repr`."""
         return f"heads={self.parts.heads}, head_dim={self.parts.head_dim}"
 
     def project(self, projections: Iterable[Layer | Rows], x: Tensor) -> list[Tensor]:
-        """What the projections give of `x [..., C]`: views `[..., H, D]`."""
+        """The projections of `x [..., C]`: views `[..., H, D]`."""
         parts = self.parts
         if self.training and parts.dropout:
-            raise RuntimeError(
-                f"attention dropout {parts.dropout} is active; this is for inference, without it: call .eval() on the "
-                "model"
-            )
-        shape = (parts.heads, parts.head_dim)
-        return [t for p in projections for t in p.project(self, x).unflatten(-1, (p.count, *shape)).unbind(-3)]
+            given = f"attention dropout {parts.dropout} is active"
+            raise RuntimeError(f"{given}; inference without dropout is supported: call .eval() on the model")
+        heads = (parts.heads, parts.head_dim)
+        return [t for p in projections for t in p.project(self, x).unflatten(-1, (p.count, *heads)).unbind(-3)]
 
     def norm(self, name: str | None) -> nn.Module | None:
         """The norm of this name."""
         return None if name is None else self.get_submodule(name)
 
     def forward(self, x: Tensor, *args: Any, turn: Turn | None = None, **kwargs: Any) -> Tensor:
-        """The output: attention, projected. Where a `turn` is given, attention is computed or given back as it says."""
+        """Attention, projected; a `turn` decides whether attention is computed or read from its slot."""
         if turn is not None:
             return broadcast_unprojected(turn, self, x, args, kwargs)
         return self.finish(self.attend(x, *args, **kwargs)[0], x)
@@ -163,12 +159,11 @@ class PartsModule(nn.Module):
     def attend(
         self, x: Tensor, *args: Any, store: Turn | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | Quantized | None]:
-        """Attention `[..., H, D]` before its projection, and what the turn `store` keeps of it: a copy, in 8 bits with
-        a scale a head."""
+        """Attention `[..., H, D]` before its projection, and its copy for the turn `store`, with a scale a head."""
         raise NotImplementedError
 
     def arrange(self, out: Tensor, x: Tensor) -> Tensor:
-        """Attention `[..., H, D]` in the order of x's tokens."""
+        """Attention `[..., H, D]` rearranged to the order of x's tokens."""
         raise NotImplementedError
 
     @property
@@ -184,10 +179,8 @@ class PartsModule(nn.Module):
         return y
 
 
-class _Fresh(nn.Module):
-    def __init__(self, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
+Widths = dict[str, tuple[int, int]]
+"""By name of a projection, its channels in and out."""
 
 
 def fresh(
@@ -199,21 +192,22 @@ def fresh(
     eps: float,
     **made: Any,
 ) -> nn.Module:
-    """New parts, with the names that timm gives them.
+    """A module of new parts under the names that timm gives them.
 
     Args:
         channels, heads: C and H.
-        widths: of the projections by name: channels in, channels out.
-        bias: whether the projections have one.
+        widths: of the projections.
+        bias: whether the projections have biases.
         qk_norm: None, "rms", "layer" or "rms_across_heads".
         eps: of the norms.
         made: device and dtype.
     """
     if heads < 1 or channels % heads:
         raise ValueError(
-            f"{channels} channels and {heads} heads came; heads that divide the channels are supported: change either"
+            f"got {channels} channels and {heads} heads; heads that divide the channels are supported: change either"
         )
-    source = _Fresh(heads)
+    source = nn.Module()
+    source.num_heads = heads  # type: ignore[assignment]
     for name, (inside, outside) in widths.items():
         source.add_module(name, nn.Linear(inside, outside, bias=bias, **made))
     source.add_module("proj", nn.Linear(channels, channels, **made))
@@ -225,7 +219,7 @@ def fresh(
     if qk_norm is not None:
         if qk_norm not in norms:
             raise ValueError(
-                f"qk_norm {qk_norm!r} came; supported are None, {', '.join(map(repr, norms))}: pass one of these"
+                f"got qk_norm {qk_norm!r}; None, {', '.join(map(repr, norms))} are supported: pass one of these"
             )
         for name in ("q_norm", "k_norm"):
             source.add_module(name, norms[qk_norm]())
@@ -233,22 +227,20 @@ def fresh(
 
 
 def check_input(name: str, x: Any, shape: str, dims: tuple[int, ...], channels: int) -> None:
-    """Whether `x` is a tensor with this many dimensions and channels."""
+    """Raise unless `x` is a tensor with this many dimensions and channels."""
     if not isinstance(x, torch.Tensor) or x.ndim not in dims or x.shape[-1] != channels:
-        came = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
-        raise ValueError(f"{name} came with {came}; {shape} with {channels} channels is supported: reshape it")
+        given = f"has shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"is a {type(x).__name__}"
+        raise ValueError(f"{name} {given}; {shape} with {channels} channels is supported: reshape it")
 
 
 def refuse_options(options: dict[str, Any], supported: str) -> None:
-    """Options of other attention modules: None is taken, anything else is refused."""
-    given = [name for name, value in options.items() if value is not None]
+    """Raise unless all options, arguments of other attention modules, are None."""
+    given = ", ".join(name for name, value in options.items() if value is not None)
     if given:
-        raise TypeError(
-            f"{', '.join(given)} came; {supported} are supported: leave it out, or wrap the original module in "
-            "BroadcastModule"
-        )
+        advice = "leave it out, or wrap the original module in BroadcastModule"
+        raise TypeError(f"got {given}; {supported} are supported: {advice}")
 
 
 def stored_dtype(q: Tensor, store: Turn | None) -> torch.dtype | None:
-    """The dtype of what a turn keeps of attention; None where nothing is kept."""
+    """The dtype of the slot of a turn; None if it stores nothing."""
     return None if store is None else store.dtype or q.dtype

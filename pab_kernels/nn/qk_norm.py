@@ -1,4 +1,4 @@
-"""Norms of q and k: as attention applies them itself where it can, else called as the modules that they are."""
+"""Norms of q and k: passed to attention where it supports them, else called as modules."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from ..ops import QKNorm
 
 
 def with_norm(x: Tensor, norm: nn.Module | None) -> tuple[Tensor, QKNorm | None]:
-    """What to give to attention for `norm(x)`: x and the norm, or what `norm` made of x.
+    """What to pass to attention for `norm(x)`: x and the norm, or the normed x and None.
 
-    A plain `nn.LayerNorm`, `nn.RMSNorm` or diffusers `RMSNorm` over a head's channels goes into attention, and an RMS
-    norm across heads with its reciprocal root; weights in another dtype than x, hooks, any other module: it is called.
+    Attention supports a plain `nn.LayerNorm`, `nn.RMSNorm` or diffusers `RMSNorm` over a head's channels, and an RMS
+    norm across heads with its reciprocal root. Any other module is called, and so are norms with hooks or with weights
+    in another dtype than x.
 
     Args:
         x: `[*batch, N, H, D]`, H and D side by side in memory.
@@ -26,7 +27,8 @@ def with_norm(x: Tensor, norm: nn.Module | None) -> tuple[Tensor, QKNorm | None]
         return x, None
     heads, head_dim = x.shape[-2:]
     across = heads > 1 and _width(norm) == heads * head_dim
-    kind, eps = _kind(norm), _eps(norm)
+    kind, eps = _kind(norm), getattr(norm, "eps", None)
+    eps = eps if isinstance(eps, float) else torch.finfo(torch.float32).eps  # torch's default in float32
     fits = x.dtype != torch.float64 and all(p.dtype == x.dtype and p.device == x.device for p in norm.parameters())
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if kind is None or not fits or (across and kind == "layer"):
@@ -40,8 +42,8 @@ def with_norm(x: Tensor, norm: nn.Module | None) -> tuple[Tensor, QKNorm | None]
 
 
 def _width(norm: Any) -> int | None:
-    """Channels that a norm is over, where it says so."""
-    for name in ("normalized_shape", "dim"):  # torch's and diffusers' name for it
+    """The number of channels that a norm is over, if it is known."""
+    for name in ("normalized_shape", "dim"):  # in torch and in diffusers
         shape = getattr(norm, name, None)
         if isinstance(shape, tuple):
             return prod(shape)
@@ -50,17 +52,10 @@ def _width(norm: Any) -> int | None:
 
 
 def _kind(norm: nn.Module) -> Literal["layer", "rms"] | None:
-    """How attention calls a norm; None where it is none of those that attention has."""
+    """The kind of a norm in `QKNorm`; None if attention does not support it."""
     if not is_plain(norm, type(norm)):
         return None
     if type(norm) is nn.LayerNorm:
         return "layer"
     of_diffusers = (type(norm).__module__, type(norm).__name__) == ("diffusers.models.normalization", "RMSNorm")
     return "rms" if type(norm) is nn.RMSNorm or (of_diffusers and norm.bias is None) else None
-
-
-def _eps(norm: nn.Module) -> float:
-    eps = getattr(norm, "eps", None)
-    return (
-        eps if isinstance(eps, float) else torch.finfo(torch.float32).eps
-    )  # what torch takes for None where it computes in float32

@@ -1,4 +1,4 @@
-"""Rotary position embedding: the tables that attention rotates with."""
+"""Tables for rotary position embedding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rotary_embedding(
 
     Args:
         tokens: N.
-        channels: how many of a head's D channels are rotated; even.
+        channels: how many of a head's D channels rotate; even.
         theta: base of the frequencies.
         interleaved: see `ops.Rope`.
         device: of the tables.
@@ -32,16 +32,14 @@ def rotary_embedding(
         cos and sin, `[N, channels / 2]` float32.
 
     Raises:
-        ValueError: an odd number of channels.
+        ValueError: the number of channels is odd.
 
     Example:
         >>> rotary_embedding(5, 32).cos.shape
         torch.Size([5, 16])
     """
     if channels < 2 or channels % 2:
-        raise ValueError(
-            f"channels is {channels}; an even number is supported: pass the head dimension, or an even part of it"
-        )
+        raise ValueError(f"channels is {channels}; an even number is supported: pass one up to the head dimension")
     frequency = theta ** -(torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels)
     angle = torch.arange(tokens, dtype=torch.float64, device=device)[:, None] * frequency
     return Rope(angle.cos().float(), angle.sin().float(), interleaved)

@@ -1,7 +1,4 @@
-"""Attention modules of diffusers, torch and timm, read as parts.
-
-Whatever they have that is not supported is refused.
-"""
+"""Reads attention modules of diffusers, torch and timm as parts, and refuses unsupported options."""
 
 from __future__ import annotations
 
@@ -15,9 +12,10 @@ from ..broadcast.fusing import is_plain
 from .parts import Layer, Parts, Rows
 
 _INSTEAD = "wrap the module in BroadcastModule instead"
+_WITHOUT_EFFECT = (nn.Identity, nn.Dropout)
 
 SELF_PROJECTIONS = {("qkv",): (3,), ("q", "k", "v"): (1, 1, 1)}
-"""Names of timm-like self attention's projections, and how many of q, k and v each gives."""
+"""Names of the projections of timm-like self attention, and how many of q, k and v each computes."""
 
 CROSS_PROJECTIONS = {("q", "kv"): (1, 2), ("q_linear", "kv_linear"): (1, 2), ("q", "k", "v"): (1, 1, 1)}
 """The same for attention to the text."""
@@ -32,22 +30,17 @@ def read_parts(module: nn.Module, cross: bool) -> Parts:
         cross: whether it attends to the text.
 
     Raises:
-        TypeError: the module is of no kind that is known.
-        ValueError: it has an option that is not supported.
+        TypeError: the class of the module is not supported.
+        ValueError: an option of the module is not supported.
     """
     if not is_plain(module, type(module)):
-        raise ValueError(
-            f"{type(module).__name__} has hooks or a forward of its own, and would lose them: remove them, or "
-            f"{_INSTEAD}"
-        )
+        given = f"{type(module).__name__} has hooks or a replaced forward"
+        raise ValueError(f"{given}; plain modules are supported: remove them, or {_INSTEAD}")
     parts = _reader(module, cross)(module, cross)
     _refuse_rest(module, parts)
     if not cross and parts.text_channels != parts.channels:
-        raise ValueError(
-            f"{type(module).__name__} takes K and V from {parts.text_channels} channels and Q from {parts.channels}; "
-            "self attention has "
-            "one input: use PABCrossAttention"
-        )
+        given = f"{type(module).__name__} takes K and V from {parts.text_channels} channels and Q from {parts.channels}"
+        raise ValueError(f"{given}; self attention with one input is supported: use PABCrossAttention")
     return parts
 
 
@@ -56,19 +49,12 @@ def _reader(module: nn.Module, cross: bool) -> Callable[[Any, bool], Parts]:
         return _torch_parts
     if (type(module).__module__, type(module).__name__) == ("diffusers.models.attention_processor", "Attention"):
         return _diffusers_parts
-    names = _projections(module, cross)
-    if (
-        names
-        and isinstance(getattr(module, "proj", None), nn.Module)
-        and isinstance(getattr(module, "num_heads", None), int)
-    ):
+    has_heads = isinstance(getattr(module, "num_heads", None), int)
+    if has_heads and _projections(module, cross) and _modules(module, "proj"):
         return _timm_parts
     known = " or ".join(", ".join(names) for names in (CROSS_PROJECTIONS if cross else SELF_PROJECTIONS))
-    raise TypeError(
-        f"{type(module).__name__} came; supported are diffusers' Attention, nn.MultiheadAttention, and modules with "
-        "num_heads, proj and "
-        f"{known}: {_INSTEAD}"
-    )
+    supported = f"diffusers' Attention, nn.MultiheadAttention, and modules with num_heads, proj and {known}"
+    raise TypeError(f"got {type(module).__name__}; {supported} are supported: {_INSTEAD}")
 
 
 def _diffusers_parts(module: Any, cross: bool) -> Parts:
@@ -76,8 +62,7 @@ def _diffusers_parts(module: Any, cross: bool) -> Parts:
     processor = type(module.processor).__name__
     unsupported = {
         f"processor {processor}": processor not in ("AttnProcessor2_0", "AttnProcessor"),
-        f"qk_norm and processor {processor}, which leaves it out": processor == "AttnProcessor"
-        and module.norm_q is not None,
+        f"qk_norm with {processor}, which ignores it": processor == "AttnProcessor" and module.norm_q is not None,
         "residual_connection": module.residual_connection,
         f"rescale_output_factor {module.rescale_output_factor}": module.rescale_output_factor != 1,
         "is_causal": module.is_causal,
@@ -86,7 +71,7 @@ def _diffusers_parts(module: Any, cross: bool) -> Parts:
     }
     for option, given in unsupported.items():
         if given:
-            raise ValueError(f"diffusers' Attention with {option} came; plain attention is supported: {_INSTEAD}")
+            raise ValueError(f"got diffusers' Attention with {option}; plain attention is supported: {_INSTEAD}")
     return Parts(
         channels=module.query_dim,
         text_channels=module.cross_attention_dim,
@@ -104,12 +89,11 @@ def _torch_parts(module: nn.MultiheadAttention, cross: bool) -> Parts:
     inner = module.embed_dim
     if module.add_zero_attn or module.kdim != module.vdim:
         option = "add_zero_attn" if module.add_zero_attn else f"kdim {module.kdim} and vdim {module.vdim}"
-        raise ValueError(
-            f"nn.MultiheadAttention with {option} came; plain attention to one tensor is supported: {_INSTEAD}"
-        )
+        supported = "plain attention to one tensor is supported"
+        raise ValueError(f"got nn.MultiheadAttention with {option}; {supported}: {_INSTEAD}")
 
     def rows(i: int, count: int) -> Rows:
-        """Those of `count` of q, k and v, from the i-th on."""
+        """The rows of `count` of q, k and v, from the i-th on."""
         here = (i * inner, (i + count) * inner)
         if module.in_proj_weight is not None:
             return Rows("in_proj_weight", "in_proj_bias", here, here, count)
@@ -139,11 +123,10 @@ def _timm_parts(module: Any, cross: bool) -> Parts:
     for name, count in zip(names, counts, strict=True):
         given, wanted = getattr(module, name).out_features, count * module.num_heads * head_dim
         if given != wanted:
-            raise ValueError(
-                f"{name} gives {given} channels; {wanted} are supported, as many heads of K and V as of Q: {_INSTEAD}"
-            )
+            supported = f"{wanted} are supported, as many heads of K and V as of Q"
+            raise ValueError(f"{name} has {given} output channels; {supported}: {_INSTEAD}")
     scale = getattr(module, "scale", None)
-    fused = getattr(module, "fused_attn", False)  # timm's F.scaled_dot_product_attention, which is not given the scale
+    fused = getattr(module, "fused_attn", False)  # timm then calls F.scaled_dot_product_attention without the scale
     dropout = getattr(module, "attn_drop", None)
     return Parts(
         channels=q.in_features,
@@ -165,7 +148,7 @@ def _projections(module: nn.Module, cross: bool) -> list[tuple[tuple[str, ...], 
 
 
 def _modules(module: nn.Module, *names: str) -> Sequence[str]:
-    """Those of the names that are child modules."""
+    """The names that are child modules."""
     return [name for name in names if isinstance(getattr(module, name, None), nn.Module)]
 
 
@@ -174,19 +157,11 @@ def _scale(scale: float, head_dim: int) -> float | None:
 
 
 def _refuse_rest(module: nn.Module, parts: Parts) -> None:
-    """Children and tensors that are no part: whatever they do would be lost."""
-    taken = parts.roots
-    children = {
-        name: type(child).__name__
-        for name, child in module.named_children()
-        if not isinstance(child, (nn.Identity, nn.Dropout))
-    }
-    tensors = {
-        name: "tensor" for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    }
-    rest = [f"{name} ({kind})" for name, kind in {**children, **tensors}.items() if name not in taken]
+    """Raise if children or tensors are not among the parts, since their effect would be lost."""
+    children = [(name, child) for name, child in module.named_children() if not isinstance(child, _WITHOUT_EFFECT)]
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    kinds = {name: type(child).__name__ for name, child in children} | {name: "tensor" for name, _ in tensors}
+    rest = ", ".join(f"{name} ({kind})" for name, kind in kinds.items() if name not in parts.roots)
     if rest:
-        raise ValueError(
-            f"{type(module).__name__} with {', '.join(rest)} came; projections and norms of Q and K are supported: "
-            f"{_INSTEAD}"
-        )
+        supported = "projections and norms of Q and K are supported"
+        raise ValueError(f"got {type(module).__name__} with {rest}; {supported}: {_INSTEAD}")

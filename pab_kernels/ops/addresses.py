@@ -1,8 +1,7 @@
-"""Where the tokens of operands lie, whose leading dimensions may be strided and broadcast in any way: for Triton
-kernels over tokens.
+"""Addresses of tokens, for Triton kernels over operands whose leading dimensions are strided and broadcast in any way.
 
-On the host the leading dimensions that all operands walk through alike are joined. In the kernel a token's number
-becomes an index into those that are left, and the index an offset into each operand.
+On the host, leading dimensions that all operands traverse alike are merged. In the kernel, a token's number becomes an
+index into the remaining dimensions, and the index an offset into each operand.
 """
 
 from __future__ import annotations
@@ -15,16 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-UNIT = 8
-"""Elements that strides are counted in where all are multiples of it: then accesses of 16 bytes are possible, whatever
-the strides are.
-
-The compiler knows of a number that it is divisible by 16, or nothing: a row stride of 136 elements as such would cost
-the alignment.
-"""
+from .strides import UNIT
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
-"""Shape and strides of a tensor; `ABSENT` of None."""
+"""Shape and strides of a tensor; `ABSENT` for None."""
 
 ABSENT: Layout = ((1,), (1,))
 
@@ -41,7 +34,7 @@ def index_of(token, sizes):
 
 @triton.jit
 def offset_of(index, strides):
-    """The offset of the tokens at `index`, in what the strides count."""
+    """The offset at `index`, in the unit of the strides."""
     offset = index[0] * strides[0]
     for dim in tl.static_range(1, len(strides)):
         offset += index[dim] * strides[dim]
@@ -53,7 +46,7 @@ def layout(t: Tensor | None) -> Layout:
 
 
 def broadcast(dims: int, operand: Layout) -> tuple[int, ...]:
-    """Strides of an operand broadcast to so many leading dimensions: 0 along those that it lacks or has once."""
+    """Strides of an operand broadcast to this many leading dimensions: 0 where it has none or one element."""
     own = tuple(0 if size == 1 else stride for size, stride in zip(operand[0][:-1], operand[1][:-1], strict=True))
     return (0,) * (dims - len(own)) + own
 
@@ -61,8 +54,7 @@ def broadcast(dims: int, operand: Layout) -> tuple[int, ...]:
 def collapsed(
     sizes: Sequence[int], operands: Sequence[tuple[int, ...]]
 ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """The fewest leading dimensions, at least one, that serve operands with these strides: their sizes, and each
-    operand's strides."""
+    """The fewest leading dimensions, at least one, for operands with these strides: sizes, and strides by operand."""
     dims: list[tuple[int, tuple[int, ...]]] = []
     for size, strides in zip(sizes, zip(*operands, strict=True), strict=True):
         if dims and all(outer == size * inner for outer, inner in zip(dims[-1][1], strides, strict=True)):
@@ -76,8 +68,7 @@ def collapsed(
 
 @dataclass(frozen=True)
 class Addresses:
-    """Sizes of the collapsed leading dimensions, and strides over them: of operands in units, of 8-bit slots' scales in
-    elements."""
+    """Sizes of the merged leading dimensions and strides over them: operands' in units, slot scales' in elements."""
 
     sizes: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
@@ -85,7 +76,7 @@ class Addresses:
     unit: int
 
 
-@lru_cache(maxsize=4096)  # a model's blocks repeat them
+@lru_cache(maxsize=4096)  # the blocks of a model repeat them
 def addresses(sizes: tuple[int, ...], operands: tuple[Layout, ...], slot_scales: tuple[Layout, ...]) -> Addresses:
     """Where the operands of a call are."""
     fewest, strides = collapsed(sizes, [broadcast(len(sizes), operand) for operand in operands + slot_scales])

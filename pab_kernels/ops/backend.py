@@ -1,11 +1,12 @@
-"""The one place that chooses which implementation serves an operation.
+"""Chooses the implementation that serves a call; nothing else does.
 
-Backend `b` of operation `op` is the module `pab_kernels.ops.<op>.<b>`, imported when it is first used, so a kernel
-language that is not installed is never asked for. It has the functions of `Backend`.
+Backend `b` of operation `op` is the module `pab_kernels.ops.<op>.<b>` with the functions of `Backend`. It is imported
+at its first use, so a kernel language need not be installed until then.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from functools import cache
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 BACKENDS = ("reference", "triton", "cuda", "sdpa", "flash_attn")
-"""Every backend that `backend=` may name, beside `auto`."""
+"""The backends that `backend=` may name besides `auto`."""
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "broadcast_residual": ("reference", "triton", "cuda"),
@@ -25,58 +26,48 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "quantize": ("reference", "cuda"),
     "dequantize": ("reference", "cuda"),
 }
-"""The backends that exist for each operation. Adding a kernel is adding its module and its name here."""
+"""The backends of each operation. A new kernel is a module and its name here."""
 
 PREFERRED: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
-"""By type of device, what `auto` tries before the reference: kernels written for it. Nothing was measured yet."""
+"""By device type, the backends that `auto` tries before the reference. Nothing has been measured yet."""
 
 SELF_CHECKING = {"broadcast_residual": "cuda"}
-"""By operation, the backend that checks calls itself, at less cost than Python: `attempt(call, outputs)` is given calls
-that nobody has checked, and says whether it served one. It launches nothing where anything is wrong; the checks in
-Python then say what."""
+"""By operation, the backend that checks calls itself, at less cost than Python.
+
+Its `attempt(call, outputs)` takes unchecked calls and returns whether it served one. It launches nothing if the call is
+not valid; the checks in Python then name the mistake.
+"""
 
 
 class Backend(NamedTuple):
-    """The functions of a backend's module, one of the first two and perhaps others.
-
-    None for one that it does not have.
-    """
+    """The functions of a backend's module, None for those that it lacks; it has one of the first two."""
 
     compute: Any
-    """`compute(call)`: the outputs, new tensors that autograd follows."""
+    """`compute(call)`: the outputs, new tensors, recorded by autograd."""
     launch: Any
-    """`launch(call, outputs)`: write the outputs; autograd does not follow."""
+    """`launch(call, outputs)`: write the outputs, not recorded by autograd."""
     refusal: Any
-    """`refusal(call)`: why it cannot serve the call, in a few words, or None. Without it the backend serves
-    everything."""
+    """`refusal(call)`: why the backend cannot serve the call, or None. Without it, it serves every call."""
     attempt: Any
     """`attempt(call, outputs)`: see `SELF_CHECKING`."""
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for cannot serve the call; the message says why and what to do."""
+    """The requested backend cannot serve the call; the message says why and what to do."""
 
 
-def implementation(op: str, backend: str, call: Any, *, writes: bool = False) -> Backend:
-    """The backend that serves a call; `writes` if it is into given outputs, which is recorded by none.
+def implementation(op: str, backend: str, call: Any) -> Backend:
+    """The backend that serves a call.
 
-    `auto` is the reference where autograd is to record the call and the kernel has no gradient.
+    Where autograd would record the call and the chosen kernel has no gradient, `auto` is the reference.
 
     Raises:
-        BackendError: see `choose`; or a gradient would be lost.
+        BackendError: as `choose`, or a gradient would be lost.
     """
     served = load(op, choose(op, backend, call))
-    if (
-        served.launch is not None
-        and not writes
-        and torch.is_grad_enabled()
-        and any(t.requires_grad for t in _tensors(call))
-    ):
+    if served.launch is not None and torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(call)):
         if backend != "auto":
-            reason = "a gradient would be recorded and its kernel has none"
-            raise BackendError(
-                f"{op}: backend {backend!r} cannot serve this call; {reason}: call it under torch.no_grad()"
-            )
+            raise _cannot_serve(op, backend, "a gradient would be recorded", "call it under torch.no_grad()")
         return load(op, "reference")
     return served
 
@@ -84,8 +75,8 @@ def implementation(op: str, backend: str, call: Any, *, writes: bool = False) ->
 def choose(op: str, backend: str, call: Sequence[Any]) -> str:
     """The backend that serves `op` on this call.
 
-    `auto` is the first of `PREFERRED` for the device that can serve, else the reference. Shapes, dtypes, strides and
-    devices decide, never values, so that a call decides alike when it is traced and when it is run.
+    `auto` is the first of `PREFERRED` for the device that can serve, else the reference. The choice depends on shapes,
+    dtypes, strides and devices, never on values: it is the same when a call is traced and when it runs.
 
     Raises:
         BackendError: `backend` is unknown, has no kernel for `op`, or cannot serve this call.
@@ -97,20 +88,21 @@ def choose(op: str, backend: str, call: Sequence[Any]) -> str:
                 return preferred
         return "reference"
     if backend not in available:
-        known, has = f"auto, {', '.join(BACKENDS)}", ", ".join(available)
-        if backend in BACKENDS:
-            raise BackendError(
-                f"{op}: backend {backend!r} has no kernel for it; it has {has}: pass one of these or 'auto'"
-            )
-        raise BackendError(f"{op}: backend {backend!r} is unknown; known are {known}: pass 'auto' or one of these")
+        given = "has no kernel for it" if backend in BACKENDS else "is unknown"
+        supported = ", ".join(("auto", *available))
+        raise BackendError(f"{op}: backend {backend!r} {given}; {supported} are supported: pass one of these")
     reason = refusal(op, backend, call)
     if reason is not None:
-        raise BackendError(f"{op}: backend {backend!r} cannot serve this call; {reason}: pass backend='auto'")
+        raise _cannot_serve(op, backend, reason, "pass backend='auto'")
     return backend
 
 
+def _cannot_serve(op: str, backend: str, reason: str, advice: str) -> BackendError:
+    return BackendError(f"{op}: backend {backend!r} cannot serve this call; {reason}: {advice}")
+
+
 def refusal(op: str, backend: str, call: Any) -> str | None:
-    """Why a backend that there is cannot serve this call; None where it can."""
+    """Why an available backend cannot serve this call; None where it can."""
     try:
         served = load(op, backend)
     except ModuleNotFoundError as error:
@@ -119,11 +111,10 @@ def refusal(op: str, backend: str, call: Any) -> str | None:
 
 
 def is_traced(op: str, backend: str, device: torch.device) -> bool:
-    """Whether a call that is compiled becomes the reference's plain torch, which the compiler fuses with what is around
-    it.
+    """Whether a compiled call becomes the reference's plain torch, which the compiler fuses with the code around it.
 
-    It does where the reference is what serves it, whatever the call, since there is no kernel for the device. Elsewhere
-    it is one opaque operation, and the backend is chosen when it runs.
+    It does where the device has no kernel, so that the reference serves every call. Elsewhere a call is one opaque
+    operation, whose backend is chosen when it runs.
     """
     return backend in ("auto", "reference") and all(
         b not in IMPLEMENTATIONS[op] for b in PREFERRED.get(device.type, ())
@@ -131,7 +122,7 @@ def is_traced(op: str, backend: str, device: torch.device) -> bool:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors among arguments, within norms, tables and cached outputs too."""
+    """The tensors among arguments, including those of norms, tables and cached outputs."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -143,12 +134,12 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 @cache
 def load(op: str, backend: str) -> Backend:
-    """A backend, whose module is imported."""
+    """A backend; imports its module."""
     module = import_module(f"pab_kernels.ops.{op}.{backend}")
     return Backend(*(getattr(module, name, None) for name in Backend._fields))
 
 
-@cache  # every launch asks
+@cache  # for every launch
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
@@ -159,22 +150,28 @@ def refuse_device(tensor: torch.Tensor, interpreted: bool) -> str | None:
     if tensor.device.type == "cuda":
         if torch.version.hip is not None:
             return f"the kernels are for NVIDIA's GPUs; {tensor.device} is another's"
-        if capability(tensor.device) < (8, 0):
-            return (
-                f"{tensor.device} has compute capability {'.'.join(map(str, capability(tensor.device)))}; 8.0 or later "
-                "is needed"
-            )
-        return None
+        major, minor = capability(tensor.device)
+        return None if major >= 8 else f"{tensor.device} has compute capability {major}.{minor}; 8.0 or later is needed"
     if interpreted and tensor.device.type == "cpu":
         return None
-    return (
-        "Triton kernels run on CUDA devices, and on the CPU under TRITON_INTERPRET=1; the tensors are on "
-        f"{tensor.device}"
-    )
+    supported = "Triton kernels run on CUDA devices, and on the CPU under TRITON_INTERPRET=1"
+    return f"{supported}; the tensors are on {tensor.device}"
 
 
-def refuse_float8(tensor: torch.Tensor, name: str) -> str | None:
-    """Why Triton cannot read or write a float8 operand of this name on `tensor`'s device; None where it can."""
-    if tensor.is_cuda and capability(tensor.device) < (8, 9):
-        return f"{name} is torch.float8_e4m3fn; compute capability 8.9 or later is needed for it"
+def refuse_stream(x: torch.Tensor, most_tokens: int, most_channels: int = sys.maxsize) -> str | None:
+    """Why a kernel cannot serve a residual stream of this dtype and size; None where it can."""
+    channels = x.shape[-1]
+    if x.dtype == torch.float64:
+        return "x is torch.float64; float16, bfloat16 and float32 are supported"
+    if channels > most_channels:
+        return f"x has {channels} channels; up to {most_channels} are supported"
+    if x.numel() > most_tokens * channels:
+        return f"x has {x.numel() // channels} tokens; up to {most_tokens} are supported"
+    return None
+
+
+def refuse_float8(tensor: torch.Tensor, name: str, dtype: torch.dtype | None = torch.float8_e4m3fn) -> str | None:
+    """Why Triton cannot access an operand of this name and dtype on `tensor`'s device; None where it can."""
+    if dtype == torch.float8_e4m3fn and tensor.is_cuda and capability(tensor.device) < (8, 9):
+        return f"{name} is torch.float8_e4m3fn; it needs compute capability 8.9 or later"
     return None

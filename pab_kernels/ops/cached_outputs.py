@@ -1,5 +1,4 @@
-"""The cached outputs that an operation adds to the residual stream: a few terms, each a slot or the line through two,
-with a gate."""
+"""The terms that an operation adds to the residual stream: slots, or lines through two slots, each with a gate."""
 
 from __future__ import annotations
 
@@ -11,22 +10,29 @@ import torch
 from torch import Tensor
 
 from ..limits import MOST_ADDED
-from .checks import check_broadcasts, check_kind, check_operand
+from .checks import check_broadcasts, check_kind, check_operand, not_a
 from .dequantize.reference import dequantize
 from .quantized import GROUP, Quantized, check_quantized, data_and_scale
 
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """The straight line through two outputs, read beyond the newest: `newest + weight (newest - before)`, one term of
-    an operation.
+    """The straight line through two outputs, extended beyond the newest, as one term of an operation.
 
-    In float32 (float64 where the operation's tensors are) and rounded once, as a slot is when it is dequantised:
-    nothing in between can overflow, and where both outputs are equal the value is exactly theirs.
+        value = newest + weight * (newest - before)
+
+    In float32 (float64 where the operation's tensors are) and rounded once, like a dequantised slot: no intermediate
+    result overflows, and where both outputs are equal the value is exactly theirs.
 
     Args:
-        newest, before: `[..., C]`, each as a slot: a tensor or a `Quantized`.
+        newest, before: `[..., C]`, each a tensor or a `Quantized`.
         weight: one float32 number on their device, shape `()` or `(1,)`.
+
+    Example:
+        >>> from pab_kernels.ops import broadcast_residual
+        >>> newest, before, weight = torch.ones(1, 2), torch.zeros(1, 2), torch.tensor(0.5)
+        >>> broadcast_residual(torch.zeros(1, 2), [Line(newest, before, weight)])[0]
+        tensor([[1.5000, 1.5000]])
     """
 
     newest: Tensor | Quantized
@@ -42,7 +48,6 @@ class Line:
 CachedOutput = tuple[Tensor | Quantized | Line, Tensor | None]
 """One term: a slot or a line `[..., C]`, and the gate that broadcasts to it."""
 
-
 CACHED_SCHEMA = "Tensor?[] slots, Tensor?[] slot_scales, Tensor?[] gates, Tensor?[] weights"
 
 _LISTS = (list, tuple)
@@ -50,7 +55,7 @@ _NO_GATES = (None,) * MOST_ADDED
 
 
 def cached_outputs(op: str, slots: Sequence[Any], gates: Sequence[Any] | None, most: int) -> tuple[CachedOutput, ...]:
-    """The terms of a call; what is in the lists is not checked yet."""
+    """The terms of a call, whose entries are not checked yet."""
     if (
         isinstance(slots, _LISTS)
         and len(slots) <= most
@@ -59,19 +64,15 @@ def cached_outputs(op: str, slots: Sequence[Any], gates: Sequence[Any] | None, m
         return tuple(zip(slots, gates or _NO_GATES, strict=False)) if slots else ()
     for name, values in (("slots", slots), ("gates", gates)):
         if not isinstance(values, _LISTS) and (values is not None or name == "slots"):
-            raise TypeError(f"{op}: {name} is a {type(values).__name__}; a list or tuple is supported: put it into one")
+            raise not_a(op, name, values, "a list or tuple", "put it into one")
         if values is not None and len(values) != len(slots):
-            raise ValueError(
-                f"{op}: {name} has length {len(values)}; one entry (or None) per slot, {len(slots)}, is supported: "
-                "match them"
-            )
-    raise ValueError(
-        f"{op}: slots has length {len(slots)}; up to {most} are supported: add the others in a broadcast_residual "
-        "before"
-    )
+            supported = f"one entry (or None) per slot, {len(slots)}, is supported"
+            raise ValueError(f"{op}: {name} has length {len(values)}; {supported}: match them")
+    advice = "add the others with broadcast_residual first"
+    raise ValueError(f"{op}: slots has length {len(slots)}; up to {most} are supported: {advice}")
 
 
-def check_cached_outputs(op: str, x: Tensor, cached: Sequence[CachedOutput]) -> None:
+def check_cached(op: str, x: Tensor, cached: Sequence[CachedOutput]) -> None:
     """Slots, lines and gates that fit x."""
     for i, (slot, gate) in enumerate(cached):
         if gate is not None:
@@ -94,14 +95,15 @@ def _check_slot(op: str, name: str, slot: Any, x: Tensor) -> None:
 def _check_weight(op: str, name: str, weight: Any, x: Tensor) -> None:
     check_kind(op, name, weight, torch.float32, x.device)
     if weight.numel() != 1 or weight.ndim > 1:
-        raise ValueError(
-            f"{op}: {name} has shape {tuple(weight.shape)}; () and (1,) are supported: pass one number on the device"
-        )
+        advice = "pass one number on the device"
+        raise ValueError(f"{op}: {name} has shape {tuple(weight.shape)}; () and (1,) are supported: {advice}")
 
 
-def flatten_cached_outputs(cached: Sequence[CachedOutput]) -> tuple[tuple[Any, ...], ...]:
-    """Slots, their scales, gates and weights, as `CACHED_SCHEMA` and kernels have them: a slot for each term and, where
-    any term is a line, after all of these as many more, the ones before them or None."""
+def flatten_cached(cached: Sequence[CachedOutput]) -> tuple[tuple[Any, ...], ...]:
+    """Slots, their scales, gates and weights, as `CACHED_SCHEMA` and kernels take them.
+
+    There is a slot for each term and, where any term is a line, after all of these the previous output of each or None.
+    """
     lines = [slot if isinstance(slot, Line) else None for slot, _ in cached]
     slots: list[Any] = [slot.newest if isinstance(slot, Line) else slot for slot, _ in cached]
     if any(line is not None for line in lines):
@@ -110,7 +112,7 @@ def flatten_cached_outputs(cached: Sequence[CachedOutput]) -> tuple[tuple[Any, .
     return data, scales, tuple(gate for _, gate in cached), tuple(line and line.weight for line in lines)
 
 
-def unflatten_cached_outputs(
+def unflatten_cached(
     slots: Sequence[Any], scales: Sequence[Any], gates: Sequence[Any], weights: Sequence[Any]
 ) -> tuple[CachedOutput, ...]:
     joined = [slot if scale is None else Quantized(slot, scale) for slot, scale in zip(slots, scales, strict=True)]
@@ -121,14 +123,13 @@ def unflatten_cached_outputs(
 
 def holds_float8(cached: Sequence[CachedOutput]) -> bool:
     """Whether any slot is float8."""
-    return any(slot is not None and slot.dtype == torch.float8_e4m3fn for slot in flatten_cached_outputs(cached)[0])
+    return any(slot is not None and slot.dtype == torch.float8_e4m3fn for slot in flatten_cached(cached)[0])
 
 
 def extrapolate(
     newest: Tensor | Quantized, older: Sequence[Tensor | Quantized], weights: Sequence[Tensor], dtype: torch.dtype
 ) -> Tensor:
-    """`newest + sum_k weights_k (newest - older_k)` in float32, or float64 where `dtype` is, rounded once to
-    `dtype`."""
+    """`newest + sum_k weights_k (newest - older_k)` in float32, or float64 if `dtype` is, rounded once to `dtype`."""
     wide = torch.promote_types(dtype, torch.float32)
     c, *before = (dequantize(slot, wide) if isinstance(slot, Quantized) else slot.to(wide) for slot in (newest, *older))
     value = c
@@ -138,8 +139,7 @@ def extrapolate(
 
 
 def term_value(slot: Tensor | Quantized | Line, dtype: torch.dtype) -> Tensor:
-    """A term before its gate: a slot, dequantised to `dtype` where it is quantised, or the value on a line, rounded to
-    it."""
+    """A term before its gate, in `dtype`: a slot, dequantised if it is quantised, or the value on a line."""
     if isinstance(slot, Line):
         return extrapolate(slot.newest, [slot.before], [slot.weight], dtype)
     return dequantize(slot, dtype) if isinstance(slot, Quantized) else slot
@@ -154,7 +154,7 @@ def add_cached_outputs(x: Tensor, cached: Sequence[CachedOutput]) -> Tensor:
 
 
 def add_in_float32(x: Tensor, cached: Sequence[CachedOutput]) -> Tensor:
-    """x, in float32, plus every term as kernels compute it: nothing rounds to a shorter dtype."""
+    """x, in float32, plus every term as kernels compute it, without rounding to a shorter dtype."""
     for slot, gate in cached:
         c = term_value(slot, torch.float32).float()
         x = x + (c if gate is None else gate.float() * c)

@@ -1,6 +1,6 @@
 """Checks that the operations share.
 
-Each error is one line: what came, what is supported, what to do. None reads device data.
+Each error is one line: what was given, what is supported, what to do. No check reads device data.
 """
 
 from __future__ import annotations
@@ -12,23 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .overlap import overlaps_itself
-
 LARGEST = sys.float_info.max
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def not_a(op: str, name: str, value: Any, wanted: str, advice: str) -> TypeError:
+    """The error for a value of the wrong type."""
+    return TypeError(f"{op}: {name} is a {type(value).__name__}; {wanted} is supported: {advice}")
+
+
+def none_of(op: str, name: str, value: Any, choices: Sequence[Any]) -> str:
+    """The message for a value that is none of the choices."""
+    return f"{op}: {name} is {value!r}; {', '.join(map(repr, choices))} are supported: pass one of these"
+
+
 def check_tensor(op: str, name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
-        raise TypeError(f"{op}: {name} is a {type(t).__name__}; a torch.Tensor is supported: pass a tensor")
+        raise not_a(op, name, t, "a torch.Tensor", "pass a tensor")
 
 
 def check_last_stride(op: str, name: str, t: Tensor) -> None:
     if t.stride(-1) != 1 and t.shape[-1] != 1:
         raise ValueError(
-            f"{op}: {name} has stride {t.stride(-1)} in its last dimension; stride 1 is supported: call .contiguous() "
-            "on it"
+            f"{op}: {name} has stride {t.stride(-1)} in its last dimension; stride 1 is supported: call .contiguous()"
         )
 
 
@@ -36,9 +43,8 @@ def check_float(op: str, name: str, t: Any) -> None:
     """A float tensor of at least one dimension."""
     check_tensor(op, name, t)
     if t.dtype not in FLOATS:
-        raise TypeError(
-            f"{op}: {name} has dtype {t.dtype}; float16, bfloat16, float32 and float64 are supported: convert it"
-        )
+        supported = "float16, bfloat16, float32 and float64 are supported"
+        raise TypeError(f"{op}: {name} has dtype {t.dtype}; {supported}: convert it")
     if t.ndim == 0:
         raise ValueError(f"{op}: {name} has no dimensions; [..., channels] is supported: reshape it")
 
@@ -46,7 +52,7 @@ def check_float(op: str, name: str, t: Any) -> None:
 def check_activation(op: str, name: str, t: Any) -> None:
     """A float tensor of at least one dimension, the last contiguous."""
     if isinstance(t, Tensor) and t.dtype in FLOATS and t.ndim > 0 and t.is_contiguous():
-        return  # as nearly all are
+        return  # the usual case
     check_float(op, name, t)
     check_last_stride(op, name, t)
 
@@ -70,29 +76,15 @@ def check_shape(op: str, name: str, t: Any, shape: Sequence[int], dtype: torch.d
 def check_operand(op: str, name: str, t: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     """A tensor of exactly this shape, dtype and device, last dimension contiguous."""
     if isinstance(t, Tensor) and t.is_contiguous() and t.dtype == dtype and t.shape == shape and t.device == device:
-        return  # as nearly all are, at a third of what it costs to find out what is wrong
+        return  # the usual case, at a third of the cost of finding out what is wrong
     check_shape(op, name, t, shape, dtype, device)
     check_last_stride(op, name, t)
-
-
-def check_output(op: str, name: str, t: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    """An operand that is written: no two of its elements share memory, and autograd does not follow it."""
-    check_operand(op, name, t, shape, dtype, device)
-    if not t.is_contiguous() and overlaps_itself(t):
-        raise ValueError(
-            f"{op}: {name} has strides {t.stride()}; an output whose elements do not overlap is supported: pass a real "
-            "tensor"
-        )
-    if t.requires_grad:
-        raise ValueError(
-            f"{op}: {name} requires a gradient; what is written is not recorded, other tensors are supported: detach it"
-        )
 
 
 def check_number(op: str, name: str, value: Any, least: float = -LARGEST) -> None:
     """A finite number from `least` on."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{op}: {name} is a {type(value).__name__}; a number is supported: pass a float")
+        raise not_a(op, name, value, "a number", "pass a float")
     if not least <= value <= LARGEST:
         given = "too large for a float" if isinstance(value, int) and abs(value) > LARGEST else value
         from_least = "" if least < 0 else f" from {least:g} on"
@@ -127,8 +119,7 @@ def check_broadcasts(op: str, name: str, t: Any, x: Tensor) -> None:
     check_kind(op, name, t, x.dtype, x.device)
     if not _fits(t.shape, full := x.shape):
         raise ValueError(
-            f"{op}: {name} has shape {tuple(t.shape)}; what broadcasts to {tuple(full)} and has its {full[-1]} "
-            "channels is supported: "
-            "unsqueeze the missing dimensions"
+            f"{op}: {name} has shape {tuple(t.shape)}; a shape that broadcasts to {tuple(full)} and has its {full[-1]} "
+            "channels is supported: unsqueeze the missing dimensions"
         )
     check_last_stride(op, name, t)

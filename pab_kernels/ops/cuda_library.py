@@ -1,8 +1,7 @@
-"""The compiled CUDA kernels: loaded once, when the first is asked for; where they are not there or cannot run, it is
-said why.
+"""The compiled CUDA kernels: loaded at the first request, with a reason where they are missing or cannot run.
 
-The library registers with torch the CUDA implementations of `pab_kernels_cuda::<op>`, which write to the tensors that
-they are given. Their schemas and fakes are defined here in Python, where the library need not be.
+The library registers the CUDA implementations of `pab_kernels_cuda::<op>` with torch, which write to given tensors.
+Schemas and fakes are defined here in Python, and need no library.
 """
 
 from __future__ import annotations
@@ -23,20 +22,19 @@ BUILD_INFO = PACKAGE / "_build_info.json"
 _schemas = torch.library.Library("pab_kernels_cuda", "FRAGMENT")
 
 
-def kernel(op: str, arguments: str, *, tells: bool = False) -> Callable[..., Any]:
-    """Define `pab_kernels_cuda::<op>` by the schema of its arguments; the function that calls it.
+def kernel(op: str, arguments: str, *, reports: bool = False) -> Callable[..., Any]:
+    """Define `pab_kernels_cuda::<op>` by the schema of its arguments, and return the function that calls it.
 
-    It returns nothing or, if it `tells`, whether it ran: it does not where an argument is on the meta device, or fake.
-    The library serves it from the moment that `refuse` has loaded it.
+    The function returns None or, if `reports`, whether the kernel ran, which it does not on meta or fake tensors. It
+    works once `refuse` has loaded the library.
     """
-    _schemas.define(f"{op}({arguments}) -> {'bool' if tells else '()'}", tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(f"pab_kernels_cuda::{op}", lambda *args: False if tells else None, lib=_schemas)
+    _schemas.define(f"{op}({arguments}) -> {'bool' if reports else '()'}", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(f"pab_kernels_cuda::{op}", lambda *args: False if reports else None, lib=_schemas)
     return getattr(torch.ops.pab_kernels_cuda, op).default
 
 
 def rows(t: Tensor) -> Tensor:
-    """`[..., C]` with neighbouring channels and one stride between rows, as kernels take it: itself or a view where
-    there is one."""
+    """`[..., C]` with neighbouring channels and one stride between rows: t, a view of it, or else a copy."""
     if t.is_contiguous():
         return t
     flat = t.reshape(-1, t.shape[-1])
@@ -45,8 +43,8 @@ def rows(t: Tensor) -> Tensor:
 
 @cache
 def build_info() -> dict[str, Any]:
-    """What the build says of itself: `archs` (compute capabilities), `nvcc`, `torch_target`, `torch_headers`, `commit`,
-    and `missing`, why there are no kernels, or None. Nothing but `missing` where nothing was built."""
+    """The build's record: `archs` (compute capabilities), `nvcc`, `torch_target`, `torch_headers`, `commit`, and
+    `missing`, why there are no kernels, or None. Only `missing` where nothing was built."""
     if BUILD_INFO.exists():
         return json.loads(BUILD_INFO.read_text())
     return {"missing": "nothing was compiled in this source tree; `make extension` compiles them"}
@@ -54,7 +52,7 @@ def build_info() -> dict[str, Any]:
 
 @cache
 def load() -> str | None:
-    """Load the library; None, or why it cannot be."""
+    """Load the library, and return why that failed, or None."""
     missing = build_info()["missing"]
     if missing is not None:
         return f"this installation has no CUDA kernels: {missing}"
@@ -85,8 +83,10 @@ def _refuse_device(index: int) -> str | None:
 
 
 def runs(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether code for `arch` ("80", "90a", "100f") runs on a device of this capability, as CUDA has it: code of a
-    capability runs on later ones of the same generation, "a" on none but its own, "f" on its family, which is the
-    generation too."""
+    """Whether code for `arch` ("80", "90a", "100f") runs on a device of this compute capability.
+
+    Code runs on later capabilities of the same generation; with "a" only on its own, with "f" on its family, the same
+    generation.
+    """
     major, minor = divmod(int(arch.rstrip("af")), 10)
     return capability == (major, minor) if arch.endswith("a") else capability[0] == major and capability[1] >= minor

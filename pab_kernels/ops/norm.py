@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import LARGEST, check_number, check_operand
+from .checks import LARGEST, check_number, check_operand, none_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,21 +32,12 @@ class Norm:
 NORM_SCHEMA = "str? {0}, Tensor? {0}_weight, Tensor? {0}_bias, float {0}_eps"
 
 
-def check_norm_type(op: str, name: str, norm: Any, kind: type[Norm]) -> None:
-    if type(norm) is not kind:
-        raise TypeError(
-            f"{op}: {name} is a {type(norm).__name__}; pab_kernels.ops.{kind.__name__} is supported: pass one or None"
-        )
-
-
 def check_norm(op: str, name: str, norm: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """A norm whose weight and bias have this shape."""
     if norm.kind not in ("layer", "rms"):
-        raise ValueError(f"{op}: {name}.kind is {norm.kind!r}; 'layer' and 'rms' are supported: pass one of these")
+        raise ValueError(none_of(op, f"{name}.kind", norm.kind, ("layer", "rms")))
     if norm.kind == "rms" and norm.bias is not None:
-        raise ValueError(
-            f"{op}: {name}.bias is given with kind 'rms'; a bias is supported with 'layer' only: pass None"
-        )
+        raise ValueError(f"{op}: {name}.bias is given with kind 'rms'; only 'layer' is supported with one: pass None")
     if type(norm.eps) is not float or not 0.0 <= norm.eps <= LARGEST:
         check_number(op, f"{name}.eps", norm.eps, 0.0)
     for part, t in (("weight", norm.weight), ("bias", norm.bias)):

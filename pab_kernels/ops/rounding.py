@@ -1,8 +1,8 @@
-"""Casts for Triton kernels that are the device's under the interpreter too.
+"""Casts for Triton kernels that round in the interpreter as they do on the device.
 
-Triton's interpreter computes on numpy arrays: bfloat16 is a bag of bits there that arithmetic and `tl.dot` misread, a
-cast from float32 to bfloat16 truncates, and one to float8 drops the carry of the mantissa. Compiled, `operand` is
-nothing and `narrow` one instruction.
+Triton's interpreter computes on numpy arrays: arithmetic and `tl.dot` misread bfloat16, a cast from float32 to bfloat16
+truncates, and one to float8 drops the carry of the mantissa. Compiled, `operand` is a no-op and `narrow` one
+instruction.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Whether kernels run in Triton's interpreter: read when they are defined, as Triton itself does."""
+"""Whether kernels run in Triton's interpreter, read when they are defined, as Triton does."""
 
 
 @triton.jit
 def operand(x):
-    """`x` as an operand of `tl.dot`: as it is; under the interpreter float32, in which products of halves are exact."""
+    """`x` as an operand of `tl.dot`: unchanged, or float32 in the interpreter, where products of halves are exact."""
     if INTERPRETED:
         x = x.to(tl.float32)
     return x
@@ -24,10 +24,7 @@ def operand(x):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """float32 `x` in `dtype` (float32, float16, bfloat16 or float8e4nv), rounded once, to nearest even.
-
-    For float8e4nv not beyond 448.
-    """
+    """float32 `x` in `dtype` (float32, float16, bfloat16, or float8e4nv up to 448), rounded once, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
@@ -55,9 +52,8 @@ def quantized(x, scale, dtype: tl.constexpr):
     """float32 `x` in 8 bits, `round(x / scale)` and 0 where scale is 0, as in `quantize`; `scale` broadcasts to `x`."""
     limit: tl.constexpr = 448.0 if dtype == tl.float8e4nv else 127.0
     ratio = tl.div_rn(x, tl.where(scale == 0, 1.0, scale))
-    ratio = tl.minimum(
-        tl.maximum(ratio, -limit, tl.PropagateNan.ALL), limit, tl.PropagateNan.ALL
-    )  # x / subnormal can pass it
+    ratio = tl.maximum(ratio, -limit, tl.PropagateNan.ALL)  # x / subnormal can exceed it
+    ratio = tl.minimum(ratio, limit, tl.PropagateNan.ALL)
     if dtype == tl.float8e4nv:
         return narrow(ratio, dtype)
     return (ratio + 12582912.0 - 12582912.0).to(dtype)  # 1.5 * 2**23: a sum has no fraction

@@ -170,10 +170,9 @@ def test_other_bits_are_found():
     calls = []
 
     def unsteady(self):
-        def run(inputs, places):
+        def run(inputs):
             calls.append(1)
-            places[1].fill_(1 + 1e-7 * (len(calls) == 3))
-            return places
+            return None, torch.full_like(inputs["x"], 1 + 1e-7 * (len(calls) == 3))
 
         return run
 

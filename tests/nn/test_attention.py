@@ -326,9 +326,9 @@ REFUSED = {
         source := diffusers_attention(),
         source.set_processor(FusedAttnProcessor2_0()),
     )[0],
-    "qk_norm and processor AttnProcessor, which": lambda: diffusers_attention(qk_norm="rms_norm", scale_qk=False),
+    "qk_norm with AttnProcessor, which ignores it": lambda: diffusers_attention(qk_norm="rms_norm", scale_qk=False),
     "K and V from 24 channels and Q from 66": lambda: diffusers_attention(cross_attention_dim=24),
-    "2 heads of 8 channels came; heads of 32 to 128": lambda: diffusers_attention(dim_head=8),
+    "got 2 heads of 8 channels; heads of 32 to 128": lambda: diffusers_attention(dim_head=8),
     "add_zero_attn": lambda: nn.MultiheadAttention(64, 2, add_zero_attn=True),
     "bias_k \\(tensor\\), bias_v": lambda: nn.MultiheadAttention(64, 2, add_bias_kv=True),
     "kdim 24 and vdim 64": lambda: nn.MultiheadAttention(64, 2, kdim=24),
@@ -336,7 +336,7 @@ REFUSED = {
     "rotary \\(Linear\\), relative_position_bias_table \\(tensor\\)": WithPositions,
     "TimmAttention has hooks": with_hook,
     "qkv is a Conv1d; a linear layer": with_conv,
-    "qkv gives 128 channels; 126 are supported": with_few_kv_heads,
+    "qkv has 128 output channels; 126 are supported": with_few_kv_heads,
 }
 
 
@@ -352,7 +352,7 @@ def test_options_that_are_not_supported_are_refused_in_one_line(message: str) ->
 )
 def test_modules_of_other_kinds_are_refused(module: nn.Module) -> None:
     with pytest.raises(
-        TypeError, match=f"{type(module).__name__} came; supported are diffusers' Attention, nn.MultiheadAttention, and"
+        TypeError, match=f"got {type(module).__name__}; diffusers' Attention, nn.MultiheadAttention, and modules with"
     ):
         PABAttention.from_module(module)
 
@@ -367,10 +367,10 @@ def test_kinds_of_others_are_refused(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": 3}, "64 channels and 3 heads came"),
-        ({"heads": 0}, "64 channels and 0 heads came"),
-        ({"qk_norm": "batch"}, "qk_norm 'batch' came; supported are None, 'rms', 'layer', 'rms_across_heads'"),
-        ({"heads": 8}, "8 heads of 8 channels came"),
+        ({"heads": 3}, "got 64 channels and 3 heads"),
+        ({"heads": 0}, "got 64 channels and 0 heads"),
+        ({"qk_norm": "batch"}, "got qk_norm 'batch'; None, 'rms', 'layer', 'rms_across_heads' are supported"),
+        ({"heads": 8}, "got 8 heads of 8 channels"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
@@ -380,9 +380,7 @@ def test_arguments_that_do_not_fit_are_refused(options: dict[str, Any], message:
 
 @pytest.mark.parametrize("x", [torch.randn(5, 64), torch.randn(1, 2, 3, 4, 64), torch.randn(1, 5, 63), None])
 def test_inputs_that_do_not_fit_are_refused(x: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"x came with .*; \[B, T, S, C\] or \[B, N, C\] with 64 channels is supported"
-    ):
+    with pytest.raises(ValueError, match=r"x (has|is) .*; \[B, T, S, C\] or \[B, N, C\] with 64 channels is supported"):
         PABAttention(64, 2)(x)
 
 
@@ -391,7 +389,7 @@ def test_options_of_others_are_taken_only_where_they_are_none() -> None:
     x = tokens(1, 5, 64)
     assert torch.equal(module(x, attention_mask=None, encoder_hidden_states=None), module(x))
     with pytest.raises(
-        TypeError, match="attention_mask came; x and rope are supported: leave it out, or wrap the original module"
+        TypeError, match="got attention_mask; x and rope are supported: leave it out, or wrap the original module"
     ):
         module(x, attention_mask=torch.ones(5))
 

@@ -145,16 +145,16 @@ def test_options_that_are_not_supported_are_refused(make: Callable[[], nn.Module
 
 
 def test_self_attention_is_refused() -> None:
-    with pytest.raises(TypeError, match="TimmAttention came; supported are .* q, kv or q_linear, kv_linear or q, k, v"):
+    with pytest.raises(TypeError, match="got TimmAttention; .* q, kv or q_linear, kv_linear or q, k, v"):
         PABCrossAttention.from_module(TimmAttention(64, 2))
 
 
 @pytest.mark.parametrize(
     ("x", "text", "message"),
     [
-        (tokens(2, 64), tokens(2, 5, 41), "x came with shape \\(2, 64\\)"),
-        (tokens(2, 3, 64), tokens(2, 5, 64), "text came with shape \\(2, 5, 64\\); \\[B, L, C\\] with 41 channels"),
-        (tokens(2, 3, 64), None, "text came with a NoneType"),
+        (tokens(2, 64), tokens(2, 5, 41), "x has shape \\(2, 64\\)"),
+        (tokens(2, 3, 64), tokens(2, 5, 64), "text has shape \\(2, 5, 64\\); \\[B, L, C\\] with 41 channels"),
+        (tokens(2, 3, 64), None, "text is a NoneType"),
         (tokens(6, 3, 64), tokens(2, 5, 41), "text has a batch of 2 and x of 6"),
     ],
 )
@@ -165,7 +165,7 @@ def test_inputs_that_do_not_fit_are_refused(x: Any, text: Any, message: str) -> 
 
 def test_masks_are_refused() -> None:
     module = PABCrossAttention(64, 2)
-    with pytest.raises(TypeError, match="attention_mask came; x, text and text_lengths are supported"):
+    with pytest.raises(TypeError, match="got attention_mask; x, text and text_lengths are supported"):
         module(tokens(1, 3, 64), tokens(1, 5, 64), attention_mask=torch.ones(1, 5))
 
 
@@ -326,7 +326,7 @@ def test_an_exception_lets_go() -> None:
     pab.enable(model, PABConfig(cross=1), num_steps=5)
     model(steps(1)[0], TEXT)
     assert pab.summary(model).cache_bytes > 0
-    with pytest.raises(ValueError, match="x came with"):
+    with pytest.raises(ValueError, match="x has shape"):
         model(tokens(2, 3, 5, 63), TEXT)
     assert pab.summary(model).cache_bytes == 0
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 from pab_kernels.ops import Line, Quantized
+from pab_kernels.ops.backend import load
 
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the tests run Triton kernels: compiled on a GPU, else in Triton's interpreter."""
@@ -84,6 +85,11 @@ def guarded_quantized(
     data = Guarded(*sizes, dtype=dtype, device=device)
     scale = Guarded(*sizes[:-1], -(-sizes[-1] // group), dtype=torch.float32, device=device)
     return Quantized(data.tensor, scale.tensor, group), [data, scale]
+
+
+def launch(op: str, backend: str, call: Any, *outputs: Any) -> None:
+    """A kernel, into these outputs."""
+    load(op, backend).launch(call, outputs)
 
 
 def opcheck(op: Any, args: tuple[Any, ...]) -> None:

@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pab_kernels.ops import QKNorm, Quantized, Rope, attention, attention_out, dequantize, quantize
+from pab_kernels.ops import QKNorm, Quantized, Rope, attention, dequantize, quantize
 from tests.ops.attention_cases import (
     HEAD_DIMS,
     LENGTHS,
     OPTIONS_REFUSED,
-    OUTPUTS_REFUSED,
     QKV_REFUSED,
     Q,
     refused,
@@ -26,19 +25,16 @@ from tests.ops.attention_cases import (
 from tests.ops.tensors import (
     DTYPES,
     EIGHT_BITS,
-    Guarded,
     assert_accurate,
     assert_refuses,
     assert_same,
     called_when_compiled,
     draws,
-    guarded_quantized,
     opcheck,
     parts,
 )
 
 OP = torch.ops.pab_kernels.attention.default
-OUT = torch.ops.pab_kernels.attention_out.default
 
 
 def qkv(*batch, queries=7, keys=None, heads=2, dim=40, dtype=torch.float32, seed=0):
@@ -268,23 +264,6 @@ def test_the_stored_copy(dim, dtype):
         ).all()
 
 
-@pytest.mark.parametrize("store_dtype", [None, torch.bfloat16, *EIGHT_BITS])
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_out_writes_its_outputs_and_nothing_else(dtype, store_dtype):
-    inputs, options = qkv(2, 5, dtype=dtype), everything(dtype)
-    expected = attention(*inputs, store_dtype=store_dtype, **options)
-    out, stored_out, guards = Guarded(2, 5, 7, 2, 40, dtype=dtype), None, []
-    if store_dtype == dtype:
-        guards = [Guarded(2, 5, 7, 2, 40, dtype=dtype)]
-        stored_out = guards[0].tensor
-    elif store_dtype is not None:
-        stored_out, guards = guarded_quantized(2, 5, 7, 2, 40, dtype=store_dtype, group=40)
-    assert attention_out(*inputs, out=out.tensor, stored_out=stored_out, **options) is None
-    for guard in (out, *guards):
-        guard.assert_written()
-    assert_same((out.tensor, stored_out), expected, strides=False)
-
-
 def test_it_gives_the_same_twice():
     calls = [
         attention(*qkv(2, 5, dtype=torch.bfloat16), store_dtype=torch.int8, **everything(torch.bfloat16))
@@ -350,26 +329,18 @@ def plain(q, k, v, store_dtype):
     return (q, k, v, None, None, *none, *none, None, None, False, store_dtype, "auto")
 
 
-def empty_outputs(results):
-    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in results] + [None] * (3 - len(results))
-
-
 @pytest.mark.parametrize("store_dtype", [None, torch.float32, torch.int8])
-def test_the_registered_operations_return_what_the_public_function_does(store_dtype):
+def test_the_registered_operation_returns_what_the_public_function_does(store_dtype):
     inputs, options = qkv(2, 5), everything()
     args, expected = flat(*inputs, store_dtype, options), parts(attention(*inputs, store_dtype=store_dtype, **options))
     assert_same(OP(*args), expected)
-    outputs = empty_outputs(expected)
-    OUT(*args, *outputs)
-    assert_same(outputs, expected)
 
 
 @pytest.mark.parametrize(
     "args", [flat(*qkv(2, 5), torch.int8, everything()), plain(*packed("temporal"), torch.float32)]
 )
-def test_the_registered_operations_pass_opcheck(args):
+def test_the_registered_operation_passes_opcheck(args):
     opcheck(OP, args)
-    opcheck(OUT, (*args, *empty_outputs(OP(*args))))
 
 
 @pytest.mark.parametrize("store_dtype", [None, torch.int8])
@@ -391,24 +362,12 @@ def test_compiled_the_projection_is_read_where_it_lies(opaque):
     assert_same(result, temporal(whole))
 
 
-def test_compiled_out():
-    inputs, options = qkv(2, 5), everything()
-    expected = attention(*inputs, store_dtype=torch.int8, **options)
-    out, stored_out = torch.empty(2, 5, 7, 2, 40), quantize(torch.zeros(2, 5, 7, 2, 40), torch.int8, group=40)
-    _, called = called_when_compiled(attention_out, *inputs, out=out, stored_out=stored_out, **options)
-    assert called == ["pab_kernels.attention_out"]
-    assert_same((out, stored_out), expected)
-
-
 def test_gradients_flow_through_the_reference_and_not_through_the_rest():
     q, k, v = (t.requires_grad_() for t in qkv(2))
     attention(q, k, v)[0].sum().backward()
     assert torch.allclose(v.grad.sum(1), torch.full((2, 2, 40), 7.0), atol=1e-4)
     args = plain(*qkv(2), None)
     assert_refuses(RuntimeError, "has no gradient", lambda: OP(args[0].requires_grad_(), *args[1:])[0].sum().backward())
-    out = torch.empty(2, 7, 2, 40)
-    attention_out(q, k, v, out=out)
-    assert not out.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -425,14 +384,8 @@ def test_gradients_flow_through_the_reference_and_not_through_the_rest():
 )
 def test_refused(changes, error, message):
     refused(changes, error, message, attention)
-    refused(changes, error, message, attention_out, out=torch.empty(2, 7, 2, 40))
 
 
 def test_store_dtypes_refused():
     for dtype in (torch.float16, torch.int16, "int8"):
-        refused({"store_dtype": dtype}, TypeError, f"store_dtype is {dtype}", attention)
-
-
-@pytest.mark.parametrize(("changes", "error", "message"), OUTPUTS_REFUSED)
-def test_outputs_refused(changes, error, message):
-    refused(changes, error, message, attention_out, **{"out": Q.clone(), **changes})
+        refused({"store_dtype": dtype}, TypeError, f"store_dtype is {dtype!r}", attention)

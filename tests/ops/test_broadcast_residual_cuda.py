@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from pab_kernels.ops import Norm, broadcast_residual, broadcast_residual_out, cuda_library, quantize
+from pab_kernels.ops import Norm, broadcast_residual, cuda_library, quantize
 from tests.ops.broadcast_residual_cases import (
     LINES,
     NORMS,
@@ -28,6 +28,7 @@ from tests.ops.tensors import (
     assert_same,
     called_when_compiled,
     draws,
+    launch,
     opcheck,
 )
 
@@ -91,13 +92,13 @@ def test_views_are_read_in_place(offset):
 def test_outputs_are_written_whole_and_nothing_around_them(channels):
     args, options = call((2, 7, channels), "mi", "layer", torch.bfloat16)
     places = [Guarded(2, 7, channels, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
-    broadcast_residual_out(*args, x_out=places[0].tensor, y_out=places[1].tensor, **options, backend="cuda")
+    launch("broadcast_residual", "cuda", call_of(*args, **options), *(place.tensor for place in places))
     for place, value in zip(places, broadcast_residual(*args, **options, backend="cuda"), strict=True):
         place.assert_written()
         assert torch.equal(place.tensor, value)
 
 
-def test_one_after_the_other_in_place_each_waits_for_the_one_before():
+def test_one_after_the_other_each_waits_for_the_one_before():
     """Each may be started before the one before it has ended."""
     draw = draws(torch.bfloat16, 3, "cuda")
     start, slot = draw(4096, 1152), draw(4096, 1152)
@@ -106,7 +107,7 @@ def test_one_after_the_other_in_place_each_waits_for_the_one_before():
         x, y = start.clone(), slot
         for _ in range(50):
             _, y = broadcast_residual(x, [y], norm=Norm(), backend="cuda")
-            broadcast_residual_out(x, [y], x_out=x, backend="cuda")
+            launch("broadcast_residual", "cuda", call_of(x, [y], gates=None), x, None)
             if synchronize:
                 torch.cuda.synchronize()
         return x, y
@@ -122,13 +123,13 @@ def test_it_runs_on_the_current_stream_and_in_graphs():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
         doubled = x * 2
-        broadcast_residual_out(doubled, slots, x_out=x_out, y_out=y_out, **options, backend="cuda")
+        launch("broadcast_residual", "cuda", call_of(doubled, slots, **options), x_out, y_out)
     torch.cuda.current_stream().wait_stream(stream)
     assert_same((x_out, y_out), broadcast_residual(x * 2, slots, **options, backend="cuda"))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(3):
-            broadcast_residual_out(x, slots, x_out=x_out, y_out=y_out, **options, backend="cuda")
+            launch("broadcast_residual", "cuda", call_of(x, slots, **options), x_out, y_out)
     x.mul_(0.5)
     graph.replay()
     assert_same((x_out, y_out), broadcast_residual(x, slots, **options, backend="cuda"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pab_kernels.ops import BackendError, Norm, broadcast_residual, broadcast_residual_out, quantize
+from pab_kernels.ops import BackendError, Norm, broadcast_residual, quantize
 from pab_kernels.ops.backend import choose
 from pab_kernels.ops.broadcast_residual import BroadcastResidual
 from tests.ops.broadcast_residual_cases import LINES, NORMS, call, call_of, poisoned
@@ -24,6 +24,7 @@ from tests.ops.tensors import (
     assert_same,
     called_when_compiled,
     draws,
+    launch,
     opcheck,
     parts,
 )
@@ -110,7 +111,7 @@ def test_outputs_are_written_whole_and_nothing_around_them(dtype: torch.dtype) -
     args, options = call((2, 7, 136), "mi", "layer", dtype)
     places = [Guarded(2, 7, 136, dtype=dtype, device=KERNEL_DEVICE) for _ in range(2)]
     inputs = [t.clone() for t in parts([args, list(options.values())]) if isinstance(t, Tensor)]
-    broadcast_residual_out(*args, x_out=places[0].tensor, y_out=places[1].tensor, **options, backend="triton")
+    launch("broadcast_residual", "triton", call_of(*args, **options), *(place.tensor for place in places))
     for place, value in zip(places, broadcast_residual(*args, **options, backend="triton"), strict=True):
         place.assert_written()
         assert torch.equal(place.tensor, value)
@@ -118,14 +119,6 @@ def test_outputs_are_written_whole_and_nothing_around_them(dtype: torch.dtype) -
         [t for t in parts([args, list(options.values())]) if isinstance(t, Tensor)], inputs, strict=True
     ):
         assert torch.equal(t.float(), kept.float())
-
-
-def test_x_may_be_written_in_place() -> None:
-    (x, slots), options = call((2, 7, 136), "mi", "layer", torch.bfloat16)
-    expected = broadcast_residual(x, slots, **options, backend="triton")
-    y = torch.empty_like(x)
-    broadcast_residual_out(x, slots, x_out=x, y_out=y, **options, backend="triton")
-    assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
 
 
 def test_without_slots_x_itself_is_returned() -> None:

@@ -99,9 +99,3 @@ def test_either_output_of_a_line_may_be_what_a_device_has_no_float8_for(which: s
     assert not holds_float8([(Line(slots["newest"], slots["before"], torch.tensor(1.0)), None)])
     slots |= {which: quantize(torch.ones(1, 8), torch.float8_e4m3fn)}
     assert holds_float8([(Line(slots["newest"], slots["before"], torch.tensor(1.0)), None)])
-
-
-def test_weights_of_single_slots_are_refused() -> None:
-    c = torch.ones(1, 8)
-    with pytest.raises(ValueError, match=r"slots=\[Line\(newest, before, weight\)\]"):
-        broadcast_residual(c, [c, c], weights=[torch.tensor(1.5), torch.tensor(-0.5)])  # type: ignore[arg-type]

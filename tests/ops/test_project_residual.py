@@ -6,23 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pab_kernels.ops import Line, broadcast_residual, dequantize, project_residual, project_residual_out, quantize
+from pab_kernels.ops import Line, broadcast_residual, dequantize, project_residual, quantize
 from tests.ops.tensors import (
     DTYPES,
     EIGHT_BITS,
-    Guarded,
     assert_accurate,
     assert_refuses,
     assert_same,
     called_when_compiled,
     draws,
-    guarded_quantized,
     opcheck,
     parts,
 )
 
 OP = torch.ops.pab_kernels.project_residual.default
-OUT = torch.ops.pab_kernels.project_residual_out.default
 STORES = [
     (None, None),
     ("pre_gate", None),
@@ -127,31 +124,6 @@ def test_strided_views_give_contiguous_results():
         assert torch.allclose(t, e, atol=1e-5)
 
 
-@pytest.mark.parametrize(("store", "store_dtype"), STORES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 136), (2, 7, 1152), (127, 40)])
-def test_out_writes_its_outputs_and_nothing_else(shape, dtype, store, store_dtype):
-    more = rest(dtype, shape)
-    x_new, stored = project_residual(*inputs(dtype, shape), store=store, store_dtype=store_dtype, **more)
-    x_out, stored_out, guards = Guarded(*shape, dtype=dtype), None, []
-    if store_dtype is not None:
-        stored_out, guards = guarded_quantized(*shape, dtype=store_dtype, group=128)
-    elif store is not None:
-        guards = [Guarded(*shape, dtype=dtype)]
-        stored_out = guards[0].tensor
-    project_residual_out(*inputs(dtype, shape), x_out=x_out.tensor, stored_out=stored_out, store=store, **more)
-    for guard in (x_out, *guards):
-        guard.assert_written()
-    assert_same((x_out.tensor, stored_out), (x_new, stored), strides=False)
-
-
-def test_out_may_add_in_place():
-    a, weight, bias, x = inputs()
-    expected, _ = project_residual(a, weight, bias, x, **rest())
-    project_residual_out(a, weight, bias, x, x_out=x, **rest())
-    assert_same(x, expected)
-
-
 def test_it_gives_the_same_twice():
     calls = [project_residual(*inputs(torch.bfloat16), store="pre_gate", **rest(torch.bfloat16)) for _ in range(2)]
     assert_same(*calls)
@@ -165,7 +137,7 @@ def test_meta_tensors(store, store_dtype):
 
 
 def sample(store, store_dtype):
-    """Arguments of the registered operation, and the outputs that it needs."""
+    """Arguments of the registered operation, and its results."""
     a, weight, bias, x = inputs()
     more = rest()
     line, eight = more["slots"]
@@ -176,23 +148,18 @@ def sample(store, store_dtype):
         [line.weight, None],
     )
     args = (a, weight, bias, x, more["gate"], store, store_dtype or x.dtype, *cached, "auto")
-    results = parts(project_residual(a, weight, bias, x, store=store, store_dtype=store_dtype, **more))
-    return args, [torch.empty_like(t) for t in results] + [None] * (3 - len(results)), results
+    return args, parts(project_residual(a, weight, bias, x, store=store, store_dtype=store_dtype, **more))
 
 
 @pytest.mark.parametrize(("store", "store_dtype"), STORES)
-def test_the_registered_operations_return_what_the_public_function_does(store, store_dtype):
-    args, outputs, expected = sample(store, store_dtype)
+def test_the_registered_operation_returns_what_the_public_function_does(store, store_dtype):
+    args, expected = sample(store, store_dtype)
     assert_same(OP(*args), expected)
-    OUT(*args, *outputs)
-    assert_same(outputs, expected)
 
 
 @pytest.mark.parametrize(("store", "store_dtype"), [STORES[1], STORES[3]])
-def test_the_registered_operations_pass_opcheck(store, store_dtype):
-    args, outputs, _ = sample(store, store_dtype)
-    opcheck(OP, args)
-    opcheck(OUT, (*args, *outputs))
+def test_the_registered_operation_passes_opcheck(store, store_dtype):
+    opcheck(OP, sample(store, store_dtype)[0])
 
 
 @pytest.mark.parametrize(("store", "store_dtype"), [STORES[0], STORES[4]])
@@ -203,25 +170,12 @@ def test_compiled_it_has_the_same_result(store, store_dtype, opaque):
     assert_same(result, project_residual(*inputs(torch.bfloat16), **options))
 
 
-def test_compiled_out():
-    expected = project_residual(*inputs(), store="pre_gate", store_dtype=torch.int8, **rest())
-    x_out, stored_out = torch.empty_like(expected[0]), quantize(torch.zeros(2, 7, 136), torch.int8)
-    _, called = called_when_compiled(
-        project_residual_out, *inputs(), x_out=x_out, stored_out=stored_out, store="pre_gate", **rest()
-    )
-    assert called == ["pab_kernels.project_residual_out"]
-    assert_same((x_out, stored_out), expected)
-
-
 def test_gradients_flow_through_the_reference_and_not_through_the_rest():
     a, weight, bias, x = (t.requires_grad_() for t in inputs())
     project_residual(a, weight, bias, x, gate=torch.full((136,), 3.0))[0].sum().backward()
     assert torch.allclose(x.grad, torch.ones_like(x)) and torch.allclose(bias.grad, torch.full((136,), 42.0))
-    args, _, _ = sample(None, None)
+    args, _ = sample(None, None)
     assert_refuses(RuntimeError, "has no gradient", lambda: OP(args[0].requires_grad_(), *args[1:])[0].sum().backward())
-    out = torch.empty(2, 7, 136)
-    project_residual_out(a, weight, bias, x, x_out=out)
-    assert not out.requires_grad
 
 
 A, W, B, X = inputs()
@@ -262,7 +216,6 @@ REFUSED = [
 def test_refused(changes, error, message):
     args, options = call(**changes)
     assert_refuses(error, message, project_residual, *args, **options)
-    assert_refuses(error, message, project_residual_out, *args, x_out=X.clone(), **options)
 
 
 @pytest.mark.parametrize(
@@ -276,30 +229,3 @@ def test_refused(changes, error, message):
 def test_store_dtypes_refused(changes, error, message):
     args, options = call(**changes)
     assert_refuses(error, message, project_residual, *args, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"x_out": None}, TypeError, "x_out is a NoneType"),
-        ({"x_out": X[:1]}, ValueError, "x_out has shape (1, 7, 136)"),
-        ({"x_out": X[:, :1].expand(2, 7, 136)}, ValueError, "x_out has strides"),
-        ({"x_out": X, "store": "pre_gate"}, ValueError, "store is 'pre_gate' and stored_out is None"),
-        ({"x_out": X, "stored_out": X}, ValueError, "store is None and stored_out is given"),
-        ({"x_out": X, "store": "pre_gate", "stored_out": X.half()}, TypeError, "stored_out has dtype torch.float16"),
-        ({"x_out": X, "store": "pre_gate", "stored_out": X[:1]}, ValueError, "stored_out has shape (1, 7, 136)"),
-        (
-            {"x_out": X, "store": "pre_gate", "stored_out": quantize(X[:1], torch.int8)},
-            ValueError,
-            "stored_out.data has shape (1, 7, 136)",
-        ),
-        (
-            {"x_out": X, "store": "pre_gate", "stored_out": quantize(X, torch.int8, 64)},
-            ValueError,
-            "stored_out has groups of 64",
-        ),
-        ({"x_out": X, "store": "pre_gate", "stored_out": "slot"}, TypeError, "stored_out is a str"),
-    ],
-)
-def test_outputs_refused(options, error, message):
-    assert_refuses(error, message, project_residual_out, A, W, B, X, **options)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pab_kernels.ops import BackendError, Quantized, dequantize, project_residual, project_residual_out, quantize
+from pab_kernels.ops import BackendError, Quantized, dequantize, project_residual, quantize
 from pab_kernels.ops.backend import choose
 from pab_kernels.ops.cached_outputs import cached_outputs
 from pab_kernels.ops.project_residual import ProjectResidual, reference
@@ -27,6 +27,7 @@ from tests.ops.tensors import (
     called_when_compiled,
     draws,
     guarded_quantized,
+    launch,
     opcheck,
     parts,
 )
@@ -256,20 +257,14 @@ def test_outputs_are_written_whole_and_nothing_around_them(dtype: torch.dtype, s
         guards = [Guarded(2, 7, 136, dtype=dtype, device=KERNEL_DEVICE)]
         stored = guards[0].tensor
     inputs = [t.clone() for t in parts([args, list(options.values())])]
-    project_residual_out(*args, x_out=place.tensor, stored_out=stored, store=store, **options, backend="triton")
+    given = call_of(args, options | {"store": store, "store_dtype": store_dtype})
+    launch("project_residual", "triton", given, place.tensor, stored)
     for guard in (place, *guards):
         guard.assert_written()
     expected = project_residual(*args, **options, store=store, store_dtype=store_dtype, backend="triton")
     assert_same((place.tensor, stored), expected, strides=False)
     for t, kept in zip(parts([args, list(options.values())]), inputs, strict=True):
         assert torch.equal(t.float(), kept.float())
-
-
-def test_x_may_be_written_in_place() -> None:
-    args, options = call((2, 70, 200), "mi")
-    expected = project_residual(*args, **options, backend="triton")[0]
-    project_residual_out(*args, x_out=args[3], **options, backend="triton")
-    assert torch.equal(args[3], expected)
 
 
 def test_no_tokens_launch_nothing() -> None:
@@ -305,8 +300,6 @@ def test_registered_fake_and_compiled(kinds: str, store: Any, store_dtype: Any) 
     args, options = call(kinds=kinds, store=store, store_dtype=store_dtype)
     arguments = (*call_of(args, options).flatten(), "triton")
     opcheck(torch.ops.pab_kernels.project_residual.default, arguments)
-    outputs = [torch.empty_like(t) for t in parts(project_residual(*args, **options, backend="triton"))]
-    opcheck(torch.ops.pab_kernels.project_residual_out.default, (*arguments, *outputs, *[None] * (3 - len(outputs))))
     result, called = called_when_compiled(lambda *a: project_residual(*a, **options, backend="triton"), *args)
     assert_same(result, project_residual(*args, **options, backend="triton"))
     assert called == ["pab_kernels.project_residual"]

@@ -11,8 +11,19 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from pab_kernels.ops import Quantized, cuda_library, dequantize, dequantize_out, quantize, quantize_out
-from tests.ops.tensors import DTYPES, EIGHT_BITS, assert_same, called_when_compiled, draws, guarded_quantized, opcheck
+from pab_kernels.ops import Quantized, cuda_library, dequantize, quantize
+from pab_kernels.ops.dequantize import Dequantize
+from pab_kernels.ops.quantize import Quantize
+from tests.ops.tensors import (
+    DTYPES,
+    EIGHT_BITS,
+    assert_same,
+    called_when_compiled,
+    draws,
+    guarded_quantized,
+    launch,
+    opcheck,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("there is no CUDA device", allow_module_level=True)
@@ -73,12 +84,12 @@ def test_zeros_extremes_and_what_is_not_finite(eight):
 def test_nothing_but_the_output_is_written(eight, channels):
     x = spread(5, 7, channels, dtype=torch.bfloat16)
     out, guards = guarded_quantized(5, 7, channels, dtype=eight, group=128, device="cuda")
-    quantize_out(x, out, backend="cuda")
+    launch("quantize", "cuda", Quantize(x, eight), out)
     for guard in guards:
         guard.assert_written()
     assert_same(out, quantize(x, eight, backend="reference"), strides=False)
     values = torch.full((5, 7, channels + 16), torch.nan, device="cuda")
-    dequantize_out(out, values[..., 8:-8], backend="cuda")
+    launch("dequantize", "cuda", Dequantize(out, torch.float32), values[..., 8:-8])
     assert values[..., :8].isnan().all() and values[..., -8:].isnan().all() and values[..., 8:-8].isfinite().all()
 
 
@@ -101,12 +112,12 @@ def test_it_runs_on_the_current_stream_and_in_graphs():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
         y = x * 2
-        quantize_out(y, out, backend="cuda")
+        launch("quantize", "cuda", Quantize(y, torch.int8), out)
     torch.cuda.current_stream().wait_stream(stream)
     assert_same(out, quantize(x * 2, torch.int8, backend="reference"))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        quantize_out(x, out, backend="cuda")
+        launch("quantize", "cuda", Quantize(x, torch.int8), out)
     x.mul_(0.5)
     graph.replay()
     assert_same(out, quantize(x, torch.int8, backend="reference"))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from pab_kernels.ops import QKNorm, Quantized, Rope, cuda_library, quantize, short_attention, short_attention_out
+from pab_kernels.ops import QKNorm, Quantized, Rope, cuda_library, quantize, short_attention
+from pab_kernels.ops.short_attention import ShortAttention
 from tests.ops.short_attention_cases import across, affine, everything, plain, tables, temporal
 from tests.ops.short_attention_cases import check as checked
 from tests.ops.tensors import (
@@ -21,6 +22,7 @@ from tests.ops.tensors import (
     called_when_compiled,
     draws,
     guarded_quantized,
+    launch,
     opcheck,
 )
 
@@ -89,7 +91,7 @@ def test_addresses_beyond_32_bits():
     )
     near = temporal(5, places=3, b=1, dim=64)[0][0]
     source.copy_(near)
-    short_attention_out(source, source, source, out=out, backend="cuda")
+    launch("short_attention", "cuda", ShortAttention(source, source, source), out, None)
     assert torch.equal(out, attend(near, near, near)[0])
 
 
@@ -105,7 +107,7 @@ def test_nothing_but_the_outputs_is_written(frames, dim, store_dtype):
     else:
         guards = [Guarded(*sizes, dtype=store_dtype, device="cuda")]
         stored = guards[0].tensor
-    short_attention_out(*inputs, out=out.tensor, stored_out=stored, **options, backend="cuda")
+    launch("short_attention", "cuda", ShortAttention(*inputs, **options, store_dtype=store_dtype), out.tensor, stored)
     for guard in (out, *guards):
         guard.assert_written()
     assert_same(out.tensor, expected, strides=False)
@@ -132,12 +134,12 @@ def test_it_runs_on_the_current_stream_and_in_graphs():
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
-        short_attention_out(*(2 * t for t in inputs), out=out, **options, backend="cuda")
+        launch("short_attention", "cuda", ShortAttention(*(2 * t for t in inputs), **options), out, None)
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.equal(out, expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        short_attention_out(*inputs, out=out, **options, backend="cuda")
+        launch("short_attention", "cuda", ShortAttention(*inputs, **options), out, None)
     for t in inputs:
         t.mul_(2)
     graph.replay()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pab_kernels.ops import BackendError, QKNorm, Quantized, Rope, quantize, short_attention, short_attention_out
+from pab_kernels.ops import BackendError, QKNorm, Quantized, Rope, quantize, short_attention
 from pab_kernels.ops.backend import choose
 from pab_kernels.ops.short_attention import ShortAttention
 from tests.ops.short_attention_cases import across, affine, everything, plain, tables, temporal
@@ -25,6 +25,7 @@ from tests.ops.tensors import (
     called_when_compiled,
     draws,
     guarded_quantized,
+    launch,
     opcheck,
     parts,
 )
@@ -33,7 +34,6 @@ pytest.importorskip("triton")
 kernel = importlib.import_module("pab_kernels.ops.short_attention.triton")
 
 OP = torch.ops.pab_kernels.short_attention.default
-OUT = torch.ops.pab_kernels.short_attention_out.default
 
 
 check = partial(checked, partial(short_attention, backend="triton"))
@@ -157,7 +157,7 @@ def test_operands_lie_anywhere(layout):
 
 @pytest.mark.parametrize("store_dtype", [None, torch.bfloat16, *EIGHT_BITS])
 @pytest.mark.parametrize(("frames", "dim"), [(1, 72), (17, 40)])
-def test_out_writes_its_outputs_and_nothing_else(frames, dim, store_dtype):
+def test_it_writes_its_outputs_and_nothing_else(frames, dim, store_dtype):
     inputs, options = temporal(frames, dim=dim), everything(frames, dim)
     expected = short_attention(*inputs, store_dtype=store_dtype, **options, backend="triton")
     shape = (2, 2, frames, 2, dim)
@@ -167,19 +167,21 @@ def test_out_writes_its_outputs_and_nothing_else(frames, dim, store_dtype):
         stored_out = guards[0].tensor
     elif store_dtype is not None:
         stored_out, guards = guarded_quantized(*shape, dtype=store_dtype, group=dim, device=KERNEL_DEVICE)
-    assert short_attention_out(*inputs, out=out.tensor, stored_out=stored_out, **options, backend="triton") is None
+    given = ShortAttention(*inputs, **options, store_dtype=store_dtype)
+    launch("short_attention", "triton", given, out.tensor, stored_out)
     for guard in (out, *guards):
         guard.assert_written()
     assert_same((out.tensor, stored_out), expected, strides=False)
 
 
-def test_outputs_of_any_strides():
+def test_outputs_in_any_order_of_dimensions():
     inputs = temporal(7, places=3)
     expected = short_attention(*inputs, store_dtype=torch.int8, backend="triton")
-    out = torch.empty(7, 3, 2, 2, 43, dtype=torch.bfloat16, device=KERNEL_DEVICE)[..., 3:].permute(2, 1, 0, 3, 4)
-    data = torch.empty(3, 2, 7, 2, 41, dtype=torch.int8, device=KERNEL_DEVICE)[..., 1:].transpose(0, 1)
+    out = torch.empty(7, 3, 2, 2, 48, dtype=torch.bfloat16, device=KERNEL_DEVICE)[..., 3:43].permute(2, 1, 0, 3, 4)
+    data = torch.empty(3, 2, 7, 2, 48, dtype=torch.int8, device=KERNEL_DEVICE)[..., 1:41].transpose(0, 1)
     scale = torch.empty(2, 2, 7, 3, 2, device=KERNEL_DEVICE).permute(0, 3, 2, 1, 4)[..., :1]
-    short_attention_out(*inputs, out=out, stored_out=Quantized(data, scale, 40), backend="triton")
+    given = ShortAttention(*inputs, store_dtype=torch.int8)
+    launch("short_attention", "triton", given, out, Quantized(data, scale, 40))
     assert_same((out, data, scale), (expected[0], expected[1].data, expected[1].scale), strides=False)
 
 
@@ -225,7 +227,7 @@ def test_addresses_beyond_32_bits():
     near = temporal(5, places=3, b=1)[0][0]
     source.copy_(near)
     expected, _ = short_attention(near, near, near, backend="triton")
-    short_attention_out(source, source, source, out=out, backend="triton")
+    launch("short_attention", "triton", ShortAttention(source, source, source), out, None)
     assert torch.equal(out, expected)
 
 
@@ -238,29 +240,32 @@ def test_it_gives_the_same_twice():
 def test_fakes_are_laid_out_like_the_results(store_dtype):
     inputs, options = temporal(5), everything(5)
     results = parts(short_attention(*inputs, store_dtype=store_dtype, **options, backend="triton"))
-    args, _ = sample(store_dtype)
+    args = sample(store_dtype)
     fakes = OP(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in args[:-1]), "auto")
     assert [(t.shape, t.dtype, t.stride()) for t in fakes] == [(t.shape, t.dtype, t.stride()) for t in results]
 
 
 def sample(store_dtype):
-    """Arguments of the registered operation, and the outputs that it needs."""
+    """Arguments of the registered operation."""
     inputs, options = temporal(5), everything(5)
     norms = [x for n in (options["q_norm"], options["k_norm"]) for x in (n.kind, n.weight, n.bias, n.eps, n.rstd)]
     rope = options["rope"]
-    args = (*inputs, options["softmax_scale"], *norms, rope.cos, rope.sin, rope.interleaved, store_dtype, "triton")
-    results = parts(short_attention(*inputs, store_dtype=store_dtype, **options, backend="triton"))
-    outputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in results]
-    return args, outputs + [None] * (3 - len(outputs))
+    return (
+        *inputs,
+        None,
+        options["softmax_scale"],
+        *norms,
+        rope.cos,
+        rope.sin,
+        rope.interleaved,
+        store_dtype,
+        "triton",
+    )
 
 
 @pytest.mark.parametrize("store_dtype", [None, torch.int8])
-def test_the_registered_operations(store_dtype):
-    args, outputs = sample(store_dtype)
-    opcheck(OP, args)
-    opcheck(OUT, (*args, *outputs))
-    OUT(*args, *outputs)
-    assert_same([t for t in outputs if t is not None], OP(*args))
+def test_the_registered_operation_passes_opcheck(store_dtype):
+    opcheck(OP, sample(store_dtype))
 
 
 def test_compiled_it_is_one_operation_with_the_same_result():
@@ -280,7 +285,7 @@ def test_refused():
         refuses(f"q is {dtype}; float16 and bfloat16 are supported", *temporal(5, dtype=dtype))
     refuses("the head dimension is 36; multiples of 8 are supported", *temporal(5, dim=36))
     many = torch.zeros(32, dtype=torch.bfloat16, device=KERNEL_DEVICE).expand(2**30, 1, 2, 32)
-    refuses(f"{2**30} sequences of 2 heads came; up to 2 ** 31 - 64 heads", many, many, many)
+    refuses(f"there are {2**31} heads of sequences; at most {2**31 - 64}", many, many, many)
 
 
 def test_auto_takes_it_on_a_gpu_only():

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from pab_kernels import ops
-from tests.ops.tensors import KERNEL_DEVICE, draws
+from pab_kernels.ops.attention import Attention
+from pab_kernels.ops.broadcast_residual import BroadcastResidual
+from pab_kernels.ops.project_residual import ProjectResidual
+from tests.ops.tensors import KERNEL_DEVICE, draws, launch
 
 pytest.importorskip("triton")
 
@@ -85,16 +88,8 @@ def test_broadcast_residual_reaches_beyond_32_bits(dim: int) -> None:
     x, slot, gate = (draw(2, 2, 136) for _ in range(3))
     expected = ops.broadcast_residual(x, [slot], gates=[gate], norm=ops.Norm(), shift=gate, backend="triton")
     x_out, y_out, gate = (far(t, dim) for t in (x, x, gate))
-    ops.broadcast_residual_out(
-        far(x, dim),
-        [far(slot, dim)],
-        gates=[gate],
-        norm=ops.Norm(),
-        shift=gate,
-        x_out=x_out,
-        y_out=y_out,
-        backend="triton",
-    )
+    call = BroadcastResidual(far(x, dim), ((far(slot, dim), gate),), ops.Norm(), gate)
+    launch("broadcast_residual", "triton", call, x_out, y_out)
     assert torch.equal(x_out, expected[0]) and torch.equal(y_out, expected[1])
 
 
@@ -103,17 +98,8 @@ def test_project_residual_reaches_beyond_32_bits(dim: int) -> None:
     a, weight, x = draw(2, 2, 40), draw(2, 40), draw(2, 2, 2)
     expected = ops.project_residual(a, weight, None, x, store="pre_gate", slots=[x], backend="triton")
     x_out, stored, slot = (far(x, dim) for _ in range(3))
-    ops.project_residual_out(
-        far(a, dim),
-        far(weight),
-        None,
-        far(x, dim),
-        x_out=x_out,
-        stored_out=stored,
-        store="pre_gate",
-        slots=[slot],
-        backend="triton",
-    )
+    call = ProjectResidual(far(a, dim), far(weight), None, far(x, dim), store="pre_gate", cached=((slot, None),))
+    launch("project_residual", "triton", call, x_out, stored)
     assert torch.equal(x_out, expected[0]) and torch.equal(stored, expected[1])
 
 
@@ -125,7 +111,8 @@ def test_attention_reaches_beyond_32_bits(normed: bool, dim: int) -> None:
     norm = ops.QKNorm() if normed else None
     expected, _ = ops.attention(q, k, v, q_norm=norm, k_norm=norm, backend="triton")
     out = far(torch.zeros_like(q), dim)
-    ops.attention_out(far(q, dim), far(k, dim), far(v, dim), q_norm=norm, k_norm=norm, out=out, backend="triton")
+    call = Attention(far(q, dim), far(k, dim), far(v, dim), q_norm=norm, k_norm=norm)
+    launch("attention", "triton", call, out, None)
     assert torch.equal(out, expected)
 
 

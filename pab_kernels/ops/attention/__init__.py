@@ -1,40 +1,28 @@
-"""`attention`: self and cross attention straight from the packed projection, with QK-norm, rotary embedding and key
-lengths inside."""
+"""`attention`: self and cross attention from the packed projection, with QK-norm, rotary embedding and key lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import log, prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_output
-from ..dispatch import Outputs, run, write
+from ..checks import check_number
+from ..dispatch import Outputs, run
 from ..flops import attention_flops
-from ..quantized import Quantized
+from ..quantized import Quantized, check_store_dtype, stored_of
 from ..registration import register
-from ..stored import STORED_OUT, check_store_dtype, check_stored_out, dtype_of_stored, stored_of
-from . import reference
+from . import options, reference
 from .layout import empty_output
-from .options import (
-    OPTIONS_SCHEMA,
-    QKNorm,
-    Rope,
-    check_key_lengths,
-    check_qk_norm,
-    check_qkv,
-    check_rope,
-    flatten_qk_norm,
-    unflatten_qk_norm,
-)
+from .options import QKNorm, Rope
 
 OP = "attention"
 
 
 class Attention(NamedTuple):
-    """A call of `attention`; its outputs are out and what is stored."""
+    """A call of `attention`; its outputs are out and the stored copy."""
 
     q: Tensor
     k: Tensor
@@ -46,58 +34,47 @@ class Attention(NamedTuple):
     rope: Rope | None = None
     store_dtype: torch.dtype | None = None
 
+    @property
+    def log2_scale(self) -> float:
+        """The scale of scores whose softmax is in powers of two: `softmax_scale log2(e)`."""
+        return (self.q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale) / log(2)
+
     def check(self, op: str) -> None:
         q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype = self
-        check_qkv(op, q, k, v)
+        options.check_qkv(op, q, k, v)
         if softmax_scale is not None:
             check_number(op, "softmax_scale", softmax_scale)
         if q_norm is not None:
-            check_qk_norm(op, "q_norm", q_norm, q)
+            options.check_qk_norm(op, "q_norm", q_norm, q)
         if k_norm is not None:
-            check_qk_norm(op, "k_norm", k_norm, k)
+            options.check_qk_norm(op, "k_norm", k_norm, k)
         if rope is not None:
-            check_rope(op, rope, q)
+            options.check_rope(op, rope, q)
         if key_lengths is not None:
-            check_key_lengths(op, key_lengths, q)
+            options.check_key_lengths(op, key_lengths, q)
         check_store_dtype(op, store_dtype, q.dtype)
-
-    def check_outputs(self, op: str, outputs: Outputs) -> None:
-        q, (out, stored_out) = self.q, outputs
-        check_output(op, "out", out, q.shape, q.dtype, q.device)
-        if stored_out is not None:
-            check_stored_out(op, stored_out, q.shape, q.shape[-1], q)
 
     def flatten(self) -> tuple[Any, ...]:
         q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype = self
         tables = (None, None, False) if rope is None else (rope.cos, rope.sin, rope.interleaved)
-        return (
-            q,
-            k,
-            v,
-            key_lengths,
-            softmax_scale,
-            *flatten_qk_norm(q_norm),
-            *flatten_qk_norm(k_norm),
-            *tables,
-            store_dtype,
-        )
+        norms = *options.flatten_qk_norm(q_norm), *options.flatten_qk_norm(k_norm)
+        return q, k, v, key_lengths, softmax_scale, *norms, *tables, store_dtype
 
     @classmethod
     def unflatten(cls, *flat: Any) -> Attention:
-        q, k, v, key_lengths, softmax_scale, *options, cos, sin, interleaved, store_dtype = flat
+        q, k, v, key_lengths, softmax_scale, *norm_arguments, cos, sin, interleaved, store_dtype = flat
         rope = None if cos is None else Rope(cos, sin, interleaved)
-        norms = unflatten_qk_norm(*options[:5]), unflatten_qk_norm(*options[5:])
+        norms = options.unflatten_qk_norm(*norm_arguments[:5]), options.unflatten_qk_norm(*norm_arguments[5:])
         return cls(q, k, v, softmax_scale, key_lengths, *norms, rope, store_dtype)
 
     def empty(self) -> Outputs:
         q, dtype = self.q, self.store_dtype
-        out, stored = empty_output(q, q.dtype), None if dtype is None else empty_output(q, dtype)
-        if stored is None or dtype == q.dtype:
-            return out, stored
-        return out, Quantized(stored, empty_output(q, torch.float32, 1), q.shape[-1])
+        stored = None if dtype is None else empty_output(q, dtype)
+        scale = None if dtype in (None, q.dtype) else empty_output(q, torch.float32, 1)
+        return empty_output(q, q.dtype), stored_of(stored, scale, group=q.shape[-1])
 
-    def pack(self, tensors: Sequence[Tensor | None]) -> Outputs:
-        return tensors[0], stored_of(tensors[1:], self.q.shape[-1])
+    def pack(self, tensors: Sequence[Tensor]) -> Outputs:
+        return tensors[0], stored_of(*tensors[1:], group=self.q.shape[-1])
 
 
 def attention(
@@ -119,57 +96,39 @@ def attention(
         2. out = softmax(softmax_scale q k^T) v per head, over the first key_lengths keys; 0 where there are none
         3. stored = out, quantised with a scale a head if store_dtype has 8 bits
 
-    A norm and a rotary embedding are float32 inside and each rounds to q's dtype; softmax and products are those of
-    `F.scaled_dot_product_attention`; what is stored is quantised from the rounded output. Keys beyond the length are
-    not read. Packed `qkv [B, T, S, 3, H, D]` in spatial order is `qkv.select(3, i)`, in temporal order `qkv.select(3,
-    i).transpose(1, 2)`. Autograd and compiled graphs: as `broadcast_residual`.
+    Norms and rotary embedding compute in float32, and each rounds to q's dtype; softmax and products are those of
+    `F.scaled_dot_product_attention`; the stored copy is quantised from the rounded output. Keys beyond the length are
+    not read. Views of a packed `qkv [B, T, S, 3, H, D]` are `qkv.select(3, i)` in spatial order and
+    `qkv.select(3, i).transpose(1, 2)` in temporal order. For autograd and compiled graphs see `broadcast_residual`.
 
     Args:
         q: `[*batch, N, H, D]`, float, one or two batch dimensions, any strides with a contiguous last dimension; D from
             32 to 128.
         k, v: `[*batch, M, H, D]`, as q.
         softmax_scale: a finite number, or None for D ** -0.5.
-        key_lengths: int32 or int64 `[*batch]` or `[first batch dimension]`, or None for all keys. Never read on the
-            host: a length below 0 counts as 0, one beyond M as M.
+        key_lengths: int32 or int64 `[*batch]` or `[first batch dimension]`, or None for all keys. Not read on the host:
+            a length below 0 counts as 0, one beyond M as M.
         q_norm, k_norm, rope: see `QKNorm` and `Rope`.
         store_dtype: None to store nothing, q's dtype, torch.int8 or torch.float8_e4m3fn.
-        backend: "auto", or one that must serve.
+        backend: "auto", or the name of one.
 
     Returns:
-        out `[*batch, N, H, D]`, its dimensions in q's order in memory, so that for temporal order `out.transpose(1,
-        2).flatten(-2)` is a view; and what is stored, in the same order and memory of its own: a tensor, a `Quantized`
-        with group D, or None.
+        out `[*batch, N, H, D]`, its dimensions in q's order in memory (for temporal order,
+        `out.transpose(1, 2).flatten(-2)` is a view), and the stored copy in the same order and separate memory: a
+        tensor, a `Quantized` with group D, or None.
 
     Raises:
-        TypeError, ValueError: an argument is not of this kind.
-        BackendError: `backend` cannot serve.
+        TypeError, ValueError: an argument is not supported.
+        BackendError: the backend cannot serve the call.
+
+    Example:
+        >>> qkv = torch.randn(2, 5, 12, 3, 4, 32)  # [B, T, S, 3, H, D]
+        >>> out, stored = attention(*(qkv.select(3, i).transpose(1, 2) for i in range(3)), store_dtype=torch.int8)
+        >>> out.shape, stored.scale.shape  # over 5 frames at each of 12 places
+        (torch.Size([2, 12, 5, 4, 32]), torch.Size([2, 12, 5, 4, 1]))
     """
     out, stored = run(OP, Attention(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, store_dtype), backend)
     return out, stored
-
-
-def attention_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    out: Tensor,
-    stored_out: Tensor | Quantized | None = None,
-    softmax_scale: float | None = None,
-    key_lengths: Tensor | None = None,
-    q_norm: QKNorm | None = None,
-    k_norm: QKNorm | None = None,
-    rope: Rope | None = None,
-    backend: str = "auto",
-) -> None:
-    """`attention` into out, of q's shape and dtype and any strides with a contiguous last dimension, and into
-    stored_out if given.
-
-    stored_out is a tensor as out or a `Quantized` with group D. Outputs may not overlap themselves, each other or what
-    is read. Not recorded by autograd.
-    """
-    dtype = None if stored_out is None else dtype_of_stored(stored_out) or getattr(q, "dtype", None)
-    write(OP, Attention(q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, dtype), backend, (out, stored_out))
 
 
 def count_flops(q: Sequence[int], k: Sequence[int], *args: Any, **kwargs: Any) -> int:
@@ -181,8 +140,7 @@ def count_flops(q: Sequence[int], k: Sequence[int], *args: Any, **kwargs: Any) -
 register(
     OP,
     Attention,
-    f"Tensor q, Tensor k, Tensor v, Tensor? key_lengths, {OPTIONS_SCHEMA}, ScalarType? store_dtype",
-    {"out": "Tensor(a!) out", "stored_out": STORED_OUT},
+    options.SCHEMA,
     reference.compute,
     count_flops,
 )

@@ -1,4 +1,4 @@
-"""`attention` on the package flash-attn; norms, rotary embedding and what is stored are those of the reference."""
+"""`attention` on the package flash-attn, with norms, rotary embedding and stored copy of the reference."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..dispatch import Outputs
 from . import Attention
+from .options import refuse_heads
 from .reference import finished, in_parts, prepared
 
 
@@ -16,18 +17,11 @@ def refusal(call: Attention) -> str | None:
     q, softmax_scale = call.q, call.softmax_scale
     if q.device.type != "cuda":
         return f"flash-attn runs on CUDA devices; the tensors are on {q.device}"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"q is {q.dtype}; float16 and bfloat16 are supported"
-    if q.shape[-1] % 8:
-        return f"the head dimension is {q.shape[-1]}; multiples of 8 are supported"
-    if softmax_scale is not None and softmax_scale < 0:  # its maximum is that of the scores before they are scaled
-        return f"softmax_scale is {softmax_scale}; one that is not negative is supported"
+    if softmax_scale is not None and softmax_scale < 0:  # it takes the maximum before it scales
+        return f"softmax_scale is {softmax_scale}; 0 or more is supported"
     if call.key_lengths is not None:
-        return (
-            "key_lengths is given; flash-attn takes packed keys, and to pack them the lengths would have to be read on "
-            "the host"
-        )
-    return None
+        return "key_lengths is given; flash-attn takes packed keys, and packing would read the lengths on the host"
+    return refuse_heads(q)
 
 
 def compute(call: Attention) -> Outputs:
@@ -38,7 +32,6 @@ def compute(call: Attention) -> Outputs:
 
     if q.numel() == 0:
         return finished(call, torch.empty_like(q))
-    out = in_parts(
-        flash, *(t.flatten(0, -4) for t in (q, k, v))
-    )  # [batch, N, H, D], copied where two batch dimensions do not merge
+    # [batch, N, H, D], copied where two batch dimensions do not merge
+    out = in_parts(flash, *(t.flatten(0, -4) for t in (q, k, v)))
     return finished(call, out.reshape(q.shape))

@@ -1,5 +1,4 @@
-"""What attention does to q and k first, per-head norms and rotary embedding: options, checks, schema, and their
-definition."""
+"""The options of attention, norms and rotary embedding of q and k: their definition, checks and schema."""
 
 from __future__ import annotations
 
@@ -9,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_activation, check_operand, check_shape, check_tensor
-from ..norm import NORM_SCHEMA, Norm, apply_norm, check_norm, check_norm_type, flatten_norm
+from ..checks import check_activation, check_kind, check_operand, check_shape, check_tensor, not_a
+from ..norm import NORM_SCHEMA, Norm, apply_norm, check_norm, flatten_norm
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 128
 
@@ -21,9 +20,8 @@ class QKNorm(Norm):
 
     Args:
         kind, weight, bias, eps: as `Norm`, with weight and bias `[D]`.
-        rstd: None, or the reciprocal root mean square over all heads, `[*batch, N]` float32 of any strides (kind "rms",
-            weight `[H, D]` or None): the norm is then `q * rstd * weight` in float32, rounded once; eps is already in
-            rstd.
+        rstd: None, or the reciprocal root mean square over all heads, eps included, `[*batch, N]` float32 of any
+            strides (kind "rms", weight `[H, D]` or None). It computes `q * rstd * weight` in float32, rounded once.
     """
 
     kind: Literal["layer", "rms"] = "rms"
@@ -36,7 +34,7 @@ class Rope:
 
     Args:
         cos, sin: `[N, R / 2]`, float32; one row per position, for all batch rows and heads.
-        interleaved: the pairs that rotate are channels (2i, 2i + 1); otherwise (i, i + R / 2).
+        interleaved: whether channels (2i, 2i + 1) rotate as pairs; otherwise (i, i + R / 2) do.
     """
 
     cos: Tensor
@@ -45,26 +43,24 @@ class Rope:
 
 
 _QK_NORM_SCHEMA = f"{NORM_SCHEMA}, Tensor? {{0}}_rstd"
-OPTIONS_SCHEMA = (
-    f"float? softmax_scale, {_QK_NORM_SCHEMA.format('q_norm')}, {_QK_NORM_SCHEMA.format('k_norm')}, "
-    "Tensor? cos, Tensor? sin, bool interleaved"
+SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? key_lengths, float? softmax_scale, "
+    f"{_QK_NORM_SCHEMA.format('q_norm')}, {_QK_NORM_SCHEMA.format('k_norm')}, "
+    "Tensor? cos, Tensor? sin, bool interleaved, ScalarType? store_dtype"
 )
+"""What `attention` and `short_attention` read, as registered with torch."""
 
 
 def check_qkv(op: str, q: Any, k: Any, v: Any) -> None:
     """q `[*batch, N, H, D]`, k and v `[*batch, M, H, D]`: one or two batch dimensions, at least one key."""
     check_activation(op, "q", q)
     if q.ndim not in (4, 5):
-        raise ValueError(
-            f"{op}: q has shape {tuple(q.shape)}; [*batch, N, H, D] with one or two batch dimensions is supported: "
-            "reshape it"
-        )
+        supported = "[*batch, N, H, D] with one or two batch dimensions is supported"
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; {supported}: reshape it")
     head_dim = q.shape[-1]
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"{op}: q has head dimension {head_dim}; {MIN_HEAD_DIM} to {MAX_HEAD_DIM} are supported: "
-            "call F.scaled_dot_product_attention for others"
-        )
+        supported = f"{MIN_HEAD_DIM} to {MAX_HEAD_DIM} are supported"
+        raise ValueError(f"{op}: q has head dimension {head_dim}; {supported}: call F.scaled_dot_product_attention")
     check_activation(op, "k", k)
     keys = k.shape[-3] if k.ndim == q.ndim else q.shape[-3]
     for name, t in (("k", k), ("v", v)):
@@ -75,34 +71,28 @@ def check_qkv(op: str, q: Any, k: Any, v: Any) -> None:
 
 def check_qk_norm(op: str, name: str, norm: Any, t: Tensor) -> None:
     """A norm that fits q or k."""
-    check_norm_type(op, name, norm, QKNorm)
+    if type(norm) is not QKNorm:
+        raise not_a(op, name, norm, "pab_kernels.ops.QKNorm", "pass one or None")
     check_norm(op, name, norm, t.shape[-1:] if norm.rstd is None else t.shape[-2:], t.dtype, t.device)
     if norm.rstd is not None:
         if norm.kind != "rms":
-            raise ValueError(
-                f"{op}: {name}.rstd is given with kind {norm.kind!r}; it is supported with 'rms' only: pass kind='rms'"
-            )
+            raise ValueError(f"{op}: {name}.rstd is given with kind {norm.kind!r}; 'rms' is supported: pass kind='rms'")
         check_shape(op, f"{name}.rstd", norm.rstd, t.shape[:-2], torch.float32, t.device)
 
 
 def check_rope(op: str, rope: Any, q: Tensor) -> None:
     """Tables that fit q."""
     if not isinstance(rope, Rope):
-        raise TypeError(f"{op}: rope is a {type(rope).__name__}; pab_kernels.ops.Rope is supported: pass one or None")
+        raise not_a(op, "rope", rope, "pab_kernels.ops.Rope", "pass one or None")
     if not isinstance(rope.interleaved, bool):
-        raise TypeError(
-            f"{op}: rope.interleaved is a {type(rope.interleaved).__name__}; True and False are supported: pass one of "
-            "these"
-        )
+        raise not_a(op, "rope.interleaved", rope.interleaved, "a bool", "pass True or False")
     check_activation(op, "rope.cos", rope.cos)
     half = rope.cos.shape[-1]
     for name, table in (("cos", rope.cos), ("sin", rope.sin)):
         check_operand(op, f"rope.{name}", table, (q.shape[-3], half), torch.float32, q.device)
     if 2 * half > q.shape[-1]:
-        raise ValueError(
-            f"{op}: rope rotates {2 * half} channels; up to the head dimension {q.shape[-1]} are supported: pass [N, R "
-            "/ 2] tables"
-        )
+        supported = f"up to the head dimension {q.shape[-1]} are supported"
+        raise ValueError(f"{op}: rope rotates {2 * half} channels; {supported}: pass [N, R / 2] tables")
 
 
 def check_key_lengths(op: str, key_lengths: Any, q: Tensor) -> None:
@@ -110,16 +100,19 @@ def check_key_lengths(op: str, key_lengths: Any, q: Tensor) -> None:
     check_tensor(op, "key_lengths", key_lengths)
     if key_lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: key_lengths has dtype {key_lengths.dtype}; int32 and int64 are supported: convert it")
-    if key_lengths.device != q.device:
-        raise ValueError(
-            f"{op}: key_lengths is on {key_lengths.device}; the operation runs on {q.device}: move it there"
-        )
-    batch = q.shape[:-3]
-    if key_lengths.shape not in (batch, batch[:1]):
-        raise ValueError(
-            f"{op}: key_lengths has shape {tuple(key_lengths.shape)}; {tuple(batch)} or {tuple(batch[:1])} is "
-            "supported here: reshape it"
-        )
+    check_kind(op, "key_lengths", key_lengths, key_lengths.dtype, q.device)
+    shape, batch = tuple(key_lengths.shape), tuple(q.shape[:-3])
+    if shape not in (batch, batch[:1]):
+        raise ValueError(f"{op}: key_lengths has shape {shape}; {batch} or {batch[:1]} is supported here: reshape it")
+
+
+def refuse_heads(q: Tensor) -> str | None:
+    """Why a kernel for half precision and channels in multiples of 8 cannot serve q; None where it can."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q is {q.dtype}; float16 and bfloat16 are supported"
+    if q.shape[-1] % 8:
+        return f"the head dimension is {q.shape[-1]}; multiples of 8 are supported"
+    return None
 
 
 def flatten_qk_norm(norm: QKNorm | None) -> tuple[Any, ...]:
@@ -139,9 +132,9 @@ def normalise(x: Tensor, norm: QKNorm) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """The rotary embedding, `(a cos - b sin, b cos + a sin)` for every pair (a, b), in float32.
+    """The rotary embedding, `(a cos - b sin, b cos + a sin)` for every pair (a, b), in float32, rounded once.
 
-    Rounds once to x's dtype.
+    RoFormer (arXiv 2104.09864), section 3.4.2.
     """
     channels = 2 * rope.cos.shape[-1]
     rotary = x[..., :channels].to(torch.promote_types(x.dtype, torch.float32))

@@ -1,8 +1,7 @@
-"""Triton's pre-pass of `attention`: the per-head norm and the rotary embedding of q or k, written once for all tiles of
-queries.
+"""Triton's pre-pass of `attention`: the per-head norm and rotary embedding of q or k, once for all tiles of queries.
 
-    1. y = norm(x) per head: weight (x - mean) / sqrt(var + eps) + bias; weight x / sqrt(mean square + eps); or weight x
-    rstd
+    1. y = norm(x) per head:
+       weight (x - mean) / sqrt(var + eps) + bias; weight x / sqrt(mean square + eps); or weight x rstd
     2. a pair (a, b) of y's first R channels becomes (a cos - b sin, b cos + a sin)
 
 float32 inside; the norm rounds to x's dtype, then the rotation does, as `normalise` and `rotate` do, which define it.
@@ -12,7 +11,6 @@ float32 inside; the norm rounds to x's dtype, then the rotation does, as `normal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -22,22 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rounding import narrow
+from ..strides import head_strides, unit_of
 from .options import QKNorm, Rope
-from .strides import head_strides, unit_of
 
-
-@dataclass(frozen=True)
-class PrepareTiles:
-    """Tokens of a program, heads that it goes through one by one with the same rows of the tables, and warps."""
-
-    tokens: int
-    heads: int
-    warps: int
-
-
-def prepare_tiles() -> PrepareTiles:
-    """The tile sizes for a call: 16 tokens of up to 128 channels, 16 channels a lane."""
-    return PrepareTiles(tokens=16, heads=4, warps=4)
+TOKENS, HEADS, WARPS = 16, 4, 4
+"""Of a program: tokens, heads that it takes one by one with the same rows of the tables, and warps (16 channels a
+lane)."""
 
 
 @triton.jit
@@ -58,14 +46,11 @@ def _prepare_kernel(
     x_ptr, y_ptr, weight_ptr, bias_ptr, rstd_ptr, cos_ptr, sin_ptr,
     x_strides, rstd_strides, eps, tokens, heads, batch,
     D: tl.constexpr, PAIRS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
-    UNIT: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    UNIT: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """A program: TOKENS tokens of one batch row, HEADS heads. x is strided as in the attention kernel, y contiguous
-    [batch, H, N, D].
+    """A program: TOKENS tokens of a batch row, HEADS heads; x strided as in the attention kernel, y `[batch, H, N, D]`.
 
-    Channels lie in two tensors, firsts and seconds of D / 2 <= PAIRS pairs: those that rotate come first; the rest are
-    paired as they are.
+    Channels lie in two tensors, firsts and seconds of D / 2 <= PAIRS pairs: those that rotate first, then the rest.
     """
     groups, tiles = tl.cdiv(heads, HEADS), tl.cdiv(tokens, TOKENS)
     group, rest = tl.program_id(0) % groups, tl.program_id(0) // groups
@@ -131,8 +116,7 @@ def _prepare_kernel(
 
 
 def norm_arguments(norm: QKNorm | None) -> tuple[Any, ...]:
-    """How kernels take a norm: kind, weight, bias, reciprocal root, its strides over (first batch dimension, second,
-    token), and eps."""
+    """A norm as kernels take it: kind, weight, bias, rstd, its strides (first batch dimension, second, token), eps."""
     if norm is None:
         return "", None, None, None, (0, 0, 0), 0.0
     weight = None if norm.weight is None else norm.weight.contiguous()
@@ -142,9 +126,10 @@ def norm_arguments(norm: QKNorm | None) -> tuple[Any, ...]:
 
 
 def rope_arguments(rope: Rope | None) -> tuple[int, Tensor | None, Tensor | None]:
-    """How kernels take a rotary embedding: the channels that rotate, and the tables if there are any."""
-    rotary = 0 if rope is None else 2 * rope.cos.shape[-1]
-    return (rotary, rope.cos.contiguous(), rope.sin.contiguous()) if rope is not None and rotary else (0, None, None)
+    """A rotary embedding as kernels take it: how many channels rotate, and the tables if any do."""
+    if rope is None or rope.cos.shape[-1] == 0:
+        return 0, None, None
+    return 2 * rope.cos.shape[-1], rope.cos.contiguous(), rope.sin.contiguous()
 
 
 def prepare(x: Tensor, norm: QKNorm | None, rope: Rope | None) -> Tensor:
@@ -152,21 +137,21 @@ def prepare(x: Tensor, norm: QKNorm | None, rope: Rope | None) -> Tensor:
 
     Args:
         x: `[*batch, N, H, D]`, float16, bfloat16 or float32, of any strides with a contiguous last dimension; D even.
-        norm, rope: as of `attention`; what is None is left out.
+        norm, rope: as in `attention`; None to leave it out.
     """
     *batch, tokens, heads, head_dim = x.shape
     y = torch.empty((*batch, heads, tokens, head_dim), dtype=x.dtype, device=x.device)
     rotary, cos, sin = rope_arguments(rope)
     kind, weight, bias, rstd, rstd_strides, eps = norm_arguments(norm)
-    chosen, unit = prepare_tiles(), unit_of(x)
-    programs = prod(batch) * -(-tokens // chosen.tokens) * -(-heads // chosen.heads)
+    unit = unit_of(x)
+    programs = prod(batch) * -(-tokens // TOKENS) * -(-heads // HEADS)
     if programs:
         _prepare_kernel[(programs,)](
             x, y, weight, bias, rstd, cos, sin,
             head_strides(x, unit), rstd_strides, eps, tokens, heads, batch[-1],
             D=head_dim, PAIRS=triton.next_power_of_2(head_dim // 2), R=rotary,
             INTERLEAVED=rotary == 0 or (rope is not None and rope.interleaved),
-            NORM=kind, UNIT=unit, TOKENS=chosen.tokens, HEADS=chosen.heads,
-            num_warps=chosen.warps, enable_fp_fusion=True,
+            NORM=kind, UNIT=unit, TOKENS=TOKENS, HEADS=HEADS,
+            num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return y.transpose(-3, -2)

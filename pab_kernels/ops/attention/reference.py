@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import log
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from . import Attention
 
 MAX_BATCH = 65535
-"""CUDA's kernels for it put the batch into a grid dimension that ends here."""
+"""CUDA kernels of SDPA put the batch into a grid dimension that ends here."""
 
 
 def compute(call: Attention) -> Outputs:
@@ -28,7 +27,7 @@ def compute(call: Attention) -> Outputs:
     mask = valid = None
     if call.key_lengths is not None:
         valid = _valid_keys(k, call.key_lengths)
-        # What lies beyond the length is not read by a kernel: here, not even a NaN passes.
+        # Kernels do not read keys beyond the length: here, even a NaN there must have no effect.
         k, v = (t.masked_fill(~valid[..., None, None], 0) for t in (k, v))
         mask = valid.flatten(0, -2)[:, None, None, :]
 
@@ -36,7 +35,7 @@ def compute(call: Attention) -> Outputs:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.softmax_scale)
 
     out = in_parts(sdpa, _heads_first(q), _heads_first(k), _heads_first(v), mask).transpose(1, 2).reshape(call.q.shape)
-    if valid is not None:  # rows without keys: SDPA's kernels differ there
+    if valid is not None:  # SDPA's kernels differ in rows without keys
         out = out.masked_fill(~valid[..., :1, None, None], 0)
     return finished(call, out)
 
@@ -55,7 +54,7 @@ def prepared(call: Attention) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def finished(call: Attention, out: Tensor) -> Outputs:
-    """The output with its dimensions in q's order in memory, and what is stored of it."""
+    """The output with its dimensions in q's order in memory, and its stored copy."""
     order, store_dtype = memory_order(call.q), call.store_dtype
     ordered, back = out.permute(order).contiguous(), inverse(order)
     if store_dtype is None:
@@ -67,7 +66,7 @@ def finished(call: Attention, out: Tensor) -> Outputs:
 
 
 def in_parts(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-    """The function of tensors of one batch, of any size: of `MAX_BATCH` at a time."""
+    """The function of tensors with one batch dimension of any size, on `MAX_BATCH` rows at a time."""
     batch = next(t.shape[0] for t in tensors if t is not None)
     if batch <= MAX_BATCH:
         return function(*tensors)
@@ -86,22 +85,17 @@ def online_attention(call: Attention, step: int) -> Outputs:
     Algorithm 1 of FlashAttention-2 (arXiv 2307.08691), for one tile of queries.
     """
     shape, dtype = call.q.shape, call.q.dtype
-    scale = (shape[-1] ** -0.5 if call.softmax_scale is None else call.softmax_scale) / log(2)
     q, k, v = prepared(call)
-    valid = _valid_keys(
-        k, torch.full(shape[:-3], k.shape[-3], device=k.device) if call.key_lengths is None else call.key_lengths
-    )
+    every = torch.full(shape[:-3], k.shape[-3], device=k.device)
+    valid = _valid_keys(k, every if call.key_lengths is None else call.key_lengths)
     k, v = (t.masked_fill(~valid[..., None, None], 0) for t in (k, v))
     q, k, v = (_heads_first(t).float() for t in (q, k, v))  # [batch, H, N, D]
     mask = valid.flatten(0, -2)[:, None, None, :]  # [batch, 1, 1, M]
-    peak, total, out = (
-        q.new_full((*q.shape[:-1], 1), torch.finfo(torch.float32).min),
-        q.new_zeros(*q.shape[:-1], 1),
-        torch.zeros_like(q),
-    )
+    peak = q.new_full((*q.shape[:-1], 1), torch.finfo(torch.float32).min)
+    total, out = torch.zeros_like(peak), torch.zeros_like(q)
     for start in range(0, k.shape[-2], step):
         here = slice(start, start + step)
-        scores = (q @ k[..., here, :].mT * scale).masked_fill(~mask[..., here], -torch.inf)
+        scores = (q @ k[..., here, :].mT * call.log2_scale).masked_fill(~mask[..., here], -torch.inf)
         new_peak = peak.maximum(scores.amax(-1, keepdim=True))
         p, decay = (scores - new_peak).exp2(), (peak - new_peak).exp2()
         total = total * decay + p.sum(-1, keepdim=True)
@@ -113,9 +107,7 @@ def online_attention(call: Attention, step: int) -> Outputs:
 
 def _valid_keys(k: Tensor, key_lengths: Tensor) -> Tensor:
     """Which keys are within the lengths, `[*batch, M]`."""
-    lengths = key_lengths.reshape(
-        *key_lengths.shape, *(1,) * (k.ndim - 2 - key_lengths.ndim)
-    )  # [*batch, 1] or [B, 1, 1]
+    lengths = key_lengths[(...,) + (None,) * (k.ndim - 2 - key_lengths.ndim)]  # [*batch, 1] or [B, 1, 1]
     return (torch.arange(k.shape[-3], device=k.device) < lengths).expand(*k.shape[:-3], -1)
 
 

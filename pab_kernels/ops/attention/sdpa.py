@@ -1,8 +1,6 @@
-"""`attention` on `F.scaled_dot_product_attention`: the reference, which is defined on it, under the name of what
-computes it.
+"""`attention` on `F.scaled_dot_product_attention`: the reference under the name of the function that it is defined on.
 
-The norms and the rotary embedding are torch's. On CUDA torch chooses among its flash, cuDNN and memory-efficient
-kernels.
+Norms and rotary embedding are torch's. On CUDA torch chooses among its flash, cuDNN and memory-efficient kernels.
 """
 
 from .reference import compute as compute

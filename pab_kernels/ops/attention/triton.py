@@ -1,21 +1,21 @@
-"""`attention` in Triton: one pass over the keys with a running maximum, from packed views, into the output and what is
-stored.
+"""`attention` in Triton: one pass over the keys with a running maximum (Algorithm 1 of FlashAttention-2, arXiv
+2307.08691), from packed views, into the output and the stored copy.
 
-    1. q', k' = prepare(q), prepare(k), where they have a norm or a rotary embedding: once, not again for every tile of
-       queries; what lies in memory so that 16 bytes cannot be read at once is copied by the same kernel
+    1. q', k' = prepare(q), prepare(k), where they have a norm or a rotary embedding: once, not for every tile of
+       queries; the same kernel copies operands that cannot be read 16 bytes at a time
     2. for each tile of keys:  s = softmax_scale log2(e) q' k'^T;  m' = max(m, max s);  p = 2^(s - m')
                                l = 2^(m - m') l + sum p;  o = 2^(m - m') o + p v;  m = m'
-    3. out = o / l, 0 where there are no keys or all scores are -inf; stored = out, quantised with a scale a head if it
-    has 8 bits
+    3. out = o / l, 0 where there are no keys or all scores are -inf
+    4. stored = out, quantised with a scale a head if it has 8 bits
 
-A head is never padded to a power of two: D = 72 is 64 + 16 channels, two products a tile, and only the 16 have (8)
-masked ones.
+A head is never padded to a power of two: D = 72 is 64 + 16 channels, two products a tile, of which 8 channels are
+masked.
 
-What rounds, everything else being float32:
+Everything is float32, except for these roundings:
     1. a norm rounds to q's dtype, then the rotary embedding does
     2. p rounds to q's dtype for the product with v; l sums it unrounded
     3. out rounds once
-    4. what is stored is quantised from the rounded out: a scale rounds to float32, a quotient to 8 bits
+    4. the stored copy is quantised from the rounded out: a scale rounds to float32, a quotient to 8 bits
 `reference.online_attention` rounds in the same places.
 """
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from math import log, prod
+from math import prod
 
 import torch
 import triton
@@ -33,23 +33,21 @@ from ..backend import capability, refuse_device, refuse_float8
 from ..dispatch import Outputs
 from ..quantized import data_and_scale
 from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
+from ..strides import UNIT, aligned, head_strides
 from . import Attention
+from .options import refuse_heads
 from .prepare import prepare
-from .strides import UNIT, aligned, head_strides, unit_of
 
 MAX_HEADS = 2**31 - 2**10
-"""Heads of tokens are counted in 32 bits, the rows of a last tile beyond them too; the grid's first axis ends there."""
+"""(Token, head) pairs are counted in 32 bits with the rows of a last tile; the grid's first axis ends there too."""
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-"""The maximum of no scores: -inf would make NaN of it and the first scores where all of them are -inf."""
+"""The maximum of no scores: -inf would give NaN where all the first scores are -inf."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Queries of a program, keys of a step of its loop.
-
-    Warps, steps whose loads are under way, and registers that a lane may have.
-    """
+    """Queries of a program, keys of a step of its loop, warps, steps in flight, and registers that a lane may have."""
 
     queries: int
     keys: int
@@ -60,8 +58,7 @@ class Tiles:
 
 def tiles(queries: int, head_dim: int, capability: tuple[int, int]) -> Tiles:
     """The tile sizes for a call on a device of this compute capability."""
-    # Tensor cores that take q from registers; on sm_86, sm_89 and sm_120 a block has no more than 99 KB of shared
-    # memory, too.
+    # Tensor cores that take q from registers; sm_86, sm_89 and sm_120 also have only 99 KB of shared memory a block.
     in_registers = capability[0] not in (9, 10, 11)
     if in_registers and head_dim > 80 and queries <= 64:  # 64 keys would spill, and 4 warps from 120 on
         return Tiles(64, 32, 4 if head_dim <= 112 else 8, 2)
@@ -69,9 +66,7 @@ def tiles(queries: int, head_dim: int, capability: tuple[int, int]) -> Tiles:
         return Tiles(128, 32, 8, 3)
     if queries <= 64:
         return Tiles(64, 64, 4, 2)
-    if (
-        capability[0] == 9 and head_dim <= 72
-    ):  # 128 registers: a multiprocessor holds two programs; 80 channels would spill
+    if capability[0] == 9 and head_dim <= 72:  # 128 registers let two programs run at once; 80 channels would spill
         return Tiles(128, 64, 8, 3, 128)
     if capability[0] == 10 and head_dim == 80:  # Triton 3.6.0 would take 128, and spill where an 8-bit copy is stored
         return Tiles(128, 64, 8, 3, 168)
@@ -88,8 +83,7 @@ def parts(head_dim: int) -> tuple[tuple[int, int], ...]:
 
 @triton.jit
 def _tile(ptr, rows, count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """Channels FIRST to FIRST + WIDTH of these rows, 0 beyond the D-th and, if MASKED, in the rows from `count` on:
-    these are not read."""
+    """Channels FIRST to FIRST + WIDTH of these rows, 0 beyond D and, if MASKED, in rows from `count` on, unread."""
     channels = FIRST + tl.arange(0, WIDTH)
     ptrs = ptr + rows.to(tl.int64)[:, None] * stride + channels[None, :]  # [ROWS, WIDTH]
     if MASKED:
@@ -103,17 +97,22 @@ def _tile(ptr, rows, count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D:
 
 @triton.jit
 def _stride(units, UNIT: tl.constexpr, WIDE: tl.constexpr):
-    """A stride in elements, in 64 bits if WIDE: counted in units it may fit 32 where it does not in elements."""
+    """A stride in elements, in 64 bits if WIDE: a stride that fits 32 bits in units may not in elements."""
     if WIDE:
         units = tl.cast(units, tl.int64)
     return units * UNIT
 
 
 @triton.jit
+def _head(first, second, head, strides):
+    """The offset of a head's first token."""
+    return first * strides[0] + second * strides[1] + head * strides[3]
+
+
+@triton.jit
 def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    return tl.zeros(
-        [ROWS, WIDTH], dtype=tl.float32
-    )  # Triton 3.6 wants constexprs in a shape; an element of a tuple is none there
+    # Triton 3.6 wants constexprs in a shape, and an element of a tuple is none.
+    return tl.zeros([ROWS, WIDTH], dtype=tl.float32)
 
 
 @triton.jit
@@ -149,26 +148,22 @@ def _attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, stored_ptr, stored_scale_ptr, lengths_ptr,
     q_strides, k_strides, v_strides, out_strides, stored_strides, stored_scale_strides, lengths_strides,
     scale, queries, keys, heads, batch,
-    D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """A program: QUERIES queries of one head of one batch row.
 
-    Strides are (first batch dimension, second, token, head), in UNITs of elements and, of what is written, OUT_UNITs: a
-    factor that is known when the kernel is compiled says how wide accesses may be, which a head stride of 72 would
-    hide. `batch` is the second's size.
+    Strides are (first batch dimension, second, token, head) in UNITs of elements, those of scales in elements; `batch`
+    is the size of the second.
     """
     tile, row = tl.program_id(0) % tl.cdiv(queries, QUERIES), tl.program_id(0) // tl.cdiv(queries, QUERIES)
     head = (row % heads).to(tl.int64)
     first, second = (row // heads // batch).to(tl.int64), (row // heads % batch).to(tl.int64)
-    q_ptr += (first * q_strides[0] + second * q_strides[1] + head * q_strides[3]) * UNIT
-    k_ptr += (first * k_strides[0] + second * k_strides[1] + head * k_strides[3]) * UNIT
-    v_ptr += (first * v_strides[0] + second * v_strides[1] + head * v_strides[3]) * UNIT
-    q_stride, k_stride, v_stride = (
-        _stride(q_strides[2], UNIT, WIDE),
-        _stride(k_strides[2], UNIT, WIDE),
-        _stride(v_strides[2], UNIT, WIDE),
-    )
+    q_ptr += _head(first, second, head, q_strides) * UNIT
+    k_ptr += _head(first, second, head, k_strides) * UNIT
+    v_ptr += _head(first, second, head, v_strides) * UNIT
+    q_stride, k_stride = _stride(q_strides[2], UNIT, WIDE), _stride(k_strides[2], UNIT, WIDE)
+    v_stride = _stride(v_strides[2], UNIT, WIDE)
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + first * lengths_strides[0] + second * lengths_strides[1])
         keys = tl.minimum(tl.maximum(length, 0), keys).to(tl.int32)
@@ -193,7 +188,8 @@ def _attention_kernel(
             q, out, peak, total, k_start, v_start, k_stride, v_stride, keys - whole, scale, PARTS, D, KEYS, True
         )
 
-    out_ptr += (first * out_strides[0] + second * out_strides[1] + head * out_strides[3]) * OUT_UNIT
+    out_ptr += _head(first, second, head, out_strides) * UNIT
+    out_rows = rows.to(tl.int64)[:, None] * _stride(out_strides[2], UNIT, WIDE)
     total = tl.where(total == 0, 1.0, total)  # no keys, or none with a score above -inf
     magnitude = tl.zeros([QUERIES], dtype=tl.float32)
     result: tl.tuple = ()
@@ -201,57 +197,41 @@ def _attention_kernel(
         channels = PARTS[i][0] + tl.arange(0, PARTS[i][1])
         mask = (rows < queries)[:, None] & (channels < D)[None, :]
         y = narrow(out[i] / total[:, None], out_ptr.dtype.element_ty)
-        tl.store(
-            out_ptr + rows.to(tl.int64)[:, None] * _stride(out_strides[2], OUT_UNIT, WIDE) + channels[None, :],
-            y,
-            mask=mask,
-        )
+        tl.store(out_ptr + out_rows + channels[None, :], y, mask=mask)
         result += (y.to(tl.float32),)
-        bits = tl.max(
-            result[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1
-        )  # as integers, magnitudes have their order, NaN the largest
+        # As integers, magnitudes have their order, NaN the largest.
+        bits = tl.max(result[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
         magnitude = tl.maximum(magnitude, bits.to(tl.float32, bitcast=True), tl.PropagateNan.ALL)
     if stored_ptr is not None:
-        stored_ptr += (first * stored_strides[0] + second * stored_strides[1] + head * stored_strides[3]) * OUT_UNIT
+        stored_ptr += _head(first, second, head, stored_strides) * UNIT
+        stored_rows = rows.to(tl.int64)[:, None] * _stride(stored_strides[2], UNIT, WIDE)
         dtype: tl.constexpr = stored_ptr.dtype.element_ty
         if stored_scale_ptr is not None:
             group_scale = scale_of(magnitude, dtype)
-            stored_scale_ptr += (
-                first * stored_scale_strides[0] + second * stored_scale_strides[1] + head * stored_scale_strides[3]
-            )
+            stored_scale_ptr += _head(first, second, head, stored_scale_strides)
             tl.store(stored_scale_ptr + rows.to(tl.int64) * stored_scale_strides[2], group_scale, mask=rows < queries)
         for i in tl.static_range(len(PARTS)):
             channels = PARTS[i][0] + tl.arange(0, PARTS[i][1])
             mask = (rows < queries)[:, None] & (channels < D)[None, :]
-            kept = (
-                quantized(result[i], group_scale[:, None], dtype)
-                if stored_scale_ptr is not None
-                else narrow(result[i], dtype)
-            )
-            tl.store(
-                stored_ptr
-                + rows.to(tl.int64)[:, None] * _stride(stored_strides[2], OUT_UNIT, WIDE)
-                + channels[None, :],
-                kept,
-                mask=mask,
-            )
+            if stored_scale_ptr is not None:
+                kept = quantized(result[i], group_scale[:, None], dtype)
+            else:
+                kept = narrow(result[i], dtype)
+            tl.store(stored_ptr + stored_rows + channels[None, :], kept, mask=mask)
 
 
 def refusal(call: Attention) -> str | None:
     """Why this kernel cannot serve; None where it can."""
-    q, k, softmax_scale = call.q, call.k, call.softmax_scale
-    device = refuse_device(q, bool(INTERPRETED.value))
-    if device is not None:
-        return device
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"q is {q.dtype}; float16 and bfloat16 are supported"
-    if q.shape[-1] % 8:
-        return f"the head dimension is {q.shape[-1]}; multiples of 8 are supported"
+    q, softmax_scale = call.q, call.softmax_scale
+    unsupported = refuse_device(q, bool(INTERPRETED.value)) or refuse_heads(q)
+    if unsupported is not None:
+        return unsupported
     if softmax_scale is not None and not 0 <= softmax_scale < float("inf"):
-        return f"softmax_scale is {softmax_scale}; one that is not negative is supported"
-    if max(q.numel(), k.numel()) // q.shape[-1] > MAX_HEADS:
-        return "more than 2 ** 31 - 1024 heads of tokens came; up to so many are supported"
-    return refuse_float8(q, "store_dtype") if call.store_dtype == torch.float8_e4m3fn else None
+        return f"softmax_scale is {softmax_scale}; 0 or more is supported"
+    heads = max(q.numel(), call.k.numel()) // q.shape[-1]
+    if heads > MAX_HEADS:
+        return f"there are {heads} (token, head) pairs; at most {MAX_HEADS} are supported"
+    return refuse_float8(q, "store_dtype", call.store_dtype)
 
 
 def launch(call: Attention, outputs: Outputs) -> None:
@@ -264,7 +244,7 @@ def launch(call: Attention, outputs: Outputs) -> None:
 
 def attend_in_tiles(call: Attention, outputs: Outputs, chosen: Tiles) -> None:
     """The launches of a call, with these tile sizes."""
-    (q, k, v, softmax_scale, key_lengths, q_norm, k_norm, rope, _), (out, stored_out) = call, outputs
+    (q, k, v, _, key_lengths, q_norm, k_norm, rope, _), (out, stored_out) = call, outputs
     *batch, queries, heads, head_dim = q.shape
     keys = k.shape[-3]
     programs = prod(batch) * heads * -(-queries // chosen.queries)
@@ -278,23 +258,16 @@ def attend_in_tiles(call: Attention, outputs: Outputs, chosen: Tiles) -> None:
     if not aligned(v):
         v = prepare(v, None, None)
     stored, stored_scale = data_and_scale(stored_out)
-    out_unit = unit_of(out, stored)
     wide = any(t is not None and t.stride(-3) >= 2**31 for t in (q, k, v, out, stored))
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     lengths_strides: tuple[int, ...] = (0, 0)
     if key_lengths is not None:
-        by_row = (
-            key_lengths.expand(batch)
-            if len(batch) == 1 or key_lengths.ndim == 2
-            else key_lengths[:, None].expand(batch)
-        )
-        lengths_strides = head_strides(by_row[..., None, None, None])[:2]
+        by_row = key_lengths[:, None] if key_lengths.ndim < len(batch) else key_lengths
+        lengths_strides = head_strides(by_row.expand(batch)[..., None, None, None])[:2]
     _attention_kernel[(programs,)](
         q, k, v, out, stored, stored_scale, key_lengths,
         head_strides(q, UNIT), head_strides(k, UNIT), head_strides(v, UNIT),
-        head_strides(out, out_unit), head_strides(stored, out_unit), head_strides(stored_scale), lengths_strides,
-        scale / log(2), queries, keys, heads, batch[-1],
-        D=head_dim, PARTS=parts(head_dim), UNIT=UNIT, OUT_UNIT=out_unit, WIDE=wide, QUERIES=chosen.queries,
-        KEYS=chosen.keys,
+        head_strides(out, UNIT), head_strides(stored, UNIT), head_strides(stored_scale), lengths_strides,
+        call.log2_scale, queries, keys, heads, batch[-1],
+        D=head_dim, PARTS=parts(head_dim), UNIT=UNIT, WIDE=wide, QUERIES=chosen.queries, KEYS=chosen.keys,
         num_warps=chosen.warps, num_stages=chosen.stages, maxnreg=chosen.registers, enable_fp_fusion=True,
     )  # fmt: skip

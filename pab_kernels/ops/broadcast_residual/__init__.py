@@ -14,13 +14,13 @@ from ..cached_outputs import (
     CachedOutput,
     Line,
     cached_outputs,
-    check_cached_outputs,
-    flatten_cached_outputs,
-    unflatten_cached_outputs,
+    check_cached,
+    flatten_cached,
+    unflatten_cached,
 )
-from ..checks import check_activation, check_broadcasts, check_output
-from ..dispatch import Outputs, run, write
-from ..norm import NORM_SCHEMA, Norm, check_norm, check_norm_type, flatten_norm, unflatten_norm
+from ..checks import check_activation, check_broadcasts, not_a
+from ..dispatch import Outputs, run
+from ..norm import NORM_SCHEMA, Norm, check_norm, flatten_norm, unflatten_norm
 from ..quantized import Quantized
 from ..registration import register
 from . import reference
@@ -43,44 +43,33 @@ class BroadcastResidual(NamedTuple):
     def check(self, op: str) -> None:
         x, cached, norm, shift, scale = self
         check_activation(op, "x", x)
-        check_cached_outputs(op, x, cached)
+        check_cached(op, x, cached)
         if norm is not None:
-            check_norm_type(op, "norm", norm, Norm)
+            if type(norm) is not Norm:
+                raise not_a(op, "norm", norm, "pab_kernels.ops.Norm", "pass one or None")
             check_norm(op, "norm", norm, x.shape[-1:], x.dtype, x.device)
         elif not cached:
-            raise ValueError(
-                f"{op}: neither slots nor norm is given; up to {MOST_ADDED} slots, a norm, or both are supported: pass "
-                "one"
-            )
+            supported = f"up to {MOST_ADDED} slots, a norm, or both are supported"
+            raise ValueError(f"{op}: neither slots nor norm is given; {supported}: pass one")
         for name, t in (("shift", shift), ("scale", scale)):
             if t is not None and norm is None:
-                raise ValueError(f"{op}: {name} is given without norm; it modulates the normed x: pass a norm")
+                raise ValueError(f"{op}: {name} is given without norm; it is supported with one: pass a norm")
             if t is not None:
                 check_broadcasts(op, name, t, x)
 
-    def check_outputs(self, op: str, outputs: Outputs) -> None:
-        x, (x_out, y_out) = self.x, outputs
-        for name, out, source, given in (("x_out", x_out, "slots", self.cached), ("y_out", y_out, "norm", self.norm)):
-            if out is not None and given:
-                check_output(op, name, out, x.shape, x.dtype, x.device)
-            elif given:
-                raise ValueError(f"{op}: {name} is None and {source} is given; its result needs a place: pass {name}")
-            elif out is not None:
-                raise ValueError(f"{op}: {name} is given without {source}; nothing would be written there: pass None")
-
     def flatten(self) -> tuple[Any, ...]:
-        return self.x, *flatten_cached_outputs(self.cached), *flatten_norm(self.norm), self.shift, self.scale
+        return self.x, *flatten_cached(self.cached), *flatten_norm(self.norm), self.shift, self.scale
 
     @classmethod
     def unflatten(cls, *flat: Any) -> BroadcastResidual:
-        return cls(flat[0], unflatten_cached_outputs(*flat[1:5]), unflatten_norm(*flat[5:9]), *flat[9:])
+        return cls(flat[0], unflatten_cached(*flat[1:5]), unflatten_norm(*flat[5:9]), *flat[9:])
 
     def empty(self) -> Outputs:
         x, contiguous = self.x, torch.contiguous_format
         x_out = torch.empty_like(x, memory_format=contiguous) if self.cached else None
         return x_out, None if self.norm is None else torch.empty_like(x, memory_format=contiguous)
 
-    def pack(self, tensors: Sequence[Tensor | None]) -> Outputs:
+    def pack(self, tensors: Sequence[Tensor]) -> Outputs:
         return tuple(tensors) if len(tensors) == 2 else (tensors[0], None) if self.cached else (None, tensors[0])
 
 
@@ -89,7 +78,6 @@ def broadcast_residual(
     slots: Sequence[Tensor | Quantized | Line] = (),
     *,
     gates: Sequence[Tensor | None] | None = None,
-    weights: None = None,
     norm: Norm | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
@@ -100,9 +88,9 @@ def broadcast_residual(
         1. for each slot: c = slot, dequantised, or the value on a `Line`; c = gate * c; x = c + x
         2. y = norm(x); y = y * (1 + scale); y = y + shift
 
-    Every assignment rounds to x's dtype; a norm is float32 inside. An absent gate, scale or shift is skipped, not
-    multiplied. Memory: (6 + 2n) bytes a channel for n bf16 slots, (6 + n) for 8-bit ones, 4 for none; a line reads two.
-    The reference is plain torch and differentiable, in eager and in graphs compiled for a device without kernels, such
+    Every assignment rounds to x's dtype; a norm computes in float32. An absent gate, scale or shift is skipped. Memory
+    traffic: (6 + 2n) bytes a channel for n bf16 slots, (6 + n) for 8-bit ones, 4 for none; a line reads two slots. The
+    reference is plain torch and differentiable, in eager mode and in graphs compiled for a device without kernels, such
     as a CPU; other graphs are for inference.
 
     Args:
@@ -110,53 +98,29 @@ def broadcast_residual(
         slots: up to three, each x's shape and dtype, a `Quantized` in groups of 128, or a `Line` through two such.
         gates: one entry per slot: None or x's dtype, broadcasting to x with all C channels (per batch row, frame or
             token).
-        weights: refused. Two weighted slots would be rounded one after the other, and the first may overflow; a `Line`
-            rounds once.
         norm: None for no y.
         shift, scale: as a gate.
-        backend: "auto", or one that must serve.
+        backend: "auto", or the name of one.
 
     Returns:
         x (new and contiguous; without slots x itself, which is never written) and y (contiguous), None without a norm.
 
     Raises:
-        TypeError, ValueError: an argument is not of this kind.
-        BackendError: `backend` cannot serve.
+        TypeError, ValueError: an argument is not supported.
+        BackendError: the backend cannot serve the call.
+
+    Example:
+        >>> x, slot, gate = torch.randn(2, 6, 64), torch.randn(2, 6, 64), torch.randn(2, 1, 64)
+        >>> x, y = broadcast_residual(x, [slot], gates=[gate], norm=Norm("layer"))
     """
-    if weights is not None:
-        raise ValueError(
-            f"{OP}: weights is given; kept outputs are weighted as a line: slots=[Line(newest, before, weight)]"
-        )
     call = BroadcastResidual(x, cached_outputs(OP, slots, gates, MOST_ADDED), norm, shift, scale)
     x_new, y = run(OP, call, backend)
     return x if x_new is None else x_new, y
-
-
-def broadcast_residual_out(
-    x: Tensor,
-    slots: Sequence[Tensor | Quantized | Line] = (),
-    *,
-    x_out: Tensor | None = None,
-    y_out: Tensor | None = None,
-    gates: Sequence[Tensor | None] | None = None,
-    norm: Norm | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    backend: str = "auto",
-) -> None:
-    """`broadcast_residual` into tensors of x's shape and dtype: x_out with slots, y_out with a norm, else None.
-
-    x_out may be x itself; apart from that, outputs may not overlap themselves, each other or what is read. Not recorded
-    by autograd.
-    """
-    call = BroadcastResidual(x, cached_outputs(OP, slots, gates, MOST_ADDED), norm, shift, scale)
-    write(OP, call, backend, (x_out, y_out))
 
 
 register(
     OP,
     BroadcastResidual,
     f"Tensor x, {CACHED_SCHEMA}, {NORM_SCHEMA.format('norm')}, Tensor? shift, Tensor? scale",
-    {"x_out": "Tensor(a!)? x_out", "y_out": "Tensor(b!)? y_out"},
     reference.compute,
 )

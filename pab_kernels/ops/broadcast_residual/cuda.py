@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...limits import MOST_ADDED
+from ..backend import refuse_stream
 from ..cached_outputs import CachedOutput, Line
 from ..cuda_library import kernel, refuse
 from ..dispatch import Outputs
@@ -17,13 +17,13 @@ from ..quantized import GROUP, Quantized, data_and_scale
 from . import BroadcastResidual
 
 MAX_CHANNELS = 8192
-"""What the threads of a token hold in registers."""
+"""As many as the threads of a token hold in registers."""
 
 MAX_TOKENS = 2**31 - 5
-"""Tokens are counted in 32 bits, the last block's beyond them too."""
+"""Tokens are counted in 32 bits, with those of the last block."""
 
 MAX_DIMS = 5
-"""Channels, and as many leading dimensions as may lie in any order."""
+"""Dimensions of x: the leading ones may lie in any order in memory."""
 
 _KINDS = {"layer": 1, "rms": 2}
 
@@ -37,29 +37,22 @@ def _schema(slots: int, term: Sequence[str]) -> str:
     return f"Tensor x, {norm}, Tensor? shift, Tensor? scale, Tensor(a!)? x_out, Tensor(b!)? y_out, {', '.join(added)}"
 
 
-# Most calls have one slot or none and no line, and every argument of an operation costs.
-_kernel_one = kernel("broadcast_residual_one", _schema(1, _TERM), tells=True)
-_kernel = kernel("broadcast_residual", _schema(MOST_ADDED, _TERM), tells=True)
-_kernel_lines = kernel("broadcast_residual_lines", _schema(MOST_ADDED, _LINE), tells=True)
+# Most calls have one slot or none and no line, and every argument of an operation costs host time.
+_kernel_one = kernel("broadcast_residual_one", _schema(1, _TERM), reports=True)
+_kernel = kernel("broadcast_residual", _schema(MOST_ADDED, _TERM), reports=True)
+_kernel_lines = kernel("broadcast_residual_lines", _schema(MOST_ADDED, _LINE), reports=True)
 
 
 def refusal(call: BroadcastResidual) -> str | None:
     """Why this kernel cannot serve; None where it can."""
     x = call.x
-    if x.dtype == torch.float64:
-        return "x is torch.float64; float16, bfloat16 and float32 are supported"
-    *leading, channels = x.shape
-    if channels > MAX_CHANNELS:
-        return f"x has {channels} channels; up to {MAX_CHANNELS} are supported"
-    if len(leading) >= MAX_DIMS:
-        return f"x has {len(leading) + 1} dimensions; up to {MAX_DIMS} are supported"
-    if x.numel() > MAX_TOKENS * channels:
-        return f"x has {x.numel() // channels} tokens; up to {MAX_TOKENS} are supported"
-    return refuse(x)
+    if x.ndim > MAX_DIMS:
+        return f"x has {x.ndim} dimensions; up to {MAX_DIMS} are supported"
+    return refuse_stream(x, MAX_TOKENS, MAX_CHANNELS) or refuse(x)
 
 
 def launch(call: BroadcastResidual, outputs: Outputs) -> bool:
-    """Write the outputs; whether it did. It does not where C++ finds the call wrong."""
+    """Write the outputs, and return whether the kernel ran: C++ launches nothing if the call is not valid."""
     x, cached, norm, shift, scale = call
     write = _kernel_one if len(cached) <= 1 else _kernel
     added: list[Any] = []
@@ -80,23 +73,20 @@ def _lines(cached: Sequence[CachedOutput]) -> list[Any]:
     """The terms where any is a line."""
     added: list[Any] = []
     for slot, gate in cached:
-        newest, before, weight = (
-            (slot.newest, slot.before, slot.weight) if isinstance(slot, Line) else (slot, None, None)
-        )
-        added += (*data_and_scale(newest), gate, *data_and_scale(before), weight)
+        line = slot if isinstance(slot, Line) else Line(slot, None, None)  # type: ignore[arg-type]
+        added += (*data_and_scale(line.newest), gate, *data_and_scale(line.before), line.weight)
     return added
 
 
 def _has_groups(slot: Tensor | Quantized | Line) -> bool:
-    """Whether what is quantised is so in the kernel's groups."""
+    """Whether a slot, if it is quantised, has the groups of the kernel."""
     if isinstance(slot, Line):
         return _has_groups(slot.newest) and _has_groups(slot.before)
     return not isinstance(slot, Quantized) or slot.group == GROUP
 
 
 def attempt(call: BroadcastResidual, outputs: Outputs) -> bool:
-    """`launch` of a call that nobody has checked: C++ does, at a tenth of what it costs in Python, but for what it
-    cannot ask."""
+    """`launch` of an unchecked call: C++ checks it at a tenth of the cost, apart from what only Python can see."""
     norm = call.norm
     try:
         if norm is not None and (type(norm) is not Norm or norm.kind not in _KINDS or type(norm.eps) is not float):

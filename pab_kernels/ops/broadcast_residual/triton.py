@@ -7,9 +7,9 @@
 
 The C channels are chunks of a power of two, of which only the last may be ragged: C = 1152 is 4.5 chunks of 256, not
 half of 2048. A thread has 16 bytes of each chunk. Sums are elementwise over the chunks first and across threads once.
-Every load comes before the first store, since none after it could be moved ahead of it.
+All loads come before the first store, because the compiler moves none ahead of a store.
 
-What rounds, everything else being float32:
+Everything is float32, except for these roundings:
     1. x' rounds once, to x's dtype
     2. y is computed from the rounded x' and rounds once, to x's dtype
 `reference.rounded_once` rounds in the same places.
@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 
 from ..addresses import addresses, index_of, layout, offset_of
-from ..backend import refuse_device, refuse_float8
-from ..cached_outputs import flatten_cached_outputs, holds_float8
+from ..backend import refuse_device, refuse_float8, refuse_stream
+from ..cached_outputs import flatten_cached, holds_float8
 from ..dispatch import Outputs
 from ..norm import flatten_norm
 from ..quantized import GROUP
@@ -33,10 +33,10 @@ from ..rounding import INTERPRETED, narrow
 from . import BroadcastResidual
 
 MAX_CHANNELS = 8192
-"""What the widest chunks hold in registers."""
+"""As many as the widest chunks hold in registers."""
 
 MAX_TOKENS = 2**31 - 2**10
-"""Tokens are counted in 32 bits, the last program's rows beyond them too."""
+"""Tokens are counted in 32 bits, with the rows of the last program."""
 
 SLOT_GROUP = tl.constexpr(GROUP)
 
@@ -51,8 +51,7 @@ class Tile:
 
 
 def tile(channels: int, itemsize: int) -> Tile:
-    """The tile for tokens of this many channels: a thread has 16 bytes of each of 5 chunks at most, so that all
-    operands fit registers."""
+    """The tile for this many channels: a thread has 16 bytes of at most 5 chunks, so that operands fit registers."""
     width = next(width for width in (128, 256, 512, 1024, 2048) if channels <= 5 * width)
     at_once = 32 * 16 // itemsize  # channels of a warp
     warps = max(4, width // at_once)
@@ -61,7 +60,7 @@ def tile(channels: int, itemsize: int) -> Tile:
 
 @triton.jit
 def _pointers(ptr, index, strides, live, FIRST: tl.constexpr, W: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr):
-    """Pointers to W channels from FIRST on of the tokens at `index`, `[ROWS, W]`, and which of them there are."""
+    """Pointers to W channels from FIRST on of the tokens at `index`, `[ROWS, W]`, and the mask of those that exist."""
     offset = offset_of(index, strides)
     channels = FIRST + tl.arange(0, W)
     mask = live[:, None]
@@ -89,9 +88,8 @@ def _load_slot_scale(
 ):
     """The scale of each of these channels, `[ROWS, W]`; a group's is loaded once, not 128 times."""
     groups: tl.constexpr = W // SLOT_GROUP
-    scales = _load(
-        ptr, index, strides, live, FIRST // SLOT_GROUP, groups, (C + SLOT_GROUP - 1) // SLOT_GROUP, 1
-    )  # [ROWS, W / 128]
+    all_groups: tl.constexpr = (C + SLOT_GROUP - 1) // SLOT_GROUP
+    scales = _load(ptr, index, strides, live, FIRST // SLOT_GROUP, groups, all_groups, 1)  # [ROWS, W / 128]
     return tl.reshape(tl.broadcast_to(scales[:, :, None], [ROWS, groups, SLOT_GROUP]), [ROWS, W])
 
 
@@ -116,10 +114,10 @@ def _broadcast_residual_kernel(
     sizes, tokens, eps,
     NORM: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """A program: ROWS tokens. Leading dimensions have these `sizes`; strides over them are in UNITs, those of slot
-    scales in elements.
+    """A program: ROWS tokens.
 
-    There is a slot for each gate and, where there are lines, behind all of these one more, the one before it.
+    Strides over the leading dimensions, of these `sizes`, are in UNITs, those of slot scales in elements. There is a
+    slot for each gate and, where there are lines, after all of these the previous output of each.
     """
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     live = token < tokens
@@ -137,19 +135,9 @@ def _broadcast_residual_kernel(
             )
             if weight_ptrs[i] is not None:
                 before = _load_cached(
-                    slot_ptrs,
-                    slot_scale_ptrs,
-                    index,
-                    slot_strides,
-                    slot_scale_strides,
-                    live,
-                    len(gate_ptrs) + i,
-                    first,
-                    W,
-                    C,
-                    UNIT,
-                    ROWS,
-                )
+                    slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, live,
+                    len(gate_ptrs) + i, first, W, C, UNIT, ROWS,
+                )  # fmt: skip
                 slot += weights[i] * (slot - before)
             if gate_ptrs[i] is not None:
                 slot *= _load(gate_ptrs[i], index, gate_strides[i], live, first, W, C, UNIT).to(tl.float32)
@@ -207,17 +195,8 @@ def _broadcast_residual_kernel(
 def refusal(call: BroadcastResidual) -> str | None:
     """Why this kernel cannot serve; None where it can."""
     x = call.x
-    device = refuse_device(x, bool(INTERPRETED.value))
-    if device is not None:
-        return device
-    if x.dtype == torch.float64:
-        return "x is torch.float64; float16, bfloat16 and float32 are supported"
-    channels = x.shape[-1]
-    if channels > MAX_CHANNELS:
-        return f"x has {channels} channels; up to {MAX_CHANNELS} are supported"
-    if x.numel() > MAX_TOKENS * channels:
-        return f"x has {x.numel() // channels} tokens; up to {MAX_TOKENS} are supported"
-    return refuse_float8(x, "a slot") if holds_float8(call.cached) else None
+    unsupported = refuse_device(x, bool(INTERPRETED.value)) or refuse_stream(x, MAX_TOKENS, MAX_CHANNELS)
+    return unsupported or (refuse_float8(x, "a slot") if holds_float8(call.cached) else None)
 
 
 def launch(call: BroadcastResidual, outputs: Outputs) -> None:
@@ -226,7 +205,7 @@ def launch(call: BroadcastResidual, outputs: Outputs) -> None:
     if x.numel() == 0:
         return
     *leading, channels = x.shape
-    slots, slot_scales, gates, weights = flatten_cached_outputs(cached)
+    slots, slot_scales, gates, weights = flatten_cached(cached)
     kind, norm_weight, norm_bias, eps = flatten_norm(norm)
     at = addresses(
         tuple(leading),

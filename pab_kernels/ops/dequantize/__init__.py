@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, check_activation, check_output, check_tensor
-from ..dispatch import Outputs, run, write
+from ..checks import FLOATS, check_tensor, none_of, not_a
+from ..dispatch import Outputs, run
 from ..quantized import Quantized, check_group, check_quantized, group_width
 from ..registration import register
 from . import reference
@@ -18,7 +18,7 @@ OP = "dequantize"
 
 
 class Dequantize(NamedTuple):
-    """A call of `dequantize`; its one output is a tensor."""
+    """A call of `dequantize`; its output is a tensor."""
 
     q: Quantized
     dtype: torch.dtype
@@ -26,19 +26,14 @@ class Dequantize(NamedTuple):
     def check(self, op: str) -> None:
         q, dtype = self
         if not isinstance(q, Quantized):
-            raise TypeError(f"{op}: q is a {type(q).__name__}; a Quantized is supported: make one with quantize")
+            raise not_a(op, "q", q, "a Quantized", "make one with quantize")
         if dtype not in FLOATS:
-            raise TypeError(
-                f"{op}: dtype is {dtype}; float16, bfloat16, float32 and float64 are supported: pass one of these"
-            )
+            raise TypeError(none_of(op, "dtype", dtype, FLOATS))
         if not isinstance(q.data, Tensor) or q.data.ndim == 0:
             check_tensor(op, "q.data", q.data)
             raise ValueError(f"{op}: q.data has no dimensions; [..., channels] is supported: reshape it")
         check_group(op, q.group)
         check_quantized(op, "q", q, q.data.shape, q.group, q.data.device)
-
-    def check_outputs(self, op: str, outputs: Outputs) -> None:
-        check_output(op, "out", outputs[0], self.q.data.shape, self.dtype, self.q.data.device)
 
     def flatten(self) -> tuple[Any, ...]:
         return self.q.data, self.q.scale, group_width(self.q.group, self.q.shape[-1]), self.dtype
@@ -50,40 +45,33 @@ class Dequantize(NamedTuple):
     def empty(self) -> Outputs:
         return (torch.empty(self.q.shape, dtype=self.dtype, device=self.q.device),)
 
-    def pack(self, tensors: Sequence[Tensor | None]) -> Outputs:
+    def pack(self, tensors: Sequence[Tensor]) -> Outputs:
         return tuple(tensors)
 
 
 def dequantize(q: Quantized, dtype: torch.dtype, *, backend: str = "auto") -> Tensor:
     """`data * scale` in float32, rounded once to `dtype`.
 
-    Compiled, "auto" is plain torch, which the compiler fuses with what is around it.
+    In a compiled graph "auto" is plain torch, which the compiler fuses with the code around it.
 
     Args:
         q: data and scales `[..., C]`.
         dtype: a float dtype.
-        backend: "auto", or one that must serve.
+        backend: "auto", or the name of one.
 
     Returns:
         `[..., C]`, contiguous.
 
     Raises:
-        TypeError, ValueError: an argument is not of this kind.
-        BackendError: `backend` cannot serve.
+        TypeError, ValueError: an argument is not supported.
+        BackendError: the backend cannot serve the call.
     """
     return run(OP, Dequantize(q, dtype), backend)[0]
-
-
-def dequantize_out(q: Quantized, out: Tensor, *, backend: str = "auto") -> None:
-    """`dequantize` into `out`, `[..., C]`, in its dtype, which may not overlap q. Not recorded by autograd."""
-    check_activation(OP, "out", out)
-    write(OP, Dequantize(q, out.dtype), backend, (out,))
 
 
 register(
     OP,
     Dequantize,
     "Tensor data, Tensor scale, int group, ScalarType dtype",
-    {"out": "Tensor(a!) out"},
     reference.compute,
 )

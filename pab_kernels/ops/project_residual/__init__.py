@@ -1,5 +1,4 @@
-"""`project_residual`: an output projection that adds itself to the residual stream and stores itself, in the GEMM's
-epilogue."""
+"""`project_residual`: an output projection whose epilogue adds it to the residual stream and stores it."""
 
 from __future__ import annotations
 
@@ -16,23 +15,22 @@ from ..cached_outputs import (
     CachedOutput,
     Line,
     cached_outputs,
-    check_cached_outputs,
-    flatten_cached_outputs,
-    unflatten_cached_outputs,
+    check_cached,
+    flatten_cached,
+    unflatten_cached,
 )
-from ..checks import check_activation, check_broadcasts, check_operand, check_output
-from ..dispatch import Outputs, run, write
+from ..checks import check_activation, check_broadcasts, check_operand, none_of
+from ..dispatch import Outputs, run
 from ..flops import linear_flops
-from ..quantized import GROUP, Quantized, empty_quantized
+from ..quantized import GROUP, Quantized, check_store_dtype, empty_quantized, stored_of
 from ..registration import register
-from ..stored import STORED_OUT, check_store_dtype, check_stored_out, dtype_of_stored, stored_of
 from . import reference
 
 OP = "project_residual"
 
 
 class ProjectResidual(NamedTuple):
-    """A call of `project_residual`; its outputs are the new x and what is stored. A `store_dtype` of None is x's."""
+    """A call of `project_residual`; its outputs are the new x and the slot. A `store_dtype` of None is x's."""
 
     a: Tensor
     weight: Tensor
@@ -45,7 +43,7 @@ class ProjectResidual(NamedTuple):
 
     @property
     def eight_bits(self) -> torch.dtype | None:
-        """The dtype of what is stored, if it is quantised."""
+        """The dtype of the slot, if it is quantised."""
         return None if self.store is None or self.store_dtype in (None, self.x.dtype) else self.store_dtype
 
     def check(self, op: str) -> None:
@@ -59,35 +57,20 @@ class ProjectResidual(NamedTuple):
         if gate is not None:
             check_broadcasts(op, "gate", gate, x)
         if store not in (None, "pre_gate", "post_gate"):
-            raise ValueError(
-                f"{op}: store is {store!r}; None, 'pre_gate' and 'post_gate' are supported: pass one of these"
-            )
-        check_cached_outputs(op, x, cached)
+            raise ValueError(none_of(op, "store", store, (None, "pre_gate", "post_gate")))
+        check_cached(op, x, cached)
         check_store_dtype(op, store_dtype, x.dtype)
         if store is None and store_dtype is not None:
-            raise ValueError(
-                f"{op}: store_dtype is {store_dtype} and store is None; a dtype is supported with a store: pass "
-                "store='pre_gate'"
-            )
-
-    def check_outputs(self, op: str, outputs: Outputs) -> None:
-        x, (x_out, stored_out) = self.x, outputs
-        check_output(op, "x_out", x_out, x.shape, x.dtype, x.device)
-        if (self.store is None) != (stored_out is None):
-            came = "None" if stored_out is None else "given"
-            raise ValueError(
-                f"{op}: store is {self.store!r} and stored_out is {came}; both or neither are supported: match them"
-            )
-        if stored_out is not None:
-            check_stored_out(op, stored_out, x.shape, GROUP, x)
+            given = f"store_dtype is {store_dtype} and store is None"
+            raise ValueError(f"{op}: {given}; a dtype is supported with a store: pass store='pre_gate'")
 
     def flatten(self) -> tuple[Any, ...]:
-        return *self[:6], self.store_dtype or self.x.dtype, *flatten_cached_outputs(self.cached)
+        return *self[:6], self.store_dtype or self.x.dtype, *flatten_cached(self.cached)
 
     @classmethod
     def unflatten(cls, *flat: Any) -> ProjectResidual:
         a, weight, bias, x, gate, store, store_dtype, *cached = flat
-        return cls(a, weight, bias, x, gate, store, store_dtype, unflatten_cached_outputs(*cached))
+        return cls(a, weight, bias, x, gate, store, store_dtype, unflatten_cached(*cached))
 
     def empty(self) -> Outputs:
         x = self.x
@@ -96,8 +79,8 @@ class ProjectResidual(NamedTuple):
             return x_out, empty_quantized(x.shape, self.eight_bits, GROUP, x.device)
         return x_out, None if self.store is None else torch.empty_like(x_out)
 
-    def pack(self, tensors: Sequence[Tensor | None]) -> Outputs:
-        return tensors[0], stored_of(tensors[1:], GROUP)
+    def pack(self, tensors: Sequence[Tensor]) -> Outputs:
+        return tensors[0], stored_of(*tensors[1:], group=GROUP)
 
 
 def project_residual(
@@ -120,55 +103,34 @@ def project_residual(
         3. for each slot: as in `broadcast_residual`
         4. stored = p ("pre_gate") or g ("post_gate"), quantised if store_dtype has 8 bits
 
-    Every assignment rounds to x's dtype; the product accumulates as `F.linear` does. What is stored is quantised from
-    the rounded p or g, what is added is not quantised. Autograd and compiled graphs: as `broadcast_residual`.
+    Every assignment rounds to x's dtype; the product accumulates as in `F.linear`. An 8-bit slot is quantised from the
+    rounded p or g, and x gets p unquantised. For autograd and compiled graphs see `broadcast_residual`.
 
     Args:
         a: `[..., K]` in x's dtype, last dimension contiguous, leading dimensions as x.
-        weight: `[C, K]` in x's dtype; bias: `[C]` or None.
+        weight: `[C, K]` in x's dtype.
+        bias: `[C]` in x's dtype, or None.
         x: `[..., C]`, float, last dimension contiguous; never written.
         gate: None or x's dtype, broadcasting to x with all C channels.
-        store: which to store, or None.
+        store: which of the two to store, or None.
         store_dtype: x's dtype (also None), torch.int8 or torch.float8_e4m3fn.
         slots, gates: as in `broadcast_residual`, up to two.
-        backend: "auto", or one that must serve.
+        backend: "auto", or the name of one.
 
     Returns:
-        x (new, contiguous) and what is stored: `[..., C]`, contiguous, memory of its own; a `Quantized` in groups of
-        128; or None.
+        x (new, contiguous) and the slot: a contiguous tensor `[..., C]`, a `Quantized` in groups of 128, or None.
 
     Raises:
-        TypeError, ValueError: an argument is not of this kind.
-        BackendError: `backend` cannot serve.
+        TypeError, ValueError: an argument is not supported.
+        BackendError: the backend cannot serve the call.
+
+    Example:
+        >>> a, weight, x = torch.randn(2, 6, 32), torch.randn(64, 32), torch.randn(2, 6, 64)
+        >>> x, slot = project_residual(a, weight, None, x, store="pre_gate", store_dtype=torch.int8)
     """
     cached = cached_outputs(OP, slots, gates, MOST_ADDED - 1)
     x_new, stored = run(OP, ProjectResidual(a, weight, bias, x, gate, store, store_dtype, cached), backend)
     return x_new, stored
-
-
-def project_residual_out(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    *,
-    x_out: Tensor,
-    stored_out: Tensor | Quantized | None = None,
-    gate: Tensor | None = None,
-    store: Literal["pre_gate", "post_gate"] | None = None,
-    slots: Sequence[Tensor | Quantized | Line] = (),
-    gates: Sequence[Tensor | None] | None = None,
-    backend: str = "auto",
-) -> None:
-    """`project_residual` into x_out, of x's shape and dtype, and with `store` into stored_out, whose dtype is the
-    store's.
-
-    x_out may be x itself; apart from that, outputs may not overlap themselves, each other or what is read. Not recorded
-    by autograd.
-    """
-    cached = cached_outputs(OP, slots, gates, MOST_ADDED - 1)
-    dtype = None if store is None else dtype_of_stored(stored_out)
-    write(OP, ProjectResidual(a, weight, bias, x, gate, store, dtype, cached), backend, (x_out, stored_out))
 
 
 def _flops(a: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
@@ -181,7 +143,6 @@ register(
     ProjectResidual,
     "Tensor a, Tensor weight, Tensor? bias, Tensor x, Tensor? gate, str? store, ScalarType store_dtype, "
     f"{CACHED_SCHEMA}",
-    {"x_out": "Tensor(a!) x_out", "stored_out": STORED_OUT},
     reference.compute,
     _flops,
 )

@@ -24,8 +24,7 @@ def compute(call: ProjectResidual) -> Outputs:
 
 
 def rounded_once(call: ProjectResidual) -> Outputs:
-    """The outputs as the kernels round them: everything in float32; p, what is stored of it and the new x round once
-    each."""
+    """The outputs as kernels round them: in float32; p, the slot and the new x round once each."""
     a, weight, bias, x, gate, *_, cached = call
     p = F.linear(a.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     gated = p.float() if gate is None else gate.float() * p.float()
@@ -33,7 +32,7 @@ def rounded_once(call: ProjectResidual) -> Outputs:
 
 
 def _stored(call: ProjectResidual, p: Tensor, gated: Tensor) -> Tensor | Quantized | None:
-    """What is kept, of x's dtype or quantised."""
+    """The slot, in x's dtype or quantised."""
     if call.store is None:
         return None
     stored = p if call.store == "pre_gate" else gated

@@ -1,27 +1,26 @@
-"""`project_residual` in Triton: a persistent GEMM whose epilogue stores, gates and adds; the projection never goes to
-memory for that.
+"""`project_residual` in Triton: a persistent GEMM whose epilogue stores, gates and adds the projection from registers.
 
     1. p = a weight^T + bias
     2. x' = x + gate * p + sum_i gate_i * c_i;  c_i as in `broadcast_residual`
     3. stored = p or gate * p, quantised with a scale for its 128 channels if it has 8 bits
 
-A program takes one tile of tokens and 128 channels after the other: that is one group of an 8-bit slot, and C = 1152 is
-9 of them. Where it compiles without spills the loops over tiles and over K are one pipeline: the first loads of a tile
-are under way while the epilogue of the tile before runs. Tiles follow one another down a band of rows before they go on
-to the next 128 channels, so that those that run at the same time share rows of `a` and of the weight in the L2 cache.
+A program computes tiles of tokens and 128 channels one after the other: 128 channels are one group of an 8-bit slot,
+and C = 1152 is 9 of them. Where it compiles without spills, the loops over tiles and over K are one pipeline: the first
+loads of a tile are in flight during the epilogue of the previous one. Tiles go down a band of rows before they go on to
+the next 128 channels, so that tiles that run at the same time share rows of `a` and of the weight in the L2 cache.
 
-Operands are read through pointers, not tensor descriptors: any strides of any leading dimensions and any K will do.
-What is aligned to 16 bytes, with strides in multiples of 8, goes to shared memory asynchronously all the same; anything
-else is read element by element.
+Operands are read through pointers, not tensor descriptors, which allows any strides of any leading dimensions and any
+K. Operands that are aligned to 16 bytes, with strides in multiples of 8, still go to shared memory asynchronously;
+others are read element by element.
 
-The epilogue takes 32 channels of a tile at a time, since the registers do not hold all operands of a whole one. A gate
-is loaded as any operand is, with stride 0 where it is broadcast.
+The epilogue takes 32 channels of a tile at a time, because the registers do not hold all operands of a whole tile. A
+gate is loaded like any operand, with stride 0 where it is broadcast.
 
-What rounds, everything else being float32:
-    1. p rounds to x's dtype: a slot in that dtype, reused, adds what was added here
-    2. x' is computed from the rounded p and rounds once, to x's dtype; what is stored changes nothing of it
+Everything is float32, except for these roundings:
+    1. p rounds to x's dtype: a slot in that dtype, when reused, adds exactly what was added here
+    2. x' is computed from the rounded p and rounds once, to x's dtype, whether p is stored or not
     3. gate * p, from the rounded p, rounds to x's dtype where it is stored
-    4. what is stored in 8 bits is quantised from the rounded values: a scale rounds to float32, a quotient to 8 bits
+    4. an 8-bit slot is quantised from the rounded values: a scale rounds to float32, a quotient to 8 bits
 `reference.rounded_once` rounds in the same places. Products of float32 are exact float32, without tensor cores.
 """
 
@@ -34,29 +33,33 @@ import torch
 import triton
 import triton.language as tl
 
-from ..addresses import UNIT, addresses, index_of, layout, offset_of
-from ..backend import refuse_device, refuse_float8
-from ..cached_outputs import flatten_cached_outputs, holds_float8
+from ..addresses import addresses, index_of, layout, offset_of
+from ..backend import refuse_device, refuse_float8, refuse_stream
+from ..cached_outputs import flatten_cached, holds_float8
 from ..dispatch import Outputs
 from ..quantized import GROUP, data_and_scale
 from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
+from ..strides import UNIT
 from . import ProjectResidual
 
 MAX_TOKENS = 2**31 - 2**10
-"""Tokens are counted in 32 bits, the last tile's rows beyond them too."""
+"""Tokens are counted in 32 bits, with the rows of the last tile."""
 
 BAND = tl.constexpr(8)
-"""Tiles below one another that are taken before those of the next channels."""
+"""Tiles of rows that are taken before the next channels."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens of a tile and input channels of a step; warps, steps whose loads are under way, programs that a
-    multiprocessor has at once.
+    """How a program computes its tiles.
 
     Args:
+        rows: tokens of a tile.
+        depth: input channels of a step.
+        warps, stages: of a program; steps in flight.
+        programs: that a multiprocessor runs at once.
         flat: whether the loops over tiles and over K are one pipeline.
-        registers: that a lane may have; None leaves the compiler to spill where that lets a second program in.
+        registers: that a lane may have; None lets the compiler choose.
     """
 
     rows: int
@@ -74,9 +77,7 @@ def tile(tokens: int, channels: int, itemsize: int, capability: tuple[int, int],
         return Tile(64, 16, 8, 3, 2, True)
     tiles = -(-tokens // 128) * -(-channels // GROUP)
     rows = 128 if tiles >= multiprocessors else 64
-    if (
-        capability[0] == 10
-    ):  # sums lie in tensor memory: the registers hold two programs, and the one pipeline would not fit them
+    if capability[0] == 10:  # sums lie in tensor memory: registers hold two programs, but not one flat pipeline
         return Tile(rows, 64, 8, 3, 2, False, 255)
     depth, stages = (64, 3) if capability[0] == 9 else (32, 4)
     return Tile(rows, depth, rows // 16, stages, 1, True)
@@ -160,19 +161,16 @@ def _project_residual_kernel(
         channel = tl.minimum(group * COLUMNS + tl.arange(0, COLUMNS), C - 1)
         depth = tl.arange(0, DEPTH)
         a_ptrs = _pointers(a_ptr, index, a_strides, depth, UNIT)  # [ROWS, DEPTH]
-        weight_ptrs = _pointers(
-            weight_ptr, (channel.to(tl.int64),), (weight_stride,), depth, WEIGHT_UNIT
-        )  # [COLUMNS, DEPTH]
+        row = (channel.to(tl.int64),)
+        weight_ptrs = _pointers(weight_ptr, row, (weight_stride,), depth, WEIGHT_UNIT)  # [COLUMNS, DEPTH]
         sums = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         for first in tl.range(0, K, DEPTH):
             if K % DEPTH == 0:
                 a, weight = tl.load(a_ptrs + first), tl.load(weight_ptrs + first)
             else:
                 there = (first + depth < K)[None, :]
-                a, weight = (
-                    tl.load(a_ptrs + first, mask=there, other=0.0),
-                    tl.load(weight_ptrs + first, mask=there, other=0.0),
-                )
+                a = tl.load(a_ptrs + first, mask=there, other=0.0)
+                weight = tl.load(weight_ptrs + first, mask=there, other=0.0)
             sums = tl.dot(operand(a), operand(weight).T, sums, input_precision="ieee")
 
         index = index_of(token, sizes)  # again: kept through the loop it would cost registers
@@ -194,23 +192,13 @@ def _project_residual_kernel(
             new = gated + _load(x_ptr, index, x_strides, channels, mask, UNIT)
             for i in tl.static_range(len(slot_gate_ptrs)):
                 slot = _load_cached(
-                    slot_ptrs,
-                    slot_scale_ptrs,
-                    index,
-                    slot_strides,
-                    slot_scale_strides,
-                    group,
-                    channels,
-                    live,
-                    mask,
-                    i,
-                    UNIT,
-                )
+                    slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, group, channels, live, mask,
+                    i, UNIT,
+                )  # fmt: skip
                 if slot_weight_ptrs[i] is not None:
                     before = _load_cached(
                         slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, group, channels, live,
-                        mask,
-                        len(slot_gate_ptrs) + i, UNIT,
+                        mask, len(slot_gate_ptrs) + i, UNIT,
                     )  # fmt: skip
                     slot += slot_weights[i] * (slot - before)
                 if slot_gate_ptrs[i] is not None:
@@ -238,18 +226,14 @@ def _project_residual_kernel(
 def refusal(call: ProjectResidual) -> str | None:
     """Why this kernel cannot serve; None where it can."""
     x = call.x
-    device = refuse_device(x, bool(INTERPRETED.value))
-    if device is not None:
-        return device
-    if x.dtype == torch.float64:
-        return "x is torch.float64; float16, bfloat16 and float32 are supported"
+    unsupported = refuse_device(x, bool(INTERPRETED.value)) or refuse_stream(x, MAX_TOKENS)
+    if unsupported is not None:
+        return unsupported
     if call.a.shape[-1] == 0:
         return "a has no channels; one or more are supported"
-    if x.numel() > MAX_TOKENS * x.shape[-1]:
-        return f"x has {x.numel() // x.shape[-1]} tokens; up to {MAX_TOKENS} are supported"
     if holds_float8(call.cached):
         return refuse_float8(x, "a slot")
-    return refuse_float8(x, "store_dtype") if call.eight_bits == torch.float8_e4m3fn else None
+    return refuse_float8(x, "store_dtype", call.eight_bits)
 
 
 def launch(call: ProjectResidual, outputs: Outputs) -> None:
@@ -264,10 +248,7 @@ def launch(call: ProjectResidual, outputs: Outputs) -> None:
 
 @cache
 def _device(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors.
-
-    Two of them where there is no such device, so that programs have several tiles there too.
-    """
+    """Compute capability and multiprocessors; without a device two, so that programs have several tiles there too."""
     if device.type != "cuda":
         return (9, 0), 2
     properties = torch.cuda.get_device_properties(device)
@@ -279,7 +260,7 @@ def project_in_tiles(call: ProjectResidual, outputs: Outputs, chosen: Tile, mult
     (a, weight, bias, x, gate, store, _, cached), (x_out, stored_out) = call, outputs
     *leading, channels = x.shape
     tokens = x.numel() // channels
-    slots, slot_scales, gates, weights = flatten_cached_outputs(cached)
+    slots, slot_scales, gates, weights = flatten_cached(cached)
     stored, stored_scale = data_and_scale(stored_out)
     operands, scales = (a, x, gate, x_out, stored, *slots, *gates), (stored_scale, *slot_scales)
     at = addresses(tuple(leading), tuple(map(layout, operands)), tuple(map(layout, scales)))

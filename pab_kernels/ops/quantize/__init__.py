@@ -8,17 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_float, check_tensor
-from ..dispatch import Outputs, run, write
-from ..quantized import (
-    GROUP,
-    Quantized,
-    check_group,
-    check_quantized,
-    check_quantized_dtype,
-    empty_quantized,
-    group_width,
-)
+from ..checks import check_float
+from ..dispatch import Outputs, run
+from ..quantized import GROUP, Quantized, check_group, check_quantized_dtype, empty_quantized, group_width
 from ..registration import register
 from . import reference
 
@@ -26,7 +18,7 @@ OP = "quantize"
 
 
 class Quantize(NamedTuple):
-    """A call of `quantize`; its one output is a `Quantized`."""
+    """A call of `quantize`; its output is a `Quantized`."""
 
     x: Tensor
     dtype: torch.dtype
@@ -36,9 +28,6 @@ class Quantize(NamedTuple):
         check_float(op, "x", self.x)
         check_quantized_dtype(op, "dtype", self.dtype)
         check_group(op, self.group)
-
-    def check_outputs(self, op: str, outputs: Outputs) -> None:
-        check_quantized(op, "out", outputs[0], self.x.shape, self.group, self.x.device, output=True)
 
     def flatten(self) -> tuple[Any, ...]:
         return self.x, self.dtype, group_width(self.group, self.x.shape[-1])
@@ -50,7 +39,7 @@ class Quantize(NamedTuple):
     def empty(self) -> Outputs:
         return (empty_quantized(self.x.shape, self.dtype, self.group, self.x.device),)
 
-    def pack(self, tensors: Sequence[Any]) -> Outputs:
+    def pack(self, tensors: Sequence[Tensor]) -> Outputs:
         data, scale = tensors
         return (Quantized(data, scale, self.group),)
 
@@ -61,40 +50,33 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int = GROUP, *, backend: str 
         1. scale = max |x| / 127 (int8) or / 448 (float8_e4m3fn), over the group
         2. data = round(x / scale), 0 where scale is 0
 
-    In float32; rounds once, to nearest even. A group that holds an infinity or NaN dequantises to NaN. Compiled, "auto"
-    is plain torch, which the compiler fuses with what is around it.
+    Computes in float32 and rounds once, to nearest even. A group that holds an infinity or NaN dequantises to NaN. In a
+    compiled graph "auto" is plain torch, which the compiler fuses with the code around it.
 
     Args:
         x: `[..., C]`, float, any strides.
         dtype: torch.int8 or torch.float8_e4m3fn.
-        group: channels to a scale, 1 or more; the last group may be shorter, and one wider than C is one group.
-        backend: "auto", or one that must serve.
+        group: channels to a scale, 1 or more; the last group may be shorter, and a group wider than C is all channels.
+        backend: "auto", or the name of one.
 
     Returns:
         Contiguous data `[..., C]` and scale `[..., ceil(C / group)]`.
 
     Raises:
-        TypeError, ValueError: an argument is not of this kind.
-        BackendError: `backend` cannot serve.
+        TypeError, ValueError: an argument is not supported.
+        BackendError: the backend cannot serve the call.
+
+    Example:
+        >>> q = quantize(torch.randn(2, 6, 200), torch.int8)
+        >>> q.data.shape, q.scale.shape
+        (torch.Size([2, 6, 200]), torch.Size([2, 6, 2]))
     """
     return run(OP, Quantize(x, dtype, group), backend)[0]
-
-
-def quantize_out(x: Tensor, out: Quantized, *, backend: str = "auto") -> None:
-    """`quantize` into `out`, in its dtype and groups.
-
-    Its data and scales may not overlap each other or x. Not recorded by autograd.
-    """
-    if not isinstance(out, Quantized):
-        raise TypeError(f"{OP}: out is a {type(out).__name__}; a Quantized is supported: make one with empty_quantized")
-    check_tensor(OP, "out.data", out.data)
-    write(OP, Quantize(x, out.data.dtype, out.group), backend, (out,))
 
 
 register(
     OP,
     Quantize,
     "Tensor x, ScalarType dtype, int group",
-    {"out": "Tensor(a!) data_out, Tensor(b!) scale_out"},
     reference.compute,
 )

@@ -20,9 +20,8 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int) -> Quantized:
     width = group_width(group, channels)
     groups, ragged = -(-channels // width), channels % width != 0
     x = x.float().contiguous()
-    grouped = (F.pad(x, (0, groups * width - channels)) if ragged else x).unflatten(
-        -1, (groups, width)
-    )  # [..., groups, width]
+    padded = F.pad(x, (0, groups * width - channels)) if ragged else x
+    grouped = padded.unflatten(-1, (groups, width))  # [..., groups, width]
     scale = grouped.abs().amax(-1) / limit
     divisor = scale.masked_fill(scale == 0, 1)
     if ragged and torch.compiler.is_compiling():  # see by_channel
@@ -31,7 +30,7 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int) -> Quantized:
         data = (grouped / divisor.unsqueeze(-1)).flatten(-2)
     if dtype == torch.int8:
         data = data.round()
-    # Where scale is subnormal the quotient can pass the limit, and a cast to int8 wraps around.
+    # Where the scale is subnormal, the quotient can exceed the limit, and a cast to int8 wraps around.
     data = data.clamp(-limit, limit)[..., :channels]
     return Quantized(data.to(dtype).contiguous(), scale, group)
 

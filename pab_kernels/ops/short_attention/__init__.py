@@ -1,25 +1,20 @@
-"""`short_attention`: self attention over sequences of up to 64 tokens by the hundred thousand, as temporal attention
-has them.
+"""`short_attention`: self attention over very many sequences of up to 64 tokens, such as the frames of a video.
 
-What it computes is `attention` without key lengths. It is an operation of its own for its kernel, which is bound by
-bytes, not by FLOPs: it packs many sequences into a tile, where `attention` gives every sequence and head a tile, mostly
-of padding.
+It computes `attention` without key lengths. It is a separate operation for its kernels, which are limited by memory
+bandwidth: they pack many sequences into a tile, where `attention` would give each a tile of mostly padding.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..attention import Attention, count_flops
-from ..attention.options import OPTIONS_SCHEMA, QKNorm, Rope
+from ..attention.options import SCHEMA, QKNorm, Rope
 from ..attention.reference import compute
-from ..dispatch import run, write
+from ..dispatch import run
 from ..quantized import Quantized
 from ..registration import register
-from ..stored import STORED_OUT, dtype_of_stored
 
 OP = "short_attention"
 MAX_TOKENS = 64
@@ -34,18 +29,8 @@ class ShortAttention(Attention):
         super().check(op)
         queries, keys = self.q.shape[-3], self.k.shape[-3]
         if queries > MAX_TOKENS or keys != queries:
-            raise ValueError(
-                f"{op}: {queries} queries and {keys} keys came; equal numbers up to {MAX_TOKENS} are supported: call "
-                "attention"
-            )
-
-    def flatten(self) -> tuple[Any, ...]:
-        q, k, v, _, *options = super().flatten()
-        return q, k, v, *options
-
-    @classmethod
-    def unflatten(cls, *flat: Any) -> Attention:
-        return super().unflatten(*flat[:3], None, *flat[3:])
+            supported = f"equal numbers up to {MAX_TOKENS} are supported"
+            raise ValueError(f"{op}: got {queries} queries and {keys} keys; {supported}: call attention")
 
 
 def short_attention(
@@ -66,7 +51,7 @@ def short_attention(
         2. out = softmax(softmax_scale q k^T) v per head
         3. stored = out, quantised with a scale a head if store_dtype has 8 bits
 
-    Memory: 8 bytes a channel and token in bf16. Rounding, memory order and autograd are those of `attention`.
+    Memory traffic: 8 bytes a channel and token in bf16. For rounding, memory order and autograd see `attention`.
 
     Args:
         q, k, v: `[*batch, N, H, D]`, N <= 64; otherwise as `attention`.
@@ -76,36 +61,21 @@ def short_attention(
         As `attention`.
 
     Raises:
-        TypeError, ValueError: an argument is not of this kind.
-        BackendError: `backend` cannot serve.
+        TypeError, ValueError: an argument is not supported.
+        BackendError: the backend cannot serve the call.
+
+    Example:
+        >>> qkv = torch.randn(1, 5, 12, 3, 4, 32)  # [B, T, S, 3, H, D]: 12 places attend over 5 frames
+        >>> out, _ = short_attention(*(qkv.select(3, i).transpose(1, 2) for i in range(3)))
     """
     out, stored = run(OP, ShortAttention(q, k, v, softmax_scale, None, q_norm, k_norm, rope, store_dtype), backend)
     return out, stored
 
 
-def short_attention_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    out: Tensor,
-    stored_out: Tensor | Quantized | None = None,
-    softmax_scale: float | None = None,
-    q_norm: QKNorm | None = None,
-    k_norm: QKNorm | None = None,
-    rope: Rope | None = None,
-    backend: str = "auto",
-) -> None:
-    """`short_attention` into out and, if given, stored_out; both as in `attention_out`."""
-    dtype = None if stored_out is None else dtype_of_stored(stored_out) or getattr(q, "dtype", None)
-    write(OP, ShortAttention(q, k, v, softmax_scale, None, q_norm, k_norm, rope, dtype), backend, (out, stored_out))
-
-
 register(
     OP,
     ShortAttention,
-    f"Tensor q, Tensor k, Tensor v, {OPTIONS_SCHEMA}, ScalarType? store_dtype",
-    {"out": "Tensor(a!) out", "stored_out": STORED_OUT},
+    SCHEMA,
     compute,
     count_flops,
 )

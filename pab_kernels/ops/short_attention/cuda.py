@@ -1,24 +1,22 @@
-"""`short_attention` in CUDA: csrc/short_attention.cu, a warp for each head of a sequence of up to 32 tokens, a block
-for one of up to 64.
+"""`short_attention` in CUDA: csrc/short_attention.cu, a warp for a head of up to 32 tokens, a block for up to 64.
 
-Every row of q, k and v is read once, 16 bytes at a time, straight from the packed projection. What rounds is what
-rounds in the Triton kernel. Heads of sequences do not mix: where v holds an infinity or NaN, its channel of its head
-becomes one, and no other.
+Every row of q, k and v is read once, 16 bytes at a time, straight from the packed projection. It rounds where the
+Triton kernel does. Heads of sequences do not mix: an infinity or NaN in v affects only its channel of its head.
 """
 
 from __future__ import annotations
 
-from math import log, prod
+from math import prod
 
 import torch
 from torch import Tensor
 
 from ..attention import Attention
 from ..attention.options import QKNorm
-from ..attention.strides import aligned, unit_of
 from ..cuda_library import kernel, refuse
 from ..dispatch import Outputs
 from ..quantized import data_and_scale
+from ..strides import aligned
 
 HEAD_DIMS = (64, 72, 96, 128)
 MAX_HEADS = 2**31 - 1
@@ -28,8 +26,7 @@ _NORM = "int {0}_kind, Tensor? {0}_weight, Tensor? {0}_bias, Tensor? {0}_rstd, f
 _kernel = kernel(
     "short_attention",
     f"Tensor q, Tensor k, Tensor v, float scale, {_NORM.format('q')}, {_NORM.format('k')}, Tensor? cos, Tensor? sin, "
-    "bool interleaved, "
-    "Tensor(a!) out, Tensor(b!)? stored, Tensor(c!)? stored_scale",
+    "bool interleaved, Tensor(a!) out, Tensor(b!)? stored, Tensor(c!)? stored_scale",
 )
 
 
@@ -40,34 +37,25 @@ def refusal(call: Attention) -> str | None:
         return f"q is {q.dtype}; float16 and bfloat16 are supported"
     if q.shape[-1] not in HEAD_DIMS:
         return f"the head dimension is {q.shape[-1]}; 64, 72, 96 and 128 are supported"
-    if prod(q.shape[:-3]) * q.shape[-2] > MAX_HEADS:
-        return (
-            f"{prod(q.shape[:-3])} sequences of {q.shape[-2]} heads came; fewer than 2 ** 31 heads together are "
-            "supported"
-        )
+    if (heads := prod(q.shape[:-3]) * q.shape[-2]) > MAX_HEADS:
+        return f"there are {heads} heads of sequences; at most {MAX_HEADS} are supported"
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not aligned(t):
-            return f"heads of {name} do not all begin at a multiple of 16 bytes; a packed projection's do"
+            return f"heads of {name} do not all begin at a multiple of 16 bytes; those of a packed projection do"
     return refuse(q)
 
 
 def launch(call: Attention, outputs: Outputs) -> None:
     """Write the outputs."""
-    (q, k, v, softmax_scale, _, q_norm, k_norm, rope, _), (out, stored_out) = call, outputs
+    (q, k, v, _, _, q_norm, k_norm, rope, _), (out, stored_out) = call, outputs
     if q.numel() == 0:
         return
     stored, stored_scale = data_and_scale(stored_out)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     cos, sin = (None, None) if rope is None or rope.cos.shape[-1] == 0 else (_vectors(rope.cos), _vectors(rope.sin))
-    places = [_place(out), None if stored is None else _place(stored)]
     _kernel(
-        q, k, v, scale / log(2), *_norm_arguments(q_norm), *_norm_arguments(k_norm), cos, sin,
-        rope is not None and rope.interleaved,
-        *places, stored_scale,
+        q, k, v, call.log2_scale, *_norm_arguments(q_norm), *_norm_arguments(k_norm), cos, sin,
+        rope is not None and rope.interleaved, out, stored, stored_scale,
     )  # fmt: skip
-    for place, wanted in zip(places, (out, stored), strict=True):
-        if place is not wanted and place is not None and wanted is not None:
-            wanted.copy_(place)
 
 
 def _norm_arguments(norm: QKNorm | None) -> tuple[int, Tensor | None, Tensor | None, Tensor | None, float]:
@@ -83,11 +71,3 @@ def _vectors(t: Tensor | None) -> Tensor | None:
     if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
         return t
     return t.clone(memory_format=torch.contiguous_format)
-
-
-def _place(t: Tensor) -> Tensor:
-    """Where the kernel writes t: t itself where each head begins at a multiple of its 16 bytes, or 8 of an 8-bit
-    dtype."""
-    if unit_of(t) > 1 and t.data_ptr() % (8 * t.element_size()) == 0:
-        return t
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device)

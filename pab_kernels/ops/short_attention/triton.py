@@ -1,76 +1,70 @@
-"""`short_attention` in Triton: many sequences to a tile, read once from the packed projection and written once in its
-order.
+"""`short_attention` in Triton: many sequences to a tile, read and written once in the order of the packed projection.
 
-A tile is 64 rows: all N tokens of floor(64 / N) heads, first the next head of a sequence, then the first of the next
-sequence. The heads of a token, neighbours in memory, are neighbouring rows: what is read and written is whole sectors
-of memory, where one head of 72 channels begins or ends within one. Both products are of the whole tile, 64 x 64 scores,
-of which those between two heads are masked: what that wastes costs no access to memory, which bounds this operation.
+A tile is 64 rows: all N tokens of floor(64 / N) heads, in the order of heads within a sequence. The heads of a token,
+neighbours in memory, are neighbouring rows, so that accesses cover whole sectors of memory, although a head of 72
+channels begins or ends within one. Both products are of the whole tile, 64 x 64 scores, of which those between two
+heads are masked: that wastes FLOPs, but no memory bandwidth, which limits this operation.
 
     1. q' = rope(q_norm(q));  k' = rope(k_norm(k)), in registers
     2. s = softmax_scale log2(e) q' k'^T, -inf between two heads;  p = 2^(s - max s);  l = sum p
     3. out = p v / l;  stored = out, quantised with a scale a head if it has 8 bits
 
-A head is never padded to a power of two: D = 72 is parts of 64 + 16 channels, two products a tile, and only the 16 have
-(8) masked ones. The order of channels is nothing to q' k'^T: where a rotary embedding turns channel i with i + R / 2,
-the parts of q and k are those of each half.
+A head is never padded to a power of two: D = 72 is parts of 64 + 16 channels, two products a tile, of which 8 channels
+are masked. The order of channels does not matter to q' k'^T: where a rotary embedding turns channel i with i + R / 2,
+q and k are split into the parts of each half.
 
-What rounds, everything else being float32:
+Everything is float32, except for these roundings:
     1. a norm rounds to q's dtype, then the rotary embedding does
     2. p rounds to q's dtype for the product with v; l sums it unrounded
     3. out rounds once
-    4. what is stored is quantised from the rounded out: a scale rounds to float32, a quotient to 8 bits
+    4. the stored copy is quantised from the rounded out: a scale rounds to float32, a quotient to 8 bits
 `attention.reference.online_attention`, with all keys in one step, rounds in the same places.
 
-Heads of sequences do not mix. Where v holds an infinity or NaN, its head of its sequence becomes NaN in all channels if
-N <= 32 (in the product of a tile, 0 times it would spoil the other heads), and in the channel that holds it if N > 32.
+Heads of sequences do not mix. An infinity or NaN in v makes its head of its sequence NaN, in all channels if N <= 32
+(0 times it would otherwise spoil the other heads of the tile), and only in its own channel if N > 32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-from math import log, prod
+from math import prod
 
 import torch
 import triton
 import triton.language as tl
 
+from ..addresses import offset_of
 from ..attention import Attention
+from ..attention.options import refuse_heads
 from ..attention.prepare import norm_arguments, rope_arguments
-from ..attention.strides import head_strides, unit_of
 from ..attention.triton import parts
 from ..backend import refuse_device, refuse_float8
 from ..dispatch import Outputs
 from ..quantized import data_and_scale
 from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
+from ..strides import UNIT, head_strides, unit_of
 
 MAX_HEADS = 2**31 - 64
-"""Heads of sequences are counted in 32 bits, and a tile may begin with the last.
-
-The grid's first axis, the one in use, ends there too.
-"""
+"""Heads of sequences are counted in 32 bits, and a tile may begin with the last; the grid's first axis ends there."""
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Rows of a tile, and warps."""
+ROWS = 64
+"""Rows of a tile."""
 
-    rows: int
-    warps: int
+OUT_UNIT = tl.constexpr(UNIT)
+"""In which strides of outputs are counted: D is a multiple of it, and outputs are allocated without gaps."""
 
 
-def tiles(head_dim: int) -> Tiles:
-    """The tile sizes for a call: the registers of 4 warps do not hold larger heads with their norm and rotary
-    embedding."""
-    return Tiles(rows=64, warps=4 if head_dim <= 80 else 8)
+def warps(head_dim: int) -> int:
+    """Warps of a program: the registers of 4 do not hold larger heads with their norm and rotary embedding."""
+    return 4 if head_dim <= 80 else 8
 
 
 @cache
 def sections(head_dim: int, rotary: int, interleaved: bool) -> tuple[tuple[tuple[int, int, int], ...], int]:
-    """First channel, width and number of channels of the parts of q and k; those that rotate come first, and how many
-    do.
+    """First channel, width and number of channels of the parts of q and k, and how many of them, the first, rotate.
 
-    Where pairs are not interleaved every second part holds the partners of the one before.
+    Where pairs are not interleaved, every second part holds the partners of the previous one.
     """
     halves = 1 if interleaved else 2
     turning = [
@@ -118,16 +112,18 @@ def _padded(x, COUNT: tl.constexpr):
 
 @triton.jit
 def _normed(
-    x, rstd, weight_ptr, bias_ptr, eps, weight_offsets, valid, dtype: tl.constexpr,
+    x, rstd_ptrs, weight_ptr, bias_ptr, eps, weight_offsets, valid, dtype: tl.constexpr,
     D: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """The parts x of q or k with their norm, 0 beyond their channels; rstd is given for NORM "across" alone."""
-    mean = tl.zeros_like(rstd)
+    """The parts x of q or k with their norm, 0 beyond their channels; rstd_ptrs is given for NORM "across" alone."""
+    mean = tl.zeros([x[0].shape[0]], dtype=tl.float32)
     if NORM == "layer":
         for i in tl.static_range(len(PARTS)):
             mean += tl.sum(x[i].to(tl.float32), 1) / D
-    if NORM != "across":
-        squares = tl.zeros_like(rstd)
+    if NORM == "across":
+        rstd = tl.load(rstd_ptrs, mask=valid, other=0.0)
+    else:
+        squares = tl.zeros_like(mean)
         for i in tl.static_range(len(PARTS)):
             y = x[i].to(tl.float32)
             if NORM == "layer":
@@ -158,9 +154,8 @@ def _rotated(
 ):  # fmt: skip
     """The parts x of q or k, the first TURNING of which rotate by the tables [N, R / 2].
 
-    What lies beyond their channels is 0 already. `_padded`, which says so again, is there for the compiler: without it,
-    it rotates in the layout of the product's operand, for which it passes the float32 tables through shared memory, and
-    spills.
+    Elements beyond their channels are 0 already. `_padded` repeats it for the compiler, which would otherwise rotate in
+    the layout of the product's operand, pass the float32 tables through shared memory, and spill.
     """
     rotated = ()
     at = token * (R // 2)
@@ -191,46 +186,36 @@ def _short_attention_kernel(
     k_weight_ptr, k_bias_ptr, k_rstd_ptr, k_rstd_strides, k_eps,
     cos_ptr, sin_ptr, scale, sequences, batch, heads,
     N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    PARTS: tl.constexpr, QK_PARTS: tl.constexpr, TURNING: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PARTS: tl.constexpr, QK_PARTS: tl.constexpr, TURNING: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile.
 
-    Strides are (first batch dimension, second, token, head), in UNITs of elements and, of what is written, OUT_UNITs: a
-    factor that is known when the kernel is compiled says how wide accesses may be, which a head stride of 72 would
-    hide. `batch` is the second's size. PARTS are first channel, width and number of channels of the parts of v and out,
-    QK_PARTS those of q and k.
+    Strides are (first batch dimension, second, token, head): inputs' in UNITs of elements, outputs' in OUT_UNITs, those
+    of scales and roots in elements. `batch` is the size of the second. PARTS are first channel, width and number of
+    channels of the parts of v and out, QK_PARTS those of q and k.
     """
     PACKED: tl.constexpr = ROWS // N
     rows = tl.arange(0, ROWS)
     place, token = rows % PACKED, (rows // PACKED).to(tl.int64)
-    index = tl.program_id(0) * PACKED + place
-    valid = (token < N) & (index < sequences * heads)
-    head, sequence = (index % heads).to(tl.int64), index // heads
+    number = tl.program_id(0) * PACKED + place
+    valid = (token < N) & (number < sequences * heads)
+    head, sequence = (number % heads).to(tl.int64), number // heads
     first, second = (sequence // batch).to(tl.int64), (sequence % batch).to(tl.int64)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
 
-    at = (first * q_strides[0] + second * q_strides[1] + token * q_strides[2] + head * q_strides[3]) * UNIT
-    q = _tiles(q_ptr, at, valid, QK_PARTS)
-    at = (first * k_strides[0] + second * k_strides[1] + token * k_strides[2] + head * k_strides[3]) * UNIT
-    k = _tiles(k_ptr, at, valid, QK_PARTS)
-    at = (first * v_strides[0] + second * v_strides[1] + token * v_strides[2] + head * v_strides[3]) * UNIT
-    v = _tiles(v_ptr, at, valid, PARTS)
+    index = (first, second, token, head)
+    q = _tiles(q_ptr, offset_of(index, q_strides) * UNIT, valid, QK_PARTS)
+    k = _tiles(k_ptr, offset_of(index, k_strides) * UNIT, valid, QK_PARTS)
+    v = _tiles(v_ptr, offset_of(index, v_strides) * UNIT, valid, PARTS)
 
     if Q_NORM != "":
-        rstd = tl.zeros([ROWS], dtype=tl.float32)
-        if Q_NORM == "across":
-            at = first * q_rstd_strides[0] + second * q_rstd_strides[1] + token * q_rstd_strides[2]
-            rstd = tl.load(q_rstd_ptr + at, mask=valid, other=0.0)
+        rstd = q_rstd_ptr if q_rstd_ptr is None else q_rstd_ptr + offset_of(index, q_rstd_strides)
         q = _normed(q, rstd, q_weight_ptr, q_bias_ptr, q_eps, head * D, valid, dtype, D, QK_PARTS, Q_NORM)
     if R > 0:
         q = _rotated(q, token, valid, cos_ptr, sin_ptr, dtype, R, QK_PARTS, TURNING, INTERLEAVED)
     if K_NORM != "":
-        rstd = tl.zeros([ROWS], dtype=tl.float32)
-        if K_NORM == "across":
-            at = first * k_rstd_strides[0] + second * k_rstd_strides[1] + token * k_rstd_strides[2]
-            rstd = tl.load(k_rstd_ptr + at, mask=valid, other=0.0)
+        rstd = k_rstd_ptr if k_rstd_ptr is None else k_rstd_ptr + offset_of(index, k_rstd_strides)
         k = _normed(k, rstd, k_weight_ptr, k_bias_ptr, k_eps, head * D, valid, dtype, D, QK_PARTS, K_NORM)
     if R > 0:
         k = _rotated(k, token, valid, cos_ptr, sin_ptr, dtype, R, QK_PARTS, TURNING, INTERLEAVED)
@@ -255,7 +240,7 @@ def _short_attention_kernel(
     share = (1.0 / tl.sum(p, 1))[:, None]
     p = narrow(p, dtype)
 
-    at = (first * out_strides[0] + second * out_strides[1] + token * out_strides[2] + head * out_strides[3]) * OUT_UNIT
+    at = offset_of(index, out_strides) * OUT_UNIT
     out = ()
     for i in tl.static_range(len(PARTS)):
         channels = tl.arange(0, PARTS[i][1])
@@ -267,69 +252,53 @@ def _short_attention_kernel(
         if stored_scale_ptr is not None:
             magnitude = tl.zeros([ROWS], dtype=tl.int32)
             for i in tl.static_range(len(PARTS)):  # as integers, magnitudes have their order, and NaN is the largest
-                magnitude = tl.maximum(
-                    magnitude, tl.max(out[i].to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-                )
+                bits = out[i].to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+                magnitude = tl.maximum(magnitude, tl.max(bits, 1))
             group_scale = scale_of(magnitude.to(tl.float32, bitcast=True), stored_dtype)
-            at = first * stored_scale_strides[0] + second * stored_scale_strides[1] + token * stored_scale_strides[2]
-            tl.store(stored_scale_ptr + at + head * stored_scale_strides[3], group_scale, mask=valid)
-        at = (
-            first * stored_strides[0]
-            + second * stored_strides[1]
-            + token * stored_strides[2]
-            + head * stored_strides[3]
-        )
+            tl.store(stored_scale_ptr + offset_of(index, stored_scale_strides), group_scale, mask=valid)
+        at = offset_of(index, stored_strides) * OUT_UNIT
         for i in tl.static_range(len(PARTS)):
             kept = out[i]
             if stored_scale_ptr is not None:
                 kept = quantized(kept.to(tl.float32), group_scale[:, None], stored_dtype)
             channels = tl.arange(0, PARTS[i][1])
             mask = valid[:, None] & (channels < PARTS[i][2])[None, :]
-            tl.store(stored_ptr + (at * OUT_UNIT)[:, None] + (PARTS[i][0] + channels)[None, :], kept, mask=mask)
+            tl.store(stored_ptr + at[:, None] + (PARTS[i][0] + channels)[None, :], kept, mask=mask)
 
 
 def refusal(call: Attention) -> str | None:
     """Why this kernel cannot serve; None where it can."""
     q = call.q
-    device = refuse_device(q, bool(INTERPRETED.value))
-    if device is not None:
-        return device
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"q is {q.dtype}; float16 and bfloat16 are supported"
-    if q.shape[-1] % 8:
-        return f"the head dimension is {q.shape[-1]}; multiples of 8 are supported"
-    if prod(q.shape[:-3]) * q.shape[-2] > MAX_HEADS:
-        return (
-            f"{prod(q.shape[:-3])} sequences of {q.shape[-2]} heads came; up to 2 ** 31 - 64 heads together are "
-            "supported"
-        )
-    return refuse_float8(q, "store_dtype") if call.store_dtype == torch.float8_e4m3fn else None
+    unsupported = refuse_device(q, bool(INTERPRETED.value)) or refuse_heads(q)
+    if unsupported is not None:
+        return unsupported
+    if (heads := prod(q.shape[:-3]) * q.shape[-2]) > MAX_HEADS:
+        return f"there are {heads} heads of sequences; at most {MAX_HEADS} are supported"
+    return refuse_float8(q, "store_dtype", call.store_dtype)
 
 
 def launch(call: Attention, outputs: Outputs) -> None:
     """Write the outputs."""
-    (q, k, v, softmax_scale, _, q_norm, k_norm, rope, _), (out, stored_out) = call, outputs
+    (q, k, v, _, _, q_norm, k_norm, rope, _), (out, stored_out) = call, outputs
     *batch, tokens, heads, head_dim = q.shape
-    sequences, chosen = prod(batch), tiles(head_dim)
+    sequences = prod(batch)
     if sequences * tokens * heads == 0:
         return
     stored, stored_scale = data_and_scale(stored_out)
-    unit, out_unit = unit_of(q, k, v), unit_of(out, stored)
+    unit = unit_of(q, k, v)
     rotary, cos, sin = rope_arguments(rope)
     (q_kind, *q_norm_arguments), (k_kind, *k_norm_arguments) = norm_arguments(q_norm), norm_arguments(k_norm)
     interleaved = rope is None or rope.interleaved
     qk_parts, turning = sections(head_dim, rotary, interleaved)
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    programs = -(-sequences * heads // (chosen.rows // tokens))
+    programs = -(-sequences * heads // (ROWS // tokens))
     with torch.cuda.device_of(q):  # Triton launches on the current device
         _short_attention_kernel[(programs,)](
             q, k, v, out, stored, stored_scale,
             head_strides(q, unit), head_strides(k, unit), head_strides(v, unit),
-            head_strides(out, out_unit), head_strides(stored, out_unit), head_strides(stored_scale),
+            head_strides(out, UNIT), head_strides(stored, UNIT), head_strides(stored_scale),
             *q_norm_arguments, *k_norm_arguments,
-            cos, sin, scale / log(2), sequences, batch[-1], heads,
+            cos, sin, call.log2_scale, sequences, batch[-1], heads,
             N=tokens, D=head_dim, R=rotary, Q_NORM=q_kind, K_NORM=k_kind, INTERLEAVED=interleaved,
-            PARTS=sections(head_dim, 0, True)[0], QK_PARTS=qk_parts, TURNING=turning, UNIT=unit, OUT_UNIT=out_unit,
-            ROWS=chosen.rows,
-            num_warps=chosen.warps, num_stages=1, enable_fp_fusion=True,
+            PARTS=sections(head_dim, 0, True)[0], QK_PARTS=qk_parts, TURNING=turning, UNIT=unit, ROWS=ROWS,
+            num_warps=warps(head_dim), num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
