@@ -330,7 +330,7 @@ class Broadcaster:
             generation.exchanged[inputs.name_of(exchanged)] += 1
         call.arguments = inputs.arguments
         if not generation.cuda_graphs:
-            call.prepare()
+            call.prepare(self._thread.turns(call.plan.sublayers))
         call.mark(REST, inputs.tensors[0].device if inputs.tensors else None)
         outer = self.call
         try:
@@ -368,7 +368,7 @@ class Broadcaster:
         outer = self.call
         try:
             self._enter(None)
-            self._thread.forget(self._current)
+            self._thread.place({}, self._current)
             return forward(*args, **kwargs)
         finally:
             self._enter(outer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from ..rules.plan import Action, Decision
 from .context import Context
 from .costs import Arguments
 from .slots import Arena, Extrapolation, Slot
-from .turn import Turn
+from .turn import Turn, turns_of
 
 if TYPE_CHECKING:
     from .generation import Generation
@@ -35,24 +35,25 @@ class Call:
         """Places of the outputs that were reused, in their order."""
         self.spared: Counter[str] = Counter()
         """By kind, FLOPs that sublayers which ran did without."""
-        self.turns: dict[str, Turn] = {}
-        """By sublayer of the plan, once they are decided; those that are idle in it have none."""
-        self.idle: Sequence[Turn] = ()
-        """The turns of those, which count where it is the current call of its thread."""
-        self.idle_runs: Sequence[int] = ()
-        """What they had counted when another call was entered inside of it."""
+        self.turns: Mapping[str, Turn] = {}
+        """By sublayer of the plan, once they are decided."""
 
     @property
     def arena(self) -> Arena:
         """Its slots."""
         return self.context.arena
 
-    def prepare(self) -> None:
-        """Decide every turn, before the model runs."""
-        for sublayer, decision in zip(self.plan.sublayers, self.plan.decisions(self.step), strict=True):
-            if sublayer.name not in self.plan.idle:
-                slot = self.read(sublayer.name, decision) if decision.action is Action.REUSE else None
-                self.turns[sublayer.name] = Turn(self, sublayer, decision, slot)
+    def prepare(self, turns: Mapping[str, Turn] | None = None) -> None:
+        """Decide every turn, before the model runs.
+
+        Args:
+            turns: those that are used; default new ones.
+        """
+        self.turns = turns_of(self.plan.sublayers) if turns is None else turns
+        idle = self.plan.idle
+        for (name, turn), decision in zip(self.turns.items(), self.plan.decisions(self.step), strict=True):
+            turn.idle = name in idle
+            turn.begin(self, decision, self.read(name, decision) if decision.action is Action.REUSE else None)
 
     def sources(self, place: str, decision: Decision) -> tuple[Slot, ...]:
         """The slots that a planned reuse reads, the newest first.
@@ -60,6 +61,8 @@ class Call:
         None unless all are there, from the planned steps or later ones.
         """
         held, reads, later = self.arena.held(place), decision.reads, self.step
+        if len(reads) == 1:  # as most rules read
+            return held[:1] if held and reads[0] <= held[0].source < later else ()
         if not reads or len(held) < len(reads):
             return ()
         for slot, planned in zip(held, reads, strict=False):
@@ -113,10 +116,6 @@ class Call:
 
     def count(self) -> None:
         """Count what its sublayers did."""
-        idle_turns, self.idle = self.idle, ()
-        for idle in idle_turns:
-            if idle.runs:
-                self.context.tally(idle.sublayer.kind).computed += idle.runs
         turns, self.turns = self.turns, {}
         for turn in turns.values():
             if turn.runs:
@@ -129,6 +128,10 @@ class Call:
                     tally.stored += turn.stored
                     if turn.decision.action is Action.REUSE:
                         tally.forced += computed
+            if turn.idle:
+                turn.call, turn.runs = None, 0  # type: ignore[assignment]
+            else:
+                turn.end()
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """Whether a fused operation may stand for calling `module` (an `nn.Linear` or a norm) on `x`.

@@ -50,8 +50,7 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
         TypeError: there is no tensor among the inputs.
     """
     around = turn.call.measured
-    x = args[0] if args and isinstance(args[0], torch.Tensor) else _tensors(turn.sublayer, args, kwargs)[0]
-    slot = turn.take(x)
+    slot = turn.take(_first_tensor(turn.sublayer, args, kwargs))
     if slot is not None:
         out = _read(slot, _as_it_is if turn.reads_last else _cloned)
     else:
@@ -130,6 +129,13 @@ def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
             turn.put(kept((pairs, pytree.tree_unflatten(changes, nest)), _as_it_is))  # the changes are nobody else's
     turn.call.mark(around)
     return out
+
+
+def _first_tensor(sublayer: Sublayer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value
+    return _tensors(sublayer, args, kwargs)[0]  # in a list or a dict
 
 
 def _tensors(sublayer: Sublayer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:

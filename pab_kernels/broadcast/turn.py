@@ -8,7 +8,7 @@ what is to be kept.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 
 
 class CurrentTurn(threading.local):
-    """The turn of one sublayer in the call that a thread is in; None where the sublayer is to run plainly."""
+    """The turn of one sublayer in the call that a thread is in; None where the sublayer runs plainly."""
 
-    def __init__(
-        self,
-    ) -> None:  # an attribute of its own in every thread: what a class has, a compiled graph takes for constant
+    def __init__(self) -> None:  # torch.compile takes a class attribute for a constant
         self.turn: Turn | None = None
 
 
@@ -37,91 +35,74 @@ class CurrentCall(threading.local):
     def __init__(self) -> None:
         self.call: Call | None = None
         self.enclosed = False
-        self._entered: list[tuple[CurrentTurn, Turn]] = []
-        self._plan: Plan | None = None
-        self._idle: list[Turn] = []  # of that plan
-        self._idle_of: dict[str, Turn] = {}
+        self._turns: Mapping[str, Turn] = {}
+        self._placed: Mapping[str, Turn] = {}
+
+    def turns(self, sublayers: Sequence[Sublayer]) -> Mapping[str, Turn]:
+        """Turns for a call that begins: those of the last call in this thread, unless that goes on."""
+        if not self._turns or next(iter(self._turns.values())).call is not None:
+            self._turns = turns_of(sublayers)
+        return self._turns
 
     def enter(self, call: Call | None, current: Mapping[str, CurrentTurn]) -> None:
-        """From here on, in this thread, sublayers have their turns in `call`; without one they run plainly.
-
-        Sublayers of which nothing is kept or reused in the whole generation are idle. Their turns are made once and
-        stay where they are: the next call is likely to be one of the same plan.
+        """Give the sublayers their turns in `call`, in this thread; without a call they run plainly.
 
         Args:
             current: where each sublayer finds its turn, by name.
         """
-        left, before, self.call = self._entered, self.call, call
-        if before is not None:
-            before.idle_runs = [idle.runs for idle in before.idle]
-        self._entered = (
-            [] if call is None else [(current[name], turn) for name, turn in call.turns.items() if name in current]
-        )
-        for place, _ in left:
-            place.turn = None
-        if call is not None:
-            self._take_idle(call, current)
-        else:
-            for idle in self._idle:
-                idle.call = None  # type: ignore[assignment]
-        for place, turn in self._entered:
-            place.turn = turn
+        self.call = call
+        turns = self._placed if call is None else call.turns
+        if turns is not self._placed:
+            self.place(turns, current)
 
-    def _take_idle(self, call: Call, current: Mapping[str, CurrentTurn]) -> None:
-        if call.plan is not self._plan:
-            self.forget(current)
-            for sublayer in call.plan.sublayers:
-                if sublayer.name in call.plan.idle and sublayer.name in current:
-                    idle = self._idle_of.setdefault(sublayer.name, Turn(call, sublayer, Decision(Action.COMPUTE)))
-                    idle.idle, current[sublayer.name].turn = True, idle
-                    self._idle.append(idle)
-            self._plan = call.plan
-        call.idle = self._idle
-        for idle in self._idle:
-            idle.call, idle.runs = call, 0
-        for idle, runs in zip(self._idle, call.idle_runs, strict=False):  # it was interrupted by another call
-            idle.runs = runs
-
-    def forget(self, current: Mapping[str, CurrentTurn]) -> None:
-        """No sublayer has a turn."""
-        self._plan, self._idle = None, []
-        for place in current.values():
-            place.turn = None
+    def place(self, turns: Mapping[str, Turn], current: Mapping[str, CurrentTurn]) -> None:
+        """Put each turn where its sublayer finds it."""
+        for name, place in current.items():
+            place.turn = turns.get(name)
+        self._placed = turns
 
 
 class Turn:
     """One sublayer in one call: read `slot` instead of computing, or compute and, where it `stores`, keep the output.
 
-    A sublayer that runs several times in a call (chunks, two streams or layers that share a module) has a slot for each
-    time, told apart by their order; in a compiled graph it has one for the first time only.
+    A sublayer that runs several times in a call (chunks, two streams, layers that share a module) has a slot for each
+    run, told apart by their order; in a compiled graph only for the first one.
+
+    Turns are used for one call after another. Between two calls `call` is None, and the sublayer runs plainly.
 
     Args:
-        call: the call; None between two calls, where the turn is idle.
         sublayer: whose turn it is.
-        decision: the plan's.
-        slot: what it reuses; None where it computes. Where it reads several outputs, their `Extrapolation`.
     """
 
-    def __init__(
-        self, call: Call, sublayer: Sublayer, decision: Decision, slot: Slot | Extrapolation | None = None
-    ) -> None:
-        self.call = call
+    def __init__(self, sublayer: Sublayer) -> None:
         self.sublayer = sublayer
-        self.decision = decision
-        self.slot = slot
-        self.stores = decision.action is not Action.COMPUTE and _stores(decision, slot)
-        self.runs = 0
+        self.call: Call = None  # type: ignore[assignment]
+        self.decision = Decision(Action.COMPUTE)
+        self.slot: Slot | Extrapolation | None = None
+        """What it reuses; None where it computes. Where it reads several outputs, their `Extrapolation`."""
+        self.idle = False
+        """Whether its sublayer keeps and reuses nothing in the whole generation."""
+        self.stores = False
+        self.reads_last = False
+        """Whether nothing else reads what `take` gave; in a graph never, as it serves other steps too."""
+        self.runs = self.reused = self.stored = 0
         self._place = sublayer.name
+        self._key: Key | None = None
+        self._traced: tuple[tuple[int, ...], torch.dtype, torch.device] | None = None
+        """Shape, dtype and device of the input, where the turn was taken in a compiled graph."""
+        self._kept: Any = None
+        self._own_dtype: torch.dtype | None = None
 
-    idle = False
-    """Whether its sublayer keeps and reuses nothing in the whole generation."""
-    reads_last = False
-    """Whether nothing else reads what `take` gave; in a graph never, as it serves other steps too."""
-    reused = 0
-    stored = 0
-    _input: Key | tuple[tuple[int, ...], torch.dtype, torch.device] | None = None
-    _kept: Any = None
-    _own_dtype: torch.dtype | None = None
+    def begin(self, call: Call, decision: Decision, slot: Slot | Extrapolation | None) -> None:
+        """Be the turn in `call`."""
+        self.call, self.decision, self.slot = call, decision, slot
+        self.stores = _stores(decision, slot)
+
+    def end(self) -> None:
+        """The call is over: forget it."""
+        self.call, self.slot = None, None  # type: ignore[assignment]
+        self.runs = self.reused = self.stored = 0
+        self.reads_last, self._place, self._kept = False, self.sublayer.name, None
 
     def take(self, x: torch.Tensor) -> Slot | Extrapolation | None:
         """What is reused instead of computing on input `x`, of which only shape, dtype and device are read.
@@ -131,12 +112,13 @@ class Turn:
         """
         if torch.compiler.is_dynamo_compiling():
             return self._take_in_graph(x)
+        call, held = self.call, self.decision.held
+        if call.stopwatch is not None:
+            call.stopwatch.mark(self.sublayer.kind, x.device)
         self.runs += 1
-        if self.call.stopwatch is not None:
-            self.call.stopwatch.mark(self.sublayer.kind, x.device)
         if self.runs > 1:
             self._again()
-        slot, held = self.slot, self.decision.held
+        slot = self.slot
         if slot is not None:
             self.slot = None
             if slot.key.matches(x):
@@ -144,9 +126,9 @@ class Turn:
                 return slot
             self.stores = held > 0
         # Where the plan skips it and its block was forced to run, what is held is still to be read.
-        self.call.arena.release(self._place, held - self.stores)
+        call.arena.release(self._place, held - self.stores)
         if self.stores:
-            self._input = Key.of(x)
+            self._key = Key.of(x)
         return None
 
     @property
@@ -185,8 +167,8 @@ class Turn:
         if torch.compiler.is_dynamo_compiling():
             self._kept, self._own_dtype = kept, own
         else:
-            assert isinstance(self._input, Key)
-            self._keep(kept, self._input, own)
+            assert self._key is not None
+            self._keep(kept, self._key, own)
 
     def _again(self) -> None:
         """A further run in the same call."""
@@ -215,7 +197,7 @@ class Turn:
         if self.runs > 1:
             self.stores = False
             return None
-        self._input = (tuple(x.shape), x.dtype, x.device)
+        self._traced = (tuple(x.shape), x.dtype, x.device)
         slot = self.slot
         if slot is not None:
             if slot.key.matches(x):
@@ -226,9 +208,9 @@ class Turn:
 
     def collect(self) -> None:
         """Do what was left to do when the turn was taken in a compiled graph."""
-        if self._input is None or isinstance(self._input, Key):
+        if self._traced is None:  # it was taken in eager mode
             return
-        key, self._input, self.slot = Key(*self._input), None, None
+        key, self._traced, self.slot = Key(*self._traced), None, None
         if self.reused:
             self.reused = 0
             self._reuse(self.decision.held)
@@ -238,6 +220,11 @@ class Turn:
         if stores:
             self._keep(self._kept, key, self._own_dtype)
             self._kept = None
+
+
+def turns_of(sublayers: Sequence[Sublayer]) -> dict[str, Turn]:
+    """A turn for each sublayer, by its name."""
+    return {sublayer.name: Turn(sublayer) for sublayer in sublayers}
 
 
 def _stores(decision: Decision, slot: Slot | Extrapolation | None) -> bool:
