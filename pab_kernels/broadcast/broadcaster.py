@@ -28,7 +28,7 @@ from .runs import Runs
 from .scheduler import entered_at
 from .stopwatch import REST
 from .summary import Summary, summarise
-from .turn import CurrentCall, CurrentTurn
+from .turn import NO_TURNS, CurrentCall, CurrentTurn
 from .verdict import NOT_BEGUN, NOT_CALLED, NOT_ENTERED, NOT_FOLLOWED, nothing_reused
 
 logger = logging.getLogger("pab_kernels")
@@ -79,7 +79,8 @@ class Broadcaster:
     @property
     def call(self) -> Call | None:
         """The call of the model that this thread is in, or None where the model is to run plainly."""
-        return self._thread.call
+        call = self._thread.call
+        return None if call is None or call.over else call  # an interruption may have left one that is over
 
     def current(self, name: str) -> CurrentTurn:
         """The turns of sublayer `name`, one in each thread."""
@@ -329,11 +330,11 @@ class Broadcaster:
         if exchanged is not None:
             generation.exchanged[inputs.name_of(exchanged)] += 1
         call.arguments = inputs.arguments
-        if not generation.cuda_graphs:
-            call.prepare(self._thread.turns(call.plan.sublayers))
-        call.mark(REST, inputs.tensors[0].device if inputs.tensors else None)
         outer = self.call
         try:
+            if not generation.cuda_graphs:
+                call.prepare(self._thread.turns(call.plan.sublayers))
+            call.mark(REST, inputs.tensors[0].device if inputs.tensors else None)
             self._enter(call)
             if generation.cuda_graphs:
                 with generation.lock:  # its graphs have one set of inputs
@@ -368,7 +369,7 @@ class Broadcaster:
         outer = self.call
         try:
             self._enter(None)
-            self._thread.place({}, self._current)
+            self._thread.place(NO_TURNS, self._current)
             return forward(*args, **kwargs)
         finally:
             self._enter(outer)

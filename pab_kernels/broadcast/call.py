@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from ..rules.plan import Action, Decision
 from .context import Context
 from .costs import Arguments
 from .slots import Arena, Extrapolation, Slot
-from .turn import Turn, turns_of
+from .turn import NO_TURNS, Turns
 
 if TYPE_CHECKING:
     from .generation import Generation
@@ -35,25 +35,28 @@ class Call:
         """Places of the outputs that were reused, in their order."""
         self.spared: Counter[str] = Counter()
         """By kind, FLOPs that sublayers which ran did without."""
-        self.turns: Mapping[str, Turn] = {}
-        """By sublayer of the plan, once they are decided."""
+        self.turns = NO_TURNS
+        """One for each sublayer of the plan, once they are decided."""
+        self.over = False
+        """Whether the model has run."""
 
     @property
     def arena(self) -> Arena:
         """Its slots."""
         return self.context.arena
 
-    def prepare(self, turns: Mapping[str, Turn] | None = None) -> None:
+    def prepare(self, turns: Turns | None = None) -> None:
         """Decide every turn, before the model runs.
 
         Args:
             turns: those that are used; default new ones.
         """
-        self.turns = turns_of(self.plan.sublayers) if turns is None else turns
+        self.turns = Turns(self.plan.sublayers) if turns is None else turns
         idle = self.plan.idle
-        for (name, turn), decision in zip(self.turns.items(), self.plan.decisions(self.step), strict=True):
+        for (name, turn), decision in zip(self.turns.by_name.items(), self.plan.decisions(self.step), strict=True):
             turn.idle = name in idle
-            turn.begin(self, decision, self.read(name, decision) if decision.action is Action.REUSE else None)
+            turn.decide(decision, self.read(name, decision) if decision.action is Action.REUSE else None)
+        self.turns.call = self
 
     def sources(self, place: str, decision: Decision) -> tuple[Slot, ...]:
         """The slots that a planned reuse reads, the newest first.
@@ -116,22 +119,21 @@ class Call:
 
     def count(self) -> None:
         """Count what its sublayers did."""
-        turns, self.turns = self.turns, {}
-        for turn in turns.values():
-            if turn.runs:
+        self.over = True
+        for turn in self.turns.by_name.values():
+            runs, turn.runs = turn.runs, 0
+            if runs:
                 turn.collect()
                 tally = self.context.tally(turn.sublayer.kind)
-                computed = turn.runs - turn.reused
+                computed = runs - turn.reused
                 tally.reused += turn.reused
                 if computed:
                     tally.computed += computed
                     tally.stored += turn.stored
                     if turn.decision.action is Action.REUSE:
                         tally.forced += computed
-            if turn.idle:
-                turn.call, turn.runs = None, 0  # type: ignore[assignment]
-            else:
-                turn.end()
+            turn.end()
+        self.turns.call, self.turns = None, NO_TURNS
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """Whether a fused operation may stand for calling `module` (an `nn.Linear` or a norm) on `x`.

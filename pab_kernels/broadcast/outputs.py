@@ -38,7 +38,7 @@ class BroadcastForward:
 
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         turn = self.current.turn
-        if turn is None or turn.call is None or turn.passes():
+        if turn is None or not turn.open or turn.passes():
             return original(*args, **kwargs)
         return self.run(turn, original, args, kwargs)
 

@@ -166,8 +166,10 @@ class Arena:
         self.release(name, most - 1)
         slot = Slot(value, key, source, nbytes(value), dtype)
         self._kinds[name] = kind
+        meter = self.meters.setdefault(kind, Meter())  # before the slot, whose release asks for it
         self._slots[name] = (slot, *self._slots.get(name, ()))
-        self._count(name, slot.nbytes)
+        self._meter.add(slot.nbytes)
+        meter.add(slot.nbytes)
 
     def held(self, name: str) -> tuple[Slot, ...]:
         """The slots of sublayer `name`, the newest first."""
@@ -200,13 +202,6 @@ class Arena:
         """Let go of every slot, and keep no further one: a call may go on whose generation has ended."""
         self.closed = True
         self.clear()
-
-    def _count(self, name: str, count: int) -> None:
-        self._meter.add(count)
-        meter = self.meters.get(self._kinds[name])
-        if meter is None:
-            meter = self.meters[self._kinds[name]] = Meter()
-        meter.add(count)
 
     def __len__(self) -> int:
         return sum(map(len, self._slots.values()))

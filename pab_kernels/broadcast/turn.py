@@ -21,6 +21,8 @@ from .slots import CACHE_DTYPES, Extrapolation, Key, Slot, pack
 if TYPE_CHECKING:
     from .call import Call
 
+_COMPUTE = Decision(Action.COMPUTE)
+
 
 class CurrentTurn(threading.local):
     """The turn of one sublayer in the call that a thread is in; None where the sublayer runs plainly."""
@@ -35,13 +37,12 @@ class CurrentCall(threading.local):
     def __init__(self) -> None:
         self.call: Call | None = None
         self.enclosed = False
-        self._turns: Mapping[str, Turn] = {}
-        self._placed: Mapping[str, Turn] = {}
+        self._turns = self._placed = NO_TURNS
 
-    def turns(self, sublayers: Sequence[Sublayer]) -> Mapping[str, Turn]:
+    def turns(self, sublayers: Sequence[Sublayer]) -> Turns:
         """Turns for a call that begins: those of the last call in this thread, unless that goes on."""
-        if not self._turns or next(iter(self._turns.values())).call is not None:
-            self._turns = turns_of(sublayers)
+        if self._turns.sublayers != sublayers or self._turns.call is not None:
+            self._turns = Turns(sublayers)
         return self._turns
 
     def enter(self, call: Call | None, current: Mapping[str, CurrentTurn]) -> None:
@@ -55,11 +56,29 @@ class CurrentCall(threading.local):
         if turns is not self._placed:
             self.place(turns, current)
 
-    def place(self, turns: Mapping[str, Turn], current: Mapping[str, CurrentTurn]) -> None:
+    def place(self, turns: Turns, current: Mapping[str, CurrentTurn]) -> None:
         """Put each turn where its sublayer finds it."""
         for name, place in current.items():
-            place.turn = turns.get(name)
+            place.turn = turns.by_name.get(name)
         self._placed = turns
+
+
+class Turns:
+    """The turns of all sublayers, for one call after another.
+
+    Args:
+        sublayers: the model's.
+    """
+
+    def __init__(self, sublayers: Sequence[Sublayer]) -> None:
+        self.sublayers = sublayers
+        self.by_name = {sublayer.name: Turn(sublayer, self) for sublayer in sublayers}
+        self.call: Call | None = None
+        """The call that goes on. Between two calls the sublayers run plainly."""
+
+
+NO_TURNS = Turns(())
+"""Those of a model that runs plainly."""
 
 
 class Turn:
@@ -68,16 +87,15 @@ class Turn:
     A sublayer that runs several times in a call (chunks, two streams, layers that share a module) has a slot for each
     run, told apart by their order; in a compiled graph only for the first one.
 
-    Turns are used for one call after another. Between two calls `call` is None, and the sublayer runs plainly.
-
     Args:
         sublayer: whose turn it is.
+        turns: those that it is one of.
     """
 
-    def __init__(self, sublayer: Sublayer) -> None:
+    def __init__(self, sublayer: Sublayer, turns: Turns) -> None:
         self.sublayer = sublayer
-        self.call: Call = None  # type: ignore[assignment]
-        self.decision = Decision(Action.COMPUTE)
+        self._turns = turns
+        self.decision = _COMPUTE
         self.slot: Slot | Extrapolation | None = None
         """What it reuses; None where it computes. Where it reads several outputs, their `Extrapolation`."""
         self.idle = False
@@ -93,14 +111,24 @@ class Turn:
         self._kept: Any = None
         self._own_dtype: torch.dtype | None = None
 
-    def begin(self, call: Call, decision: Decision, slot: Slot | Extrapolation | None) -> None:
-        """Be the turn in `call`."""
-        self.call, self.decision, self.slot = call, decision, slot
+    @property
+    def call(self) -> Call:
+        """The call that goes on."""
+        return self._turns.call  # type: ignore[return-value]
+
+    @property
+    def open(self) -> bool:
+        """Whether a call goes on: between two calls the sublayer runs plainly."""
+        return self._turns.call is not None
+
+    def decide(self, decision: Decision, slot: Slot | Extrapolation | None) -> None:
+        """What it is to do in the next call."""
+        self.decision, self.slot = decision, slot
         self.stores = _stores(decision, slot)
 
     def end(self) -> None:
         """The call is over: forget it."""
-        self.call, self.slot = None, None  # type: ignore[assignment]
+        self.decision, self.slot, self.stores = _COMPUTE, None, False
         self.runs = self.reused = self.stored = 0
         self.reads_last, self._place, self._kept = False, self.sublayer.name, None
 
@@ -220,11 +248,6 @@ class Turn:
         if stores:
             self._keep(self._kept, key, self._own_dtype)
             self._kept = None
-
-
-def turns_of(sublayers: Sequence[Sublayer]) -> dict[str, Turn]:
-    """A turn for each sublayer, by its name."""
-    return {sublayer.name: Turn(sublayer) for sublayer in sublayers}
 
 
 def _stores(decision: Decision, slot: Slot | Extrapolation | None) -> bool:

@@ -55,7 +55,7 @@ class BroadcastModule(nn.Module):
         turn = (
             None if member is None or member.module is not self else member.current.turn
         )  # a shallow copy has the member too
-        if turn is None or turn.call is None or turn.passes():
+        if turn is None or not turn.open or turn.passes():
             return self.module(*args, **kwargs)
         if turn.unprojected and isinstance(self.module, PartsModule):
             return self.module(*args, turn=turn, **kwargs)
