@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..ops.quantized import Quantized
-from ..rules.plan import Action, Decision, Plan, Sublayer
+from ..rules.plan import Action, Decision, Sublayer
 from .costs import place as place_of
 from .slots import CACHE_DTYPES, Extrapolation, Key, Slot, pack
 
