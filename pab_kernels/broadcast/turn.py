@@ -1,8 +1,8 @@
-"""Turns: what a sublayer is to do in a call of the model, decided before the model runs, and what it did.
+"""Turns: what each sublayer does in a call of the model, decided before the model runs, and its counts.
 
-Eager modules and compiled graphs read the same object. A graph depends on what its sublayers do (compute, store, reuse)
-and on nothing else that changes from step to step: it takes in what it reuses as tensors, and leaves in an attribute
-what is to be kept.
+Eager modules and compiled graphs read the same object. A compiled graph depends on what its sublayers do (compute,
+store, reuse) and on nothing else that changes from step to step: reused outputs enter it as tensors, and outputs to
+keep leave it in an attribute.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _COMPUTE = Decision(Action.COMPUTE)
 
 
 class CurrentTurn(threading.local):
-    """The turn of one sublayer in the call that a thread is in; None where the sublayer runs plainly."""
+    """The turn of one sublayer in the current call of each thread; None if the sublayer runs plainly."""
 
-    def __init__(self) -> None:  # torch.compile takes a class attribute for a constant
+    def __init__(self) -> None:  # not a class attribute, which torch.compile would treat as a constant
         self.turn: Turn | None = None
 
 
 class CurrentCall(threading.local):
-    """The call of the model that a thread is in, and whether it was opened outside of a graph of the whole model."""
+    """The call of the model that each thread is in, and whether it was opened around a compiled model."""
 
     def __init__(self) -> None:
         self.call: Call | None = None
@@ -40,7 +40,7 @@ class CurrentCall(threading.local):
         self._turns = self._placed = NO_TURNS
 
     def turns(self, sublayers: Sequence[Sublayer]) -> Turns:
-        """Turns for a call that begins: those of the last call in this thread, unless that goes on."""
+        """Turns for a new call: those of the last call in this thread, unless it still runs."""
         if self._turns.sublayers != sublayers or self._turns.call is not None:
             self._turns = Turns(sublayers)
         return self._turns
@@ -49,7 +49,8 @@ class CurrentCall(threading.local):
         """Give the sublayers their turns in `call`, in this thread; without a call they run plainly.
 
         Args:
-            current: where each sublayer finds its turn, by name.
+            call: the call, or None.
+            current: the holder of each sublayer's turn, by name.
         """
         self.call = call
         turns = self._placed if call is None else call.turns
@@ -57,39 +58,39 @@ class CurrentCall(threading.local):
             self.place(turns, current)
 
     def place(self, turns: Turns, current: Mapping[str, CurrentTurn]) -> None:
-        """Put each turn where its sublayer finds it."""
+        """Put each turn into the holder of its sublayer."""
         for name, place in current.items():
             place.turn = turns.by_name.get(name)
         self._placed = turns
 
 
 class Turns:
-    """The turns of all sublayers, for one call after another.
+    """The turns of all sublayers, used by one call after another.
 
     Args:
-        sublayers: the model's.
+        sublayers: the model's sublayers.
     """
 
     def __init__(self, sublayers: Sequence[Sublayer]) -> None:
         self.sublayers = sublayers
         self.by_name = {sublayer.name: Turn(sublayer, self) for sublayer in sublayers}
         self.call: Call | None = None
-        """The call that goes on. Between two calls the sublayers run plainly."""
+        """The current call. Between two calls the sublayers run plainly."""
 
 
 NO_TURNS = Turns(())
-"""Those of a model that runs plainly."""
+"""The turns of a model that runs plainly."""
 
 
 class Turn:
-    """One sublayer in one call: read `slot` instead of computing, or compute and, where it `stores`, keep the output.
+    """One sublayer in one call: it reads `slot` instead of computing, or computes and, if `stores`, keeps the output.
 
     A sublayer that runs several times in a call (chunks, two streams, layers that share a module) has a slot for each
-    run, told apart by their order; in a compiled graph only for the first one.
+    run, distinguished by their order; in a compiled graph only for the first run.
 
     Args:
-        sublayer: whose turn it is.
-        turns: those that it is one of.
+        sublayer: the sublayer.
+        turns: the turns of the call, with this one among them.
     """
 
     def __init__(self, sublayer: Sublayer, turns: Turns) -> None:
@@ -97,46 +98,46 @@ class Turn:
         self._turns = turns
         self.decision = _COMPUTE
         self.slot: Slot | Extrapolation | None = None
-        """What it reuses; None where it computes. Where it reads several outputs, their `Extrapolation`."""
+        """The output to reuse, or the `Extrapolation` of several; None if the sublayer computes."""
         self.idle = False
         """Whether its sublayer keeps and reuses nothing in the whole generation."""
         self.stores = False
         self.reads_last = False
-        """Whether nothing else reads what `take` gave; in a graph never, as it serves other steps too."""
+        """Whether nothing else reads the result of `take`; always False in a graph, which serves other steps too."""
         self.runs = self.reused = self.stored = 0
         self._place = sublayer.name
         self._key: Key | None = None
         self._traced: tuple[tuple[int, ...], torch.dtype, torch.device] | None = None
-        """Shape, dtype and device of the input, where the turn was taken in a compiled graph."""
+        """Shape, dtype and device of the input, if the turn was taken in a compiled graph."""
         self._kept: Any = None
         self._own_dtype: torch.dtype | None = None
 
     @property
     def call(self) -> Call:
-        """The call that goes on."""
+        """The current call."""
         return self._turns.call  # type: ignore[return-value]
 
     @property
     def open(self) -> bool:
-        """Whether a call goes on: between two calls the sublayer runs plainly."""
+        """Whether there is a current call: between two calls the sublayer runs plainly."""
         return self._turns.call is not None
 
     def decide(self, decision: Decision, slot: Slot | Extrapolation | None) -> None:
-        """What it is to do in the next call."""
+        """Set what it does in the next call."""
         self.decision, self.slot = decision, slot
         self.stores = _stores(decision, slot)
 
     def end(self) -> None:
-        """The call is over: forget it."""
+        """Reset it after the call."""
         self.decision, self.slot, self.stores = _COMPUTE, None, False
         self.runs = self.reused = self.stored = 0
         self.reads_last, self._place, self._kept = False, self.sublayer.name, None
 
     def take(self, x: torch.Tensor) -> Slot | Extrapolation | None:
-        """What is reused instead of computing on input `x`, of which only shape, dtype and device are read.
+        """The output to reuse instead of computing on input `x`, of which only shape, dtype and device are used.
 
-        What is read for the last time is released. Where None is returned, `stores` says whether the output is to be
-        kept.
+        A slot that is read for the last time is released. If the result is None, the sublayer computes, and `stores`
+        is whether to keep its output.
         """
         if torch.compiler.is_dynamo_compiling():
             return self._take_in_graph(x)
@@ -153,7 +154,7 @@ class Turn:
                 self._reuse(held)
                 return slot
             self.stores = held > 0
-        # Where the plan skips it and its block was forced to run, what is held is still to be read.
+        # If the plan skips this sublayer but its block was forced to run, the slots held are still needed later.
         call.arena.release(self._place, held - self.stores)
         if self.stores:
             self._key = Key.of(x)
@@ -161,12 +162,12 @@ class Turn:
 
     @property
     def gated(self) -> bool:
-        """Whether what is kept is kept after the gate."""
+        """Whether outputs are kept after the gate."""
         return self.call.generation.config.cache_point == "post_gate"
 
     @property
     def unprojected(self) -> bool:
-        """Whether attention is kept before its projection, where it can be parted from it."""
+        """Whether attention is kept before its output projection, if the module can be split there."""
         return self.call.generation.config.cache_point == "unprojected"
 
     @property
@@ -175,10 +176,7 @@ class Turn:
         return CACHE_DTYPES[self.call.generation.config.cache_dtype]
 
     def passes(self) -> bool:
-        """Whether there is nothing to do but to compute, which is then counted already.
-
-        In a graph it is the same work as any computing.
-        """
+        """Whether the sublayer is idle and only has to run, which this counts; always False in a compiled graph."""
         if torch.compiler.is_dynamo_compiling() or not self.idle or self.call.stopwatch is not None:
             return False
         self.runs += 1
@@ -186,11 +184,11 @@ class Turn:
 
     @property
     def store(self) -> Turn | None:
-        """The turn itself where the output is to be kept, else None."""
+        """The turn itself if the output is to be kept, else None."""
         return self if self.stores else None
 
     def put(self, value: Any) -> None:
-        """Keep an output, quantised to `dtype` if it is not yet."""
+        """Keep an output, quantised to `dtype` unless it already is."""
         kept, own = pack(value, self.dtype), value.dtype if isinstance(value, torch.Tensor) else None
         if torch.compiler.is_dynamo_compiling():
             self._kept, self._own_dtype = kept, own
@@ -199,14 +197,14 @@ class Turn:
             self._keep(kept, self._key, own)
 
     def _again(self) -> None:
-        """A further run in the same call."""
+        """Prepare for another run of the sublayer in the same call."""
         self.collect()
         self._place = place_of(self.sublayer.name, self.runs - 1)
         self.slot = self.call.read(self.sublayer.name, self.decision, self._place)
         self.stores = _stores(self.decision, self.slot)
 
     def _reuse(self, held: int) -> None:
-        """Count it, and release what no later step reads."""
+        """Count a reuse, and release the outputs that no later step reads."""
         call, arena = self.call, self.call.arena
         self.reused += 1
         call.reused.append(self._place)
@@ -235,8 +233,8 @@ class Turn:
         return None
 
     def collect(self) -> None:
-        """Do what was left to do when the turn was taken in a compiled graph."""
-        if self._traced is None:  # it was taken in eager mode
+        """Do the bookkeeping of a turn that was taken in a compiled graph."""
+        if self._traced is None:  # taken in eager mode
             return
         key, self._traced, self.slot = Key(*self._traced), None, None
         if self.reused:
@@ -251,5 +249,5 @@ class Turn:
 
 
 def _stores(decision: Decision, slot: Slot | Extrapolation | None) -> bool:
-    """Whether the output is to be kept, where it is computed: as planned, or as what was to be reused is not there."""
+    """Whether to keep the output if it is computed: as planned, or because the output to reuse is not there."""
     return decision.action is Action.STORE or (decision.action is Action.REUSE and slot is None and decision.held > 0)

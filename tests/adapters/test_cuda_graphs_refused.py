@@ -48,7 +48,7 @@ def test_what_no_graph_can_take_is_refused(recorders: list[Recorder]) -> None:
         TypeError, match="object in what LatteTransformer3DModel was called with; .* leave cuda_graphs out"
     ):
         model(**inputs(), enable_temporal_attentions=object())
-    with pytest.raises(TypeError, match="number 500 as timestep, and each number would need a graph"):
+    with pytest.raises(TypeError, match="number 500 as timestep, and each number would need another graph"):
         model(**inputs() | {"timestep": 500})
     with pytest.raises(
         RuntimeError, match=r"called with .*hidden_states.* on meta, .* on cpu; .* on one CUDA device: move them"
@@ -114,7 +114,7 @@ counter: list[int] = []
     ("odd", "reason"),
     [
         (counting, "calls changes with every call"),
-        (alternating, "called again with the same inputs it did something else"),
+        (alternating, "a second call with the same inputs did something else"),
         (failing, r"the second call fails \(at test_cuda_graphs_refused.py:\d+, `raise ValueError\(.*`\)"),
     ],
 )
