@@ -205,7 +205,7 @@ class Odd:
         (
             lambda: nn.Linear(1, 1),
             TypeError,
-            "Linear: no attention was found in it, by projections of queries or by name; name its modules",
+            "Linear: no attention was found, neither by projections of queries nor by name; name its modules",
         ),
     ],
 )
