@@ -183,9 +183,8 @@ def enable_model(
             chosen.cache_point,
         )
         chosen = dataclasses.replace(chosen, cache_point="pre_gate")
-    before = None if broadcaster is None else (broadcaster.config, broadcaster.timed, broadcaster.cuda_graphs)
-    timed = (before is not None and before[1]) if timed is None else timed
-    cuda_graphs = (before is not None and before[2]) if cuda_graphs is None else cuda_graphs
+    timed = (broadcaster is not None and broadcaster.timed) if timed is None else timed
+    cuda_graphs = (broadcaster is not None and broadcaster.cuda_graphs) if cuda_graphs is None else cuda_graphs
     if timed and cuda_graphs:
         raise ValueError(
             "got timed=True and cuda_graphs=True; only one of them is supported, as a CUDA graph runs as a whole and "
@@ -194,14 +193,12 @@ def enable_model(
     if broadcaster is None:
         broadcaster = Broadcaster(model, adapter, chosen)
         undo.callback(disable, model)
-    else:
-        assert before is not None
-        undo.callback(broadcaster.configure, *before)
-        if pipe is not None and not broadcaster.watches(pipe):
-            undo.callback(broadcaster.unwatch, pipe)
-    if before is None:
         setattr(model, ATTRIBUTE, broadcaster)
         broadcaster.attach()
+    else:
+        undo.callback(broadcaster.configure, broadcaster.config, broadcaster.timed, broadcaster.cuda_graphs)
+        if pipe is not None and not broadcaster.watches(pipe):
+            undo.callback(broadcaster.unwatch, pipe)
     if given is not None and given is not model:
         broadcaster.enclose(given)
     broadcaster.configure(chosen, timed, cuda_graphs, config is not None and config not in presets().values())

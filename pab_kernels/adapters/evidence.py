@@ -28,20 +28,8 @@ _NEITHER = {
 _WHOLE = {"block", "layer"}
 """Words of classes that contain an attention or MLP and its residual addition, so are no sublayer by name."""
 _ASIDE = {
-    *(
-        "refiner",
-        "refine",
-        "embed",
-        "embedder",
-        "embedders",
-        "embedding",
-        "embeddings",
-        "emb",
-        "pool",
-        "pooler",
-        "pooling",
-    ),
-    *("perceiver", "resampler", "connector", "extractor", "text", "txt", "caption", "cap"),
+    *("refiner", "refine", "embed", "embedder", "embedders", "embedding", "embeddings", "emb", "pool", "pooler"),
+    *("pooling", "perceiver", "resampler", "connector", "extractor", "text", "txt", "caption", "cap"),
 }
 """Words of modules that prepare the text or the latents before the blocks, which are left alone."""
 _TEMPORAL = {"temporal", "temp", "tempo"}
@@ -70,11 +58,8 @@ def set_aside(path: Sequence[str]) -> str | None:
     for component in path[:-1]:
         if _ASIDE.intersection(words(component)):
             return component
-    return (
-        path[-1]
-        if {"refiner", "pool", "pooler", "pooling", "perceiver", "resampler"}.intersection(words(path[-1]))
-        else None
-    )
+    prepares = {"refiner", "pool", "pooler", "pooling", "perceiver", "resampler"}.intersection(words(path[-1]))
+    return path[-1] if prepares else None
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -46,17 +46,14 @@ def find(model: nn.Module, kinds: Mapping[str, str | None] | None = None) -> lis
     given = _given(modules, kinds or {})
     found: dict[str, tuple[str, str]] = {}  # name: kind, why
     for name in modules:
-        if name and not _inside(name, found):
+        if name and all(found.get(parent, ("block",))[0] == "block" for parent in _parents(name)):
             judged = _judge(model, modules, name)
             if judged is not None:
                 found[name] = judged
     rows = {name: _row(name, modules) for name in found}
-    around = {
-        n if kind == "block" else rows[n] or n.rpartition(".")[0] for n, (kind, _) in found.items() if kind != "mlp"
-    }
-    found = {
-        n: judged for n, judged in found.items() if judged[0] != "mlp" or (rows[n] or n.rpartition(".")[0]) in around
-    }
+    homes = {n: n if kind == "block" else rows[n] or n.rpartition(".")[0] for n, (kind, _) in found.items()}
+    with_attention = {homes[n] for n, (kind, _) in found.items() if kind != "mlp"}
+    found = {n: judged for n, judged in found.items() if judged[0] != "mlp" or homes[n] in with_attention}
     for block in dict.fromkeys(rows[name] for name in found):
         if block and block not in found and not isinstance(modules[block], evidence.CONTAINERS):
             found[block] = ("block", f"an entry of {block.rpartition('.')[0]} with attention in it")
@@ -84,10 +81,6 @@ def _given(modules: Mapping[str, nn.Module], kinds: Mapping[str, str | None]) ->
             )
         given |= dict.fromkeys(matched, kind)
     return given
-
-
-def _inside(name: str, found: Mapping[str, tuple[str, str]]) -> bool:
-    return any(found.get(parent, ("block",))[0] != "block" for parent in _parents(name))
 
 
 def _parents(name: str) -> list[str]:

@@ -264,13 +264,9 @@ class Broadcaster:
 
     # Calls of the model
 
-    def context(self, name: str | None, step: int | None = None) -> Naming:
-        """Name the context, and perhaps the step, of the calls inside `with`, in this thread or task."""
-        return Naming([self], name, step)
-
     @contextlib.contextmanager
     def _cache_context(self, original: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with original(name, *args, **kwargs), self.context(name):
+        with original(name, *args, **kwargs), Naming([self], name, None):
             yield
 
     def _reset(self, original: Any, *args: Any, **kwargs: Any) -> Any:

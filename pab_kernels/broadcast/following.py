@@ -98,7 +98,7 @@ class Following:
             return
         with self._lock:
             for scheduler in held:
-                if not any(watch.scheduler is scheduler for watch in self._watches):
+                if self._watch(scheduler) is None:
                     watch = SchedulerWatch.of(scheduler)
                     self._watches.append(watch)  # first, so that `_leave` finds it after an interruption
                     watch.add(listener)

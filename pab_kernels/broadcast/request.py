@@ -46,7 +46,7 @@ def _forget(generation: Generation) -> None:
 def entering() -> Any:
     """The frame of the function that executes the `with` statement, past frames of contextlib and this package."""
     frame: Any = sys._getframe(2)
-    while frame.f_back is not None and (_is_between(frame) or _is_of(frame.f_back, "contextlib")):
+    while frame.f_back is not None and (_is_of(frame, "contextlib", _PACKAGE) or _is_of(frame.f_back, "contextlib")):
         frame = frame.f_back
     return frame
 
@@ -59,12 +59,8 @@ def running(frames: Sequence[Any]) -> bool:
     return frame is not None
 
 
-def _is_between(frame: Any) -> bool:
-    return _is_of(frame, "contextlib") or _is_of(frame, _PACKAGE)
-
-
-def _is_of(frame: Any, package: str) -> bool:
-    return bool(frame.f_globals.get("__name__", "").partition(".")[0] == package)
+def _is_of(frame: Any, *packages: str) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in packages
 
 
 _PACKAGE = __name__.partition(".")[0]

@@ -19,13 +19,10 @@ def tensors_of(nest: Any) -> list[torch.Tensor]:
     """The tensors in a pytree in order, with an 8-bit tensor as its data and scale."""
     found: list[torch.Tensor] = []
     for leaf in pytree.tree_leaves(nest):
-        found += (
-            (leaf.data, leaf.scale)
-            if isinstance(leaf, Quantized)
-            else (leaf,)
-            if isinstance(leaf, torch.Tensor)
-            else ()
-        )
+        if isinstance(leaf, Quantized):
+            found += (leaf.data, leaf.scale)
+        elif isinstance(leaf, torch.Tensor):
+            found.append(leaf)
     return found
 
 
