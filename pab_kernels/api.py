@@ -115,7 +115,8 @@ def enable(
     models, pipe = _resolve(model_or_pipe)
     if pipe is not None and (num_steps is not None or timesteps is not None):
         raise ValueError(
-            "a pipeline's scheduler gives the steps; leave num_steps and timesteps out, or pass the bare model"
+            "got num_steps or timesteps with a pipeline, whose scheduler sets the steps; leave them out, or pass the "
+            "bare model"
         )
     if config is not None and not isinstance(config, PABConfig):
         raise TypeError(
@@ -161,8 +162,8 @@ def enable_model(
         )
     if broadcaster is not None and broadcaster.clock is not None and (config is not None or cuda_graphs):
         raise ValueError(
-            f"PAB is enabled on this {type(model).__name__} by enable_cache, whose rules it has, without CUDA graphs; "
-            "call its disable_cache first"
+            f"PAB is enabled on this {type(model).__name__} by enable_cache, which sets its rules and excludes CUDA "
+            "graphs; call disable_cache first"
         )
     chosen = config
     if chosen is None:

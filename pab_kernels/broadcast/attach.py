@@ -43,8 +43,7 @@ class Attached:
         TypeError: the holder has no `__dict__`.
     """
 
-    # Slots: functools.update_wrapper, which hooks use, copies a wrapped object's __dict__ into the wrapper, and would
-    # keep all this alive.
+    # Slots: hooks use functools.update_wrapper, which would copy a __dict__ into the wrapper and keep all this alive.
     __slots__ = (
         "holder",
         "name",

@@ -160,7 +160,7 @@ class Broadcaster:
         again = [a.name for a in tuple(self._attached) if isinstance(a, Attached) and a.attach_again()]
         if again:
             logger.info(
-                "%s: %s of %d modules was replaced since pab.enable; PAB is around it now",
+                "%s: %s of %d modules was replaced since pab.enable; PAB is attached to it again",
                 self._name,
                 again[0],
                 len(again),

@@ -68,6 +68,6 @@ def _of_leaf(leaf: Any, what: str) -> Hashable:
     if isinstance(leaf, PLAIN):
         return type(leaf), leaf  # with the type, as True == 1
     raise TypeError(
-        f"there is a {type(leaf).__name__} in {what}; with CUDA graphs tensors, numbers, strings, None and lists, "
-        "tuples and dicts of them are supported: pass these, or leave cuda_graphs out of pab.enable"
+        f"got an instance of {type(leaf).__name__} in {what}; with CUDA graphs tensors, numbers, strings, None and "
+        "lists, tuples and dicts of them are supported: pass these, or leave cuda_graphs out of pab.enable"
     )

@@ -45,7 +45,8 @@ pytestmark = [
 def test_what_no_graph_can_take_is_refused(recorders: list[Recorder]) -> None:
     _, model = pair(config())
     with pytest.raises(
-        TypeError, match="object in what LatteTransformer3DModel was called with; .* leave cuda_graphs out"
+        TypeError,
+        match="got an instance of object in the arguments of LatteTransformer3DModel; .* leave cuda_graphs out",
     ):
         model(**inputs(), enable_temporal_attentions=object())
     with pytest.raises(TypeError, match="number 500 as timestep, and each number would need another graph"):
@@ -65,7 +66,7 @@ def test_what_no_graph_can_take_is_refused(recorders: list[Recorder]) -> None:
 
     told = Told()
     pab.enable(told, PABConfig(spatial=2), num_steps=2, cuda_graphs=True)
-    with pytest.raises(TypeError, match="there is a type in the output of Told"):
+    with pytest.raises(TypeError, match="got an instance of type in the output of Told"):
         told(torch.ones(2, 4))
     pab.disable(told)
     pab.enable(told, PABConfig(spatial=2), num_steps=2, cuda_graphs=True)

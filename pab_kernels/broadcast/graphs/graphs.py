@@ -138,7 +138,7 @@ class Graphs:
                 "graph: pass a tensor on the device, or leave cuda_graphs out of pab.enable"
             )
         given = (args, dict(kwargs))
-        looks = signature(given, f"what {self._name} was called with")
+        looks = signature(given, f"the arguments of {self._name}")
         device = self._device(given)
         # Once a generation, as checking a whole model takes too long for every step.
         if self._seen is None or self._seen() is not call.generation:
