@@ -197,7 +197,7 @@ class Generation:
             return True  # the pipeline steps copies of its scheduler
         if label or timestep is last or not isinstance(timestep, torch.Tensor) or timestep.is_meta:
             return False
-        if self._branches is None:  # the timestep is on the device: wait once, at the second call
+        if self._branches is None:  # the timesteps are on the device: wait for them until the second step begins
             now, then = (self.timesteps.moment(t, wait=True) for t in (timestep, last))
             if now is None or then is None or now.value == then.value:
                 return False
