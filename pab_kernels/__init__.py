@@ -1,4 +1,4 @@
-"""Pyramid Attention Broadcast for diffusion transformers: attention outputs reused over neighbouring sampling steps.
+"""Pyramid Attention Broadcast for diffusion transformers: attention outputs are reused across sampling steps.
 
 >>> from pab_kernels import PABConfig, plan
 >>> print(plan(PABConfig(spatial=2, temporal=4, cross=6), num_steps=10))

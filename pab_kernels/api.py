@@ -1,4 +1,4 @@
-"""Switching PAB on and off, and asking what it did: the functions of `import pab_kernels`."""
+"""The functions of `import pab_kernels`: enable and disable PAB, begin generations, report what was done."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def _resolve(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
-    """The DiTs by their names in the pipeline around them, and that or None."""
+    """The DiTs by their names in the pipeline, and the pipeline; for a bare module {"": module} and None."""
     if isinstance(model_or_pipe, nn.Module):
         return {"": uncompiled(model_or_pipe)}, None
     models = denoisers(model_or_pipe)
@@ -37,13 +37,12 @@ def _resolve(model_or_pipe: Any) -> tuple[dict[str, nn.Module], Any]:
         return models, model_or_pipe
     raise TypeError(
         f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer` or a "
-        "`unet`, and a "
-        "`scheduler`: pass the denoiser itself"
+        "`unet`, and a `scheduler`: pass the denoiser itself"
     )
 
 
 def _all_models(model_or_pipe: Any) -> list[nn.Module]:
-    """The DiTs, and those that a pipeline held when PAB was enabled on it."""
+    """The current DiTs, and those that the pipeline held when PAB was enabled on it."""
     watch = None if isinstance(model_or_pipe, nn.Module) else PipeWatch.of(model_or_pipe)
     known = [] if watch is None else watch.models()
     models = known if known and not denoisers(model_or_pipe) else [*_resolve(model_or_pipe)[0].values(), *known]
@@ -53,7 +52,7 @@ def _all_models(model_or_pipe: Any) -> list[nn.Module]:
 def _enabled(model_or_pipe: Any) -> dict[str, Broadcaster]:
     models, _ = _resolve(model_or_pipe)
     found = {name: broadcaster for name, model in models.items() if (broadcaster := broadcaster_of(model)) is not None}
-    if not found:  # another model may have been put in place of the one that was enabled
+    if not found:  # the pipeline may hold another model since
         found = {
             type(m).__name__: broadcaster
             for m in _all_models(model_or_pipe)
@@ -76,44 +75,48 @@ def enable(
     cuda_graphs: bool | None = None,
     kinds: Mapping[str, str | None] | None = None,
 ) -> T:
-    """Switch PAB on.
+    """Enable PAB on a pipeline or a model.
 
-    On a pipeline, `set_timesteps` on the scheduler that it holds begins each generation. On a bare module `num_steps`
-    or `timesteps` begins the first; `generation` begins every further one. On a model that is enabled already, `config`
-    is taken from the next generation on, and a further pipeline that shares the model is followed too.
+    On a pipeline, each call of its scheduler's `set_timesteps` begins a generation. On a bare module, `num_steps` or
+    `timesteps` begins the first generation and `generation` begins each later one. If PAB is already enabled on the
+    model, the new `config` applies from the next generation, and a further pipeline that shares the model is followed
+    too.
 
-    Where a pipeline has a second model (Wan 2.2's `transformer_2`), both are switched on. Each has a plan over its own
-    steps: windows are fractions of the full schedule, ranges count from the model's first step, and nothing is handed
-    from one to the other.
+    If a pipeline has a second model (Wan 2.2's `transformer_2`), PAB is enabled on both. Each has a plan over its own
+    steps: windows are fractions of the full schedule, ranges count from the model's first step, and no output passes
+    from one model to the other.
 
     Args:
         model_or_pipe: a diffusers pipeline, or a DiT.
-        config: default the published preset of the model's class, else the ranges 2/4/6 in the middle of the schedule.
-        num_steps: steps of a bare module's first generation.
-        timesteps: its timesteps, where the config counts in them.
-        timed: whether `summary` has seconds by kind, from the next generation on; default as before, at first not. Time
-            is read off the host's clock, on CUDA devices off events in their stream, from a sublayer's turn to the next
-            one or to the end of its block. Reused outputs are added where the stream is read next, and counted there.
-            Compiled blocks are not timed.
-        cuda_graphs: whether the model's calls are captured as CUDA graphs and replayed, from the next generation on;
-            default as before, at first not. There is a graph for each pattern of the plan, context and shape of the
-            inputs; docs/cuda_graphs.md has the rest.
-        kinds: patterns of module names and the kind that these modules are taken for, or None to leave them alone,
-            where `sublayers` shows that they were taken for something else. In a pattern `*` is any part of one
-            component of a name, `**` any part of the whole.
+        config: the rules; default the published preset of the model's class, else the ranges 2/4/6 in the middle of the
+            schedule.
+        num_steps: number of steps of a bare module's first generation.
+        timesteps: the timesteps of that generation, needed if the config counts in timesteps.
+        timed: whether `summary` reports seconds by kind, from the next generation on; default unchanged, initially
+            False. A sublayer's time runs from its turn to the next turn or to the end of its block, by the host's
+            clock, or by events in the stream on CUDA devices. A reused output is added, and its addition timed, where
+            the stream is read next. Compiled blocks are not timed.
+        cuda_graphs: whether calls of the model are captured as CUDA graphs and replayed, from the next generation on;
+            default unchanged, initially False. There is one graph for each pattern of the plan, context and shape of
+            the inputs; see docs/cuda_graphs.md.
+        kinds: corrects modules that `sublayers` shows as misclassified: maps a pattern of module names to their kind,
+            or to None to leave them alone. In a pattern, `*` matches within one component of a name, `**` matches
+            anything.
 
     Returns:
-        What it was given.
+        `model_or_pipe`.
 
     Raises:
-        TypeError: no sublayers are found in the model.
-        ValueError: the config or `kinds` do not suit the model, or the config the schedule; or `timed` does not suit
-        `cuda_graphs`.
+        TypeError: `model_or_pipe` is neither a module nor a supported pipeline, `config` is no PABConfig, or the model
+            has no recognisable sublayers.
+        ValueError: the config does not suit the model or the schedule, `kinds` does not suit the model, or `timed` and
+            `cuda_graphs` are both set.
     """
     models, pipe = _resolve(model_or_pipe)
     if pipe is not None and (num_steps is not None or timesteps is not None):
         raise ValueError(
-            "a pipeline's scheduler gives the steps; leave num_steps and timesteps out, or pass the bare model"
+            "got num_steps or timesteps with a pipeline, whose scheduler sets the steps; leave them out, or pass the "
+            "bare model"
         )
     if config is not None and not isinstance(config, PABConfig):
         raise TypeError(
@@ -139,22 +142,28 @@ def enable_model(
     kinds: Mapping[str, str | None] | None = None,
     given: nn.Module | None = None,
 ) -> None:
-    """Switch PAB on for one model (see `enable`).
+    """Enable PAB on one model; see `enable`.
 
     Args:
-        undo: takes what undoes it.
-        given: the model, or what `torch.compile` made of it; default the model.
+        undo: receives the callbacks that undo it.
+        model: the DiT.
+        pipe: the pipeline that holds it, or None.
+        config, num_steps, timesteps, timed, cuda_graphs, kinds: as in `enable`.
+        given: the compiled module around the model, if there is one; default the model.
+
+    Raises:
+        TypeError, ValueError: as in `enable`.
     """
     broadcaster = broadcaster_of(model)
     if broadcaster is not None and kinds is not None:
         raise ValueError(
-            f"PAB is enabled on this {type(model).__name__} already, with its kinds; pab.disable it first to give "
-            "others"
+            f"PAB is enabled on this {type(model).__name__} already, with its kinds; call pab.disable first to change "
+            "them"
         )
     if broadcaster is not None and broadcaster.clock is not None and (config is not None or cuda_graphs):
         raise ValueError(
-            f"PAB is enabled on this {type(model).__name__} by enable_cache, whose rules it has, without CUDA graphs; "
-            "call its disable_cache first"
+            f"PAB is enabled on this {type(model).__name__} by enable_cache, which sets its rules and excludes CUDA "
+            "graphs; call disable_cache first"
         )
     chosen = config
     if chosen is None:
@@ -169,32 +178,28 @@ def enable_model(
             )
         logger.warning(
             "%s: its preset %r keeps outputs at cache_point %r, which is not supported for this model; they are kept "
-            "at 'pre_gate' "
-            "instead, and results differ from the published ones",
+            "at 'pre_gate' instead, and results differ from the published ones",
             type(model).__name__,
             preset_name(model, timesteps_known=True),
             chosen.cache_point,
         )
         chosen = dataclasses.replace(chosen, cache_point="pre_gate")
-    before = None if broadcaster is None else (broadcaster.config, broadcaster.timed, broadcaster.cuda_graphs)
-    timed = (before is not None and before[1]) if timed is None else timed
-    cuda_graphs = (before is not None and before[2]) if cuda_graphs is None else cuda_graphs
+    timed = (broadcaster is not None and broadcaster.timed) if timed is None else timed
+    cuda_graphs = (broadcaster is not None and broadcaster.cuda_graphs) if cuda_graphs is None else cuda_graphs
     if timed and cuda_graphs:
         raise ValueError(
-            "timed measures between sublayers, and a CUDA graph runs as a whole; supported is one of them: leave the "
-            "other out"
+            "got timed=True and cuda_graphs=True; only one of them is supported, as a CUDA graph runs as a whole and "
+            "timed measures between sublayers: leave the other out"
         )
     if broadcaster is None:
         broadcaster = Broadcaster(model, adapter, chosen)
         undo.callback(disable, model)
-    else:
-        assert before is not None
-        undo.callback(broadcaster.configure, *before)
-        if pipe is not None and not broadcaster.watches(pipe):
-            undo.callback(broadcaster.unwatch, pipe)
-    if before is None:
         setattr(model, ATTRIBUTE, broadcaster)
         broadcaster.attach()
+    else:
+        undo.callback(broadcaster.configure, broadcaster.config, broadcaster.timed, broadcaster.cuda_graphs)
+        if pipe is not None and not broadcaster.watches(pipe):
+            undo.callback(broadcaster.unwatch, pipe)
     if given is not None and given is not model:
         broadcaster.enclose(given)
     broadcaster.configure(chosen, timed, cuda_graphs, config is not None and config not in presets().values())
@@ -205,10 +210,13 @@ def enable_model(
 
 
 def disable(model_or_pipe: Any) -> None:
-    """Switch PAB off: the model, and the schedulers that were followed, are what they were. Does nothing where PAB is
-    not enabled.
+    """Disable PAB: the model and the followed schedulers are exactly what they were.
 
-    Of a pipeline that holds another model by now, PAB is switched off on the one that it was enabled on too.
+    Does nothing if PAB is not enabled. If the pipeline holds another model by now, PAB is also disabled on the one it
+    was enabled on.
+
+    Args:
+        model_or_pipe: what was passed to `enable`.
     """
     for model in _all_models(model_or_pipe):
         broadcaster = broadcaster_of(model)
@@ -218,10 +226,12 @@ def disable(model_or_pipe: Any) -> None:
 
 
 def release(model_or_pipe: Any) -> None:
-    """Release everything that is kept for a model, in all threads and for all requests, at once.
+    """Release everything that is kept for a model, in all threads and for all requests.
 
-    PAB stays enabled. Every generation ends; a run that goes on computes at its next step, and its plan begins anew
-    there.
+    PAB stays enabled. Every generation ends; a run that goes on starts a new plan at its next step, which computes.
+
+    Args:
+        model_or_pipe: a DiT, or its pipeline.
 
     Raises:
         RuntimeError: PAB is not enabled.
@@ -231,10 +241,10 @@ def release(model_or_pipe: Any) -> None:
 
 
 def generation(model: Any, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Request:
-    """Begin a further generation on a bare module; calls of the model inside `with` belong to it.
+    """Begin a generation on a bare module.
 
-    The request that is returned can be put down and taken up between steps, in any thread or task, so that one model
-    serves several:
+    Calls of the model inside `with request:` belong to it. The block can be left and entered again between steps, in
+    any thread or task, so one model can serve several requests:
 
         a, b = (pab.generation(model, num_steps=30) for _ in range(2))
         for t in timesteps:
@@ -242,78 +252,91 @@ def generation(model: Any, *, num_steps: int | None = None, timesteps: Sequence[
                 with request:
                     ...
 
-    What it keeps is released after its last step, by `close`, or when nobody holds the request any more.
+    Its slots are released after its last step, by `request.close()`, or when the request is garbage collected.
 
     Args:
         model: a DiT on which PAB is enabled.
-        num_steps: steps of the schedule.
-        timesteps: its timesteps, where the config counts in them.
+        num_steps: number of steps of the schedule.
+        timesteps: its timesteps, needed if the config counts in timesteps.
+
+    Returns:
+        The request.
 
     Raises:
         RuntimeError: PAB is not enabled.
-        ValueError: neither is given, or `model` is a pipeline with several.
+        ValueError: neither `num_steps` nor `timesteps` is given, or `model` is a pipeline with several models.
     """
     enabled = _enabled(model)
     if len(enabled) > 1:
         raise ValueError(
-            f"a generation of a bare module is one model's, and this pipeline has {', '.join(enabled)}; pass one of "
-            "them"
+            f"got a pipeline with several models; supported is one model, and this pipeline has {', '.join(enabled)}; "
+            "pass one of them"
         )
     (broadcaster,) = enabled.values()
     return broadcaster.begin(num_steps=num_steps, timesteps=timesteps)
 
 
 def context(model: Any, name: str, step: int | None = None) -> contextlib.AbstractContextManager[None]:
-    """Name the context of the calls inside `with`, such as "cond" and "uncond" where a pipeline calls the model once
-    for each.
+    """Name the context of the calls inside `with`, such as "cond" or "uncond" for the branches of guidance.
 
     Args:
         model: a DiT, or its pipeline, on which PAB is enabled.
-        name: of the context; each has its own slots.
-        step: of the full schedule, where a bare module's calls do not tell it.
+        name: name of the context; each context has its own slots.
+        step: step of the full schedule, if it does not follow from the order of the calls.
+
+    Returns:
+        A context manager.
 
     Raises:
         RuntimeError: PAB is not enabled.
-        ValueError: the name is empty, or the step is no whole number.
+        ValueError: `name` is empty or no string, or `step` is not a non-negative integer.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"a context needs a name, got {name!r}")
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
-        raise ValueError(f"step must be a whole number from 0, got {step!r}; leave it out where the calls tell it")
+        raise ValueError(
+            f"step must be a whole number from 0, got {step!r}; leave it out if the order of the calls gives it"
+        )
     return Naming(list(_enabled(model).values()), name, step)
 
 
 def sublayers(model: Any, kinds: Mapping[str, str | None] | None = None) -> list[Sublayer]:
-    """The sublayers that PAB sees in a model: module name, kind, how they are run and, where they were found, by what.
+    """List the sublayers that PAB finds in a model.
 
     Args:
-        model: a DiT, or its pipeline; of several models the first is meant.
-        kinds: as in `enable`, to see what it would change; not for a model that is enabled.
+        model: a DiT, or its pipeline; if the pipeline has several models, the first one is used.
+        kinds: as in `enable`, to preview its effect; only if PAB is not enabled yet.
+
+    Returns:
+        For each sublayer its module name, kind, how it is run and why it was classified so.
 
     Raises:
-        TypeError: no sublayers are found in the model.
-        ValueError: `kinds` does not suit the model, or it is enabled already.
+        TypeError: the model has no recognisable sublayers.
+        ValueError: `kinds` does not suit the model, or PAB is enabled already.
     """
     module = next(iter(_resolve(model)[0].values()))
     broadcaster = broadcaster_of(module)
     if broadcaster is not None and kinds is not None:
         raise ValueError(
-            f"PAB is enabled on this {type(module).__name__} already, with its kinds; pab.disable it first to see "
-            "others"
+            f"PAB is enabled on this {type(module).__name__} already, with its kinds; call pab.disable first to "
+            "preview others"
         )
     return list((broadcaster.adapter if broadcaster else adapter_for(module, kinds)).sublayers)
 
 
 def summary(model_or_pipe: Any) -> Summary:
-    """What was computed, reused and stored in the generation begun last; bytes; FLOPs; seconds, for which it waits for
-    the device.
+    """Summarise the latest generation: what was computed, stored, reused and forced; bytes, FLOPs and seconds.
 
-    Bytes held now are those of all generations. Of a pipeline with several models it has the sums, and each model's own
-    under `models`. Of a request, which `generation` gives, it has what that did.
+    FLOPs are counted now: a copy of the current model without PAB runs once on the meta device for each set of shapes
+    that the model was called with. If it cannot run there, because its code reads values of tensors, they are reported
+    as 0. If seconds were measured, this waits for the device.
 
-    FLOPs are counted here: a copy of the model as it is now, without PAB, runs once on the meta device for every set of
-    shapes that the model was called with. Where it cannot run there, as its code reads values of tensors, they are not
-    known, and 0.
+    Args:
+        model_or_pipe: a DiT, its pipeline, or the request of one generation.
+
+    Returns:
+        The summary. `cache_bytes` counts the slots of all generations. For a pipeline with several models the figures
+        are sums, with one summary for each model under `models`; for a request they are those of its generation.
 
     Raises:
         RuntimeError: PAB is not enabled.

@@ -439,7 +439,7 @@ def test_what_enable_cache_switched_on_takes_no_other_rules_and_no_graphs() -> N
     model.enable_cache(config())
     for options in ({"config": PABConfig(spatial=2)}, {"cuda_graphs": True}):
         with pytest.raises(
-            ValueError, match="by enable_cache, whose rules it has, without CUDA graphs; call its disable_cache first"
+            ValueError, match="by enable_cache, which sets its rules and excludes CUDA graphs; call disable_cache first"
         ):
             pab.enable(model, **options)
     pab.enable(model, timed=True)

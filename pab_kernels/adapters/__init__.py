@@ -1,4 +1,4 @@
-"""Adapters: how the blocks of a model become chains of sublayers. One file a family, and one for all others."""
+"""Adapters, which turn the blocks of a model into chains of sublayers: one file a family, and one for all others."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from ..broadcast.adapter import Adapter
 
 
 def adapter_for(model: nn.Module, kinds: Mapping[str, str | None] | None = None) -> Adapter:
-    """The adapter of a model: its modules of `pab_kernels.nn` where it has such, else its family's, else the generic
-    one.
+    """Choose the adapter of a model.
+
+    A model with modules of `pab_kernels.nn` gets the `ModulesAdapter`; any other one the adapter of its family, or the
+    generic one.
 
     Args:
         model: the DiT.
-        kinds: what modules are to be taken for (see `finder.find`); the generic adapter then serves every family.
+        kinds: corrects misclassified modules, see `finder.find`; with it, the generic adapter serves every family.
+
+    Returns:
+        The adapter.
 
     Raises:
-        TypeError: no sublayers are found in the model.
+        TypeError: the model has no recognisable sublayers.
         ValueError: `kinds` does not suit the model.
     """
     from . import generic, latte, modules
@@ -26,8 +31,8 @@ def adapter_for(model: nn.Module, kinds: Mapping[str, str | None] | None = None)
     if modules.handles(model):
         if kinds:
             raise ValueError(
-                f"kinds={dict(kinds)}: this {type(model).__name__} has modules of pab_kernels.nn, and their kinds are "
-                "their own"
+                f"got kinds={dict(kinds)}; not supported for this {type(model).__name__}, as its modules of "
+                "pab_kernels.nn define their kinds: leave kinds out"
             )
         return modules.ModulesAdapter(model)
     if latte.handles(model) and not kinds:

@@ -1,6 +1,6 @@
-"""What a module of a DiT is, judged by what it has in it and by its name; every judgement says why.
+"""Classifying the modules of a DiT by their contents and names, each result with its reason.
 
-Names are compared word by word (`attn_temp` is the words attn and temp): a word inside a longer one says nothing.
+Names are compared word by word (`attn_temp` has the words attn and temp); a part of a word never matches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-"""What only holds modules and is never called."""
+"""Classes that only hold modules and are never called."""
 
 _QUERIES = {"q", "qk", "qkv", "query", "queries", "wq", "wqkv"}
 _ATTENTION = {"attn", "attention", "mha", "msa"}
@@ -24,32 +24,20 @@ _NEITHER = {
     *("norm", "mod", "modulation", "adaln", "ada", "gate", "embed", "embedder", "embedding", "emb", "rope"),
     *("bias", "mask", "processor", "scale", "shift", "table", "time", "timestep"),
 }
-"""Words of what serves attention or an MLP, and is none."""
+"""Words of modules that belong to an attention or MLP without being one."""
 _WHOLE = {"block", "layer"}
-"""Words of classes that add to the stream what their attention or MLP gives: no sublayer by that name alone."""
+"""Words of classes that contain an attention or MLP and its residual addition, so are no sublayer by name."""
 _ASIDE = {
-    *(
-        "refiner",
-        "refine",
-        "embed",
-        "embedder",
-        "embedders",
-        "embedding",
-        "embeddings",
-        "emb",
-        "pool",
-        "pooler",
-        "pooling",
-    ),
-    *("perceiver", "resampler", "connector", "extractor", "text", "txt", "caption", "cap"),
+    *("refiner", "refine", "embed", "embedder", "embedders", "embedding", "embeddings", "emb", "pool", "pooler"),
+    *("pooling", "perceiver", "resampler", "connector", "extractor", "text", "txt", "caption", "cap"),
 }
-"""Words of what prepares the text or the latents before the blocks, and is left alone."""
+"""Words of modules that prepare the text or the latents before the blocks, which are left alone."""
 _TEMPORAL = {"temporal", "temp", "tempo"}
 _TIME = {"time", "frame", "frames"}
 _MOTION = ({"motion"}, {"animate", "diff"})
-"""Words of modules that attend over frames.
+"""Sets of words, one of which must be complete in the name of a module that attends over frames.
 
-A block or model that has `motion` in its class has such modules, and others.
+They do not count in the class of a block or model, which contains such modules among others.
 """
 _SPATIAL = {"spatial", "spatio", "space"}
 _CROSS = {"cross", "crossattn", "crossattention"}
@@ -62,19 +50,16 @@ def words(name: str) -> list[str]:
 
 
 def set_aside(path: Sequence[str]) -> str | None:
-    """The component of a path by which a module prepares text or latents before the blocks, or None.
+    """The component of a path which shows that a module prepares text or latents before the blocks, or None.
 
-    Of the last component only the words of refiners and poolers count: attention in a block may be named after the
+    In the last component only the words of refiners and poolers count, as attention in a block may be named after the
     stream that it reads.
     """
     for component in path[:-1]:
         if _ASIDE.intersection(words(component)):
             return component
-    return (
-        path[-1]
-        if {"refiner", "pool", "pooler", "pooling", "perceiver", "resampler"}.intersection(words(path[-1]))
-        else None
-    )
+    prepares = {"refiner", "pool", "pooler", "pooling", "perceiver", "resampler"}.intersection(words(path[-1]))
+    return path[-1] if prepares else None
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -82,12 +67,12 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _matrices(module: nn.Module) -> int:
-    """Modules in `module`, itself included, that hold a weight of two or more dimensions."""
+    """The number of modules in `module`, itself included, with a weight of two or more dimensions."""
     return sum(any(p.ndim >= 2 for p in m.parameters(recurse=False)) for m in module.modules())
 
 
 def queries_of(module: nn.Module) -> list[str]:
-    """Names of the projections of queries that a module holds itself."""
+    """Names of the query projections that are children or parameters of a module."""
     if isinstance(module, nn.MultiheadAttention):
         return ["in_proj"]
     children = [
@@ -99,7 +84,7 @@ def queries_of(module: nn.Module) -> list[str]:
 
 
 def attention_by(module: nn.Module, name: str) -> str | None:
-    """Why a module is attention, or None: it projects queries, or it is called attention and has weights below it.
+    """Why a module is attention, or None: it projects queries, or has attention in its name and children with weights.
 
     Args:
         module: any module.
@@ -114,24 +99,28 @@ def attention_by(module: nn.Module, name: str) -> str | None:
         or not _has_matrix(module)
     ):
         return None
-    for what, said in (("class", type(module).__name__), ("name", name)):
-        spoken = words(said)
-        if _ATTENTION.intersection(spoken) and not _NEITHER.intersection(spoken) and not _WHOLE.intersection(spoken):
-            return f"attention by its {what} {said}"
+    for what, label in (("class", type(module).__name__), ("name", name)):
+        found_words = words(label)
+        if _ATTENTION.intersection(found_words) and not (_NEITHER | _WHOLE).intersection(found_words):
+            return f"attention by its {what} {label}"
     return None
 
 
 def mlp_by(module: nn.Module, name: str) -> str | None:
-    """Why a module is an MLP, or None: it is called one and has two weights, or is a chain that ends in the width that
-    it begins with."""
+    """Why a module is an MLP, or None: it has two weights and such a name, or is a chain of layers that widens.
+
+    Args:
+        module: any module.
+        name: the last component of its path.
+    """
     if isinstance(module, CONTAINERS) or _matrices(module) < 2 or _NEITHER.intersection(words(name)):
         return None
-    for what, said in (("name", name), ("class", type(module).__name__)):
-        spoken = words(said)
-        if what == "class" and _WHOLE.intersection(spoken):
+    for what, label in (("name", name), ("class", type(module).__name__)):
+        found_words = words(label)
+        if what == "class" and _WHOLE.intersection(found_words):
             continue
-        if _MLP.intersection(spoken) or ("feed", "forward") in zip(spoken, spoken[1:], strict=False):
-            return f"MLP by its {what} {said}"
+        if _MLP.intersection(found_words) or ("feed", "forward") in zip(found_words, found_words[1:], strict=False):
+            return f"MLP by its {what} {label}"
     if isinstance(module, nn.Sequential):
         linears = [m for m in module if isinstance(m, nn.Linear)]
         if len(linears) > 1 and linears[0].in_features == linears[-1].out_features < linears[0].out_features:
@@ -140,37 +129,34 @@ def mlp_by(module: nn.Module, name: str) -> str | None:
 
 
 def keys_from_elsewhere(module: nn.Module, name: str, parents: Sequence[tuple[str, nn.Module]]) -> tuple[bool, str]:
-    """Whether attention takes its keys from another sequence alone (cross attention), and why.
+    """Whether attention takes its keys only from another sequence (cross attention), and why.
 
-    Joint attention, which projects queries for both sequences or adds keys of the other to its own, is not cross
+    Joint attention, which projects queries for both sequences or adds keys of the other one to its own, is not cross
     attention.
 
     Args:
         module: the attention.
         name: the last component of its path.
-        parents: name and module of what is around it, the innermost first.
+        parents: names and modules around it, innermost first.
     """
-    said = [words(name), words(type(module).__name__)]
-    if any(_CROSS.intersection(s) for s in said):
-        return (
-            True,
-            "cross attention by its "
-            f"{'name ' + name if _CROSS.intersection(said[0]) else 'class ' + type(module).__name__}",
-        )
+    of_name, of_class = words(name), words(type(module).__name__)
+    if _CROSS.intersection(of_name):
+        return True, f"cross attention by its name {name}"
+    if _CROSS.intersection(of_class):
+        return True, f"cross attention by its class {type(module).__name__}"
     declared = getattr(module, "is_cross_attention", None)
     joint = _joint(module)
-    if "self" not in said[0] and declared is True:
+    if "self" not in of_name and declared is True:
         return True, "keys from elsewhere (is_cross_attention)"
     if joint:
         return False, f"joint: {joint}"
-    if any("self" in s for s in said):
+    if "self" in of_name or "self" in of_class:
         return False, "self attention by its name"
     if _other_width(module):
         return True, "keys from elsewhere: they are projected from another width"
-    spoken = words(name)
-    if "to" in spoken[1:-1] and _ATTENTION.intersection(spoken):
+    if "to" in of_name[1:-1] and _ATTENTION.intersection(of_name):
         return True, f"cross attention by its name {name}"
-    if declared is None and spoken[-2:] == ["attn", "2"] and _takes_keys(module, required=False):
+    if declared is None and of_name[-2:] == ["attn", "2"] and _takes_keys(module, required=False):
         return True, "keys from elsewhere: attn2, with an input for them"
     if declared is None and _takes_keys(module, required=True):
         return True, "keys from elsewhere: its forward needs another sequence"
@@ -182,7 +168,7 @@ def keys_from_elsewhere(module: nn.Module, name: str, parents: Sequence[tuple[st
 
 
 def _joint(module: nn.Module) -> str | None:
-    """What shows that attention is over two sequences at once, or None."""
+    """Why attention is over two sequences at once, or None."""
     if getattr(module, "added_kv_proj_dim", None) is not None:
         return "added projections of keys (added_kv_proj_dim)"
     queries = queries_of(module)
@@ -198,7 +184,7 @@ def _joint(module: nn.Module) -> str | None:
 
 
 def _other_width(module: nn.Module) -> bool:
-    """Whether keys are projected from another number of channels than queries."""
+    """Whether keys and queries are projected from different numbers of channels."""
     if isinstance(module, nn.MultiheadAttention):
         return not module._qkv_same_embed_dim
     named = {name: getattr(child, "in_features", None) for name, child in module.named_children()}
@@ -211,9 +197,11 @@ def _other_width(module: nn.Module) -> bool:
 
 
 def _takes_keys(module: nn.Module, *, required: bool) -> bool:
-    """Whether `forward` has an input, after its first, for a sequence that keys come from.
+    """Whether `forward` has an input after its first for the sequence of the keys.
 
-    `**kwargs` may be one where none is required.
+    Args:
+        module: the attention.
+        required: whether that input has no default; if False, `**kwargs` counts too.
     """
     parameters = list(inspect.signature(module.forward).parameters.values())[1:]
     if not required and any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -222,8 +210,7 @@ def _takes_keys(module: nn.Module, *, required: bool) -> bool:
 
 
 def _called_with_other_keys(parent: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether attention takes queries and keys apart, and the source of the parent's `forward` gives it keys that are
-    not the queries."""
+    """Whether attention has separate inputs for queries and keys, and its parent's source passes different ones."""
     names = tuple(inspect.signature(module.forward).parameters)[:2]
     if names not in (("query", "key"), ("q", "k")):
         return False
@@ -246,27 +233,27 @@ def _only_one(parent: nn.Module) -> bool:
 
 
 def axis(module: nn.Module, name: str, parents: Sequence[tuple[str, nn.Module]]) -> tuple[str, str]:
-    """Whether self attention is "spatial" or "temporal", and why: the nearest name or class that says it decides, the
-    model's own last.
+    """Whether self attention is "spatial" or "temporal", and why.
 
-    What says both is attention over space and time at once, which is spatial; so is what says nothing.
+    The nearest name or class with a word for either decides, from the module outwards to the model. A name with both is
+    attention over space and time at once, which is spatial; so is attention without such a name.
 
     Args:
         module: the attention.
         name: the last component of its path.
-        parents: name and module of what is around it, the innermost first.
+        parents: names and modules around it, innermost first.
     """
     for depth, (component, holder) in enumerate([(name, module), *parents]):
         if not isinstance(holder, (*CONTAINERS, nn.Sequential)) and getattr(holder, "temporal", None) is True:
             return "temporal", f"temporal: {component or type(holder).__name__}.temporal is set"
         temporal = _TEMPORAL | (_TIME if depth == 0 else set())
-        for said in (component, type(holder).__name__):
-            spoken = set(words(said))
-            if spoken & temporal or (
-                any(motion <= spoken for motion in _MOTION) and not spoken & (_WHOLE | {"net", "model"})
+        for label in (component, type(holder).__name__):
+            found = set(words(label))
+            if found & temporal or (
+                any(motion <= found for motion in _MOTION) and not found & (_WHOLE | {"net", "model"})
             ):
-                both = bool(spoken & _SPATIAL)
-                return ("spatial", f"over space and time by {said}") if both else ("temporal", f"temporal by {said}")
-            if spoken & _SPATIAL:
-                return "spatial", f"spatial by {said}"
+                both = bool(found & _SPATIAL)
+                return ("spatial", f"over space and time by {label}") if both else ("temporal", f"temporal by {label}")
+            if found & _SPATIAL:
+                return "spatial", f"spatial by {label}"
     return "spatial", "over all tokens"

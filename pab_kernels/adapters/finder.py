@@ -1,4 +1,4 @@
-"""Finding the sublayers of any DiT: attention, MLPs and whole blocks, by what they are and where they stand."""
+"""Finding the sublayers of any DiT: attention, MLPs and whole blocks, by their contents, names and positions."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ LISTS = (nn.ModuleList, nn.Sequential)
 
 
 def find(model: nn.Module, kinds: Mapping[str, str | None] | None = None) -> list[Sublayer]:
-    """The sublayers of `model`, in the order of its modules, a block after those in it; `why` says what each was taken
-    by.
+    """Find the sublayers of `model`.
 
-    1. Attention is a module that projects queries, or is called attention and has weights. If another sequence gives
-       its keys it is `cross`; else `temporal` or `spatial`, as the nearest name or class says. Attention over all
-       tokens at once, or over two sequences jointly, is `spatial`.
-    2. A block is an entry of a list whose entries have attention in them, as modules or written out.
-    3. An `mlp` is found in blocks alone, beside their attention.
-    4. What prepares the text or the latents before the blocks (refiners, embedders, poolers) is left alone.
+    1. Attention is a module that projects queries, or has attention in its name and weights. It is `cross` if its keys
+       come from another sequence, else `temporal` or `spatial` by the nearest name or class. Attention over all tokens
+       at once, or over two sequences jointly, is `spatial`.
+    2. A block is an entry of a list whose entries contain attention, as a module or written out in their own code.
+    3. An `mlp` is found only in blocks, beside their attention.
+    4. Modules that prepare the text or the latents before the blocks (refiners, embedders, poolers) are left alone.
 
     Args:
-        model: the DiT; on any device, "meta" too.
-        kinds: patterns of module names, and what to take these modules for, or None to leave them alone. In a pattern
-            `*` is any part of one component of the name, `**` any part of the whole. Later patterns win.
-            `{"refiner.*.attn": "spatial"}` adds, `{"single_blocks.**": None}` leaves out.
+        model: the DiT, on any device including "meta".
+        kinds: maps patterns of module names to the kind of these modules, or to None to leave them alone. In a pattern,
+            `*` matches within one component of a name, `**` matches anything. Later patterns win.
+            `{"refiner.*.attn": "spatial"}` adds modules, `{"single_blocks.**": None}` leaves modules out.
+
+    Returns:
+        The sublayers in the order of the model's modules, each block after those inside it, with the reason as `why`.
 
     Raises:
-        ValueError: a pattern matches no module, or a kind is not known.
+        ValueError: a pattern matches no module, or a kind is unknown.
 
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
     >>> block = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "mlp": mlp})
@@ -44,17 +46,14 @@ def find(model: nn.Module, kinds: Mapping[str, str | None] | None = None) -> lis
     given = _given(modules, kinds or {})
     found: dict[str, tuple[str, str]] = {}  # name: kind, why
     for name in modules:
-        if name and not _inside(name, found):
+        if name and all(found.get(parent, ("block",))[0] == "block" for parent in _parents(name)):
             judged = _judge(model, modules, name)
             if judged is not None:
                 found[name] = judged
     rows = {name: _row(name, modules) for name in found}
-    around = {
-        n if kind == "block" else rows[n] or n.rpartition(".")[0] for n, (kind, _) in found.items() if kind != "mlp"
-    }
-    found = {
-        n: judged for n, judged in found.items() if judged[0] != "mlp" or (rows[n] or n.rpartition(".")[0]) in around
-    }
+    homes = {n: n if kind == "block" else rows[n] or n.rpartition(".")[0] for n, (kind, _) in found.items()}
+    with_attention = {homes[n] for n, (kind, _) in found.items() if kind != "mlp"}
+    found = {n: judged for n, judged in found.items() if judged[0] != "mlp" or homes[n] in with_attention}
     for block in dict.fromkeys(rows[name] for name in found):
         if block and block not in found and not isinstance(modules[block], evidence.CONTAINERS):
             found[block] = ("block", f"an entry of {block.rpartition('.')[0]} with attention in it")
@@ -66,7 +65,7 @@ def find(model: nn.Module, kinds: Mapping[str, str | None] | None = None) -> lis
 
 
 def _given(modules: Mapping[str, nn.Module], kinds: Mapping[str, str | None]) -> dict[str, str | None]:
-    """What `kinds` says of each module that one of its patterns matches."""
+    """The kind from `kinds` of each module that matches one of its patterns."""
     given: dict[str, str | None] = {}
     for pattern, kind in kinds.items():
         if kind is not None and kind not in KINDS:
@@ -77,19 +76,15 @@ def _given(modules: Mapping[str, nn.Module], kinds: Mapping[str, str | None]) ->
         matched = [name for name in modules if name and re.fullmatch(expression, name)]
         if not matched:
             raise ValueError(
-                f"kinds: no module of the model is named {pattern!r}; * is any part of a name up to the next dot, ** "
-                "any part"
+                f"kinds: no module of the model is named {pattern!r}; in a pattern * matches up to the next dot, ** "
+                "matches anything"
             )
         given |= dict.fromkeys(matched, kind)
     return given
 
 
-def _inside(name: str, found: Mapping[str, tuple[str, str]]) -> bool:
-    return any(found.get(parent, ("block",))[0] != "block" for parent in _parents(name))
-
-
 def _parents(name: str) -> list[str]:
-    """Names of the modules around a module, the innermost first, without the model itself."""
+    """Names of the modules around a module, innermost first, without the model itself."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]
 
@@ -99,7 +94,7 @@ def _around(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> li
 
 
 def _judge(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> tuple[str, str] | None:
-    """Kind of a module that is attention or an MLP, and why; None for all else."""
+    """Kind and reason of an attention, an MLP or a block with attention in its own code; None for any other module."""
     module, path = modules[name], name.split(".")
     if isinstance(module, evidence.CONTAINERS) or evidence.set_aside(path):
         return None
@@ -123,7 +118,7 @@ def _judge(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> tup
 
 
 def _holds_more(module: nn.Module) -> bool:
-    """Whether a module that looks like attention is more than that: an MLP, or two attentions, are in it."""
+    """Whether a module that looks like attention contains more: an MLP or another attention."""
     below = [(name.rpartition(".")[2], m) for name, m in module.named_modules() if name]
     attentions = [m for _, m in below if evidence.queries_of(m)]
     own = bool(evidence.queries_of(module))
@@ -131,10 +126,10 @@ def _holds_more(module: nn.Module) -> bool:
 
 
 def _row(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The entry of a list of blocks that a module stands in.
+    """The block that a module is in: an entry of the innermost list in which a class repeats, or that has one entry.
 
-    That is the innermost list in which a class of entries comes back, or which has one entry. A list of entries that
-    all differ is a chain of sublayers inside of a block, unless there is no other.
+    A list whose entries all differ in class is taken for a chain of sublayers inside a block, unless there is no other
+    list.
     """
     entries = [parent for parent in _parents(name) if isinstance(modules.get(parent.rpartition(".")[0]), LISTS)]
     for entry in entries:

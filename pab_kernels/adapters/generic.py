@@ -1,5 +1,4 @@
-"""Any DiT: its sublayers are found by what they are, and every module is called as it is or its last output given
-back."""
+"""The generic adapter, for any DiT: it finds the sublayers, and each module runs unchanged or its output is reused."""
 
 from __future__ import annotations
 
@@ -18,17 +17,17 @@ from .finder import find
 
 
 class GenericAdapter:
-    """Modules found by `find`, each under its `forward`.
+    """Replaces the `forward` of each module found by `find`.
 
-    An attention or MLP gives its whole output back, before any gate that is outside of it; a block adds the change that
-    it made.
+    A reused attention or MLP returns its kept output, before any gate outside of it; a reused block adds the change
+    that it made.
 
     Args:
         model: any module.
         kinds: see `find`.
 
     Raises:
-        TypeError: nothing was found.
+        TypeError: the model has no recognisable sublayers.
         ValueError: `kinds` does not suit the model.
     """
 
@@ -36,9 +35,9 @@ class GenericAdapter:
         found = find(model, kinds)
         if not found:
             raise TypeError(
-                f"{type(model).__name__}: no attention was found in it, by projections of queries or by name; name its "
-                "modules: "
-                "enable(model, kinds={'blocks.*.attn': 'spatial'}), or wrap them in pab_kernels.nn.BroadcastModule"
+                f"{type(model).__name__}: no attention was found, neither by projections of queries nor by name; name "
+                "its modules: enable(model, kinds={'blocks.*.attn': 'spatial'}), or wrap them in "
+                "pab_kernels.nn.BroadcastModule"
             )
         modules = dict(model.named_modules())
         self.found = [(s, modules[s.name]) for s in found]
@@ -47,27 +46,26 @@ class GenericAdapter:
 
     @property
     def cache_points(self) -> Sequence[str]:
-        """What a module gives is kept as it comes."""
+        """Only "pre_gate", as a module's output is kept as it is returned."""
         return ("pre_gate",)
 
     @property
     def sublayers(self) -> Sequence[Sublayer]:
-        """All that were found."""
+        """The sublayers that `find` found."""
         return [sublayer for sublayer, _ in self.found]
 
     def attach(self, broadcaster: Broadcaster) -> Iterator[Attached]:
-        """Replace the `forward` of every module that was found.
+        """Yield a stand-in for the `forward` of every module found.
 
         Raises:
-            ValueError: torch would not call one of them.
+            ValueError: torch's fast path would bypass one of them.
         """
         if self._bypassed and torch.backends.mha.get_fastpath_enabled():
             raise ValueError(
                 f"{self._bypassed[0]} is in an nn.TransformerEncoderLayer, which runs as one operation of torch and "
-                "does not call it; call "
-                "torch.backends.mha.set_fastpath_enabled(False) first, or leave it out and use a rule for blocks: "
-                "enable(model, "
-                f"kinds={{{re.sub(r'[.]([0-9]+)[.]', '.*.', self._bypassed[0])!r}: None}})"
+                "does not call it; call torch.backends.mha.set_fastpath_enabled(False) first, or leave it out and use "
+                "a rule for blocks: "
+                f"enable(model, kinds={{{re.sub(r'[.]([0-9]+)[.]', '.*.', self._bypassed[0])!r}: None}})"
             )
         for sublayer, module in self.found:
             within = {s.kind for s, _ in self.found if s.block == sublayer.name}
@@ -76,14 +74,14 @@ class GenericAdapter:
             )
 
     def stand_in(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Callable[..., Any]:
-        """What replaces the `forward` of a module."""
+        """The replacement of a module's `forward`."""
         return BroadcastForward(
             broadcaster.current(sublayer.name), broadcast_change if sublayer.kind == "block" else broadcast_output
         )
 
 
 def _has_fast_path(module: nn.Module) -> bool:
-    """Whether torch may run a module without calling the attention in it."""
+    """Whether torch may run a module in its fast path, without calling the attention inside."""
     return (
         isinstance(module, nn.TransformerEncoderLayer)
         and type(module).forward is nn.TransformerEncoderLayer.forward

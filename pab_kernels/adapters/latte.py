@@ -1,5 +1,4 @@
-"""Latte (diffusers' `LatteTransformer3DModel`): spatial blocks with cross attention, alternating with temporal
-blocks."""
+"""Latte (diffusers' `LatteTransformer3DModel`): spatial blocks with cross attention alternate with temporal blocks."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ from .generic import GenericAdapter
 logger = logging.getLogger("pab_kernels")
 
 _GROUPS = {"transformer_blocks": "spatial", "temporal_transformer_blocks": "temporal"}
-"""Names of the lists of blocks, and the kind of the self attention in them."""
+"""The kind of the self attention in each list of blocks."""
 
 
 def handles(model: nn.Module) -> bool:
@@ -38,12 +37,14 @@ def handles(model: nn.Module) -> bool:
 
 
 class LatteAdapter(GenericAdapter):
-    """Latte's blocks on the residual stream, where they are exactly diffusers' (`LatteBlock.is_stock`, decided once a
-    generation).
+    """Runs the blocks that are exactly diffusers' (`LatteBlock.is_stock`) on the residual stream.
 
-    On a reuse the whole sublayer is skipped: norm, modulate, projections, attention, output projection. Every other
-    block is run as it is, with the sublayers that are found in it, and so is what a subclass of the model has beside
-    its blocks.
+    A reuse skips the whole sublayer: norm, modulate, projections, attention, output projection. Every other block, and
+    any sublayer that a subclass of the model has outside of its blocks, is run by the generic adapter. Which blocks are
+    stock is decided once a generation.
+
+    Args:
+        model: a model that `handles` accepts.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -58,12 +59,12 @@ class LatteAdapter(GenericAdapter):
 
     @property
     def cache_points(self) -> Sequence[str]:
-        """A block that is run as it is applies its gate itself, to what was kept before it."""
+        """Also "post_gate" if all blocks are stock; the generic adapter keeps outputs before the gate."""
         return ("pre_gate", "post_gate") if all(block.is_stock() for block in self.blocks.values()) else ("pre_gate",)
 
     @property
     def sublayers(self) -> Sequence[Sublayer]:
-        """All sublayers, of every block as it is now, in the order in which they run."""
+        """The sublayers of every block in its current state, in the order in which they run."""
         found = list(zip(self._around, super().sublayers, strict=True))
         within = {}
         for block in self.blocks.values():
@@ -72,7 +73,7 @@ class LatteAdapter(GenericAdapter):
         return [*(s for sublayers in within.values() for s in sublayers), *(s for b, s in found if b is None)]
 
     def stand_in(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Callable[..., Any]:
-        """That of a block, or of what is in one: of no effect while the block runs on the residual stream."""
+        """The replacement of a `forward`; that of a sublayer has no effect while its block runs on the stream."""
         generic = super().stand_in(broadcaster, sublayer)
         block = self.blocks.get(sublayer.name if sublayer.kind == "block" else sublayer.block or "")
         if block is None:
@@ -85,20 +86,19 @@ class LatteAdapter(GenericAdapter):
         return _FusedOrGeneric(broadcaster, block, fused, generic, self._report)
 
     def _report(self, block: LatteBlock) -> None:
-        """Say once that outputs are not kept where the config says."""
+        """Warn once that a block keeps its outputs at another cache point than the config's."""
         if block not in self._reported:
             self._reported.add(block)
             logger.warning(
-                "%s was changed after PAB was enabled: it is run as it is, and keeps outputs at cache_point "
-                "'pre_gate', not 'post_gate'",
+                "%s was changed after PAB was enabled: it runs unfused, and keeps outputs at cache_point 'pre_gate', "
+                "not 'post_gate'",
                 block.whole.name,
             )
 
 
 @dataclass(eq=False)
 class _FusedOrGeneric:
-    """Replaces the `forward` of a block, or of a sublayer in it: `fused` where the block is diffusers' own, else
-    `generic`."""
+    """Replaces the `forward` of a block or of a sublayer in it: by `fused` if the block is stock, else by `generic`."""
 
     broadcaster: Broadcaster
     block: LatteBlock
@@ -118,7 +118,7 @@ class _FusedOrGeneric:
 
 
 def _as_it_is(call: Call, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A module that `FusedBlock` calls, having taken its turn already."""
+    """Replaces the `forward` of a module that `FusedBlock` calls, which has taken the turn."""
     return original(*args, **kwargs)
 
 
@@ -126,8 +126,8 @@ class LatteBlock:
     """One block, and its sublayers.
 
     Args:
-        module: of any class.
-        name: in the model, such as "transformer_blocks.3".
+        module: the block, of any class.
+        name: its name in the model, such as "transformer_blocks.3".
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -141,7 +141,7 @@ class LatteBlock:
         self.decide()
 
     def decide(self) -> None:
-        """Look at the block as it is now: what compiled graphs go by in the generation that begins."""
+        """Check the current state of the block, for compiled graphs in the next generation."""
         self.stock = self.is_stock()
         parts = {name: getattr(self.module, name, None) for name in ("attn1", "attn2", "ff")}
         self.own_forward = {
@@ -150,19 +150,19 @@ class LatteBlock:
 
     @property
     def parts(self) -> list[Sublayer]:
-        """All that such a block can have."""
+        """All sublayers that such a block can have."""
         return [self.attention, self.cross, self.mlp, self.whole]
 
     @property
     def sublayers(self) -> list[Sublayer]:
-        """Those of diffusers' block."""
+        """The sublayers of this block, if it is stock."""
         return [s for s in self.parts if s is not self.cross or self.module.attn2 is not None]
 
     def is_stock(self) -> bool:
-        """Whether the block is exactly what `_run` writes out: diffusers' `BasicTransformerBlock` with adaLN-single.
+        """Whether the block is what `FusedBlock._run` implements: diffusers' `BasicTransformerBlock` with adaLN-single.
 
-        Nobody may have put another `forward` in its place, on the object, in a subclass or in the class itself, nor in
-        the classes of its parts. Parts of another class are called as they are, and do not matter here.
+        Its `forward` must not be replaced on the object, in a subclass or in the class, and neither must those of the
+        classes of its parts. Parts of other classes are called as modules and do not matter here.
         """
         from diffusers.models.attention import BasicTransformerBlock, FeedForward
         from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -181,11 +181,11 @@ class LatteBlock:
 
 
 class FusedBlock:
-    """The `forward` of diffusers' block on the residual stream.
+    """The `forward` of diffusers' block, written on the residual stream.
 
     Args:
         block: the block.
-        current: of its self attention, its cross attention, its MLP and of the block itself.
+        current: the turns of its self attention, its cross attention, its MLP and the block itself.
     """
 
     def __init__(self, block: LatteBlock, current: Sequence[CurrentTurn]) -> None:
@@ -205,7 +205,7 @@ class FusedBlock:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The block's output; diffusers' own `forward` for arguments that Latte does not give it."""
+        """The block's output; by diffusers' `forward` for arguments that Latte never passes."""
         if timestep is None or cross_attention_kwargs or hidden_states.ndim != 3:
             return original(
                 hidden_states,
@@ -242,11 +242,10 @@ class FusedBlock:
         text_mask: torch.Tensor | None,
         timestep: torch.Tensor,
     ) -> None:
-        """Self attention, cross attention, MLP. `x` is the block's input; only its shape, dtype and device are used."""
+        """Run the sublayers. `x` is the block's input; only its shape, dtype and device are used."""
         block, own_forward = self.block.module, self.block.own_forward
-        modulation = (block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)).chunk(
-            6, dim=1
-        )  # each [rows, 1, C]
+        # Six of [rows, 1, C]: shift, scale, gate of the self attention, then of the MLP.
+        modulation = (block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)).chunk(6, dim=1)
         turn, slot = _taken(self.attention, x)
         if slot is not None:
             stream.reuse(slot, None if turn.gated else modulation[2])
@@ -270,7 +269,7 @@ class FusedBlock:
 
 
 def _taken(current: CurrentTurn, x: torch.Tensor) -> tuple[Turn, Slot | Extrapolation | None]:
-    """The turn of a sublayer, and what it reuses."""
+    """The turn of a sublayer, and the slot that it reuses or None."""
     assert current.turn is not None, "a call is open"
     return current.turn, current.turn.take(x)
 
@@ -285,7 +284,7 @@ def _attend(
     gate: torch.Tensor | None,
     store: Turn | None,
 ) -> None:
-    """Add attention of `y` to itself or to `text`; the module is called as it is where anybody has changed it."""
+    """Add attention of `y` to itself or to `text`; a module that is not stock is called."""
     if mask is not None or own_forward or not _stock_attention(attn):
         stream.add(attn(y, encoder_hidden_states=text, attention_mask=mask), gate, store)
         return
@@ -297,8 +296,7 @@ def _attend(
 
 
 def _stock_attention(attn: Any) -> bool:
-    """Whether the module is diffusers' plain `Attention`: q, k, v projections, scaled dot product, output
-    projection."""
+    """Whether the module is diffusers' plain `Attention`: q, k, v, scaled dot product, output projection."""
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
     return (
@@ -316,7 +314,7 @@ def _stock_attention(attn: Any) -> bool:
 def _feed_forward(
     stream: ResidualStream, block: Any, own_forward: bool, y: torch.Tensor, gate: torch.Tensor, store: Turn | None
 ) -> None:
-    """Add the MLP of `y`; its last linear layer is the projection."""
+    """Add the MLP of `y`, with its last linear layer as the projection."""
     if block._chunk_size is not None:
         from diffusers.models.attention import _chunked_feed_forward
 

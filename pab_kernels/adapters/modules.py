@@ -1,5 +1,4 @@
-"""Any model with modules of `pab_kernels.nn` in it: `PABAttention`, `PABCrossAttention`, or others wrapped in
-`BroadcastModule`."""
+"""The adapter of models that contain modules of `pab_kernels.nn`, or modules wrapped in `BroadcastModule`."""
 
 from __future__ import annotations
 
@@ -14,14 +13,15 @@ from ..rules.plan import Sublayer
 
 
 def handles(model: nn.Module) -> bool:
-    """Whether `model` has a `BroadcastModule` in it."""
+    """Whether `model` contains a `BroadcastModule`."""
     return any(isinstance(m, BroadcastModule) for m in model.modules())
 
 
 class ModulesAdapter:
-    """The `BroadcastModule`s of a model.
+    """Runs the `BroadcastModule`s of a model.
 
-    Attention is kept before its projection too, where every one has a projection of its own.
+    Args:
+        model: a model that `handles` accepts.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -32,12 +32,12 @@ class ModulesAdapter:
 
     @property
     def cache_points(self) -> Sequence[str]:
-        """Where outputs are kept: before a gate that is outside of the module, or before the projection."""
-        parted = all(m.projection is not None for m in self._modules.values() if m.kind != "mlp")
-        return ("pre_gate", "unprojected") if parted else ("pre_gate",)
+        """The default "pre_gate"; also "unprojected" if each attention has its own output projection."""
+        separate = all(m.projection is not None for m in self._modules.values() if m.kind != "mlp")
+        return ("pre_gate", "unprojected") if separate else ("pre_gate",)
 
     def attach(self, broadcaster: Broadcaster) -> list[Detachable]:
-        """Let the modules ask `broadcaster`."""
+        """Connect each module to the turns of `broadcaster`."""
         return [
             m.join(broadcaster, sublayer) for m, sublayer in zip(self._modules.values(), self.sublayers, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""What a family of models gives the broadcaster."""
+"""The interface between a family of models and the broadcaster."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class Detachable(Protocol):
-    """Something to do to a model that can be undone."""
+    """A change to a model that can be undone."""
 
     def attach(self) -> Any:
-        """Do it."""
+        """Make the change."""
 
     def detach(self) -> None:
-        """Undo it."""
+        """Undo the change."""
 
 
 class Adapter(Protocol):
@@ -30,7 +30,7 @@ class Adapter(Protocol):
 
     @property
     def cache_points(self) -> Sequence[str]:
-        """The cache points that it supports."""
+        """The cache points that this family supports."""
 
     def attach(self, broadcaster: Broadcaster) -> Iterable[Detachable]:
-        """What makes the model's blocks ask `broadcaster.call` what to do; the broadcaster attaches it."""
+        """Yield the stand-ins that make the blocks follow the broadcaster's turns; the broadcaster attaches them."""

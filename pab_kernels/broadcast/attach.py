@@ -1,4 +1,4 @@
-"""Methods of single objects, replaced by bound functions and given back."""
+"""Replacing a method on one object, and restoring it."""
 
 from __future__ import annotations
 
@@ -16,36 +16,34 @@ from torch import nn
 from ..compat import forwards_held, function_holders
 
 PREFIX = "_pab_"
-"""Attributes with this prefix are the package's own: no copy of an object has them."""
+"""Prefix of the attributes that this package sets on objects; copies of an object do not get them."""
 _RECORDS = f"{PREFIX}attached"
-"""What stands in for the methods that an object has from its class, by name."""
+"""Attribute with the `Attached` of each replaced method that the object has from its class, by method name."""
 _ABSENT = object()
 
 
 class Attached:
-    """Stands in for the method `name` of an object, calling `replacement(original, *args, **kwargs)`, from `attach` to
-    `detach`.
+    """Replaces the method `name` of an object by `replacement(original, *args, **kwargs)`, from `attach` to `detach`.
 
-    The stand-in is a bound method with the name, signature and source of the original: other libraries may save, wrap,
-    compare and restore it. A method that the object has from its class is looked up at every call, so that a class
-    which is patched meanwhile runs as patched. Bound to another object, the stand-in is that object's own method; held
-    by somebody after `detach`, it is the original. Where there is no such method, `original` does nothing.
+    The stand-in is a bound method with the name, signature and source of the original, so other libraries can save,
+    wrap, compare and restore it. A method of the class is looked up at every call, so a later patch of the class takes
+    effect. If the stand-in is bound to another object, it calls that object's own method; if a reference to it outlives
+    `detach`, it calls the original. If there is no such method, `original` does nothing.
 
-    A copy of the object, shallow, deep or pickled, is what the object was before.
+    Shallow, deep and pickled copies of the object come without the stand-in.
 
     Args:
-        holder: what has the method as an attribute.
-        name: of the attribute.
-        replacement: what is called instead.
-        module: whose `forward` the attribute holds, where the holder is a hook around it, or may become one.
-        role: what the object is among those of its class: `torch.compile` keeps the graphs of each role apart.
+        holder: the object that has the method as an attribute.
+        name: name of the attribute.
+        replacement: called instead of the method.
+        module: the module whose `forward` the attribute holds, if the holder is a hook around it or may become one.
+        role: distinguishes objects of one class: `torch.compile` keeps separate graphs for each role.
 
     Raises:
-        TypeError: the holder has no attributes of its own.
+        TypeError: the holder has no `__dict__`.
     """
 
-    # Slots: functools.update_wrapper, which hooks use, copies a wrapped object's __dict__ into the wrapper, and would
-    # keep all this alive.
+    # Slots: hooks use functools.update_wrapper, which would copy a __dict__ into the wrapper and keep all this alive.
     __slots__ = (
         "holder",
         "name",
@@ -65,7 +63,7 @@ class Attached:
         if not hasattr(holder, "__dict__"):
             raise TypeError(
                 f"{type(holder).__name__}.{name} cannot be followed, as the object has no __dict__; wrap it in a plain "
-                "class"
+                "class that has one"
             )
         self.holder, self.name = holder, name
         self.owner: Any = holder if module is None else module
@@ -78,7 +76,7 @@ class Attached:
         self._of_class: FunctionType | None = None
 
     def attach(self) -> Attached:
-        """Put the stand-in where the method is."""
+        """Install the stand-in."""
         self._before = vars(self.holder).get(self.name, _ABSENT)
         self.original = getattr(self.holder, self.name, _nothing)
         of_class = getattr(type(self.owner), self.method, None)
@@ -95,8 +93,7 @@ class Attached:
         return self
 
     def detach(self) -> None:
-        """Put back what was there, also where hooks put around it since, or taken off, have moved the stand-in
-        elsewhere on the module."""
+        """Restore the original, even if hooks added or removed since have moved the stand-in on the module."""
         self.replacement = _call
         for holder, name in self._places():
             at_home = holder is self.holder and name == self.name
@@ -113,10 +110,10 @@ class Attached:
             take_off(copied)
 
     def attach_again(self) -> bool:
-        """Put the stand-in around what somebody has put in its place, or into its class, since; whether that was so.
+        """Install the stand-in again if the method or its class was patched since; return whether that was needed.
 
-        A wrapper or a hook that calls the stand-in is left where it is. One of which that cannot be seen runs inside of
-        the new stand-in, and the one that it calls is then the original.
+        A wrapper or hook that visibly calls the stand-in stays where it is. Any other one runs inside the new stand-in,
+        and if it does call the old stand-in, that calls the original.
         """
         if self.replacement is _call:
             return False
@@ -132,7 +129,7 @@ class Attached:
         return True
 
     def _places(self) -> Iterator[tuple[Any, str]]:
-        """Where the stand-in is."""
+        """Holder and name of every attribute that is the stand-in."""
         for holder in {id(h): h for h in (self.holder, self.owner, *function_holders(self.owner))}.values():
             for name, held in list(vars(holder).items()):
                 if isinstance(held, MethodType) and held == self._stand_in:
@@ -140,13 +137,12 @@ class Attached:
 
 
 def attach_forward(module: nn.Module, replacement: Callable[..., Any], role: str = "") -> Attached:
-    """What is to stand in for a module's `forward`, inside of hooks that diffusers and accelerate have put around it
-    (offloading)."""
+    """A stand-in for a module's `forward`, inside the hooks of diffusers and accelerate (such as offloading)."""
     return Attached(*innermost(module), replacement, module, role)
 
 
 def innermost(module: nn.Module) -> tuple[Any, str]:
-    """Where a module's own `forward` is held."""
+    """Holder and name of the attribute with a module's own `forward`."""
     places = list(forwards_held(module))
     return next((place for place in places if getattr(getattr(*place), "__self__", None) is module), places[0])
 
@@ -155,28 +151,27 @@ def innermost(module: nn.Module) -> tuple[Any, str]:
 
 
 _CODES: weakref.WeakSet[CodeType] = weakref.WeakSet()
-"""The code of all stand-ins."""
+"""The code objects of all stand-ins."""
 
 
 @functools.lru_cache(maxsize=256)
 def _of_class(function: FunctionType, method: str, role: str) -> Any:
-    """The stand-in for a method of a class, one for all its objects in a role."""
+    """The stand-in for a method of a class, shared by all objects in a role."""
 
     @functools.wraps(function)
     def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A compiled graph cannot look it up where torch knows the class; `attach_again` sees to a class that was
-        # patched.
+        # Dynamo cannot trace the lookup for classes that torch handles specially; `attach_again` handles patched ones.
         compiling = torch.compiler.is_dynamo_compiling()
         original = functools.partial(function, self) if compiling else MethodType(getattr(type(self), method), self)
         attached = self.__dict__.get(_RECORDS, {}).get(method)
         return original(*args, **kwargs) if attached is None else attached.replacement(original, *args, **kwargs)
 
-    # torch.compile keeps graphs, their limit and what it knows of shapes by code.
+    # torch.compile keys its graphs, their limit and its dynamic shapes by code object.
     return _named(stand_in, method, f"{function.__module__}.{function.__qualname__}" + (f" ({role})" if role else ""))
 
 
 def _of_object(attached: Attached) -> Any:
-    """The stand-in for a method that one object has of its own."""
+    """The stand-in for a method in the object's own `__dict__`."""
     original = attached.original
 
     @functools.wraps(original)
@@ -191,15 +186,14 @@ def _of_object(attached: Attached) -> Any:
         parameters = inspect.signature(original).parameters.values()
     except (TypeError, ValueError):  # written in C
         return function
-    bound = inspect.Parameter(
-        "_self", inspect.Parameter.POSITIONAL_ONLY
-    )  # left out in the signature of the bound method
+    # The bound method's signature leaves out this first parameter.
+    bound = inspect.Parameter("_self", inspect.Parameter.POSITIONAL_ONLY)
     function.__signature__ = inspect.Signature([bound, *parameters])
     return function
 
 
 def _named(stand_in: Any, name: str, code: str) -> Any:
-    """A stand-in under the name of what it stands in for, with code of its own."""
+    """The stand-in with the name of its original and its own code object, which is named `code`."""
     stand_in.__code__ = stand_in.__code__.replace(co_name=code)
     stand_in.__name__ = name
     _CODES.add(stand_in.__code__)
@@ -207,23 +201,23 @@ def _named(stand_in: Any, name: str, code: str) -> Any:
 
 
 def _call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The replacement by the original."""
+    """The replacement that calls the original: after `detach`."""
     return original(*args, **kwargs)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """The method of an object that has none."""
+    """The original of a method that the object does not have."""
 
 
 def is_of_class(forward: Any, module: nn.Module) -> bool:
-    """Whether `forward` is that of the module's class, or what stands in for that."""
+    """Whether `forward` is the one of the module's class, or its stand-in."""
     if is_stand_in(forward):
         return forward.__self__ is module and "attached" not in forward.__func__.__code__.co_freevars
     return bool(forward == MethodType(type(module).forward, module))
 
 
 def is_stand_in(value: Any) -> bool:
-    """Whether `value` stands in for a method, or did."""
+    """Whether `value` is a stand-in, attached or not."""
     return isinstance(value, MethodType) and getattr(value.__func__, "__code__", None) in _CODES
 
 
@@ -237,7 +231,7 @@ def _attached_by(stand_in: MethodType) -> Attached | None:
 
 
 def _living(value: Any) -> Any:
-    """`value`, or what was there before it where it is the stand-in of something detached."""
+    """`value`; if it is a detached stand-in, the value that it replaced."""
     while is_stand_in(value):
         attached = _attached_by(value)
         if attached is not None and attached.replacement is not _call:
@@ -247,7 +241,7 @@ def _living(value: Any) -> Any:
 
 
 def _leads_to(function: Any, stand_in: MethodType | None) -> bool:
-    """Whether a function calls `stand_in`, as far as one sees from what it holds."""
+    """Whether a function refers to `stand_in` through its closure, defaults, globals or attributes."""
     seen: dict[int, Any] = {}
     waiting = [function]
     while waiting and len(seen) < 500:
@@ -288,7 +282,7 @@ def _leads_to(function: Any, stand_in: MethodType | None) -> bool:
 
 
 def _state_of_copies(self: Any) -> Any:
-    """In place of `__getstate__`: the state without what the package has put there."""
+    """Replaces `__getstate__`: the state without this package's attributes and stand-ins."""
     of_class = getattr(type(self), "__getstate__", None)  # that of `object` from Python 3.11 on
     state = vars(self) if of_class is None else of_class(self)
     if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], dict):  # with slots
@@ -305,7 +299,7 @@ def _plain(owner: Any, state: Mapping[str, Any]) -> dict[str, Any]:
             attached = _attached_by(value)
             if attached is None:
                 value = _ABSENT
-            else:  # a hook that came later has moved it
+            else:  # under another holder or name: a hook added later has moved it
                 value = attached._before if attached.holder is owner and attached.name == name else attached.original
         if value is not _ABSENT:
             plain[name] = value
@@ -313,14 +307,14 @@ def _plain(owner: Any, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def leave_out_of_copies(owner: Any) -> None:
-    """Let copies of an object, and pickled ones, have no stand-ins and no attributes that begin with `PREFIX`."""
+    """Make copies and pickles of an object leave out stand-ins and attributes that begin with `PREFIX`."""
     vars(owner).setdefault("__getstate__", MethodType(_state_of_copies, owner))
 
 
 def take_off(owner: Any, name: str = "") -> None:
-    """Take away an attribute of ours, and what only objects with stand-ins, or attributes of ours, have.
+    """Remove one of this package's attributes, and the `__getstate__` once no stand-in or attribute is left.
 
-    Interrupted, it leaves the attribute or nothing.
+    The attribute goes last, so an interruption leaves it in place for a further call.
     """
     held = vars(owner)
     if not held.get(_RECORDS, True):

@@ -1,5 +1,4 @@
-"""The broadcaster: PAB switched on for one model. It finds the generation of every call of the model, and opens the
-call."""
+"""The broadcaster: PAB on one model. It finds the generation that each call of the model belongs to."""
 
 from __future__ import annotations
 
@@ -28,21 +27,20 @@ from .runs import Runs
 from .scheduler import entered_at
 from .stopwatch import REST
 from .summary import Summary, summarise
-from .turn import CurrentCall, CurrentTurn
+from .turn import NO_TURNS, CurrentCall, CurrentTurn
 from .verdict import NOT_BEGUN, NOT_CALLED, NOT_ENTERED, NOT_FOLLOWED, nothing_reused
 
 logger = logging.getLogger("pab_kernels")
 
 ATTRIBUTE = f"{PREFIX}broadcaster"
-"""Name of the attribute that a model has while PAB is enabled."""
+"""Name of the attribute that holds the broadcaster while PAB is enabled on a model."""
 _COMPILED_LAST = (
     "a model under PAB is called from a compiled graph: after compiled = torch.compile(model) call "
-    "pab.enable(compiled) or give it to the "
-    "pipeline and enable that, or compile it by model.compile()"
+    "pab.enable(compiled) or give it to the pipeline and enable that, or compile it by model.compile()"
 )
 
 RESET = "_reset_stateful_cache"
-"""Name of the method that diffusers calls on a model whose cache is to begin anew."""
+"""Name of the method that diffusers calls to reset a model's cache."""
 
 
 class Broadcaster:
@@ -50,7 +48,7 @@ class Broadcaster:
 
     Args:
         model: the DiT.
-        adapter: of its family.
+        adapter: the adapter of its family.
         config: the rules.
     """
 
@@ -62,27 +60,28 @@ class Broadcaster:
         self.cuda_graphs = False
         self._chosen = True
         self.clock: Callable[[], Any] | None = None
-        """Gives the timestep, where no scheduler that is followed tells the steps."""
+        """Returns the current timestep; used for runs whose scheduler is not followed."""
         self.plain_calls = 0
-        """Calls of the model without PAB before the first generation."""
+        """Number of plain calls of the model before the first generation."""
         self._signature = Signature(model)
         self._following = Following(self, model)
         self._runs = Runs(self._following, weakref.WeakMethod(self._generation))
         self._thread = CurrentCall()
         self._graphs = GraphPool()
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
         self._attached: list[Detachable] = []
         self._current: dict[str, CurrentTurn] = {}
-        # A graph goes by what a call decides: calls are opened outside of graphs.
+        # What a compiled graph does depends on the turns, so calls are opened outside of graphs.
         self._outside = torch.compiler.disable(Broadcaster._opened, reason=_COMPILED_LAST)
 
     @property
     def call(self) -> Call | None:
-        """The call of the model that this thread is in, or None where the model is to run plainly."""
-        return self._thread.call
+        """The call of the model that this thread is in; None if the model runs plainly."""
+        call = self._thread.call
+        return None if call is None or call.over else call  # an interruption may leave a finished call behind
 
     def current(self, name: str) -> CurrentTurn:
-        """The turns of sublayer `name`, one in each thread."""
+        """The holder of the turn of sublayer `name`, which each thread fills for itself."""
         return self._current.setdefault(name, CurrentTurn())
 
     def _enter(self, call: Call | None) -> None:
@@ -94,30 +93,32 @@ class Broadcaster:
         return self._runs.latest
 
     def summary(self) -> Summary:
-        """What the generation begun last did, and the bytes that all of them hold."""
+        """The summary of the latest generation, with the bytes that all generations hold."""
         held = sum(generation.meter.now for generation in self._runs.all())
         found = self.summary_of(self.latest)
         return replace(found, cache_bytes=held, plain_calls=found.plain_calls if self.latest else self.plain_calls)
 
     def summary_of(self, generation: Generation | None) -> Summary:
-        """What a generation did."""
+        """The summary of a generation."""
         model = self._model()
         assert model is not None
         return summarise(generation, model)
 
     def configure(self, config: PABConfig, timed: bool, cuda_graphs: bool, chosen: bool = True) -> None:
-        """Take other rules, from the next generation on; measure seconds or do not, capture CUDA graphs or do not.
+        """Set the options of the next generations.
 
         Args:
-            chosen: whether somebody wrote these rules for the model, and is to hear of those without effect; a preset
-                is for many models.
+            config: the rules.
+            timed: whether seconds are measured.
+            cuda_graphs: whether calls are captured and replayed.
+            chosen: whether the user wrote these rules for this model: rules without effect are then logged as warnings.
         """
         self.config, self.timed, self.cuda_graphs, self._chosen = config, timed, cuda_graphs, chosen
 
     # Attaching
 
     def attach(self) -> None:
-        """Put stand-ins on the model. An error in it, or an interruption, leaves what `detach` takes back."""
+        """Install all stand-ins on the model. After an error or an interruption, `detach` removes those installed."""
         model = self._model()
         assert model is not None
         for attached in self.adapter.attach(self):
@@ -130,11 +131,11 @@ class Broadcaster:
         self._put(Attached(model, "compile", self._compile))
 
     def _put(self, attached: Detachable) -> None:
-        self._attached.append(attached)  # first, for an interruption in between
+        self._attached.append(attached)  # first, so that `detach` finds it after an interruption
         attached.attach()
 
     def detach(self) -> None:
-        """Give the model back as it was. Where it was interrupted, called again it does the rest."""
+        """Restore the model. If it was interrupted, a second call does the rest."""
         for generation in self._runs.all():
             generation.end()
         self._following.close()
@@ -145,21 +146,21 @@ class Broadcaster:
         self._thread, self._graphs = CurrentCall(), GraphPool()
 
     def enclose(self, compiled: nn.Module) -> None:
-        """Open the calls of the model outside of the graph that it is, where it is compiled as a whole.
+        """Open calls outside of the compiled graph, if the model is compiled as a whole.
 
         Args:
-            compiled: what `torch.compile(model)` gave, or the model itself, for `model.compile()`.
+            compiled: the result of `torch.compile(model)`; or the model itself, for `model.compile()`.
         """
         name = "_compiled_call_impl" if compiled is self._model() else "forward"
         if vars(compiled).get(name) is not None and not is_stand_in(vars(compiled)[name]):
             self._put(Attached(compiled, name, self._enclosed))
 
     def _attach_again(self) -> None:
-        """Put stand-ins around what somebody has put in their place since."""
+        """Install the stand-ins again around methods that were replaced since."""
         again = [a.name for a in tuple(self._attached) if isinstance(a, Attached) and a.attach_again()]
         if again:
             logger.info(
-                "%s: %s of %d modules was replaced since pab.enable; PAB is around it now",
+                "%s: %s of %d modules was replaced since pab.enable; PAB is attached to it again",
                 self._name,
                 again[0],
                 len(again),
@@ -172,7 +173,7 @@ class Broadcaster:
     # Generations
 
     def _generation(self, **schedule: Any) -> Generation:
-        """A generation that begins now; on the bare model it starts at once."""
+        """Make a generation; on the bare model its plan is made at once."""
         if not self.cuda_graphs:
             self._graphs = GraphPool()
         generation = Generation(
@@ -181,77 +182,77 @@ class Broadcaster:
         generation.at_end = self._judge
         if generation.scheduler is None:
             generation.start()
-            self._say(generation)
+            self._log_plan(generation)
         return generation
 
     def begin(self, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Request:
-        """Begin a generation on the bare model, for whoever takes its request up."""
+        """Begin a generation on the bare model, for the calls inside `with request:`."""
         self._attach_again()
         return Request(self, self._runs.request(num_steps, timesteps))
 
     def prepare(self, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> None:
-        """Begin a generation on the bare model, for all calls that are nobody else's."""
+        """Begin a generation on the bare model, for all calls outside of requests."""
         self._attach_again()
         self._runs.on_bare_model(num_steps, timesteps)
 
     def watch(self, pipe: Any) -> None:
-        """Follow the scheduler that `pipe` holds, now and whenever it holds another."""
+        """Follow the scheduler of `pipe`, also after it is replaced."""
         self._following.add(pipe)
 
     def watches(self, pipe: Any) -> bool:
-        """Whether the scheduler that `pipe` holds is followed."""
+        """Whether the scheduler of `pipe` is followed."""
         return self._following.has(pipe)
 
     def unwatch(self, pipe: Any) -> None:
-        """Follow the scheduler of `pipe` no more, unless another pipeline holds it too."""
+        """Stop following the scheduler of `pipe`, unless another pipeline holds it too."""
         self._following.remove(pipe)
 
     def release(self) -> None:
-        """End every generation and release all that they keep. A run that goes on begins anew, at its next step."""
+        """End every generation and release its slots. A run that goes on starts a new plan at its next step."""
         for generation in self._runs.all():
             generation.at_end = None
             generation.end()
         self._graphs = GraphPool()
 
     def scheduler_begins(self, scheduler: Any) -> None:
-        """`set_timesteps` was called."""
+        """Handle a call of `set_timesteps`."""
         self._attach_again()
         if self._following.still_called(scheduler, self.enclose, self._once):
             self._runs.follow(scheduler)
 
     def scheduler_steps(self, scheduler: Any) -> None:
-        """`step` was called."""
+        """Handle a call of `step`."""
         for generation in self._runs.of(scheduler):
             generation.stepped()
 
     def scheduler_failed(self, scheduler: Any) -> None:
-        """`step` or `set_timesteps` raised an error."""
+        """Handle an error in `step` or `set_timesteps`."""
         for generation in self._runs.of(scheduler):
             generation.abort()
 
     def schedulers_changed(self) -> None:
-        """A pipeline holds another scheduler, or is gone."""
+        """Handle a pipeline that holds another scheduler, or is gone."""
         self._runs.end_unheld()
 
     def pipe_failed(self, pipe: Any) -> None:
-        """A run of `pipe` was left by an error."""
+        """Handle an error in a run of `pipe`."""
         self.scheduler_failed(pipe.scheduler)
 
     def pipe_ended(self, pipe: Any) -> None:
-        """A run of `pipe` is at its end, also where it was interrupted."""
+        """Handle the end of a run of `pipe`, complete or interrupted."""
         for generation in [g for g in self._runs.of(pipe.scheduler) if g.started]:
             generation.end()
             generation.put_away = True
 
     def _find(self, inputs: Inputs, name: str | None) -> Generation | None:
-        """The generation of a call; see `Runs.find`."""
+        """The generation that a call belongs to; see `Runs.find`."""
         found = self._runs.find(inputs, name)
         if found is None and self.clock is not None:
             found = self._runs.add(OpenGeneration(self.config, self.adapter.sublayers, self.clock, timed=self.timed))
         return found
 
     def _judge(self, generation: Generation) -> None:
-        """A generation is at its end: say so if it reused nothing."""
+        """Warn if a generation that has ended reused nothing."""
         cause = nothing_reused(generation)
         if generation.scheduler is not None:
             self._following.spend(generation)
@@ -263,17 +264,13 @@ class Broadcaster:
 
     # Calls of the model
 
-    def context(self, name: str | None, step: int | None = None) -> Naming:
-        """Name the context (and the step) of the calls inside, in this thread or task."""
-        return Naming([self], name, step)
-
     @contextlib.contextmanager
     def _cache_context(self, original: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with original(name, *args, **kwargs), self.context(name):
+        with original(name, *args, **kwargs), Naming([self], name, None):
             yield
 
     def _reset(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of what diffusers calls where a cache is to begin anew."""
+        """Replaces the method by which diffusers resets a cache."""
         for generation in self._runs.of(None):
             if isinstance(generation, OpenGeneration):
                 generation.end()
@@ -288,7 +285,7 @@ class Broadcaster:
             self.enclose(model)
 
     def _enclosed(self, compiled: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of the whole compiled model."""
+        """Replaces the call of the whole compiled model."""
         self._thread.enclosed = True
         try:
             return self._outside(self, False, compiled, *args, **kwargs)
@@ -296,7 +293,7 @@ class Broadcaster:
             self._thread.enclosed = False
 
     def _called(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of the model's `forward`."""
+        """Replaces the model's `forward`."""
         if self._thread.enclosed or torch.compiler.is_exporting():
             return forward(*args, **kwargs)
         return self._outside(self, torch.compiler.is_compiling(), forward, *args, **kwargs)
@@ -320,23 +317,20 @@ class Broadcaster:
             self._start(generation, inputs)
         call = generation.open(name, step, inputs)
         if call is None:
-            beyond = (
-                f"it was called after the last of the {generation.schedule.num_steps} steps that its scheduler was set "
-                "to"
-            )
+            beyond = f"it was called after the last of the scheduler's {generation.schedule.num_steps} steps"
             return self._plainly(forward, args, kwargs, beyond, "only the steps of the schedule are under PAB")
         exchanged = call.context.enter(inputs)
         if exchanged is not None:
             generation.exchanged[inputs.name_of(exchanged)] += 1
         call.arguments = inputs.arguments
-        if not generation.cuda_graphs:
-            call.prepare()
-        call.mark(REST, inputs.tensors[0].device if inputs.tensors else None)
         outer = self.call
         try:
+            if not generation.cuda_graphs:
+                call.prepare(self._thread.turns(call.plan.sublayers))
+            call.mark(REST, inputs.tensors[0].device if inputs.tensors else None)
             self._enter(call)
             if generation.cuda_graphs:
-                with generation.lock:  # its graphs have one set of inputs
+                with generation.lock:  # all calls of a generation share the graphs' input tensors
                     return self._graphed(call, forward, inputs)
             out = forward(*args, **kwargs)
             call.finish()
@@ -346,7 +340,7 @@ class Broadcaster:
             generation.release()
             raise
         finally:
-            self._enter(outer)  # first: whatever is called here may be interrupted
+            self._enter(outer)  # first, as an interruption may skip the rest
             call.mark(None)
         return out
 
@@ -355,26 +349,26 @@ class Broadcaster:
         if generation.scheduler is not None:
             begin = entered_at(generation.scheduler, generation.timesteps, inputs.timestep)
         generation.start(begin or 0)
-        self._say(generation)
+        self._log_plan(generation)
         if begin is None and not (isinstance(inputs.timestep, torch.Tensor) and inputs.timestep.is_meta):
             self._once(f"{self._name}: {NOT_ENTERED}")
 
     def _plainly(
         self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str, what_to_do: str
     ) -> Any:
-        """The model without PAB."""
+        """Run the model without PAB, count the call, and warn once."""
         (self.latest or self).plain_calls += 1
         self._once(f"{self._name}: {why}: the model runs plainly; {what_to_do}")
         outer = self.call
         try:
             self._enter(None)
-            self._thread.forget(self._current)
+            self._thread.place(NO_TURNS, self._current)
             return forward(*args, **kwargs)
         finally:
             self._enter(outer)
 
     def _graphed(self, call: Call, forward: Any, inputs: Inputs) -> Any:
-        """What `forward` gives, from graphs that no other generation uses now; those of another config are dropped."""
+        """The output of `forward`, from CUDA graphs that no other generation uses now."""
         model, generation = self._model(), call.generation
         assert model is not None, "its forward was called"
         graphs = self._graphs.taken_by(generation, model)
@@ -390,7 +384,7 @@ class Broadcaster:
         finally:
             graphs.running = False
 
-    def _say(self, generation: Generation) -> None:
+    def _log_plan(self, generation: Generation) -> None:
         plan = generation.plan
         if plan is None:
             return
@@ -404,11 +398,11 @@ class Broadcaster:
             self._once(line, logging.WARNING if self._chosen else logging.INFO)
 
     def _once(self, message: str, level: int = logging.WARNING) -> None:
-        if message not in self._said:
-            self._said.add(message)
+        if message not in self._logged:
+            self._logged.add(message)
             logger.log(level, message)
 
 
 def broadcaster_of(model: nn.Module) -> Broadcaster | None:
-    """The broadcaster of a model on which PAB is enabled."""
+    """The broadcaster of a model; None if PAB is not enabled on it."""
     return vars(model).get(ATTRIBUTE)

@@ -1,4 +1,4 @@
-"""One call of the model: a turn for each sublayer, and what was done."""
+"""One call of the model: its turns and its counts."""
 
 from __future__ import annotations
 
@@ -13,69 +13,84 @@ from ..rules.plan import Action, Decision
 from .context import Context
 from .costs import Arguments
 from .slots import Arena, Extrapolation, Slot
-from .turn import Turn
+from .turn import NO_TURNS, Turns
 
 if TYPE_CHECKING:
     from .generation import Generation
 
 
 class Call:
-    """One call of the model: a context at a step."""
+    """One call of the model: a context at a step.
+
+    Args:
+        generation: the generation that it belongs to, which has started.
+        context: its context.
+        step: its step of the full schedule.
+    """
 
     def __init__(self, generation: Generation, context: Context, step: int) -> None:
-        assert generation.plan is not None, "it has begun"
+        assert generation.plan is not None, "it has started"
         self.generation = generation
         self.plan = generation.plan
         self.context = context
         self.step = step
         self.stopwatch = context.stopwatch
         self.arguments: Arguments | None = None
-        """What the model was called with."""
+        """The arguments of the call, for counting FLOPs."""
         self.reused: list[str] = []
-        """Places of the outputs that were reused, in their order."""
+        """Places of the reused outputs, in order."""
         self.spared: Counter[str] = Counter()
-        """By kind, FLOPs that sublayers which ran did without."""
-        self.turns: dict[str, Turn] = {}
-        """By sublayer of the plan, once they are decided; those that are idle in it have none."""
-        self.idle: Sequence[Turn] = ()
-        """The turns of those, which count where it is the current call of its thread."""
-        self.idle_runs: Sequence[int] = ()
-        """What they had counted when another call was entered inside of it."""
+        """FLOPs saved inside sublayers that did run, by kind."""
+        self.turns = NO_TURNS
+        """One turn for each sublayer of the plan, after `prepare`."""
+        self.over = False
+        """Whether the model has finished."""
 
     @property
     def arena(self) -> Arena:
-        """Its slots."""
+        """The slots of its context."""
         return self.context.arena
 
-    def prepare(self) -> None:
-        """Decide every turn, before the model runs."""
-        for sublayer, decision in zip(self.plan.sublayers, self.plan.decisions(self.step), strict=True):
-            if sublayer.name not in self.plan.idle:
-                slot = self.read(sublayer.name, decision) if decision.action is Action.REUSE else None
-                self.turns[sublayer.name] = Turn(self, sublayer, decision, slot)
+    def prepare(self, turns: Turns | None = None) -> None:
+        """Decide every turn, before the model runs.
+
+        Args:
+            turns: the objects to fill; default new ones.
+        """
+        self.turns = Turns(self.plan.sublayers) if turns is None else turns
+        idle = self.plan.idle
+        for (name, turn), decision in zip(self.turns.by_name.items(), self.plan.decisions(self.step), strict=True):
+            turn.idle = name in idle
+            turn.decide(decision, self.read(name, decision) if decision.action is Action.REUSE else None)
+        self.turns.call = self
 
     def sources(self, place: str, decision: Decision) -> tuple[Slot, ...]:
-        """The slots that a planned reuse reads, the newest first.
+        """The slots that a planned reuse reads, newest first.
 
-        None unless all are there, from the planned steps or later ones.
+        Empty unless all of them are there, each written at its planned step or later.
         """
         held, reads, later = self.arena.held(place), decision.reads, self.step
+        if len(reads) == 1:  # the common case
+            return held[:1] if held and reads[0] <= held[0].source < later else ()
         if not reads or len(held) < len(reads):
             return ()
         for slot, planned in zip(held, reads, strict=False):
-            if not planned <= slot.source < later or slot.key != held[0].key:  # steps that are given may go back
+            if not planned <= slot.source < later or slot.key != held[0].key:  # steps named by the user may go back
                 return ()
             later = slot.source
         return held[: len(reads)]
 
     def weights(self, name: str, slots: Sequence[Slot]) -> tuple[float, ...]:
-        """The weights at this step of slots of sublayer `name`."""
+        """The weights of these slots of sublayer `name` at this step."""
         return self.plan.weights(name, self.step, [slot.source for slot in slots])
 
     def read(self, name: str, decision: Decision, place: str | None = None) -> Slot | Extrapolation | None:
-        """What a planned reuse of sublayer `name` reads at a `place` in the arena, by default its first.
+        """The slot or extrapolation that a planned reuse of sublayer `name` reads; None if it is not there.
 
-        None where it is not there.
+        Args:
+            name: of the sublayer.
+            decision: the planned reuse.
+            place: key in the arena; default that of the sublayer's first run in a call.
         """
         place = place or name
         slots = self.sources(place, decision)
@@ -88,50 +103,48 @@ class Call:
 
     @property
     def measured(self) -> str | None:
-        """What time belongs to now, where it is measured."""
+        """The kind that time is attributed to now; None if time is not measured."""
         return None if torch.compiler.is_dynamo_compiling() or self.stopwatch is None else self.stopwatch.kind
 
     def mark(self, kind: str | None, device: torch.device | None = None) -> None:
-        """From here on time belongs to `kind`, or to nobody. Costs nothing where it is not measured, as in compiled
-        graphs.
+        """Attribute time from now on to `kind`. Does nothing if time is not measured, or in a compiled graph.
 
         Args:
-            kind: of sublayers, or `stopwatch.REST`.
-            device: on which they run; that of the mark before if it is left out.
+            kind: a kind of sublayers, `stopwatch.REST`, or None to stop.
+            device: the device that works; default that of the last mark.
         """
         if not torch.compiler.is_dynamo_compiling() and self.stopwatch is not None:
             self.stopwatch.mark(kind, device)
 
     def spare(self, kind: str, flops: int) -> None:
-        """Count FLOPs that a sublayer of this kind does without although it runs."""
+        """Count FLOPs that were saved inside a sublayer of this kind that ran."""
         self.spared[kind] += flops
 
     def finish(self) -> None:
-        """The model has run: count the call."""
+        """Count the call after the model has run."""
         self.count()
         self.context.calls[self.arguments, tuple(self.reused), tuple(self.spared.items())] += 1
 
     def count(self) -> None:
-        """Count what its sublayers did."""
-        idle_turns, self.idle = self.idle, ()
-        for idle in idle_turns:
-            if idle.runs:
-                self.context.tally(idle.sublayer.kind).computed += idle.runs
-        turns, self.turns = self.turns, {}
-        for turn in turns.values():
-            if turn.runs:
+        """Count the runs, stores and reuses of all sublayers, and end their turns."""
+        self.over = True
+        for turn in self.turns.by_name.values():
+            runs, turn.runs = turn.runs, 0
+            if runs:
                 turn.collect()
                 tally = self.context.tally(turn.sublayer.kind)
-                computed = turn.runs - turn.reused
+                computed = runs - turn.reused
                 tally.reused += turn.reused
                 if computed:
                     tally.computed += computed
                     tally.stored += turn.stored
                     if turn.decision.action is Action.REUSE:
                         tally.forced += computed
+            turn.end()
+        self.turns.call, self.turns = None, NO_TURNS
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
-        """Whether a fused operation may stand for calling `module` (an `nn.Linear` or a norm) on `x`.
+        """Whether a fused operation may replace calling `module` (an `nn.Linear` or a norm) on `x`.
 
         Decided once a generation.
         """

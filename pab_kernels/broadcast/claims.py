@@ -1,4 +1,4 @@
-"""Whose call it is: which of several generations a call of the model belongs to."""
+"""Deciding which of several generations a call of the model belongs to."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from .request import begun_here
 def whose(
     candidates: Sequence[Generation], name: str | None, inputs: Inputs, holders: Callable[[Generation], Sequence[Any]]
 ) -> Generation | None:
-    """The generation among `candidates` that a call belongs to; None where it can be none of theirs.
+    """The generation among `candidates` that a call belongs to; None if it belongs to none of them.
 
-    1. the timestep: a call at another one than a generation's next is not its own
-    2. the tensors that stay from step to step: a generation is known by those of its last call
+    If several remain, they are narrowed down by, in this order:
+
+    1. the timestep: a call belongs to a generation only if it is at the generation's next timestep
+    2. the steady tensors: a generation is recognised by the prompt, masks, ... of its last call
     3. before its first call, a generation belongs to the thread or task that began it
-    4. the function that calls the model: it holds the pipeline, or the scheduler
+    4. the function that calls the model: it holds the generation's pipeline or scheduler
 
     Args:
-        candidates: generations that go on.
+        candidates: generations that are not over.
         name: of the call's context, or None.
         inputs: of the call.
-        holders: the pipelines and the scheduler of a generation.
+        holders: returns the pipelines and the scheduler of a generation.
 
     Raises:
-        RuntimeError: more than one can claim the call, and nothing tells them apart.
+        RuntimeError: more than one remains.
     """
     label = label_of(name)
     claims = {id(g): g.claims(inputs.timestep, label) for g in candidates}
@@ -48,16 +50,14 @@ def whose(
         return found[0]
     steps = ", ".join(str(g.step) for g in left)
     raise RuntimeError(
-        f"{len(left)} sampling runs on this model go on (at steps {steps}), and nothing tells which one this call "
-        "belongs to; give each "
-        "run a request of its own: request = pab.generation(model, num_steps=...), and call the model inside `with "
-        "request:`. If one was "
-        "left half way, pab.release(pipe) ends it"
+        f"{len(left)} sampling runs on this model go on (at steps {steps}), and nothing shows which one this call "
+        "belongs to; begin one request for each run, request = pab.generation(model, num_steps=...), and call the "
+        "model inside `with request:`. If a run was abandoned, call pab.release(pipe)"
     )
 
 
 def _held_by_caller() -> list[Any]:
-    """What the function that calls the model holds: its local variables, and the attributes of its `self`."""
+    """The local variables of the function that calls the model, and the attributes of its `self`."""
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         frame = frame.f_back
@@ -68,4 +68,4 @@ def _held_by_caller() -> list[Any]:
 
 
 _BETWEEN = (__name__.partition(".")[0], "torch", "accelerate", "peft")
-"""Packages whose functions stand between that function and the model."""
+"""Packages whose frames are skipped between that function and the model."""

@@ -17,9 +17,9 @@ from .stopwatch import REST, Stopwatch
 
 
 class _Seen:
-    """An argument of the last call, and whether the call before it had the same.
+    """An argument of the last call, and whether the call before had the same one.
 
-    A view is known by what it is a view of and where it begins there: one that is made for each call is the same again.
+    A view is identified by its base, offset, shape and strides, so a view made for each call counts as the same one.
 
     Args:
         value: a tensor, which is not kept alive, or a number.
@@ -36,15 +36,14 @@ class _Seen:
             self._tensor = weakref.ref(base)
 
     def same(self, value: Any) -> bool:
-        """Whether it is this one again, as it was."""
+        """Whether `value` is the same argument, not written to since."""
         if not isinstance(value, torch.Tensor):
             return self._tensor is None and bool(self._where == value)
         base, where, version = _anchor(value)
         return self._tensor is not None and self._tensor() is base and (self._where, self._version) == (where, version)
 
     def exchanged(self, value: Any) -> bool:
-        """Whether another one shows that another prompt is meant: this one is still there, or was the same in two
-        calls."""
+        """Whether `value` shows a new prompt: it differs, and the old one still exists or came in two calls."""
         if self.same(value):
             return False
         if self.again or self._tensor is None or not isinstance(value, torch.Tensor):
@@ -53,7 +52,7 @@ class _Seen:
         return last is not None and (last is not base or self._where != where)
 
     def then(self, value: Any) -> _Seen:
-        """What is known after a call with `value`."""
+        """The record after a call with `value`."""
         if not self.same(value):
             return _Seen(value)
         self.again = True
@@ -61,11 +60,8 @@ class _Seen:
 
 
 def _anchor(tensor: torch.Tensor) -> tuple[torch.Tensor, Hashable, int]:
-    """The tensor that a view is of, or the tensor itself.
-
-    Where the view lies in it; and how often it was written to.
-    """
-    if tensor.is_inference():  # torch does not count the writes
+    """The base of a view (or the tensor itself), where the view lies in it, and its version counter."""
+    if tensor.is_inference():  # has no version counter
         return tensor, None, 0
     base = tensor._base if tensor._is_view() else None
     if base is None:
@@ -75,19 +71,19 @@ def _anchor(tensor: torch.Tensor) -> tuple[torch.Tensor, Hashable, int]:
 
 @dataclass
 class Tally:
-    """What the sublayers of one kind did in one context.
+    """Counts of the sublayers of one kind in one context.
 
     Args:
-        computed: runs, those below included.
-        stored: runs whose output was kept.
-        reused: turns that read kept outputs instead.
-        forced: runs that the plan had as a reuse, but what was kept was not what it planned to read.
-        flops: of what ran; 0 where none are known.
-        flops_without: of the same calls with nothing reused.
-        cache_bytes: bytes held now.
-        peak_cache_bytes: the most that were held.
-        seconds: from a sublayer's turn to the next one, or to its block's end, where it was asked for: see
-            `pab.enable`.
+        computed: number of runs, including those stored or forced.
+        stored: number of runs whose output was kept.
+        reused: number of runs replaced by kept outputs.
+        forced: number of runs that the plan had as a reuse, but whose source was not there.
+        flops: FLOPs of the runs; 0 if they are not known.
+        flops_without: FLOPs of the same calls without reuse.
+        cache_bytes: bytes of slots held now.
+        peak_cache_bytes: the most bytes held at once.
+        seconds: time from a sublayer's turn to the next one or to its block's end, see `pab.enable`; None if it was not
+            measured.
     """
 
     computed: int = 0
@@ -102,7 +98,7 @@ class Tally:
 
     @property
     def flops_saved(self) -> int:
-        """FLOPs of what was reused instead, also as a part of a reused block."""
+        """FLOPs of the runs that were replaced, including those inside reused blocks."""
         return self.flops_without - self.flops
 
 
@@ -110,8 +106,8 @@ class Context:
     """One CFG branch of one generation: its slots and its counts.
 
     Args:
-        name: as `summary` has it.
-        meter: of the generation's bytes.
+        name: its name in `summary`.
+        meter: counts the generation's bytes.
         timed: whether seconds are measured.
     """
 
@@ -120,32 +116,31 @@ class Context:
         self.arena = Arena(meter)
         self.stopwatch = Stopwatch() if timed else None
         self.calls: Counter[tuple[Arguments | None, tuple[str, ...], tuple[tuple[str, int], ...]]] = Counter()
-        """How often the model was called with such arguments, reusing outputs of these places, sparing FLOPs of these
-        kinds."""
+        """Number of calls by arguments, places of reused outputs, and FLOPs saved inside running sublayers by kind."""
         self._tallies: dict[str, Tally] = {}
         self._looks: Hashable = None
         self._steady: list[_Seen] = []
 
     def exchanged(self, inputs: Inputs) -> Any:
-        """The argument by which a call shows that it does not continue the last one of this context, or None.
+        """The argument that shows that a call does not continue the last one of this context, or None.
 
-        The prompt, its mask, rotary tables, ... are the same tensors at every step, and the latents and the timestep
-        are not. Another tensor shows another prompt where the one before is still there, or was the same in two calls.
-        One that is made for each call and gone by the next shows nothing.
+        The prompt, its mask, rotary tables, ... are the same tensors at every step; the latents and the timestep are
+        not. A different tensor shows a new prompt if the old one still exists, or if it came in two calls in a row. A
+        tensor that is made for each call and freed after it shows nothing.
         """
         return next((t for seen, t in zip(self._steady, inputs.steady, strict=False) if seen.exchanged(t)), None)
 
     def continues(self, inputs: Inputs) -> bool:
-        """Whether a call has the shapes and flags of the last one, and nothing was exchanged."""
+        """Whether a call has the shapes and flags of the last one, and no steady argument was exchanged."""
         return self._looks in (None, inputs.looks) and self.exchanged(inputs) is None
 
     def holds(self, inputs: Inputs) -> bool:
-        """Whether the last call had all these tensors and numbers, and at least one."""
+        """Whether the last call had the same steady tensors and numbers, and at least one of them."""
         pairs = list(zip(self._steady, inputs.steady, strict=False))
         return self._looks == inputs.looks and bool(pairs) and all(seen.same(value) for seen, value in pairs)
 
     def enter(self, inputs: Inputs) -> Any:
-        """A call of the model begins. Where it does not continue the last one, every slot is released.
+        """Begin a call of the model; every slot is released if it does not continue the last call.
 
         Returns:
             The argument that was exchanged, or None.
@@ -161,14 +156,14 @@ class Context:
         return exchanged
 
     def tally(self, kind: str) -> Tally:
-        """The counts of a kind."""
+        """The counts of a kind, to add to."""
         found = self._tallies.get(kind)
         if found is None:
             found = self._tallies[kind] = Tally()
         return found
 
     def add(self, other: Context) -> None:
-        """Count what `other` counted once more."""
+        """Add the counts of `other`."""
         self.calls.update(other.calls)
         for kind, counted in other._tallies.items():
             tally = self.tally(kind)
@@ -176,7 +171,7 @@ class Context:
                 setattr(tally, name, getattr(tally, name) + getattr(counted, name))
 
     def tallies(self) -> dict[str, Tally]:
-        """A copy of all counts by kind, with bytes and, where they are measured, seconds. These wait for the device."""
+        """A copy of all counts by kind, with bytes and seconds; if seconds are measured, this waits for the device."""
         meters = self.arena.meters
         found = {
             kind: replace(tally, cache_bytes=meters[kind].now, peak_cache_bytes=meters[kind].peak)
@@ -190,5 +185,5 @@ class Context:
         return found
 
     def rest_seconds(self) -> float | None:
-        """Of the model outside of its sublayers, where seconds are measured."""
+        """Seconds of the model outside its sublayers; None if they are not measured."""
         return None if self.stopwatch is None else self.stopwatch.seconds().get(REST, 0.0)

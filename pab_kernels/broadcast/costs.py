@@ -1,5 +1,4 @@
-"""What calls of a model cost: every run of every sublayer, counted on a copy of the model on the meta device, where
-nothing is computed."""
+"""FLOPs and bytes of a call of a model, by sublayer, counted on a copy of the model on the meta device."""
 
 from __future__ import annotations
 
@@ -29,26 +28,23 @@ logger = logging.getLogger("pab_kernels")
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of a call but for the values of its tensors and floats.
+    """The arguments of a call without the values of tensors and floats.
 
     Args:
-        leaves: of the nest of `(args, kwargs)`; a `Key` for each tensor, type and value for everything else, and 1.0
-            for each float.
-        nest: what they are in.
+        leaves: the leaves of the pytree `(args, kwargs)`: a `Key` for a tensor, (float, 1.0) for a float, type and
+            value for everything else.
+        nest: the structure of the pytree.
     """
 
     leaves: tuple[Any, ...]
     nest: pytree.TreeSpec
 
     def __hash__(self) -> int:
-        return hash(self.leaves)  # that of the nest walks it in Python, at every call of the model
+        return hash(self.leaves)  # hashing the nest too would walk it in Python at every call of the model
 
     @classmethod
     def of(cls, leaves: Sequence[Any], nest: pytree.TreeSpec) -> Arguments | None:
-        """Those of a call, from `(args, kwargs)` as pytree flattens them.
-
-        None where one is an object of which nothing is known.
-        """
+        """The arguments of a call, from the flattened `(args, kwargs)`; None if one is an unknown object."""
         found: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
@@ -56,13 +52,13 @@ class Arguments:
             elif isinstance(leaf, float):
                 found.append((float, 1.0))
             elif isinstance(leaf, PLAIN):
-                found.append((type(leaf), leaf))  # True, 1 and 1.0 are equal
+                found.append((type(leaf), leaf))  # with the type, as True == 1
             else:
                 return None
         return cls(tuple(found), nest)
 
     def on_meta(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Such arguments, on the meta device."""
+        """Arguments like these on the meta device."""
         leaves = [
             torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Key) else v[1] for v in self.leaves
         ]
@@ -71,19 +67,18 @@ class Arguments:
 
 
 COUNTING = threading.Lock()
-"""One thread counts at a time. Torch keeps in global variables whether a dispatch mode is active; two threads that
-leave theirs in another order than they entered them leave it set for good, and `torch.compile` then compiles again what
-it has compiled already."""
+"""Lets one thread count at a time. Torch keeps global state on active dispatch modes: if two threads leave theirs in
+another order than they entered them, the state stays set, and `torch.compile` recompiles everything."""
 
 
 @dataclass(frozen=True)
 class SublayerRun:
-    """One run of a sublayer; where it is fused, all that it does in a call.
+    """One run of a sublayer; for a fused sublayer, all its runs in a call together.
 
     Args:
-        name: of the sublayer.
-        flops: of everything in it.
-        own: by name of the sublayer, FLOPs of it and of those that run in it, each without those in it in turn.
+        name: name of the sublayer.
+        flops: FLOPs of the run, with everything inside it.
+        own: FLOPs by sublayer, for this one and those that run inside it, each without the sublayers inside it.
         outputs: shape and dtype of every tensor that it returns.
     """
 
@@ -93,8 +88,7 @@ class SublayerRun:
     outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
     def nbytes(self, cache_dtype: str | None = None) -> int:
-        """Bytes of the output as a slot keeps it: floating-point tensors `[..., C]` in `cache_dtype`, all others as
-        they are."""
+        """Bytes of the slot: floating-point tensors `[..., C]` in `cache_dtype`, all others unchanged."""
         eight = [cache_dtype if dtype.is_floating_point and shape else None for shape, dtype in self.outputs]
         return sum(
             slot_bytes(shape or (1,), dtype, kept) for (shape, dtype), kept in zip(self.outputs, eight, strict=True)
@@ -108,11 +102,11 @@ class SublayerRun:
 
 @dataclass(frozen=True)
 class CallCosts:
-    """One call of the model.
+    """The costs of one call of the model.
 
     Args:
-        flops: of the whole call.
-        runs: in the order in which they end, by name of the sublayer and `place`.
+        flops: FLOPs of the whole call.
+        runs: the runs by `place`, in the order in which they end.
     """
 
     flops: int
@@ -120,7 +114,7 @@ class CallCosts:
 
 
 def place(name: str, time: int) -> str:
-    """Where a sublayer's run in one call is kept: its name, from the second run on with a number."""
+    """The key of a sublayer's run in one call: its name, with a number from the second run on."""
     return f"{name}#{time}" if time else name
 
 
@@ -128,19 +122,23 @@ def place(name: str, time: int) -> str:
 def watched(
     model: nn.Module, sublayers: Sequence[Sublayer], counter: FlopCounterMode, unprojected: bool = False
 ) -> Iterator[dict[str, SublayerRun]]:
-    """The runs of sublayers inside, by `place`.
+    """Record the runs of sublayers inside `with`, by `place`.
 
-    Where attention is kept `unprojected`, up to a module's `projection`.
+    Args:
+        model: the model that runs inside.
+        sublayers: its sublayers.
+        counter: counts FLOPs inside.
+        unprojected: whether a module's run ends before its `projection`, if it has one.
     """
     runs: dict[str, SublayerRun] = {}
     times: Counter[str] = Counter()
-    entered: list[tuple[str, int, Counter[str]]] = []  # of the runs that have not ended
+    entered: list[tuple[str, int, Counter[str]]] = []  # the runs that have not ended
 
     def enter(sublayer: Sublayer) -> None:
         entered.append((sublayer.name, counter.get_total_flops(), Counter()))
 
     def leave(sublayer: Sublayer, out: Any) -> None:
-        if not entered or entered[-1][0] != sublayer.name:  # a projection that is also called elsewhere
+        if not entered or entered[-1][0] != sublayer.name:  # a projection that another module calls too
             return
         name, before, own = entered.pop()
         flops = counter.get_total_flops() - before
@@ -175,15 +173,19 @@ def watched(
 def call_costs(
     model: nn.Module, sublayers: Sequence[Sublayer], arguments: Arguments | None, unprojected: bool = False
 ) -> CallCosts | None:
-    """What a call of `model` costs without PAB, whatever is enabled on it; None where it cannot run on the meta device,
-    which is logged.
+    """The costs of a call of `model` without PAB; None, with a log message, if it cannot run on the meta device.
 
-    The model itself is not run. Hooks (of offloading, of caches that skip steps, of a split over devices) are left out
-    of the copy.
+    A copy of the model runs, without the hooks of offloading, step caches and parallelism.
+
+    Args:
+        model: the DiT, whether PAB is enabled on it or not.
+        sublayers: its sublayers.
+        arguments: the arguments of the call; None if they are not known.
+        unprojected: whether attention is kept before its projection.
     """
     name = type(model).__name__
     if arguments is None:
-        logger.info("%s: FLOPs are not known, as arguments are neither tensors nor plain values", name)
+        logger.info("%s: FLOPs are not known, as some arguments are neither tensors nor plain values", name)
         return None
     try:
         plain = on_meta(model)
@@ -195,7 +197,7 @@ def call_costs(
             watched(plain, sublayers, counter, unprojected) as runs,
         ):
             torch.compiler.disable(plain.forward)(*args, **kwargs)
-    except Exception as error:  # whatever a model's own code raises where tensors have no values
+    except Exception as error:  # a model's own code may raise anything on tensors without values
         logger.info(
             "%s: FLOPs are not known, as it does not run on the meta device: %s: %s", name, type(error).__name__, error
         )
@@ -204,21 +206,20 @@ def call_costs(
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy of a model on the meta device, without hooks and without PAB. Weights are not copied at any time."""
+    """A copy of a model on the meta device, without hooks and without PAB. No weight is copied on the way."""
     memo: dict[int, Any] = {id(p): nn.Parameter(_emptied(p), requires_grad=False) for p in model.parameters()}
     hooked = set()
     for name, module in model.named_modules():
         if holders := compat.hook_holders(module):
             hooked.add(name)
-        memo |= {
-            id(held): None for held in (*holders, *compat.cache_configs(module))
-        }  # a config's callback may hold a whole pipeline
+        # A cache config's callback may hold a whole pipeline.
+        memo |= {id(held): None for held in (*holders, *compat.cache_configs(module))}
         memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
     with _OnMeta():
         copied = copy.deepcopy(model, memo)
     for name, module in copied.named_modules():
         if name in hooked:
-            vars(module).pop("forward", None)  # the hooks' stand-in
+            vars(module).pop("forward", None)  # the hooks' wrapper
         compat.forget_parallelism(module)
     return copied
 
@@ -228,10 +229,10 @@ def _emptied(t: torch.Tensor) -> torch.Tensor:
 
 
 class _OnMeta(TorchFunctionMode):
-    """Deep copies of tensors are on the meta device, and plain tensors."""
+    """Makes deep copies of tensors plain tensors on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.clone:  # in the deep copy of a parameter that is not one of the model's
+        if func is torch.Tensor.clone:  # by the deep copy of a parameter that the model does not own
             return _emptied(args[0])
         if func is not torch.Tensor.__deepcopy__:
             return func(*args, **(kwargs or {}))

@@ -18,10 +18,10 @@ logger = logging.getLogger("pab_kernels")
 
 
 class Following:
-    """Which pipelines call a model, and whose schedulers are followed for it.
+    """The pipelines that call a model, and the watches on their schedulers.
 
     Args:
-        listener: receives their events.
+        listener: receives the events of pipelines and schedulers.
         model: the DiT.
     """
 
@@ -37,7 +37,7 @@ class Following:
 
     @property
     def pipes(self) -> list[Any]:
-        """The pipelines that are there."""
+        """The pipelines that are alive."""
         return [pipe for ref in self._pipes if (pipe := ref()) is not None]
 
     def has(self, pipe: Any) -> bool:
@@ -45,7 +45,7 @@ class Following:
         return any(pipe is other for other in self.pipes)
 
     def add(self, pipe: Any) -> None:
-        """Follow the scheduler that `pipe` holds, now and whenever it holds another."""
+        """Follow the scheduler of `pipe`, also after it is replaced."""
         model, listener = self._model(), self._listener()
         assert model is not None and listener is not None
         others = [ref for ref in self._pipes if ref() is not None and ref() is not pipe]
@@ -54,14 +54,14 @@ class Following:
         self.follow()
 
     def remove(self, pipe: Any) -> None:
-        """Follow the scheduler of `pipe` no more, unless another pipeline holds it too."""
+        """Stop following the scheduler of `pipe`, unless another pipeline holds it too."""
         PipeWatch.remove(pipe, self._id)
         self._pipes = [ref for ref in self._pipes if ref() is not pipe]
         with self._lock:
             self._leave(self._held())
 
     def close(self) -> None:
-        """Follow nothing any more."""
+        """Stop following everything."""
         for pipe in self.pipes:
             self.remove(pipe)
         with self._lock:
@@ -98,9 +98,9 @@ class Following:
             return
         with self._lock:
             for scheduler in held:
-                if not any(watch.scheduler is scheduler for watch in self._watches):
+                if self._watch(scheduler) is None:
                     watch = SchedulerWatch.of(scheduler)
-                    self._watches.append(watch)  # first, for an interruption in between
+                    self._watches.append(watch)  # first, so that `_leave` finds it after an interruption
                     watch.add(listener)
             self._leave(held)
 
@@ -117,19 +117,18 @@ class Following:
         return next((watch for watch in self._watches if watch.scheduler is scheduler), None)
 
     def begun(self, besides: Sequence[Any]) -> list[Any]:
-        """Schedulers whose timesteps were set while nobody followed them and that have steps left, besides some."""
+        """Schedulers with steps left whose timesteps were set before they were followed, except those in `besides`."""
         others = [watch for watch in self._watches if not any(watch.scheduler is scheduler for scheduler in besides)]
         return [watch.scheduler for watch in others if has_begun(watch.scheduler) and not watch.is_spent]
 
     def spend(self, generation: Generation) -> None:
-        """The run of `generation` is at its end, and none begins on its scheduler's timesteps but after
-        `set_timesteps`."""
+        """Mark the timesteps of an ended generation as used: the next one needs another `set_timesteps`."""
         watch = self._watch(generation.scheduler)
         if watch is not None:
             watch.spend(generation.timesteps.table)
 
     def only(self, scheduler: Any) -> bool:
-        """Whether the steps of `scheduler` are those of this model alone."""
+        """Whether `scheduler` steps for this model alone."""
         watch = self._watch(scheduler)
         return (
             watch is not None
@@ -144,13 +143,12 @@ class Following:
         return end if 0 < end < len(scheduler.timesteps) else None
 
     def still_called(self, scheduler: Any, enclose: Callable[[nn.Module], None], warn: Callable[[str], None]) -> bool:
-        """Whether a pipeline that holds `scheduler` still calls the model; one that was compiled since is enclosed,
-        another one told of.
+        """Whether a pipeline that holds `scheduler` still calls the model.
 
         Args:
-            scheduler: whose timesteps were set.
-            enclose: takes what `torch.compile` made of the model.
-            warn: takes a line about a pipeline that calls another model.
+            scheduler: the scheduler whose timesteps were set.
+            enclose: receives the compiled module, if a pipeline holds one around the model.
+            warn: receives a message for each pipeline that calls another model.
         """
         model, watch = self._model(), self._watch(scheduler)
         if model is None or watch is None:
@@ -161,8 +159,7 @@ class Following:
             if not holds(pipe, model):
                 warn(
                     f"{type(pipe).__name__} calls another model than the {type(model).__name__} that PAB was enabled "
-                    "on, and nothing is "
-                    "reused in it; call pab.enable(pipe) again"
+                    "on, and nothing is reused; call pab.enable(pipe) again"
                 )
                 continue
             found = True
@@ -173,11 +170,10 @@ class Following:
 
 
 def _model_is_gone(following: Following, name: str) -> None:
-    """The model was let go while pipelines are followed for it: they call another one now."""
+    """Warn that the pipelines of a model that was freed call another model now."""
     for pipe in following.pipes:
         logger.warning(
-            "the %s of a %s on which PAB was enabled is gone, and nothing is reused in another one; call "
-            "pab.enable(pipe) again",
+            "the %s of a %s on which PAB was enabled is gone, and nothing is reused; call pab.enable(pipe) again",
             name,
             type(pipe).__name__,
         )

@@ -1,4 +1,4 @@
-"""Which modules a fused operation may stand for."""
+"""Deciding which modules a fused operation may replace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def fuses(module: nn.Module, x: torch.Tensor) -> bool:
-    """Whether `module` is a plain linear layer or norm whose weights are where and what `x` is."""
+    """Whether `module` is a plain linear layer or norm with weights of the dtype of `x` on its device."""
     return (
         is_plain(module, nn.Linear, nn.LayerNorm, nn.RMSNorm)
         and is_original(type(module), "forward")
@@ -21,12 +21,12 @@ def fuses(module: nn.Module, x: torch.Tensor) -> bool:
 
 
 def is_plain(module: nn.Module, *classes: type) -> bool:
-    """Whether `module` is exactly of one of `classes`, with no hook and no `forward` of its own."""
+    """Whether the class of `module` is exactly one of `classes`, with no hook and no `forward` on the instance."""
     return has_no_hooks(module, *classes) and "forward" not in vars(module)
 
 
 def has_no_hooks(module: nn.Module, *classes: type) -> bool:
-    """Whether `module` is exactly of one of `classes`, with no hook of torch's."""
+    """Whether the class of `module` is exactly one of `classes`, with no hook of torch."""
     return (
         type(module) in classes
         and not module._forward_hooks
@@ -37,13 +37,13 @@ def has_no_hooks(module: nn.Module, *classes: type) -> bool:
 
 
 def is_original(owner: type, name: str) -> bool:
-    """Whether a class's method is the one that its own source defines, and nobody has put another one in its place."""
+    """Whether a class's method is the one that its source defines, not a patched one."""
     method = getattr(owner, name)
     in_source = getattr(method, "__globals__", None) is vars(sys.modules[owner.__module__])
     return in_source and method.__qualname__ == f"{owner.__qualname__}.{name}"
 
 
 def autocasts(x: torch.Tensor) -> bool:
-    """Whether operations on `x` run in another dtype."""
+    """Whether autocast is active on the device of `x`."""
     kind = x.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind)

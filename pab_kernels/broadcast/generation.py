@@ -1,4 +1,4 @@
-"""Generations: one sampling run each, with its plan, its step and its contexts."""
+"""Generations: one sampling run each, with its plan, step and contexts."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from .graphs.graphs import Graphs
 
 MOST_ALIKE = 16
-"""Calls of one name, or without one, that are told apart by their order in a step."""
+"""The most calls in one step that may share a name or have none; they are distinguished by their order."""
 
 
 class Generation:
-    """One sampling run: its plan, its step, its contexts.
+    """One sampling run: its plan, step and contexts.
 
     Args:
         config: the rules.
-        sublayers: the model's.
+        sublayers: the model's sublayers.
         num_steps, timesteps: the full schedule.
-        scheduler: whose `step` ends each step; without one, a step ends when a context is called again.
-        notified: whether `set_timesteps` of the scheduler was seen; else it was found as somebody had set it.
+        scheduler: the scheduler whose `step` ends each step; without one, a step ends when a context is called again.
+        notified: whether its `set_timesteps` was seen; else the timesteps were set before the scheduler was followed.
         timed: whether seconds are measured by kind.
         cuda_graphs: whether the model's calls are captured and replayed.
         end: the step at which another model takes over, or None.
@@ -71,21 +71,21 @@ class Generation:
         self.meter = Meter()
         self.plain_calls = 0
         self.steps_seen = 0
-        """How often its scheduler stepped."""
+        """Number of steps of its scheduler."""
         self.over = False
-        """Whether no further call belongs to it."""
+        """Whether it takes no further calls."""
         self.put_away = False
-        """Whether its pipeline, at its end, has reset the model."""
+        """Whether its pipeline has ended and reset the model."""
         self.failed = False
-        """Whether it was ended by an error."""
+        """Whether an error ended it."""
         self.entered: list[Any] = []
-        """Frames of the functions that have taken its request up now."""
+        """Frames of the functions that are inside `with` on its request."""
         self.at_end: Callable[[Generation], None] | None = None
-        """Called once, when its last step is taken or it is ended."""
+        """Called once, after the last step or when it is ended."""
         self.exchanged: Counter[str] = Counter()
-        """How often arguments that should stay the same were other ones, by name."""
+        """Number of times that an argument which should stay the same was exchanged, by its name."""
         self.lock = threading.RLock()
-        self._called: dict[str, int] = {}
+        self._called: dict[str, int] = {}  # calls in this step, by label
         self._entered: set[str] = set()  # contexts called in this step
         self._timestep: tuple[Any, Moment | None] = (None, None)  # of the last call
         self._in_schedule = False
@@ -97,12 +97,12 @@ class Generation:
 
     @property
     def started(self) -> bool:
-        """Whether the model was called."""
+        """Whether its plan is made: with the model's first call, on a bare model at once."""
         return self.plan is not None
 
     @property
     def taken(self) -> int:
-        """How many steps the model was called at."""
+        """Number of steps at which the model was called."""
         return self.step - self.schedule.begin + bool(self._called)
 
     @property
@@ -111,48 +111,49 @@ class Generation:
         return self.step >= self.schedule.steps.stop
 
     def start(self, begin: int = 0) -> Plan:
-        """Make the plan, for a schedule entered at step `begin`."""
+        """Make the plan for a schedule that is entered at step `begin`."""
         self.schedule = dataclasses.replace(self.schedule, begin=begin)
         self.plan = Plan(self.config, self.schedule, self.sublayers)
         self.step = begin
         return self.plan
 
-    # Which calls are its own
+    # Calls
 
     def claims(self, timestep: Any, label: str) -> bool | None:
-        """Whether a call with this timestep, in the context `label`, can be the next one.
-
-        None where that cannot be known.
-        """
+        """Whether a call with this timestep, in the context `label`, can be the next one; None if that is unknown."""
         moment = self.timesteps.moment(timestep)
         if moment is None or not moment.single or not self.timesteps.known:
             return None
         if not self.started:
-            return (
-                True if self.timesteps.recognise(moment) else None
-            )  # models may be called with a function of the timestep
+            # A model may be called with a function of the timestep, so no match proves nothing.
+            return True if self.timesteps.recognise(moment) else None
         if not self._in_schedule:
             return None if self.notified or self.steps_seen or not self._called else moment == self._timestep[1]
         if self.timesteps.at(self.step, moment):
             return True
-        told = self.steps_seen or not (self.notified or moment.own)
-        return not told and any(i > self.step for i in self.timesteps.places(moment))
+        stepped = self.steps_seen or not (self.notified or moment.own)
+        return not stepped and any(i > self.step for i in self.timesteps.places(moment))
 
     def recognises(self, label: str, inputs: Inputs) -> bool:
-        """Whether a context that such a call could be in was last called with the same tensors, latents and timestep
-        aside."""
+        """Whether the last call of a context with this label, or of one without a name, had the same steady inputs."""
         contexts = (
             [self.contexts.get(label)] if label else [c for key, c in self.contexts.items() if key.startswith("#")]
         )
         return any(context is not None and context.holds(inputs) for context in contexts)
 
     def open(self, name: str | None = None, step: int | None = None, inputs: Inputs = NO_INPUTS) -> Call | None:
-        """A call of the model in context `name`, at `step` if it is given; None where a scheduler has no step left for
-        it.
+        """Open a call of the model.
+
+        Args:
+            name: name of its context, or None.
+            step: its step; default the current or the next one.
+            inputs: its arguments.
+
+        Returns:
+            The call; None if the schedule of a scheduler has no step left.
 
         Raises:
-            RuntimeError: all steps of the plan are used, and it is one of a bare model; or too many calls without names
-            came in one step.
+            RuntimeError: the plan of a bare model has no such step, or too many calls without names came in one step.
         """
         with self.lock:
             if self.plan is None:
@@ -182,7 +183,7 @@ class Generation:
             return Call(self, self.contexts[key], self.step)
 
     def _begins_step(self, label: str, timestep: Any, moment: Moment | None) -> bool:
-        """Whether a call is the first of a further step, which no `step` of a scheduler has told."""
+        """Whether a call begins a step although no `step` of a scheduler was seen."""
         if not self._called:
             return False
         if self.scheduler is None:
@@ -193,10 +194,10 @@ class Generation:
         if moment is not None and before is not None and (moment.single or not label):
             return moment.value != before.value
         if label in self._called and label:
-            return True  # copies of the scheduler step
+            return True  # the pipeline steps copies of its scheduler
         if label or timestep is last or not isinstance(timestep, torch.Tensor) or timestep.is_meta:
             return False
-        if self._branches is None:  # not known to the host: it waits once, for the first further call
+        if self._branches is None:  # the timesteps are on the device: wait for them until the second step begins
             now, then = (self.timesteps.moment(t, wait=True) for t in (timestep, last))
             if now is None or then is None or now.value == then.value:
                 return False
@@ -204,13 +205,13 @@ class Generation:
         return sum(self._called.values()) >= self._branches
 
     def _context_of(self, label: str, inputs: Inputs) -> str:
-        """Key of the context of a call. Calls without names go by their order, unless the prompt says otherwise."""
+        """Key of the context of a call: its name or its order in the step, unless its prompt belongs to another one."""
         order = self._called.get(label, 0)
         if order >= MOST_ALIKE:
             raise RuntimeError(
-                f"{order + 1} calls came in one step of the schedule; calls of up to {MOST_ALIKE} branches without "
-                "names are supported: "
-                'name the calls, `with pab.context(model, "cond"):`, or the step, `pab.context(model, "cond", step=i)`'
+                f"{order + 1} calls came in one step of the schedule; up to {MOST_ALIKE} without distinct names are "
+                'supported: name the calls, `with pab.context(model, "cond"):`, or give the step, '
+                '`pab.context(model, "cond", step=i)`'
             )
         if label:
             return f"{label}#{order}" if order else label
@@ -229,15 +230,14 @@ class Generation:
         first += f" up to {self.schedule.end}, where another model takes over," if self.schedule.end is not None else ""
         return (
             f"the plan has {self.schedule.num_steps} steps{first} and this call would be step {at}; begin a further "
-            "generation: "
-            "with pab.generation(model, num_steps=...):, or, where a step has several calls, name the calls: "
-            'with pab.context(model, "cond"):'
+            "generation, `with pab.generation(model, num_steps=...):`, or, if a step has several calls, name the "
+            'calls, `with pab.context(model, "cond"):`'
         )
 
-    # Its steps, and its end
+    # Steps and end
 
     def advance(self, to: int | None = None) -> None:
-        """End the step; after the last one every slot is released.
+        """End the step; after the last step every slot is released.
 
         Args:
             to: the step that begins; default the next one.
@@ -248,11 +248,11 @@ class Generation:
             self._entered.clear()
             if self.used_up:
                 self._finish()
-                if self.scheduler is not None:  # on a bare model a call too many is an error
+                if self.scheduler is not None:  # a bare model stays, so that a call too many is an error
                     self.over = True
 
     def stepped(self) -> None:
-        """Its scheduler has stepped."""
+        """Handle a step of its scheduler."""
         with self.lock:
             self.steps_seen += 1
             if self.started:
@@ -261,7 +261,7 @@ class Generation:
                 self.end()
 
     def end(self) -> None:
-        """Release everything: no call belongs to it any more."""
+        """End it and release everything; it takes no further calls."""
         with self.lock:
             self.over = True
             for context in self.contexts.values():
@@ -286,14 +286,14 @@ class Generation:
 
     @property
     def reuses_planned(self) -> bool:
-        """Whether the plan had a reuse at the steps that were taken."""
+        """Whether the plan had a reuse at the steps taken so far."""
         plan = self.plan
         if plan is None:
             return False
         return any(decision.action is Action.REUSE for row in set(plan.rows.values()) for decision in row[: self.taken])
 
     def costs(self, model: nn.Module, calls: Set[Arguments | None]) -> dict[Arguments | None, CallCosts] | None:
-        """What calls with these arguments cost without PAB; None where that of any is not known."""
+        """The costs of calls with these arguments, without PAB; None if those of any are not known."""
         for arguments in calls:
             if arguments not in self._costs:
                 self._costs[arguments] = call_costs(
@@ -304,7 +304,7 @@ class Generation:
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """See `Call.fuses`."""
-        if torch.compiler.is_compiling():  # decided while the graph is made
+        if torch.compiler.is_compiling():  # decided at compile time
             return fusing.fuses(module, x) and not fusing.autocasts(x)
         key = (module, Key((x.shape[-1],), x.dtype, x.device))
         if key not in self._fuses:
@@ -312,21 +312,20 @@ class Generation:
         return self._fuses[key] and not fusing.autocasts(x)
 
     def once(self, what: Hashable, decide: Callable[[], bool]) -> bool:
-        """What `decide()` says of `what`, asked once a generation."""
+        """The result of `decide()` for `what`, called once a generation."""
         if what not in self._decided:
             self._decided[what] = decide()
         return self._decided[what]
 
     def weight(self, value: float, device: torch.device) -> torch.Tensor:
-        """`value` as one float32 number on `device`; made once a generation, and without waiting for the device."""
+        """`value` as a float32 scalar tensor on `device`; made once a generation, without waiting for the device."""
         key = (value, device)
         if key not in self._weights:
-            self._weights[key] = torch.full(
-                (), value, dtype=torch.float32, device=device
-            )  # a fill: nothing is copied from the host
+            # A fill kernel: nothing is copied from the host.
+            self._weights[key] = torch.full((), value, dtype=torch.float32, device=device)
         return self._weights[key]
 
 
 def label_of(name: str | None) -> str:
-    """The name of a context as its key has it: a single # parts a name from the order of the call."""
+    """The name of a context as used in keys, where a single # separates it from the order of the call."""
     return (name or "").replace("#", "##")

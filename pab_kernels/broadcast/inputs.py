@@ -1,5 +1,4 @@
-"""The arguments of a model's `forward`: where the timestep is among them, the latents, and everything that stays from
-step to step."""
+"""The arguments of a model's `forward`: the latents, the timestep, and those that stay from step to step."""
 
 from __future__ import annotations
 
@@ -19,15 +18,16 @@ from .signature import PLAIN
 from .slots import Key
 
 TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas", "time")
-"""Names of the argument that holds the timestep."""
+"""Names that models give to their timestep argument."""
 
 
 class Signature:
-    """Names of the arguments of a model's `forward`, looked for in the models that wrappers (PEFT, DDP, FSDP) pass
-    theirs on to.
+    """Finds the latents and the timestep among the arguments of a model.
+
+    If wrappers (PEFT, DDP, FSDP) only take `*args, **kwargs`, the names come from the module inside.
 
     Args:
-        model: the DiT, or what wraps it.
+        model: the DiT, or a wrapper around it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,7 +44,7 @@ class Signature:
         return args[self._place] if self._place is not None and self._place < len(args) else None
 
     def latents(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The first argument that is not the timestep, by its place or its name."""
+        """The first argument that is not the timestep, by position or name."""
         if self._first < len(args):
             return args[self._first]
         return kwargs.get(
@@ -53,11 +53,9 @@ class Signature:
 
 
 def _names(model: nn.Module) -> list[str]:
-    for module in model.modules():  # a wrapper before what it wraps
-        for forward in (
-            module.forward,
-            partial(type(module).forward, module),
-        ):  # somebody may have put another one on it
+    for module in model.modules():  # wrappers come before the wrapped module
+        # The class has the original if the instance's forward was replaced by one without names.
+        for forward in (module.forward, partial(type(module).forward, module)):
             try:
                 parameters = inspect.signature(forward).parameters.values()
             except (TypeError, ValueError):  # written in C, or compiled by TorchScript
@@ -73,9 +71,9 @@ class Inputs:
     """The arguments of one call.
 
     Args:
-        args, kwargs: as they were given.
-        latents: the argument that holds them.
-        timestep: the argument that holds it.
+        args, kwargs: all arguments.
+        latents: the argument with the latents.
+        timestep: the argument with the timestep.
     """
 
     args: tuple[Any, ...]
@@ -89,14 +87,14 @@ class Inputs:
 
     @cached_property
     def tensors(self) -> list[torch.Tensor]:
-        """All tensors among the arguments, those in lists and dicts too."""
+        """All tensors among the arguments, including those in lists and dicts."""
         return [leaf for leaf in self._flat[0] if isinstance(leaf, torch.Tensor)]
 
     @cached_property
     def steady(self) -> list[Any]:
         """The tensors and numbers that may stay the same from step to step: all but the latents and the timestep.
 
-        Tensors are looked for in objects too, such as dataclasses.
+        Includes tensors in attributes of objects such as dataclasses.
         """
         latents = self.latents
         moving = [latents] if isinstance(latents, torch.Tensor) else pytree.tree_leaves(latents)
@@ -115,17 +113,17 @@ class Inputs:
 
     @cached_property
     def looks(self) -> tuple[Any, ...]:
-        """Shapes, dtypes and devices of all tensors, and the flags: what says which work is asked for."""
+        """Shapes, dtypes and devices of all tensors, and the flags: they decide what the model computes."""
         flags = [(name, value) for name, value in self.kwargs.items() if isinstance(value, (bool, str))]
         return (*map(Key.of, self.tensors), *flags)
 
     @property
     def arguments(self) -> Arguments | None:
-        """What calls with such arguments cost is kept by this."""
+        """The key under which the costs of such a call are kept."""
         return Arguments.of(*self._flat)
 
     def name_of(self, value: Any) -> str:
-        """What messages call one of the arguments."""
+        """The name of an argument in messages."""
         for path, leaf in pytree.tree_flatten_with_path((self.args, dict(self.kwargs)))[0]:
             if leaf is value:
                 name = pytree.keystr(path[1:]).strip("[]'")
@@ -134,19 +132,18 @@ class Inputs:
 
 
 NO_INPUTS = Inputs((), {}, None, None)
-"""Those of a call without arguments."""
+"""The inputs of a call without arguments."""
 
 
 def records_gradients(model: nn.Module | None, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether a call of `model` on `tensors` records gradients, or will be repeated to record them (checkpoints)."""
+    """Whether a call of `model` on `tensors` records gradients, or is repeated later to record them (checkpointing)."""
     if any(t.requires_grad for t in tensors):
         return True
     return torch.is_grad_enabled() and model is not None and any(p.requires_grad for p in model.parameters())
 
 
 def is_transformed(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether a call is traced, differentiated or batched by a transform, or of tensors without contents: no step of a
-    run."""
+    """Whether a call is traced, runs under a torch.func transform or on fake tensors: it is no step of a run."""
     return (
         torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,4 +1,4 @@
-"""Names of contexts, given in one thread or task."""
+"""Naming the context of calls, by thread or task."""
 
 from __future__ import annotations
 
@@ -11,43 +11,45 @@ from .request import entering, running
 
 
 class Naming:
-    """Gives a name, and perhaps a step, to the calls inside of `with`.
+    """Gives a context name, and perhaps a step, to the calls inside `with`.
 
     Args:
-        owners: for whom.
-        name: of the context.
-        step: of the full schedule, or None.
+        owners: the broadcasters whose calls are named.
+        name: name of the context.
+        step: step of the full schedule, or None.
     """
 
     def __init__(self, owners: Sequence[Any], name: str | None, step: int | None) -> None:
         self._owners = [weakref.ref(owner) for owner in owners]
         self.name, self.step = name, step
         self.frames: list[Any] = []
-        """Of the functions that it is given in."""
+        """Frames of the functions that have entered it."""
 
     def is_for(self, owner: Any) -> bool:
-        """Whether it is given for `owner`."""
+        """Whether it names the calls of `owner`."""
         return any(ref() is owner for ref in self._owners)
 
     def __enter__(self) -> None:
         self.frames.append(entering())
         _GIVEN.set((*_GIVEN.get(), self))
 
-    def __exit__(
-        self, *_: object
-    ) -> None:  # in another thread, as where a generator is resumed there, it is not in force
+    def __exit__(self, *_: object) -> None:
         self.frames.pop()
+        # It may be absent: a generator can be resumed in another thread.
         _GIVEN.set(tuple(other for other in _GIVEN.get() if other is not self))
 
 
 _GIVEN: contextvars.ContextVar[tuple[Naming, ...]] = contextvars.ContextVar("pab_contexts", default=())
-"""In this thread or task, the innermost last."""
+"""The names in force in this thread or task, innermost last."""
 
 
 def named(owner: Any) -> tuple[str | None, int | None]:
-    """The name and step that calls have now.
+    """The name and step of a call made now.
 
-    Of several, those given by a function that runs, and not by a generator that waits.
+    A name given by a running function takes precedence over one given by a suspended generator.
+
+    Args:
+        owner: the broadcaster of the model that is called.
     """
     given = [naming for naming in reversed(_GIVEN.get()) if naming.is_for(owner)]
     if len(given) > 1:

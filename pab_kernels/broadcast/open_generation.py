@@ -1,6 +1,6 @@
-"""A generation whose schedule nobody tells: decided step by step, by the timestep that a callback gives.
+"""A generation with an unknown schedule: each step is decided by the timestep that a callback returns.
 
-Where a plan is made in advance, what no later step reads is not kept. Here every output that might be reused is.
+A plan made in advance keeps only outputs that a later step reads; here every output that might be reused is kept.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from .slots import Meter
 
 
 class OpenPlan(Plan):
-    """The decisions of the step that runs.
+    """The decisions of the current step; none is known in advance.
 
-    None is known in advance. Rules hold outputs, in windows of timesteps that are not rounded.
+    Rules hold outputs, in windows of unrounded timesteps.
     """
 
     timestep: float
 
     @property
     def steps(self) -> range:
-        """None is planned."""
+        """Empty: no step is planned."""
         return range(0)
 
     @cached_property
     def rows(self) -> dict[str, tuple[Decision, ...]]:
-        """The sublayers, without decisions."""
+        """An empty row for each sublayer."""
         return {s.name: () for s in self.sublayers}
 
     @cached_property
@@ -41,7 +41,7 @@ class OpenPlan(Plan):
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """Nothing is known to have no effect."""
+        """Empty: rules without effect cannot be found without a schedule."""
         return ()
 
     @cached_property
@@ -50,15 +50,12 @@ class OpenPlan(Plan):
         return {name: rule for name, rule in rules.items() if rule is not None and rule.range > 1}
 
     def at(self, timestep: float) -> OpenPlan:
-        """This plan, at a step of `timestep`."""
+        """Set the timestep of the current step, and return the plan."""
         object.__setattr__(self, "timestep", timestep)
         return self
 
     def decision(self, name: str, step: int) -> Decision:
-        """Reuse what was computed last where the rule asks for it.
-
-        Else compute, and keep it where it may ever be reused.
-        """
+        """Reuse the last output if the rule asks for it; else compute, and keep the output if a rule may reuse it."""
         rule = self._rules.get(name)
         if rule is None:
             return Decision(Action.COMPUTE)
@@ -66,7 +63,7 @@ class OpenPlan(Plan):
         return Decision(Action.REUSE, (0,), held=1) if reused else Decision(Action.STORE, held=1)
 
     def decisions(self, step: int) -> list[Decision]:
-        """A decision for each sublayer."""
+        """The decision of each sublayer."""
         return [self.decision(name, step) for name in self.rows]
 
     def __str__(self) -> str:
@@ -74,16 +71,16 @@ class OpenPlan(Plan):
 
 
 class OpenGeneration(Generation):
-    """A generation that goes on until it is ended, or until the timestep rises: then another one has begun.
+    """A generation without a schedule; a rising timestep begins another run in it.
 
     Args:
-        config: rules of windows in timesteps.
-        sublayers: the model's.
-        clock: gives the timestep; asked once a step, for which the host may wait for the device.
+        config: rules with windows in timesteps.
+        sublayers: the model's sublayers.
+        clock: returns the timestep; called once a step, for which the host may wait for the device.
         timed: whether seconds are measured by kind.
 
     Raises:
-        ValueError: `clock` gives no number.
+        ValueError: `clock` returns no number.
     """
 
     def __init__(
@@ -104,7 +101,7 @@ class OpenGeneration(Generation):
             ) from None
 
     def advance(self, to: int | None = None) -> None:
-        """A further step begins, or another generation."""
+        """Begin the next step, or another run if the timestep rises."""
         before, now = self._plan.timestep, self._asked()
         super().advance()
         if now > before:

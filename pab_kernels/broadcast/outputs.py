@@ -1,7 +1,7 @@
-"""Outputs of modules that are called as they are: what a slot keeps of them, and how they are given back.
+"""Keeping and reusing the outputs of unfused modules.
 
-An output may be a tensor or any nest of tensors, and is kept whole. Where several are reused together, floating-point
-tensors are extrapolated (see `Extrapolation`); everything else is that of the newest output.
+An output may be a tensor or any pytree of tensors. If several outputs are reused together, floating-point tensors are
+extrapolated (see `Extrapolation`), and everything else comes from the newest output.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from .turn import CurrentTurn, Turn
 
 @dataclass(eq=False)
 class BroadcastForward:
-    """Replaces the `forward` of a sublayer: its output is computed or given back as the plan says. Outside of a call it
-    runs plainly.
+    """Replaces the `forward` of a sublayer: computes or reuses its output, by its turn; plain outside of a call.
 
-    A compiled graph finds the turn at the same place in every equal block, so that one graph serves all of them.
+    Each block holds its `CurrentTurn` at the same place, so equal blocks share one compiled graph.
 
     Args:
         current: the turn of the sublayer.
@@ -38,20 +37,19 @@ class BroadcastForward:
 
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         turn = self.current.turn
-        if turn is None or turn.call is None or turn.passes():
+        if turn is None or not turn.open or turn.passes():
             return original(*args, **kwargs)
         return self.run(turn, original, args, kwargs)
 
 
 def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The output of `compute(*args, **kwargs)`, computed or given back as the plan says.
+    """The output of `compute(*args, **kwargs)`, computed or reused.
 
     Raises:
         TypeError: there is no tensor among the inputs.
     """
     around = turn.call.measured
-    x = args[0] if args and isinstance(args[0], torch.Tensor) else _tensors(turn.sublayer, args, kwargs)[0]
-    slot = turn.take(x)
+    slot = turn.take(_first_tensor(turn.sublayer, args, kwargs))
     if slot is not None:
         out = _read(slot, _as_it_is if turn.reads_last else _cloned)
     else:
@@ -66,27 +64,24 @@ class Unprojected(Protocol):
     """An attention module in two parts: `finish(attend(x, ...)[0], x)` is its output."""
 
     def attend(self, x: torch.Tensor, *args: Any, store: Turn | None = None, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        """Attention before the output projection, and the copy of it that is kept where the turn `store` asks for
-        one."""
+        """Attention before the output projection, and the copy to keep if there is a turn `store`."""
 
     def finish(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Attention projected, for the input `x`."""
+        """The output projection of `out`, for the input `x`."""
 
 
 def broadcast_unprojected(
     turn: Turn, module: Unprojected, x: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> torch.Tensor:
-    """The output of an attention module, of which all but the output projection is computed or given back as the plan
-    says.
+    """The output of an attention module; all but its output projection is computed or reused.
 
-    A slot is written by the pass that computes attention.
+    The pass that computes attention also writes the slot.
     """
     around = turn.call.measured
     slot = turn.take(x)
     if slot is not None:
-        out: torch.Tensor = _read(
-            slot, _as_it_is if turn.reads_last else _cloned
-        )  # a projection may write to it, or be none
+        # A projection may write to its input, or return it.
+        out: torch.Tensor = _read(slot, _as_it_is if turn.reads_last else _cloned)
         if out.dtype != x.dtype and not autocasts(x):  # it was kept under autocast
             out = out.to(x.dtype)
     else:
@@ -98,14 +93,13 @@ def broadcast_unprojected(
 
 
 def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The output of a whole block: computed, or its inputs and the change that it made to them when it was computed.
+    """The output of a whole block: computed, or its inputs plus the change that it made when it was computed.
 
-        1. computed: out_j = block(...), and for each tensor out_j that continues the input in_k, change_j = out_j -
-        in_k
-        2. reused:   out_j = in_k + change_j; what is no tensor is given back as it was
+        1. computed: out_j = block(...); for each tensor out_j that continues the input in_k, change_j = out_j - in_k
+        2. reused:   out_j = in_k + change_j; an output that is no tensor is returned unchanged
 
-    An output continues the input that has its shape; the first one, where the block has one output and it is the
-    block's first input.
+    An output continues the only input of its shape. If the block has one output and several inputs have its shape, it
+    continues the first input, which must be among them.
 
     Raises:
         TypeError: there is no tensor among the inputs, or an output does not continue exactly one input.
@@ -114,22 +108,29 @@ def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     inputs = _tensors(turn.sublayer, args, kwargs)
     slot = turn.take(inputs[0])
     if slot is not None:
-        pairs, changed = _read(slot, _as_it_is)  # adding it makes new tensors
+        pairs, changed = _read(slot, _as_it_is)  # no copy, as the additions make new tensors
         leaves, nest = pytree.tree_flatten(changed)
         out = pytree.tree_unflatten(
             [c if k is None else inputs[k] + c for k, c in zip(pairs, leaves, strict=True)], nest
         )
     else:
-        # The inputs by now: a block may write to its stream in place.
+        # Copies, as a block may write to its stream in place.
         before = [x.clone() if x.is_floating_point() else x for x in inputs] if turn.stores else inputs
         out = compute(*args, **kwargs)
         if turn.stores:
             leaves, nest = pytree.tree_flatten(out)
             pairs = _continued(turn.sublayer, inputs, leaves)
             changes = [leaf if k is None else leaf - before[k] for k, leaf in zip(pairs, leaves, strict=True)]
-            turn.put(kept((pairs, pytree.tree_unflatten(changes, nest)), _as_it_is))  # the changes are nobody else's
+            turn.put(kept((pairs, pytree.tree_unflatten(changes, nest)), _as_it_is))  # no copy: nothing else has them
     turn.call.mark(around)
     return out
+
+
+def _first_tensor(sublayer: Sublayer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value
+    return _tensors(sublayer, args, kwargs)[0]  # in a list or a dict
 
 
 def _tensors(sublayer: Sublayer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -140,7 +141,7 @@ def _tensors(sublayer: Sublayer, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def _continued(sublayer: Sublayer, inputs: Sequence[torch.Tensor], outputs: Sequence[Any]) -> tuple[int | None, ...]:
-    """For each output the index of the input that it continues; None for what is no tensor."""
+    """The index of the input that each output continues; None for an output that is no tensor."""
     several = sum(isinstance(out, torch.Tensor) for out in outputs) != 1
     pairs: list[int | None] = []
     for number, out in enumerate(outputs):
@@ -152,9 +153,8 @@ def _continued(sublayer: Sublayer, inputs: Sequence[torch.Tensor], outputs: Sequ
             shape = tuple(out.shape)
             raise TypeError(
                 f"{sublayer.name}: output {number} of shape {shape} continues {len(alike) or 'none'} of its inputs, "
-                "and a stream "
-                "continues exactly one; leave out the rule for blocks, or this block: enable(model, "
-                f"kinds={{{sublayer.name!r}: None}})"
+                "and a stream continues exactly one; leave out the rule for blocks, or this block: "
+                f"enable(model, kinds={{{sublayer.name!r}: None}})"
             )
         pairs.append(alike[0])
     return tuple(pairs)
@@ -168,11 +168,11 @@ def _read(slot: Slot | Extrapolation, own: Callable[[Any], Any]) -> Any:
 
 
 def kept(out: Any, own: Callable[[Any], Any] | None = None) -> tuple[Any, list[torch.dtype | None]]:
-    """What a slot keeps of an output, and the dtypes of its tensors.
+    """The value that a slot keeps of an output, and the dtypes of its tensors.
 
     Args:
         out: the output.
-        own: makes a tensor the slot's own, as whoever gets the output may write to it; default a copy.
+        own: makes the kept tensor from the output's, which its receiver may write to; default a copy.
     """
     own = own or _cloned
     if isinstance(out, torch.Tensor):
@@ -186,7 +186,7 @@ def kept(out: Any, own: Callable[[Any], Any] | None = None) -> tuple[Any, list[t
 
 
 def handed_out(kept: Any, dtypes: list[torch.dtype | None], own: Callable[[Any], Any] | None = None) -> Any:
-    """The output again, its tensors by `own` such as may be written to; default copies."""
+    """The output from its kept value; `own` makes tensors that may be written to, by default copies."""
     own = own or _cloned
     if isinstance(kept, torch.Tensor):
         return own(kept)
@@ -197,7 +197,7 @@ def handed_out(kept: Any, dtypes: list[torch.dtype | None], own: Callable[[Any],
 
 
 def _is_tensors(out: Any) -> bool:
-    """Whether it is a plain tuple of tensors: what most modules return that do not return one."""
+    """Whether it is a plain tuple of tensors, the common case of several outputs."""
     return type(out) is tuple and all(isinstance(v, torch.Tensor) for v in out)
 
 
@@ -206,7 +206,7 @@ def _cloned(value: Any) -> Any:
 
 
 def _cloned_unless_quantised(value: Any) -> Any:
-    """Quantising makes a tensor of its own."""
+    """A copy, unless quantising makes a new tensor anyway."""
     return value if isinstance(value, torch.Tensor) and is_quantised(value) else _cloned(value)
 
 
@@ -219,7 +219,7 @@ def _unpacked(value: Any, dtype: torch.dtype | None, own: Callable[[Any], Any]) 
 
 
 def extrapolated(several: Extrapolation) -> Any:
-    """The output that several which were kept stand for; the newest one where an older one is another nest."""
+    """The output extrapolated from several kept ones; the newest one if an older one has another structure."""
     newest, dtypes = several.slots[0].value
     leaves, nest = pytree.tree_flatten(newest)
     older = []

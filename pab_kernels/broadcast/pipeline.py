@@ -1,4 +1,4 @@
-"""Pipelines: the models that they call at the steps of their scheduler, and the end of a run that failed."""
+"""Pipelines: the models that they call at each step, and the end of a run."""
 
 from __future__ import annotations
 
@@ -12,35 +12,34 @@ from ..compat import is_compiled, uncompiled
 from .attach import PREFIX, Attached, leave_out_of_copies, take_off
 
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
-"""Names of what a pipeline may call at the steps of its scheduler."""
+"""Names of the attributes with models that a pipeline may call at the steps of its scheduler."""
 
 _WATCH = f"{PREFIX}watch"
-"""Attribute that a pipeline has while PAB is enabled on it."""
+"""Name of the attribute that holds the watch while PAB is enabled on a pipeline."""
 
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """The models that a pipeline calls at the steps of its scheduler, by name; a compiled one is the model in it."""
+    """The models that a pipeline calls at the steps of its scheduler, by name, without `torch.compile`'s wrapper."""
     held = {name: getattr(pipe, name, None) for name in DENOISERS}
     return {name: uncompiled(model) for name, model in held.items() if isinstance(model, nn.Module)}
 
 
 def holds(pipe: Any, model: nn.Module) -> bool:
-    """Whether a pipeline calls `model`, or something around it."""
+    """Whether a pipeline calls `model` or a wrapper around it."""
     return any(model is m for held in denoisers(pipe).values() for m in held.modules())
 
 
 def compiled(pipe: Any, model: nn.Module) -> nn.Module | None:
-    """What `torch.compile` made of `model`, where a pipeline holds that."""
+    """The result of `torch.compile(model)` that a pipeline holds, or None."""
     held = (getattr(pipe, name, None) for name in DENOISERS)
     return next((m for m in held if is_compiled(m, model)), None)
 
 
 def left_at(pipe: Any, model: nn.Module) -> int:
-    """The step of a pipeline's schedule from which it no longer calls `model`; the number of steps where it calls it to
-    the end.
+    """The number of steps of a pipeline's schedule after which it no longer calls `model`.
 
-    A pipeline with a `boundary_ratio` calls `transformer` at the timesteps from `boundary_ratio * num_train_timesteps`
-    up, and `transformer_2` below (Wan 2.2: an expert for much noise and one for little).
+    A pipeline with a `boundary_ratio` (Wan 2.2) calls `transformer` at timesteps of at least
+    `boundary_ratio * num_train_timesteps`, and `transformer_2` below; any other model is called to the end.
     """
     timesteps, models = pipe.scheduler.timesteps, denoisers(pipe)
     ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
@@ -54,17 +53,17 @@ class PipeListener(Protocol):
     """Receives the events of pipelines."""
 
     def pipe_failed(self, pipe: Any) -> None:
-        """The loop over the steps was left by an error."""
+        """Handle an error in the loop over the steps."""
 
     def pipe_ended(self, pipe: Any) -> None:
-        """A run is at its end."""
+        """Handle the end of a run."""
 
 
 class PipeWatch:
-    """The models on which PAB is enabled by way of one pipeline.
+    """Reports the end of a pipeline's runs to the broadcasters of its models.
 
-    Of diffusers' pipelines the end of a run is noticed, at which they let offloaded models go, and an error within the
-    progress bar.
+    It sees the end of a run of diffusers' pipelines, when they free the hooks of offloaded models, and an error inside
+    the progress bar.
 
     Args:
         pipe: the pipeline.
@@ -80,15 +79,14 @@ class PipeWatch:
 
     @classmethod
     def of(cls, pipe: Any) -> PipeWatch | None:
-        """The watch of a pipeline, if it has one."""
+        """The watch of a pipeline, or None."""
         watch = getattr(pipe, "__dict__", {}).get(_WATCH)
-        return (
-            watch if isinstance(watch, cls) and watch.pipe() is pipe else None
-        )  # a copy of the pipeline may hold it too
+        # A copy of the pipeline may hold the watch of the original.
+        return watch if isinstance(watch, cls) and watch.pipe() is pipe else None
 
     @classmethod
     def add(cls, pipe: Any, model: nn.Module, listener: PipeListener) -> None:
-        """Tell `listener`, which is that of `model`, of failed runs of `pipe`."""
+        """Report the ends of runs of `pipe` to `listener`, the broadcaster of `model`."""
         watch = cls.of(pipe)
         if watch is None:
             watch = cls(pipe)
@@ -100,7 +98,7 @@ class PipeWatch:
 
     @classmethod
     def remove(cls, pipe: Any, model: int) -> None:
-        """Take a model off, by its `id`; without models the pipeline is given back."""
+        """Remove a model by its `id`; the pipeline is restored when the last one is removed."""
         watch = cls.of(pipe)
         if watch is None:
             return
@@ -111,20 +109,20 @@ class PipeWatch:
             take_off(pipe, _WATCH)
 
     def models(self) -> list[nn.Module]:
-        """The models that are there."""
+        """The models that are alive."""
         return [model for ref, _ in self._listeners.values() if (model := ref()) is not None]
 
-    def _told(self) -> list[PipeListener]:
+    def _receivers(self) -> list[PipeListener]:
         return [listener for _, ref in tuple(self._listeners.values()) if (listener := ref()) is not None]
 
     def failed(self) -> None:
-        """A run was left by an error."""
-        for listener in self._told():
+        """Report an error in a run."""
+        for listener in self._receivers():
             listener.pipe_failed(self.pipe())
 
     def _free(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        for listener in self._told():
+        for listener in self._receivers():
             listener.pipe_ended(self.pipe())
         return result
 
@@ -133,7 +131,7 @@ class PipeWatch:
 
 
 class _Bar:
-    """A progress bar, and what is around the steps of a run."""
+    """A progress bar that reports an error inside the loop over the steps."""
 
     def __init__(self, bar: Any, watch: PipeWatch) -> None:
         self._bar, self._watch = bar, watch

@@ -1,5 +1,4 @@
-"""Requests: whose generation is current, by context variable, and the handle by which one on a bare model is put down
-and taken up."""
+"""Requests: the handle of a generation on a bare model, and the current generation by context variable."""
 
 from __future__ import annotations
 
@@ -20,11 +19,11 @@ if TYPE_CHECKING:
 _CURRENT: contextvars.ContextVar[tuple[weakref.ref[Generation], ...]] = contextvars.ContextVar(
     "pab_generations", default=()
 )
-"""The generations begun or taken up in this thread or task, the innermost last."""
+"""The generations begun or entered in this thread or task, innermost last."""
 
 
 def begun_here() -> Iterator[Generation]:
-    """The generations begun or taken up in this thread or task that are not over, the innermost first."""
+    """The generations begun or entered in this thread or task that are not over, innermost first."""
     for ref in reversed(_CURRENT.get()):
         generation = ref()
         if generation is not None and not generation.over:
@@ -39,49 +38,44 @@ def note(generation: Generation) -> None:
 def _forget(generation: Generation) -> None:
     refs = list(_CURRENT.get())
     place = next((i for i in reversed(range(len(refs))) if refs[i]() is generation), None)
-    if place is not None:  # else it was taken up in another thread, as where a generator is resumed in one
+    if place is not None:  # None if it was entered in another thread: a generator can be resumed in a different one
         del refs[place]
         _CURRENT.set(tuple(refs))
 
 
 def entering() -> Any:
-    """The frame of the function whose `with` is being entered, through the context managers that others have made
-    around it."""
+    """The frame of the function that executes the `with` statement, past frames of contextlib and this package."""
     frame: Any = sys._getframe(2)
-    while frame.f_back is not None and (_is_between(frame) or _is_of(frame.f_back, "contextlib")):
+    while frame.f_back is not None and (_is_of(frame, "contextlib", _PACKAGE) or _is_of(frame.f_back, "contextlib")):
         frame = frame.f_back
     return frame
 
 
 def running(frames: Sequence[Any]) -> bool:
-    """Whether the function of the last of these frames is being run now: a generator that waits is not."""
+    """Whether the last of these frames is on the stack; the frame of a suspended generator is not."""
     frame: Any = sys._getframe(1)
     while frame is not None and frame is not frames[-1]:
         frame = frame.f_back
     return frame is not None
 
 
-def _is_between(frame: Any) -> bool:
-    return _is_of(frame, "contextlib") or _is_of(frame, _PACKAGE)
-
-
-def _is_of(frame: Any, package: str) -> bool:
-    return bool(frame.f_globals.get("__name__", "").partition(".")[0] == package)
+def _is_of(frame: Any, *packages: str) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in packages
 
 
 _PACKAGE = __name__.partition(".")[0]
 
 
 class Request:
-    """One sampling run on a bare model, which its caller puts down and takes up between steps.
+    """One sampling run on a bare model.
 
-    Calls of the model inside `with request:` belong to it, in whichever thread or task that is. What it keeps stays
-    while it is put down, and is released after its last step, by `close`, at an error inside, or when nobody holds the
-    request any more.
+    Calls of the model inside `with request:` belong to it. The block can be left and entered again between steps, in
+    any thread or task. Its slots are released after the last step, by `close`, by an error inside the block, or when
+    the request is garbage collected.
 
     Args:
-        broadcaster: of the model.
-        generation: its plan, its step and its slots.
+        broadcaster: the broadcaster of the model.
+        generation: its plan, step and slots.
     """
 
     def __init__(self, broadcaster: Broadcaster, generation: Generation) -> None:
@@ -92,23 +86,29 @@ class Request:
 
     @property
     def plan(self) -> Plan | None:
-        """Its plan."""
+        """The plan of its generation."""
         return self.generation.plan
 
     @property
     def step(self) -> int:
-        """The step of the last call; the number of steps where all were taken."""
+        """The step of the last call; the number of steps after all of them."""
         return self.generation.step
 
     def summary(self) -> Summary:
-        """What it did; see `pab.summary`."""
+        """The summary of its generation; see `pab.summary`.
+
+        Raises:
+            RuntimeError: PAB is no longer enabled on the model.
+        """
         broadcaster = self._broadcaster()
         if broadcaster is None:
-            raise RuntimeError("PAB is no longer enabled on the model of this request; ask before pab.disable")
+            raise RuntimeError(
+                "PAB is no longer enabled on the model of this request; call request.summary() before pab.disable"
+            )
         return broadcaster.summary_of(self.generation)
 
     def close(self) -> None:
-        """Release what it keeps. It cannot be taken up again."""
+        """End it and release its slots; it cannot be entered again."""
         self._closing()
 
     def __enter__(self) -> Request:

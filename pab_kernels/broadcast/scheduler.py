@@ -12,13 +12,13 @@ from .attach import PREFIX, Attached, take_off
 from .timesteps import Timesteps
 
 _WATCH = f"{PREFIX}watch"
-"""Attribute that a scheduler has while it is followed."""
+"""Name of the attribute that holds the watch while a scheduler is followed."""
 
 
 def has_begun(scheduler: Any) -> bool:
-    """Whether `set_timesteps` was called, and steps are left.
+    """Whether `set_timesteps` was called and steps are left.
 
-    The timesteps that a new scheduler has are those of training.
+    A new scheduler has the timesteps of training; `num_inference_steps` shows that others were set.
     """
     index = getattr(scheduler, "step_index", None)
     return getattr(scheduler, "num_inference_steps", None) is not None and (
@@ -27,19 +27,20 @@ def has_begun(scheduler: Any) -> bool:
 
 
 def entered_at(scheduler: Any, timesteps: Timesteps, timestep: Any) -> int | None:
-    """The step of the full schedule at which the model is called first, with this timestep.
+    """The step of the full schedule at which a run enters it; None if that is unknown.
 
-    None where that is not known.
+    Args:
+        scheduler: its scheduler.
+        timesteps: the full schedule.
+        timestep: the timestep of the model's first call.
     """
     for name in ("step_index", "begin_index"):
         index = getattr(scheduler, name, None)
         if index is not None:
             return int(index)
-    places = timesteps.recognise(
-        timesteps.moment(timestep, wait=True)
-    )  # the one read of a timestep to the host in a generation
-    # Schedulers of second order have timesteps twice, and take a run that is entered at one to be entered at its second
-    # place.
+    # The only time in a generation that the host waits for a timestep.
+    places = timesteps.recognise(timesteps.moment(timestep, wait=True))
+    # Second-order schedulers list timesteps twice, and enter a run at the second of two equal ones.
     return places[min(len(places) - 1, int(hasattr(scheduler, "index_for_timestep")))] if places else None
 
 
@@ -47,37 +48,40 @@ class Listener(Protocol):
     """Receives the events of schedulers."""
 
     def scheduler_begins(self, scheduler: Any) -> None:
-        """`set_timesteps` was called."""
+        """Handle a call of `set_timesteps`."""
 
     def scheduler_steps(self, scheduler: Any) -> None:
-        """`step` was called."""
+        """Handle a call of `step`."""
 
     def scheduler_failed(self, scheduler: Any) -> None:
-        """`step` or `set_timesteps` raised an error."""
+        """Handle an error in `step` or `set_timesteps`."""
 
 
 class SchedulerWatch:
-    """The listeners of one scheduler; its methods are replaced while there is at least one.
+    """Reports the events of one scheduler to its listeners; its methods are replaced while there is a listener.
 
-    They are known weakly, so that a scheduler in use elsewhere keeps no model alive.
+    Listeners are held by weak references, so a scheduler in use elsewhere keeps no model alive.
+
+    Args:
+        scheduler: the scheduler.
     """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.listeners: list[weakref.ref[Listener]] = []
         self.spent: weakref.ref[torch.Tensor] | None = None
-        """The timesteps of which a run was at its end."""
+        """The timesteps of the last run that ended."""
         events = {"set_timesteps": "scheduler_begins", "step": "scheduler_steps"}
         self._attached = [Attached(scheduler, method, partial(self._called, event)) for method, event in events.items()]
 
     @classmethod
     def of(cls, scheduler: Any) -> SchedulerWatch:
-        """The watch of `scheduler`, or a new one: one serves all its listeners."""
+        """The watch of `scheduler`, which all its listeners share; a new one if it has none."""
         watch = getattr(scheduler, "__dict__", {}).get(_WATCH)
         return watch if isinstance(watch, cls) and watch.scheduler is scheduler else cls(scheduler)
 
     def add(self, listener: Listener) -> None:
-        """Tell `listener` of the scheduler. An interruption leaves what `remove` takes back."""
+        """Report events to `listener`. After an interruption, `remove` undoes what was done."""
         if not self.listeners:
             vars(self.scheduler)[_WATCH] = self
             for attached in self._attached:
@@ -85,7 +89,7 @@ class SchedulerWatch:
         self.listeners.append(weakref.ref(listener))
 
     def remove(self, listener: Listener | None) -> None:
-        """Tell `listener` no more, nor those that are gone; without listeners the scheduler is given back."""
+        """Remove `listener` and those that are gone; the scheduler is restored when none is left."""
         for ref in tuple(self.listeners):
             if ref() in (None, listener) and ref in self.listeners:
                 self.listeners.remove(ref)
@@ -95,29 +99,29 @@ class SchedulerWatch:
             take_off(self.scheduler, _WATCH)
 
     def attach_again(self) -> None:
-        """Replace methods again that somebody has replaced since."""
+        """Install the stand-ins again around methods that were replaced since."""
         for attached in self._attached:
             attached.attach_again()
 
     def spend(self, timesteps: torch.Tensor | None) -> None:
-        """A run on `timesteps` is at its end: no other one begins on them."""
+        """Mark `timesteps` as used by a run that has ended: no other run begins on them."""
         self.spent = None if timesteps is None else weakref.ref(timesteps)
 
     @property
     def is_spent(self) -> bool:
-        """Whether a run on the timesteps that are set was at its end."""
+        """Whether a run on the current timesteps has ended."""
         return self.spent is not None and self.spent() is self.scheduler.timesteps
 
     def _called(self, event: str, original: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             result = original(*args, **kwargs)
         except BaseException:
-            self._tell("scheduler_failed")
+            self._notify("scheduler_failed")
             raise
-        self._tell(event)
+        self._notify(event)
         return result
 
-    def _tell(self, event: str) -> None:
+    def _notify(self, event: str) -> None:
         for listener in [ref() for ref in self.listeners]:
             if listener is not None:
                 getattr(listener, event)(self.scheduler)

@@ -1,4 +1,4 @@
-"""What of a nest of values decides which work a call queues: everything but the numbers in its tensors."""
+"""The signature of a pytree: what decides the work that a call queues, without the contents of tensors."""
 
 from __future__ import annotations
 
@@ -12,25 +12,22 @@ from torch.utils import _pytree as pytree
 from ..ops.quantized import Quantized
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
-"""Values that are what they show."""
+"""Types of plain values, which compare by value."""
 
 
 def tensors_of(nest: Any) -> list[torch.Tensor]:
-    """The tensors in a nest in their order, an 8-bit tensor as data and scale."""
+    """The tensors in a pytree in order, with an 8-bit tensor as its data and scale."""
     found: list[torch.Tensor] = []
     for leaf in pytree.tree_leaves(nest):
-        found += (
-            (leaf.data, leaf.scale)
-            if isinstance(leaf, Quantized)
-            else (leaf,)
-            if isinstance(leaf, torch.Tensor)
-            else ()
-        )
+        if isinstance(leaf, Quantized):
+            found += (leaf.data, leaf.scale)
+        elif isinstance(leaf, torch.Tensor):
+            found.append(leaf)
     return found
 
 
 def like(nest: Any) -> Any:
-    """The same nest with tensors of its own, nothing in them yet. They outlive the mode in which they are made."""
+    """The same pytree with new, uninitialised tensors; they are normal tensors even if made in inference mode."""
 
     def made(leaf: Any) -> Any:
         if isinstance(leaf, Quantized):
@@ -42,16 +39,20 @@ def like(nest: Any) -> Any:
 
 
 def copy_into(to: Any, nest: Any) -> None:
-    """Write the tensors of a nest into those of another one like it."""
+    """Copy the tensors of a pytree into those of another one like it."""
     for target, given in zip(tensors_of(to), tensors_of(nest), strict=True):
         target.copy_(given)
 
 
 def signature(nest: Any, what: str) -> Hashable:
-    """The nest with every tensor replaced by its shape, strides, dtype and device.
+    """The pytree with every tensor replaced by its shape, strides, dtype and device.
+
+    Args:
+        nest: the pytree.
+        what: names it in the error message.
 
     Raises:
-        TypeError: there is something in it whose contents cannot be told. It says that it is in `what`.
+        TypeError: it contains an object that is neither a tensor nor a plain value.
     """
     leaves, structure = pytree.tree_flatten(nest)
     return structure, tuple(_of_leaf(leaf, what) for leaf in leaves)
@@ -59,14 +60,14 @@ def signature(nest: Any, what: str) -> Hashable:
 
 def _of_leaf(leaf: Any, what: str) -> Hashable:
     if isinstance(leaf, torch.Tensor):
-        strides = tuple(s for n, s in zip(leaf.shape, leaf.stride(), strict=True) if n > 1)  # the others mean nothing
+        # The stride of a dimension of size 1 has no meaning.
+        strides = tuple(s for n, s in zip(leaf.shape, leaf.stride(), strict=True) if n > 1)
         return type(leaf), tuple(leaf.shape), strides, leaf.dtype, leaf.device
     if isinstance(leaf, Quantized):
         return _of_leaf(leaf.data, what), _of_leaf(leaf.scale, what), leaf.group
     if isinstance(leaf, PLAIN):
-        return type(leaf), leaf  # True, 1 and 1.0 are equal
+        return type(leaf), leaf  # with the type, as True == 1
     raise TypeError(
-        f"there is a {type(leaf).__name__} in {what}; with CUDA graphs tensors, numbers, strings, None and lists, "
-        "tuples and dicts of them "
-        "are supported: pass these, or leave cuda_graphs out of pab.enable"
+        f"got an instance of {type(leaf).__name__} in {what}; with CUDA graphs tensors, numbers, strings, None and "
+        "lists, tuples and dicts of them are supported: pass these, or leave cuda_graphs out of pab.enable"
     )

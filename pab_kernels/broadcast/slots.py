@@ -1,4 +1,4 @@
-"""Slots: the kept outputs of sublayers, and the arena that holds those of one context."""
+"""Slots: the kept outputs of sublayers, and the arena that holds the slots of one context."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..ops.quantize import quantize
 from ..ops.quantized import GROUP, Quantized
 
 CACHE_DTYPES = {None: None, "int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
-"""What slots are kept in, by its name in a config; None is the model's own dtype."""
+"""Dtypes of slots by their names in a config; None is the model's own dtype."""
 
 
 class Key(NamedTuple):
-    """What a slot's reader must have in common with its writer: the sublayer's input, but for its values."""
+    """Shape, dtype and device of a sublayer's input, which a slot's reader and writer must have in common."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -39,11 +39,11 @@ class Slot:
     """One sublayer's kept output.
 
     Args:
-        value: a tensor, a `Quantized`, or any nest of them.
-        key: of the input that it was computed from.
+        value: a tensor, a `Quantized`, or any pytree of them.
+        key: key of the input that it was computed from.
         source: the step that wrote it.
-        nbytes: its size.
-        dtype: of the tensor that `value` was before it was quantised; None if it is a nest.
+        nbytes: its size in bytes.
+        dtype: dtype of the tensor before it was quantised; None if `value` is a pytree.
     """
 
     value: Any
@@ -55,12 +55,13 @@ class Slot:
 
 @dataclass(eq=False)
 class Extrapolation:
-    """Several outputs of a sublayer, read together at a later step: `c_0 + sum_k w_k (c_0 - c_k)`, in float32 (float64
-    where they are) and rounded once.
+    """Several outputs of a sublayer that one reuse reads together: `c_0 + sum_k w_k (c_0 - c_k)`.
+
+    Computed in float32 (float64 for float64 outputs) and rounded once.
 
     Args:
-        slots: the newest outputs, c_0 first, computed from inputs of one key.
-        weights: w_1, w_2, ..., each one float32 number on the slots' device.
+        slots: the slots of c_0, c_1, ..., newest first, computed from inputs of one key.
+        weights: w_1, w_2, ..., each a float32 scalar tensor on the slots' device.
     """
 
     slots: tuple[Slot, ...]
@@ -68,7 +69,7 @@ class Extrapolation:
 
     @property
     def key(self) -> Key:
-        """Of the inputs that they were computed from."""
+        """The key of the inputs that they were computed from."""
         return self.slots[0].key
 
 
@@ -77,12 +78,12 @@ def _is_leaf(value: Any) -> bool:
 
 
 def is_quantised(t: torch.Tensor) -> bool:
-    """Whether an 8-bit slot keeps `t` quantised: a floating-point tensor `[..., C]`."""
+    """Whether an 8-bit slot quantises `t`: a floating-point tensor `[..., C]`."""
     return t.is_floating_point() and t.ndim > 0
 
 
 def pack(value: Any, dtype: torch.dtype | None) -> Any:
-    """`value` as it is kept: quantised to `dtype` where it `is_quantised`, if one is given."""
+    """`value` with its floating-point tensors quantised to `dtype`; unchanged if that is None."""
     if dtype is None:
         return value
     return pytree.tree_map(
@@ -93,7 +94,7 @@ def pack(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 def unpack(value: Any, dtype: torch.dtype) -> Any:
-    """What `pack` was given, in `dtype` where it was quantised."""
+    """`value` with its quantised tensors dequantised to `dtype`."""
     return pytree.tree_map(lambda v: dequantize(v, dtype) if isinstance(v, Quantized) else v, value, is_leaf=_is_leaf)
 
 
@@ -111,7 +112,7 @@ def nbytes(value: Any) -> int:
 
 
 def slot_bytes(shape: tuple[int, ...], dtype: torch.dtype, cache_dtype: str | None) -> int:
-    """Bytes of a slot of `shape` `[..., C]`, from its shape alone."""
+    """Bytes of a slot of an output of `shape` `[..., C]`, without making it."""
     rows = 1
     for n in shape[:-1]:
         rows *= n
@@ -121,14 +122,14 @@ def slot_bytes(shape: tuple[int, ...], dtype: torch.dtype, cache_dtype: str | No
 
 
 class Meter:
-    """Bytes held now and at the peak."""
+    """Counts the bytes held now and at the peak."""
 
     def __init__(self) -> None:
         self.now = 0
         self.peak = 0
 
     def add(self, count: int) -> None:
-        """Count bytes in, or out where `count` is negative."""
+        """Add `count` bytes, which may be negative."""
         self.now += count
         if self.now > self.peak:
             self.peak = self.now
@@ -138,18 +139,17 @@ class Arena:
     """The slots of one context of one generation: the newest outputs of each sublayer, by its name.
 
     Args:
-        meter: of the bytes of all contexts.
+        meter: counts the bytes of all contexts of the generation.
     """
 
     fixed = False
-    """Whether slots lie where they lay in other generations."""
+    """Whether slots keep their addresses from one generation to the next."""
 
     def __init__(self, meter: Meter) -> None:
         self.closed = False
-        self.meters: dict[str, Meter] = {}  # of this arena, by kind
-        self.weights: Mapping[
-            str, tuple[torch.Tensor, ...]
-        ] = {}  # of what is extrapolated, by place, where it is `fixed`
+        self.meters: dict[str, Meter] = {}  # bytes of this arena, by kind
+        # Weights of the extrapolations by place, if the arena is `fixed`.
+        self.weights: Mapping[str, tuple[torch.Tensor, ...]] = {}
         self._meter = meter
         self._kinds: dict[str, str] = {}
         self._slots: dict[str, tuple[Slot, ...]] = {}  # the newest first
@@ -157,29 +157,35 @@ class Arena:
     def put(
         self, name: str, kind: str, value: Any, key: Key, source: int, dtype: torch.dtype | None = None, most: int = 1
     ) -> None:
-        """Keep `value` for sublayer `name`, of `kind`, as the newest of at most `most` outputs.
+        """Keep `value` as the newest of at most `most` outputs of sublayer `name`; older ones are released first.
 
-        Older ones are let go first.
+        Args:
+            name: of the sublayer, with a number from its second run in a call on.
+            kind: of the sublayer.
+            value, key, source, dtype: of the slot; see `Slot`.
+            most: the most outputs held after it.
         """
         if self.closed:
             return
         self.release(name, most - 1)
         slot = Slot(value, key, source, nbytes(value), dtype)
         self._kinds[name] = kind
+        meter = self.meters.setdefault(kind, Meter())  # before the slot, as `release` of the slot needs it
         self._slots[name] = (slot, *self._slots.get(name, ()))
-        self._count(name, slot.nbytes)
+        self._meter.add(slot.nbytes)
+        meter.add(slot.nbytes)
 
     def held(self, name: str) -> tuple[Slot, ...]:
-        """The slots of sublayer `name`, the newest first."""
+        """The slots of sublayer `name`, newest first."""
         return self._slots.get(name, ())
 
     def get(self, name: str) -> Slot | None:
-        """The newest slot of sublayer `name`, if one is held."""
+        """The newest slot of sublayer `name`, or None."""
         slots = self._slots.get(name)
         return slots[0] if slots else None
 
     def release(self, name: str, most: int = 0) -> None:
-        """Let go of the slots of sublayer `name`, but for the `most` newest ones."""
+        """Release the slots of sublayer `name` except the `most` newest ones."""
         slots = self._slots.get(name)
         if slots is None or len(slots) <= most:
             return
@@ -192,21 +198,14 @@ class Arena:
         self.meters[self._kinds[name]].now -= freed
 
     def clear(self) -> None:
-        """Let go of every slot."""
+        """Release every slot."""
         for name in list(self._slots):
             self.release(name)
 
     def close(self) -> None:
-        """Let go of every slot, and keep no further one: a call may go on whose generation has ended."""
+        """Release every slot and accept no more: a call may still run after its generation has ended."""
         self.closed = True
         self.clear()
-
-    def _count(self, name: str, count: int) -> None:
-        self._meter.add(count)
-        meter = self.meters.get(self._kinds[name])
-        if meter is None:
-            meter = self.meters[self._kinds[name]] = Meter()
-        meter.add(count)
 
     def __len__(self) -> int:
         return sum(map(len, self._slots.values()))

@@ -1,4 +1,4 @@
-"""Seconds that each kind of sublayer takes, measured without waiting for the device."""
+"""Measuring the seconds of each kind of sublayer without waiting for the device."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 
 REST = "rest"
-"""What time in the model belongs to outside of its sublayers."""
+"""The kind of the time that the model spends outside its sublayers."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A moment: from here on time belongs to `kind`, or where that is None to nobody.
+    """A moment from which time is attributed to `kind`.
 
     Args:
-        kind: a kind of sublayers, or `REST`.
+        kind: a kind of sublayers, `REST`, or None for time that is not counted.
         moment: seconds of the host's clock, or an event in the stream of a CUDA device.
-        device: of the tensors that are worked on.
+        device: the device that works.
     """
 
     kind: str | None
@@ -27,7 +27,7 @@ class Mark:
 
     @classmethod
     def now(cls, kind: str | None, device: torch.device) -> Mark:
-        """The moment that the host, or the device's stream, has come to."""
+        """A mark at the current time of the host, or at the current end of the device's stream."""
         if device.type != "cuda":
             return cls(kind, time.perf_counter(), device)
         event = torch.cuda.Event(enable_timing=True)
@@ -38,8 +38,8 @@ class Mark:
 class Stopwatch:
     """Seconds by kind in one context of a generation.
 
-    Time from one mark to the next belongs to the kind of the first. On a CUDA device a mark is an event, and only
-    `seconds` waits for it. A stretch that begins on one device and ends on another is left out.
+    The time between two marks is attributed to the kind of the first. On a CUDA device a mark is an event, and only
+    `seconds` waits for it. An interval that begins on one device and ends on another is left out.
     """
 
     def __init__(self) -> None:
@@ -48,13 +48,15 @@ class Stopwatch:
 
     @property
     def kind(self) -> str | None:
-        """What time belongs to now."""
+        """The kind that time is attributed to now."""
         return self._marks[-1].kind if self._marks else None
 
     def mark(self, kind: str | None, device: torch.device | None = None) -> None:
-        """From here on time belongs to `kind`.
+        """Attribute time from now on to `kind`.
 
-        Without `device` it is that of the mark before; where there is none, nothing is marked.
+        Args:
+            kind: see `Mark`.
+            device: the device that works; default that of the last mark. Without either, nothing is marked.
         """
         if device is None and not self._marks:
             return
@@ -63,7 +65,7 @@ class Stopwatch:
             self._add_up()
 
     def seconds(self) -> dict[str, float]:
-        """By kind, all that was marked so far; waits for the device."""
+        """Seconds by kind up to the last mark; waits for the device."""
         if self._marks and isinstance(event := self._marks[-1].moment, torch.cuda.Event):
             event.synchronize()
         self._add_up()

@@ -1,4 +1,4 @@
-"""The residual stream: a block written as if nothing were fused, run as few fused operations."""
+"""The residual stream: lets an adapter write a block without fusion, and runs it as a few fused operations."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from .turn import Turn
 class ResidualStream:
     """The residual stream `x` of a block under PAB.
 
-    Additions are held back until something reads the stream: `norm_modulate` then adds, normalises and modulates in one
-    `broadcast_residual`; a projection takes the additions that follow it into its `project_residual`. The tensor that
-    the stream was given is never written.
+    Additions stay pending until something reads the stream: `norm_modulate` then adds, normalises and modulates in one
+    `broadcast_residual`, and a projection does the additions that follow it in its `project_residual`. The tensor
+    passed in is never written.
 
-    What an operation is given is right by construction, so its calls go past its checks. What a block may do otherwise,
-    such as a gate that makes the stream wider or an output on another device, is run as the expression that it is.
+    The arguments of these operations are correct by construction, so their checks are skipped. Anything that they do
+    not support, such as a gate that broadcasts the stream to a larger shape or an output on another device, runs as the
+    plain expression.
 
     Args:
         x: `[..., C]`.
@@ -42,16 +43,18 @@ class ResidualStream:
         self._pending: list[CachedOutput] = []
 
     def read(self) -> torch.Tensor:
-        """The stream itself, everything added."""
+        """The stream, with all additions done."""
         self._flush()
         return self._x
 
     def norm_modulate(
         self, norm: nn.Module, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`norm(x) * (1 + scale) + shift`, after all additions.
+        """`norm(x) * (1 + scale) + shift`, with all additions done; one kernel for a plain LayerNorm or RMSNorm over C.
 
-        One kernel where `norm` is a plain LayerNorm or RMSNorm over C.
+        Args:
+            norm: any module.
+            shift, scale: broadcast against x; None to leave them out.
         """
         if self._projection is not None:
             self._flush()
@@ -65,7 +68,7 @@ class ResidualStream:
     def project(
         self, a: torch.Tensor, linear: nn.Module, gate: torch.Tensor | None = None, store: Turn | None = None
     ) -> None:
-        """Add `gate * linear(a)`, and keep the projection for the turn `store`."""
+        """Add `gate * linear(a)`, and keep the projection in the slot of the turn `store`, if given."""
         if not (self._call.fuses(linear, a) and _projects(linear, a, self._x) and _fits(gate, self._x)):
             self.add(linear(a), gate, store)
             return
@@ -74,7 +77,7 @@ class ResidualStream:
         self._projection = (a, linear, gate, store, self._call.measured)
 
     def add(self, out: torch.Tensor, gate: torch.Tensor | None = None, store: Turn | None = None) -> None:
-        """Add `gate * out`, an output that was projected elsewhere, and keep it for the turn `store`."""
+        """Add `gate * out` for an output computed elsewhere, and keep it in the slot of the turn `store`, if given."""
         if store is not None and store.gated and gate is not None:
             out, gate = gate * out, None
         out = _dense(out)
@@ -83,9 +86,10 @@ class ResidualStream:
         self._hold(out, gate)
 
     def reuse(self, slot: Slot | Extrapolation, gate: torch.Tensor | None = None) -> None:
-        """Add `gate * slot`: nothing runs until the stream is read. Leave `gate` out where the slot was kept after it.
+        """Add `gate * slot`; nothing runs until the stream is read. Leave out `gate` if the slot includes it.
 
-        Two outputs on a line are one addition: `gate * (newest + w (newest - before))`, the line rounded once.
+        An extrapolation of two outputs is one addition, `gate * (newest + w (newest - before))`, with the value in
+        brackets rounded once.
         """
         slots = slot.slots if isinstance(slot, Extrapolation) else (slot,)
         own, value = _dtype(slots[0], self._x), slots[0].value
@@ -94,13 +98,12 @@ class ResidualStream:
             older = [each.value for each in slots[1:]]
             line = len(older) == 1
             value = ops.Line(value, older[0], slot.weights[0]) if line else extrapolate(value, older, slot.weights, own)
-        # Under autocast it is dequantised to its own dtype, and the sum is promoted as it was when computed.
+        # Under autocast the slot is dequantised to its own dtype, so the sum is promoted as when it was computed.
         self._hold(value if fits else term_value(value, own), gate)
 
     def _hold(self, value: Any, gate: torch.Tensor | None) -> None:
-        if not (
-            _is_term(value, self._x) and _fits(gate, self._x)
-        ):  # under autocast, or a module that computes in float32
+        # Not a term under autocast, or if a module computes in float32.
+        if not (_is_term(value, self._x) and _fits(gate, self._x)):
             self._flush()
             value = term_value(value, self._x.dtype)
             self._x = _dense((value if gate is None else gate * value) + self._x)
@@ -110,14 +113,14 @@ class ResidualStream:
         self._pending.append((value, gate))
 
     def _take(self) -> tuple[CachedOutput, ...]:
-        """All that is pending; nothing is pending any more."""
+        """Remove and return the pending additions."""
         pending, self._pending = self._pending, []
         return tuple(pending)
 
     def _add_pending(
         self, norm: ops.Norm | None = None, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
     ) -> Any:
-        """Add all that is pending; the stream normed and modulated, if there is a norm."""
+        """Do the pending additions; return the stream normed and modulated, if there is a norm."""
         x, y = run_checked("broadcast_residual", BroadcastResidual(self._x, self._take(), norm, shift, scale))
         self._x = self._x if x is None else x
         return y
@@ -146,34 +149,32 @@ class ResidualStream:
 
 
 def _norm_of(norm: nn.Module, x: torch.Tensor) -> ops.Norm | None:
-    """A plain LayerNorm or RMSNorm as the operations take it; None where it is over more than the channels."""
+    """A plain LayerNorm or RMSNorm in the form of the operations; None if they do not support it."""
     assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
     weight, bias, eps = norm.weight, norm.bias if isinstance(norm, nn.LayerNorm) else None, norm.eps
     if tuple(norm.normalized_shape) != tuple(x.shape[-1:]) or not (_has_channels(weight, x) and _has_channels(bias, x)):
         return None
-    if eps is None:  # torch takes the eps of the dtype that it computes in
+    if eps is None:  # torch's default: that of the dtype in which it computes
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-    return (
-        ops.Norm("layer" if isinstance(norm, nn.LayerNorm) else "rms", weight, bias, eps)
-        if 0 <= eps <= LARGEST
-        else None
-    )
+    if not 0 <= eps <= LARGEST:
+        return None
+    return ops.Norm("layer" if isinstance(norm, nn.LayerNorm) else "rms", weight, bias, eps)
 
 
 def _has_channels(t: torch.Tensor | None, x: torch.Tensor) -> bool:
-    """Whether a weight or bias has an element for each channel of `x`."""
+    """Whether a weight or bias has one element for each channel of `x`."""
     return t is None or t.shape == x.shape[-1:]
 
 
 def _projects(linear: nn.Module, a: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether `project_residual` takes a plain linear layer of `a` to be added to `x`."""
+    """Whether `project_residual` supports adding the plain linear layer of `a` to `x`."""
     assert isinstance(linear, nn.Linear)
     same = a.dtype == x.dtype and a.device == x.device and a.shape[:-1] == x.shape[:-1] and a.stride(-1) == 1
     return same and linear.weight.shape == (x.shape[-1], a.shape[-1]) and _has_channels(linear.bias, x)
 
 
 def _is_term(value: Any, x: torch.Tensor) -> bool:
-    """Whether the operations add a tensor, a `Quantized` or a line to `x` as it is."""
+    """Whether the operations support `value` (a tensor, a `Quantized` or a line) as an addition to `x`."""
     if isinstance(value, ops.Line):
         return _is_term(value.newest, x) and _is_term(value.before, x)
     if value.shape != x.shape or value.device != x.device:
@@ -182,23 +183,20 @@ def _is_term(value: Any, x: torch.Tensor) -> bool:
 
 
 def _fits(t: torch.Tensor | None, x: torch.Tensor) -> bool:
-    """Whether the operations take `t` as a gate, scale or shift on `x`.
-
-    Otherwise the expression is run as it stands.
-    """
+    """Whether the operations support `t` as a gate, scale or shift on `x`."""
     return t is None or broadcasts(t, x)
 
 
 def _dtype(slot: Slot, x: torch.Tensor) -> torch.dtype:
-    """Of the output that a slot keeps; x's where it was quantised and nobody knows from what."""
+    """The dtype of the output in a slot; that of x if the slot is quantised and its own dtype is unknown."""
     return slot.value.dtype if isinstance(slot.value, torch.Tensor) else slot.dtype or x.dtype
 
 
 def _dense(t: torch.Tensor) -> torch.Tensor:
-    """`t` with its channels side by side."""
+    """`t` with channels of stride 1."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether writing one may change the other. Not asked in a compiled graph, where it cannot be known."""
+    """Whether the tensors share a storage; always False in a compiled graph, where that is unknown."""
     return not torch.compiler.is_compiling() and a.untyped_storage()._cdata == b.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""What a generation did."""
+"""The summary of a generation: counts, FLOPs, bytes and seconds."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from .generation import Generation
 
 @dataclass(frozen=True)
 class Summary:
-    """What was computed, reused and stored in the generation begun last.
+    """What was computed, stored and reused in a generation.
 
     Args:
         plan: its plan; None before the model's first call.
-        contexts: by context and kind, how often sublayers ran, and what they cost.
-        flops: of the model, with PAB; 0 where they are not known (of several: those of one), which the log says.
-        flops_without: of the same calls with nothing reused.
+        contexts: counts and costs by context and kind.
+        flops: FLOPs of the model with PAB; 0 if they are not known for every model, which is logged.
+        flops_without: FLOPs of the same calls without reuse.
         cache_bytes: bytes of slots held now, by all generations of the model.
-        peak_cache_bytes: the most that were held.
-        plain_calls: calls of the model without PAB since that generation began: gradients were recorded, or they were
-            outside of the run.
-        rest_seconds: of the model outside of its sublayers; None where seconds were not asked for.
-        graphs: CUDA graphs that are there now, of this generation and those before; None where they were not asked for.
-        graph_bytes: of device memory that they keep: places of slots, inputs, and what the captured work writes.
-        models: of a pipeline with several, what each did, by its name in the pipeline. All else is then their sum (of
-            the peaks too, which they need not reach at the same time), contexts have the model's name before their own,
-            and there is no plan.
+        peak_cache_bytes: the most bytes that the generation held at once.
+        plain_calls: number of plain calls of the model since the generation began: those that recorded gradients or
+            belonged to no run.
+        rest_seconds: seconds of the model outside its sublayers; None if seconds were not measured.
+        graphs: number of CUDA graphs now, including those captured by earlier generations; None without CUDA graphs.
+        graph_bytes: device memory of the graphs in bytes: places of slots, inputs, and the memory pool of the captured
+            work; None without CUDA graphs.
+        models: for a pipeline with several models, the summary of each by its name in the pipeline. The other fields
+            are then sums (also of the peaks, although these may be reached at different times), contexts are named
+            "model: context", and `plan` is None.
     """
 
     plan: Plan | None
@@ -51,16 +52,16 @@ class Summary:
 
     @property
     def share(self) -> float:
-        """FLOPs with PAB as a share of those without; 1 where none are counted."""
+        """FLOPs with PAB divided by those without; 1 if they are not known."""
         return self.flops / self.flops_without if self.flops_without else 1.0
 
     @property
     def forced(self) -> int:
-        """Sublayers that had to compute although the plan had a reuse."""
+        """Number of planned reuses that had to compute."""
         return sum(t.forced for kinds in self.contexts.values() for t in kinds.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without the plan: that follows from the config."""
+        """The summary as values for JSON, without the plan, which follows from the config."""
         counted = {name: value for name, value in vars(self).items() if name not in ("plan", "contexts", "models")}
         contexts = {
             name: {kind: vars(tally) | {"flops_saved": tally.flops_saved} for kind, tally in c.items()}
@@ -108,16 +109,15 @@ class Summary:
 
 
 def together(models: Mapping[str, Summary]) -> Summary:
-    """One summary of all models of a pipeline; of a single one, its own."""
+    """One summary for all models of a pipeline."""
     if len(models) == 1:
         return next(iter(models.values()))
     sums: dict[str, Any] = {}
     for name in (f.name for f in fields(Summary) if f.name not in ("plan", "contexts", "models")):
         known = [value for s in models.values() if (value := getattr(s, name)) is not None]
         sums[name] = sum(known) if known else None
-    if any(
-        any(s.contexts.values()) and not s.flops_without for s in models.values()
-    ):  # it was called, and its FLOPs are not known
+    # A model was called and its FLOPs are not known: the sum is not known either.
+    if any(any(s.contexts.values()) and not s.flops_without for s in models.values()):
         sums["flops"] = sums["flops_without"] = 0
     contexts = {f"{model}: {name}": kinds for model, s in models.items() for name, kinds in s.contexts.items()}
     return Summary(plan=None, contexts=contexts, models=dict(models), **sums)
@@ -125,7 +125,7 @@ def together(models: Mapping[str, Summary]) -> Summary:
 
 @dataclass
 class _Flops:
-    """FLOPs of a context's calls: all, those that were saved, and both by kind."""
+    """FLOPs of a context's calls without reuse, those saved, and both by kind."""
 
     full: int = 0
     saved: int = 0
@@ -161,7 +161,7 @@ def summarise(generation: Generation | None, model: nn.Module) -> Summary:
         return Summary(None, {}, 0, 0, 0, 0, 0)
     contexts = tuple(generation.contexts.values())
     kinds = {s.name: s.kind for s in generation.sublayers}
-    calls = {c.name: dict(c.calls) for c in contexts}  # another thread may go on calling
+    calls = {c.name: dict(c.calls) for c in contexts}  # copies, as another thread may still call the model
     costs = generation.costs(model, {arguments for of_context in calls.values() for arguments, _, _ in of_context})
     flops = {
         name: _Flops() if costs is None else _flops(of_context, costs, kinds) for name, of_context in calls.items()
@@ -169,9 +169,8 @@ def summarise(generation: Generation | None, model: nn.Module) -> Summary:
     tallies = {}
     for c in contexts:
         here, found = c.tallies(), flops[c.name]
-        within = [
-            kind for kind in found.saved_by_kind if kind not in here
-        ]  # they ran in reused blocks, and were never asked
+        # Kinds whose sublayers were only reused inside blocks never had a turn.
+        within = [kind for kind in found.saved_by_kind if kind not in here]
         tallies[c.name] = {
             kind: found.of(tally, kind) for kind, tally in (*here.items(), *((kind, Tally()) for kind in within))
         }

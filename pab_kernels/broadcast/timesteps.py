@@ -1,4 +1,4 @@
-"""Where a call stands in its generation's schedule, told by its timestep without waiting for a device."""
+"""Finding the step of a call in its schedule by the timestep, without waiting for a device."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Moment:
     """The timestep of a call, as far as the host knows it.
 
     Args:
-        value: its largest element: frames and tokens that are given are clean, at timestep 0.
-        dtype: that it was rounded to; None for a number.
+        value: its largest element: frames and tokens that condition the model are clean, at timestep 0.
+        dtype: the dtype that it was rounded to; None for a number.
         single: whether it is one number for all rows and tokens.
         own: whether it is a view of the scheduler's own timesteps.
     """
@@ -32,8 +32,8 @@ class Timesteps:
     """The timesteps of a schedule.
 
     Args:
-        host: as numbers, or None where only their count is known.
-        table: the scheduler's own tensor of them, of which loops pass views.
+        host: the timesteps as numbers; None if only their count is known.
+        table: the scheduler's tensor of timesteps, whose views a sampling loop passes to the model.
     """
 
     def __init__(self, host: Sequence[float] | None, table: Any = None) -> None:
@@ -43,13 +43,13 @@ class Timesteps:
         self._rounded = cache(self._round)
 
     def moment(self, timestep: Any, *, wait: bool = False) -> Moment | None:
-        """The moment of a call with this timestep; None where it is not known.
+        """The moment of a call with this timestep; None if the host does not know its value.
 
-        Known are numbers, tensors in the host's memory, and views of the scheduler's timesteps wherever they are.
+        It knows numbers, tensors in host memory, and views of the scheduler's timesteps on any device.
 
         Args:
             timestep: number or tensor of any shape.
-            wait: whether the host may wait for the device to read it.
+            wait: whether the host may wait for the device to read the value.
         """
         if not isinstance(timestep, torch.Tensor):
             return _of_numbers(timestep)
@@ -67,7 +67,7 @@ class Timesteps:
         return Moment(float(value), timestep.dtype, single)
 
     def _place_in_table(self, timestep: torch.Tensor) -> int | None:
-        """Which entry of the scheduler's tensor `timestep` is a view of."""
+        """The index of the entry of the scheduler's tensor that `timestep` is a view of, or None."""
         table = self.table
         if table is None or self._host is None or table.dtype != timestep.dtype or table.ndim != 1:
             return None
@@ -77,16 +77,15 @@ class Timesteps:
         return place if not rest and 0 <= place < len(self._host) else None
 
     def _round(self, dtype: torch.dtype | None, divisor: int) -> tuple[float, ...]:
-        """What the model is called with at each step, rounded as a tensor of `dtype` is."""
+        """The timesteps that the model receives at each step: rounded to `dtype`, then divided."""
         host = torch.tensor(self._host or (), dtype=torch.float64)
         return tuple(((host if dtype is None else host.to(dtype)) / divisor).tolist())
 
     def recognise(self, moment: Moment | None) -> list[int]:
-        """The steps at which a run can be that is called first at `moment`; from then on models are taken to be called
-        alike.
+        """The possible steps of a run whose first call is at `moment`.
 
-        Models are called with the timestep, or with a thousandth of it. Where both are in the schedule (1 is the last
-        of many, and a thousandth of the first), the run is at its beginning.
+        A model is called with the timestep or with a thousandth of it; which one is decided here and kept. If both
+        match a step (1 is the last timestep of many schedules, and a thousandth of the first), the earlier step wins.
         """
         found = {}
         for divisor in (1, 1000):
@@ -96,10 +95,10 @@ class Timesteps:
         return found[self._divisor]
 
     def places(self, moment: Moment | None) -> list[int]:
-        """The steps of this timestep: none where it is not in the schedule, two of some in schedules of second order.
+        """The steps with this timestep: none if it is not in the schedule, sometimes two in second-order schedules.
 
-        Where none has it exactly, as it was rounded on another way, it is that of the nearest step within bfloat16's
-        precision.
+        If it matches no step exactly, because it was rounded differently, the nearest step within bfloat16's precision
+        counts.
         """
         if moment is None:
             return []
@@ -113,12 +112,12 @@ class Timesteps:
 
     @property
     def known(self) -> bool:
-        """Whether there are timesteps to compare with."""
+        """Whether the timesteps of the schedule are known."""
         return self._host is not None
 
 
 def _of_numbers(timestep: Any) -> Moment | None:
-    """That of a number of any library, or of a list of numbers."""
+    """The moment of a number of any library, or of a list of numbers."""
     try:
         values = [float(t) for t in timestep] if isinstance(timestep, (list, tuple)) else [float(timestep)]
     except (TypeError, ValueError):

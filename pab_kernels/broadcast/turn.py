@@ -1,162 +1,173 @@
-"""Turns: what a sublayer is to do in a call of the model, decided before the model runs, and what it did.
+"""Turns: what each sublayer does in a call of the model, decided before the model runs, and its counts.
 
-Eager modules and compiled graphs read the same object. A graph depends on what its sublayers do (compute, store, reuse)
-and on nothing else that changes from step to step: it takes in what it reuses as tensors, and leaves in an attribute
-what is to be kept.
+Eager modules and compiled graphs read the same object. A compiled graph depends on what its sublayers do (compute,
+store, reuse) and on nothing else that changes from step to step: reused outputs enter it as tensors, and outputs to
+keep leave it in an attribute.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..ops.quantized import Quantized
-from ..rules.plan import Action, Decision, Plan, Sublayer
+from ..rules.plan import Action, Decision, Sublayer
 from .costs import place as place_of
 from .slots import CACHE_DTYPES, Extrapolation, Key, Slot, pack
 
 if TYPE_CHECKING:
     from .call import Call
 
+_COMPUTE = Decision(Action.COMPUTE)
+
 
 class CurrentTurn(threading.local):
-    """The turn of one sublayer in the call that a thread is in; None where the sublayer is to run plainly."""
+    """The turn of one sublayer in the current call of each thread; None if the sublayer runs plainly."""
 
-    def __init__(
-        self,
-    ) -> None:  # an attribute of its own in every thread: what a class has, a compiled graph takes for constant
+    def __init__(self) -> None:  # not a class attribute, which torch.compile would treat as a constant
         self.turn: Turn | None = None
 
 
 class CurrentCall(threading.local):
-    """The call of the model that a thread is in, and whether it was opened outside of a graph of the whole model."""
+    """The call of the model that each thread is in, and whether it was opened around a compiled model."""
 
     def __init__(self) -> None:
         self.call: Call | None = None
         self.enclosed = False
-        self._entered: list[tuple[CurrentTurn, Turn]] = []
-        self._plan: Plan | None = None
-        self._idle: list[Turn] = []  # of that plan
-        self._idle_of: dict[str, Turn] = {}
+        self._turns = self._placed = NO_TURNS
+
+    def turns(self, sublayers: Sequence[Sublayer]) -> Turns:
+        """Turns for a new call: those of the last call in this thread, unless it still runs."""
+        if self._turns.sublayers != sublayers or self._turns.call is not None:
+            self._turns = Turns(sublayers)
+        return self._turns
 
     def enter(self, call: Call | None, current: Mapping[str, CurrentTurn]) -> None:
-        """From here on, in this thread, sublayers have their turns in `call`; without one they run plainly.
-
-        Sublayers of which nothing is kept or reused in the whole generation are idle. Their turns are made once and
-        stay where they are: the next call is likely to be one of the same plan.
+        """Give the sublayers their turns in `call`, in this thread; without a call they run plainly.
 
         Args:
-            current: where each sublayer finds its turn, by name.
+            call: the call, or None.
+            current: the holder of each sublayer's turn, by name.
         """
-        left, before, self.call = self._entered, self.call, call
-        if before is not None:
-            before.idle_runs = [idle.runs for idle in before.idle]
-        self._entered = (
-            [] if call is None else [(current[name], turn) for name, turn in call.turns.items() if name in current]
-        )
-        for place, _ in left:
-            place.turn = None
-        if call is not None:
-            self._take_idle(call, current)
-        else:
-            for idle in self._idle:
-                idle.call = None  # type: ignore[assignment]
-        for place, turn in self._entered:
-            place.turn = turn
+        self.call = call
+        turns = self._placed if call is None else call.turns
+        if turns is not self._placed:
+            self.place(turns, current)
 
-    def _take_idle(self, call: Call, current: Mapping[str, CurrentTurn]) -> None:
-        if call.plan is not self._plan:
-            self.forget(current)
-            for sublayer in call.plan.sublayers:
-                if sublayer.name in call.plan.idle and sublayer.name in current:
-                    idle = self._idle_of.setdefault(sublayer.name, Turn(call, sublayer, Decision(Action.COMPUTE)))
-                    idle.idle, current[sublayer.name].turn = True, idle
-                    self._idle.append(idle)
-            self._plan = call.plan
-        call.idle = self._idle
-        for idle in self._idle:
-            idle.call, idle.runs = call, 0
-        for idle, runs in zip(self._idle, call.idle_runs, strict=False):  # it was interrupted by another call
-            idle.runs = runs
+    def place(self, turns: Turns, current: Mapping[str, CurrentTurn]) -> None:
+        """Put each turn into the holder of its sublayer."""
+        for name, place in current.items():
+            place.turn = turns.by_name.get(name)
+        self._placed = turns
 
-    def forget(self, current: Mapping[str, CurrentTurn]) -> None:
-        """No sublayer has a turn."""
-        self._plan, self._idle = None, []
-        for place in current.values():
-            place.turn = None
+
+class Turns:
+    """The turns of all sublayers, used by one call after another.
+
+    Args:
+        sublayers: the model's sublayers.
+    """
+
+    def __init__(self, sublayers: Sequence[Sublayer]) -> None:
+        self.sublayers = sublayers
+        self.by_name = {sublayer.name: Turn(sublayer, self) for sublayer in sublayers}
+        self.call: Call | None = None
+        """The current call. Between two calls the sublayers run plainly."""
+
+
+NO_TURNS = Turns(())
+"""The turns of a model that runs plainly."""
 
 
 class Turn:
-    """One sublayer in one call: read `slot` instead of computing, or compute and, where it `stores`, keep the output.
+    """One sublayer in one call: it reads `slot` instead of computing, or computes and, if `stores`, keeps the output.
 
-    A sublayer that runs several times in a call (chunks, two streams or layers that share a module) has a slot for each
-    time, told apart by their order; in a compiled graph it has one for the first time only.
+    A sublayer that runs several times in a call (chunks, two streams, layers that share a module) has a slot for each
+    run, distinguished by their order; in a compiled graph only for the first run.
 
     Args:
-        call: the call; None between two calls, where the turn is idle.
-        sublayer: whose turn it is.
-        decision: the plan's.
-        slot: what it reuses; None where it computes. Where it reads several outputs, their `Extrapolation`.
+        sublayer: the sublayer.
+        turns: the turns of the call, with this one among them.
     """
 
-    def __init__(
-        self, call: Call, sublayer: Sublayer, decision: Decision, slot: Slot | Extrapolation | None = None
-    ) -> None:
-        self.call = call
+    def __init__(self, sublayer: Sublayer, turns: Turns) -> None:
         self.sublayer = sublayer
-        self.decision = decision
-        self.slot = slot
-        self.stores = decision.action is not Action.COMPUTE and _stores(decision, slot)
-        self.runs = 0
+        self._turns = turns
+        self.decision = _COMPUTE
+        self.slot: Slot | Extrapolation | None = None
+        """The output to reuse, or the `Extrapolation` of several; None if the sublayer computes."""
+        self.idle = False
+        """Whether its sublayer keeps and reuses nothing in the whole generation."""
+        self.stores = False
+        self.reads_last = False
+        """Whether nothing else reads the result of `take`; always False in a graph, which serves other steps too."""
+        self.runs = self.reused = self.stored = 0
         self._place = sublayer.name
+        self._key: Key | None = None
+        self._traced: tuple[tuple[int, ...], torch.dtype, torch.device] | None = None
+        """Shape, dtype and device of the input, if the turn was taken in a compiled graph."""
+        self._kept: Any = None
+        self._own_dtype: torch.dtype | None = None
 
-    idle = False
-    """Whether its sublayer keeps and reuses nothing in the whole generation."""
-    reads_last = False
-    """Whether nothing else reads what `take` gave; in a graph never, as it serves other steps too."""
-    reused = 0
-    stored = 0
-    _input: Key | tuple[tuple[int, ...], torch.dtype, torch.device] | None = None
-    _kept: Any = None
-    _own_dtype: torch.dtype | None = None
+    @property
+    def call(self) -> Call:
+        """The current call."""
+        return self._turns.call  # type: ignore[return-value]
+
+    @property
+    def open(self) -> bool:
+        """Whether there is a current call: between two calls the sublayer runs plainly."""
+        return self._turns.call is not None
+
+    def decide(self, decision: Decision, slot: Slot | Extrapolation | None) -> None:
+        """Set what it does in the next call."""
+        self.decision, self.slot = decision, slot
+        self.stores = _stores(decision, slot)
+
+    def end(self) -> None:
+        """Reset it after the call."""
+        self.decision, self.slot, self.stores = _COMPUTE, None, False
+        self.runs = self.reused = self.stored = 0
+        self.reads_last, self._place, self._kept = False, self.sublayer.name, None
 
     def take(self, x: torch.Tensor) -> Slot | Extrapolation | None:
-        """What is reused instead of computing on input `x`, of which only shape, dtype and device are read.
+        """The output to reuse instead of computing on input `x`, of which only shape, dtype and device are used.
 
-        What is read for the last time is released. Where None is returned, `stores` says whether the output is to be
-        kept.
+        A slot that is read for the last time is released. If the result is None, the sublayer computes, and `stores`
+        is whether to keep its output.
         """
         if torch.compiler.is_dynamo_compiling():
             return self._take_in_graph(x)
+        call, held = self.call, self.decision.held
+        if call.stopwatch is not None:
+            call.stopwatch.mark(self.sublayer.kind, x.device)
         self.runs += 1
-        if self.call.stopwatch is not None:
-            self.call.stopwatch.mark(self.sublayer.kind, x.device)
         if self.runs > 1:
             self._again()
-        slot, held = self.slot, self.decision.held
+        slot = self.slot
         if slot is not None:
             self.slot = None
             if slot.key.matches(x):
                 self._reuse(held)
                 return slot
             self.stores = held > 0
-        # Where the plan skips it and its block was forced to run, what is held is still to be read.
-        self.call.arena.release(self._place, held - self.stores)
+        # If the plan skips this sublayer but its block was forced to run, the slots held are still needed later.
+        call.arena.release(self._place, held - self.stores)
         if self.stores:
-            self._input = Key.of(x)
+            self._key = Key.of(x)
         return None
 
     @property
     def gated(self) -> bool:
-        """Whether what is kept is kept after the gate."""
+        """Whether outputs are kept after the gate."""
         return self.call.generation.config.cache_point == "post_gate"
 
     @property
     def unprojected(self) -> bool:
-        """Whether attention is kept before its projection, where it can be parted from it."""
+        """Whether attention is kept before its output projection, if the module can be split there."""
         return self.call.generation.config.cache_point == "unprojected"
 
     @property
@@ -165,10 +176,7 @@ class Turn:
         return CACHE_DTYPES[self.call.generation.config.cache_dtype]
 
     def passes(self) -> bool:
-        """Whether there is nothing to do but to compute, which is then counted already.
-
-        In a graph it is the same work as any computing.
-        """
+        """Whether the sublayer is idle and only has to run, which this counts; always False in a compiled graph."""
         if torch.compiler.is_dynamo_compiling() or not self.idle or self.call.stopwatch is not None:
             return False
         self.runs += 1
@@ -176,27 +184,27 @@ class Turn:
 
     @property
     def store(self) -> Turn | None:
-        """The turn itself where the output is to be kept, else None."""
+        """The turn itself if the output is to be kept, else None."""
         return self if self.stores else None
 
     def put(self, value: Any) -> None:
-        """Keep an output, quantised to `dtype` if it is not yet."""
+        """Keep an output, quantised to `dtype` unless it already is."""
         kept, own = pack(value, self.dtype), value.dtype if isinstance(value, torch.Tensor) else None
         if torch.compiler.is_dynamo_compiling():
             self._kept, self._own_dtype = kept, own
         else:
-            assert isinstance(self._input, Key)
-            self._keep(kept, self._input, own)
+            assert self._key is not None
+            self._keep(kept, self._key, own)
 
     def _again(self) -> None:
-        """A further run in the same call."""
+        """Prepare for another run of the sublayer in the same call."""
         self.collect()
         self._place = place_of(self.sublayer.name, self.runs - 1)
         self.slot = self.call.read(self.sublayer.name, self.decision, self._place)
         self.stores = _stores(self.decision, self.slot)
 
     def _reuse(self, held: int) -> None:
-        """Count it, and release what no later step reads."""
+        """Count a reuse, and release the outputs that no later step reads."""
         call, arena = self.call, self.call.arena
         self.reused += 1
         call.reused.append(self._place)
@@ -215,7 +223,7 @@ class Turn:
         if self.runs > 1:
             self.stores = False
             return None
-        self._input = (tuple(x.shape), x.dtype, x.device)
+        self._traced = (tuple(x.shape), x.dtype, x.device)
         slot = self.slot
         if slot is not None:
             if slot.key.matches(x):
@@ -225,10 +233,10 @@ class Turn:
         return None
 
     def collect(self) -> None:
-        """Do what was left to do when the turn was taken in a compiled graph."""
-        if self._input is None or isinstance(self._input, Key):
+        """Do the bookkeeping of a turn that was taken in a compiled graph."""
+        if self._traced is None:  # taken in eager mode
             return
-        key, self._input, self.slot = Key(*self._input), None, None
+        key, self._traced, self.slot = Key(*self._traced), None, None
         if self.reused:
             self.reused = 0
             self._reuse(self.decision.held)
@@ -241,5 +249,5 @@ class Turn:
 
 
 def _stores(decision: Decision, slot: Slot | Extrapolation | None) -> bool:
-    """Whether the output is to be kept, where it is computed: as planned, or as what was to be reused is not there."""
+    """Whether to keep the output if it is computed: as planned, or because the output to reuse is not there."""
     return decision.action is Action.STORE or (decision.action is Action.REUSE and slot is None and decision.held > 0)

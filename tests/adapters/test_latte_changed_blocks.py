@@ -275,7 +275,7 @@ def test_gated_outputs_are_not_kept_of_a_block_that_is_run_as_it_is(caplog: pyte
     for _ in range(2):
         sample(pipe, 2)
     (record,) = caplog.records
-    assert record.getMessage().startswith("transformer_blocks.1 was changed after PAB was enabled: it is run as it is")
+    assert record.getMessage().startswith("transformer_blocks.1 was changed after PAB was enabled: it runs unfused")
 
 
 class Subclass(type(tiny_latte())):  # type: ignore[misc]

@@ -31,7 +31,7 @@ def storing_call(cache_dtype: CacheDtype | None = None, cache_point: CachePoint 
 
 
 def taken(call: Call, i: int, x: Tensor) -> Turn:
-    turn = call.turns[SUBLAYERS[i].name]
+    turn = call.turns.by_name[SUBLAYERS[i].name]
     assert turn.take(x) is None and turn.stores
     return turn
 

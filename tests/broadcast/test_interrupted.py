@@ -131,3 +131,17 @@ def test_an_interrupted_enable_of_an_enabled_model_leaves_it_enabled_as_it_was(p
         assert torch.equal(found, wanted) or (torch.equal(found, changed) and moment > whole - 5), (
             "all is done before its last lines"
         )
+
+
+def test_after_an_interrupted_run_the_next_one_is_right_and_outside_of_runs_sublayers_run_plainly(pipe: Pipe) -> None:
+    attention: Any = pipe.transformer.blocks[0].attn
+    x = torch.randn(1, 6, 8)
+    plain = attention(x)
+    pab.enable(pipe, CONFIG)
+    wanted = pipe.sample(4)
+    whole = len(_run(lambda: pipe.sample(4), set()))
+    assert whole > 500
+    for moment in range(1, whole, 7):
+        _run(lambda: pipe.sample(4), {moment})
+        assert torch.equal(attention(x), plain), moment
+        assert torch.equal(pipe.sample(4), wanted), moment

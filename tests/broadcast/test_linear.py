@@ -39,14 +39,15 @@ def take(generation: Generation, step: int | None = None, x: Tensor = X, name: s
     call = generation.open(name, step)
     assert call is not None
     call.prepare()
-    turn = call.turns.get("a")
+    turn = call.turns.by_name.get("a")
     if turn is None:  # the rule reuses nothing at any step
         return Taken(None, False)
     slot = turn.take(x)
-    if slot is None and turn.stores:
+    stores = slot is None and turn.stores
+    if stores:
         turn.put(torch.full_like(x, call.step))
     call.finish()
-    return Taken(slot, slot is None and turn.stores)
+    return Taken(slot, stores)
 
 
 def said(turn: Taken) -> str:
@@ -289,7 +290,7 @@ def test_a_stream_extends_outputs_that_lie_on_a_line(dtype: torch.dtype, cache_d
             call = generation.open()
             stream = ResidualStream(x.to(dtype), call)
             call.prepare()
-            turn, exact = call.turns["a"], start + step * slope / 12
+            turn, exact = call.turns.by_name["a"], start + step * slope / 12
             slot = turn.take(x.to(dtype))
             if slot is None:
                 stream.add(exact.to(dtype), gate.to(dtype), turn if turn.stores else None)

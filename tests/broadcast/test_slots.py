@@ -187,7 +187,7 @@ def test_a_slot_is_freed_when_its_last_reader_is_done_with_it() -> None:
         call = generation.open()
         assert call is not None
         call.prepare()
-        turn = call.turns["a"]
+        turn = call.turns.by_name["a"]
         slot = turn.take(x)
         if slot is None and turn.stores:
             out = torch.zeros(2, 3)

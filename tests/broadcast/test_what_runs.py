@@ -295,7 +295,7 @@ def test_calls_that_each_have_a_name_of_their_own_are_told(caplog: pytest.LogCap
             with pab.context(pipe, f"step {i}"):
                 pipe.transformer(noise(0), t.expand(1), pipe.prompt)
             pipe.scheduler.step(noise(0), t, noise(0))
-    assert len(said(caplog)) == 1 and "reused nothing: every call was in a context of its own" in said(caplog)[0]
+    assert len(said(caplog)) == 1 and "reused nothing: every call was in a different context" in said(caplog)[0]
 
 
 @pytest.mark.parametrize("other", ["pipeline", "transformer_2"])

@@ -1,1 +1,1 @@
-"""CUDA graphs of a model: captured, replayed, and shared by the generations that follow one another."""
+"""CUDA graphs of a model: captured, replayed, and shared by successive generations."""

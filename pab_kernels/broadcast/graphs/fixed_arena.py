@@ -1,5 +1,4 @@
-"""Slots at fixed addresses, as CUDA graphs need them: an arena that keeps its memory from one generation to the
-next."""
+"""Slots at fixed addresses for CUDA graphs: an arena whose memory stays from one generation to the next."""
 
 from __future__ import annotations
 
@@ -17,37 +16,39 @@ class FixedPlace:
     """Memory for the outputs of one sublayer in one context.
 
     Args:
-        value: an output.
-        outputs: how many are kept.
+        value: an output, as an example.
+        outputs: the number of outputs to keep.
     """
 
     def __init__(self, value: Any, outputs: int) -> None:
         self.values = [like(value) for _ in range(outputs)]
-        """The newest first."""
+        """Newest first."""
 
     def write(self, value: Any) -> None:
-        """Make `value` the newest.
+        """Copy `value` in as the newest output, and move the older ones on.
 
-        That is always at the same address, so that one graph reads it at every step: the older ones move.
+        The newest output is always at the same address, so one graph can read it at every step.
         """
         for older, newer in zip(self.values[:0:-1], self.values[-2::-1], strict=True):
             copy_into(older, newer)
         copy_into(self.values[0], value)
 
     def moved(self, slot: Slot) -> Slot:
-        """A slot here, after a further output was written."""
+        """`slot` with its value at the new place, after a further output was written."""
         ages = [age for age, value in enumerate(self.values[:-1]) if value is slot.value]
         return replace(slot, value=self.values[ages[0] + 1]) if ages else slot
 
 
 Places = dict[tuple[str, Hashable], FixedPlace]
-"""By the name of a sublayer and what its outputs look like."""
+"""Places by the name of a sublayer and the signature of its output."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a call did to an arena: `Arena.put` or, without a place, `Arena.release`. How many outputs it left follows
-    from the step."""
+    """One change of a call to an arena: `Arena.put` or, without a place, `Arena.release`.
+
+    The number of outputs held after it depends on the step, so it is not part of the change.
+    """
 
     name: str
     place: FixedPlace | None = None
@@ -57,12 +58,12 @@ class Change:
 
 
 class FixedArena(Arena):
-    """An arena whose slots lie in `places`. Letting go of a slot leaves its memory for the next one.
+    """An arena whose slots lie in `places`; releasing a slot keeps its memory for the next one.
 
     Args:
-        meter: of the bytes of all contexts; counts what is held, not what is kept for later.
-        places: of the context; those that are missing are made.
-        outputs: how many outputs of a sublayer are read at once, by its name.
+        meter: counts the bytes of slots of all contexts, without places that hold no slot.
+        places: the places of the context; missing ones are added.
+        outputs: returns how many outputs of a sublayer are read at once, by its name.
         writes: whether outputs are written to their places.
     """
 
@@ -77,25 +78,25 @@ class FixedArena(Arena):
         self._rehearsed = False
 
     def rehearsal(self, *, writes: bool) -> FixedArena:
-        """An arena with these slots, for a call that is repeated as it was: one that does something else is an
-        error."""
+        """A copy of the arena for repeating a call, in which an output without a place is an error.
+
+        Args:
+            writes: whether outputs are written to their places.
+        """
         copy = FixedArena(Meter(), self.places, self._outputs, writes=writes)
         copy.meters = {kind: Meter() for kind in self.meters}
-        copy.weights, copy._kinds, copy._slots, copy._rehearsed = (
-            self.weights,
-            dict(self._kinds),
-            dict(self._slots),
-            True,
-        )
+        copy.weights, copy._kinds, copy._slots = self.weights, dict(self._kinds), dict(self._slots)
+        copy._rehearsed = True
         return copy
 
     def put(
         self, name: str, kind: str, value: Any, key: Key, source: int, dtype: torch.dtype | None = None, most: int = 1
     ) -> None:
-        """See `Arena.put`; `value` is copied.
+        """See `Arena.put`; `value` is copied to its place.
 
         Raises:
-            TypeError: there is something in `value` that cannot be kept at a fixed address.
+            TypeError: `value` contains an object that is neither a tensor nor a plain value.
+            RuntimeError: in a rehearsal, the output has no place.
         """
         looks = name, signature(value, f"the output of {name}")
         if looks not in self.places:
@@ -113,12 +114,12 @@ class FixedArena(Arena):
         super().release(name, most)
 
     def repeat(self, changes: Sequence[Change], step: int, held: Callable[[str], int]) -> None:
-        """Make the changes of a call like this one, whose outputs are written already.
+        """Apply the changes of a captured call after its replay, which has written the outputs.
 
         Args:
-            changes: of the call.
-            step: of this one.
-            held: how many outputs of a sublayer stay after it.
+            changes: the changes of the captured call.
+            step: the step of the replay.
+            held: returns how many outputs of a sublayer are held after the step, by its name.
         """
         stored = {change.name for change in changes if change.place is not None}
         for change in changes:

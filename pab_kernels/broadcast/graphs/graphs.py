@@ -1,14 +1,12 @@
-"""CUDA graphs of a model: what its forward queues on the device, captured once for each thing that it may be asked to
-do, and replayed.
+"""CUDA graphs of a model: one for each pattern of its turns, context and signature of its arguments.
 
-    1. a call's key: its context, what its arguments look like, and what every sublayer is to do, known before the model
-    runs
-    2. a key that is new: the model runs, which is the call, and runs again while it is captured, which does nothing
-    3. a key that is known: arguments and weights of outputs are written to where the graph reads them, and the graph is
-    replayed
+    1. The key of a call is its context, the signature of its arguments and the turns of all sublayers. It is known
+       before the model runs.
+    2. For a new key the model runs, which computes the call, and runs again for the capture, which computes nothing.
+    3. For a known key, the arguments and the weights of outputs are copied to where the graph reads them, and the graph
+       is replayed.
 
-What a call does on the host (counts, slots held and let go) is written down when it is captured, and done again at
-every replay.
+The host's part of a call (counts, slots put and released) is recorded at the capture and repeated at each replay.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ from .fixed_arena import Change, FixedArena, Places
 from .host_state import State, difference, host_state
 
 Compute = Callable[[Call, tuple[Any, ...], Mapping[str, Any]], Any]
-"""The model's output in a call, on its arguments by place and by name."""
+"""Returns the model's output in a call, from its positional and keyword arguments."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,10 @@ class Graph:
 
     Args:
         replay: queues its work.
-        out: the output, where every replay leaves it.
-        weights: of all outputs that it reads together.
-        changes: to the arena.
-        counts: what was counted.
+        out: the output, which every replay writes.
+        weights: the weights of all outputs that it reads together, in one tensor.
+        changes: the changes to the arena.
+        counts: a context with the counts of one call.
     """
 
     replay: Callable[[], None]
@@ -74,7 +72,7 @@ class Graphs:
         self.config = config
         self._name = type(model).__name__
         self.running = False
-        """Whether they are in a call."""
+        """Whether a call uses them."""
         self._user: weakref.ref[Generation] | None = None
         self._clear()
 
@@ -88,16 +86,16 @@ class Graphs:
 
     @property
     def user(self) -> Generation | None:
-        """The generation whose slots lie in their places."""
+        """The generation that uses the places."""
         return None if self._user is None else self._user()
 
     @property
     def free(self) -> bool:
-        """Whether no generation has slots there, or will have at the end of a call."""
+        """Whether no generation holds slots in the places, and no call is running that may put some there."""
         return not self.running and (self.user is None or self.user.meter.now == 0)
 
     def take(self, generation: Generation) -> None:
-        """Be used by `generation`, which has no slots yet, from now on."""
+        """Assign the graphs to `generation`, which holds no slots yet."""
         self._user = weakref.ref(generation)
         for context in generation.contexts.values():
             context.arena = Arena(generation.meter)
@@ -107,7 +105,7 @@ class Graphs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory that are kept: places of slots, inputs, and what the graphs have between them."""
+        """Bytes of device memory held: places of slots, inputs, weights, and the pool that the graphs share."""
         places = [p.values for of_context in self._places.values() for p in of_context.values()]
         kept = [places, list(self._inputs.values()), [graph.weights for graph in self._graphs.values()]]
         return sum(t.nbytes for t in tensors_of(kept)) + (self._capture.nbytes if self._capture else 0)
@@ -121,22 +119,28 @@ class Graphs:
         kwargs: Mapping[str, Any],
         timestep: Any = None,
     ) -> Any:
-        """The model's output in `call`, in tensors that are the caller's own.
+        """The model's output in `call`, in new tensors.
+
+        Args:
+            call: the call.
+            model: the model.
+            compute: runs it.
+            args, kwargs: its arguments.
+            timestep: the timestep among them.
 
         Raises:
-            TypeError: an argument or an output is nothing that a graph can take.
+            TypeError: an argument or an output is not supported in a graph.
             RuntimeError: the arguments or the model are not on one CUDA device, or the model cannot be captured.
         """
         if isinstance(timestep, (int, float)):
             raise TypeError(
-                f"{self._name} was called with the number {timestep!r} as timestep, and each number would need a graph "
-                "of its own: pass a "
-                "tensor on the device, or leave cuda_graphs out of pab.enable"
+                f"{self._name} was called with the number {timestep!r} as timestep, and each number would need another "
+                "graph: pass a tensor on the device, or leave cuda_graphs out of pab.enable"
             )
         given = (args, dict(kwargs))
-        looks = signature(given, f"what {self._name} was called with")
+        looks = signature(given, f"the arguments of {self._name}")
         device = self._device(given)
-        # Once a generation: to look at a whole model takes longer than a step should.
+        # Once a generation, as checking a whole model takes too long for every step.
         if self._seen is None or self._seen() is not call.generation:
             self._check(model, device)
             self._seen = weakref.ref(call.generation)
@@ -173,13 +177,11 @@ class Graphs:
     def _first(
         self, call: Call, arena: FixedArena, model: nn.Module, run: Callable[[Call], Any], weights: torch.Tensor
     ) -> tuple[Graph, Any]:
-        """Run the model as the call asks, and capture the same."""
+        """Run the model for the call, and capture the same work; return the graph and the output."""
         assert self._capture is not None
         before, again, dry = host_state(model), arena.rehearsal(writes=True), arena.rehearsal(writes=False)
         arena.changes.clear()
-        if (
-            self._state is not None and difference(self._state, before) is not None
-        ):  # changed since the generation began
+        if self._state is not None and difference(self._state, before) is not None:  # changed since the last check
             self._graphs.clear()
         with _autocast_without_memory():
             call.prepare()
@@ -187,7 +189,7 @@ class Graphs:
             changes = tuple(arena.changes)
             signature(out, f"the output of {self._name}")
             after = host_state(model)
-            if difference(before, after) is not None:  # something is made when it is first used, or at every call
+            if difference(before, after) is not None:  # lazy initialisation, or a change at every call
                 self._graphs.clear()
                 self._capture.warm_up(lambda: run(_repeated(call, dry)))
                 other = difference(after, host_state(model))
@@ -199,7 +201,7 @@ class Graphs:
             def captured() -> Any:
                 try:
                     return run(repeated)
-                except Exception as error:  # the end of a capture that failed raises another one
+                except Exception as error:  # kept, as ending a failed capture raises another error
                     failed.append(error)
                     raise
 
@@ -210,25 +212,24 @@ class Graphs:
                     raise failed[0] from None
                 raise self._refused(_reason((*failed, error)[0])) from error
         if tuple(again.changes) != changes:
-            raise self._refused("called again with the same inputs it did something else")
+            raise self._refused("a second call with the same inputs did something else")
         return Graph(replay, captured_out, weights, changes, repeated.context), out
 
     def _refused(self, reason: str) -> RuntimeError:
         return RuntimeError(
-            f"{self._name} cannot be captured as a CUDA graph: {reason}. Its forward may queue work on the device, "
-            "always the same for the "
-            "same shapes, and do nothing else: change what does, or leave cuda_graphs out of pab.enable"
+            f"{self._name} cannot be captured as a CUDA graph: {reason}. Its forward may only queue work on the "
+            "device, the same for the same shapes: change the model, or leave cuda_graphs out of pab.enable"
         )
 
     def _check(self, model: nn.Module, device: torch.device) -> None:
-        """Let go of every graph if the model is not what it was.
+        """Drop every graph if the model has changed.
 
         Raises:
-            RuntimeError: not all weights are on `device`, or something works on them, or around modules, in every call.
+            RuntimeError: a weight is not on `device`, or a module inside the model has a hook.
         """
         for name, module in model.named_modules():
             hooks = hooks_in_words(module)
-            if name and hooks:  # those around the whole model are around its graphs
+            if name and hooks:  # hooks on the whole model run outside its graphs
                 raise self._refused(f"{name} has a hook, {hooks[0]} (offloading, casting or another cache)")
         for name, p in model.named_parameters():
             if p.device != device:
@@ -254,17 +255,17 @@ class Graphs:
             return next(iter(devices))
         found = ", ".join(f"{where} on {device}" for device, where in devices.items()) or "no tensor"
         raise RuntimeError(
-            f"{self._name} was called with {found}; with CUDA graphs all inputs are to be on one CUDA device: move "
-            "them, or leave "
-            "cuda_graphs out of pab.enable"
+            f"{self._name} was called with {found}; with CUDA graphs all inputs must be on one CUDA device: move "
+            "them, or leave cuda_graphs out of pab.enable"
         )
 
 
 def _turns(call: Call) -> tuple[Hashable, dict[str, tuple[float, ...]]]:
-    """What every sublayer is to do in a call, slots told by where they lie; and the weights of those that are read
-    together, by place.
+    """The key of a call's turns, and the weights of extrapolations by place.
 
-    A planned reuse whose slots are not there is told from a planned computation: it is counted as forced.
+    Slots are identified by the ids of their values, which stay in their places.
+
+    A planned reuse whose slots are missing has another key than a planned computation, as it is counted as forced.
     """
     turns: list[Hashable] = []
     weights: dict[str, tuple[float, ...]] = {}
@@ -274,7 +275,7 @@ def _turns(call: Call) -> tuple[Hashable, dict[str, tuple[float, ...]]]:
             turns.append(decision.action)
             continue
         read: list[Hashable] = []
-        while not read or call.arena.get(where) is not None:  # once for each time that it runs in a call
+        while not read or call.arena.get(where) is not None:  # once for each run of the sublayer in a call
             slots = call.sources(where, decision)
             read.append(tuple((id(slot.value), slot.key) for slot in slots))
             if len(slots) > 1:
@@ -286,7 +287,7 @@ def _turns(call: Call) -> tuple[Hashable, dict[str, tuple[float, ...]]]:
 
 
 def _repeated(call: Call, arena: FixedArena) -> Call:
-    """The call as it was before it was made, with counts and slots apart from everything else."""
+    """A copy of the call for repeating it, with new counts and with the slots of `arena`."""
     context = Context(call.context.name, Meter())
     context.arena = arena
     repeated = Call(call.generation, context, call.step)
@@ -310,7 +311,7 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _autocast_without_memory() -> Iterator[None]:
-    """Autocast keeps no cast weights: they would be gone when a graph that reads them is replayed."""
+    """Disable autocast's cache of cast weights, which would be freed before a graph that reads them is replayed."""
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

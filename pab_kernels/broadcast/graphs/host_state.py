@@ -1,5 +1,4 @@
-"""What of a model, the values in its tensors aside, decides which work a call queues: a CUDA graph holds for as long as
-it stays."""
+"""A snapshot of the host state that decides which work a model queues; a CUDA graph is valid until it changes."""
 
 from __future__ import annotations
 
@@ -14,19 +13,19 @@ from torch import nn
 from ...compat import REGISTRY
 
 State = Mapping[str, Mapping[str, Hashable]]
-"""By module and attribute."""
+"""Snapshots of attributes, by module and attribute name."""
 
 _NUMBERS = {NoneType, bool, int, float, complex, str, bytes, torch.dtype, torch.device}
 
 _ELSEWHERE = {REGISTRY}
-"""Pipelines put an empty registry on a model; hooks in one are looked for where graphs are captured."""
+"""Attributes left out: pipelines put an empty hook registry on a model, and hooks in it are checked elsewhere."""
 
 
 def host_state(model: nn.Module) -> State:
-    """The attributes of all modules: numbers and strings as they are, tensors by their addresses, other objects by
-    which they are.
+    """A snapshot of every module's attributes: numbers and strings by value, tensors by address, others by identity.
 
-    Of objects that are no modules, such as attention processors, their own numbers, strings and tensors are part of it.
+    It includes the numbers, strings and tensors in attributes of objects that are no modules, such as attention
+    processors.
     """
     return {
         name: {key: _of(value) for key, value in vars(m).items() if value is not None and key not in _ELSEWHERE}
@@ -62,6 +61,6 @@ def _of(value: Any, deep: bool = True) -> Hashable:
 
 
 def _address(tensor: torch.Tensor) -> Hashable:
-    if hasattr(tensor, "__tensor_flatten__"):  # quantised weights and the like are made of others
+    if hasattr(tensor, "__tensor_flatten__"):  # a subclass made of other tensors, such as quantised weights
         return tuple(_address(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device

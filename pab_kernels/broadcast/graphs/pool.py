@@ -1,5 +1,4 @@
-"""Which CUDA graphs a generation uses: those of one serve others after it, and two that go on at once have graphs of
-their own."""
+"""Assigning CUDA graphs to generations: successive generations share graphs, concurrent ones do not."""
 
 from __future__ import annotations
 
@@ -19,9 +18,9 @@ class GraphPool:
         self._graphs: list[Graphs] = []
 
     def taken_by(self, generation: Generation, model: nn.Module) -> Graphs:
-        """Graphs that are `generation`'s for a call that begins, until their `running` is False.
+        """Assign graphs to `generation` for a call, until the caller sets `running` to False.
 
-        Those of another config are dropped.
+        Graphs of another config are dropped.
         """
         with self._lock:
             graphs = generation.graphs
