@@ -9,7 +9,7 @@ import torch
 
 import pab_kernels as pab
 from pab_kernels.broadcast.summary import Summary
-from tests.adapters.replay import CONFIG, assert_runs_as_the_oracle
+from tests.adapters.sampled_pipelines import CONFIG, assert_runs_as_the_oracle
 from tests.adapters.tiny_pipes import PIPES, Pipe
 
 pytestmark = [
