@@ -243,7 +243,7 @@ def test_a_projection_shared_by_attention_and_mlp_runs_where_attention_is_reused
 
 @pytest.mark.parametrize("name", ["WanPipeline", "CogVideoXPipeline"])
 def test_a_pipeline_without_an_adapter_of_its_own_is_analysed(name: str) -> None:
-    """Its samplings under PAB are those of tests/adapters/test_pipelines.py.
+    """Its samplings under PAB are those of tests/broadcast/test_pipelines.py.
 
     Guidance here is a call a branch, and batched.
     """

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from tests.adapters.compiled_latte import THIRDS, compiled, outputs
-from tests.adapters.sampled_pipelines import CONFIG, RULES, assert_runs_as_the_oracle
 from tests.adapters.tiny_latte import counted_operations, inputs, noise, prompt, sample, tiny_latte, tiny_pipe
 from tests.adapters.tiny_pipes import PIPES
+from tests.broadcast.sampled_pipelines import CONFIG, RULES, assert_runs_as_the_oracle
 from tests.record_and_replay import replay_of_pipeline, replaying
 
 LATTE = next(tiny for tiny in PIPES if tiny.name == "LattePipeline")

@@ -17,8 +17,8 @@ from pab_kernels.broadcast.attach import is_stand_in
 from pab_kernels.broadcast.broadcaster import broadcaster_of
 from pab_kernels.broadcast.names import named as name_of
 from pab_kernels.broadcast.pipeline import left_at
-from tests.adapters.sampled_pipelines import CONFIG, RULES
 from tests.adapters.tiny_pipes import Pipe, embedding, named, transformer
+from tests.broadcast.sampled_pipelines import CONFIG, RULES
 from tests.record_and_replay import replay_of_pipeline, replaying
 
 STEPS = 9
