@@ -105,7 +105,7 @@ part() {
         return 77
       fi
       # shellcheck disable=SC2086
-      limited "$PYTHON" -m pytest tests/adapters/test_cuda_graphs_gpu.py -q ${PYTEST_ARGS:-}
+      limited "$PYTHON" -m pytest tests/broadcast/graphs/test_cuda_graphs_gpu.py -q ${PYTEST_ARGS:-}
       ;;
     tests_kernels)
       # shellcheck disable=SC2086

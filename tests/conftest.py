@@ -12,6 +12,7 @@ os.environ["CUBLAS_WORKSPACE_CONFIG"] = (
 )
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
 import logging
 import random
 import sys
@@ -28,6 +29,7 @@ if not torch.cuda.is_available():
         "1"  # read where a kernel is defined: without a GPU kernels run in Triton's interpreter
     )
 
+gc.disable()  # while the tests and what they need are imported: see `pytest_collection_finish`
 torch.set_num_threads(1)  # shapes are tiny: a second thread costs more than it brings
 
 # pytest listens to loggers that do not propagate, and torch traces every compilation for whoever listens to this one.
@@ -89,6 +91,7 @@ LONGEST = (
     "kernels/test_compiled.py",
     "adapters/test_latte_compiled.py",
     "works_with/test_compile.py",
+    "works_with/test_shared_graphs.py",
     "works_with/test_context_parallel.py",
     "csrc/test_wheel.py",
     "csrc/test_compiled.py",
@@ -102,3 +105,14 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look at its million objects whenever it runs."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # nanobind looks for what is left at the end

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from tests.oracle import Rule
+from tests.record_and_replay import RecordAndReplay
 
 PAGE = Path(__file__).parents[1] / "docs" / "your_own_dit.md"
 MODEL, SAMPLING, CONVERSION = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -50,39 +48,6 @@ def call(model: Any, step: int, name: str) -> Tensor:
     return model(latents(step), torch.tensor([1000.0 * (1 - step / STEPS)]), *TEXTS[name])
 
 
-class Oracle:
-    """Runs a plain model; every sublayer's output is written down, and said again where its rule asks for it."""
-
-    def __init__(self, model: Any, rules: dict[str, Rule]) -> None:
-        self.model, self.rules = model, rules
-        self.written: dict[Any, Tensor] = {}
-        self.computed: Counter[str] = Counter()
-
-    def __call__(self, step: int, name: str) -> Tensor:
-        with self._replaying(step, name):
-            return call(self.model, step, name)
-
-    @contextlib.contextmanager
-    def _replaying(self, step: int, name: str) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for layer, block in enumerate(self.model.blocks):
-                for kind in KINDS:
-                    forward = self._sublayer(getattr(block, kind).forward, kind, layer, step, name)
-                    stack.enter_context(mock.patch.object(getattr(block, kind), "forward", forward))
-            yield
-
-    def _sublayer(self, compute: Any, kind: str, layer: int, step: int, name: str) -> Any:
-        def forward(*args: Any) -> Tensor:
-            rule, key = self.rules.get(kind), (kind, layer, name)
-            applies = rule is not None and (rule.layers is None or layer in rule.layers)
-            if rule is None or not applies or not rule.reuses(step, 0, [0.0] * STEPS):
-                self.written[key] = compute(*args).clone()
-                self.computed[kind] += 1
-            return self.written[key].clone()
-
-        return forward
-
-
 RULES = [
     {"spatial": Rule(2), "temporal": Rule(3), "cross": Rule(4), "mlp": Rule(2, (0.3, 0.8))},
     {"spatial": Rule(3, (0, 1)), "cross": Rule(5, (2, 11), "step", layers=(1,))},
@@ -109,20 +74,27 @@ def test_the_page_runs() -> None:
 
 @pytest.mark.parametrize("rules", RULES)
 def test_it_does_what_the_oracle_does_in_both_contexts(rules: dict[str, Rule]) -> None:
-    model, oracle = build(), Oracle(build(), rules)
+    model, twin = build(), build()
+    assert [s.name for s in pab.sublayers(model) if s.kind != "block"] == [
+        f"blocks.{layer}.{kind}" for layer in range(len(model.blocks)) for kind in KINDS
+    ]
+    replay = RecordAndReplay(twin, pab.sublayers(model), rules, lambda: range(STEPS))
     pab.enable(model, config(rules), num_steps=STEPS)
     differs = False
     for step in range(STEPS):
         for name in TEXTS:
             with pab.context(model, name):
                 got = call(model, step, name)
-            assert torch.equal(got, oracle(step, name)), (step, name)
+            replay.at(step, name)
+            with replay.running():
+                assert torch.equal(got, call(twin, step, name)), (step, name)
             differs |= not torch.equal(got, call(build(), step, name))
     assert differs
     summary = pab.summary(model)
     assert set(summary.contexts) == set(TEXTS)
     for kind in rules:
-        assert sum(tallies[kind].computed for tallies in summary.contexts.values()) == oracle.computed[kind], kind
+        for name, tallies in summary.contexts.items():
+            assert tallies[kind].computed == replay.counts[name, kind, "computed"], (kind, name)
     assert summary.forced == 0 and summary.cache_bytes == 0
 
 

@@ -22,11 +22,11 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.broadcaster import broadcaster_of
 from pab_kernels.rules.formats import from_diffusers
-from tests.adapters.replay import Replay
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.adapters.tiny_models import FAMILIES, Tiny
 from tests.adapters.tiny_pipes import named, transformer
 from tests.oracle import Rule
+from tests.record_and_replay import replay_of_pipeline, replaying
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
@@ -192,7 +192,7 @@ def test_two_branches_are_right_where_diffusers_mixes_them() -> None:
         config(lambda: pipe.current_timestep, spatial_attention_timestep_skip_range=(-1, 1001))
     )
     rules = {"spatial": Rule(2, (0, 1))}
-    with Replay(twin, [s for s in pab.sublayers(twin) if s.kind == "spatial"], rules).running():
+    with replaying(twin, replay_of_pipeline(twin, pab.sublayers(twin), rules)):
         expected = tiny.sample(twin, STEPS)
     assert torch.equal(tiny.sample(pipe, STEPS), expected)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from pab_kernels.rules.config import KINDS
 from tests.adapters.classes import COMPILED, RUN, UNKNOWN_FLOPS
 from tests.adapters.expected_models import EXPECTED
-from tests.adapters.graphed import MOVE, READ
 from tests.adapters.tiny_models import FAMILIES
 from tests.adapters.tiny_pipes import PIPES
 from tests.adapters.tiny_unets import UNETS
+from tests.broadcast.graphs.graphed import MOVE, READ
 from tests.works_with.combination import SUBJECTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"

@@ -6,16 +6,14 @@ import contextlib
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from diffusers.models import transformers
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig, ops
@@ -27,6 +25,8 @@ from tests.adapters.expected_models import EXPECTED
 from tests.adapters.outputs import outputs, same
 from tests.adapters.tiny_models import Tiny
 from tests.adapters.tiny_pipes import named
+from tests.oracle import Rule
+from tests.record_and_replay import RecordAndReplay
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
@@ -39,42 +39,7 @@ pytestmark = [
 
 EVERY_SECOND = Broadcast(2, (0, 1))
 STEPS = 4
-
-
-@contextlib.contextmanager
-def said_again(model: nn.Module, sublayers: list[Sublayer], written: dict[str, Any], record: bool) -> Iterator[None]:
-    """The modules of `sublayers` in a plain model write down what they give, or say again what is written down."""
-
-    def stand_in(module: nn.Module, sublayer: Sublayer) -> Callable[..., Any]:
-        original = module.forward
-        if record:
-            written[sublayer.name] = []
-        lines = written[sublayer.name]  # a module may run several times
-        turns = iter(lines)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            xs = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
-            if record:
-                before = [x.clone() for x in xs]
-                lines.append((original(*args, **kwargs), before))
-                return lines[-1][0]
-            out, before = next(turns)
-            if sublayer.kind != "block":
-                return out
-            streams = {tuple(b.shape): (b, x) for b, x in zip(reversed(before), reversed(xs), strict=True)}
-
-            def moved(o: Any) -> Any:
-                return streams[tuple(o.shape)][1] + (o - streams[tuple(o.shape)][0]) if isinstance(o, Tensor) else o
-
-            return pytree.tree_map(moved, out)
-
-        return forward
-
-    modules = dict(model.named_modules())
-    with contextlib.ExitStack() as stack:
-        for s in sublayers:
-            stack.enter_context(mock.patch.object(modules[s.name], "forward", stand_in(modules[s.name], s)))
-        yield
+CONTEXTS = ("cond", "uncond")
 
 
 def test_every_class_is_run() -> None:
@@ -187,21 +152,23 @@ def check(
     plain: dict[int, list[Tensor]],
     exact: bool = True,
 ) -> None:
+    kinds = {s.kind for s in sublayers}
     with counted_runs(twin, sublayers) as once:
         outputs(twin, tiny(0))
     pab.enable(model, rules, num_steps=STEPS)
     runs: Counter[str] = Counter()
-    written: dict[str, dict[str, Any]] = {"cond": {}, "uncond": {}}
+    replay = RecordAndReplay(twin, sublayers, dict.fromkeys(kinds, Rule(2, (0, 1))), lambda: range(STEPS))
     counted, known = 0, tiny.name not in UNKNOWN_FLOPS
     for step in range(STEPS):
-        for place, name in enumerate(written):
+        for place, name in enumerate(CONTEXTS):
             seed = (step + 2 * place) % 4
             flops = ops.flop_counter() if known else contextlib.nullcontext()
             with pab.context(model, name), flops as counter, counted_runs(model, sublayers) as ran:
                 got = outputs(model, tiny(seed))
             runs += ran
             counted += counter.get_total_flops() if counter else 0
-            with said_again(twin, sublayers, written[name], record=step % 2 == 0):
+            replay.at(step, name)
+            with replay.running():
                 wanted = outputs(twin, tiny(seed))
             if step % 2 == 0:
                 assert same(got, plain[seed])
@@ -214,7 +181,7 @@ def check(
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     summary = pab.summary(model)
     assert summary.forced == 0 and summary.cache_bytes == 0
-    assert once.keys() == {name for name, outs in written["cond"].items() if outs}
+    assert once.keys() == replay.runs.keys()
     assert runs == {name: 2 * STEPS // 2 * number for name, number in once.items()}  # two contexts, every second step
     saved = [tally.flops_saved for tallies in summary.contexts.values() for tally in tallies.values()]
     if not known:
@@ -224,10 +191,13 @@ def check(
             outputs(twin, tiny(0))
         assert summary.flops == counted < summary.flops_without == 2 * STEPS * counter.get_total_flops()
         assert sum(saved) == summary.flops_without - counted
-    for tallies in summary.contexts.values():
-        for kind in {s.kind for s in sublayers}:
-            number = sum(len(written["cond"][s.name]) for s in sublayers if s.kind == kind)
-            assert (tallies[kind].computed, tallies[kind].reused) == (number * STEPS // 2, number * STEPS // 2)
+    counts = {
+        (name, kind, what): getattr(tallies[kind], what)
+        for name, tallies in summary.contexts.items()
+        for kind in kinds
+        for what in ("computed", "reused", "forced")
+    }
+    assert Counter(counts) == replay.counts and replay.counts.total() > 0
 
 
 @pytest.mark.parametrize(("name", "graphs"), COMPILED.items())
@@ -273,7 +243,7 @@ def test_a_projection_shared_by_attention_and_mlp_runs_where_attention_is_reused
 
 @pytest.mark.parametrize("name", ["WanPipeline", "CogVideoXPipeline"])
 def test_a_pipeline_without_an_adapter_of_its_own_is_analysed(name: str) -> None:
-    """Its samplings under PAB are those of tests/adapters/test_pipelines.py.
+    """Its samplings under PAB are those of tests/broadcast/test_pipelines.py.
 
     Guidance here is a call a branch, and batched.
     """

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from tests.adapters.compiled_latte import THIRDS, compiled, outputs
-from tests.adapters.replay import CONFIG, RULES, Replay, assert_runs_as_the_oracle
 from tests.adapters.tiny_latte import counted_operations, inputs, noise, prompt, sample, tiny_latte, tiny_pipe
 from tests.adapters.tiny_pipes import PIPES
+from tests.broadcast.sampled_pipelines import CONFIG, RULES, assert_runs_as_the_oracle
+from tests.record_and_replay import replay_of_pipeline, replaying
 
 LATTE = next(tiny for tiny in PIPES if tiny.name == "LattePipeline")
 STEPS = 6
@@ -226,8 +227,7 @@ def test_a_block_that_is_changed_after_enable_is_run_as_it_is_from_the_next_gene
     pab.enable(pipe, CONFIG)
     LATTE.sample(pipe, STEPS)
     change(pipe.transformer.transformer_blocks[0])
-    replay = Replay(twin, [s for s in pab.sublayers(pipe) if s.kind != "block"], RULES)
-    with replay.running():
+    with replaying(twin, replay_of_pipeline(twin, pab.sublayers(pipe), RULES)):
         expected = LATTE.sample(twin, STEPS)
     assert torch.equal(LATTE.sample(pipe, STEPS), expected)
     assert pab.summary(pipe).forced == 0

@@ -9,9 +9,9 @@ import pytest
 from torch import nn
 
 import pab_kernels as pab
-from tests.adapters.replay import CONFIG, assert_runs_as_the_oracle
 from tests.adapters.tiny_pipes import Pipe
 from tests.adapters.tiny_unets import UNETS, unet
+from tests.broadcast.sampled_pipelines import CONFIG, assert_runs_as_the_oracle
 
 STEPS = 6
 

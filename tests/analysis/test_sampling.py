@@ -20,7 +20,7 @@ from pab_kernels.broadcast.broadcaster import broadcaster_of
 from pab_kernels.broadcast.graphs import graphs
 from pab_kernels.compat import execution_device
 from tests.adapters.tiny_latte import sample, tiny_pipe
-from tests.graph_recorder import Recorder
+from tests.broadcast.graphs.graph_recorder import Recorder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 

@@ -1,7 +1,7 @@
 """PAB together with something else, compared with that something else alone.
 
-The oracle is the other thing with an `if` around each sublayer: it writes down what a sublayer's `forward` gives,
-inside of everything that others have put around it, and says it again where the rule asks for it.
+The oracle is the other thing with an `if` around each sublayer: record and replay of what a sublayer's `forward` gives,
+inside of everything that others have put around it.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.broadcaster import broadcaster_of
+from pab_kernels.rules.config import KINDS
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.adapters.tiny_models import FAMILIES
+from tests.oracle import Rule
+from tests.record_and_replay import RecordAndReplay
 
 STEPS = 6
 CONTEXTS = ("cond", "uncond")
@@ -69,52 +72,22 @@ def sublayers(model: Any) -> dict[str, str]:
     return {s.name: s.kind for s in pab.sublayers(model) if s.kind != "block"}
 
 
-@dataclass
-class Replay:
-    """Record and replay at every second step, in a plain model.
-
-    Where there is nothing to say again, computed and counted as forced.
-    """
-
-    model: nn.Module
-    step: int = 0
-    context: str = ""
-    counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # context, kind, what
-
-    def __post_init__(self) -> None:
-        self.clear()
-        for name, kind in sublayers(self.model).items():
-            module = self.model.get_submodule(name)
-            module.forward = self._stand_in(name, kind, module.forward)
-
-    def clear(self) -> None:
-        """Begin a further generation."""
-        self._written: dict[tuple[str, str], tuple[tuple[int, torch.Size], Any]] = {}
-        self.counts.clear()
-
-    def _stand_in(self, name: str, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            shape = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)).shape
-            source, out = self._written.get((self.context, name), (None, None))
-            if self.step % 2 and source == (self.step - 1, shape):
-                self.counts[self.context, kind, "reused"] += 1
-                return out
-            self.counts[self.context, kind, "forced"] += self.step % 2
-            self.counts[self.context, kind, "computed"] += 1
-            out = original(*args, **kwargs)
-            self._written[self.context, name] = (self.step, shape), out
-            return out
-
-        return forward
+def replay_in(model: Any) -> RecordAndReplay:
+    """Record and replay under the rules of `TWO` in a plain model, inside of what is put around its modules later."""
+    replay = RecordAndReplay(
+        model, pab.sublayers(model), dict.fromkeys(KINDS[:-1], Rule(2, (0, 1))), lambda: range(STEPS)
+    )
+    replay.install()
+    return replay
 
 
-def run(subject: Subject, model: Any, replay: Replay | None = None) -> list[Tensor]:
+def run(subject: Subject, model: Any, replay: RecordAndReplay | None = None) -> list[Tensor]:
     """What the model gives in one generation: at every step in every context, from inputs that are new each time."""
     outputs = []
     for step in range(STEPS):
         for place, name in enumerate(CONTEXTS):
             if replay is not None:
-                replay.step, replay.context = step, name
+                replay.at(step, name)
             place_in_time = {"step_index": step, "num_inference_steps": STEPS, "sigma": 1 - step / STEPS}
             with getattr(model, "_orig_mod", model).cache_context(name, **place_in_time):
                 outputs.append(subject.call(model, step + 100 * place).clone())
@@ -128,7 +101,7 @@ def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
 
 
 def counted(model: Any) -> Counter[tuple[str, str, str]]:
-    """What `summary` counts, as `Replay.counts` has it.
+    """What `summary` counts, as `RecordAndReplay.counts` has it.
 
     Without its FLOPs, which take longer than the tiny models do.
     """
@@ -182,7 +155,7 @@ def check(
     with around():
         wanted = run(subject, plain)
     twin = subject.build()
-    replay = Replay(twin)
+    replay = replay_in(twin)
     twin = combine(twin) or twin
     with around():
         again = run(subject, twin, replay)

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from tests.adapters.tiny_latte import sample, tiny_latte, tiny_pipe
-from tests.works_with.combination import FLUX, LATTE, ONE, STEPS, TWO, WAN, Replay, Subject, counted, run, same
+from tests.works_with.combination import FLUX, LATTE, ONE, STEPS, TWO, WAN, Subject, counted, replay_in, run, same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
@@ -78,7 +78,7 @@ def traces(compiled: Any) -> dict[str, Any]:
 )
 def test_the_whole_model(subject: Subject, way: Callable[[Any, Any], Any]) -> None:
     plain, twin, counter = subject.build(), subject.build(), CompileCounter()
-    replay = Replay(twin)
+    replay = replay_in(twin)
     wanted, again = run(subject, plain), run(subject, twin, replay)
     in_place = "in_place" in way.__name__
     if in_place:
@@ -121,7 +121,7 @@ def test_repeated_blocks(subject: Subject, order: str) -> None:
     """diffusers' regional compilation: blocks of a class share their graphs' limit, and each has one for each
     pattern."""
     twin, model, counter = subject.build(), subject.build(), CompileCounter()
-    replay = Replay(twin)
+    replay = replay_in(twin)
     again = run(subject, twin, replay)
     if order == "before":
         pab.enable(model, TWO)

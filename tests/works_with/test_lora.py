@@ -16,10 +16,10 @@ from tests.works_with.combination import (
     STEPS,
     TWO,
     WAN,
-    Replay,
     Subject,
     check,
     counted,
+    replay_in,
     run,
     same,
     sublayers,
@@ -133,14 +133,14 @@ def test_pefts_adapters_come_and_go_between_generations() -> None:
 def changed_between_generations(subject: Subject, changes: tuple[Callable[[Any], None], ...]) -> None:
     twin, model = subject.build(), subject.build()
     parameters = dict(model.named_parameters())
-    replay = Replay(twin)
+    replay = replay_in(twin)
     first = run(subject, twin, replay)
     pab.enable(model, TWO)
     before = first
     for change in changes:
         for m in (twin, model):
             change(m)
-        replay.clear()
+        replay.begin()
         wanted = run(subject, twin, replay)
         assert not same(wanted, before), change
         with pab.generation(model, num_steps=STEPS):

@@ -1,6 +1,6 @@
 """`CudaCapture` asks torch for what it should, in the right order.
 
-Tests/adapters/test_cuda_graphs_gpu.py has it at work.
+tests/broadcast/graphs/test_cuda_graphs_gpu.py has it at work.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ from pab_kernels.broadcast.attach import is_stand_in
 from pab_kernels.broadcast.broadcaster import broadcaster_of
 from pab_kernels.broadcast.names import named as name_of
 from pab_kernels.broadcast.pipeline import left_at
-from tests.adapters.replay import CONFIG, RULES, Replay
 from tests.adapters.tiny_pipes import Pipe, embedding, named, transformer
+from tests.broadcast.sampled_pipelines import CONFIG, RULES
+from tests.record_and_replay import replay_of_pipeline, replaying
 
 STEPS = 9
 MODELS = ("transformer", "transformer_2")
@@ -53,14 +54,14 @@ def test_each_transformer_has_its_own_steps_and_both_are_the_oracle(scheduler: A
     pab.enable(pipe, PABConfig(1, 1, 1, 1, 1))
     assert torch.equal(tiny.sample(pipe, STEPS), plain)
     pab.enable(pipe, CONFIG)
-    sublayers = [s for s in pab.sublayers(pipe) if s.kind != "block"]
+    sublayers = pab.sublayers(pipe)
     oracles = {
-        "transformer": Replay(twin, sublayers, RULES),
-        "transformer_2": Replay(twin, sublayers, RULES, first, entered=0, model=twin.transformer_2),
+        "transformer": replay_of_pipeline(twin, sublayers, RULES),
+        "transformer_2": replay_of_pipeline(twin, sublayers, RULES, first, twin.transformer_2),
     }
     with contextlib.ExitStack() as stack:
         for oracle in oracles.values():
-            stack.enter_context(oracle.running())
+            stack.enter_context(replaying(twin, oracle, entered=0))
         expected = tiny.sample(twin, STEPS)
     for _ in range(2):
         assert torch.equal(tiny.sample(pipe, STEPS), expected)
@@ -78,7 +79,7 @@ def test_each_transformer_has_its_own_steps_and_both_are_the_oracle(scheduler: A
                         c.stored,
                         c.reused,
                     )
-                    assert tallies[kind].computed == oracles[name].computed[context, kind]
+                    assert tallies[kind].computed == oracles[name].counts[context, kind, "computed"]
     assert len(summary.contexts) == 4
     assert summary.peak_cache_bytes == sum(s.peak_cache_bytes for s in summary.models.values())
     assert summary.flops == sum(s.flops for s in summary.models.values()) and 0 < summary.share < 1

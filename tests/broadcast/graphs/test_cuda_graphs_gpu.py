@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.nn import BroadcastModule
-from tests.adapters.graphed import CONFIGS, CONTEXTS, counted
 from tests.adapters.outputs import outputs, same
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.adapters.tiny_models import FAMILIES
+from tests.broadcast.graphs.graphed import CONFIGS, CONTEXTS, counted
 
 if not torch.cuda.is_available():
     pytest.skip("there is no CUDA device", allow_module_level=True)

@@ -16,7 +16,11 @@ from torch._dynamo.testing import CompileCounter
 import pab_kernels as pab
 from pab_kernels import PABConfig
 from pab_kernels.nn import BroadcastModule, PABCrossAttention
-from tests.adapters.graphed import (
+from tests.adapters.outputs import outputs, same
+from tests.adapters.tiny_latte import noise, prompt
+from tests.adapters.tiny_models import FAMILIES
+from tests.broadcast.graphs.graph_recorder import Recorder
+from tests.broadcast.graphs.graphed import (
     CONTEXTS,
     EVERY_SECOND,
     EVERY_THIRD,
@@ -29,10 +33,6 @@ from tests.adapters.graphed import (
     graphs_of,
     pair,
 )
-from tests.adapters.outputs import outputs, same
-from tests.adapters.tiny_latte import noise, prompt
-from tests.adapters.tiny_models import FAMILIES
-from tests.graph_recorder import Recorder
 from tests.hang import HANG
 
 pytestmark = [

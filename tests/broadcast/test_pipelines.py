@@ -9,8 +9,8 @@ import torch
 
 import pab_kernels as pab
 from pab_kernels.broadcast.summary import Summary
-from tests.adapters.replay import CONFIG, assert_runs_as_the_oracle
 from tests.adapters.tiny_pipes import PIPES, Pipe
+from tests.broadcast.sampled_pipelines import CONFIG, assert_runs_as_the_oracle
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use

@@ -14,8 +14,8 @@ from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisi
 
 import pab_kernels as pab
 from pab_kernels import PABConfig
-from tests.adapters.replay import CONFIG, assert_runs_as_the_oracle
 from tests.adapters.tiny_pipes import HUNYUAN_IMAGE, Pipe, embedding, named, ones, prompts, transformer
+from tests.broadcast.sampled_pipelines import CONFIG, assert_runs_as_the_oracle
 from tests.tiny_pipelines import image_vae
 
 pytestmark = [

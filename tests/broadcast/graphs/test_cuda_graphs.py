@@ -17,7 +17,11 @@ from pab_kernels.broadcast.signature import tensors_of
 from pab_kernels.nn import BroadcastModule
 from pab_kernels.rules.reuse import REUSES
 from tests.adapters.classes import parameters
-from tests.adapters.graphed import (
+from tests.adapters.outputs import outputs, same
+from tests.adapters.tiny_latte import noise, sample, tiny_latte, tiny_pipe
+from tests.adapters.tiny_models import FAMILIES
+from tests.broadcast.graphs.graph_recorder import Recorder
+from tests.broadcast.graphs.graphed import (
     CONFIGS,
     CONTEXTS,
     EVERY_SECOND,
@@ -32,11 +36,7 @@ from tests.adapters.graphed import (
     graphs_of,
     pair,
 )
-from tests.adapters.outputs import outputs, same
-from tests.adapters.tiny_latte import noise, sample, tiny_latte, tiny_pipe
-from tests.adapters.tiny_models import FAMILIES
 from tests.broadcast.parabola import Parabola
-from tests.graph_recorder import Recorder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use

@@ -19,7 +19,11 @@ import pab_kernels as pab
 from pab_kernels import PABConfig
 from pab_kernels.broadcast.broadcaster import broadcaster_of
 from pab_kernels.nn import BroadcastModule
-from tests.adapters.graphed import (
+from tests.adapters.outputs import outputs, same
+from tests.adapters.tiny_latte import inputs, noise, tiny_latte
+from tests.adapters.tiny_models import FAMILIES
+from tests.broadcast.graphs.graph_recorder import Recorder
+from tests.broadcast.graphs.graphed import (
     EVERY_SECOND,
     EVERY_THIRD,
     MOVE,
@@ -30,10 +34,6 @@ from tests.adapters.graphed import (
     config,
     pair,
 )
-from tests.adapters.outputs import outputs, same
-from tests.adapters.tiny_latte import inputs, noise, tiny_latte
-from tests.adapters.tiny_models import FAMILIES
-from tests.graph_recorder import Recorder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
