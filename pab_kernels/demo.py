@@ -1,5 +1,4 @@
-"""The demo: the same clips from the same noise without PAB, with it, with diffusers' own, and with fewer sampling
-steps."""
+"""The demo: the same clips from the same noise without PAB, with it, with diffusers' PAB, and with fewer steps."""
 
 from __future__ import annotations
 
@@ -15,7 +14,6 @@ import torch
 
 from .adapters.latte import LatteAdapter
 from .analysis import video
-from .analysis.ctrl_c import CtrlC, ctrl_c
 from .analysis.diffusers_pab import diffusers_pab
 from .analysis.forecasts.measure import measure
 from .analysis.forecasts.model_calls import MODEL_CALLS, Size
@@ -24,14 +22,13 @@ from .analysis.quality.comparison import Comparison, compare
 from .analysis.sampling import Sampled, check_seed, in_words, sample
 from .broadcast.costs import on_meta
 from .compat import execution_device
-from .files import path_of, write_text
+from .files import write_text
 from .models.demo.check import shows
 from .models.demo.pipeline import GUIDANCE, SCHEDULERS, STEPS, DemoPipeline, load
 from .models.demo.shapes import FRAMES, SIZE, VOCABULARY, Caption, parse
 from .progress import RunProgress
 from .rules.config import PABConfig
 from .rules.plan import Cost, Counts, Plan
-from .rules.schedule import check_steps
 from .strict_json import to_json
 
 PROMPTS = (
@@ -39,10 +36,10 @@ PROMPTS = (
     "a purple column moves up at day",
     "a white bar moves left at dawn",
 )
-"""Held out: training never saw these captions. One of each shape and background."""
+"""Captions that training never saw: one of each shape and background."""
 PAPER = (2, 4, 6)
 COUNTED_KINDS = ("spatial", "temporal", "cross", "mlp")
-"""The kinds that the demo counts."""
+"""The kinds whose calls the demo counts."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,10 @@ class DemoSettings:
     """What the demo runs.
 
     Args:
-        prompts: one a clip, of the demo model's vocabulary.
+        prompts: one for each clip, of the demo model's vocabulary.
         seed: of the first clip's noise; clip i has seed + i.
         steps: sampling steps.
-        ranges: spatial, temporal and cross range of one more run, and if there are four, the MLP's.
+        ranges: spatial, temporal, cross and optionally MLP range of an additional run.
         scheduler: one of the demo model's schedulers.
         guidance: scale of classifier-free guidance.
         device: default CUDA where there is one, else the CPU.
@@ -77,13 +74,11 @@ class DemoSettings:
             parse(prompt)
         if self.steps < 2:
             raise ValueError(f"steps must be at least 2, got {self.steps}")
-        check_steps(self.steps)
         check_seed(self.seed, len(self.prompts))
         if self.ranges is not None and (len(self.ranges) not in (3, 4) or min(self.ranges) < 1):
             got = ",".join(map(str, self.ranges))
-            raise ValueError(
-                f"ranges must be three or four whole numbers of at least 1: spatial,temporal,cross[,mlp]; got {got}"
-            )
+            expected = "three or four whole numbers of at least 1: spatial,temporal,cross[,mlp]"
+            raise ValueError(f"ranges must be {expected}; got {got}")
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"the demo model has no scheduler {self.scheduler!r}; it has {', '.join(SCHEDULERS)}")
         variants(self)  # refuses ranges that no rule has
@@ -91,12 +86,12 @@ class DemoSettings:
 
     @property
     def captions(self) -> list[Caption]:
-        """The prompts, read."""
+        """The parsed prompts."""
         return [parse(prompt) for prompt in self.prompts]
 
     @property
     def seeds(self) -> range:
-        """One a clip."""
+        """The seeds of the clips."""
         return range(self.seed, self.seed + len(self.prompts))
 
 
@@ -109,7 +104,7 @@ class Variant:
         title: its name in tables.
         config: PAB's, or None.
         diffusers: ranges of diffusers' own PAB, or None.
-        like: key of the run whose FLOPs this one spends on fewer steps, all computed, or None.
+        like: key of the run whose FLOPs this run spends on fewer steps, all computed; or None.
     """
 
     key: str
@@ -121,18 +116,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class DemoRun:
-    """What one variant did.
+    """The run of one variant.
 
     Args:
-        variant: what was run.
+        variant: of the run.
         steps: sampling steps.
         calls: calls of the transformer: more than `steps` for second-order schedulers.
         sampled: clips `[clips, frames, 3, height, width]` in [0, 1], seconds, memory, PAB's summary.
         flops: of the transformer.
-        counts: calls by kind, computed and reused; where a rule holds for some layers only, of one of those.
-        cache_bytes: the most bytes that kept outputs held.
-        shown: clips that show their caption.
-        quality: against the run without PAB, one a clip; empty for that run itself.
+        counts: computed and reused calls by kind; if a rule is for some layers, those of one of them.
+        cache_bytes: the peak size of the kept outputs.
+        shown: number of clips that show their caption.
+        quality: of each clip against the run without PAB; empty for that run itself.
     """
 
     variant: Variant
@@ -147,20 +142,20 @@ class DemoRun:
 
     @property
     def plan(self) -> Plan | None:
-        """Of PAB."""
+        """PAB's plan."""
         return None if self.sampled.summary is None else self.sampled.summary.plan
 
     @property
     def title(self) -> str:
-        """The variant's, with the number of steps where that is the variant."""
+        """The variant's title, with the number of steps if the variant is fewer steps."""
         return f"{self.steps} {self.variant.title}" if self.variant.like else self.variant.title
 
     def each(self, measure: str) -> list[float]:
-        """The clips' "psnr" (in dB, infinite where a clip is the reference's) or "ssim"."""
+        """The clips' "psnr" (in dB, infinite for equal clips) or "ssim"."""
         return [getattr(comparison.total, measure) for comparison in self.quality]
 
     def spread(self, measure: str) -> tuple[float, float]:
-        """Mean and standard deviation of `each`."""
+        """Mean and standard deviation of the clips' "psnr" or "ssim"."""
         values = self.each(measure)
         if not values or not all(map(math.isfinite, values)):
             return (math.inf if values else math.nan), 0.0
@@ -172,11 +167,11 @@ class DemoResult:
     """All finished runs, the one without PAB first.
 
     Args:
-        settings: what was asked for.
-        runs: those that finished.
-        interrupted: whether the user stopped it.
-        weights: the file's training and sha256.
-        device: the device in words.
+        settings: of the demo.
+        runs: the finished ones.
+        interrupted: whether Ctrl-C stopped the demo.
+        weights: training and sha256 of the weights file.
+        device: its name.
     """
 
     settings: DemoSettings
@@ -229,7 +224,7 @@ def _record(run: DemoRun, reference: DemoRun) -> dict[str, Any]:
 
 
 def variants(settings: DemoSettings) -> list[Variant]:
-    """What the demo compares, in order."""
+    """The runs that the demo compares, in order."""
     name = "/".join(map(str, PAPER))
     listed = [
         Variant("full", "no PAB"),
@@ -249,7 +244,7 @@ def variants(settings: DemoSettings) -> list[Variant]:
 
 
 def _costs(transformer: Any, batch: int) -> tuple[dict[str, Cost], int]:
-    """What a call of the transformer with `batch` clips costs without PAB."""
+    """Costs of a call of the transformer without PAB: of each sublayer, and the FLOPs of the rest."""
     latents, text = Size(FRAMES, SIZE, SIZE), len(VOCABULARY)
     inputs = MODEL_CALLS[type(transformer).__name__].tensors(
         transformer.config, batch, latents, text, transformer.dtype
@@ -258,9 +253,9 @@ def _costs(transformer: Any, batch: int) -> tuple[dict[str, Cost], int]:
 
 
 def _run(
-    demo: DemoPipeline, settings: DemoSettings, variant: Variant, steps: int, on_step: Callable[[], None], stop: CtrlC
+    demo: DemoPipeline, settings: DemoSettings, variant: Variant, steps: int, on_step: Callable[[], None]
 ) -> DemoRun:
-    """Sample all clips one way."""
+    """Sample all clips with one variant."""
     pipe, schedule = demo.pipe, demo.schedule(steps)
     calls = schedule.num_steps
     costs, rest = _costs(pipe.transformer, 2 * len(settings.prompts))
@@ -273,8 +268,7 @@ def _run(
         return {}
 
     def generate() -> torch.Tensor:
-        with stop.interruptible():
-            return demo.generate(settings.captions, settings.seeds, steps, settings.guidance, callback)
+        return demo.generate(settings.captions, settings.seeds, steps, settings.guidance, callback)
 
     if variant.diffusers is None:
         sampled = sample(pipe, generate, variant.config)
@@ -294,40 +288,27 @@ def _run(
 
 
 def _fewer(demo: DemoPipeline, full: DemoRun, flops: int) -> int:
-    """The fewest steps that, all computed, reach `flops`: rounded up, in favour of sampling with fewer steps."""
+    """The fewest steps that reach `flops` if all are computed: rounded up, in favour of fewer steps."""
     return next(n for n in range(1, full.steps + 1) if demo.schedule(n).num_steps * full.flops >= flops * full.calls)
 
 
 def run_demo(settings: DemoSettings, progress: RunProgress | None = None) -> DemoResult:
-    """Run every variant on the same noise; an interruption keeps what is finished.
+    """Run every variant on the same noise; Ctrl-C keeps the finished runs.
 
-    Fewer steps are run once where two PAB runs come out at the same number, and not at all where PAB saves less than a
-    step.
+    A run with fewer steps is left out if its number of steps was run already, or if PAB saves less than a step.
 
     Args:
-        settings: what to run.
-        progress: called after every step, and where a run is left out, with the steps of all runs.
+        settings: of the demo.
+        progress: called after every step, and for a run that is left out, with the steps of all runs.
+
+    Returns:
+        The finished runs.
     """
-    with ctrl_c() as stop:
-        with stop.interruptible():
-            demo = load(settings.scheduler, settings.device)
-        runs, interrupted = _finished(demo, settings, stop, progress)
-        for i, run in enumerate(runs[1:], 1):
-            pairs = zip(run.sampled.output, runs[0].sampled.output, strict=True)
-            runs[i] = replace(run, quality=tuple(compare(clip, other, lpips=False) for clip, other in pairs))
-        weights, device = {**demo.training, "sha256": demo.sha256}, in_words(execution_device(demo.pipe))
-        return DemoResult(settings, tuple(runs), interrupted, weights, device)
-
-
-def _finished(
-    demo: DemoPipeline, settings: DemoSettings, stop: CtrlC, progress: RunProgress | None
-) -> tuple[list[DemoRun], bool]:
-    """The runs that came to their end, and whether the user stopped it."""
-    listed = variants(settings)
+    demo = load(settings.scheduler, settings.device)
     calls = demo.schedule(settings.steps).num_steps
-    todo = {variant.key: calls for variant in listed}
+    todo = {variant.key: calls for variant in variants(settings)}
     runs: dict[str, DemoRun] = {}
-    steps_done = 0
+    interrupted, steps_done = False, 0
 
     def report(title: str, steps: int) -> None:
         nonlocal steps_done
@@ -336,49 +317,48 @@ def _finished(
             progress(title, steps_done, sum(todo.values()))
 
     try:
-        with stop.interruptible():
-            demo.generate(settings.captions, settings.seeds, steps=2, guidance=settings.guidance)  # warm up
-        for variant in listed:
-            steps = settings.steps
+        demo.generate(settings.captions, settings.seeds, steps=2, guidance=settings.guidance)  # warm up
+        for variant in variants(settings):
+            steps, title = settings.steps, variant.title
             if variant.like:
                 steps = _fewer(demo, runs["full"], runs[variant.like].flops)
                 if steps == settings.steps or any(run.variant.like and run.steps == steps for run in runs.values()):
                     todo[variant.key] = 0
-                    report(variant.title, 0)
+                    report(title, 0)
                     continue
                 todo[variant.key] = demo.schedule(steps).num_steps
-            runs[variant.key] = _run(demo, settings, variant, steps, partial(report, variant.title, 1), stop)
+            run = _run(demo, settings, variant, steps, partial(report, title, 1))
+            pairs = zip(run.sampled.output, runs["full"].sampled.output if runs else (), strict=False)
+            quality = tuple(compare(clip, other, lpips=False) for clip, other in pairs)
+            runs[variant.key] = replace(run, quality=quality)
     except KeyboardInterrupt:
-        return list(runs.values()), True
-    return list(runs.values()), False
+        interrupted = True
+    weights = {**demo.training, "sha256": demo.sha256}
+    return DemoResult(settings, tuple(runs.values()), interrupted, weights, in_words(execution_device(demo.pipe)))
 
 
 def write(result: DemoResult, folder: str | Path, scale: int = 5) -> list[Path]:
-    """Write the clips side by side (GIF, MP4), each plan as a pyramid (PNG), and before all of them the figures (JSON).
-
-    Every file is written whole or not at all.
+    """Write the figures (JSON), then the clips side by side (GIF, MP4) and each plan as a pyramid (PNG).
 
     Args:
         result: at least one finished run.
-        folder: made if missing.
-        scale: by which pixels are enlarged.
+        folder: created if missing.
+        scale: factor by which pixels are enlarged.
 
     Returns:
         The files written.
 
     Raises:
-        OSError: a file cannot be written; those before it are.
+        OSError: a file cannot be written; the files before it are complete.
     """
-    folder = path_of(folder)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figures = write_text(folder / "results.json", to_json(result.to_dict()) + "\n")
-    columns = video.columns(
-        [
-            (r.title, r.sampled.seconds, r.spread("psnr")[0] if r.quality else None, r.sampled.output)
-            for r in result.runs
-        ]
-    )
-    film = video.side_by_side(columns, [str(caption) for caption in result.settings.captions], scale)
+    columns = [
+        (run.title, run.sampled.seconds, run.spread("psnr")[0] if run.quality else None, run.sampled.output)
+        for run in result.runs
+    ]
+    film = video.side_by_side(video.columns(columns), [str(caption) for caption in result.settings.captions], scale)
     written = [video.write_gif(folder / "clips.gif", film), video.write_mp4(folder / "clips.mp4", film)]
     for run in result.runs:
         if run.plan is not None:

@@ -3,10 +3,8 @@ error."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ pytest.importorskip("matplotlib")
 from pab_kernels import PABConfig
 from pab_kernels.analysis.pipeline_call import Wish
 from pab_kernels.analysis.quality.clips import read_clip
-from pab_kernels.generate import NotWritten, Result, Settings, generate
+from pab_kernels.generate import Result, Settings, generate
 from pab_kernels.models.demo import pipeline as demo_pipeline
 from pab_kernels.rules.formats import save_config
 from tests.tiny_pipelines import PIPELINES, save
@@ -151,25 +149,6 @@ def test_an_interruption_keeps_the_finished_runs(
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", *(f"{key}.png" for key in finished)}
 
 
-def test_an_interruption_on_a_full_disk_keeps_the_runs_in_memory(
-    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def interrupt(title: str, done: int, todo: int | None) -> None:
-        if title == "PAB":
-            monkeypatch.setattr(os, "fsync", full)
-            raise KeyboardInterrupt
-
-    settings = Settings(str(checkpoints / "pixart"), asked("pixart", 2), pab="pab246", compare=True, device="cpu")
-    with pytest.raises(NotWritten) as info:
-        generate(settings, tmp_path, interrupt)
-    assert info.value.errno == errno.ENOSPC and info.value.filename == str(tmp_path / "results.json")
-    assert info.value.result.interrupted and [path.name for path in info.value.result.files] == ["off.png"]
-    assert [run["file"] for run in json.loads((tmp_path / "results.json").read_text())["runs"]] == ["off.png"]
-
-
 def test_an_error_in_a_later_run_keeps_the_first_and_says_so(checkpoints: Path, tmp_path: Path) -> None:
     def fail(title: str, done: int, todo: int | None) -> None:
         if title == "PAB":
@@ -215,14 +194,14 @@ def test_what_does_not_suit_the_model_is_refused(
     [
         (
             lambda: Settings("demo", Wish("a"), pab="off", compare=True),
-            "with PAB off there is nothing to compare, to time and to capture",
+            "compare, timed and cuda_graphs need PAB; choose auto, a preset or a config file",
         ),
         (
             lambda: Settings("demo", Wish("a"), pab="off", timed=True),
-            "nothing to compare, to time and to capture; choose auto",
+            "compare, timed and cuda_graphs need PAB",
         ),
-        (lambda: Settings("demo", Wish("a"), pab="off", cuda_graphs=True), "and to capture; choose auto"),
-        (lambda: Settings("demo", Wish("a"), timed=True, cuda_graphs=True), "leave timed or cuda_graphs out"),
+        (lambda: Settings("demo", Wish("a"), pab="off", cuda_graphs=True), "and cuda_graphs need PAB"),
+        (lambda: Settings("demo", Wish("a"), timed=True, cuda_graphs=True), "leave out timed or cuda_graphs"),
         (
             lambda: generate(Settings("demo", Wish("a"), device="cpu", cuda_graphs=True), "."),
             "CUDA graphs need a CUDA device, .* on cpu; leave",
@@ -230,9 +209,9 @@ def test_what_does_not_suit_the_model_is_refused(
         (lambda: Settings("demo", Wish("a"), pab="pab24"), "there is no preset 'pab24'; did you mean 'pab246'"),
         (
             lambda: Settings("demo", Wish("a"), dtype="int4"),
-            "dtype 'int4' is not supported; there are float32, bfloat16, float16",
+            "dtype 'int4' is not supported; supported are bfloat16, float16, float32",
         ),
-        (lambda: Settings("demo", Wish("a"), fps=0), "fps must be positive, got 0"),
+        (lambda: Settings("demo", Wish("a"), fps=0), "fps must be from 0.001 to 1000, got 0"),
         (lambda: Wish("a", steps=0), "steps must be at least 1, got 0"),
         (
             lambda: Wish("a", size=(1, 2, 3, 4)),
@@ -246,7 +225,7 @@ def test_what_does_not_suit_the_model_is_refused(
         ),
         (
             lambda: generate(Settings("demo", Wish("a"), device="cpu", offload="model"), "."),
-            "there is none in use: leave it out",
+            "needs a CUDA device, and the device is cpu; leave it out",
         ),
     ],
 )

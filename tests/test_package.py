@@ -69,7 +69,6 @@ ROOMS = (
     "strict_json",
     "files",
     "figures",
-    "streams",
     "limits",
     "ops",
     "rules",

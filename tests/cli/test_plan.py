@@ -50,14 +50,14 @@ def test_known_models_are_listed() -> None:
     ("arguments", "message"),
     [
         (["--model", "cogvideo"], "pab: there is no model 'cogvideo'; did you mean 'cogvideox-5b'"),
-        (["--model", "x"], "pab: there is no model 'x'. Known are latte, "),
+        (["--model", "x"], "pab: there is no model 'x'. Supported are latte, "),
         (
             ["--model", "latte", "--size", "16x510x512"],
             "pab: size 16x510x512: height 510 does not fit; multiples of 16 are supported",
         ),
         (
             ["--model", "latte", "--steps", "1001"],
-            "pab: 1001 steps are more than the 1000 that this model's scheduler has",
+            "pab: this model's scheduler has at most 1000 steps, got 1001",
         ),
         (["--model", "none/config.json"], "pab: there is no none/config.json"),
         (
@@ -71,7 +71,7 @@ def test_known_models_are_listed() -> None:
         (["--model", "latte", "--size", "16x512"], "pab: --size takes frames x height x width"),
         (["--model", "latte", "--size", "15x512x512"], "pab: size 15x512x512: 15 frames do not fit; this model has 16"),
         (["--model", "latte", "--steps", "0"], "pab: --steps must be at least 1, got 0"),
-        (["--model", "latte", "--config", "none.yaml"], "pab: there is no file none.yaml"),
+        (["--model", "latte", "--config", "none.yaml"], "pab: none.yaml: No such file or directory"),
         (["--model", "latte", "--config", "pab247"], "pab: there is no preset 'pab247'; did you mean 'pab246'?"),
         ([], "pab: pab plan needs --model, or --config and --steps"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,9 +14,7 @@ import torch
 
 from ...compat import float32_modules
 from ...extras import require
-from ...files import path_of, read_text
 from ...messages import first_line, joined, shortened
-from ...strict_json import from_json
 from .families import FAMILIES, family, unknown_family
 from .model_calls import MODEL_CALLS, Size
 
@@ -25,13 +24,13 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a transformer comes from.
+    """The config of a transformer.
 
     Args:
-        name: as it was asked for.
+        name: as given by the user.
         class_name: a key of `MODEL_CALLS`.
         config: arguments of the class.
-        size, steps: of a known family, its usual ones.
+        size, steps: the usual ones of a known family.
     """
 
     name: str
@@ -45,8 +44,8 @@ def find_config(model: str | Path | Mapping[str, Any]) -> Source:
     """The config of a transformer.
 
     Args:
-        model: a name or hub id in `FAMILIES`; a path of a config.json, or of a folder that has it or has it in
-            `transformer`; any other hub id, whose config.json is fetched where it is not cached; or the config itself.
+        model: a name or hub id in `FAMILIES`; the path of a config.json, or of a folder that has one, possibly in
+            `transformer`; another hub id, whose config.json is fetched if it is not cached; or the config itself.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -58,7 +57,7 @@ def find_config(model: str | Path | Mapping[str, Any]) -> Source:
     known = family(name)
     if known is not None:
         return Source(name, known.config["_class_name"], known.config, known.sizes[0], known.steps)
-    path = path_of(name)
+    path = Path(name)
     if os.path.exists(path) or path.suffix == ".json":
         return _source(name, _read(_file(path)))
     if _HUB_ID.fullmatch(name):
@@ -67,9 +66,9 @@ def find_config(model: str | Path | Mapping[str, Any]) -> Source:
 
 
 def _file(path: Path) -> Path:
-    if not os.path.lexists(path):
+    if not os.path.exists(path):
         raise FileNotFoundError(f"there is no {shortened(str(path))}")
-    if not os.path.isdir(path):
+    if not path.is_dir():
         return path
     found = next((p for p in (path / _FILE, path / "transformer" / _FILE) if p.is_file()), None)
     if found is None:
@@ -78,9 +77,8 @@ def _file(path: Path) -> Path:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    text = read_text(path)
     try:
-        data = from_json(text)
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, Mapping):
@@ -89,7 +87,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _fetched(hub_id: str) -> Path:
-    """The config.json of a hub id, from the cache or else from the hub. Weights are never fetched."""
+    """The config.json of a hub id, from the cache or else from the hub; weights are never fetched."""
     hub = require("huggingface_hub", "a hub id")
     errors = require("huggingface_hub.errors", "a hub id")
     names = (f"transformer/{_FILE}", _FILE)
@@ -100,11 +98,11 @@ def _fetched(hub_id: str) -> Path:
                 return Path(cached)
         try:
             return Path(hub.hf_hub_download(hub_id, names[0]))
-        except errors.LocalEntryNotFoundError:  # it derives from the next, but says that the hub was not asked
+        except errors.LocalEntryNotFoundError:  # derives from the next, but means that the hub was not reached
             raise
         except errors.EntryNotFoundError:
             return Path(hub.hf_hub_download(hub_id, names[1]))
-    # the bases are the errors of the HTTP client, which is another one in other versions of huggingface_hub
+    # the bases are the errors of the HTTP client, which depends on the version of huggingface_hub
     except (OSError, errors.EntryNotFoundError, errors.HFValidationError, *errors.HfHubHTTPError.__bases__) as error:
         raise ValueError(
             f"the config of {hub_id} is not cached and cannot be fetched: {_reason(errors, error)}; "
@@ -113,7 +111,7 @@ def _fetched(hub_id: str) -> Path:
 
 
 def _reason(errors: Any, error: Exception) -> str:
-    """Why the hub did not give a file, in a few words."""
+    """Why a file could not be fetched, in a few words."""
     if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     reasons = {
@@ -140,8 +138,13 @@ def _source(name: str, config: Mapping[str, Any]) -> Source:
 
 
 def build(source: Source, dtype: torch.dtype) -> Any:
-    """The transformer on the meta device with the dtypes that loading it in `dtype` gives: some classes keep modules in
-    float32.
+    """Create a transformer on the meta device with the dtypes that loading it in `dtype` gives.
+
+    Some classes keep modules in float32.
+
+    Args:
+        source: its class and config.
+        dtype: of the model.
 
     Raises:
         ValueError: the class does not take this config.
