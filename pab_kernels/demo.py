@@ -56,7 +56,7 @@ class DemoSettings:
         device: default CUDA where there is one, else the CPU.
 
     Raises:
-        ValueError: a value is not supported; the message says what is.
+        ValueError: a value is not supported.
     """
 
     prompts: tuple[str, ...] = PROMPTS

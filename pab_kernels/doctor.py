@@ -175,11 +175,11 @@ def doctor() -> Report:
 
     def tried(what: str, look: Callable[[], Any], otherwise: Any) -> Any:
         try:
-            with warnings.catch_warnings(record=True) as said:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 found = look()
             problems.extend(
-                f"{what}: {joined(w.message)}" for w in said if not issubclass(w.category, DeprecationWarning)
+                f"{what}: {joined(w.message)}" for w in caught if not issubclass(w.category, DeprecationWarning)
             )
             return found
         except Exception as error:  # a broken installation is the purpose of this command

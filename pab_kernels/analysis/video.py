@@ -156,6 +156,6 @@ def write_mp4(path: str | Path, film: np.ndarray, fps: float = FPS, repeats: int
         command = (ffmpeg, "-v", "error", "-y", *given, *wanted, os.fspath(made))
         done = subprocess.run(command, input=frames.reshape(-1).data, capture_output=True)
         if done.returncode != 0:
-            said = " ".join(done.stderr.decode(errors="replace").split()) or "it gave no reason"
-            raise OSError(f"ffmpeg failed: {shortened(said)}")
+            reason = " ".join(done.stderr.decode(errors="replace").split()) or "it gave no reason"
+            raise OSError(f"ffmpeg failed: {shortened(reason)}")
     return Path(path)

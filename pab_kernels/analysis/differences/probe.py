@@ -143,8 +143,8 @@ def _tensors(nest: Any) -> list[torch.Tensor]:
 
 def _compared(tensors: list[torch.Tensor], last: list[torch.Tensor]) -> torch.Tensor:
     """`[mse, relative]` over all of an output's tensors, in float32 on their device."""
-    apart = sum((a.float() - b.float()).square().sum() for a, b in zip(tensors, last, strict=True))
+    squared = sum((a.float() - b.float()).square().sum() for a, b in zip(tensors, last, strict=True))
     size = sum(a.float().square().sum() for a in tensors)
-    assert isinstance(apart, torch.Tensor) and isinstance(size, torch.Tensor)
+    assert isinstance(squared, torch.Tensor) and isinstance(size, torch.Tensor)
     numel = sum(a.numel() for a in tensors)
-    return torch.stack([apart / numel, (apart / size.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()])
+    return torch.stack([squared / numel, (squared / size.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()])

@@ -86,12 +86,12 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of live tensors, and their peak.
 
     Args:
-        apart: `_cdata` of storages that are not counted: those of weights.
+        ignored: `_cdata` of storages that are not counted: those of weights.
     """
 
-    def __init__(self, apart: Iterable[int] = ()) -> None:
+    def __init__(self, ignored: Iterable[int] = ()) -> None:
         super().__init__()
-        self._apart = frozenset(apart)
+        self._ignored = frozenset(ignored)
         self.now = self.peak = 0
         self.paused = False
         self._known: dict[int, weakref.finalize[Any, Any]] = {}
@@ -107,7 +107,7 @@ class LiveBytes(TorchDispatchMode):
         """Count a tensor's memory until its last reference is gone."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._apart or key in self._known:
+        if key in self._ignored or key in self._known:
             return
         size = storage.nbytes()
         self._known[key] = weakref.finalize(storage, self._remove, key, size)

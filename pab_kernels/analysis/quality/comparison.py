@@ -177,7 +177,7 @@ def compare(
     clips = read_clip(a, "A", values), read_clip(b, "B", values)
     _check_alike(*clips)
     notes = [note for clip in clips for note in clip.notes]
-    distance, said = _chosen_lpips(lpips)
+    distance, missing = _chosen_lpips(lpips)
     measured = [c.frames.shape[1] for c in clips]
     if measured[0] != measured[1]:
         notes.append(f"{clips[measured.index(1)].name} is grey and is compared as three equal channels")
@@ -190,7 +190,7 @@ def compare(
         lpips=_mean([frame.lpips for frame in frames]),
     )
     height, width = clips[0].frames.shape[2:]
-    return Comparison(clips[0].name, clips[1].name, height, width, total, tuple(frames), (*notes, *said))
+    return Comparison(clips[0].name, clips[1].name, height, width, total, tuple(frames), (*notes, *missing))
 
 
 def _check_alike(a: Clip, b: Clip) -> None:
@@ -228,9 +228,9 @@ def _measure(
         channels = max(frame.shape[0] for frame in pair)
         pair = [np.broadcast_to(frame, (channels, *frame.shape[1:])) for frame in pair]
         steady_a, steady_b = (_consistency(now, then) for now, then in zip(pair, before or (None, None), strict=True))
-        apart = distance(*(np.broadcast_to(frame, (3, *frame.shape[1:])) for frame in pair)) if distance else None
+        lpips = distance(*(np.broadcast_to(frame, (3, *frame.shape[1:])) for frame in pair)) if distance else None
         errors.append(float(((pair[0] - pair[1]) ** 2).mean()))
-        frames.append(Closeness(psnr(errors[-1]), ssim(*pair), steady_a, steady_b, apart))
+        frames.append(Closeness(psnr(errors[-1]), ssim(*pair), steady_a, steady_b, lpips))
         before = pair
         if progress:
             progress(i + 1, count)
