@@ -14,6 +14,7 @@ import torch
 
 from .adapters.latte import LatteAdapter
 from .analysis import video
+from .analysis.ctrl_c import CtrlC, ctrl_c
 from .analysis.diffusers_pab import diffusers_pab
 from .analysis.forecasts.measure import measure
 from .analysis.forecasts.model_calls import MODEL_CALLS, Size
@@ -22,13 +23,14 @@ from .analysis.quality.comparison import Comparison, compare
 from .analysis.sampling import Sampled, check_seed, in_words, sample
 from .broadcast.costs import on_meta
 from .compat import execution_device
-from .files import write_text
+from .files import path_of, write_text
 from .models.demo.check import shows
 from .models.demo.pipeline import GUIDANCE, SCHEDULERS, STEPS, DemoPipeline, load
 from .models.demo.shapes import FRAMES, SIZE, VOCABULARY, Caption, parse
 from .progress import RunProgress
 from .rules.config import PABConfig
 from .rules.plan import Cost, Counts, Plan
+from .rules.schedule import check_steps
 from .strict_json import to_json
 
 PROMPTS = (
@@ -74,6 +76,7 @@ class DemoSettings:
             parse(prompt)
         if self.steps < 2:
             raise ValueError(f"steps must be at least 2, got {self.steps}")
+        check_steps(self.steps)
         check_seed(self.seed, len(self.prompts))
         if self.ranges is not None and (len(self.ranges) not in (3, 4) or min(self.ranges) < 1):
             got = ",".join(map(str, self.ranges))
@@ -253,7 +256,7 @@ def _costs(transformer: Any, batch: int) -> tuple[dict[str, Cost], int]:
 
 
 def _run(
-    demo: DemoPipeline, settings: DemoSettings, variant: Variant, steps: int, on_step: Callable[[], None]
+    demo: DemoPipeline, settings: DemoSettings, variant: Variant, steps: int, on_step: Callable[[], None], stop: CtrlC
 ) -> DemoRun:
     """Sample all clips with one variant."""
     pipe, schedule = demo.pipe, demo.schedule(steps)
@@ -268,7 +271,8 @@ def _run(
         return {}
 
     def generate() -> torch.Tensor:
-        return demo.generate(settings.captions, settings.seeds, steps, settings.guidance, callback)
+        with stop.interruptible():
+            return demo.generate(settings.captions, settings.seeds, steps, settings.guidance, callback)
 
     if variant.diffusers is None:
         sampled = sample(pipe, generate, variant.config)
@@ -304,11 +308,22 @@ def run_demo(settings: DemoSettings, progress: RunProgress | None = None) -> Dem
     Returns:
         The finished runs.
     """
-    demo = load(settings.scheduler, settings.device)
+    with ctrl_c() as stop:
+        with stop.interruptible():
+            demo = load(settings.scheduler, settings.device)
+        runs, interrupted = _finished(demo, settings, stop, progress)
+        weights, device = {**demo.training, "sha256": demo.sha256}, in_words(execution_device(demo.pipe))
+        return DemoResult(settings, tuple(runs), interrupted, weights, device)
+
+
+def _finished(
+    demo: DemoPipeline, settings: DemoSettings, stop: CtrlC, progress: RunProgress | None
+) -> tuple[list[DemoRun], bool]:
+    """The finished runs, and whether Ctrl-C stopped the demo."""
     calls = demo.schedule(settings.steps).num_steps
     todo = {variant.key: calls for variant in variants(settings)}
     runs: dict[str, DemoRun] = {}
-    interrupted, steps_done = False, 0
+    steps_done = 0
 
     def report(title: str, steps: int) -> None:
         nonlocal steps_done
@@ -317,7 +332,8 @@ def run_demo(settings: DemoSettings, progress: RunProgress | None = None) -> Dem
             progress(title, steps_done, sum(todo.values()))
 
     try:
-        demo.generate(settings.captions, settings.seeds, steps=2, guidance=settings.guidance)  # warm up
+        with stop.interruptible():
+            demo.generate(settings.captions, settings.seeds, steps=2, guidance=settings.guidance)  # warm up
         for variant in variants(settings):
             steps, title = settings.steps, variant.title
             if variant.like:
@@ -327,14 +343,13 @@ def run_demo(settings: DemoSettings, progress: RunProgress | None = None) -> Dem
                     report(title, 0)
                     continue
                 todo[variant.key] = demo.schedule(steps).num_steps
-            run = _run(demo, settings, variant, steps, partial(report, title, 1))
+            run = _run(demo, settings, variant, steps, partial(report, title, 1), stop)
             pairs = zip(run.sampled.output, runs["full"].sampled.output if runs else (), strict=False)
             quality = tuple(compare(clip, other, lpips=False) for clip, other in pairs)
             runs[variant.key] = replace(run, quality=quality)
     except KeyboardInterrupt:
-        interrupted = True
-    weights = {**demo.training, "sha256": demo.sha256}
-    return DemoResult(settings, tuple(runs.values()), interrupted, weights, in_words(execution_device(demo.pipe)))
+        return list(runs.values()), True
+    return list(runs.values()), False
 
 
 def write(result: DemoResult, folder: str | Path, scale: int = 5) -> list[Path]:
@@ -351,7 +366,7 @@ def write(result: DemoResult, folder: str | Path, scale: int = 5) -> list[Path]:
     Raises:
         OSError: a file cannot be written; the files before it are complete.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figures = write_text(folder / "results.json", to_json(result.to_dict()) + "\n")
     columns = [

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .messages import joined
+from .streams import standard_streams
 from .strict_json import to_json
 
 PACKAGES = (
@@ -334,7 +335,8 @@ def main() -> None:
         prog="python -m pab_kernels.doctor", description="Show what is installed and whether it works."
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    print_report(parser.parse_args().json)
+    with standard_streams():
+        print_report(parser.parse_args().json)
 
 
 if __name__ == "__main__":

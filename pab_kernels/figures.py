@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .extras import require
-from .files import replacing
+from .files import check_regular, path_of, replacing
+from .messages import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,16 +43,20 @@ def saved(figure: Figure, path: str | Path | None) -> Figure:
     return figure
 
 
-def check_plot_path(path: Path) -> None:
+def check_plot_path(path: str | Path) -> None:
     """Refuse a picture that could not be saved, before anything is measured.
 
     Raises:
-        ValueError: the ending is not supported.
+        ValueError: the ending or the name is not supported, or the path is not a regular file.
         FileNotFoundError: the folder does not exist.
     """
+    path = path_of(path)
     formats = require("matplotlib.backend_bases", "drawing").FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         endings = " ".join(f".{ending}" for ending in sorted(formats))
-        raise ValueError(f"{path} cannot be drawn; supported endings are {endings}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}; make it first")
+        raise ValueError(f"{shortened(str(path))} cannot be drawn; supported endings are {endings}")
+    if not os.path.isdir(path.parent):
+        folder, name = shortened(str(path.parent)), shortened(path.name)
+        raise FileNotFoundError(f"there is no folder {folder} for {name}; make it first")
+    if path.exists():
+        check_regular(path)

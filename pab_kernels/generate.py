@@ -12,6 +12,7 @@ import torch
 
 from . import api
 from .analysis import video
+from .analysis.ctrl_c import CtrlC, ctrl_c
 from .analysis.pipeline_call import Wish, arguments, call
 from .analysis.pipelines import DTYPES, load_pipeline
 from .analysis.quality.comparison import Comparison, compare
@@ -19,7 +20,7 @@ from .analysis.sampling import Sampled, in_words, sample
 from .broadcast.summary import Summary
 from .compat import execution_device
 from .extras import require
-from .files import write_text
+from .files import path_of, write_text
 from .progress import RunProgress
 from .rules.config import PABConfig
 from .rules.formats import named_config
@@ -172,6 +173,19 @@ class Result:
         }
 
 
+class NotWritten(OSError):
+    """A file could not be written.
+
+    Args:
+        error: the reason.
+        result: all finished runs, with the files that were written.
+    """
+
+    def __init__(self, error: OSError, result: Result) -> None:
+        super().__init__(error.errno, error.strerror, error.filename)
+        self.result = result
+
+
 def generate(settings: Settings, out: str | Path, progress: RunProgress | None = None) -> Result:
     """Generate with PAB, and with `settings.compare` first without it; write outputs, times and the comparison.
 
@@ -189,12 +203,21 @@ def generate(settings: Settings, out: str | Path, progress: RunProgress | None =
 
     Raises:
         FileNotFoundError: there is no such model.
-        OSError: a file cannot be written; a folder that cannot be written to is refused before anything is run.
+        NotWritten: a file cannot be written; the error has the finished runs.
+        OSError: the folder cannot be created, before anything is run.
         ValueError: the model or the pipeline does not support the settings, or a run fails.
         ModuleNotFoundError: a package is not installed.
     """
-    out = Path(out)
-    pipe, config = _loaded(settings)
+    out = path_of(out)
+    with ctrl_c() as stop:
+        with stop.interruptible():
+            pipe, config = _loaded(settings)
+        return _generate(settings, pipe, config, out, stop, progress)
+
+
+def _generate(
+    settings: Settings, pipe: Any, config: PABConfig | None, out: Path, stop: CtrlC, progress: RunProgress | None
+) -> Result:
     ways: list[PABConfig | None] = [
         *([None] if settings.compare or config is None else []),
         *([config] if config else []),
@@ -205,17 +228,20 @@ def generate(settings: Settings, out: str | Path, progress: RunProgress | None =
     pipeline, transformer = type(pipe).__name__, type(pipe.transformer).__name__
     device, dtype = in_words(execution_device(pipe)), str(pipe.transformer.dtype).removeprefix("torch.")
 
+    def result(interrupted: bool, *further: Path) -> Result:
+        files = (*(run.file for run in runs if run.file), *pictures, *further)
+        return Result(settings, pipeline, transformer, device, dtype, tuple(runs), len(ways), files, interrupted)
+
     def save(interrupted: bool = False) -> Result:
-        files = (*(run.file for run in runs if run.file), *pictures, out / "results.json")
-        made = Result(settings, pipeline, transformer, device, dtype, tuple(runs), len(ways), files, interrupted)
-        write_text(files[-1], to_json(made.to_dict()) + "\n")
+        made = result(interrupted, out / "results.json")
+        write_text(made.files[-1], to_json(made.to_dict()) + "\n")
         return made
 
     def run(title: str, wish: Wish) -> torch.Tensor:
-        return call(pipe, wish, partial(progress, title) if progress else None)
+        with stop.interruptible():
+            return call(pipe, wish, partial(progress, title) if progress else None)
 
-    save()
-    try:
+    def run_all() -> None:
         if settings.compare:
             run("warming up", replace(settings.wish, steps=min(WARM_UP, settings.wish.steps or WARM_UP)))
         for rules in ways:
@@ -237,12 +263,25 @@ def generate(settings: Settings, out: str | Path, progress: RunProgress | None =
             ]
             film = video.side_by_side(video.columns(columns), [settings.wish.prompt or ""], scale=1)
             pictures.append(_write(out / "side-by-side", film, settings.fps))
-    except KeyboardInterrupt:
-        return save(interrupted=True)
-    except ValueError as error:
-        names = ", ".join(run.file.name for run in runs if run.file)
-        raise ValueError(f"{error}; kept in {out}: {names}" if names else str(error)) from error
-    return save()
+        stop.check()
+
+    save()
+    interrupted = False
+    try:
+        try:
+            run_all()
+        except KeyboardInterrupt:
+            interrupted = True
+        except ValueError as error:
+            names = ", ".join(run.file.name for run in runs if run.file)
+            raise ValueError(f"{error}; kept in {out}: {names}" if names else str(error)) from error
+        return save(interrupted)
+    except OSError as error:
+        try:
+            made = save(interrupted)
+        except OSError:
+            made = result(interrupted)
+        raise NotWritten(error, made) from error
 
 
 def _loaded(settings: Settings) -> tuple[Any, PABConfig | None]:

@@ -18,7 +18,10 @@ def shortened(text: str, most: int = 200) -> str:
 
 def shown(value: Any) -> str:
     """`repr(value)`, cut to a bounded length: a value given by a user may be a list of a million."""
-    return shortened(_REPR.repr(value))
+    try:
+        return shortened(_REPR.repr(value))
+    except ValueError:  # Python does not print an integer of more than 4,300 digits
+        return "a number of very many digits"
 
 
 def first_line(error: BaseException) -> str:
@@ -32,8 +35,13 @@ def joined(error: object) -> str:
 
 
 def one_line(error: object) -> str:
-    """An error's message on one line of at most 1,000 characters; an `OSError` becomes its file and its reason."""
+    """An error's message on one line of at most 1,000 characters; an `OSError` becomes its file and its reason.
+
+    Characters that a terminal cannot show, such as control characters and lone surrogates, are escaped.
+    """
+    text = joined(error)
     if isinstance(error, OSError) and error.strerror:
         name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        return shortened(name + error.strerror, 1000)
-    return shortened(joined(error), 1000)
+        text = joined(name + error.strerror)
+    escaped = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return shortened("".join(escaped), 1000)

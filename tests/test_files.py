@@ -57,8 +57,27 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
         assert (tmp_path / name).is_symlink() and (tmp_path / "folder" / name).read_text() == "new"
 
 
-def test_a_device_is_written_to_and_stays(tmp_path: Path) -> None:
-    write_text("/dev/null", "x")
-    assert Path("/dev/null").is_char_device()
-    with pytest.raises(IsADirectoryError):
-        write_text(tmp_path, "x")
+def test_rights_are_those_that_the_file_had_or_that_a_new_one_gets(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    (tmp_path / "private").write_text("")
+    (tmp_path / "private").chmod(0o600)
+    for name in ("new", "private"):
+        write_text(tmp_path / name, "x")
+    modes = {name: (tmp_path / name).stat().st_mode for name in ("plain", "new", "private")}
+    assert modes["new"] == modes["plain"] and modes["private"] & 0o777 == 0o600
+
+
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path, error, message in (
+        (tmp_path / "pipe", ValueError, "is a pipe, a device or a socket, not a file"),
+        ("/dev/null", ValueError, "is a pipe, a device or a socket, not a file"),
+        (tmp_path, ValueError, "is a folder, not a file"),
+        (tmp_path / "loop", OSError, "Too many levels of symbolic links"),
+        ("a\0b", ValueError, r"no file can be named 'a\\x00b'"),
+        (None, ValueError, "a path is a string or a pathlib.Path, got None"),
+    ):
+        with pytest.raises(error, match=message):
+            write_text(path, "x")  # type: ignore[arg-type]
+    assert Path("/dev/null").is_char_device() and {p.name for p in tmp_path.iterdir()} == {"pipe", "loop"}

@@ -3,8 +3,10 @@ error."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ pytest.importorskip("matplotlib")
 from pab_kernels import PABConfig
 from pab_kernels.analysis.pipeline_call import Wish
 from pab_kernels.analysis.quality.clips import read_clip
-from pab_kernels.generate import Result, Settings, generate
+from pab_kernels.generate import NotWritten, Result, Settings, generate
 from pab_kernels.models.demo import pipeline as demo_pipeline
 from pab_kernels.rules.formats import save_config
 from tests.tiny_pipelines import PIPELINES, save
@@ -147,6 +149,25 @@ def test_an_interruption_keeps_the_finished_runs(
     data = json.loads((tmp_path / "results.json").read_text())
     assert data["interrupted"] is True and [run["key"] for run in data["runs"]] == finished
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", *(f"{key}.png" for key in finished)}
+
+
+def test_an_interruption_on_a_full_disk_keeps_the_runs_in_memory(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def interrupt(title: str, done: int, todo: int | None) -> None:
+        if title == "PAB":
+            monkeypatch.setattr(os, "fsync", full)
+            raise KeyboardInterrupt
+
+    settings = Settings(str(checkpoints / "pixart"), asked("pixart", 2), pab="pab246", compare=True, device="cpu")
+    with pytest.raises(NotWritten) as info:
+        generate(settings, tmp_path, interrupt)
+    assert info.value.errno == errno.ENOSPC and info.value.filename == str(tmp_path / "results.json")
+    assert info.value.result.interrupted and [path.name for path in info.value.result.files] == ["off.png"]
+    assert [run["file"] for run in json.loads((tmp_path / "results.json").read_text())["runs"]] == ["off.png"]
 
 
 def test_an_error_in_a_later_run_keeps_the_first_and_says_so(checkpoints: Path, tmp_path: Path) -> None:

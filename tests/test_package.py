@@ -69,6 +69,7 @@ ROOMS = (
     "strict_json",
     "files",
     "figures",
+    "streams",
     "limits",
     "ops",
     "rules",

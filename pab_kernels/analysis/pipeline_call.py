@@ -14,6 +14,7 @@ import torch
 
 from ..messages import first_line
 from ..progress import Progress
+from ..rules.schedule import check_steps
 from .sampling import check_seed
 
 _FRAMES = ("num_frames", "video_length")
@@ -47,6 +48,7 @@ class Wish:
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        check_steps(self.steps or 1)
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
         check_seed(self.seed)

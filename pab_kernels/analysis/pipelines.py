@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..extras import require
+from ..files import path_of, read_text
 from ..messages import first_line, shortened, shown
 
 DEMO = "demo"
@@ -107,15 +108,15 @@ def usable_device(device: str | torch.device | None = None) -> torch.device:
 
 def _source(model: str | Path) -> str:
     """The argument of `from_pretrained`: a folder with a pipeline in it, or an id."""
-    folder = Path(os.path.expanduser(model))
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(path_of(model)))
+    if os.path.isdir(folder):
         index = folder / "model_index.json"
-        if not index.is_file():
+        if not os.path.isfile(index):
             raise FileNotFoundError(f"{model} is not a diffusers pipeline: it has no model_index.json")
-        if _DEMO_PARTS in index.read_text(encoding="utf-8"):
+        if _DEMO_PARTS in read_text(index):
             importlib.import_module(_DEMO_PARTS)  # diffusers accepts classes of other packages only if imported
         return str(folder)
-    if isinstance(model, Path) or model.startswith((".", "/", "~")) or model.count("/") != 1 or folder.exists():
+    if isinstance(model, Path) or model.startswith((".", "/", "~")) or model.count("/") != 1 or os.path.lexists(folder):
         name = shortened(str(model))
         raise FileNotFoundError(
             f"there is no folder {name}; give the folder of a diffusers pipeline, an id such as owner/name, or 'demo'"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..extras import require
 from ..files import replacing
-from ..messages import shortened
 
 if TYPE_CHECKING:
     import torch
@@ -117,8 +118,10 @@ def side_by_side(
 
 def write_gif(path: str | Path, film: np.ndarray) -> Path:
     """Write `film` `[frames, height, width, 3]` uint8 as a GIF that loops, and return the path."""
+    imageio: Any = require("imageio.v3", "writing clips")
+    encoded: bytes = imageio.imwrite("<bytes>", film, extension=".gif", duration=1000 / FPS, loop=0)
     with replacing(path) as made:
-        require("imageio.v3", "writing clips").imwrite(made, film, duration=1000 / FPS, loop=0)
+        made.write_bytes(encoded)
     return Path(path)
 
 
@@ -144,7 +147,7 @@ def write_mp4(path: str | Path, film: np.ndarray, fps: float = FPS, repeats: int
         The path.
 
     Raises:
-        OSError: the file cannot be written, or ffmpeg fails.
+        OSError: the file cannot be written, or ffmpeg fails; the error has the system's reason or ffmpeg's last line.
     """
     ffmpeg = require("imageio_ffmpeg", "writing MP4 files").get_ffmpeg_exe()
     film = np.pad(film, ((0, 0), (0, film.shape[1] % 2), (0, film.shape[2] % 2), (0, 0)), mode="edge")
@@ -156,6 +159,14 @@ def write_mp4(path: str | Path, film: np.ndarray, fps: float = FPS, repeats: int
         command = (ffmpeg, "-v", "error", "-y", *given, *wanted, os.fspath(made))
         done = subprocess.run(command, input=frames.reshape(-1).data, capture_output=True)
         if done.returncode != 0:
-            reason = " ".join(done.stderr.decode(errors="replace").split()) or "it gave no reason"
-            raise OSError(f"ffmpeg failed: {shortened(reason)}")
+            raise _ffmpeg_error(done.stderr.decode(errors="replace"))
     return Path(path)
+
+
+def _ffmpeg_error(printed: str) -> OSError:
+    """The error that ffmpeg printed: the system's reason, or else its last line."""
+    number = next((n for n in errno.errorcode if os.strerror(n) in printed), None)
+    if number is not None:
+        return OSError(number, os.strerror(number))
+    last = (printed.strip().splitlines() or ["it gave no reason"])[-1]
+    return OSError(None, "ffmpeg failed: " + re.sub(r"^(\[[^]]*\] )+", "", last))  # without addresses in brackets

@@ -5,17 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from ..extras import require
-from ..messages import one_line
-
-
-def _fail(error: object, code: int) -> NoReturn:
-    print(f"pab: {one_line(error)}", file=sys.stderr)
-    raise SystemExit(code)
+from ..streams import fail, standard_streams
 
 
 def _ends_with_one_line(command: Callable[..., None]) -> Callable[..., None]:
@@ -29,17 +23,16 @@ def _ends_with_one_line(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-            sys.stdout.flush()  # reports a full disk or a closed pipe here instead of at exit
         except (ModuleNotFoundError, MemoryError) as error:
-            _fail(error, 1)
+            fail(error, 1)
         except (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
-            _fail(error, 2)
-        except BrokenPipeError:  # typer ends quietly, as in `pab plan --list | head -1`
-            raise
+            fail(error, 2)
+        except BrokenPipeError:  # the reader ended first, as in `pab plan --list | head -1`
+            raise SystemExit(1) from None
         except OSError as error:
-            _fail(error, 1)
+            fail(error, 1)
         except KeyboardInterrupt:
-            _fail("interrupted", 130)
+            fail("interrupted", 130)
 
     return run
 
@@ -86,4 +79,5 @@ def build_app() -> Any:
 
 def main() -> None:
     """The console script `pab`."""
-    _ends_with_one_line(lambda: build_app()(prog_name="pab"))()
+    with standard_streams():
+        _ends_with_one_line(lambda: build_app()(prog_name="pab"))()

@@ -4,6 +4,7 @@
 
 import inspect
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..extras import require_all
+from ..rules.schedule import check_steps
 from ..strict_json import to_json
 from .arguments import AsJson, Device, Dtype, Further, LocalFilesOnly, named_arguments
 from .display import progress_bar, quiet
@@ -41,14 +43,15 @@ def command(
 
     from ..adapters import adapter_for
     from ..analysis import study
+    from ..analysis.ctrl_c import ctrl_c
     from ..analysis.pipeline_call import Wish, arguments
     from ..analysis.pipelines import DEMO, DTYPES, load_pipeline
     from ..models.demo.pipeline import GUIDANCE
     from ..models.demo.shapes import parse
-    from ..rules.formats import save_config
 
     if steps < 3:
         raise ValueError(f"--steps must be at least 3, to have a beginning, a middle and an end; got {steps}")
+    check_steps(steps, "--steps")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype is float32, bfloat16 or float16, got {dtype!r}")
     guidance = None
@@ -68,22 +71,36 @@ def command(
         raise ValueError(error) from error
     pipe.set_progress_bar_config(disable=True)
     out.mkdir(parents=True, exist_ok=True)
-    with progress_bar("sampling", "steps") as show:
+    with ctrl_c() as stop:
+        with progress_bar("sampling", "steps") as show:
+            progress, interrupted = partial(show, "sampling"), False
+            try:
+                found = study.analyze(pipe, lambda: pipe(**inputs), progress=progress)
+            except study.Interrupted as stopped:
+                found, interrupted = stopped.analysis, True
+        if interrupted and not found.differences:
+            raise KeyboardInterrupt
+        written: list[str] = []
         try:
-            found, interrupted = study.analyze(pipe, lambda: pipe(**inputs), progress=partial(show, "sampling")), False
-        except study.Interrupted as stopped:
-            found, interrupted = stopped.analysis, True
-    if interrupted and not found.differences:
+            for name in _write(found, out, plot):
+                written.append(name)
+        finally:  # print the result even if a file cannot be written
+            print(to_json(found.to_dict()) if as_json else found)
+        until = "interrupted: the steps measured until then are" if interrupted else "written"
+        print(f"{until} in {out}: {', '.join(written)}", file=sys.stderr)
+    if interrupted or stop.noted:
         raise KeyboardInterrupt
-    print(to_json(found.to_dict()) if as_json else found)
-    written = [found.save(out / "analysis.json").name]
+
+
+def _write(found: Any, out: Path, plot: bool) -> Iterator[str]:
+    """Write the files, the measurement first, and yield their names."""
+    from ..rules.formats import save_config
+
+    yield found.save(out / "analysis.json").name
     if found.start is not None:
-        written.append(save_config(found.start.config, out / "start.yaml").name)
+        yield save_config(found.start.config, out / "start.yaml").name
     if plot:
         found.plot(out / "curves.png")
+        yield "curves.png"
         found.plot_layers(out / "layers.png")
-        written += ["curves.png", "layers.png"]
-    until = "interrupted: the steps measured until then are" if interrupted else "written"
-    print(f"{until} in {out}: {', '.join(written)}", file=sys.stderr)
-    if interrupted:
-        raise KeyboardInterrupt
+        yield "layers.png"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
+from json import JSONDecodeError
 from typing import Annotated, Any
 
 import typer
 
 from ..messages import shown
+from ..strict_json import from_json
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")]
@@ -54,7 +55,7 @@ def named_arguments(given: list[str] | None) -> dict[str, Any]:
     """Parse `NAME=VALUE` pairs; a value that is not JSON is text.
 
     Raises:
-        ValueError: a pair has another form.
+        ValueError: a pair has another form, or JSON that is not strict.
     """
     arguments: dict[str, Any] = {}
     for pair in given or ():
@@ -62,7 +63,9 @@ def named_arguments(given: list[str] | None) -> dict[str, Any]:
         if not equals or not name.isidentifier():
             raise ValueError(f"--argument takes NAME=VALUE such as height=256, got {shown(pair)}")
         try:
-            arguments[name] = json.loads(value)
-        except ValueError:
+            arguments[name] = from_json(value)
+        except JSONDecodeError:
             arguments[name] = value
+        except ValueError as error:
+            raise ValueError(f"--argument {name}: {error}") from None
     return arguments

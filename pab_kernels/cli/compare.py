@@ -41,6 +41,8 @@ def command(
     black_and_white = numbers(values, takes, ",", float, counts=(2,))
     with progress_bar("reading", "frames") as show:
         result = comparison.compare(a, b, values=black_and_white, lpips=lpips, progress=partial(show, "comparing"))
-    print(to_json(result.to_dict()) if as_json else result)
-    if plot is not None:
-        result.plot(plot)
+    try:
+        if plot is not None:
+            result.plot(plot)
+    finally:  # print the result even if the picture cannot be written
+        print(to_json(result.to_dict()) if as_json else result)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..extras import require_all
+from ..messages import shown
 from ..strict_json import to_json
 from .arguments import AsJson, Device, numbers
 from .display import output, progress_bar, table
@@ -27,6 +28,8 @@ def _measured(spread: tuple[float, float], digits: int, clips: int) -> str:
     return f"{mean:.{digits}f}" + (f"±{deviation:.{digits}f}" if clips > 1 else "")
 
 
+MOST_CLIPS = 1000
+"""They are sampled as one batch."""
 HEADINGS = [
     "run",
     "spatial",
@@ -110,28 +113,35 @@ def command(
     """
     require_all("pab demo", "rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "matplotlib")
     require_all("pab demo", "safetensors", "PIL")
+    from ..analysis.ctrl_c import ctrl_c
     from ..demo import PROMPTS, DemoSettings, run_demo, write
 
     texts = prompt or PROMPTS
     count = len(texts) if clips is None else clips
     if count < 1:
         raise ValueError(f"--clips must be at least 1, got {clips}")
+    if count > MOST_CLIPS:
+        raise ValueError(f"--clips must be at most {MOST_CLIPS:,}, got {shown(count)}")
     prompts = tuple(texts[i % len(texts)] for i in range(count))
     reaches = numbers(ranges, "--ranges takes spatial,temporal,cross[,mlp] as whole numbers such as 2,4,6", ",", int)
     settings = DemoSettings(prompts, seed, steps, reaches, scheduler, device=device)
     out.mkdir(parents=True, exist_ok=True)
-    with progress_bar("loading", "steps", width=28) as show:
-        result = run_demo(settings, show)
-    if result.interrupted:
-        nothing = "" if result.runs else ", nothing to report"
-        print(f"interrupted: {len(result.runs)} of the runs are finished{nothing}", file=sys.stderr)
-    if result.runs:
-        if as_json:
-            print(to_json(result.to_dict()))
-        else:
-            console = output(WIDE)
-            console.print(results_table(result, console.width))
-        for path in write(result, out):
-            print(path, file=sys.stderr if as_json else sys.stdout)
+    with ctrl_c():
+        with progress_bar("loading", "steps", width=28) as show:
+            result = run_demo(settings, show)
+        if result.interrupted:
+            nothing = "" if result.runs else ", nothing to report"
+            print(f"interrupted: {len(result.runs)} of the runs are finished{nothing}", file=sys.stderr)
+        if result.runs:
+            try:
+                written = write(result, out)
+            finally:  # print the results even if a file cannot be written
+                if as_json:
+                    print(to_json(result.to_dict()))
+                else:
+                    console = output(WIDE)
+                    console.print(results_table(result, console.width))
+            for path in written:
+                print(path, file=sys.stderr if as_json else sys.stdout)
     if result.interrupted:
         raise SystemExit(130)

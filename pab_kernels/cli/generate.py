@@ -93,7 +93,7 @@ def command(
     require_all("pab generate", "rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "PIL")
     require_all("pab generate", "matplotlib")
     from ..analysis.pipeline_call import Wish
-    from ..generate import Settings, generate
+    from ..generate import NotWritten, Settings, generate
 
     quiet("diffusers", "transformers")
     takes = "--size takes frames x height x width such as 49x480x720, or height x width of an image"
@@ -101,7 +101,10 @@ def command(
     wish = Wish(prompt, negative_prompt, steps, guidance, shape, seed, named_arguments(argument))
     settings = Settings(model, wish, pab, compare, dtype, device, offload, fps, timed, local_files_only, cuda_graphs)
     with progress_bar("loading", "steps", width=10) as show:
-        result = generate(settings, out, show)
+        try:
+            result, failed = generate(settings, out, show), None
+        except NotWritten as error:
+            result, failed = error.result, error
     if as_json:
         print(to_json(result.to_dict()))
     elif result.runs:
@@ -109,8 +112,10 @@ def command(
         for run in result.runs:
             if run.summary is not None:
                 print(run.summary)
-    for path in result.files:
+    for path in result.files if failed is None or not as_json else ():  # with an error, standard error has one line
         print(path, file=sys.stderr if as_json else sys.stdout)
+    if failed is not None:
+        raise failed
     if result.interrupted:
         kept = f"{len(result.runs)} of {result.planned} runs are finished and kept in {out}"
         print(f"interrupted: {kept}", file=sys.stderr)

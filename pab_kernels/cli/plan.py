@@ -12,6 +12,7 @@ from ..figures import check_plot_path
 from ..rules.config import PABConfig
 from ..rules.formats import named_config
 from ..rules.plan import plan
+from ..rules.schedule import check_steps
 from ..strict_json import to_json
 from .arguments import AsJson, numbers
 from .display import output, table
@@ -123,6 +124,7 @@ def command(
     for name, value in (("--steps", steps), ("--batch", batch), ("--text", text)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    check_steps(steps or 1, "--steps")
     if plot is not None:
         check_plot_path(plot)
     if model is None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal, get_args
 
 from ..messages import shown
 from .reuse import REUSES
-from .schedule import Schedule
+from .schedule import MOST_STEPS, Schedule
 
 Kind = Literal["spatial", "temporal", "cross", "mlp", "block"]
 Unit = Literal["fraction", "step", "timestep"]
@@ -22,6 +22,10 @@ CacheDtype = Literal["float8_e4m3fn", "int8"]
 KINDS: tuple[str, ...] = get_args(Kind)
 DEFAULT_WINDOW = (0.15, 0.85)
 """The stable middle of the schedule, in fractions: the first and last 15 % change fast (PAB, section 3.1)."""
+MOST_LAYERS = 4096
+"""The most blocks that a rule lists."""
+LARGEST = 2**63 - 1
+"""The largest number in a rule: that of an index."""
 
 
 def _whole(value: Any) -> bool:
@@ -36,13 +40,22 @@ def _bfloat16(value: float) -> float:
     return rounded
 
 
-def _listed(name: str, given: Any, without: str) -> tuple[int, ...]:
-    """The numbers of an iterable, sorted and each once."""
-    values = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else ()
+def _check_size(name: str, *values: float) -> None:
+    if any(abs(value) > LARGEST for value in values):
+        raise ValueError(f"{name} must be at most 2**63 - 1, got {shown(values[0] if len(values) == 1 else values)}")
+
+
+def _listed(name: str, given: Any, most: int, without: str) -> tuple[int, ...]:
+    """The numbers of an iterable, which may be endless, sorted and each once."""
+    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
+    values = tuple(islice(given, most + 1)) if several else ()
+    if len(values) > most:
+        raise ValueError(f"{name} lists at most {most:,} numbers, got {shown(given)}; leave it out {without}")
     if not values or not all(_whole(v) and v >= 0 for v in values):
         raise ValueError(
             f"{name} must be a non-empty list of whole numbers from 0, got {shown(given)}; leave it out {without}"
         )
+    _check_size(name, *values)
     return tuple(sorted(set(values)))
 
 
@@ -73,8 +86,8 @@ class Broadcast:
         window: `(lo, hi)`; default (0.15, 0.85) for fractions, required for the other units.
         unit: what `window` or `at` counts.
         reuse: "hold" or "linear": see `rules/reuse.py`.
-        layers: block indices to which the rule is restricted; default all.
-        at: explicit points in `unit` "step" or "timestep".
+        layers: block indices to which the rule is restricted, at most 4,096; default all.
+        at: explicit points in `unit` "step" or "timestep", at most 10,000.
         exact: for unit "timestep", whether timesteps are compared without rounding.
 
     Raises:
@@ -97,15 +110,16 @@ class Broadcast:
             raise ValueError(
                 f"range must be a whole number of at least 1, got {shown(self.range)}; 1 computes at every step"
             )
+        _check_size("range", self.range)
         _check_member("unit", self.unit, get_args(Unit))
         _check_member("reuse", self.reuse, tuple(REUSES))
         if not isinstance(self.exact, bool) or (self.exact and self.unit != "timestep"):
             got = f"{shown(self.exact)} with unit {self.unit!r}"
             raise ValueError(f"exact is True or False, and only unit='timestep' rounds; got {got}")
         if self.layers is not None:
-            object.__setattr__(self, "layers", _listed("layers", self.layers, "for all layers"))
+            object.__setattr__(self, "layers", _listed("layers", self.layers, MOST_LAYERS, "for all layers"))
         if self.at is not None:
-            object.__setattr__(self, "at", _listed("at", self.at, "for a window"))
+            object.__setattr__(self, "at", _listed("at", self.at, MOST_STEPS, "for a window"))
             if self.window is not None:
                 got = f"at={shown(self.at)} with window {shown(self.window)}"
                 raise ValueError(f"explicit steps take no window, got {got}; leave one of the two out")
@@ -115,14 +129,13 @@ class Broadcast:
         window = DEFAULT_WINDOW if self.window is None and self.unit == "fraction" else self.window
         if window is None:
             raise ValueError(f"unit {self.unit!r} needs a window (lo, hi) in {self.unit}s")
-        pair = tuple(window) if isinstance(window, Iterable) and not isinstance(window, str) else ()
+        pair = tuple(islice(window, 3)) if isinstance(window, Iterable) and not isinstance(window, str) else ()
         if len(pair) != 2:
             raise ValueError(f"window must be a pair (lo, hi), got {shown(window)}")
         lo, hi = pair
-        if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (lo, hi)):
-            raise ValueError(f"window must be two numbers (lo, hi), got {shown(window)}")
-        if not -math.inf < lo < hi < math.inf:
-            raise ValueError(f"window must be finite with lo < hi, got {shown(window)}")
+        if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (lo, hi)) or not lo < hi:
+            raise ValueError(f"window must be two numbers with lo < hi, got {shown(window)}")
+        _check_size("a window's ends", lo, hi)
         if (lo < 0 and self.unit != "timestep") or (self.unit == "fraction" and hi > 1):
             bounds = "0 <= lo < hi" + (
                 " <= 1; for steps or timesteps pass that unit" if self.unit == "fraction" else ""

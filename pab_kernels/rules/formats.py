@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 from ..extras import require
-from ..files import write_text
-from ..messages import joined, shown
-from ..strict_json import to_json
+from ..files import path_of, read_text, write_text
+from ..messages import shortened, shown
+from ..strict_json import from_json, to_json
 from .config import KINDS, Broadcast, CachePoint, PABConfig
 from .plan import Action, Plan, Sublayer
 from .presets import presets
+from .schedule import MOST_STEPS, check_steps
+from .yaml_text import from_yaml
 
 _ENDINGS = (".json", ".yaml", ".yml")
 _ATTENTIONS = ("spatial", "temporal", "cross")
@@ -34,8 +36,8 @@ _VIDEOSYS = (
 
 def _ending(path: Path) -> str:
     if path.suffix.lower() not in _ENDINGS:
-        got = path.suffix or "no ending"
-        raise ValueError(f"{path}: a config file ends in .json, .yaml or .yml, got {got}; rename it")
+        got = shown(path.suffix) if path.suffix else "no ending"
+        raise ValueError(f"{shortened(str(path))}: a config file ends in .json, .yaml or .yml, got {got}; rename it")
     return path.suffix.lower()
 
 
@@ -54,7 +56,7 @@ def save_config(config: PABConfig, path: str | Path) -> Path:
         ValueError: the ending is not .json, .yaml or .yml.
         ModuleNotFoundError: PyYAML is not installed and the file is YAML.
     """
-    path = Path(path)
+    path = path_of(path)
     if _ending(path) == ".json":
         return write_text(path, to_json(config.to_dict()) + "\n")
     return write_text(path, require("yaml", "writing YAML files").safe_dump(config.to_dict(), sort_keys=False))
@@ -71,24 +73,17 @@ def load_config(path: str | Path) -> PABConfig:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the ending, the syntax or a value is not supported.
+        ValueError: the file cannot be read or is far larger than a config; or the ending, the syntax or a value is not
+            supported, such as a number that is not finite or a field that occurs twice.
         ModuleNotFoundError: PyYAML is not installed and the file is YAML.
     """
-    path = Path(path)
-    ending = _ending(path)
+    path = path_of(path)
+    parse = from_json if _ending(path) == ".json" else from_yaml
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # without the mark that some editors begin a file with
-        return PABConfig.from_dict(json.loads(text) if ending == ".json" else _from_yaml(text))
+        return PABConfig.from_dict(parse(text))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _from_yaml(text: str) -> Any:
-    yaml: Any = require("yaml", "reading YAML files")
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(joined(error)) from None
+        raise ValueError(f"{path}: {shortened(str(error), 1000)}") from None
 
 
 def named_config(name: str | Path) -> PABConfig:
@@ -101,7 +96,7 @@ def named_config(name: str | Path) -> PABConfig:
         FileNotFoundError: there is no such file.
         ValueError: there is no such preset, or the file does not hold a config.
     """
-    name = str(name)
+    name = str(path_of(name))
     if name in presets():
         return presets()[name]
     if Path(name).suffix.lower() in _ENDINGS or os.path.exists(name):
@@ -282,11 +277,13 @@ def from_steps_masks(**masks: Sequence[int] | str) -> PABConfig:
     for kind, mask in masks.items():
         if kind not in KINDS:
             raise ValueError(f"a mask is for a kind, got {kind!r}; kinds are {', '.join(KINDS)}")
-        cells = [str(int(cell)) if cell in (0, 1, "0", "1") else "?" for cell in mask]
+        entries = islice(mask, MOST_STEPS + 1) if isinstance(mask, Iterable) else ()
+        cells = [str(int(cell)) if cell in (0, 1, "0", "1") else "?" for cell in entries]
         if "?" in cells or cells[:1] != ["1"]:
             raise ValueError(
                 f"the mask of {kind} must be a row of 1 (compute) and 0 (reuse) that begins with 1, got {shown(mask)}"
             )
+        check_steps(len(cells), f"the steps of the mask of {kind}")
         lengths[kind] = len(cells)
         longest = max(map(len, "".join(cells).split("1")))
         rules[kind] = Broadcast(longest + 1, unit="step", at=tuple(i for i, cell in enumerate(cells) if cell == "1"))

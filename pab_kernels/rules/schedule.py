@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from ..messages import shown
@@ -91,9 +92,10 @@ def check_steps(steps: int, name: str = "steps") -> None:
 
 def _row_of_numbers(values: Any) -> tuple[float, ...]:
     try:
-        host = tuple(map(float, values))
-    except (TypeError, ValueError):
+        host = tuple(map(float, islice(values, MOST_STEPS + 1)))  # a generator may be endless
+    except (OverflowError, TypeError, ValueError):
         host = ()
+    check_steps(len(host), "the number of timesteps")
     if not host or not all(map(math.isfinite, host)):
         raise ValueError(f"timesteps must be a sequence of finite numbers, got {shown(values)}; pass the scheduler's")
     return host

@@ -117,18 +117,38 @@ def test_what_stands_below_a_title():
     assert [line for _, line, _ in columns(runs)] == ["2.0 s", "2.00x, 33.3 dB", "0.50x, identical"]
 
 
-def test_a_film_that_ffmpeg_cannot_write_leaves_the_old_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 1", "ffmpeg failed: it gave no reason"),
+        (
+            "cat > /dev/null; echo '[out#0 @ 0x5] Error closing file: No space left on device' >&2; echo bye >&2; exit "
+            "228",
+            None,
+        ),
+        (
+            "cat > /dev/null; echo 'first' >&2; echo '[mp4 @ 0x55] [a @ 0x1] no such codec' >&2; exit 1",
+            "ffmpeg failed: no such codec",
+        ),
+    ],
+)
+def test_a_film_that_ffmpeg_cannot_write_is_no_file(script: str, said: str | None, tmp_path, monkeypatch):
+    """Also where it ends before it has read the film."""
     import imageio_ffmpeg
 
     fake = tmp_path / "ffmpeg"
-    fake.write_text('#!/bin/sh\nfor last in "$@"; do :; done\necho half > "$last"\necho no such codec >&2\nexit 1\n')
+    fake.write_text(f'#!/bin/sh\nfor last in "$@"; do :; done\necho half > "$last"\n{script}\n')
     fake.chmod(0o755)
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(fake))
     (tmp_path / "film.mp4").write_text("old")
     with pytest.raises(OSError) as info:
         write_mp4(tmp_path / "film.mp4", np.zeros((9, 300, 400, 3), np.uint8))
-    assert info.value.strerror == "ffmpeg failed: no such codec" and info.value.filename == str(tmp_path / "film.mp4")
-    assert (tmp_path / "film.mp4").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    assert (info.value.errno, info.value.filename) == (None if said else errno.ENOSPC, str(tmp_path / "film.mp4"))
+    assert info.value.strerror == (said or "No space left on device")
+    assert (tmp_path / "film.mp4").read_text() == "old" and {p.name for p in tmp_path.iterdir()} == {
+        "film.mp4",
+        "ffmpeg",
+    }
 
 
 @pytest.mark.parametrize("write", [write_gif, lambda path, film: write_png(path, film[0])], ids=["gif", "png"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,15 +48,23 @@ def pab(*arguments: object) -> Any:
 def _given(folder: Path) -> None:
     """Files that are not what their names say."""
     (folder / "pipe").mkdir()
-    (folder / "pipe" / "model_index.json").write_text("{")
+    for name in ("deep.json", "pipe/model_index.json"):
+        (folder / name).write_text("[" * 10**5)
     np.save(folder / "a.npy", np.random.default_rng(0).random((2, 3, 16, 16)))
     whole = (folder / "a.npy").read_bytes()
     (folder / "cut.npy").write_bytes(whole[:-9])
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (99999999, 3, 999, 999), }".ljust(117) + b"\n"
+    (folder / "lies.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
     for name in ("tensor.png", "tensor.mp4", "tensor.gif", "tensor.pt", "tensor.safetensors", "tensor.json"):
         (folder / name).write_bytes(whole)
     np.save(folder / "nan.npy", np.full((2, 3, 16, 16), np.nan))
+    os.mkfifo(folder / "fifo.mp4")
+    os.mkfifo(folder / "fifo.json")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    (folder / "loop.mp4").symlink_to("loop.mp4")
     (folder / "folder.png").mkdir()
     (folder / "neg.json").write_text('{"_class_name": "WanTransformer3DModel", "num_attention_heads": -3}')
+    (folder / "nan.json").write_text('{"_class_name": "WanTransformer3DModel", "ffn_dim": NaN}')
 
 
 GENERATE = ("generate", "--model", "demo", "--prompt", "a red circle")
@@ -65,17 +74,35 @@ SCHEDULE = ("plan", "--config", "pab246", "--steps")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((*SCHEDULE, MANY), f"num_steps must be at most 10,000, got {MANY}"),
-        (("plan", "--model", "latte", "--steps", MANY), f"steps must be at most 10,000, got {MANY}"),
+        ((*SCHEDULE, MANY), f"--steps must be at most 10,000, got {MANY}"),
+        (("plan", "--model", "latte", "--steps", MANY), f"--steps must be at most 10,000, got {MANY}"),
+        (("plan", "--model", "latte", "--batch", MANY), f"batch must be at most 1,000,000, got {MANY}"),
+        (("plan", "--model", "latte", "--text", MANY), f"text must be at most 1,000,000, got {MANY}"),
+        (("plan", "--model", "latte", "--size", f"16x512x{MANY}"), f"width must be at most 1,000,000, got {MANY}"),
         (
             ("plan", "--model", "neg.json", "--size", "5x32x48", "--steps", 3),
             "neg.json: WanTransformer3DModel does not take this config",
         ),
+        (
+            ("plan", "--model", "nan.json", "--size", "5x32x48", "--steps", 3),
+            "nan.json is not JSON: NaN is not a number of JSON",
+        ),
+        (("plan", "--model", "deep.json"), "deep.json is not JSON: it is nested too deep"),
+        (("plan", "--model", "fifo.json"), "fifo.json is a pipe, a device or a socket, not a file"),
         (("plan", "--model", f"{LONG}/config.json"), "there is no nnn"),
-        ((*SCHEDULE, 9, "--plot", "none/plan.png"), "there is no folder none for plan.png; make it first"),
-        (("compare", "a.npy", f"{LONG}.mp4"), "File name too long"),
+        (("plan", "--model", ""), "no file can be named ''"),
+        ((*SCHEDULE, 9, "--plot", f"{LONG}.png"), "File name too long"),
+        ((*SCHEDULE, 9, "--plot", "folder.png"), "folder.png is a folder, not a file"),
+        (("compare", "a.npy", f"{LONG}.mp4"), "there is no file or folder nnn"),
+        (("compare", "fifo.mp4", "a.npy"), "fifo.mp4 is a pipe, a device or a socket, not a file"),
+        (("compare", "zero.png", "a.npy"), "zero.png is a pipe, a device or a socket, not a file"),
+        (
+            ("compare", "loop.mp4", "a.npy"),
+            "loop.mp4 cannot be read as mp4: [Errno 40] Too many levels of symbolic links",
+        ),
         (("compare", "folder.png", "a.npy"), "the folder folder.png holds no images"),
         (("compare", "cut.npy", "a.npy"), "cut.npy cannot be read as npy: "),
+        (("compare", "lies.npy", "a.npy"), "lies.npy "),
         (("compare", "nan.npy", "a.npy"), "nan.npy holds values that are not finite"),
         (("compare", "tensor.png", "a.npy"), "tensor.png cannot be read as png: cannot identify image file"),
         (("compare", "tensor.gif", "a.npy"), "tensor.gif cannot be read as gif: cannot identify image file"),
@@ -91,15 +118,33 @@ SCHEDULE = ("plan", "--config", "pab246", "--steps")
             ("compare", "a.npy", "a.npy", "--values", "nan,1"),
             "values must be two numbers, black below white, got (nan, 1.0)",
         ),
+        (("demo", "--steps", MANY), f"steps must be at most 10,000, got {MANY}"),
+        (("demo", "--clips", MANY), f"--clips must be at most 1,000, got {MANY}"),
         (("demo", "--seed", MANY), f"seed must fit into 64 bits, got {MANY}"),
+        (("demo", "--ranges", f"2,4,{MANY}"), f"range must be at most 2**63 - 1, got {MANY}"),
         (("demo", "--out", "a.npy/out"), "a.npy/out: Not a directory"),
+        (("analyze", "--model", "demo", "--steps", MANY), f"--steps must be at most 10,000, got {MANY}"),
         (("analyze", "--model", "demo", "--seed", f"-{MANY}"), f"seed must fit into 64 bits, got -{MANY}"),
-        (("analyze", "--model", LONG), "File name too long"),
+        (
+            ("analyze", "--model", "demo", "--argument", "guidance_scale=NaN"),
+            "--argument guidance_scale: NaN is not a number of JSON",
+        ),
+        (
+            ("analyze", "--model", "demo", "--argument", "guidance_scale=1e999"),
+            "--argument guidance_scale: 1e999 is not a number of JSON",
+        ),
+        (("analyze", "--model", "demo", "--argument", "x=" + "[" * 9999), "--argument x: it is nested too deep"),
+        (("analyze", "--model", LONG), "there is no folder nnn"),
+        ((*GENERATE, "--steps", MANY), f"steps must be at most 10,000, got {MANY}"),
         ((*GENERATE, "--seed", MANY), f"seed must fit into 64 bits, got {MANY}"),
         ((*GENERATE, "--guidance", "nan"), "guidance must be a finite number, got nan"),
         ((*GENERATE, "--fps", "nan"), "fps must be from 0.001 to 1000, got nan"),
         ((*GENERATE, "--fps", "inf"), "fps must be from 0.001 to 1000, got inf"),
+        ((*GENERATE, "--fps", "1e-300"), "fps must be from 0.001 to 1000, got 1e-300"),
+        ((*GENERATE, "--pab", "fifo.json"), "fifo.json is a pipe, a device or a socket, not a file"),
+        ((*GENERATE, "--pab", "deep.json"), "deep.json: it is nested too deep"),
         ((*GENERATE, "--pab", LONG), "there is no preset 'nnn"),
+        ((*GENERATE, "--model", "~nobody-of-this-name"), "there is no folder ~nobody-of-this-name"),
         ((*GENERATE, "--model", "pipe"), "pipe could not be loaded as a diffusers pipeline"),
         ((*GENERATE, "--device", LONG), "device 'nnn"),
     ],
@@ -174,6 +219,10 @@ def test_generate_keeps_the_runs_and_every_file_is_whole(
         and result.stderr.count("\n") == 1
     )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == kept
+    shown = [line.split() for line in result.stdout.splitlines()]
+    assert sum(line[:2] == ["no", "PAB"] or line[:1] == ["PAB"] for line in shown) == (
+        0 if files < 1 else 1 if files < 4 else 2
+    )
     for name in kept:
         if name.endswith(".mp4"):
             assert read_clip(tmp_path / "out" / name).frames.shape == (8, 3, 32, 32)
@@ -221,6 +270,22 @@ def test_compare_and_plan_print_what_they_cannot_draw(full: Any, tmp_path: Path)
     assert (
         "total" in compared.stdout and "9 steps" in planned.stdout and [p.name for p in tmp_path.iterdir()] == ["a.npy"]
     )
+
+
+def test_ctrl_c_while_analyze_writes_keeps_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    whole = Analysis.save
+
+    def save(self: Analysis, path: str | Path) -> Path:
+        os.kill(os.getpid(), signal.SIGINT)
+        return whole(self, path)
+
+    monkeypatch.setattr(Analysis, "save", save)
+    result = pab("analyze", "--model", "demo", "--steps", 8, "--device", "cpu", "--out", tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+    assert result.exit_code == 130 and result.stderr.endswith("pab: interrupted\n") and "8 steps" in result.stdout
+    assert {p.name for p in tmp_path.iterdir()} == {"analysis.json", "start.yaml", "curves.png", "layers.png"}
 
 
 def test_ctrl_c_before_anything_is_measured_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

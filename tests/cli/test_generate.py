@@ -98,7 +98,7 @@ def test_json_is_printed_alone(asked: list[object], tmp_path: Path) -> None:
         (["--model", "missing"], "pab: there is no folder missing"),
         (["--model", "."], "pab: . is not a diffusers pipeline: it has no model_index.json"),
         (["--model", "owner/never-fetched", "--local-files-only"], "pab: owner/never-fetched could not be loaded"),
-        (["--pab", "missing.yaml"], "pab: missing.yaml: No such file or directory"),
+        (["--pab", "missing.yaml"], "pab: there is no file missing.yaml"),
         (["--pab", "pab999"], "pab: there is no preset 'pab999'"),
         (["--pab", "bad.json"], "pab: bad.json: "),
         (["--pab", "off", "--compare"], "pab: compare, timed and cuda_graphs need PAB"),

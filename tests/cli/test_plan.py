@@ -71,7 +71,7 @@ def test_known_models_are_listed() -> None:
         (["--model", "latte", "--size", "16x512"], "pab: --size takes frames x height x width"),
         (["--model", "latte", "--size", "15x512x512"], "pab: size 15x512x512: 15 frames do not fit; this model has 16"),
         (["--model", "latte", "--steps", "0"], "pab: --steps must be at least 1, got 0"),
-        (["--model", "latte", "--config", "none.yaml"], "pab: none.yaml: No such file or directory"),
+        (["--model", "latte", "--config", "none.yaml"], "pab: there is no file none.yaml"),
         (["--model", "latte", "--config", "pab247"], "pab: there is no preset 'pab247'; did you mean 'pab246'?"),
         ([], "pab: pab plan needs --model, or --config and --steps"),
     ],

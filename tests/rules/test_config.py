@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import pickle
@@ -229,8 +230,8 @@ BAD_RULES: list[tuple[dict[str, Any], str]] = [
     ({"window": (0.5, 0.5)}, r"lo < hi, got \(0.5, 0.5\)"),
     ({"window": (0.8, 0.2)}, r"lo < hi, got \(0.8, 0.2\)"),
     ({"window": (0.1, float("nan"))}, "lo < hi, got"),
-    ({"window": (0.1, "0.9")}, r"two numbers \(lo, hi\), got"),
-    ({"window": (False, True)}, r"two numbers \(lo, hi\), got"),
+    ({"window": (0.1, "0.9")}, "two numbers with lo < hi"),
+    ({"window": (False, True)}, "two numbers with lo < hi"),
     ({"window": (0.1, 0.5, 0.9)}, r"a pair \(lo, hi\), got"),
     ({"window": 0.5}, r"a pair \(lo, hi\), got 0.5"),
     ({"window": "ab"}, r"a pair \(lo, hi\), got 'ab'"),
@@ -253,7 +254,7 @@ BAD_RULES: list[tuple[dict[str, Any], str]] = [
     ({"at": (1,)}, "explicit steps `at` need unit='step' or unit='timestep', got 'fraction'"),
     (
         {"at": (1,), "window": (0, 9), **_STEP},
-        r"take no window, got at=\(1,\) with window \(0, 9\); leave one",
+        r"take no window, got at=\(1,\) with window \(0, 9\); leave one of the two out",
     ),
 ]
 
@@ -319,17 +320,38 @@ def test_a_bad_dict_is_refused_in_one_line(data: Any, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-LONG: list[tuple[Callable[[], Any], str]] = [
-    (lambda: Broadcast(2, (0, math.inf), "step"), "window must be finite with lo < hi, got (0, inf)"),
-    (lambda: Broadcast(2, (-math.inf, 5), "timestep"), "window must be finite with lo < hi, got (-inf, 5)"),
-    (lambda: Broadcast(2, (0, math.nan), "step"), "window must be finite with lo < hi, got (0, nan)"),
+ENDLESS: list[tuple[Callable[[], Any], str]] = [
+    (
+        lambda: Broadcast(2, layers=range(10**9)),
+        "layers lists at most 4,096 numbers, got range(0, 1000000000); leave it out for all",
+    ),
+    (lambda: Broadcast(2, layers=itertools.count()), "layers lists at most 4,096 numbers, got count("),
+    (
+        lambda: Broadcast(2, unit="step", at=itertools.repeat(0)),
+        "at lists at most 10,000 numbers, got repeat(0); leave it out for a",
+    ),
+    (lambda: Broadcast(2, unit="step", at=range(10_001)), "at lists at most 10,000 numbers, got range(0, 10001)"),
+    (
+        lambda: Broadcast(2, unit="timestep", at=[10**30]),
+        "at must be at most 2**63 - 1, got 1000000000000000000000000000000",
+    ),
+    (lambda: Broadcast(2, layers=[3, 2**63]), "layers must be at most 2**63 - 1, got (3, 9223372036854775808)"),
+    (lambda: Broadcast(10**6000), "range must be at most 2**63 - 1, got a number of very many digits"),
+    (lambda: Broadcast(-(10**6000)), "range must be a whole number of at least 1, got a number of very many digits"),
+    (lambda: Broadcast(2, itertools.count()), "window must be a pair (lo, hi), got count("),
+    (lambda: Broadcast(2, (0, math.inf), "step"), "a window's ends must be at most 2**63 - 1, got (0, inf)"),
+    (lambda: Broadcast(2, (-math.inf, 5), "timestep"), "a window's ends must be at most 2**63 - 1, got (-inf, 5)"),
+    (lambda: Broadcast(2, (0, math.nan), "step"), "window must be two numbers with lo < hi, got (0, nan)"),
     (lambda: PABConfig(spatial=[[7] * 10**6] * 10**6), "spatial must be a Broadcast, a range or None, got [[7, 7, 7"),
     (lambda: Schedule.of(10**30), "num_steps must be at most 10,000, got 1000000000000000000000000000000"),
+    (lambda: Schedule.of(10**6000), "num_steps must be at most 10,000, got a number of very many digits"),
+    (lambda: Schedule.of(timesteps=itertools.count()), "the number of timesteps must be at most 10,000, got 10001"),
+    (lambda: Schedule.of(timesteps=[10**400]), "timesteps must be a sequence of finite numbers, got [1000000"),
 ]
 
 
-@pytest.mark.parametrize(("make", "message"), LONG, ids=[message for _, message in LONG])
-def test_what_is_very_large_is_refused_in_one_short_line(make: Callable[[], Any], message: str) -> None:
+@pytest.mark.parametrize(("make", "message"), ENDLESS, ids=[message for _, message in ENDLESS])
+def test_what_has_no_end_is_refused_at_once_in_one_short_line(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}[^\n]*$") as error:
         make()
     assert len(str(error.value)) < 400

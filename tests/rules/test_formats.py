@@ -4,6 +4,7 @@ theirs."""
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -97,7 +98,7 @@ def test_a_file_is_written_as_people_write_it(tmp_path: Path) -> None:
         ("c.json", '{"spatial": 0}', "c.json: range must be a whole number of at least 1, got 0"),
         ("c.json", '{"spatial": {"window": [0, 1]}}', "c.json: Broadcast needs 'range'"),
         ("c.json", b"\xff\xfe", "c.json: 'utf-8' codec can't decode"),
-        ("c.toml", "spatial = 2", "c.toml: a config file ends in .json, .yaml or .yml, got .toml"),
+        ("c.toml", "spatial = 2", "c.toml: a config file ends in .json, .yaml or .yml, got '.toml'"),
         ("config", "{}", "a config file ends in .json, .yaml or .yml, got no ending"),
     ],
 )
@@ -111,16 +112,67 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(
 
 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
-    with _refused(FileNotFoundError, "No such file or directory"):
+    with _refused(FileNotFoundError, "there is no file"):
         load_config(tmp_path / "c.json")
+
+
+_NESTED = 100_000
+_ALIASES = "rules:\n- &a0 [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"- &a{i + 1} [{', '.join([f'*a{i}'] * 8)}]\n" for i in range(12)
+)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.json", '{"spatial": {"range": 2, "window": [0.1, NaN]}}', "c.json: window must be finite with lo < hi"),
-        ("c.yaml", "cross: {range: 2, unit: step, window: [0, .inf]}", "c.yaml: window must be finite with lo < hi"),
+        (
+            "c.json",
+            '{"spatial": {"range": 2, "window": [0.1, NaN]}}',
+            "c.json: NaN is not a number of JSON; they are finite",
+        ),
+        (
+            "c.json",
+            '{"cross": {"range": 2, "unit": "step", "window": [-Infinity, 3]}}',
+            "c.json: -Infinity is not a number of JSON",
+        ),
+        (
+            "c.json",
+            '{"cross": {"range": 2, "unit": "step", "window": [0, 1e999]}}',
+            "c.json: 1e999 is not a number of JSON",
+        ),
+        (
+            "c.yaml",
+            "cross: {range: 2, unit: step, window: [0, .inf]}",
+            "c.yaml: a window's ends must be at most 2**63 - 1",
+        ),
+        (
+            "c.yaml",
+            "cross: {range: 2, window: [.nan, 1]}",
+            "c.yaml: window must be two numbers with lo < hi, got [nan, 1]",
+        ),
+        ("c.json", '{"cross": {"range": 2, "range": 3}}', "c.json: 'range' occurs twice"),
+        ("c.yaml", "spatial: 2\ncross: 3\nspatial: 4\n", "c.yaml: 'spatial' occurs twice"),
+        ("c.json", '{"rules": ' + "[" * _NESTED, "c.json: it is nested too deep"),
+        ("c.yaml", "rules: " + "[" * 60_000, "c.yaml: it is nested deeper than 32 levels"),
+        ("c.yaml", "".join(f"{' ' * i}mlp:\n" for i in range(50)), "c.yaml: it is nested deeper than 32 levels"),
+        ("c.yaml", _ALIASES, "c.yaml: it has more than 10,000 values, counting those of an alias at each use"),
+        ("c.yaml", "rules: &r [[spatial, *r]]", "c.yaml: the alias *r refers to what contains it"),
+        ("c.yaml", "mlp: &m\n  <<: *m\n  range: 2\n", "c.yaml: the alias *m refers to what contains it"),
+        ("c.json", '{"mlp": ' + "9" * 4000 + "}", "c.json: range must be at most 2**63 - 1, got 999"),
+        ("c.json", '{"mlp": ' + "9" * 9000 + "}", "c.json: Exceeds the limit"),
+        ("c.yaml", "mlp: 0x" + "f" * 9000, "c.yaml: range must be at most 2**63 - 1, got a number of very many digits"),
+        (
+            "c.json",
+            '{"mlp": {"range": 2, "layers": [' + "7, " * 5000 + "7]}}",
+            "c.json: layers lists at most 4,096 numbers, got [7, 7",
+        ),
         ("c.json", '{"' + "x" * 10_000 + '": 1}', "c.json: PABConfig has no field 'xxx"),
+        ("c.json", " " * 2**20 + "{}", "c.json has more than 1,048,576 bytes; it holds no config"),
+        (
+            "c.yaml",
+            "#" * 2**17,
+            "c.yaml: it has 131,072 characters; at most 65,536 are supported in YAML: write a longer config as JSON",
+        ),
         (
             "c.json",
             b"\x00\x00\x00\x20ftypisom\x00\x00\x02\x00isomiso2avc1mp41\xff\xd8",
@@ -131,7 +183,7 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
         ("c.yaml", "mlp: 2000-13-40", "c.yaml: month must be in 1..12"),
     ],
 )
-def test_a_file_that_holds_no_config_is_refused_in_one_short_line(
+def test_a_hostile_file_is_refused_in_one_short_line(
     name: str, text: str | bytes, message: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("yaml")
@@ -153,6 +205,45 @@ def test_aliases_and_merges_are_read(tmp_path: Path) -> None:
 def test_a_mark_of_utf_8_is_no_part_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_bytes(b'\xef\xbb\xbf{"spatial": 3}')
     assert load_config(tmp_path / "c.json") == PABConfig(spatial=3)
+
+
+def _link(path: Path, target: str | Path) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda folder: folder.mkdir() or folder, ValueError, "c.yaml is a folder, not a file"),
+        (lambda folder: os.mkfifo(folder) or folder, ValueError, "c.yaml is a pipe, a device or a socket, not a file"),
+        (lambda folder: _link(folder, "/dev/zero"), ValueError, "c.yaml is a pipe, a device or a socket, not a file"),
+        (lambda folder: _link(folder, folder), ValueError, "c.yaml cannot be read: Too many levels of symbolic links"),
+        (lambda folder: _link(folder, "nowhere"), FileNotFoundError, "there is no file"),
+        (lambda folder: folder / "c.yaml", FileNotFoundError, "there is no file"),
+        (
+            lambda folder: folder.write_text("") and folder or folder / "c.yaml",
+            ValueError,
+            "cannot be read: Not a directory",
+        ),
+        (lambda folder: "n" * 5000 + ".yaml", ValueError, "cannot be read: File name too long"),
+        (lambda folder: "n/" * 3000 + "c.json", ValueError, "cannot be read: File name too long"),
+        (lambda folder: "c\0.json", ValueError, "no file can be named 'c\\x00.json'"),
+        (lambda folder: "\udfff.json", ValueError, "no file can be named '\\udfff.json'"),
+        (lambda folder: "", ValueError, "no file can be named ''"),
+        (lambda folder: None, ValueError, "a path is a string or a pathlib.Path, got None"),
+        (lambda folder: b"c.json", ValueError, "a path is a string or a pathlib.Path, got b'c.json'"),
+        (lambda folder: 7, ValueError, "a path is a string or a pathlib.Path, got 7"),
+    ],
+)
+@pytest.mark.parametrize("read", [load_config, named_config])
+def test_what_is_no_file_is_refused_at_once(
+    make: Any, error: type[Exception], message: str, read: Any, tmp_path: Path
+) -> None:
+    given = make(tmp_path / "c.yaml")
+    with _refused(error, message) as refused:
+        read(given)
+    assert len(str(refused.value)) < 400 + len(str(tmp_path))
 
 
 def test_a_long_name_that_is_no_file_is_no_preset() -> None:
@@ -475,7 +566,9 @@ def test_a_step_inside_a_reused_block_is_not_computed() -> None:
         ({"head": "10"}, "a mask is for a kind, got 'head'; kinds are spatial, temporal, cross, mlp, block"),
         ({"block": "010"}, "must be a row of 1 (compute) and 0 (reuse) that begins with 1, got '010'"),
         ({"block": ""}, "begins with 1, got ''"),
+        ({"block": itertools.repeat(1)}, "the steps of the mask of block must be at most 10,000, got 10001"),
         ({"block": [1, 2]}, "got [1, 2]"),
+        ({"block": 5}, "got 5"),
         ({"spatial": "10", "cross": "100"}, "masks of one schedule must have one length, got spatial 2, cross 3"),
     ],
 )

@@ -58,14 +58,25 @@ class Probe:
         model: the DiT.
         adapter: of the model; its sublayers are measured.
         progress: called at the beginning of every step.
+        check: called before every sublayer; an exception that it raises ends the run.
+
+    An exception between any two instructions keeps the differences measured before: a difference and its place are one
+    entry of a list, and an entry that occurs twice counts once.
     """
 
     cache_points = ("pre_gate",)
 
-    def __init__(self, model: nn.Module, adapter: Adapter, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        progress: Progress | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.sublayers = adapter.sublayers
         self._modules = [model.get_submodule(s.name) for s in self.sublayers]
         self._progress = progress
+        self._check = check
         self._last: dict[tuple[str, str], tuple[int, list[torch.Tensor]]] = {}
         self._found: list[tuple[_Place, torch.Tensor]] = []  # [2] each, not yet in a batch
         self._batches: list[tuple[list[_Place], torch.Tensor]] = []  # [places, 2]
@@ -100,6 +111,7 @@ class Probe:
             call = broadcaster.call
             if call is None:
                 return original(*args, **kwargs)
+            self._check()
             streams = _tensors((args, kwargs)) if sublayer.kind == "block" else []
             before = {tuple(x.shape): x for x in reversed(streams)}
             # a block may write to its stream in place

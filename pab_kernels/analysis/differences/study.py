@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...adapters import adapter_for
+from ...broadcast.adapter import Adapter
 from ...broadcast.attach import take_off
 from ...broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
 from ...compat import uncompiled
@@ -18,6 +19,7 @@ from ...files import write_text
 from ...progress import Progress
 from ...rules.config import KINDS, PABConfig
 from ...strict_json import to_json
+from ..ctrl_c import CtrlC, ctrl_c
 from .plots import plot_curves, plot_layers
 from .probe import Differences, Probe
 from .starting_config import Start, middle, starting_config
@@ -151,8 +153,11 @@ def analyze(
     Returns:
         The differences. `print` shows a table; `plot`, `plot_layers` and `save` write files.
 
+    The first Ctrl-C stops the run before the model's next sublayer, or at its end if none follows; the second stops it
+    at once. Both keep the measured steps and restore the model.
+
     Raises:
-        Interrupted: Ctrl-C; its `analysis` has the steps that were run.
+        Interrupted: Ctrl-C, or a KeyboardInterrupt of `run`; its `analysis` has the steps that were run.
         ValueError: PAB is enabled on the model, the number of steps is missing, or the model was not called.
         TypeError: no sublayers are found in the model.
     """
@@ -169,28 +174,78 @@ def analyze(
         raise ValueError(
             "num_steps is required for a bare module and not allowed for a pipeline, whose scheduler has it"
         )
-    probe = Probe(model, adapter_for(model, kinds), progress)
-    broadcaster = Broadcaster(model, probe, PABConfig())
-    complete = False
+    study = _Study(model)
     try:
-        setattr(model, ATTRIBUTE, broadcaster)
-        broadcaster.attach()
-        if pipe is None:
-            broadcaster.prepare(num_steps=num_steps)
-        else:
-            broadcaster.watch(pipe)
-        with torch.no_grad():
-            run()
-        complete = True
-    except KeyboardInterrupt as error:
-        raise Interrupted(_measured(model, probe, complete)) from error
-    finally:
-        broadcaster.detach()
-        take_off(model, ATTRIBUTE)
-    if not probe.num_steps:
-        raise ValueError(f"run() did not call the {type(model).__name__}: there is nothing to compare")
-    return _measured(model, probe, complete)
+        with ctrl_c() as stop:
+            study.measure(pipe, adapter_for(model, kinds), run, num_steps, progress, stop)
+            found = study.analysis()
+            if stop.noted:
+                raise Interrupted(found)
+            return found
+    except Interrupted:
+        raise
+    except BaseException as error:
+        if not (study.stop.noted or _is_interrupt(error)):
+            raise
+        study.detach()
+        raise Interrupted(study.analysis()) from error
 
 
-def _measured(model: nn.Module, probe: Probe, complete: bool) -> Analysis:
-    return Analysis(type(model).__name__, probe.num_steps, probe.timesteps, complete, tuple(probe.differences()))
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C caused an error: libraries convert a KeyboardInterrupt in their callbacks to other errors."""
+    return error is not None and (
+        isinstance(error, KeyboardInterrupt) or _is_interrupt(error.__cause__ or error.__context__)
+    )
+
+
+class _Study:
+    """The state of a measurement, which may end at any instruction."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.stop = CtrlC()
+        self._model = model
+        self._probe: Probe | None = None
+        self._broadcaster: Broadcaster | None = None
+        self._complete = False
+
+    def measure(
+        self,
+        pipe: Any,
+        adapter: Adapter,
+        run: Callable[[], Any],
+        num_steps: int | None,
+        progress: Progress | None,
+        stop: CtrlC,
+    ) -> None:
+        """Call `run` with a probe in the model."""
+        self.stop = stop
+        self._probe = Probe(self._model, adapter, progress, stop.check)
+        try:
+            self._broadcaster = Broadcaster(self._model, self._probe, PABConfig())
+            setattr(self._model, ATTRIBUTE, self._broadcaster)
+            self._broadcaster.attach()
+            if pipe is None:
+                self._broadcaster.prepare(num_steps=num_steps)
+            else:
+                self._broadcaster.watch(pipe)
+            with stop.interruptible(patience=1), torch.no_grad():
+                run()
+            self._complete = True
+        finally:
+            self.detach()
+        if not self._probe.num_steps:
+            raise ValueError(f"run() did not call the {type(self._model).__name__}: there is nothing to compare")
+
+    def detach(self) -> None:
+        """Remove the probe from the model."""
+        if self._broadcaster is not None:
+            self._broadcaster.detach()
+            take_off(self._model, ATTRIBUTE)
+            self._broadcaster = None
+
+    def analysis(self) -> Analysis:
+        """The differences measured so far."""
+        name, probe = type(self._model).__name__, self._probe
+        if probe is None:
+            return Analysis(name, 0, None, False, ())
+        return Analysis(name, probe.num_steps, probe.timesteps, self._complete, tuple(probe.differences()))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...adapters import adapter_for
 from ...broadcast.slots import CACHE_DTYPES
-from ...messages import first_line
+from ...messages import first_line, shown
 from ...rules.config import PABConfig
 from ...rules.plan import Action, Counts, Forecast, Plan
 from ...rules.presets import preset_for
@@ -18,6 +18,9 @@ from ..pipelines import DTYPES
 from .measure import measure
 from .model_calls import MODEL_CALLS, Size
 from .transformers import build, find_config
+
+LARGEST_FORECAST = 1_000_000
+"""The most frames, rows, columns, clips and tokens: the sizes of larger tensors overflow."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,9 @@ def forecast(
     for name, value in (("batch", batch), ("text", text), ("steps", steps)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, value in (("batch", batch), ("text", text), *zip(Size._fields, size or (), strict=False)):
+        if value is not None and value > LARGEST_FORECAST:
+            raise ValueError(f"{name} must be at most {LARGEST_FORECAST:,}, got {shown(value)}")
     check_steps(steps or 1)
     source = find_config(model)
     clip = Size(*(size or source.size or _missing(source.name, "size")))

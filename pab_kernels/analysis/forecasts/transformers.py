@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,7 +13,9 @@ import torch
 
 from ...compat import float32_modules
 from ...extras import require
+from ...files import path_of, read_text
 from ...messages import first_line, joined, shortened
+from ...strict_json import from_json
 from .families import FAMILIES, family, unknown_family
 from .model_calls import MODEL_CALLS, Size
 
@@ -57,7 +58,7 @@ def find_config(model: str | Path | Mapping[str, Any]) -> Source:
     known = family(name)
     if known is not None:
         return Source(name, known.config["_class_name"], known.config, known.sizes[0], known.steps)
-    path = Path(name)
+    path = path_of(name)
     if os.path.exists(path) or path.suffix == ".json":
         return _source(name, _read(_file(path)))
     if _HUB_ID.fullmatch(name):
@@ -66,9 +67,9 @@ def find_config(model: str | Path | Mapping[str, Any]) -> Source:
 
 
 def _file(path: Path) -> Path:
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"there is no {shortened(str(path))}")
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
     found = next((p for p in (path / _FILE, path / "transformer" / _FILE) if p.is_file()), None)
     if found is None:
@@ -77,8 +78,9 @@ def _file(path: Path) -> Path:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    text = read_text(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = from_json(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...extras import require
+from ...files import check_regular, path_of
 from ...messages import first_line, shortened
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
@@ -67,9 +69,9 @@ def read_clip(source: Any, name: str = "clip", values: tuple[float, float] = (0.
         ModuleNotFoundError: the package that reads it is not installed.
     """
     if isinstance(source, (str, Path)):
-        source = Path(source)
+        source = path_of(source)
         name = shortened(str(source))
-        if not source.exists():
+        if not os.path.lexists(source):
             raise FileNotFoundError(f"there is no file or folder {name}")
         return _checked(_channels_first(_read(source), name), name, values)
     return _checked(_channels_first(_array(source), name), name, values)
@@ -82,7 +84,7 @@ def _read(path: Path) -> np.ndarray:
     reader = next((read for endings, read in _READERS if ending in endings), None)
     if reader is None:
         supported = " ".join(VIDEOS + IMAGES + TENSORS)
-        got = f"{path} ends in {ending or 'nothing'}"
+        got = f"{shortened(str(path))} ends in {ending or 'nothing'}"
         raise ValueError(f"{got}; supported are folders of images and {supported}: convert it")
     return _decoded(reader, path)
 
@@ -90,11 +92,14 @@ def _read(path: Path) -> np.ndarray:
 def _decoded(reader: Callable[[Path], np.ndarray], path: Path) -> np.ndarray:
     """Read a file; an error of the reader's library about a damaged file becomes one line."""
     try:
+        check_regular(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return reader(path)
     except (ModuleNotFoundError, PermissionError):
         raise
+    except MemoryError:  # the file is too large, or its header gives a wrong size
+        raise ValueError(f"{path} does not fit into memory") from None
     except Exception as error:
         raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {first_line(error)}") from error
 
@@ -116,13 +121,29 @@ def _read_folder(path: Path) -> np.ndarray:
             (h0, w0), (h, w) = frames[0].shape[1:3], frame.shape[1:3]
             raise ValueError(f"the frames of a clip have one size: {files[0]} is {h0} x {w0}, {file} is {h} x {w}")
         frames.append(frame)
-    if len({(frame.shape, frame.dtype) for frame in frames}) > 1:
-        raise ValueError(f"the frames of a clip are all grey, colour or transparent; {path} mixes them: convert them")
-    return np.concatenate(frames)
+    return _joined(frames)
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def _joined(frames: list[np.ndarray]) -> np.ndarray:
+    """Frames `[1, height, width, channels]` as one array; those with fewer channels or 16 bits are converted."""
+    if len({(frame.shape, frame.dtype) for frame in frames}) > 1:
+        scale = 255 / 65535
+        frames = [np.round(f * scale).astype(np.uint8) if f.dtype == np.uint16 else f for f in frames]
+        channels = max(frame.shape[3] for frame in frames)
+        frames = [_widened(frame, channels) for frame in frames]
+    return np.concatenate(frames)
+
+
+def _widened(frame: np.ndarray, channels: int) -> np.ndarray:
+    if frame.shape[3] == 1 and channels > 1:
+        frame = frame.repeat(3, axis=3)
+    if frame.shape[3] == 3 and channels == 4:
+        frame = np.concatenate([frame, np.full_like(frame[..., :1], 255)], axis=3)
+    return frame
 
 
 def _read_image(path: Path) -> np.ndarray:
@@ -141,7 +162,7 @@ def _read_image(path: Path) -> np.ndarray:
             mode = "RGBA" if transparent else "L" if upright.mode in ("1", "L") else "RGB"
             pixels = np.asarray(upright.convert(mode))
             frames.append(pixels.reshape(1, *pixels.shape[:2], -1))
-    return np.concatenate(frames)
+    return _joined(frames)
 
 
 def _read_video(path: Path) -> np.ndarray:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
+import signal
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pab_kernels as pab
 from pab_kernels.analysis import Analysis, analyze
 from pab_kernels.analysis.differences import probe
+from pab_kernels.analysis.differences.probe import Probe
 from pab_kernels.analysis.differences.study import Interrupted
-from pab_kernels.broadcast.broadcaster import ATTRIBUTE
+from pab_kernels.broadcast.broadcaster import ATTRIBUTE, Broadcaster
 from tests.adapters.tiny_latte import LAYERS, sample, tiny_latte, tiny_pipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -188,6 +192,20 @@ def test_interrupted_runs_keep_what_was_measured() -> None:
     assert ATTRIBUTE not in vars(model) and not any("forward" in vars(m) for m in model.modules())
 
 
+def _press(times: int = 1) -> None:
+    """Ctrl-C, as a terminal sends it; the handler runs before the next instruction of the main thread."""
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def pythons_handler() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
 VALUES = [1.0, 2.0, 4.0, 8.0]
 
 
@@ -198,8 +216,70 @@ def _stopped(model: Any, run: Callable[[], Any], **kwargs: Any) -> Analysis:
     return info.value.analysis
 
 
+@pytest.mark.usefixtures("pythons_handler")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what a destructor raises
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("where", ["before a step", "in progress", "in a hook", "in a warning", "in a destructor"])
+def test_ctrl_c_anywhere_keeps_what_was_measured(where: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Toy()
+    steps: list[int] = []
+
+    def press(here: str) -> None:
+        if here == where and len(steps) == 3:
+            _press(times)
+
+    class Dropped:
+        def __del__(self) -> None:  # Python prints what is raised here, and goes on
+            press("in a destructor")
+
+    def before(step: int) -> None:
+        steps.append(step)
+        press("before a step")
+        warnings.warn("a library warns", stacklevel=1)
+        Dropped()
+
+    hook = model.blocks[1].register_forward_pre_hook(lambda *_: press("in a hook"))
+    monkeypatch.setattr(warnings, "showwarning", lambda *_, **__: press("in a warning"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        found = _stopped(model, lambda: play(model, {"cond": VALUES}, before), progress=lambda *_: press("in progress"))
+    hook.remove()
+    assert not found.complete and found.start is None
+    assert found.curve("spatial")[:2] == (None, pytest.approx(0.5)) and found.curve("spatial")[3] is None
+
+
+@pytest.mark.usefixtures("pythons_handler")
+def test_after_the_last_call_of_the_model_ctrl_c_loses_nothing() -> None:
+    model = Toy()
+
+    def run() -> None:
+        play(model, {"cond": VALUES})
+        _press()  # while the pipeline decodes: nobody looks, and the run comes to its end
+
+    found = _stopped(model, run)
+    assert found.complete and None not in found.curve("block")[1:]
+
+
+@pytest.mark.usefixtures("pythons_handler")
+@pytest.mark.parametrize(
+    ("owner", "name"), [(Broadcaster, "__init__"), (Broadcaster, "detach"), (Probe, "__init__"), (Probe, "differences")]
+)
+def test_ctrl_c_in_the_bookkeeping_is_acted_on_after_it(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, model = getattr(owner, name), Toy()
+
+    def pressed(*args: Any, **kwargs: Any) -> Any:
+        _press(2)
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, pressed)
+    found = _stopped(model, lambda: play(model, {"cond": VALUES}))
+    assert found.complete is (name in ("detach", "differences"))
+    assert len(found.differences) == (4 if found.complete else 0)
+
+
 @pytest.mark.parametrize("moment", range(0, 400, 7))
 def test_an_exception_between_any_two_lines_of_the_probe_keeps_what_was_measured(moment: int) -> None:
+    """What a debugger, a timer or an alarm raises does not ask."""
     model, lines = Toy(1), []
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
@@ -229,6 +309,36 @@ def test_an_exception_between_any_two_lines_of_the_probe_keeps_what_was_measured
     for d in found.differences:
         measured = [value for value in d.relative if value is not None]
         assert d.kind == "block" or list(d.relative[: len(measured) + 1]) == list(wanted[: len(measured) + 1])
+
+
+def test_an_error_that_ctrl_c_became_is_ctrl_c() -> None:
+    model = Toy()
+
+    def stop(step: int) -> None:
+        if step == 2:
+            try:
+                raise KeyboardInterrupt
+            except BaseException as error:
+                raise RuntimeError("a callback failed") from error
+
+    found = _stopped(model, lambda: play(model, {"cond": VALUES}, stop))
+    assert found.curve("spatial") == (None, pytest.approx(0.5), None, None)
+
+
+@pytest.mark.usefixtures("pythons_handler")
+def test_an_error_after_ctrl_c_is_shown_as_what_ended_the_run() -> None:
+    model = Toy()
+
+    def stop(step: int) -> None:
+        if step == 2:
+            _press()
+            raise RuntimeError("a loader was interrupted")
+
+    with pytest.raises(Interrupted) as info:
+        analyze(model, lambda: play(model, {"cond": VALUES}, stop), num_steps=4)
+    assert str(info.value.__cause__) == "a loader was interrupted" and info.value.analysis.curve("spatial")[
+        1
+    ] == pytest.approx(0.5)
 
 
 def test_before_the_first_step_nothing_is_measured_and_the_report_is_empty(tmp_path: Path) -> None:

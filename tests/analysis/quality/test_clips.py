@@ -164,11 +164,15 @@ def test_opaque_alpha_is_dropped_and_transparency_shown_on_black(tmp_path: Path)
     assert clear.notes == (f"{tmp_path / 'clear.png'}: transparent pixels are shown on black",)
 
 
-def test_a_folder_of_grey_and_coloured_images_is_refused(tmp_path: Path) -> None:
-    for i, pixels in enumerate((_pixels(8, 9), _pixels(8, 9, 3))):
+def test_grey_colour_and_transparent_frames_of_a_folder_go_together(tmp_path: Path) -> None:
+    grey, colour, clear = _pixels(8, 9), _pixels(8, 9, 3), np.full((8, 9, 4), 255, np.uint8)
+    for i, pixels in enumerate((grey, colour, clear, grey.astype(np.uint16) * 257)):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    with _refused(ValueError, "are all grey, colour or transparent"):
-        read_clip(tmp_path)
+    frames = read_clip(tmp_path).frames
+    assert frames.shape == (4, 3, 8, 9) and frames.dtype == np.uint8
+    assert (
+        (frames[0] == grey).all() and np.array_equal(frames[1].transpose(1, 2, 0), colour) and (frames[3] == grey).all()
+    )
 
 
 def test_a_palette_is_read_as_its_colours(tmp_path: Path) -> None:
