@@ -50,7 +50,7 @@ class Closeness:
 
     def to_dict(self) -> dict[str, float | None]:
         """JSON-ready; an infinite PSNR is None."""
-        return {name: None if value is None or math.isinf(value) else value for name, value in vars(self).items()}
+        return {k: v if v is not None and math.isfinite(v) else None for k, v in vars(self).items()}
 
 
 @dataclass(frozen=True)
