@@ -1,5 +1,4 @@
-"""What diffusers, accelerate and torch keep on modules and pipelines under private names: the one place that knows
-them."""
+"""Private attributes of diffusers, accelerate and torch; no other module names them."""
 
 from __future__ import annotations
 
@@ -10,9 +9,9 @@ import torch
 from torch import nn
 
 REGISTRY = "_diffusers_hook"
-"""Attribute of a module for the registry of diffusers' hooks on it."""
+"""Attribute of a module with the registry of its diffusers hooks."""
 PAB_HOOK = "pyramid_attention_broadcast"
-"""The name under which diffusers registers its own hooks of PAB."""
+"""The name of diffusers' own PAB hooks."""
 _OF_ACCELERATE = "_hf_hook"
 _CACHE_CONFIG = "_cache_config"
 
@@ -26,18 +25,18 @@ def diffusers_hooks(module: nn.Module) -> dict[str, Any]:
 
 
 def hooks_in_words(module: nn.Module) -> list[str]:
-    """All hooks of diffusers and accelerate on a module, for messages."""
+    """The names of the diffusers and accelerate hooks on a module, for messages."""
     found = [f"diffusers' {name!r}" for name in diffusers_hooks(module)]
     return [*found, "accelerate's"] if hasattr(module, _OF_ACCELERATE) else found
 
 
 def hook_holders(module: nn.Module) -> list[Any]:
-    """The objects in which diffusers and accelerate hold their hooks on a module."""
+    """The objects that hold the diffusers and accelerate hooks of a module."""
     return [vars(module)[name] for name in (REGISTRY, _OF_ACCELERATE) if name in vars(module)]
 
 
 def forwards_held(module: Any) -> Iterator[tuple[Any, str]]:
-    """Where hooks, and the module itself, hold a `forward` of a module, the innermost of diffusers' hooks first."""
+    """(object, attribute) pairs that hold a `forward` of the module, the innermost diffusers hook first."""
     for function in function_holders(module):
         yield function, "forward" if function.original_forward is None else "original_forward"
     for name in ("_old_forward", "forward"):  # the first is accelerate's
@@ -46,12 +45,12 @@ def forwards_held(module: Any) -> Iterator[tuple[Any, str]]:
 
 
 def function_holders(module: Any) -> list[Any]:
-    """What diffusers' hooks on a module hold its `forward` in, the innermost first."""
+    """The objects in which diffusers' hooks hold the module's `forward`, the innermost first."""
     return list(getattr(vars(module).get(REGISTRY), "_fn_refs", ()))
 
 
 def remove_hook(module: nn.Module, name: str) -> None:
-    """Forget one of diffusers' hooks that is never called, and a registry that is empty then."""
+    """Remove a diffusers hook that is never called, and its registry if that is then empty."""
     hooks = diffusers_hooks(module)
     del hooks[name]
     if not hooks:
@@ -59,7 +58,7 @@ def remove_hook(module: nn.Module, name: str) -> None:
 
 
 def forget_registries_of_children(model: nn.Module) -> None:
-    """Let diffusers look again at which modules of a model have hooks."""
+    """Invalidate diffusers' list of the modules that have hooks."""
     if hasattr(model, REGISTRY):
         getattr(model, REGISTRY).invalidate_child_registries_cache()
 
@@ -68,7 +67,7 @@ def forget_registries_of_children(model: nn.Module) -> None:
 
 
 def set_cache_config(model: nn.Module, config: Any) -> None:
-    """Let `is_cache_enabled` be true, or with None what it was."""
+    """Set the config that makes `is_cache_enabled` true; None removes it."""
     if config is None:
         vars(model).pop(_CACHE_CONFIG, None)
     else:
@@ -76,12 +75,12 @@ def set_cache_config(model: nn.Module, config: Any) -> None:
 
 
 def cache_configs(module: nn.Module) -> list[Any]:
-    """The config of the cache that is enabled on a module, if there is one."""
+    """The config of the cache enabled on a module, if any."""
     return [vars(module)[_CACHE_CONFIG]] if _CACHE_CONFIG in vars(module) else []
 
 
 def forget_parallelism(module: nn.Module) -> None:
-    """Let an attention module run on one device, whatever its processor was told."""
+    """Make an attention module run on one device."""
     processor: Any = getattr(module, "processor", None)
     if hasattr(processor, "_parallel_config"):
         processor._parallel_config = None
@@ -91,20 +90,20 @@ def forget_parallelism(module: nn.Module) -> None:
 
 
 def uncompiled(model: Any) -> Any:
-    """The model in what `torch.compile` made of it; any other model itself."""
+    """The model inside the result of `torch.compile`; any other model itself."""
     return getattr(model, "_orig_mod", model)
 
 
 def is_compiled(candidate: Any, model: nn.Module) -> bool:
-    """Whether `candidate` is what `torch.compile` made of `model`."""
+    """Whether `candidate` is the result of `torch.compile(model)`."""
     return isinstance(candidate, nn.Module) and candidate is not model and uncompiled(candidate) is model
 
 
 def float32_modules(model: nn.Module) -> set[str]:
-    """Names of modules that diffusers keeps in float32 in a model of any dtype."""
+    """Names of modules that diffusers keeps in float32 whatever the model's dtype."""
     return set(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
 def execution_device(pipe: Any) -> torch.device:
-    """Where a pipeline computes, also where its weights are elsewhere."""
+    """The device on which a pipeline computes, even if its weights are offloaded."""
     return torch.device(pipe._execution_device)

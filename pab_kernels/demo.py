@@ -1,5 +1,4 @@
-"""The demo: the same clips from the same noise without PAB, with it, with diffusers' own, and with fewer sampling
-steps."""
+"""The demo: the same clips from the same noise without PAB, with it, with diffusers' PAB, and with fewer steps."""
 
 from __future__ import annotations
 
@@ -39,10 +38,10 @@ PROMPTS = (
     "a purple column moves up at day",
     "a white bar moves left at dawn",
 )
-"""Held out: training never saw these captions. One of each shape and background."""
+"""Captions that training never saw: one of each shape and background."""
 PAPER = (2, 4, 6)
 COUNTED_KINDS = ("spatial", "temporal", "cross", "mlp")
-"""The kinds that the demo counts."""
+"""The kinds whose calls the demo counts."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,16 @@ class DemoSettings:
     """What the demo runs.
 
     Args:
-        prompts: one a clip, of the demo model's vocabulary.
+        prompts: one for each clip, of the demo model's vocabulary.
         seed: of the first clip's noise; clip i has seed + i.
         steps: sampling steps.
-        ranges: spatial, temporal and cross range of one more run, and if there are four, the MLP's.
+        ranges: spatial, temporal, cross and optionally MLP range of an additional run.
         scheduler: one of the demo model's schedulers.
         guidance: scale of classifier-free guidance.
         device: default CUDA where there is one, else the CPU.
 
     Raises:
-        ValueError: a value is not supported; the message says what is.
+        ValueError: a value is not supported.
     """
 
     prompts: tuple[str, ...] = PROMPTS
@@ -81,9 +80,8 @@ class DemoSettings:
         check_seed(self.seed, len(self.prompts))
         if self.ranges is not None and (len(self.ranges) not in (3, 4) or min(self.ranges) < 1):
             got = ",".join(map(str, self.ranges))
-            raise ValueError(
-                f"ranges must be three or four whole numbers of at least 1: spatial,temporal,cross[,mlp]; got {got}"
-            )
+            expected = "three or four whole numbers of at least 1: spatial,temporal,cross[,mlp]"
+            raise ValueError(f"ranges must be {expected}; got {got}")
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"the demo model has no scheduler {self.scheduler!r}; it has {', '.join(SCHEDULERS)}")
         variants(self)  # refuses ranges that no rule has
@@ -91,12 +89,12 @@ class DemoSettings:
 
     @property
     def captions(self) -> list[Caption]:
-        """The prompts, read."""
+        """The parsed prompts."""
         return [parse(prompt) for prompt in self.prompts]
 
     @property
     def seeds(self) -> range:
-        """One a clip."""
+        """The seeds of the clips."""
         return range(self.seed, self.seed + len(self.prompts))
 
 
@@ -109,7 +107,7 @@ class Variant:
         title: its name in tables.
         config: PAB's, or None.
         diffusers: ranges of diffusers' own PAB, or None.
-        like: key of the run whose FLOPs this one spends on fewer steps, all computed, or None.
+        like: key of the run whose FLOPs this run spends on fewer steps, all computed; or None.
     """
 
     key: str
@@ -121,18 +119,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class DemoRun:
-    """What one variant did.
+    """The run of one variant.
 
     Args:
-        variant: what was run.
+        variant: of the run.
         steps: sampling steps.
         calls: calls of the transformer: more than `steps` for second-order schedulers.
         sampled: clips `[clips, frames, 3, height, width]` in [0, 1], seconds, memory, PAB's summary.
         flops: of the transformer.
-        counts: calls by kind, computed and reused; where a rule holds for some layers only, of one of those.
-        cache_bytes: the most bytes that kept outputs held.
-        shown: clips that show their caption.
-        quality: against the run without PAB, one a clip; empty for that run itself.
+        counts: computed and reused calls by kind; if a rule is for some layers, those of one of them.
+        cache_bytes: the peak size of the kept outputs.
+        shown: number of clips that show their caption.
+        quality: of each clip against the run without PAB; empty for that run itself.
     """
 
     variant: Variant
@@ -147,20 +145,20 @@ class DemoRun:
 
     @property
     def plan(self) -> Plan | None:
-        """Of PAB."""
+        """PAB's plan."""
         return None if self.sampled.summary is None else self.sampled.summary.plan
 
     @property
     def title(self) -> str:
-        """The variant's, with the number of steps where that is the variant."""
+        """The variant's title, with the number of steps if the variant is fewer steps."""
         return f"{self.steps} {self.variant.title}" if self.variant.like else self.variant.title
 
     def each(self, measure: str) -> list[float]:
-        """The clips' "psnr" (in dB, infinite where a clip is the reference's) or "ssim"."""
+        """The clips' "psnr" (in dB, infinite for equal clips) or "ssim"."""
         return [getattr(comparison.total, measure) for comparison in self.quality]
 
     def spread(self, measure: str) -> tuple[float, float]:
-        """Mean and standard deviation of `each`."""
+        """Mean and standard deviation of the clips' "psnr" or "ssim"."""
         values = self.each(measure)
         if not values or not all(map(math.isfinite, values)):
             return (math.inf if values else math.nan), 0.0
@@ -172,11 +170,11 @@ class DemoResult:
     """All finished runs, the one without PAB first.
 
     Args:
-        settings: what was asked for.
-        runs: those that finished.
-        interrupted: whether the user stopped it.
-        weights: the file's training and sha256.
-        device: the device in words.
+        settings: of the demo.
+        runs: the finished ones.
+        interrupted: whether Ctrl-C stopped the demo.
+        weights: training and sha256 of the weights file.
+        device: its name.
     """
 
     settings: DemoSettings
@@ -229,7 +227,7 @@ def _record(run: DemoRun, reference: DemoRun) -> dict[str, Any]:
 
 
 def variants(settings: DemoSettings) -> list[Variant]:
-    """What the demo compares, in order."""
+    """The runs that the demo compares, in order."""
     name = "/".join(map(str, PAPER))
     listed = [
         Variant("full", "no PAB"),
@@ -249,7 +247,7 @@ def variants(settings: DemoSettings) -> list[Variant]:
 
 
 def _costs(transformer: Any, batch: int) -> tuple[dict[str, Cost], int]:
-    """What a call of the transformer with `batch` clips costs without PAB."""
+    """Costs of a call of the transformer without PAB: of each sublayer, and the FLOPs of the rest."""
     latents, text = Size(FRAMES, SIZE, SIZE), len(VOCABULARY)
     inputs = MODEL_CALLS[type(transformer).__name__].tensors(
         transformer.config, batch, latents, text, transformer.dtype
@@ -260,7 +258,7 @@ def _costs(transformer: Any, batch: int) -> tuple[dict[str, Cost], int]:
 def _run(
     demo: DemoPipeline, settings: DemoSettings, variant: Variant, steps: int, on_step: Callable[[], None], stop: CtrlC
 ) -> DemoRun:
-    """Sample all clips one way."""
+    """Sample all clips with one variant."""
     pipe, schedule = demo.pipe, demo.schedule(steps)
     calls = schedule.num_steps
     costs, rest = _costs(pipe.transformer, 2 * len(settings.prompts))
@@ -294,27 +292,26 @@ def _run(
 
 
 def _fewer(demo: DemoPipeline, full: DemoRun, flops: int) -> int:
-    """The fewest steps that, all computed, reach `flops`: rounded up, in favour of sampling with fewer steps."""
+    """The fewest steps that reach `flops` if all are computed: rounded up, in favour of fewer steps."""
     return next(n for n in range(1, full.steps + 1) if demo.schedule(n).num_steps * full.flops >= flops * full.calls)
 
 
 def run_demo(settings: DemoSettings, progress: RunProgress | None = None) -> DemoResult:
-    """Run every variant on the same noise; an interruption keeps what is finished.
+    """Run every variant on the same noise; Ctrl-C keeps the finished runs.
 
-    Fewer steps are run once where two PAB runs come out at the same number, and not at all where PAB saves less than a
-    step.
+    A run with fewer steps is left out if its number of steps was run already, or if PAB saves less than a step.
 
     Args:
-        settings: what to run.
-        progress: called after every step, and where a run is left out, with the steps of all runs.
+        settings: of the demo.
+        progress: called after every step, and for a run that is left out, with the steps of all runs.
+
+    Returns:
+        The finished runs.
     """
     with ctrl_c() as stop:
         with stop.interruptible():
             demo = load(settings.scheduler, settings.device)
         runs, interrupted = _finished(demo, settings, stop, progress)
-        for i, run in enumerate(runs[1:], 1):
-            pairs = zip(run.sampled.output, runs[0].sampled.output, strict=True)
-            runs[i] = replace(run, quality=tuple(compare(clip, other, lpips=False) for clip, other in pairs))
         weights, device = {**demo.training, "sha256": demo.sha256}, in_words(execution_device(demo.pipe))
         return DemoResult(settings, tuple(runs), interrupted, weights, device)
 
@@ -322,10 +319,9 @@ def run_demo(settings: DemoSettings, progress: RunProgress | None = None) -> Dem
 def _finished(
     demo: DemoPipeline, settings: DemoSettings, stop: CtrlC, progress: RunProgress | None
 ) -> tuple[list[DemoRun], bool]:
-    """The runs that came to their end, and whether the user stopped it."""
-    listed = variants(settings)
+    """The finished runs, and whether Ctrl-C stopped the demo."""
     calls = demo.schedule(settings.steps).num_steps
-    todo = {variant.key: calls for variant in listed}
+    todo = {variant.key: calls for variant in variants(settings)}
     runs: dict[str, DemoRun] = {}
     steps_done = 0
 
@@ -338,47 +334,46 @@ def _finished(
     try:
         with stop.interruptible():
             demo.generate(settings.captions, settings.seeds, steps=2, guidance=settings.guidance)  # warm up
-        for variant in listed:
-            steps = settings.steps
+        for variant in variants(settings):
+            steps, title = settings.steps, variant.title
             if variant.like:
                 steps = _fewer(demo, runs["full"], runs[variant.like].flops)
                 if steps == settings.steps or any(run.variant.like and run.steps == steps for run in runs.values()):
                     todo[variant.key] = 0
-                    report(variant.title, 0)
+                    report(title, 0)
                     continue
                 todo[variant.key] = demo.schedule(steps).num_steps
-            runs[variant.key] = _run(demo, settings, variant, steps, partial(report, variant.title, 1), stop)
+            run = _run(demo, settings, variant, steps, partial(report, title, 1), stop)
+            pairs = zip(run.sampled.output, runs["full"].sampled.output if runs else (), strict=False)
+            quality = tuple(compare(clip, other, lpips=False) for clip, other in pairs)
+            runs[variant.key] = replace(run, quality=quality)
     except KeyboardInterrupt:
         return list(runs.values()), True
     return list(runs.values()), False
 
 
 def write(result: DemoResult, folder: str | Path, scale: int = 5) -> list[Path]:
-    """Write the clips side by side (GIF, MP4), each plan as a pyramid (PNG), and before all of them the figures (JSON).
-
-    Every file is written whole or not at all.
+    """Write the figures (JSON), then the clips side by side (GIF, MP4) and each plan as a pyramid (PNG).
 
     Args:
         result: at least one finished run.
-        folder: made if missing.
-        scale: by which pixels are enlarged.
+        folder: created if missing.
+        scale: factor by which pixels are enlarged.
 
     Returns:
         The files written.
 
     Raises:
-        OSError: a file cannot be written; those before it are.
+        OSError: a file cannot be written; the files before it are complete.
     """
     folder = path_of(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figures = write_text(folder / "results.json", to_json(result.to_dict()) + "\n")
-    columns = video.columns(
-        [
-            (r.title, r.sampled.seconds, r.spread("psnr")[0] if r.quality else None, r.sampled.output)
-            for r in result.runs
-        ]
-    )
-    film = video.side_by_side(columns, [str(caption) for caption in result.settings.captions], scale)
+    columns = [
+        (run.title, run.sampled.seconds, run.spread("psnr")[0] if run.quality else None, run.sampled.output)
+        for run in result.runs
+    ]
+    film = video.side_by_side(video.columns(columns), [str(caption) for caption in result.settings.captions], scale)
     written = [video.write_gif(folder / "clips.gif", film), video.write_mp4(folder / "clips.mp4", film)]
     for run in result.runs:
         if run.plan is not None:

@@ -1,11 +1,12 @@
-"""What is installed here and what of it works: `pab doctor`, and without typer `python -m pab_kernels.doctor`.
+"""A report of the installation: `pab doctor`, or without typer `python -m pab_kernels.doctor`.
 
-It needs nothing but Python, and never fails: what cannot be found out is said in its place.
+It needs only Python and never fails: an error becomes an entry of the report.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import warnings
@@ -42,7 +43,7 @@ PACKAGES = (
     "torchmetrics",
     "flash-attn",
 )
-"""Distributions whose version is told."""
+"""Distributions whose version is reported."""
 
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
@@ -59,12 +60,13 @@ NO_KERNEL = "it has no kernel for this operation"
 
 @dataclass(frozen=True)
 class Cache:
-    """The compiled Triton kernels that are kept.
+    """Triton's cache of compiled kernels.
 
     Args:
-        path: their folder.
-        files: how many files; bytes: their size.
-        problem: why they could not be looked at, or None.
+        path: its folder.
+        files: number of files.
+        bytes: their size.
+        problem: why the cache cannot be read, or None.
     """
 
     path: str
@@ -75,21 +77,20 @@ class Cache:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """The state of an installation.
 
     Args:
         python: version, implementation, system.
-        packages: version by distribution, or None where it is not installed.
+        packages: version by distribution, or None if not installed.
         torch: the build, or why it cannot be imported.
         devices: one line each.
-        operations: by operation: "auto" names the backend that is chosen; every backend has None where it can serve,
-            else the reason.
-        asked: the call that the backends were asked about.
-        extension: the CUDA kernels of this package: what was compiled, or why they are not there; and further compiled
-            modules.
+        operations: by operation: "auto" is the chosen backend; every other backend has None if it can serve, else the
+            reason why not.
+        asked: the call for which the backends were checked.
+        extension: the compiled CUDA kernels of this package, or why there are none; and further compiled modules.
         cache: of compiled Triton kernels.
-        environment: variables that are set and change what runs.
-        problems: what could not be found out.
+        environment: the set variables that change what runs.
+        problems: errors and warnings of the checks.
     """
 
     python: str
@@ -110,6 +111,7 @@ class Report:
     def __str__(self) -> str:
         found = [f"{name} {version}" for name, version in self.packages.items() if version]
         missing = [name for name, version in self.packages.items() if not version]
+        environment = [f"{name}={value}" for name, value in self.environment.items()]
         mib = f"{self.cache.files} files, {self.cache.bytes / 2**20:.1f} MiB"
         lines = [
             *_listed("python", [self.python]),
@@ -119,10 +121,7 @@ class Report:
             *_listed("devices", list(self.devices), apart=True),
             *_listed("extension", list(self.extension), apart=True),
             *_listed("triton cache", [f"{self.cache.path}: {self.cache.problem or mib}"]),
-            *_listed(
-                "environment",
-                [f"{name}={value}" for name, value in self.environment.items()] or ["nothing that changes what runs"],
-            ),
+            *_listed("environment", environment or ["nothing that changes what runs"]),
             "",
             *_operations_table(self.operations, self.asked),
         ]
@@ -133,7 +132,7 @@ _MARGIN, _WIDTH = 14, 118
 
 
 def _listed(heading: str, items: list[str], apart: bool = False) -> list[str]:
-    """Items behind a heading, a line each or as many on a line as fit."""
+    """Items behind a heading, one a line if `apart`, else as many on a line as fit."""
     lines: list[str] = []
     for item in items:
         if lines and not apart and len(lines[-1]) + len(item) + 2 <= _WIDTH - _MARGIN:
@@ -144,7 +143,7 @@ def _listed(heading: str, items: list[str], apart: bool = False) -> list[str]:
 
 
 def _operations_table(operations: dict[str, dict[str, str | None]], asked: str) -> list[str]:
-    """Which backend serves which operation; reasons are numbered below."""
+    """A table of backends by operation, with numbered reasons below it."""
     if not operations:
         return []
     backends = list(next(iter(operations.values())))
@@ -165,7 +164,10 @@ def _operations_table(operations: dict[str, dict[str, str | None]], asked: str) 
 
 
 def doctor() -> Report:
-    """Look at this installation. Nothing is changed, nothing is compiled, nothing is fetched.
+    """Inspect the installation, without changing, compiling or fetching anything.
+
+    Returns:
+        The report; `print` shows it as text.
 
     >>> doctor().operations["attention"]["reference"] is None
     True
@@ -174,14 +176,14 @@ def doctor() -> Report:
 
     def tried(what: str, look: Callable[[], Any], otherwise: Any) -> Any:
         try:
-            with warnings.catch_warnings(record=True) as said:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 found = look()
             problems.extend(
-                f"{what}: {joined(w.message)}" for w in said if not issubclass(w.category, DeprecationWarning)
+                f"{what}: {joined(w.message)}" for w in caught if not issubclass(w.category, DeprecationWarning)
             )
             return found
-        except Exception as error:  # a broken installation is what this is for
+        except Exception as error:  # a broken installation is the purpose of this command
             problems.append(f"{what}: {joined(error)}")
             return otherwise
 
@@ -230,7 +232,7 @@ def _devices() -> tuple[str, ...]:
 
 
 def _operations() -> tuple[dict[str, dict[str, str | None]], str]:
-    """What `Report.operations` and `Report.asked` hold."""
+    """`Report.operations` and `Report.asked`."""
     import torch
 
     from .ops import backend
@@ -265,7 +267,7 @@ def _refusal(op: str, name: str, call: Any) -> str | None:
 
 
 def _sample_calls(device: str, dtype: Any) -> dict[str, Any]:
-    """An ordinary call of each operation, as its backends take it."""
+    """A typical call of each operation."""
     import torch
 
     from .ops import Norm, Quantized
@@ -291,15 +293,15 @@ def _sample_calls(device: str, dtype: Any) -> dict[str, Any]:
 
 
 def _extension() -> tuple[str, ...]:
-    """What `Report.extension` holds."""
+    """`Report.extension`."""
     from .ops import cuda_library
 
     info, reason = cuda_library.build_info(), cuda_library.load()
     if reason is None:
         kernels = (
             f"{cuda_library.LIBRARY.name}: loaded; compute capabilities {', '.join(info['archs'])}, torch from "
-            f"{info['torch_target']} on; "
-            f"by nvcc {info['nvcc']}, torch {info['torch_headers']}'s headers; commit {info['commit'] or 'unknown'}"
+            f"{info['torch_target']} on; nvcc {info['nvcc']}, headers of torch {info['torch_headers']}; "
+            f"commit {info['commit'] or 'unknown'}"
         )
     else:
         kernels = f"none: {reason}"
@@ -307,7 +309,7 @@ def _extension() -> tuple[str, ...]:
 
 
 def _triton_cache() -> Cache:
-    """Where Triton keeps what it compiled, by the rule of its own settings, and how much that is."""
+    """The folder of Triton's cache, found as Triton's settings define it, and its size."""
     home = Path(os.environ.get("TRITON_HOME") or Path.home())
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
     if not folder.is_dir():
@@ -315,15 +317,13 @@ def _triton_cache() -> Cache:
     sizes = []
     for parent, _, names in os.walk(folder):
         for name in names:
-            try:
+            with contextlib.suppress(OSError):  # another process may clean up
                 sizes.append((Path(parent) / name).stat().st_size)
-            except OSError:  # another process cleans up
-                continue
     return Cache(str(folder), len(sizes), sum(sizes))
 
 
 def print_report(as_json: bool = False) -> None:
-    """Print what `doctor` finds, as text or as JSON."""
+    """Print the report as text or JSON, in ASCII."""
     report = doctor()
     text = to_json(report.to_dict()) if as_json else str(report)
     print(text.encode("ascii", "backslashreplace").decode("ascii"))
@@ -332,7 +332,7 @@ def print_report(as_json: bool = False) -> None:
 def main() -> None:
     """`python -m pab_kernels.doctor`."""
     parser = argparse.ArgumentParser(
-        prog="python -m pab_kernels.doctor", description="Show what is installed and what of it works."
+        prog="python -m pab_kernels.doctor", description="Show what is installed and whether it works."
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     with standard_streams():

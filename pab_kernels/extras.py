@@ -1,4 +1,4 @@
-"""Packages that only some parts need: imported where they are used, with one line that says what to install."""
+"""Optional packages, imported where they are used."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from types import ModuleType
 def require(module: str, purpose: str) -> ModuleType:
     """Import `module`, which comes with `pip install 'pab-kernels[demo]'`.
 
+    Args:
+        module: full name.
+        purpose: what needs it, for the error.
+
     Raises:
-        ModuleNotFoundError: it is not installed; the message says what needs it and how to install it.
+        ModuleNotFoundError: it is not installed; the message names the purpose and the install command.
     """
     package = module.partition(".")[0]
     try:
@@ -22,3 +26,9 @@ def require(module: str, purpose: str) -> ModuleType:
             f"{purpose} needs the package {package}, which is not installed: pip install 'pab-kernels[demo]'",
             name=package,
         ) from None
+
+
+def require_all(purpose: str, *modules: str) -> None:
+    """`require` each of `modules`."""
+    for module in modules:
+        require(module, purpose)

@@ -1,4 +1,4 @@
-"""Pictures drawn with matplotlib, apart from pyplot's global state."""
+"""Figures of matplotlib without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def new_figure(purpose: str, size: tuple[float, float], dpi: int) -> Figure:
-    """An empty figure that lays itself out.
+    """An empty figure with constrained layout.
 
     Args:
-        purpose: for the message where matplotlib is not installed.
-        size: in inches.
-        dpi: pixels an inch, also where it is saved.
+        purpose: what needs matplotlib, for the error if it is not installed.
+        size: width and height in inches.
+        dpi: pixels per inch, also when saved.
     """
     figure: Figure = require("matplotlib.figure", purpose).Figure(
         figsize=size, dpi=dpi, facecolor="white", layout="constrained"
@@ -31,12 +31,12 @@ def new_figure(purpose: str, size: tuple[float, float], dpi: int) -> Figure:
 
 
 def whole_numbers(axes: Axes) -> None:
-    """Let the marks below `axes` be whole numbers: steps or frames."""
+    """Put the ticks of the x axis at whole numbers: steps or frames."""
     axes.xaxis.set_major_locator(require("matplotlib.ticker", "drawing").MaxNLocator(integer=True))
 
 
 def saved(figure: Figure, path: str | Path | None) -> Figure:
-    """The figure, written whole or not at all to `path` if given, in the format of its ending."""
+    """`figure`, saved to `path` if one is given, in the format of its ending."""
     if path is not None:
         with replacing(path) as made:
             figure.savefig(made)
@@ -44,21 +44,17 @@ def saved(figure: Figure, path: str | Path | None) -> Figure:
 
 
 def check_plot_path(path: str | Path) -> None:
-    """Refuse a picture that could not be written, before anything is measured.
+    """Refuse a picture that could not be saved, before anything is measured.
 
     Raises:
-        ValueError: its ending or its name is not supported.
-        FileNotFoundError: its folder does not exist.
+        ValueError: the ending or the name is not supported, or the path is not a regular file.
+        FileNotFoundError: the folder does not exist.
     """
     path = path_of(path)
-    supported = sorted(
-        require("matplotlib.backend_bases", "plotting a comparison").FigureCanvasBase.get_supported_filetypes()
-    )
-    if path.suffix[1:].lower() not in supported:
-        raise ValueError(
-            f"{shortened(str(path))} cannot be drawn; supported endings are "
-            f"{' '.join('.' + ending for ending in supported)}"
-        )
+    formats = require("matplotlib.backend_bases", "drawing").FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        endings = " ".join(f".{ending}" for ending in sorted(formats))
+        raise ValueError(f"{shortened(str(path))} cannot be drawn; supported endings are {endings}")
     if not os.path.isdir(path.parent):
         folder, name = shortened(str(path.parent)), shortened(path.name)
         raise FileNotFoundError(f"there is no folder {folder} for {name}; make it first")

@@ -1,4 +1,4 @@
-"""Files read with care, and written whole or not at all."""
+"""Reading files with checks, and writing them whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,17 +14,14 @@ from typing import Any
 from .messages import shortened, shown
 
 MOST_BYTES = 2**20
-"""The longest text that `read_text` takes.
-
-A config has a few hundred bytes; a device or a video under its name has no end.
-"""
+"""The longest text that `read_text` reads: a config has a few hundred bytes, a video by its name may have billions."""
 
 
 def path_of(given: Any) -> Path:
     """`given` as a path.
 
     Raises:
-        ValueError: it is neither a string nor a path, or no file can have this name.
+        ValueError: it is neither a string nor a path, or the system does not allow the name.
     """
     if not isinstance(given, (str, os.PathLike)) or isinstance(os.fspath(given), bytes):
         raise ValueError(f"a path is a string or a pathlib.Path, got {shown(given)}")
@@ -38,11 +35,11 @@ def path_of(given: Any) -> Path:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a regular file in UTF-8, of at most `MOST_BYTES`.
+    """The text of a regular file in UTF-8 of at most `MOST_BYTES`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a regular file, too long, not UTF-8, or cannot be read.
+        ValueError: it is not a regular file, is too long or not UTF-8, or cannot be read.
     """
     path = path_of(path)
     name = shortened(str(path))
@@ -57,16 +54,16 @@ def read_text(path: str | Path) -> str:
     if len(data) > MOST_BYTES:
         raise ValueError(f"{name} has more than {MOST_BYTES:,} bytes; it holds no config")
     try:
-        return data.decode("utf-8-sig")  # with the mark that some editors begin it with
+        return data.decode("utf-8-sig")  # without the mark that some editors begin a file with
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
 def check_regular(path: Path) -> None:
-    """Refuse a path that is no regular file: a folder fails when it is read, a pipe waits, a device may have no end.
+    """Refuse a path that is not a regular file: reading a pipe may block, and a device may have no end.
 
     Raises:
-        OSError: there is no such file, or it cannot be looked at; a link that leads to itself is one.
+        OSError: there is no such file, or its type cannot be read, as for a link to itself.
         ValueError: it is a folder, a pipe, a device or a socket.
     """
     mode = os.stat(path).st_mode
@@ -77,16 +74,18 @@ def check_regular(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A new file to write to, with the ending of `path`, which takes the place of `path` when the block ends without an
-    error.
+    """Yield a temporary path, with the ending of `path`, that replaces `path` if the block ends without an error.
 
-    The new file lies in the same folder, and is on the disk before it is renamed: `path` is at any time the old file or
-    the complete new one, also after a full disk, an interruption or a kill. Where `path` is a link, the file that it
-    leads to is replaced.
+    The temporary file lies in the same folder and is flushed to disk before it is renamed: `path` is always either the
+    old file or the complete new one, even after a full disk, an interruption or a kill. A symbolic link stays, and the
+    file it points to is replaced. A file that is replaced keeps its permissions.
+
+    Args:
+        path: the file to write.
 
     Raises:
-        OSError: `path` cannot be written; it names `path`.
-        ValueError: no file can have this name, or `path` is not a regular file.
+        OSError: `path` cannot be written; the error names it.
+        ValueError: the system does not allow the name, or `path` is not a regular file.
     """
     given = path_of(path)
     made: Path | None = None
@@ -100,7 +99,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             shutil.copymode(target, made)
         yield made
         with open(made, "rb") as file:
-            os.fsync(file.fileno())  # some file systems find out only now that the disk is full
+            os.fsync(file.fileno())  # some file systems report a full disk only here
         os.replace(made, target)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(given)) from error
@@ -111,7 +110,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write `text` in UTF-8 in place of what `path` held, as `replacing` does."""
+    """Write `text` in UTF-8 to `path`, as `replacing` does, and return the path."""
     with replacing(path) as made:
         made.write_text(text, encoding="utf-8")
     return Path(path)

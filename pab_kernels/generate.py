@@ -1,8 +1,7 @@
-"""Generating with any pipeline, with PAB and, to compare, without it: what `pab generate` runs."""
+"""Generating with any pipeline under PAB, and for comparison without it: `pab generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from . import api
 from .analysis import video
 from .analysis.ctrl_c import CtrlC, ctrl_c
 from .analysis.pipeline_call import Wish, arguments, call
-from .analysis.pipelines import load_pipeline
+from .analysis.pipelines import DTYPES, load_pipeline
 from .analysis.quality.comparison import Comparison, compare
 from .analysis.sampling import Sampled, in_words, sample
 from .broadcast.summary import Summary
@@ -28,34 +27,29 @@ from .rules.formats import named_config
 from .rules.presets import preset_for
 from .strict_json import to_json
 
-DTYPES = ("float32", "bfloat16", "float16")
 WARM_UP = 2
-"""Steps that are run before the runs that are compared, so that the first of them does not pay for loading."""
-
-MOST_FPS, MOST_SECONDS_A_FRAME = 1000, 1000
-"""What players show."""
+"""Steps of a run before a comparison, whose first run would otherwise pay for loading."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is generated and how.
+    """What to generate, and how.
 
     Args:
-        model: hub id or folder of a pipeline, as `load_pipeline` takes it.
-        wish: prompt, steps, size and the rest that the pipeline is asked for.
-        pab: "auto" (the published preset of the model's class, else the ranges 2/4/6), "off", a preset or a config
-            file.
-        compare: whether the same noise is sampled without PAB first.
-        dtype: of the weights, one of `DTYPES`; default as `load_pipeline` has it.
-        device, offload: as `load_pipeline` takes them.
+        model: hub id or folder of a pipeline, as for `load_pipeline`.
+        wish: prompt, steps, size and other arguments of the pipeline.
+        pab: "auto" (the published preset of the model's class, else ranges 2/4/6), "off", a preset or a config file.
+        compare: whether to sample the same noise without PAB first.
+        dtype: of the weights, one of `DTYPES`; default as for `load_pipeline`.
+        device, offload: as for `load_pipeline`.
         fps: frames a second of the video.
-        timed: whether seconds are measured by kind.
+        timed: whether to measure seconds by kind.
         local_files_only: fetch nothing.
-        cuda_graphs: whether the transformer's calls under PAB are replayed as CUDA graphs, which a run before captures.
+        cuda_graphs: whether to replay the transformer's calls under PAB as CUDA graphs, captured in a previous run.
 
     Raises:
         FileNotFoundError: there is no such config file.
-        ValueError: a value is not supported; the message says what is.
+        ValueError: a value is not supported.
     """
 
     model: str
@@ -72,45 +66,27 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype {self.dtype!r} is not supported; there are {', '.join(DTYPES)}")
-        if not self.fps > 0:
-            raise ValueError(f"fps must be positive, got {self.fps}")
-        if not MOST_SECONDS_A_FRAME >= 1 / self.fps >= 1 / MOST_FPS:
-            raise ValueError(f"fps must be from {1 / MOST_SECONDS_A_FRAME:g} to {MOST_FPS}, got {self.fps}")
+            raise ValueError(f"dtype {self.dtype!r} is not supported; supported are {', '.join(DTYPES)}")
+        if not 0.001 <= self.fps <= 1000:
+            raise ValueError(f"fps must be from 0.001 to 1000, got {self.fps}")
         if self.pab == "off":
             if self.compare or self.timed or self.cuda_graphs:
-                raise ValueError(
-                    "with PAB off there is nothing to compare, to time and to capture; choose auto, a preset or a "
-                    "config file"
-                )
+                raise ValueError("compare, timed and cuda_graphs need PAB; choose auto, a preset or a config file")
         elif self.timed and self.cuda_graphs:
-            raise ValueError(
-                "seconds by kind are measured inside of what is a CUDA graph; leave timed or cuda_graphs out"
-            )
+            raise ValueError("seconds by kind cannot be measured inside a CUDA graph; leave out timed or cuda_graphs")
         elif self.pab != "auto":
             named_config(self.pab)
 
     def config(self, transformer: Any) -> PABConfig | None:
-        """The rules for a transformer; None where PAB is off."""
+        """The rules for a transformer, or None if PAB is off."""
         if self.pab == "auto":
             return preset_for(transformer, timesteps_known=True)
         return None if self.pab == "off" else named_config(self.pab)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        wish = {
-            **vars(self.wish),
-            "size": list(self.wish.size) if self.wish.size else None,
-            "further": dict(self.wish.further),
-        }
-        return {
-            "model": self.model,
-            **wish,
-            "pab": self.pab,
-            "offload": self.offload,
-            "fps": self.fps,
-            "cuda_graphs": self.cuda_graphs,
-        }
+        how = {name: getattr(self, name) for name in ("pab", "offload", "fps", "cuda_graphs")}
+        return {"model": self.model} | vars(self.wish) | how
 
 
 @dataclass(frozen=True)
@@ -121,8 +97,8 @@ class Run:
         key: "off" or "pab", its name in files.
         config: PAB's rules, or None.
         sampled: output, seconds, memory, PAB's summary.
-        quality: against the run without PAB, where there was one.
-        file: the video or the image; None until it is written.
+        quality: against the run without PAB, if there was one.
+        file: the video or image; None until it is written.
     """
 
     key: str
@@ -138,7 +114,7 @@ class Run:
 
     @property
     def summary(self) -> Summary | None:
-        """What PAB did."""
+        """PAB's summary, or None without PAB."""
         return self.sampled.summary
 
     def to_dict(self, reference: Run) -> dict[str, Any]:
@@ -162,14 +138,14 @@ class Result:
     """The finished runs.
 
     Args:
-        settings: what was asked for.
-        pipeline, transformer: their classes.
-        device: in words.
+        settings: of the runs.
+        pipeline, transformer: names of their classes.
+        device: its name.
         dtype: of the transformer.
-        runs: the one without PAB first.
-        planned: how many were to be run.
-        files: all that were written.
-        interrupted: whether the user stopped it.
+        runs: the finished runs, without PAB first.
+        planned: number of runs planned.
+        files: the files written.
+        interrupted: whether Ctrl-C stopped it.
     """
 
     settings: Settings
@@ -201,7 +177,7 @@ class NotWritten(OSError):
     """A file could not be written.
 
     Args:
-        error: why.
+        error: the reason.
         result: all finished runs, with the files that were written.
     """
 
@@ -211,25 +187,25 @@ class NotWritten(OSError):
 
 
 def generate(settings: Settings, out: str | Path, progress: RunProgress | None = None) -> Result:
-    """Generate, write what comes out and how long it took, and compare.
+    """Generate with PAB, and with `settings.compare` first without it; write outputs, times and the comparison.
 
-    The pipeline is loaded once. Every run begins with the same noise. After each, `results.json` and its video or image
-    are written to `out`, so that an interruption (Ctrl-C) or an error later on keeps what is finished. A file is
-    written whole or not at all.
+    The pipeline is loaded once, and every run begins with the same noise. After each run `results.json` and its video
+    or image are written to `out`, so Ctrl-C or a later error keeps the finished runs. A file is written whole or not at
+    all.
 
     Args:
         settings: what to generate.
-        out: folder, made if missing.
+        out: folder, created if missing.
         progress: called after every step.
 
     Returns:
-        The finished runs; where it was interrupted, those until then.
+        The finished runs; after Ctrl-C, those until then.
 
     Raises:
         FileNotFoundError: there is no such model.
-        NotWritten: a file cannot be written; it has the runs that were measured.
-        OSError: the folder cannot be written to, before anything is run.
-        ValueError: the model or the pipeline does not support what was asked for, or a run fails.
+        NotWritten: a file cannot be written; the error has the finished runs.
+        OSError: the folder cannot be created, before anything is run.
+        ValueError: the model or the pipeline does not support the settings, or a run fails.
         ModuleNotFoundError: a package is not installed.
     """
     out = path_of(out)
@@ -239,45 +215,21 @@ def generate(settings: Settings, out: str | Path, progress: RunProgress | None =
         return _generate(settings, pipe, config, out, stop, progress)
 
 
-def _loaded(settings: Settings) -> tuple[Any, PABConfig | None]:
-    """The pipeline and PAB's rules for it; what does not suit it is refused before anything is run or written."""
-    wanted = getattr(torch, settings.dtype) if settings.dtype else None
-    pipe = load_pipeline(
-        settings.model,
-        dtype=wanted,
-        device=settings.device,
-        offload=settings.offload,
-        local_files_only=settings.local_files_only,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    config = settings.config(pipe.transformer)
-    if settings.cuda_graphs and execution_device(pipe).type != "cuda":
-        raise ValueError(
-            f"CUDA graphs need a CUDA device, and the pipeline is on {execution_device(pipe)}; leave cuda_graphs out"
-        )
-    arguments(pipe, settings.wish)
-    if config is not None:
-        try:
-            api.enable(pipe, config)
-        except TypeError as error:
-            raise ValueError(str(error)) from error
-        api.disable(pipe)
-    return pipe, config
-
-
 def _generate(
     settings: Settings, pipe: Any, config: PABConfig | None, out: Path, stop: CtrlC, progress: RunProgress | None
 ) -> Result:
-    ways: list[PABConfig | None] = [None] if settings.compare or config is None else []
-    ways += [config] if config is not None else []
+    ways: list[PABConfig | None] = [
+        *([None] if settings.compare or config is None else []),
+        *([config] if config else []),
+    ]
     out.mkdir(parents=True, exist_ok=True)
     runs: list[Run] = []
-    drawn: list[Path] = []
+    pictures: list[Path] = []
     pipeline, transformer = type(pipe).__name__, type(pipe.transformer).__name__
     device, dtype = in_words(execution_device(pipe)), str(pipe.transformer.dtype).removeprefix("torch.")
 
-    def result(interrupted: bool = False, *further: Path) -> Result:
-        files = (*(run.file for run in runs if run.file), *drawn, *further)
+    def result(interrupted: bool, *further: Path) -> Result:
+        files = (*(run.file for run in runs if run.file), *pictures, *further)
         return Result(settings, pipeline, transformer, device, dtype, tuple(runs), len(ways), files, interrupted)
 
     def save(interrupted: bool = False) -> Result:
@@ -299,11 +251,19 @@ def _generate(
             quality = compare(sampled.output, runs[0].sampled.output, lpips=False) if runs else None
             runs.append(Run(key, rules, sampled, quality))
             save()
-            runs[-1] = replace(runs[-1], file=_write(out / key, sampled.output, settings.fps))
+            runs[-1] = replace(runs[-1], file=_write(out / key, video.pixels(sampled.output), settings.fps))
             save()
-            for path in _draw(runs, out, settings):
-                drawn.append(path)
-            stop.check()
+            if runs[-1].summary and runs[-1].summary.plan:
+                runs[-1].summary.plan.plot(str(out / "schedule.png"))
+                pictures.append(out / "schedule.png")
+        if len(runs) > 1:
+            columns = [
+                (r.title, r.sampled.seconds, r.quality.total.psnr if r.quality else None, r.sampled.output[None])
+                for r in runs
+            ]
+            film = video.side_by_side(video.columns(columns), [settings.wish.prompt or ""], scale=1)
+            pictures.append(_write(out / "side-by-side", film, settings.fps))
+        stop.check()
 
     save()
     interrupted = False
@@ -313,8 +273,8 @@ def _generate(
         except KeyboardInterrupt:
             interrupted = True
         except ValueError as error:
-            kept = f"; kept in {out}: {', '.join(run.file.name for run in runs if run.file)}" if runs else ""
-            raise ValueError(f"{error}{kept}") from error
+            names = ", ".join(run.file.name for run in runs if run.file)
+            raise ValueError(f"{error}; kept in {out}: {names}" if names else str(error)) from error
         return save(interrupted)
     except OSError as error:
         try:
@@ -324,23 +284,32 @@ def _generate(
         raise NotWritten(error, made) from error
 
 
-def _write(stem: Path, film: torch.Tensor | np.ndarray, fps: float) -> Path:
-    """Frames as MP4, one frame as PNG."""
-    pixels = video.pixels(film) if isinstance(film, torch.Tensor) else film
-    if len(pixels) == 1:
-        return video.write_png(stem.with_suffix(".png"), pixels[0])
-    return video.write_mp4(stem.with_suffix(".mp4"), pixels, fps, repeats=1)
+def _loaded(settings: Settings) -> tuple[Any, PABConfig | None]:
+    """The pipeline and its PAB rules; unsupported settings are refused before anything is run or written."""
+    pipe = load_pipeline(
+        settings.model,
+        dtype=DTYPES[settings.dtype] if settings.dtype else None,
+        device=settings.device,
+        offload=settings.offload,
+        local_files_only=settings.local_files_only,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    config = settings.config(pipe.transformer)
+    device = execution_device(pipe)
+    if settings.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"CUDA graphs need a CUDA device, and the pipeline is on {device}; leave cuda_graphs out")
+    arguments(pipe, settings.wish)
+    if config is not None:
+        try:
+            api.enable(pipe, config)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        api.disable(pipe)
+    return pipe, config
 
 
-def _draw(runs: Sequence[Run], out: Path, settings: Settings) -> Iterator[Path]:
-    """Draw what stands beside the run that was finished last: its plan, and where there are two, both side by side."""
-    run = runs[-1]
-    if run.summary is not None and run.summary.plan is not None:
-        run.summary.plan.plot(str(out / "schedule.png"))
-        yield out / "schedule.png"
-    if run.quality is not None:
-        psnr = [r.quality.total.psnr if r.quality else None for r in runs]
-        columns = video.columns(
-            [(r.title, r.sampled.seconds, p, r.sampled.output[None]) for r, p in zip(runs, psnr, strict=True)]
-        )
-        yield _write(out / "side-by-side", video.side_by_side(columns, [settings.wish.prompt], scale=1), settings.fps)
+def _write(stem: Path, film: np.ndarray, fps: float) -> Path:
+    """Write one frame as PNG, several as MP4."""
+    if len(film) == 1:
+        return video.write_png(stem.with_suffix(".png"), film[0])
+    return video.write_mp4(stem.with_suffix(".mp4"), film, fps, repeats=1)

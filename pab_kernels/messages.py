@@ -1,4 +1,4 @@
-"""What was given and what went wrong, in one line of bounded length."""
+"""Values and errors on one line of bounded length."""
 
 from __future__ import annotations
 
@@ -12,41 +12,36 @@ _REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 12
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """`text`, or its two ends where it is longer than `most` characters."""
+    """`text`, or its two ends if it is longer than `most` characters."""
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]}"
 
 
 def shown(value: Any) -> str:
-    """`repr(value)`, cut where it is long: what was given may be a list of a million, or refer to itself."""
+    """`repr(value)`, cut to a bounded length: a value given by a user may be a list of a million."""
     try:
         return shortened(_REPR.repr(value))
-    except ValueError:  # Python writes no integer of more than 4,300 digits
+    except ValueError:  # Python does not print an integer of more than 4,300 digits
         return "a number of very many digits"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind: torch and ffmpeg go on with what is theirs."""
+    """The first line of an error's message, or its type: torch and ffmpeg append lines of internals."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def joined(error: object) -> str:
-    """What an error says, its lines joined to one, or its kind."""
+    """An error's message with its lines joined, or its type."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def one_line(error: object) -> str:
-    """What an error says, on one line of at most 1,000 characters that a terminal can show.
+    """An error's message on one line of at most 1,000 characters; an `OSError` becomes its file and its reason.
 
-    The error of a file names the file, and gives the system's reason.
+    Characters that a terminal cannot show, such as control characters and lone surrogates, are escaped.
     """
-    said = error
+    text = joined(error)
     if isinstance(error, OSError) and error.strerror:
-        said = (
-            f"{os.fsdecode(error.filename)}: {error.strerror}"
-            if isinstance(error.filename, (str, bytes))
-            else error.strerror
-        )
-    printable = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in joined(said)
-    )
-    return shortened(printable, 1000)
+        name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        text = joined(name + error.strerror)
+    escaped = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return shortened("".join(escaped), 1000)

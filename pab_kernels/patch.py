@@ -1,5 +1,4 @@
-"""diffusers' `transformer.enable_cache(PyramidAttentionBroadcastConfig(...))`, served by this package while it is
-patched in."""
+"""Serves diffusers' `transformer.enable_cache(PyramidAttentionBroadcastConfig(...))` by this package."""
 
 from __future__ import annotations
 
@@ -29,29 +28,31 @@ _PATCH = "_pab_patch"
 
 @dataclass
 class _Patch:
-    """What is changed: methods of diffusers' mixin, each as it was and as it is, and the models that are served."""
+    """The patched methods of diffusers' mixin, each with its original, and the models that are served."""
 
     methods: dict[str, tuple[Callable[..., None], Callable[..., None]]] = field(default_factory=dict)
     served: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
 
 
 def patch_diffusers() -> None:
-    """Let `enable_cache(PyramidAttentionBroadcastConfig(...))` of diffusers' models use this package, until
-    `unpatch_diffusers`.
+    """Make `enable_cache(PyramidAttentionBroadcastConfig(...))` of diffusers' models use this package.
 
-    `disable_cache`, `is_cache_enabled` and `cache_context` belong to it; configs of other caches go to diffusers as
-    before. Rules are as `rules.formats.from_diffusers` has them, and `summary(model)` tells what was done.
+    `disable_cache`, `is_cache_enabled` and `cache_context` work with it; configs of other caches go to diffusers. The
+    rules are those of `rules.formats.from_diffusers`, and `summary(model)` reports the run.
 
-    The pipeline is looked for in `current_timestep_callback`: in `lambda: pipe.current_timestep` it is found, and its
-    scheduler gives the plan. Where it is not found, each step is decided when it comes, by the timestep that the
-    callback gives: a step ends where a context is called again, and a generation at `_reset_stateful_cache` or where
-    the timestep rises.
+    The pipeline is looked up in `current_timestep_callback`: `lambda: pipe.current_timestep` refers to it, and its
+    scheduler gives the plan. If it is not found, each step is decided when it begins, by the timestep of the callback:
+    a step ends when a context is called again, and a generation at `_reset_stateful_cache` or when the timestep rises.
 
     Unlike in diffusers, branches of guidance that are called one by one share neither outputs nor counts, temporal
-    attention has its own range, and a run that ended in the middle leaves nothing for the next.
+    attention has its own range, and an interrupted run leaves nothing for the next.
 
     Raises:
         ModuleNotFoundError: diffusers is not installed.
+
+    >>> patch_diffusers()    # doctest: +SKIP
+    >>> pipe.transformer.enable_cache(config)    # doctest: +SKIP
+    >>> unpatch_diffusers()  # doctest: +SKIP
     """
     mixin = _mixin()
     if hasattr(mixin, _PATCH):
@@ -65,8 +66,7 @@ def patch_diffusers() -> None:
 
 
 def unpatch_diffusers() -> None:
-    """Take `patch_diffusers` back: PAB is off on the models that it was switched on for, and `enable_cache` is
-    diffusers' own."""
+    """Undo `patch_diffusers`: disable PAB on the models it serves, and restore diffusers' `enable_cache`."""
     mixin = _mixin()
     patch = getattr(mixin, _PATCH, None)
     if patch is None:
@@ -75,7 +75,7 @@ def unpatch_diffusers() -> None:
         _disable(patch, model)
     delattr(mixin, _PATCH)
     for name, (original, method) in patch.methods.items():
-        if vars(mixin)[name] is method:  # else somebody has wrapped it since, and it passes through
+        if vars(mixin)[name] is method:  # otherwise it was wrapped since, and passes calls through
             setattr(mixin, name, original)
 
 
@@ -87,13 +87,13 @@ def _mixin() -> Any:
 
 
 def _before(original: Callable[..., None], served: Callable[..., bool]) -> Callable[..., None]:
-    """A method that is `original`, unless the patch is on and `served` has done what was asked for."""
+    """A method that calls `original` unless the patch is active and `served` handles the call."""
 
     @functools.wraps(original)
     def method(model: Any, *args: Any, **kwargs: Any) -> None:
         patch = getattr(model, _PATCH, None)
         if patch is not None and model not in patch.served:
-            _hide(model)  # what a copy of a served model has of it
+            _hide(model)  # a copy of a served model has its hooks
         if patch is None or not served(patch, model, *args, **kwargs):
             original(model, *args, **kwargs)
 
@@ -108,7 +108,7 @@ def _enable(patch: _Patch, model: Any, config: Any) -> bool:
     callback = config.current_timestep_callback
     if callback is None:
         raise ValueError(
-            "current_timestep_callback is missing; give it: current_timestep_callback=lambda: pipe.current_timestep"
+            "current_timestep_callback is missing; pass current_timestep_callback=lambda: pipe.current_timestep"
         )
     if broadcaster_of(model) is not None:
         raise ValueError(f"PAB is enabled on this {type(model).__name__} by pab.enable; pab.disable it first")
@@ -126,18 +126,11 @@ def _enable(patch: _Patch, model: Any, config: Any) -> bool:
     for sublayer in sublayers:
         rule = rules.rule(sublayer.kind, sublayer.layer)
         if rule is not None and rule.window is not None:
-            _show(
-                model.get_submodule(sublayer.name),
-                _State(broadcaster, sublayer.name),
-                rule.window,
-                rule.range,
-                callback,
-            )
+            state = _State(broadcaster, sublayer.name)
+            _show(model.get_submodule(sublayer.name), state, rule.window, rule.range, callback)
     if pipe is None:
-        logger.info(
-            "%s: no pipeline is found in current_timestep_callback: each step is decided when it comes",
-            type(model).__name__,
-        )
+        name = type(model).__name__
+        logger.info("%s: no pipeline in current_timestep_callback; each step is decided when it begins", name)
     compat.set_cache_config(model, config)
     patch.served.add(model)
     return True
@@ -149,15 +142,12 @@ def _disable(patch: _Patch, model: Any) -> bool:
     patch.served.discard(model)
     api.disable(model)
     _hide(model)
-    compat.set_cache_config(model, None)  # also where no module had anything to show
+    compat.set_cache_config(model, None)  # also if no module has a hook
     return True
 
 
 def _pipe_of(callback: Callable[[], Any], model: nn.Module) -> Any:
-    """The pipeline of `model` among what the code of `callback` names, or what that holds.
-
-    None where it is not there.
-    """
+    """The pipeline of `model` among the objects that `callback` refers to and their attributes, or None."""
     for thing in _named_in(callback):
         for candidate in (thing, *getattr(thing, "__dict__", {}).values()):
             if (
@@ -175,16 +165,16 @@ def _named_in(callback: Callable[[], Any]) -> Iterator[Any]:
         callback = callback.func
     yield getattr(callback, "__self__", None)
     yield from getattr(callback, "__defaults__", None) or ()
-    with contextlib.suppress(TypeError, ValueError):  # no function of Python, or one whose names are not filled yet
+    with contextlib.suppress(TypeError, ValueError):  # not a Python function, or an empty closure
         found = inspect.getclosurevars(callback)
         yield from (*found.nonlocals.values(), *found.globals.values())
 
 
-# What code that knows diffusers' hooks finds
+# For code that reads diffusers' hooks
 
 
 class _State:
-    """In place of the state of diffusers' hook on one module: how far the generation is, and what is kept.
+    """Replaces the state of diffusers' hook on one module: its number of steps and its kept outputs.
 
     Args:
         broadcaster: of the model.
@@ -202,14 +192,13 @@ class _State:
 
     @property
     def iteration(self) -> int:
-        """How many steps the running generation has called the model at."""
+        """Number of steps at which the running generation has called the model."""
         generation = self._generation()
         return 0 if generation is None else generation.taken
 
     @property
     def cache(self) -> tuple[Slot, ...] | None:
-        """What is kept of the module's outputs in all contexts: nothing where no later step reads it. None before the
-        first step."""
+        """The module's kept outputs in all contexts; None before the first step."""
         generation = self._generation()
         if generation is None or not generation.taken:
             return None
@@ -220,10 +209,7 @@ class _State:
 def _show(
     module: nn.Module, state: _State, window: tuple[float, float], reach: int, callback: Callable[[], Any]
 ) -> None:
-    """Put a hook that shows `state` where diffusers' would be.
-
-    It is never called: the module's `forward` stays what it is.
-    """
+    """Register a hook of diffusers with `state`. It is never called: the module's `forward` does not change."""
     from diffusers.hooks import HookRegistry
     from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
 
@@ -233,7 +219,7 @@ def _show(
 
 
 def _hide(model: Any) -> None:
-    """Take away what `_show` put on modules of `model`, and the config that goes with it."""
+    """Remove the hooks that `_show` registered on modules of `model`, and the config."""
     shown = False
     for module in model.modules():
         hook = compat.diffusers_hooks(module).get(compat.PAB_HOOK)

@@ -1,4 +1,4 @@
-"""Standard output and error of a program: closed, full, or read by something that ends first."""
+"""Standard output and error of a program, which may be closed, full, or a pipe whose reader has ended."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from .messages import one_line
 
 
 def fail(error: object, code: int) -> NoReturn:
-    """End the program with one line."""
-    with contextlib.suppress(OSError):  # who cannot be told is told by the code
+    """Print an error on one line and exit with `code`."""
+    with contextlib.suppress(OSError):  # if standard error fails too, only the exit code reports the error
         print(f"pab: {one_line(error)}", file=sys.stderr)
     raise SystemExit(code)
 
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
-    """Run a program whose report must reach its reader: where it does not, the exit code is 1.
+    """Run a program and exit with 1 if its output could not be written.
 
-    A reader that ends first, as in `pab plan --list | head -1`, is left in peace; any other reason is one line. A
-    character that the terminal's encoding lacks is escaped. Without standard output nothing is begun: there would be
-    nowhere to report to.
+    If the reader of a pipe ends first, as in `pab plan --list | head -1`, nothing is printed; any other reason is
+    printed on one line. Characters that the terminal's encoding lacks are escaped. If standard output is closed, the
+    program does not start, because its report would be lost.
 
     Raises:
-        SystemExit: always, with the program's code or 1.
+        SystemExit: always, with the program's exit code or 1.
     """
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for as long as the program runs
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  stays open until the program ends
     if sys.stdout is None:
         fail("standard output is closed, and the report would be lost; redirect it to a file or to /dev/null", 1)
     for stream in (sys.stdout, sys.stderr):
@@ -48,7 +48,7 @@ def standard_streams() -> Iterator[None]:
             stream.flush()
         except OSError as error:
             code = code or _report(error)
-            with contextlib.suppress(OSError):  # Python flushes once more when it ends, and complains
+            with contextlib.suppress(OSError):  # Python flushes again at exit and would print a traceback
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(code)
 

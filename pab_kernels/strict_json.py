@@ -1,4 +1,4 @@
-"""JSON as its standard has it: finite numbers, and every name once."""
+"""JSON as its standard defines it, where every number is finite, and with every name once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .messages import shortened, shown
 
 
 def to_json(data: Any) -> str:
-    """`data` as strict JSON, one entry a line: a number that is not finite is null."""
+    """`data` as strict JSON, one entry a line; a number that is not finite becomes null."""
     return json.dumps(_finite(data), indent=1, allow_nan=False)
 
 
@@ -23,10 +23,10 @@ def _finite(data: Any) -> Any:
 
 
 def from_json(text: str) -> Any:
-    """The data of strict JSON.
+    """Parse strict JSON.
 
     Raises:
-        ValueError: it is not JSON, holds a number that is not finite or a name twice, or is nested too deep.
+        ValueError: it is not JSON, has a number that is not finite or a name twice, or is nested too deep.
     """
     try:
         return json.loads(text, object_pairs_hook=_named_once, parse_constant=_refused, parse_float=_number)
@@ -49,4 +49,4 @@ def _number(token: str) -> float:
 
 
 def _refused(token: str) -> Any:
-    raise ValueError(f"{token} is no number of JSON; they are finite")
+    raise ValueError(f"{token} is not a number of JSON; they are finite")

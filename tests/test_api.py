@@ -150,9 +150,9 @@ BAD_CONFIG = PABConfig(spatial=Broadcast(2, (100, 800), "timestep"))
         ({"num_steps": 0}, "num_steps must be a whole number of at least 1, got 0"),
         ({"num_steps": "5"}, "num_steps must be a whole number of at least 1, got '5'"),
         ({"num_steps": 5, "timesteps": [3, 2]}, "num_steps=5 does not fit 2 timesteps"),
-        ({"timesteps": []}, r"timesteps must be a row of finite numbers, got \[\]"),
-        ({"timesteps": ["a"]}, "timesteps must be a row of finite numbers, got"),
-        ({"timesteps": 5}, "timesteps must be a row of finite numbers, got 5"),
+        ({"timesteps": []}, r"timesteps must be a sequence of finite numbers, got \[\]"),
+        ({"timesteps": ["a"]}, "timesteps must be a sequence of finite numbers, got"),
+        ({"timesteps": 5}, "timesteps must be a sequence of finite numbers, got 5"),
         ({"config": PABConfig(cache_point="unprojected")}, "supported are 'pre_gate', 'post_gate'"),
     ],
 )

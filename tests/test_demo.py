@@ -13,10 +13,10 @@ pytest.importorskip("imageio_ffmpeg")
 pytest.importorskip("PIL")
 pytest.importorskip("matplotlib")
 
+
 from pab_kernels import demo
-from pab_kernels.analysis.memory import Peak
 from pab_kernels.analysis.quality.comparison import Closeness, Comparison
-from pab_kernels.analysis.sampling import Sampled
+from pab_kernels.analysis.sampling import Peak, Sampled
 from pab_kernels.demo import DemoResult, DemoRun, DemoSettings, Variant, run_demo, variants, write
 from pab_kernels.models.demo import shapes
 from pab_kernels.rules.config import PABConfig

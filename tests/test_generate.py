@@ -215,14 +215,14 @@ def test_what_does_not_suit_the_model_is_refused(
     [
         (
             lambda: Settings("demo", Wish("a"), pab="off", compare=True),
-            "with PAB off there is nothing to compare, to time and to capture",
+            "compare, timed and cuda_graphs need PAB; choose auto, a preset or a config file",
         ),
         (
             lambda: Settings("demo", Wish("a"), pab="off", timed=True),
-            "nothing to compare, to time and to capture; choose auto",
+            "compare, timed and cuda_graphs need PAB",
         ),
-        (lambda: Settings("demo", Wish("a"), pab="off", cuda_graphs=True), "and to capture; choose auto"),
-        (lambda: Settings("demo", Wish("a"), timed=True, cuda_graphs=True), "leave timed or cuda_graphs out"),
+        (lambda: Settings("demo", Wish("a"), pab="off", cuda_graphs=True), "and cuda_graphs need PAB"),
+        (lambda: Settings("demo", Wish("a"), timed=True, cuda_graphs=True), "leave out timed or cuda_graphs"),
         (
             lambda: generate(Settings("demo", Wish("a"), device="cpu", cuda_graphs=True), "."),
             "CUDA graphs need a CUDA device, .* on cpu; leave",
@@ -230,9 +230,9 @@ def test_what_does_not_suit_the_model_is_refused(
         (lambda: Settings("demo", Wish("a"), pab="pab24"), "there is no preset 'pab24'; did you mean 'pab246'"),
         (
             lambda: Settings("demo", Wish("a"), dtype="int4"),
-            "dtype 'int4' is not supported; there are float32, bfloat16, float16",
+            "dtype 'int4' is not supported; supported are bfloat16, float16, float32",
         ),
-        (lambda: Settings("demo", Wish("a"), fps=0), "fps must be positive, got 0"),
+        (lambda: Settings("demo", Wish("a"), fps=0), "fps must be from 0.001 to 1000, got 0"),
         (lambda: Wish("a", steps=0), "steps must be at least 1, got 0"),
         (
             lambda: Wish("a", size=(1, 2, 3, 4)),
@@ -246,7 +246,7 @@ def test_what_does_not_suit_the_model_is_refused(
         ),
         (
             lambda: generate(Settings("demo", Wish("a"), device="cpu", offload="model"), "."),
-            "there is none in use: leave it out",
+            "needs a CUDA device, and the device is cpu; leave it out",
         ),
     ],
 )

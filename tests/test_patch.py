@@ -419,9 +419,7 @@ def test_a_method_that_was_wrapped_since_passes_through_after_unpatch() -> None:
 
 def test_a_config_that_cannot_be_served_leaves_the_model_plain() -> None:
     model = next(t for t in CACHING if t.name == "FluxTransformer2DModel").build()
-    with pytest.raises(
-        ValueError, match="current_timestep_callback is missing; give it: current_timestep_callback=lambda"
-    ):
+    with pytest.raises(ValueError, match="current_timestep_callback is missing; pass current_timestep_callback=lambda"):
         model.enable_cache(PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2))
     with pytest.raises(ValueError, match="name some and not all spatial sublayers of layer 0"):
         model.enable_cache(config(spatial_attention_block_identifiers=["^transformer_blocks"]))

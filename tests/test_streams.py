@@ -1,4 +1,4 @@
-"""A program whose standard output is closed, full, read by something that ends first, or of another encoding."""
+"""A program whose standard output is closed, full, a pipe whose reader ends first, or in another encoding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def broken() -> Iterator[Any]:
     reads, writes = os.pipe()
     os.close(reads)
     with open(writes, "w") as stream:
-        yield stream  # closing it raises nothing: what was not read is gone
+        yield stream  # closing it does not raise: the unread text is lost
 
 
 @pytest.mark.parametrize("code", [None, 0, 2])
@@ -39,7 +39,7 @@ def test_what_is_printed_arrives_and_the_code_is_the_program_s(code: int | None,
     assert _ended(code=code) == (code or 0) and tuple(capsys.readouterr()) == ("report\n", "")
 
 
-@pytest.mark.parametrize("size", [1, 10**6])  # that a buffer keeps, and that it does not
+@pytest.mark.parametrize("size", [1, 10**6])  # fits into the buffer, and does not
 def test_a_reader_that_ends_first_is_left_in_peace(
     size: int, broken: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""JSON as its standard has it, both ways."""
+"""JSON as its standard defines it, read and written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_json_is_strict_both_ways() -> None:
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [1.5, None, None], "b": {"c": [None, None, True]}}
     assert from_json(text)["a"] == [1.5, None, None]
     for bad, message in (
-        ("[NaN]", "NaN is no number of JSON"),
+        ("[NaN]", "NaN is not a number of JSON"),
         ('{"a": 1, "a": 2}', "'a' occurs twice"),
         ("[" * 10**5, "nested too deep"),
         ("{", "Expecting property name"),

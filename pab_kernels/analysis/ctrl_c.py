@@ -1,8 +1,7 @@
-"""Ctrl-C while something is measured: acted on where the code can stop, and only noted where work is half done.
+"""Ctrl-C during a measurement: it raises where the code can stop, and is only counted elsewhere.
 
-Python raises KeyboardInterrupt between any two of its instructions: between the two halves of a record, in a destructor
-that swallows it, while a model is given back. Here the signal is counted instead, and becomes an exception at a place
-that was chosen for it.
+Python raises KeyboardInterrupt between any two instructions: inside a record that is half written, in a destructor that
+swallows it, or while hooks are removed from a model. Here the signal is counted, and raised at chosen places.
 """
 
 from __future__ import annotations
@@ -15,28 +14,26 @@ from typing import Any
 
 
 class CtrlC:
-    """The Ctrl-Cs since `ctrl_c()` was entered."""
+    """Counts Ctrl-C since `ctrl_c()` was entered."""
 
     def __init__(self) -> None:
         self.noted = 0
         self._raises_at: int | None = None
 
     def check(self) -> None:
-        """Stop here if Ctrl-C was pressed.
-
-        Raises:
-            KeyboardInterrupt: it was.
-        """
+        """Raise KeyboardInterrupt if Ctrl-C was pressed."""
         if self.noted:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def interruptible(self, patience: int = 0) -> Iterator[None]:
-        """Let a Ctrl-C raise KeyboardInterrupt wherever the block is, but for the first `patience` of them, which are
-        for `check`.
+        """Let Ctrl-C raise KeyboardInterrupt anywhere in the block.
+
+        Args:
+            patience: number of signals that are only counted, for `check`, before one raises.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C, in the block or noted before it.
+            KeyboardInterrupt: Ctrl-C, in the block or counted before it.
         """
         self.check()
         self._raises_at = patience + 1
@@ -49,16 +46,16 @@ class CtrlC:
         """The handler of SIGINT."""
         self.noted += 1
         if self._raises_at is not None and self.noted >= self._raises_at:
-            self._raises_at = self.noted + 2  # the next one may come while this one unwinds the stack
+            self._raises_at = self.noted + 2  # the next one may arrive while this one unwinds the stack
             raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def ctrl_c() -> Iterator[CtrlC]:
-    """Note Ctrl-C instead of raising it, until the block ends; an inner block joins the outer one.
+    """Count Ctrl-C instead of raising it until the block ends; an inner block shares the counter of the outer one.
 
-    Only Python's own handler is replaced, which raises KeyboardInterrupt: another one is its owner's decision. Handlers
-    belong to the main thread; in others nothing is noted.
+    Only Python's default handler is replaced; a custom one stays. Signal handlers belong to the main thread, so in
+    other threads nothing is counted.
     """
     if threading.current_thread() is not threading.main_thread():
         yield CtrlC()

@@ -1,4 +1,4 @@
-"""diffusers' own Pyramid Attention Broadcast, run for comparison, with what it computed counted from outside."""
+"""diffusers' Pyramid Attention Broadcast, run for comparison, with its computed calls counted."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..rules.schedule import Schedule
 
 @dataclass
 class Observed:
-    """What ran.
+    """What diffusers' PAB computed.
 
     Args:
-        computed: how often each attention module computed, by its name in the transformer.
-        cache_bytes: the most bytes that kept outputs held after a call.
+        computed: number of computed calls of each attention module, by its name in the transformer.
+        cache_bytes: peak size of the kept outputs after a call.
     """
 
     computed: dict[str, int] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class Observed:
 
 
 def timesteps_around(schedule: Schedule, window: tuple[float, float]) -> tuple[float, float]:
-    """The bounds, in timesteps, between which strictly lie the steps of `window`, which is in fractions."""
+    """Exclusive bounds in timesteps of the steps in `window`, which is in fractions."""
     t, n = schedule.require_timesteps("diffusers' PAB"), schedule.num_steps
     inside = Broadcast(2, window).inside(schedule)
     if not inside:
@@ -41,14 +41,14 @@ def timesteps_around(schedule: Schedule, window: tuple[float, float]) -> tuple[f
 
 @contextlib.contextmanager
 def diffusers_pab(pipe: Any, ranges: tuple[int, int, int], schedule: Schedule) -> Iterator[Observed]:
-    """Switch diffusers' PAB on for a Latte pipeline and off again.
+    """Enable diffusers' PAB on a Latte pipeline during the block.
 
-    Its default identifiers give temporal attention the spatial range; here each kind has its own.
+    diffusers' default identifiers give temporal attention the spatial range; here each kind has its own.
 
     Args:
         pipe: a `LattePipeline`.
         ranges: spatial, temporal, cross.
-        schedule: of the sampling to come, to place the default window.
+        schedule: of the sampling, which places the default window.
     """
     transformer = pipe.transformer
     names = ("spatial", "temporal", "cross")

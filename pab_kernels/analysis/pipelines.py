@@ -1,12 +1,9 @@
-"""Loading a pipeline by hub id, from a folder, or the demo model: the one place for every command that samples."""
+"""Loading a pipeline by hub id or from a folder, or the demo model."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,10 @@ from ..files import path_of, read_text
 from ..messages import first_line, shortened, shown
 
 DEMO = "demo"
-"""The name of the demo model, which comes with the package."""
+"""The name of the demo model."""
 OFFLOADS = ("none", "model", "sequential")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""Of weights, by their names on command lines."""
 _DEMO_PARTS = "pab_kernels.models.demo.components"
 
 
@@ -31,24 +30,27 @@ def load_pipeline(
     offload: str = "none",
     local_files_only: bool = False,
 ) -> Any:
-    """A diffusers pipeline, ready to be called.
+    """Load a diffusers pipeline.
 
     Args:
-        model: a folder that `save_pretrained` wrote, the id of a repository on the hub ("owner/name"), or "demo".
+        model: a folder written by `save_pretrained`, the id of a repository on the hub ("owner/name"), or "demo".
         dtype: of the weights; default bfloat16 on CUDA and float32 elsewhere; float32 for the demo model.
-        device: default CUDA where there is one, else the CPU.
-        offload: "model" or "sequential": weights stay on the host but for the model, or the module, that runs; needs
-            accelerate and CUDA.
-        local_files_only: fetch nothing: an id is looked up among what was fetched before. A folder is always read as it
-            is.
+        device: default CUDA if available, else the CPU.
+        offload: "model" or "sequential" keep weights on the host except those of the model, or of the module, that
+            runs; needs accelerate and CUDA.
+        local_files_only: do not fetch anything; an id must be cached.
 
     Returns:
-        The pipeline, on `device`.
+        The pipeline on `device`.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it is no pipeline's.
-        ValueError: the pipeline has no `transformer`, the hub no such repository, the device is not here, or `offload`
-        is not supported. ModuleNotFoundError: diffusers is not installed; the message says how to install it.
+        FileNotFoundError: there is no such folder, or no pipeline in it.
+        ValueError: the pipeline has no `transformer`, the hub has no such repository, the device is not available, or
+            `offload` is not supported.
+        ModuleNotFoundError: diffusers is not installed.
+
+    >>> load_pipeline("demo", device="cpu").transformer.config.num_layers
+    4
     """
     target = usable_device(device)
     _check_offload(offload, target)
@@ -62,30 +64,25 @@ def load_pipeline(
     kind = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     local = local_files_only or os.path.isdir(source)
     try:
-        with _quiet(diffusers.utils.logging):
-            pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=kind, local_files_only=local)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=kind, local_files_only=local)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RecursionError) as error:
         raise ValueError(
             f"{shortened(str(model))} could not be loaded as a diffusers pipeline: {first_line(error)}"
         ) from error
     if not isinstance(getattr(pipe, "transformer", None), nn.Module):
         parts = ", ".join(sorted(pipe.components))
-        raise ValueError(
-            f"{model} is a {type(pipe).__name__} without a `transformer`; it has {parts}. PAB is for diffusion "
-            "transformers"
-        )
+        got = f"{model} is a {type(pipe).__name__} without a `transformer`; it has {parts}"
+        raise ValueError(f"{got}. PAB is for diffusion transformers")
     return _placed(pipe, target, offload)
 
 
 def _check_offload(offload: str, target: torch.device) -> None:
     if offload not in OFFLOADS:
-        raise ValueError(f"offload {offload!r} is not supported; there are {', '.join(OFFLOADS)}")
+        raise ValueError(f"offload {offload!r} is not supported; supported are {', '.join(OFFLOADS)}")
     if offload != "none":
         require("accelerate", "offloading")
         if target.type == "cpu":
-            raise ValueError(
-                f"offload {offload!r} keeps weights on the host for a CUDA device; there is none in use: leave it out"
-            )
+            raise ValueError(f"offload {offload!r} needs a CUDA device, and the device is {target}; leave it out")
 
 
 def _placed(pipe: Any, target: torch.device, offload: str) -> Any:
@@ -96,10 +93,10 @@ def _placed(pipe: Any, target: torch.device, offload: str) -> Any:
 
 
 def usable_device(device: str | torch.device | None = None) -> torch.device:
-    """The device to run on; default CUDA where there is one, else the CPU.
+    """The device to run on; default CUDA if available, else the CPU.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: the device is not available.
     """
     try:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -110,42 +107,18 @@ def usable_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def _source(model: str | Path) -> str:
-    """What `from_pretrained` takes: a folder with a pipeline in it, or an id."""
-    try:
-        folder = path_of(model).expanduser()
-    except RuntimeError:  # ~somebody, who is not here
-        folder = Path(model)
+    """The argument of `from_pretrained`: a folder with a pipeline in it, or an id."""
+    folder = Path(os.path.expanduser(path_of(model)))
     if os.path.isdir(folder):
-        if not os.path.isfile(folder / "model_index.json"):
-            raise FileNotFoundError(
-                f"{model} is no diffusers pipeline: no model_index.json; give what save_pretrained wrote"
-            )
-        if _DEMO_PARTS in read_text(folder / "model_index.json"):
-            importlib.import_module(
-                _DEMO_PARTS
-            )  # diffusers takes classes of other packages only where these are imported
+        index = folder / "model_index.json"
+        if not os.path.isfile(index):
+            raise FileNotFoundError(f"{model} is not a diffusers pipeline: it has no model_index.json")
+        if _DEMO_PARTS in read_text(index):
+            importlib.import_module(_DEMO_PARTS)  # diffusers accepts classes of other packages only if imported
         return str(folder)
-    text = str(model)
-    looks_like_a_path = (
-        isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1 or os.path.exists(folder)
-    )
-    if looks_like_a_path:
+    if isinstance(model, Path) or model.startswith((".", "/", "~")) or model.count("/") != 1 or os.path.lexists(folder):
         name = shortened(str(model))
         raise FileNotFoundError(
             f"there is no folder {name}; give the folder of a diffusers pipeline, an id such as owner/name, or 'demo'"
         )
-    return text
-
-
-@contextlib.contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """Without diffusers' bars where nobody watches them."""
-    enabled = logging.is_progress_bar_enabled()
-    if sys.stderr.isatty() or not enabled:
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
+    return model

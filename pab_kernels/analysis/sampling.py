@@ -1,11 +1,13 @@
-"""One run of a pipeline, with PAB or without: what comes out, how long it takes, how much memory it needs."""
+"""One run of a pipeline, with or without PAB: its output, time and peak memory."""
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -15,19 +17,32 @@ from ..broadcast.summary import Summary
 from ..compat import execution_device
 from ..messages import shown
 from ..rules.config import PABConfig
-from .memory import Peak, peak_memory
 
 T = TypeVar("T")
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # proc(5)
+
+
+@dataclass
+class Peak:
+    """The peak memory of a run.
+
+    Args:
+        nbytes: None if it cannot be measured.
+        what: which memory was measured.
+    """
+
+    nbytes: int | None = None
+    what: str = "not measured"
 
 
 @dataclass(frozen=True)
 class Sampled(Generic[T]):
-    """What a run did.
+    """One run of a pipeline.
 
     Args:
         output: of the pipeline.
-        seconds: wall time of the pipeline's call, the device waited for.
-        memory: the most that was in use.
+        seconds: wall time of the call, until the device is done.
+        memory: peak memory in use.
         summary: PAB's, or None.
     """
 
@@ -37,21 +52,24 @@ class Sampled(Generic[T]):
     summary: Summary | None
 
     def speedup(self, reference: Sampled[T]) -> float:
-        """How many times faster it is than `reference`."""
+        """How many times faster the run is than `reference`."""
         return reference.seconds / self.seconds
 
 
 def sample(
     pipe: Any, call: Callable[[], T], config: PABConfig | None = None, *, timed: bool = False, cuda_graphs: bool = False
 ) -> Sampled[T]:
-    """Run `call` with PAB switched on, and off again afterwards; without a config, as the pipeline is.
+    """Run a pipeline with PAB enabled during the run, or as it is.
 
     Args:
         pipe: the pipeline that `call` runs.
         call: runs it.
-        config: PAB's rules.
+        config: PAB's rules, or None to leave PAB alone.
         timed: whether PAB's summary has seconds.
-        cuda_graphs: whether calls of the model under PAB are replayed; `call` is run once before, to capture them.
+        cuda_graphs: whether calls of the model under PAB are replayed; a previous run of `call` captures them.
+
+    Returns:
+        Output, time and memory of the run.
     """
     device = execution_device(pipe)
     if config is not None:
@@ -71,11 +89,36 @@ def sample(
             api.disable(pipe)
 
 
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Measure the peak memory of the block: allocated by torch on a CUDA device, else resident in the process.
+
+    The latter needs Linux, whose counter of peak resident bytes is reset first.
+
+    Args:
+        device: of the computation.
+    """
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.nbytes, peak.what = torch.cuda.max_memory_allocated(device), "allocated on the device"
+        return
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        yield peak
+        return
+    yield peak
+    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    peak.nbytes, peak.what = int(fields["VmHWM"].split()[0]) * 1024, "resident in the process"
+
+
 def check_seed(first: int, count: int = 1) -> None:
     """Refuse seeds that torch's generators do not take.
 
     Raises:
-        ValueError: one of `count` seeds from `first` on does not fit into 64 bits.
+        ValueError: one of the `count` seeds from `first` on does not fit into 64 bits.
     """
     if not -(2**63) <= first <= 2**64 - count:
         raise ValueError(f"seed must fit into 64 bits, got {shown(first)}")

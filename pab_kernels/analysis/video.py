@@ -1,4 +1,4 @@
-"""Clips side by side, labelled, as GIF, MP4 and PNG."""
+"""Clips side by side with labels, written as GIF, MP4 and PNG."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PAPER, _INK, _FAINT = (250, 250, 248), (28, 30, 34), (110, 114, 122)
 _GAP = 8
 
 FPS = 6
-"""Frames a second where nobody asks for another number."""
+"""Default frames a second."""
 
 
 def _font(size: int) -> FreeTypeFont:
@@ -47,34 +47,32 @@ def pixels(clips: torch.Tensor) -> np.ndarray:
     return (clips.detach().float().cpu().clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
 
 
-def below(seconds: float, reference: float, psnr: float | None) -> str:
-    """What stands below a run's title: its seconds or, of one with a PSNR, how much faster than `reference` and how
-    close it is."""
-    if psnr is None:
-        return f"{seconds:.1f} s"
-    return f"{reference / seconds:.2f}x, " + ("identical" if math.isinf(psnr) else f"{psnr:.1f} dB")
-
-
 def columns(runs: Sequence[tuple[str, float, float | None, torch.Tensor]]) -> list[tuple[str, str, torch.Tensor]]:
-    """Columns of `side_by_side`, of title, seconds, PSNR and clips of each run.
+    """Columns of `side_by_side` for runs of (title, seconds, PSNR or None, clips).
 
-    The first is what the others are compared with.
+    The line below a title is the run's seconds or, with a PSNR, its speed-up over the first run and its PSNR.
     """
-    return [(title, below(seconds, runs[0][1], psnr), clips) for title, seconds, psnr, clips in runs]
+    listed = []
+    for title, seconds, psnr, clips in runs:
+        line = f"{seconds:.1f} s"
+        if psnr is not None:
+            line = f"{runs[0][1] / seconds:.2f}x, " + ("identical" if math.isinf(psnr) else f"{psnr:.1f} dB")
+        listed.append((title, line, clips))
+    return listed
 
 
 def side_by_side(
     columns: Sequence[tuple[str, str, torch.Tensor]], captions: Sequence[str], scale: int = 4
 ) -> np.ndarray:
-    """Lay clips out in a table: a column for each run, a row for each caption.
+    """Arrange clips in a table with a column for each run and a row for each caption.
 
     Args:
         columns: title, a line below it, and the run's clips `[clips, frames, 3, height, width]` in [0, 1].
-        captions: one a clip, written above its row.
+        captions: one for each clip, written above its row.
         scale: whole factor by which pixels are enlarged, without smoothing.
 
     Returns:
-        `[frames, height, width, 3]`, uint8; height and width are multiples of 16, as video codecs like them.
+        `[frames, height, width, 3]`, uint8; height and width are multiples of 16, which suits video codecs.
 
     Raises:
         ValueError: there are no columns, or their shapes or the captions do not fit together.
@@ -84,10 +82,8 @@ def side_by_side(
         raise ValueError(f"columns must all be [clips, frames, 3, height, width], got {sorted(shapes) or 'none'}")
     count, frames, _, height, width = shape
     if len(captions) != count or scale < 1:
-        raise ValueError(
-            f"{count} clips need {count} captions and a scale of at least 1, got {len(captions)} captions and scale "
-            f"{scale}"
-        )
+        got = f"{len(captions)} captions and scale {scale}"
+        raise ValueError(f"{count} clips need {count} captions and a scale of at least 1, got {got}")
     image, draw_on = require("PIL.Image", "labelling clips"), require("PIL.ImageDraw", "labelling clips")
     title_font, font = _font(15), _font(12)
     cell_h, cell_w = height * scale, width * scale
@@ -121,7 +117,7 @@ def side_by_side(
 
 
 def write_gif(path: str | Path, film: np.ndarray) -> Path:
-    """Write `film` `[frames, height, width, 3]` uint8 as a GIF that repeats for ever."""
+    """Write `film` `[frames, height, width, 3]` uint8 as a GIF that loops, and return the path."""
     imageio: Any = require("imageio.v3", "writing clips")
     encoded: bytes = imageio.imwrite("<bytes>", film, extension=".gif", duration=1000 / FPS, loop=0)
     with replacing(path) as made:
@@ -130,48 +126,47 @@ def write_gif(path: str | Path, film: np.ndarray) -> Path:
 
 
 def write_png(path: str | Path, image: np.ndarray) -> Path:
-    """Write `image` `[height, width, 3]` uint8."""
+    """Write `image` `[height, width, 3]` uint8, and return the path."""
     with replacing(path) as made:
         require("PIL.Image", "writing images").fromarray(image).save(made)
     return Path(path)
 
 
 def write_mp4(path: str | Path, film: np.ndarray, fps: float = FPS, repeats: int = 4) -> Path:
-    """Write `film` `[frames, height, width, 3]` uint8 as H.264 that any player shows, `repeats` times in a row.
+    """Write `film` `[frames, height, width, 3]` uint8 as H.264 in a format that any player supports.
 
-    Such a video has an even height and width: an odd one gets its last line twice.
+    The format needs an even height and width: an odd one repeats the last line.
+
+    Args:
+        path: the file.
+        film: the frames.
+        fps: frames a second.
+        repeats: how often the film is repeated.
+
+    Returns:
+        The path.
 
     Raises:
-        OSError: the file cannot be written, or ffmpeg fails; the message has its last line.
+        OSError: the file cannot be written, or ffmpeg fails; the error has the system's reason or ffmpeg's last line.
     """
     ffmpeg = require("imageio_ffmpeg", "writing MP4 files").get_ffmpeg_exe()
     film = np.pad(film, ((0, 0), (0, film.shape[1] % 2), (0, film.shape[2] % 2), (0, 0)), mode="edge")
     frames = np.ascontiguousarray(np.tile(film, (repeats, 1, 1, 1)))
-    given = (
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-s",
-        f"{film.shape[2]}x{film.shape[1]}",
-        "-r",
-        f"{fps:.6g}",
-        "-i",
-        "-",
-    )
-    wanted = ("-an", "-c:v", "libx264", "-crf", "10", "-pix_fmt", "yuv420p", "-f", "mp4")
+    given = f"-f rawvideo -pix_fmt rgb24 -s {film.shape[2]}x{film.shape[1]} -r {fps:.6g} -i -".split()
+    wanted = ["-an", "-c:v", "libx264", "-crf", "10", "-pix_fmt", "yuv420p", "-f", "mp4"]
     with replacing(path) as made:
+        # not imageio's writer, which ignores ffmpeg's exit status: on a full disk it leaves half a film
         command = (ffmpeg, "-v", "error", "-y", *given, *wanted, os.fspath(made))
         done = subprocess.run(command, input=frames.reshape(-1).data, capture_output=True)
         if done.returncode != 0:
-            raise _reason(done.stderr.decode(errors="replace"))
+            raise _ffmpeg_error(done.stderr.decode(errors="replace"))
     return Path(path)
 
 
-def _reason(said: str) -> OSError:
-    """Why ffmpeg ended with an error, by what it printed: the system's reason, or its last line."""
-    number = next((n for n in errno.errorcode if os.strerror(n) in said), None)
+def _ffmpeg_error(printed: str) -> OSError:
+    """The error that ffmpeg printed: the system's reason, or else its last line."""
+    number = next((n for n in errno.errorcode if os.strerror(n) in printed), None)
     if number is not None:
         return OSError(number, os.strerror(number))
-    last = (said.strip().splitlines() or ["it gave no reason"])[-1]
-    return OSError(None, "ffmpeg failed: " + re.sub(r"^(\[[^]]*\] )+", "", last))  # without the address of what failed
+    last = (printed.strip().splitlines() or ["it gave no reason"])[-1]
+    return OSError(None, "ffmpeg failed: " + re.sub(r"^(\[[^]]*\] )+", "", last))  # without addresses in brackets

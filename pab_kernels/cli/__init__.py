@@ -13,23 +13,23 @@ from ..streams import fail, standard_streams
 
 
 def _ends_with_one_line(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, whose errors become one line.
+    """`command` with its errors printed as one line.
 
-    Exit code 2 for what the user gave; 1 for what is not installed and for what the machine lacks: space, memory,
-    rights; 130 for Ctrl-C.
+    Exit code 2 is for wrong input, 1 for a missing package or a resource of the machine (space, memory, permission),
+    130 for Ctrl-C.
     """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, MemoryError) as error:
             fail(error, 1)
         except (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError) as error:
             fail(error, 2)
-        except BrokenPipeError:  # who reads the report has read enough
+        except BrokenPipeError:  # the reader ended first, as in `pab plan --list | head -1`
             raise SystemExit(1) from None
-        except (OSError, MemoryError) as error:
+        except OSError as error:
             fail(error, 1)
         except KeyboardInterrupt:
             fail("interrupted", 130)
@@ -46,11 +46,9 @@ def build_app() -> Any:
     """The typer application.
 
     Raises:
-        ModuleNotFoundError: typer is not installed; the message says how to install it.
+        ModuleNotFoundError: typer is not installed; the message has the install command.
     """
-    require("typer", "the command line")
-    import typer
-
+    typer = require("typer", "the command line")
     from . import analyze, compare, demo, doctor, generate, plan
 
     app = typer.Typer(
@@ -67,11 +65,9 @@ def build_app() -> Any:
             print(f"pab-kernels {__version__}")
             raise typer.Exit
 
-    def root(
-        version: bool = typer.Option(
-            False, "--version", help="Print the version.", is_eager=True, callback=show_version
-        ),
-    ) -> None:
+    version = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=show_version)
+
+    def root(version: bool = version) -> None:
         pass
 
     app.callback()(root)

@@ -1,26 +1,44 @@
-"""What options hold in one text: numbers, and arguments of a pipeline that have no option of their own."""
+"""Options that several commands have, and values that are parsed from one text."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from json import JSONDecodeError
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..messages import shown
 from ..strict_json import from_json
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on CUDA, else float32.")
+]
+Further = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline; repeatable.")
+]
+LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Do not fetch anything.")]
 
 
 def numbers(
     text: str | None, option: str, separator: str, kind: type[int] | type[float], counts: Collection[int] | None = None
 ) -> Any:
-    """The numbers in the text of an option, a tuple; None where it was not given.
+    """Parse the numbers of an option.
 
     Args:
-        text: as it was given.
-        option: what it takes, for the message that says so.
+        text: the value of the option, or None.
+        option: describes the expected value, for the error.
         separator: between the numbers.
-        kind: of them.
-        counts: how many there may be; default any.
+        kind: of the numbers.
+        counts: supported numbers of numbers; default any.
+
+    Returns:
+        The numbers as a tuple, or None if `text` is.
+
+    Raises:
+        ValueError: the value has another form.
     """
     if text is None:
         return None
@@ -33,10 +51,14 @@ def numbers(
     return found
 
 
-def named_arguments(given: list[str]) -> dict[str, Any]:
-    """`NAME=VALUE` pairs; a value is JSON, or else the text as it is."""
+def named_arguments(given: list[str] | None) -> dict[str, Any]:
+    """Parse `NAME=VALUE` pairs; a value that is not JSON is text.
+
+    Raises:
+        ValueError: a pair has another form, or JSON that is not strict.
+    """
     arguments: dict[str, Any] = {}
-    for pair in given:
+    for pair in given or ():
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--argument takes NAME=VALUE such as height=256, got {shown(pair)}")

@@ -8,37 +8,31 @@ from typing import Annotated
 
 import typer
 
-from ..extras import require
+from ..extras import require_all
 from ..figures import check_plot_path
 from ..strict_json import to_json
-from .arguments import numbers
+from .arguments import AsJson, numbers
 from .display import progress_bar
 
 
 def command(
-    a: Annotated[
-        Path,
-        typer.Argument(
-            metavar="A", help="A video, an image, a folder of images, or a tensor (.pt, .npy, .safetensors)."
-        ),
-    ],
-    b: Annotated[Path, typer.Argument(metavar="B", help="What A is compared with: the clip made without PAB.")],
+    a: Annotated[Path, typer.Argument(help="A video, an image, a folder of images, or a tensor.", metavar="A")],
+    b: Annotated[Path, typer.Argument(help="The reference: the clip made without PAB.", metavar="B")],
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw every measure over the frames: .png, .pdf or .svg.")
+        Path | None, typer.Option(metavar="FILE", help="Plot every measure over the frames: .png, .pdf or .svg.")
     ] = None,
     values: Annotated[str, typer.Option(metavar="LO,HI", help="Black and white in floating-point tensors.")] = "0,1",
     lpips: Annotated[
-        bool | None, typer.Option(help="Measure LPIPS, or do not. Default: where a package for it is installed.")
+        bool | None, typer.Option(help="Whether to measure LPIPS. Default: if a package for it is installed.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two clips: PSNR, SSIM, temporal consistency and LPIPS, frame by frame and in total.
 
-    The clips have the same size and number of frames. Consistency is 1 - the mean absolute change from frame to frame:
-    a clip that flickers more than the other has less.
+    The clips must have the same size and number of frames. Consistency is 1 - the mean absolute change from frame to
+    frame: it is lower for a clip that flickers more.
     """
-    for package in ("rich", "skimage"):
-        require(package, "pab compare")
+    require_all("pab compare", "rich", "skimage")
     from ..analysis.quality import comparison
 
     if plot is not None:
@@ -50,5 +44,5 @@ def command(
     try:
         if plot is not None:
             result.plot(plot)
-    finally:  # also where the picture cannot be written
+    finally:  # print the result even if the picture cannot be written
         print(to_json(result.to_dict()) if as_json else result)

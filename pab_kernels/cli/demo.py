@@ -9,26 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..extras import require
+from ..extras import require_all
 from ..messages import shown
 from ..strict_json import to_json
-from .arguments import numbers
+from .arguments import AsJson, Device, numbers
 from .display import output, progress_bar, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..demo import DemoResult, DemoRun
-
-
-def _spread_over(prompts: tuple[str, ...], clips: int | None) -> tuple[str, ...]:
-    """`clips` prompts: the given ones in turn. By default one clip each."""
-    count = len(prompts) if clips is None else clips
-    if count < 1:
-        raise ValueError(f"--clips must be at least 1, got {clips}")
-    if count > MOST_CLIPS:
-        raise ValueError(f"--clips must be at most {MOST_CLIPS:,}, got {shown(count)}")
-    return tuple(prompts[i % len(prompts)] for i in range(count))
 
 
 def _measured(spread: tuple[float, float], digits: int, clips: int) -> str:
@@ -40,7 +30,7 @@ def _measured(spread: tuple[float, float], digits: int, clips: int) -> str:
 
 MOST_CLIPS = 1000
 """They are sampled as one batch."""
-HEADINGS = (
+HEADINGS = [
     "run",
     "spatial",
     "temporal",
@@ -53,15 +43,13 @@ HEADINGS = (
     "SSIM",
     "shown",
     "MiB kept",
-)
+]
 WIDE = 122
-"""Columns of a terminal that the table needs; in a narrower one it is turned on its side."""
+"""Columns of the table; in a narrower terminal it is transposed."""
 
 
 def _row(run: "DemoRun", reference: "DemoRun") -> list[str]:
-    from ..demo import COUNTED_KINDS
-
-    counts = [run.counts[kind] for kind in COUNTED_KINDS]
+    counts = [run.counts[kind] for kind in HEADINGS[1:5]]
     return [
         run.title,
         *(f"{c.computed}+{c.reused}" if c.reused else f"{c.computed}" for c in counts),
@@ -76,9 +64,9 @@ def _row(run: "DemoRun", reference: "DemoRun") -> list[str]:
 
 
 def results_table(result: "DemoResult", width: int = WIDE) -> "Table":
-    """All runs as one rich table: a row for each run, or a column for each where `width` is less than `WIDE`."""
+    """A rich table with a row for each run, or a column for each if `width` is less than `WIDE`."""
     settings = result.settings
-    lines = [list(HEADINGS), *(_row(run, result.runs[0]) for run in result.runs)]
+    lines = [HEADINGS, *(_row(run, result.runs[0]) for run in result.runs)]
     if width < WIDE:
         lines = [list(line) for line in zip(*lines, strict=True)]
     return table(
@@ -86,7 +74,7 @@ def results_table(result: "DemoResult", width: int = WIDE) -> "Table":
         lines[1:],
         title=f"{len(settings.prompts)} clip(s), {settings.scheduler}, {settings.steps} steps, {result.device}",
         caption="Calls computed+reused. PSNR and SSIM: against the run without PAB, mean±deviation over the clips. "
-        "Shown: clips that show their caption. Fewer steps: all computed, at no fewer FLOPs than the PAB run named.",
+        "Shown: clips that show their caption. Fewer steps: all computed, with at least the FLOPs of the PAB run.",
         padding=(0, 1, 0, 0),
     )
 
@@ -96,12 +84,12 @@ def command(
         list[str] | None,
         typer.Option(
             help="What to draw; repeat for several clips. Words: red green blue yellow purple white; circle bar "
-            "column; left right up down; night day dawn. A word left out is up to the noise. Default: four captions "
-            "that training never saw."
+            "column; left right up down; night day dawn. The noise decides on a missing word. Default: captions that "
+            "training never saw."
         ),
     ] = None,
     clips: Annotated[
-        int | None, typer.Option(help="How many clips; prompts are taken in turn, each clip has its own noise.")
+        int | None, typer.Option(help="Number of clips; prompts are taken in turn, and each clip has its own noise.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the first clip's noise; the next clips have the next seeds.")] = 0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
@@ -109,36 +97,32 @@ def command(
         str | None,
         typer.Option(
             metavar="S,T,C[,M]",
-            help="One more run with these spatial, temporal, cross (and MLP) ranges, such as 3,5,7.",
+            help="Another run with these spatial, temporal, cross (and MLP) ranges, such as 3,5,7.",
         ),
     ] = None,
     scheduler: Annotated[str, typer.Option(help="ddim, dpm++, pndm, heun, euler or unipc.")] = "ddim",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where there is one.")] = None,
+    device: Device = None,
     out: Annotated[Path, typer.Option(help="Folder of the clips, schedules and results.json.")] = Path("pab-demo"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Generate clips with and without PAB, from the same noise, and compare time, work and pictures.
+    """Generate clips with and without PAB, from the same noise, and compare time, FLOPs and quality.
 
-    A small video model that comes with the package runs without PAB, with the demo's preset, with the paper's ranges
-    2/4/6, with diffusers' own PAB, and with fewer sampling steps at the FLOPs of the PAB runs. It takes some 90 seconds
-    on two cores. Ctrl-C stops it and reports the runs that are finished.
+    The small video model of the package runs without PAB, with the demo's preset, with the paper's ranges 2/4/6, with
+    diffusers' PAB, and with fewer sampling steps at the FLOPs of the PAB runs. It takes about 90 seconds on two cores.
+    Ctrl-C stops it and reports the finished runs.
     """
-    for package in (
-        "rich",
-        "diffusers",
-        "transformers",
-        "skimage",
-        "imageio",
-        "imageio_ffmpeg",
-        "matplotlib",
-        "safetensors",
-        "PIL",
-    ):
-        require(package, "pab demo")
+    require_all("pab demo", "rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "matplotlib")
+    require_all("pab demo", "safetensors", "PIL")
     from ..analysis.ctrl_c import ctrl_c
     from ..demo import PROMPTS, DemoSettings, run_demo, write
 
-    prompts = _spread_over(tuple(prompt or PROMPTS), clips)
+    texts = prompt or PROMPTS
+    count = len(texts) if clips is None else clips
+    if count < 1:
+        raise ValueError(f"--clips must be at least 1, got {clips}")
+    if count > MOST_CLIPS:
+        raise ValueError(f"--clips must be at most {MOST_CLIPS:,}, got {shown(count)}")
+    prompts = tuple(texts[i % len(texts)] for i in range(count))
     reaches = numbers(ranges, "--ranges takes spatial,temporal,cross[,mlp] as whole numbers such as 2,4,6", ",", int)
     settings = DemoSettings(prompts, seed, steps, reaches, scheduler, device=device)
     out.mkdir(parents=True, exist_ok=True)
@@ -151,7 +135,7 @@ def command(
         if result.runs:
             try:
                 written = write(result, out)
-            finally:  # also where a file cannot be written
+            finally:  # print the results even if a file cannot be written
                 if as_json:
                     print(to_json(result.to_dict()))
                 else:

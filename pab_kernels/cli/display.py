@@ -1,8 +1,9 @@
-"""What commands show: a bar on standard error while something runs, and tables."""
+"""The progress bar and the tables of the commands."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def progress_bar(begins_with: str, unit: str, width: int = 0) -> Iterator[RunProgress]:
-    """A bar, where standard error is a terminal, until the block ends; moved by calling what the block gets.
+    """Show a progress bar while the block runs, if standard error is a terminal.
 
     Args:
-        begins_with: what it says before it is first moved.
-        unit: of what is done.
-        width: columns of the titles, at least.
+        begins_with: the first title.
+        unit: of the progress.
+        width: least columns of the titles.
+
+    Yields:
+        A callback that moves the bar.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,15 +37,23 @@ def progress_bar(begins_with: str, unit: str, width: int = 0) -> Iterator[RunPro
         yield lambda title, done, todo: bar.update(task, description=title, completed=done, total=todo)
 
 
+def quiet(*packages: str) -> None:
+    """Turn off the warnings and progress bars of diffusers and transformers."""
+    for package in packages:
+        logging = importlib.import_module(f"{package}.utils.logging")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
 def output(width: int) -> Console:
-    """Standard output; of `width` columns where it is no terminal."""
+    """A console on standard output, `width` columns wide if it is not a terminal."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=width)
 
 
 def table(headings: Iterable[str], rows: Iterable[Sequence[str]], words: int = 1, **options: Any) -> Table:
-    """A table whose first `words` columns are words, and all others numbers; `options` are those of rich's tables."""
+    """A table whose first `words` columns are words and the others numbers; `options` are rich's."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..extras import require
+from ..extras import require_all
 from ..strict_json import to_json
-from .arguments import named_arguments, numbers
-from .display import output, progress_bar, table
+from .arguments import AsJson, Device, Dtype, Further, LocalFilesOnly, named_arguments, numbers
+from .display import output, progress_bar, quiet, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,8 +45,8 @@ def results_table(result: "Result") -> "Table":
         HEADINGS,
         [_row(run, result.runs[0]) for run in result.runs],
         title=f"{result.pipeline}, {result.dtype}, {result.device}",
-        caption=f"Memory: {what}, weights included. FLOPs: of the transformer, a share of those without PAB, where "
-        "they are counted. Kept: outputs, at the peak. PSNR and SSIM: against the run without PAB.",
+        caption=f"Memory: {what}, including weights. FLOPs: of the transformer, as a share of those without PAB. Kept: "
+        "outputs, at the peak. PSNR and SSIM: against the run without PAB.",
     )
 
 
@@ -63,15 +63,12 @@ def command(
     size: Annotated[
         str | None, typer.Option(metavar="[F]xHxW", help="Frames, height, width, as 49x480x720; 512x512 of an image.")
     ] = None,
-    argument: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline; repeat.")
-    ] = None,
+    argument: Further = None,
     seed: Annotated[int, typer.Option(help="Of the noise, which is the same on every device and in all runs.")] = 0,
     pab: Annotated[
         str,
         typer.Option(
-            help="auto (the published preset of the model, else 2/4/6), off, a preset's name, or a config file (.yaml, "
-            ".json)."
+            help="auto (the published preset of the model, else 2/4/6), off, a preset, or a config file (.yaml, .json)."
         ),
     ] = "auto",
     compare: Annotated[
@@ -79,43 +76,33 @@ def command(
     ] = False,
     timed: Annotated[bool, typer.Option("--timed", help="Measure seconds by kind of sublayer.")] = False,
     cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="Replay CUDA graphs, which a run before captures.")
+        bool, typer.Option("--cuda-graphs", help="Replay CUDA graphs, captured in a previous run.")
     ] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on CUDA, else float32.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where there is one.")] = None,
-    offload: Annotated[
-        str, typer.Option(help="none, model or sequential: keep weights on the host while they are not in use.")
-    ] = "none",
-    local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Fetch nothing.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    offload: Annotated[str, typer.Option(help="none, model or sequential: keep unused weights on the host.")] = "none",
+    local_files_only: LocalFilesOnly = False,
     fps: Annotated[float, typer.Option(help="Frames a second of the video.")] = 8,
-    out: Annotated[Path, typer.Option(help="Folder of the video or image, the schedule and results.json.")] = Path(
-        "pab-generate"
-    ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the outputs and results.json.")] = Path("pab-generate"),
+    as_json: AsJson = False,
 ) -> None:
     """Generate a video or an image with any diffusers pipeline under PAB, and compare it with the run without PAB.
 
-    Every finished run is written at once: Ctrl-C stops the command and keeps them.
+    Every run is written when it is finished. Ctrl-C stops the command and keeps the finished runs.
     """
-    for package in ("rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "matplotlib", "PIL"):
-        require(package, "pab generate")
+    require_all("pab generate", "rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "PIL")
+    require_all("pab generate", "matplotlib")
     from ..analysis.pipeline_call import Wish
     from ..generate import NotWritten, Settings, generate
 
-    for package in ("diffusers", "transformers"):
-        messages = require(f"{package}.utils.logging", "pab generate")
-        messages.set_verbosity_error()  # what matters comes as an error
-        messages.disable_progress_bar()
+    quiet("diffusers", "transformers")
     takes = "--size takes frames x height x width such as 49x480x720, or height x width of an image"
     shape = numbers(size, takes, "x", int, counts=(2, 3))
-    wish = Wish(prompt, negative_prompt, steps, guidance, shape, seed, named_arguments(argument or []))
+    wish = Wish(prompt, negative_prompt, steps, guidance, shape, seed, named_arguments(argument))
     settings = Settings(model, wish, pab, compare, dtype, device, offload, fps, timed, local_files_only, cuda_graphs)
     with progress_bar("loading", "steps", width=10) as show:
         try:
-            result = generate(settings, out, show)
-            failed = None
+            result, failed = generate(settings, out, show), None
         except NotWritten as error:
             result, failed = error.result, error
     if as_json:
@@ -125,12 +112,11 @@ def command(
         for run in result.runs:
             if run.summary is not None:
                 print(run.summary)
-    for path in result.files if failed is None or not as_json else ():
+    for path in result.files if failed is None or not as_json else ():  # with an error, standard error has one line
         print(path, file=sys.stderr if as_json else sys.stdout)
     if failed is not None:
         raise failed
     if result.interrupted:
-        print(
-            f"interrupted: {len(result.runs)} of {result.planned} runs are finished and kept in {out}", file=sys.stderr
-        )
+        kept = f"{len(result.runs)} of {result.planned} runs are finished and kept in {out}"
+        print(f"interrupted: {kept}", file=sys.stderr)
         raise SystemExit(130)

@@ -14,7 +14,7 @@ from ..rules.formats import named_config
 from ..rules.plan import plan
 from ..rules.schedule import check_steps
 from ..strict_json import to_json
-from .arguments import numbers
+from .arguments import AsJson, numbers
 from .display import output, table
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..analysis.forecasts.forecasting import ModelForecast
 
 WIDE = 110
-"""Columns of the table where it is not printed to a terminal."""
+"""Columns of the table if it is not printed to a terminal."""
 
 
 def _gigaflops(flops: int) -> str:
@@ -35,50 +35,22 @@ def _gib(count: int) -> str:
 
 
 def forecast_table(found: "ModelForecast") -> "Table":
-    """A row for each kind, one for what is outside of them, and the total."""
+    """A row for each kind, one for the rest of the model, and the total."""
     bytes_of = list(found.peak_cache_bytes)
     rows = []
     for kind, one in found.kinds.items():
-        c = one.counts
-        counts = [f"{n:,}" for n in (c.computed, c.stored, c.reused)]
-        rows.append(
-            [
-                kind,
-                *counts,
-                _gigaflops(one.flops),
-                _gigaflops(one.flops_without),
-                *(_gib(one.cache_bytes[d]) for d in bytes_of),
-            ]
-        )
-    rows.append(
-        ["rest", "", "", "", _gigaflops(found.rest_flops), _gigaflops(found.rest_flops), *("" for _ in bytes_of)]
-    )
-    total = found.total
-    rows.append(
-        [
-            "total",
-            "",
-            "",
-            "",
-            _gigaflops(total.flops),
-            _gigaflops(total.flops_without),
-            *map(_gib, found.peak_cache_bytes.values()),
-        ]
-    )
+        counts = [f"{n:,}" for n in (one.counts.computed, one.counts.stored, one.counts.reused)]
+        flops = [_gigaflops(one.flops), _gigaflops(one.flops_without)]
+        rows.append([kind, *counts, *flops, *(_gib(one.cache_bytes[d]) for d in bytes_of)])
+    rows.append(["rest", "", "", "", *2 * [_gigaflops(found.rest_flops)], *("" for _ in bytes_of)])
+    flops = [_gigaflops(found.total.flops), _gigaflops(found.total.flops_without)]
+    rows.append(["total", "", "", "", *flops, *map(_gib, found.peak_cache_bytes.values())])
     names = {"model": found.dtype, "float8_e4m3fn": "fp8"}
-    headings = (
-        "kind",
-        "computed",
-        "stored",
-        "reused",
-        "GFLOPs",
-        "without PAB",
-        *(f"{names.get(d, d)}, GiB" for d in bytes_of),
-    )
+    caches = [f"{names.get(d, d)}, GiB" for d in bytes_of]
+    headings = ("kind", "computed", "stored", "reused", "GFLOPs", "without PAB", *caches)
     caption = (
-        f"Over {len(found.plan.steps)} step(s) with {found.calls} call(s) each; stored are among computed. Cache: the "
-        "most that slots "
-        "of a kind take in each dtype, and in total the most that all take at one time."
+        f"Over {len(found.plan.steps)} step(s) with {found.calls} call(s) each; computed includes stored. Cache: the "
+        "peak of each kind's slots by dtype; the total is the peak of all slots together."
     )
     return table(headings, rows, caption=caption)
 
@@ -90,8 +62,7 @@ def _lines(found: "ModelForecast") -> list[str]:
         f"FLOPs          {total.flops:.4e} of {total.flops_without:.4e} ({total.share:.1%})",
         f"bytes moved    {_gib(total.moved_bytes)} GiB by reuses",
         f"device memory  {_gib(found.device_bytes)} GiB: weights {_gib(found.weight_bytes)}, activations "
-        f"{_gib(found.activation_bytes)}, "
-        f"cache {_gib(total.peak_cache_bytes)} ({cache}); without text encoder and VAE",
+        f"{_gib(found.activation_bytes)}, cache {_gib(total.peak_cache_bytes)} ({cache}); without text encoder and VAE",
     ]
 
 
@@ -119,7 +90,7 @@ def command(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A known model (see --list), a hub id, or the path of a transformer's config.json or its folder."
+            help="A known model (see --list), a hub id, or the path of a transformer's config.json or folder."
         ),
     ] = None,
     size: Annotated[
@@ -129,26 +100,23 @@ def command(
     steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: the model's usual number.")] = None,
     config: Annotated[
         str | None,
-        typer.Option(
-            metavar="PRESET|FILE", help="Name of a preset, or a .yaml or .json file. Default: the preset of the model."
-        ),
+        typer.Option(metavar="PRESET|FILE", help="A preset, or a .yaml or .json file. Default: the model's preset."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the model: bfloat16, float16 or float32.")] = "bfloat16",
-    batch: Annotated[int, typer.Option(help="Clips made at once.")] = 1,
+    batch: Annotated[int, typer.Option(help="Clips in a batch.")] = 1,
     text: Annotated[
-        int | None, typer.Option(help="Tokens of the prompt, padding included. Default: what the model's pipeline has.")
+        int | None, typer.Option(help="Tokens of the prompt, including padding. Default: the model's pipeline's.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the schedule: .png, .pdf or .svg.")] = None,
     list_models: Annotated[
-        bool, typer.Option("--list", help="List the known models with their published sizes.")
+        bool, typer.Option("--list", help="List the known models and their published sizes.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of drawing and table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Draw the schedule, and forecast FLOPs, cache, bytes moved and device memory, without loading weights.
 
-    The model is made on the meta device, where tensors have shapes and no values. Bytes moved are what reuses read and
-    write. Device memory is weights, the activations of one call as eager torch holds them, and the cache, each at its
-    most.
+    The model is created on the meta device, where tensors have shapes but no values. Bytes moved are those that reuses
+    read and write. Device memory is the weights, the peak activations of one call in eager torch, and the peak cache.
     """
     if list_models:
         _print_families(as_json)
@@ -161,7 +129,7 @@ def command(
         check_plot_path(plot)
     if model is None:
         if size is not None:
-            raise ValueError("--size is that of a model's clip; give --model too")
+            raise ValueError("--size is the size of a model's clip; give --model too")
         if config is None or steps is None:
             raise ValueError(
                 "pab plan needs --model, or --config and --steps to draw a schedule alone; --list shows the models"

@@ -1,9 +1,8 @@
-"""STDiT3, the transformer of Open-Sora 1.2: spatial blocks alternating with temporal blocks, each with cross attention
-to the text.
+"""STDiT3, the transformer of Open-Sora 1.2: alternating spatial and temporal blocks with cross attention to the text.
 
-Written here from the architecture of Open-Sora v1.2.0 (`opensora/models/stdit/stdit3.py`), with the names of parameters
-of its checkpoint, hpcai-tech/OpenSora-STDiT-v3. Its attention and MLPs are modules of `pab_kernels.nn`, so that
-`pab.enable` takes the model as it is.
+It follows the architecture of Open-Sora v1.2.0 (`opensora/models/stdit/stdit3.py`) and the parameter names of its
+checkpoint, hpcai-tech/OpenSora-STDiT-v3. Its attention and MLPs are modules of `pab_kernels.nn`, so `pab.enable` works
+on the model as it is.
 """
 
 from __future__ import annotations
@@ -30,13 +29,14 @@ class STDiT3(nn.Module):
     """Open-Sora 1.2's transformer.
 
         1. x = patches(x) + position(H, W); m = t_block(t_embedder(t) + fps_embedder(fps)): [B, 6, C]
-        2. for every layer a spatial and a temporal block, each with shift, scale, gate, shift', scale', gate' = table +
-            m: x = x + gate * attn(norm(x) * (1 + scale) + shift), over space or over time x = x + cross_attn(x, text) x
-            = x + gate' * mlp(norm(x) * (1 + scale') + shift')
+        2. for every layer a spatial and a temporal block, with shift, scale, gate, shift', scale', gate' = table + m:
+            x = x + gate * attn(norm(x) * (1 + scale) + shift), over space or over time
+            x = x + cross_attn(x, text)
+            x = x + gate' * mlp(norm(x) * (1 + scale') + shift')
         3. out = unpatched(linear(norm(x) * (1 + scale) + shift))
 
-    Heads have RMS norms of Q and K; temporal attention has rotary embedding. Sizes that are no multiple of the patch
-    are padded with zeros, and the output is cut. The original's dropout, drop path and training switches are not here.
+    Heads have RMS norms of Q and K; temporal attention has rotary embedding. Sizes that are not a multiple of the patch
+    are padded with zeros, and the output is cut. There is no dropout, drop path or other training option.
 
     Args:
         in_channels: of the latents.
@@ -47,9 +47,12 @@ class STDiT3(nn.Module):
         mlp_ratio: width of the MLPs as a multiple of C.
         caption_channels: of the text.
         model_max_length: tokens of the embedding of an empty prompt, the buffer `y_embedder.y_embedding`.
-        pred_sigma: whether a variance is predicted beside the velocity.
-        qk_norm: whether Q and K are normed.
+        pred_sigma: whether to predict a variance beside the velocity.
+        qk_norm: whether to norm Q and K.
         input_sq_size: the edge of the square that positions are scaled to.
+
+    Raises:
+        ValueError: hidden_size does not fit the number of heads.
     """
 
     def __init__(
@@ -68,10 +71,8 @@ class STDiT3(nn.Module):
     ) -> None:
         super().__init__()
         if hidden_size % 4 or hidden_size % num_heads or hidden_size // num_heads % 2:
-            raise ValueError(
-                f"hidden_size {hidden_size} does not fit {num_heads} heads; a multiple of 4 and of 2 num_heads is "
-                "supported"
-            )
+            got = f"hidden_size {hidden_size} does not fit {num_heads} heads"
+            raise ValueError(f"{got}; a multiple of 4 and of 2 num_heads is supported")
         self.config: dict[str, Any] = {
             name: value for name, value in locals().items() if name in inspect.signature(type(self)).parameters
         }
@@ -91,14 +92,13 @@ class STDiT3(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> STDiT3:
-        """The model of a checkpoint's config.json; its settings of training, attention kernels and parallelism are left
-        out.
+        """The model of a checkpoint's config.json, ignoring settings of training, kernels and parallelism.
 
         Raises:
-            ValueError: the config asks for a text that was embedded before.
+            ValueError: the config has skip_y_embedder.
         """
         if config.get("skip_y_embedder"):
-            raise ValueError("skip_y_embedder is on; a model that embeds its text is supported")
+            raise ValueError("skip_y_embedder is on; only models that embed their text are supported")
         return cls(**{name: config[name] for name in inspect.signature(cls).parameters if name in config})
 
     def forward(
@@ -118,11 +118,10 @@ class STDiT3(nn.Module):
             x: latents `[B, in_channels, T, H, W]`.
             timestep: `[B]`, 0 to 1000.
             y: text `[B, 1, L, caption_channels]`.
-            mask: `[B, L]` or `[B, 1, 1, L]`, other than 0 where there is text; `[B / n, ...]` is repeated n times; None
-                for all.
-            x_mask: bool `[B, T]`, false for frames that are given: these are modulated as at timestep 0. None for none.
+            mask: `[B, L]` or `[B, 1, 1, L]`, nonzero for text; `[B / n, ...]` is repeated n times; None: all is text.
+            x_mask: bool `[B, T]`, false for given frames, which are modulated as at timestep 0. None: no given frames.
             fps: `[B]`, or `[B / n]`, which is repeated n times; frames a second.
-            height, width: of the clip in pixels, a number or `[B]`; the first is taken.
+            height, width: of the clip in pixels, a number or `[B]`, of which the first is used.
 
         Returns:
             float32 `[B, out_channels, T, H, W]`.
@@ -133,9 +132,7 @@ class STDiT3(nn.Module):
         if fps is None or height is None or width is None:
             raise ValueError("STDiT3 needs fps=, height= and width= of the clip")
         if y.ndim != 4 or y.shape[:2] != (x.shape[0], 1):
-            raise ValueError(
-                f"y has shape {tuple(y.shape)}; [{x.shape[0]}, 1, L, C] is supported: the text with a dimension of 1"
-            )
+            raise ValueError(f"y must have shape [{x.shape[0]}, 1, L, C], got {tuple(y.shape)}")
         dtype = self.x_embedder.proj.weight.dtype
         size = x.shape[2:]
         x = self.x_embedder(x.to(dtype))  # [B, T, H, W, C]
@@ -157,8 +154,7 @@ class STDiT3(nn.Module):
         return self._unpatched(self.final_layer(x, t).unflatten(2, (h, w)), size).float()
 
     def _positions(self, h: int, w: int, height: Tensor | float, width: Tensor | float, x: Tensor) -> Tensor:
-        """Sine and cosine of the places in a frame `[H, W, C]`: scaled so that a square of as many patches is as large
-        as in training."""
+        """Sine and cosine of the positions in a frame `[H, W, C]`, scaled by the clip's area relative to training."""
         height, width = (v.flatten()[0].float() if isinstance(v, Tensor) else v for v in (height, width))
         scale = (height * width) ** 0.5 / self.input_sq_size
         edge = round((h * w) ** 0.5)
@@ -171,7 +167,7 @@ class STDiT3(nn.Module):
         return torch.cat([along_w.expand(h, w, -1), along_h[:, None].expand(h, w, -1)], -1).to(x.dtype)
 
     def _text(self, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The embedded text `[B, L, C]` with the tokens that are masked out behind all others, and how many are text.
+        """The embedded text `[B, L, C]` with masked tokens at the end, and the number of text tokens.
 
         Attention to the text does not depend on the order of its tokens.
         """
@@ -275,7 +271,7 @@ class ScalarEmbedder(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """An MLP over the text, and the text of an empty prompt, which guidance takes for the other branch."""
+    """An MLP over the text, and the embedding of an empty prompt for the other branch of guidance."""
 
     def __init__(self, channels: int, out: int, tokens: int) -> None:
         super().__init__()
@@ -289,7 +285,7 @@ class CaptionEmbedder(nn.Module):
 
 
 class TemporalFrequencies(nn.Module):
-    """The frequencies of the rotary embedding, which the checkpoint holds."""
+    """The frequencies of the rotary embedding, stored in the checkpoint."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()

@@ -1,2 +1,1 @@
-"""PAB as host data, without torch: configs, schedules, reuses, plans, what they cost, presets, file formats,
-pictures."""
+"""PAB as host data, without torch: configs, schedules, reuses, plans and their cost, presets, formats, pictures."""

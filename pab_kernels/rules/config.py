@@ -1,4 +1,4 @@
-"""Rules: which sublayers are broadcast, how long and where in the sampling."""
+"""Rules: which sublayers are broadcast, over how many steps and in which part of the sampling."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ CacheDtype = Literal["float8_e4m3fn", "int8"]
 
 KINDS: tuple[str, ...] = get_args(Kind)
 DEFAULT_WINDOW = (0.15, 0.85)
-"""The stable middle of the sampling, as fractions of the schedule (PAB, section 3.1: the first and last 15 % change
-fast)."""
-
-
+"""The stable middle of the schedule, in fractions: the first and last 15 % change fast (PAB, section 3.1)."""
 MOST_LAYERS = 4096
 """The most blocks that a rule lists."""
 LARGEST = 2**63 - 1
@@ -49,7 +46,7 @@ def _check_size(name: str, *values: float) -> None:
 
 
 def _listed(name: str, given: Any, most: int, without: str) -> tuple[int, ...]:
-    """The numbers of a list of any kind, in order and once each."""
+    """The numbers of an iterable, which may be endless, sorted and each once."""
     several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
     values = tuple(islice(given, most + 1)) if several else ()
     if len(values) > most:
@@ -81,20 +78,23 @@ class Broadcast:
         hold:    c
         linear:  c + w (c - c_prev)  with  w = (i - s) / (s - p)
 
-    Linear is the straight line through both. It keeps two outputs instead of one, and holds where nothing was computed
-    before s.
+    Linear is the straight line through both outputs. It keeps two outputs instead of one, and holds if nothing was
+    computed before s.
 
     Args:
-        range: steps from one compute to the next, at least 1; 1 computes always.
-        window: `(lo, hi)`; default (0.15, 0.85) for fractions, and to be given for the other units.
+        range: steps from one compute to the next, at least 1; 1 always computes.
+        window: `(lo, hi)`; default (0.15, 0.85) for fractions, required for the other units.
         unit: what `window` or `at` counts.
         reuse: "hold" or "linear": see `rules/reuse.py`.
-        layers: block indices to which the rule is restricted, a list or range of at most 4,096; default all.
+        layers: block indices to which the rule is restricted, at most 4,096; default all.
         at: explicit points in `unit` "step" or "timestep", at most 10,000.
         exact: for unit "timestep", whether timesteps are compared without rounding.
 
     Raises:
-        ValueError: a value is out of bounds; the message says what is supported.
+        ValueError: a value is out of bounds.
+
+    >>> Broadcast(4, (5, 15), "step").window
+    (5, 15)
     """
 
     range: int
@@ -114,20 +114,15 @@ class Broadcast:
         _check_member("unit", self.unit, get_args(Unit))
         _check_member("reuse", self.reuse, tuple(REUSES))
         if not isinstance(self.exact, bool) or (self.exact and self.unit != "timestep"):
-            raise ValueError(
-                f"exact is True or False, and only unit='timestep' rounds; got {shown(self.exact)} with unit "
-                f"{self.unit!r}"
-            )
+            got = f"{shown(self.exact)} with unit {self.unit!r}"
+            raise ValueError(f"exact is True or False, and only unit='timestep' rounds; got {got}")
         if self.layers is not None:
             object.__setattr__(self, "layers", _listed("layers", self.layers, MOST_LAYERS, "for all layers"))
         if self.at is not None:
             object.__setattr__(self, "at", _listed("at", self.at, MOST_STEPS, "for a window"))
-        if self.at is not None:
             if self.window is not None:
-                raise ValueError(
-                    f"explicit steps at={shown(self.at)} take no window, got {shown(self.window)}; leave one of the "
-                    "two out"
-                )
+                got = f"at={shown(self.at)} with window {shown(self.window)}"
+                raise ValueError(f"explicit steps take no window, got {got}; leave one of the two out")
             if self.unit == "fraction":
                 raise ValueError("explicit steps `at` need unit='step' or unit='timestep', got 'fraction'")
             return
@@ -142,10 +137,8 @@ class Broadcast:
             raise ValueError(f"window must be two numbers with lo < hi, got {shown(window)}")
         _check_size("a window's ends", lo, hi)
         if (lo < 0 and self.unit != "timestep") or (self.unit == "fraction" and hi > 1):
-            bounds = (
-                "0 <= lo < hi <= 1; for steps or timesteps pass that unit"
-                if self.unit == "fraction"
-                else "0 <= lo < hi"
+            bounds = "0 <= lo < hi" + (
+                " <= 1; for steps or timesteps pass that unit" if self.unit == "fraction" else ""
             )
             raise ValueError(f"window {shown(window)} is out of bounds; unit {self.unit!r} supports {bounds}")
         object.__setattr__(self, "window", (lo, hi))
@@ -159,16 +152,16 @@ class Broadcast:
         return frozenset(self.layers or ())
 
     def number(self, timestep: float) -> int:
-        """The whole number that a timestep is compared as: `int(t)`, where a fractional t is first rounded to bfloat16.
+        """The whole number that represents a timestep: `int(t)`, where a fractional t is first rounded to bfloat16.
 
-        That is what VideoSys compares. Its Open-Sora casts timesteps, which are fractional, to the model's bfloat16:
-        its published point 676 is the timestep 674.86. Its other samplers' timesteps are whole numbers, and stay as
-        they are. Rules with `exact` round nothing.
+        VideoSys compares this number. Its Open-Sora casts the fractional timesteps to the model's bfloat16: the
+        published point 676 is the timestep 674.86. The timesteps of its other samplers are whole numbers. Rules with
+        `exact` round nothing.
         """
         return int(timestep if self.exact or float(timestep).is_integer() else _bfloat16(timestep))
 
     def covers(self, timestep: float) -> bool:
-        """Whether a timestep lies in the window, which counts in timesteps."""
+        """Whether a timestep lies in the window of a rule that counts in timesteps."""
         assert self.window is not None
         return self.window[0] < self.number(timestep) < self.window[1]
 
@@ -191,7 +184,7 @@ class Broadcast:
         return frozenset(i for i in self.inside(schedule) if (i - schedule.begin) % self.range)
 
     def inside(self, schedule: Schedule) -> tuple[int, ...]:
-        """The steps of `schedule` in the window; none without one."""
+        """The steps of `schedule` in the window; none if the rule has no window."""
         if self.window is None:
             return ()
         if self.unit == "timestep":
@@ -202,7 +195,7 @@ class Broadcast:
         return tuple(i for i in schedule.steps if lo <= i / n < hi)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict; `from_dict` gives the rule back."""
+        """The rule as a JSON-ready dict, which `from_dict` reads."""
         written = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and (k != "exact" or v)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in written.items()}
 
@@ -226,7 +219,7 @@ def _known_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rule_from(pair: Any) -> Any:
-    """A (kind, dict) pair as (kind, Broadcast); anything else as it is, for `PABConfig` to refuse."""
+    """A (kind, dict) pair as (kind, Broadcast); anything else unchanged, for `PABConfig` to refuse."""
     if isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[1], Mapping):
         return pair[0], Broadcast.from_dict(pair[1])
     return pair
@@ -239,8 +232,7 @@ class PABConfig:
     Args:
         spatial, temporal, cross, mlp, block: a `Broadcast`, a range (shorthand for `Broadcast(range)`), or None: always
             computed.
-        rules: further `(kind, Broadcast)` pairs for some layers; later ones win over earlier ones and over the five
-            fields.
+        rules: further `(kind, Broadcast)` pairs for some layers; later ones override earlier ones and the five fields.
         cache_dtype: None keeps the model's dtype; "float8_e4m3fn" or "int8" keep 8 bits with a scale per 1 x 128
             channels.
         cache_point: "pre_gate" (projected, gate applied at reuse), "post_gate" (gated) or "unprojected".
@@ -291,12 +283,12 @@ class PABConfig:
         return found
 
     def broadcasts(self) -> list[tuple[str, Broadcast]]:
-        """All (kind, rule) pairs, in the order in which later ones win."""
+        """All (kind, rule) pairs; later ones override earlier ones."""
         fields = [(kind, getattr(self, kind)) for kind in KINDS if getattr(self, kind) is not None]
         return [*fields, *self.rules]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict; `from_dict` gives the config back."""
+        """The config as a JSON-ready dict, which `from_dict` reads."""
         data: dict[str, Any] = {
             kind: getattr(self, kind).to_dict() for kind in KINDS if getattr(self, kind) is not None
         }

@@ -1,14 +1,13 @@
-"""What a plan will cost: FLOPs, bytes of slots and bytes moved, as numbers on the host.
+"""The cost of a plan: FLOPs, bytes of slots and bytes moved, as host numbers.
 
-Bytes moved are those of the reuses alone, where the costs have output bytes:
+Bytes moved are those of the reuses, if the costs have output bytes:
 
-    fused:   reuses that follow one another in a block add up to `MOST_ADDED` outputs at a time. For n outputs the
-             stream is read and written once and each output is read once: (4 + 2 n) C bytes a token at 16 bits
-    module:  each output is read once, and the output that is handed to the model is written
+    fused:   consecutive reuses in a block add up to `MOST_ADDED` outputs at a time. For n outputs the stream is read
+             and written once and each output is read once: (4 + 2 n) C bytes a token at 16 bits
+    module:  each output is read once, and the output that the model gets is written
 
-The norm and modulation that the same pass may do, `2 C` more for what it writes, are the model's own and not counted,
-and so is what the model does with an output that it is handed. An addition that rides along with the projection before
-it is counted as if it did not.
+The model's own norm and modulation in the same pass, which write `2 C` more, are not counted, nor is the model's use of
+an output that it gets. An addition fused into the projection before it is counted as if it were separate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Configs in other forms: YAML and JSON files, diffusers' and VideoSys's settings, masks of steps."""
+"""Configs in other formats: YAML and JSON files, diffusers' and VideoSys's settings, masks of steps."""
 
 from __future__ import annotations
 
@@ -36,50 +36,61 @@ _VIDEOSYS = (
 
 def _ending(path: Path) -> str:
     if path.suffix.lower() not in _ENDINGS:
-        got = shown(path.suffix or "no ending")
+        got = shown(path.suffix) if path.suffix else "no ending"
         raise ValueError(f"{shortened(str(path))}: a config file ends in .json, .yaml or .yml, got {got}; rename it")
     return path.suffix.lower()
 
 
 def save_config(config: PABConfig, path: str | Path) -> Path:
-    """Write `config` as JSON or YAML, by the ending of `path`; `load_config` gives it back.
+    """Write a config as JSON or YAML, depending on the ending of `path`, for `load_config` to read.
+
+    Args:
+        config: the rules.
+        path: the file; it is written whole or not at all.
+
+    Returns:
+        The path.
 
     Raises:
-        OSError: the file cannot be written; what was there before is as it was.
+        OSError: the file cannot be written.
         ValueError: the ending is not .json, .yaml or .yml.
-        ModuleNotFoundError: for YAML, PyYAML is not installed.
+        ModuleNotFoundError: PyYAML is not installed and the file is YAML.
     """
     path = path_of(path)
     if _ending(path) == ".json":
-        text = to_json(config.to_dict()) + "\n"
-    else:
-        text = require("yaml", "writing YAML files").safe_dump(config.to_dict(), sort_keys=False)
-    return write_text(path, text)
+        return write_text(path, to_json(config.to_dict()) + "\n")
+    return write_text(path, require("yaml", "writing YAML files").safe_dump(config.to_dict(), sort_keys=False))
 
 
 def load_config(path: str | Path) -> PABConfig:
     """Read a config from a JSON or YAML file.
 
-    The file holds the fields of `PABConfig`; a rule is a range or the fields of `Broadcast`. What is left out has its
-    default.
+    The file holds the fields of `PABConfig`; a rule is a range or the fields of `Broadcast`. Missing fields have their
+    defaults.
+
+    Args:
+        path: the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no file that can be read, or the ending, the syntax or a value is not supported. A number that
-            is not finite, a field that occurs twice and what is far larger than a config are not.
-        ModuleNotFoundError: for YAML, PyYAML is not installed.
+        ValueError: the file cannot be read or is far larger than a config; or the ending, the syntax or a value is not
+            supported, such as a number that is not finite or a field that occurs twice.
+        ModuleNotFoundError: PyYAML is not installed and the file is YAML.
     """
     path = path_of(path)
-    read = from_json if _ending(path) == ".json" else from_yaml
+    parse = from_json if _ending(path) == ".json" else from_yaml
     text = read_text(path)
     try:
-        return PABConfig.from_dict(read(text))
+        return PABConfig.from_dict(parse(text))
     except ValueError as error:
         raise ValueError(f"{path}: {shortened(str(error), 1000)}") from None
 
 
 def named_config(name: str | Path) -> PABConfig:
-    """The config of a preset's name, or of a file's path: what command lines take.
+    """The config of a preset or of a file, as command lines name it.
+
+    Args:
+        name: of a preset, or the path of a file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -92,10 +103,8 @@ def named_config(name: str | Path) -> PABConfig:
         return load_config(name)
     near = difflib.get_close_matches(name, presets(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
-    raise ValueError(
-        f"there is no preset {shown(name)}{hint} there are {', '.join(sorted(presets()))}; a file ends in .json, .yaml "
-        "or .yml"
-    )
+    known = ", ".join(sorted(presets()))
+    raise ValueError(f"there is no preset {shown(name)}{hint} there are {known}; a file ends in .json, .yaml or .yml")
 
 
 # diffusers
@@ -104,23 +113,22 @@ def named_config(name: str | Path) -> PABConfig:
 def from_diffusers(config: Any, sublayers: Sequence[Sublayer] | None = None) -> PABConfig:
     """The rules of diffusers' `PyramidAttentionBroadcastConfig`.
 
-    1. `<kind>_attention_block_skip_range` is the kind's range; None leaves the kind out; spatial is 2 where all three
-    are None.
+    1. `<kind>_attention_block_skip_range` is the kind's range. None leaves the kind out; if all three are None, the
+       spatial range is 2.
     2. `<kind>_attention_timestep_skip_range` is its window in timesteps, which are not rounded (`exact`).
-    3. `<kind>_attention_block_identifiers` are patterns, searched in the modules' names, that restrict the kind to some
-    layers.
+    3. `<kind>_attention_block_identifiers` are patterns, searched in module names, that restrict the kind to layers.
 
-    Each kind keeps its own range: diffusers' default patterns give the temporal blocks of Latte the spatial one.
-    diffusers compares the timestep itself with its window, the package `int(t)`: they differ where a fractional
-    timestep lies less than 1 above the lower bound.
+    Each kind keeps its own range, whereas diffusers' default patterns give Latte's temporal blocks the spatial range.
+    diffusers compares the timestep with its window, this package `int(t)`: they differ for a fractional timestep less
+    than 1 above the lower bound.
 
     Args:
         config: diffusers' config.
-        sublayers: of the model, `pab.sublayers(model)`; needed where identifiers are not diffusers' own.
+        sublayers: of the model, `pab.sublayers(model)`; required if the identifiers are not diffusers' defaults.
 
     Raises:
         TypeError: `config` is not such a config.
-        ValueError: a value is not supported, or its identifiers need `sublayers`.
+        ValueError: a value is not supported, or the identifiers need `sublayers`.
     """
     if not all(hasattr(config, f"{kind}_attention_block_skip_range") for kind in _ATTENTIONS):
         raise TypeError(f"from_diffusers takes diffusers' PyramidAttentionBroadcastConfig, got {type(config).__name__}")
@@ -141,7 +149,7 @@ def from_diffusers(config: Any, sublayers: Sequence[Sublayer] | None = None) -> 
 
 
 def _identified(config: Any, kind: str, sublayers: Sequence[Sublayer] | None) -> tuple[bool, tuple[int, ...] | None]:
-    """Whether the identifiers name any sublayer of a kind, and the layers to which they restrict it."""
+    """Whether the identifiers match any sublayer of a kind, and the layers to which they restrict it."""
     field = f"{kind}_attention_block_identifiers"
     patterns = tuple(getattr(config, field))
     if sublayers is None:
@@ -153,10 +161,8 @@ def _identified(config: Any, kind: str, sublayers: Sequence[Sublayer] | None) ->
     matched = {s.name: any(re.search(pattern, s.name) for pattern in patterns) for s in of_kind}
     layers = {s.layer for s in of_kind if matched[s.name]}
     if torn := sorted(layers & {s.layer for s in of_kind if not matched[s.name]}):
-        raise ValueError(
-            f"{field} {patterns} name some and not all {kind} sublayers of layer {torn[0]}; a rule holds for whole "
-            "layers"
-        )
+        some = f"some and not all {kind} sublayers of layer {torn[0]}"
+        raise ValueError(f"{field} {patterns} name {some}; a rule applies to whole layers")
     return bool(layers), None if all(matched.values()) else tuple(sorted(layers))
 
 
@@ -172,19 +178,19 @@ def _window(name: str, pair: Any) -> tuple[float, float]:
 def from_videosys(*, cache_point: CachePoint = "pre_gate", **arguments: Any) -> PABConfig:
     """The rules of VideoSys's keyword arguments.
 
-    1. `<kind>_broadcast`, `<kind>_range`, `<kind>_threshold` for spatial, temporal and cross: where broadcast is true,
-       range and window (`lo < int(t) < hi`) of the kind.
+    1. `<kind>_broadcast`, `<kind>_range`, `<kind>_threshold` for spatial, temporal and cross: if broadcast is true, the
+       range and the window (`lo < int(t) < hi`) of the kind.
     2. `mlp_broadcast` and the tables `mlp_spatial_broadcast_config` and `mlp_temporal_broadcast_config`,
        `{timestep: {"block": [...], "skip_count": n}}`: the MLPs of these blocks are computed at the timestep and reused
-       at the next n steps. Where two points of a block lie closer than n, the later one is reused.
+       at the next n steps. If two points of a block are closer than n, the later one is reused.
 
     Args:
-        cache_point: what is kept. VideoSys keeps gated outputs ("post_gate") for Open-Sora and Latte.
-        arguments: VideoSys's; what is left out is off.
+        cache_point: which output is kept. VideoSys keeps gated outputs ("post_gate") for Open-Sora and Latte.
+        arguments: VideoSys's; an omitted one is off.
 
     Raises:
-        ValueError: an argument is unknown or missing, or a table says what rules cannot: another table for temporal
-            blocks, several skip counts for one block.
+        ValueError: an argument is unknown or missing, or rules cannot express a table: different tables for spatial
+            and temporal blocks, or several skip counts for one block.
 
     >>> from_videosys(spatial_broadcast=True, spatial_range=2, spatial_threshold=[100, 800]).spatial.window
     (100, 800)
@@ -229,9 +235,7 @@ def _mlp_rules(name: str, table: Any) -> list[Broadcast]:
         counts = set(skips.values())
         if len(counts) > 1:
             got = ", ".join(map(str, sorted(counts)))
-            raise ValueError(
-                f"{name} has the skip counts {got} for block {block}; one for all timesteps of a block is supported"
-            )
+            raise ValueError(f"{name} has skip counts {got} for block {block}; one for all its timesteps is supported")
         groups.setdefault((counts.pop(), tuple(sorted(skips))), []).append(block)
     return [Broadcast(n + 1, unit="timestep", at=at, layers=tuple(blocks)) for (n, at), blocks in groups.items() if n]
 
@@ -241,16 +245,13 @@ def _table_entries(name: str, table: Any) -> Iterable[tuple[int, Mapping[str, An
     if not isinstance(table, Mapping):
         raise ValueError(f"{name} must be {shape}, got {table!r}")
     for timestep, entry in table.items():
-        whole = isinstance(timestep, SupportsIndex) or (
-            isinstance(timestep, str) and timestep.isdecimal()
-        )  # JSON's keys are strings
+        whole = isinstance(timestep, SupportsIndex) or str(timestep).isdecimal()  # keys of JSON are strings
         if not whole or not isinstance(entry, Mapping) or set(entry) != {"block", "skip_count"}:
             raise ValueError(f"{name} must be {shape}, got the entry {timestep!r}: {entry!r}")
         blocks, count = entry["block"], entry["skip_count"]
         if not isinstance(blocks, (list, tuple)) or not all(isinstance(v, int) and v >= 0 for v in (*blocks, count)):
-            raise ValueError(
-                f"{name} must have blocks and skip counts that are whole numbers from 0, got {timestep!r}: {entry!r}"
-            )
+            got = f"{timestep!r}: {entry!r}"
+            raise ValueError(f"{name} must have blocks and skip counts that are whole numbers from 0, got {got}")
         yield int(timestep), entry
 
 
@@ -258,16 +259,15 @@ def _table_entries(name: str, table: Any) -> Iterable[tuple[int, Mapping[str, An
 
 
 def from_steps_masks(**masks: Sequence[int] | str) -> PABConfig:
-    """The rules that compute at exactly the steps where a mask is 1, and reuse where it is 0.
+    """The rules that compute at the steps where a mask is 1 and reuse where it is 0.
 
-    cache-dit's `steps_mask` is one for the whole transformer: `from_steps_masks(block=mask)`.
+    cache-dit's `steps_mask` is a mask for the whole transformer: `from_steps_masks(block=mask)`.
 
     Args:
-        masks: by kind; a mask is a row of 1 and 0, or a string such as "11100101", one for each step of the schedule.
+        masks: by kind; a mask is a sequence of 1 and 0, or a string such as "11100101", with one entry a step.
 
     Raises:
-        ValueError: a kind is unknown, a mask holds something else, begins with 0, or its length differs from the
-        others'.
+        ValueError: a kind is unknown, a mask has other entries or begins with 0, or the lengths differ.
 
     >>> from_steps_masks(block="110010").block.at
     (0, 1, 4)
@@ -277,8 +277,8 @@ def from_steps_masks(**masks: Sequence[int] | str) -> PABConfig:
     for kind, mask in masks.items():
         if kind not in KINDS:
             raise ValueError(f"a mask is for a kind, got {kind!r}; kinds are {', '.join(KINDS)}")
-        row = islice(mask, MOST_STEPS + 1) if isinstance(mask, Iterable) else ()
-        cells = [str(int(cell)) if cell in (0, 1, "0", "1") else "?" for cell in row]
+        entries = islice(mask, MOST_STEPS + 1) if isinstance(mask, Iterable) else ()
+        cells = [str(int(cell)) if cell in (0, 1, "0", "1") else "?" for cell in entries]
         if "?" in cells or cells[:1] != ["1"]:
             raise ValueError(
                 f"the mask of {kind} must be a row of 1 (compute) and 0 (reuse) that begins with 1, got {shown(mask)}"
@@ -288,24 +288,24 @@ def from_steps_masks(**masks: Sequence[int] | str) -> PABConfig:
         longest = max(map(len, "".join(cells).split("1")))
         rules[kind] = Broadcast(longest + 1, unit="step", at=tuple(i for i, cell in enumerate(cells) if cell == "1"))
     if len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"masks of one schedule have one length, got {', '.join(f'{kind} {n}' for kind, n in lengths.items())}"
-        )
+        got = ", ".join(f"{kind} {n}" for kind, n in lengths.items())
+        raise ValueError(f"masks of one schedule must have one length, got {got}")
     return PABConfig(**rules)
 
 
 def to_steps_masks(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """What a plan computes, as one mask of steps for each kind: 1 computes; 0 reuses, or is inside a block that is
-    reused.
+    """The computed steps of a plan as one mask for each kind: 1 computes, 0 reuses or lies in a reused block.
 
-    `from_steps_masks(**masks)` makes a config with the same plan. Steps before the one at which the plan is entered are
-    1.
+    `from_steps_masks(**masks)` is a config with the same plan. Steps before the first step of the plan are 1.
 
     Args:
         plan: of a config, `pab.plan(config, num_steps=)`, or of a model, `pab.summary(model).plan`.
 
+    Returns:
+        The masks by kind.
+
     Raises:
-        ValueError: the layers of a kind differ; a mask holds for all of them.
+        ValueError: the layers of a kind differ.
 
     >>> from pab_kernels import plan
     >>> to_steps_masks(plan(PABConfig(spatial=2), num_steps=8))
@@ -317,7 +317,5 @@ def to_steps_masks(plan: Plan) -> dict[str, tuple[int, ...]]:
         mask = (1,) * plan.schedule.begin + tuple(computed)
         if masks.setdefault(sublayer.kind, mask) != mask:
             labels = ", ".join(label for label, _ in plan.grouped() if label.partition(" ")[0] == sublayer.kind)
-            raise ValueError(
-                f"a mask holds for all layers of a kind, and these differ: {labels}; give their rules no layers="
-            )
+            raise ValueError(f"a mask is for all layers of a kind, got {labels}; use rules without layers=")
     return {kind: masks[kind] for kind in KINDS if kind in masks}

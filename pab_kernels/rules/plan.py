@@ -1,4 +1,4 @@
-"""The plan: for each step and sublayer of a generation, what is done, as host data made before the first step."""
+"""The plan: the action of each sublayer at each step of a generation, as host data made before the first step."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class Action(enum.Enum):
-    """What a sublayer does at a step. The value is the mark in the printed plan."""
+    """The action of a sublayer at a step; the value is its mark in the printed plan."""
 
     COMPUTE = "#"
     STORE = "S"  # compute, and keep the output because a later step reads it
     REUSE = "."
-    SKIP = " "  # not run at all: the block around it is reused
+    SKIP = " "  # does not run: the block around it is reused
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Sublayer:
         name: the module's name in the model.
         kind: one of `KINDS`.
         layer: index of its block, for rules restricted to some layers.
-        how: how it is run under PAB: "fused" (on the residual stream) or "module" (called as it is).
-        block: name of the `block` sublayer around it, if there is one.
-        why: what it was taken for this kind by, in a few words, where it was found and not declared.
+        how: how it runs under PAB: "fused" (on the residual stream) or "module" (called as it is).
+        block: name of the `block` sublayer around it, if any.
+        why: the evidence for its kind, in a few words, if it was found and not declared.
     """
 
     name: str
@@ -52,9 +52,9 @@ class Decision:
     """One cell of the plan.
 
     Args:
-        action: what is done.
+        action: of the sublayer at the step.
         reads: for a reuse, the steps whose outputs are read, the newest first.
-        held: how many outputs are held after it: the newest ones, as a later step reads them.
+        held: number of outputs held after it: the newest ones, which a later step reads.
     """
 
     action: Action
@@ -64,7 +64,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Counts:
-    """Cells of a plan, or of what was run, by action; `computed` includes those `stored`."""
+    """Cells of a plan or of a run by action; `computed` includes `stored`."""
 
     computed: int = 0
     stored: int = 0
@@ -74,13 +74,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one sublayer costs in one call, from shapes alone.
+    """The cost of one sublayer in one call, from shapes alone.
 
     Args:
-        flops: floating-point operations of computing it; for a `block`, those outside of its sublayers, which have
-            their own.
+        flops: to compute it; for a `block`, those outside of its sublayers.
         slot_bytes: bytes of its slot.
-        output_bytes: bytes of its output in the model's dtype; 0 where bytes moved are not asked for.
+        output_bytes: bytes of its output in the model's dtype; 0 if bytes moved are not needed.
     """
 
     flops: int
@@ -97,10 +96,9 @@ class Forecast:
         flops_without: with every sublayer computed at every step.
         flops_by_step: with the plan, step by step.
         cache_bytes: bytes of slots held after each step.
-        peak_cache_bytes: the most that are held, also within a step, where one sublayer stores before another one reads
-            its slot last.
-        peak_by_kind: the most that each kind by itself holds; the kinds need not reach it at the same time.
-        moved_bytes: what reuses read and write in device memory; see `rules/forecast.py`.
+        peak_cache_bytes: peak of the slots, also within a step, when a sublayer stores before another releases.
+        peak_by_kind: peak of each kind; the kinds need not peak at the same time.
+        moved_bytes: bytes that reuses read and write in device memory; see `rules/forecast.py`.
     """
 
     flops: int
@@ -113,7 +111,7 @@ class Forecast:
 
     @property
     def share(self) -> float:
-        """FLOPs with the plan as a share of those without; 1 where none are counted."""
+        """FLOPs with the plan as a share of those without; 1 if none are counted."""
         return self.flops / self.flops_without if self.flops_without else 1.0
 
 
@@ -148,10 +146,9 @@ def _last_reads(cells: Mapping[int, Decision]) -> dict[int, int]:
 
 
 def generic_sublayers(config: PABConfig) -> list[Sublayer]:
-    """One sublayer a kind that the config names; where rules are restricted to layers, one a listed layer and one for
-    all others.
+    """One sublayer for each kind in the config; if rules are restricted to layers, also one for each listed layer.
 
-    Where the config has a rule for blocks, the other sublayers lie in them, as in any model.
+    If the config has a rule for blocks, the other sublayers lie in blocks, as in any model.
     """
     rules = config.broadcasts()
     named = {kind for kind, _ in rules}
@@ -176,7 +173,7 @@ class Plan:
         sublayers: the model's sublayers in the order in which they run, a block after those in it; blocks without a
             rule are left out. Default: one for each kind of `config`.
 
-    `str(plan)` draws it; `plan.plot()` makes a picture.
+    `str(plan)` is a drawing in text; `plan.plot()` draws a picture.
     """
 
     config: PABConfig
@@ -191,7 +188,7 @@ class Plan:
         names = [s.name for s in self.sublayers]
         if len(set(names)) != len(names):
             raise ValueError(f"sublayer names must differ, got {names}")
-        self.rows  # noqa: B018  a rule that the schedule cannot serve is refused here
+        self.rows  # noqa: B018  refuses a rule that the schedule cannot serve
 
     @cached_property
     def rows(self) -> dict[str, tuple[Decision, ...]]:
@@ -217,7 +214,7 @@ class Plan:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What in the config has no effect on this schedule."""
+        """The rules that have no effect on this schedule."""
         present = {s.kind for s in self.sublayers}
         in_effect = {(s.kind, self.config.rule(s.kind, s.layer)) for s in self.sublayers}
         notes = []
@@ -226,26 +223,20 @@ class Plan:
                 continue
             if kind not in present:
                 notes.append(f"{kind}: this model has no such sublayers")
-            elif rule.layers is not None and not any(
-                s.kind == kind and rule.applies_to(s.layer) for s in self.sublayers
-            ):
-                notes.append(f"{kind}: this model has no layers {_spans(rule.layers)}")
+            elif not any(s.kind == kind and rule.applies_to(s.layer) for s in self.sublayers):
+                notes.append(f"{kind}: this model has no layers {_spans(rule.layers or ())}")
             elif (kind, rule) not in in_effect:  # a later rule wins
                 continue
             elif rule.at is not None:
                 points = rule.points(self.schedule)
-                # A published table of timesteps serves several schedules, and each has some of its points.
+                # a published table of timesteps is for several schedules, each of which has some of its points
                 missing = [p for p in rule.at if p not in points] if rule.unit == "step" else [] if points else rule.at
                 if missing:
-                    notes.append(
-                        f"{kind}: {rule.unit}s {', '.join(map(str, missing))} do not occur in this schedule and have "
-                        "no effect"
-                    )
-            elif rule.range > 1 and not rule.reused(self.schedule):
-                notes.append(
-                    f"{kind}: range {rule.range} in the window {rule.window} ({rule.unit}s) reuses no step of this "
-                    "schedule"
-                )
+                    listed = ", ".join(map(str, missing))
+                    notes.append(f"{kind}: {rule.unit}s {listed} do not occur in this schedule and have no effect")
+            elif not rule.reused(self.schedule):
+                window = f"{rule.window} ({rule.unit}s)"
+                notes.append(f"{kind}: range {rule.range} in the window {window} reuses no step of this schedule")
         return tuple(dict.fromkeys(notes))
 
     def counts(self) -> dict[str, Counts]:
@@ -257,14 +248,14 @@ class Plan:
 
     def step_counts(self) -> dict[str, Counts]:
         """Steps by kind and action, for the sublayer of each kind that is reused most."""
-        result = {}
-        for kind in self.kinds():
-            rows = [self.rows[s.name] for s in self.sublayers if s.kind == kind]
-            result[kind] = self._count([max(rows, key=lambda r: sum(d.action is Action.REUSE for d in r))])
-        return result
+        counts: dict[str, Counts] = {}
+        for s in self.sublayers:
+            counted = self._count([self.rows[s.name]])
+            counts[s.kind] = max(counts.get(s.kind, counted), counted, key=lambda c: c.reused)
+        return {kind: counts[kind] for kind in self.kinds()}
 
     def kinds(self) -> list[str]:
-        """The kinds of its sublayers."""
+        """The kinds of the plan's sublayers, in the order of `KINDS`."""
         present = {s.kind for s in self.sublayers}
         return [kind for kind in KINDS if kind in present]
 
@@ -281,20 +272,20 @@ class Plan:
         return list(zip(*self.rows.values(), strict=True)) or [()] * len(self.steps)
 
     def decisions(self, step: int) -> Sequence[Decision]:
-        """The column of `step`: a decision for each of its sublayers."""
+        """The column of `step`: a decision for each sublayer."""
         return self._columns[step - self.schedule.begin]
 
     @cached_property
     def idle(self) -> frozenset[str]:
-        """Sublayers of which nothing is kept or reused, by name."""
+        """Names of the sublayers that are never reused."""
         return frozenset(name for name, row in self.rows.items() if not any(d.action is Action.REUSE for d in row))
 
     def outputs(self, name: str) -> int:
-        """How many outputs are read at the most where `name` is reused: a sublayer, or what is kept beside them."""
+        """The most outputs that a reuse of `name` reads; 1 if it is not a sublayer."""
         return self._reuses[name].outputs if name in self._reuses else 1
 
     def weights(self, name: str, step: int, sources: Sequence[int]) -> tuple[float, ...]:
-        """The weights at `step` of outputs of sublayer `name` that `sources` wrote: see `Reuse.weights`."""
+        """The weights at `step` of the outputs of sublayer `name` from the steps `sources`: see `Reuse.weights`."""
         return self._reuses[name].weights(step, sources, self.schedule)
 
     @cached_property
@@ -304,26 +295,23 @@ class Plan:
 
     @cached_property
     def patterns(self) -> int:
-        """How many different columns the plan has: the graphs that a compiler makes of it. Reuses of one and of two
-        outputs differ."""
-        return len(
-            {tuple((row[i].action, len(row[i].reads)) for row in self.rows.values()) for i in range(len(self.steps))}
-        )
+        """Number of different columns, which is the number of compiled graphs; reuses of one and two outputs differ."""
+        return len({tuple((d.action, len(d.reads)) for d in column) for column in self._columns})
 
     def forecast(self, costs: Mapping[str, Cost], rest_flops: int = 0, contexts: int = 1) -> Forecast:
         """FLOPs and bytes of a generation, without running it.
 
         Args:
-            costs: of each sublayer for one call, by name (an adapter's `costs`, or measured).
+            costs: of each sublayer in one call, by name (an adapter's `costs`, or measured).
             rest_flops: FLOPs of one call outside of the plan's sublayers.
-            contexts: calls of the model in a step; each has slots of its own.
+            contexts: calls of the model in a step; each has its own slots.
         """
         from .forecast import forecast
 
         return forecast(self, costs, rest_flops, contexts)
 
     def grouped(self) -> list[tuple[str, tuple[Decision, ...]]]:
-        """Rows with a label, sublayers of one kind and equal rows taken together: what the drawings show."""
+        """The labelled rows of the drawings: sublayers of one kind with equal rows share one."""
         groups: dict[tuple[str, tuple[Decision, ...]], list[int]] = {}
         for s in self.sublayers:
             groups.setdefault((s.kind, self.rows[s.name]), []).append(s.layer)
@@ -339,23 +327,18 @@ class Plan:
     def __str__(self) -> str:
         begin = f", entered at {self.schedule.begin}" if self.schedule.begin else ""
         end = f", left at {self.schedule.end}" if self.steps.stop < self.schedule.num_steps else ""
-        lines = [
-            f"{self.schedule.num_steps} steps{begin}{end}, {self.patterns} patterns   # computed  S computed and "
-            "stored  . reused"
-        ]
+        legend = "# computed  S computed and stored  . reused"
+        lines = [f"{self.schedule.num_steps} steps{begin}{end}, {self.patterns} patterns   {legend}"]
         groups = self.grouped()
         width = max((len(label) for label, _ in groups), default=0)
         for label, row in groups:
-            c = self._count([row])
+            c, marks = self._count([row]), "".join(d.action.value for d in row)
             skipped = f", {c.skipped} skipped" if c.skipped else ""
-            lines.append(
-                f"{label:<{width}} {''.join(d.action.value for d in row)}  {c.computed} computed, {c.reused} "
-                f"reused{skipped}"
-            )
+            lines.append(f"{label:<{width}} {marks}  {c.computed} computed, {c.reused} reused{skipped}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def plot(self, path: str | None = None) -> Figure:
-        """Draw the plan as a pyramid, steps by kind; saved to `path` if given. Needs matplotlib."""
+        """Draw the plan as a pyramid, steps by kind, with matplotlib, and save it to `path` if given."""
         from .plot import plot_plan
 
         return plot_plan(self, path)
@@ -372,12 +355,15 @@ def _spans(layers: Sequence[int]) -> str:
 
 
 def plan(config: PABConfig, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Plan:
-    """The plan of `config` for a schedule, by kind, without a model.
+    """The plan of a config for a schedule, by kind, without a model.
 
     Args:
         config: the rules.
         num_steps: steps of the schedule.
-        timesteps: its timesteps, where rules count in them.
+        timesteps: of the schedule, if rules count in them.
+
+    Returns:
+        The plan, with one sublayer for each kind of the config.
 
     Raises:
         ValueError: neither is given, or a rule needs timesteps.

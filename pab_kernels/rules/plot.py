@@ -1,4 +1,4 @@
-"""A plan as a picture."""
+"""Pictures of plans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {Action.COMPUTE: "#a7b0ba", Action.STORE: "#0072b2", Action.REUSE: "#f5c242", Action.SKIP: "#ffffff"}
-"""Fill of a cell, by action: apart from each other in lightness too, for readers who do not see the hues."""
+"""Fill of a cell by action; the fills differ in lightness too, for colour-blind readers."""
 NAMES = {
     Action.COMPUTE: "computed",
     Action.STORE: "computed and stored",
@@ -22,20 +22,15 @@ NAMES = {
     Action.SKIP: "inside a reused block",
 }
 _WINDOW, _INK, _FAINT = "#d5e6f2", "#1c1e22", "#6e727a"
-_ARROW = {
-    "arrowstyle": "-|>,head_width=0.16,head_length=0.28",
-    "color": "#6b4100",
-    "linewidth": 0.9,
-    "shrinkA": 0,
-    "shrinkB": 0,
-}
+_HEAD = "-|>,head_width=0.16,head_length=0.28"
+_ARROW = {"arrowstyle": _HEAD, "color": "#6b4100", "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
 _ORDER = ("cross", "temporal", "spatial", "mlp", "block")
 _ROW, _CELL = 1.0, 0.62  # height of a row and of its cells
 _MOST_ARROWS = 120  # columns above which a cell is too narrow for an arrow
 
 
 def _window(plan: Plan, label: str, row: tuple[Decision, ...]) -> tuple[int, int] | None:
-    """First and last step of the window of a row, or None where its rule has none."""
+    """First and last step of a row's window, or None if its rule has none."""
     kind = label.split()[0]
     layer = next(s.layer for s in plan.sublayers if s.kind == kind and plan.rows[s.name] == row)
     rule = plan.config.rule(kind, layer)
@@ -49,27 +44,25 @@ def _draw_row(ax: Axes, y: float, label: str, row: tuple[Decision, ...], begin: 
     for step, cell in enumerate(row, begin):
         edge = "#c4c8ce" if cell.action is Action.SKIP else "white"
         fill = COLOURS[cell.action]
-        corner = (step - 0.5, y - _CELL / 2)
-        ax.add_patch(
-            patches.Rectangle(corner, 1, _CELL, facecolor=fill, edgecolor=edge, linewidth=0.8, gid=f"{label} at {step}")
-        )
+        style = {"facecolor": fill, "edgecolor": edge, "linewidth": 0.8, "gid": f"{label} at {step}"}
+        ax.add_patch(patches.Rectangle((step - 0.5, y - _CELL / 2), 1, _CELL, **style))
     for source, end in ends.items() if arrows else ():
         ax.annotate("", (end + 0.36, y), (source + 0.5, y), arrowprops=_ARROW)
 
 
 def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:
-    """Draw a plan as a pyramid: a row for each kind, a column for each step, an arrow from each stored output over its
-    reuses.
+    """Draw a plan as a pyramid with a row for each kind and a column for each step.
 
     Args:
         plan: the plan.
-        path: where to save the picture; the format is that of its suffix.
+        path: where to save the picture, in the format of its ending.
 
     Returns:
-        The figure, apart from pyplot's global state. Each cell is a rectangle with the fill `COLOURS[action]`.
+        The figure, which pyplot does not know. Each cell is a rectangle with the fill `COLOURS[action]`, and an arrow
+        leads from each stored output over its reuses.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed; the message says how to install it.
+        ModuleNotFoundError: matplotlib is not installed.
     """
     patches = require("matplotlib.patches", "drawing a plan")
     groups = sorted(plan.grouped(), key=lambda g: _ORDER.index(g[0].split()[0]))
@@ -82,22 +75,15 @@ def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:
         window = _window(plan, label, row)
         if window:
             corner, length = (window[0] - 0.5, y - _ROW / 2), window[1] - window[0] + 1
-            ax.add_patch(
-                patches.Rectangle(
-                    corner, length, _ROW, facecolor=_WINDOW, edgecolor="none", zorder=0, gid=f"window of {label}"
-                )
-            )
+            style = {"facecolor": _WINDOW, "edgecolor": "none", "zorder": 0, "gid": f"window of {label}"}
+            ax.add_patch(patches.Rectangle(corner, length, _ROW, **style))
         _draw_row(ax, y, label, row, steps.start, arrows=len(steps) <= _MOST_ARROWS)
         computed = sum(d.action in (Action.COMPUTE, Action.STORE) for d in row)
         reused = sum(d.action is Action.REUSE for d in row)
         counts, right = f"{computed} computed, {reused} reused", (steps.stop - 0.5, y)
         ax.annotate(counts, right, (8, 0), textcoords="offset points", va="center", fontsize=8.5, color=_INK)
-    ax.set_yticks(
-        [(len(groups) - 1 - i) * _ROW for i in range(len(groups))],
-        [label for label, _ in groups],
-        fontsize=10,
-        color=_INK,
-    )
+    rows = [(len(groups) - 1 - i) * _ROW for i in range(len(groups))]
+    ax.set_yticks(rows, [label for label, _ in groups], fontsize=10, color=_INK)
     ax.set_xlim(steps.start - 0.7, steps.stop - 0.5)
     ax.set_ylim(-0.55, len(groups) - 0.45)
     ax.set_xlabel("sampling step", fontsize=9, color=_FAINT)
@@ -106,13 +92,10 @@ def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:
     whole_numbers(ax)
     ax.spines[:].set_visible(False)
     present = {d.action for _, row in groups for d in row}
-    handles = [
-        patches.Patch(facecolor=COLOURS[a], edgecolor="#c4c8ce", linewidth=0.5, label=NAMES[a])
-        for a in Action
-        if a in present
-    ]
+    edge = {"edgecolor": "#c4c8ce", "linewidth": 0.5}
+    handles = [patches.Patch(facecolor=COLOURS[a], label=NAMES[a], **edge) for a in Action if a in present]
     if any(_window(plan, *group) for group in groups):
         handles.append(patches.Patch(facecolor=_WINDOW, label="window"))
-    style = {"frameon": False, "fontsize": 9, "handlelength": 1.1, "columnspacing": 1.4}
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), **style)
+    legend = {"frameon": False, "fontsize": 9, "handlelength": 1.1, "columnspacing": 1.4}
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), **legend)
     return saved(figure, path)

@@ -1,13 +1,13 @@
-"""Published settings, and settings for everything else.
+"""Presets: published configs, and configs for other models.
 
 The published ones are those of VideoSys (commit 4cce477), with its timestep windows, MLP tables and cache points.
-Timesteps are compared as VideoSys compares them (`Broadcast.number`): rounded to bfloat16 where its Open-Sora casts
-them, and as they are in Open-Sora-Plan 1.2, whose sampler has fractional ones too. An MLP table names timesteps of the
-model's published schedules, of which each has some: Open-Sora's 480p clips of 2 s have all three, longer and larger
-ones have one. Where a schedule has none of them, `Plan.notes` reports it.
+Timesteps are compared as in VideoSys (`Broadcast.number`): rounded to bfloat16 where its Open-Sora casts them, and not
+rounded in Open-Sora-Plan 1.2, whose sampler has fractional ones too. An MLP table lists timesteps of the model's
+published schedules, each of which has some: Open-Sora's 480p clips of 2 s have all three, longer and larger ones have
+one. If a schedule has none of them, `Plan.notes` reports it.
 
-"demo" is for the model that comes with the package: every second output of every sublayer on the line through the two
-before it, in the default window.
+"demo" is for the model of the package: in the default window, every second output of every sublayer lies on the line
+through the two before it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _BY_CLASS = {
 }
 
 DEFAULT = "pab246"
-"""The preset of classes without a published one: the paper's ranges, the window in fractions."""
+"""The preset of classes without a published one: the paper's ranges with the window in fractions."""
 
 
 def presets() -> dict[str, PABConfig]:
@@ -66,18 +66,14 @@ def presets() -> dict[str, PABConfig]:
 
 
 def preset(name: str) -> PABConfig:
-    """A named config.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """The config with a name in `presets()`; a ValueError if there is none."""
     if name not in _PRESETS:
-        raise ValueError(f"there is no preset {name!r}; there are {', '.join(sorted(_PRESETS))}")
+        raise ValueError(f"there is no preset {name!r}; supported are {', '.join(sorted(_PRESETS))}")
     return _PRESETS[name]
 
 
 def preset_name(model: object, *, timesteps_known: bool) -> str:
-    """The name of the preset of a model's class; `DEFAULT` where its windows count in timesteps that are not known."""
+    """The name of the preset of a model's class; `DEFAULT` if its windows need timesteps that are not known."""
     name = next((_BY_CLASS[c.__name__] for c in type(model).__mro__ if c.__name__ in _BY_CLASS), DEFAULT)
     return name if timesteps_known else DEFAULT
 

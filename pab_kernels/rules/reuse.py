@@ -1,5 +1,4 @@
-"""Reuses: how the kept outputs of a sublayer stand for one that is not computed. A further one is a further class
-here."""
+"""Reuses: how kept outputs of a sublayer replace one that is not computed. Add a class here to add a reuse."""
 
 from __future__ import annotations
 
@@ -10,11 +9,11 @@ from .schedule import Schedule
 
 
 class Reuse(Protocol):
-    """The value `c_0 + sum_k w_k (c_0 - c_k)` of the newest kept output c_0 and the ones before it, c_1, c_2, ..."""
+    """The value `c_0 + sum_k w_k (c_0 - c_k)` of the newest kept output c_0 and those before it, c_1, c_2, ..."""
 
     @property
     def outputs(self) -> int:
-        """How many outputs are read, where so many are kept."""
+        """Number of outputs that are read, if that many are kept."""
 
     def weights(self, step: int, sources: Sequence[int], schedule: Schedule) -> tuple[float, ...]:
         """The weights w_1, w_2, ... at a step.
@@ -22,7 +21,7 @@ class Reuse(Protocol):
         Args:
             step: at which the value is read.
             sources: the steps that wrote the outputs, the newest first.
-            schedule: of the generation, with its timesteps where they are known.
+            schedule: of the generation, with its timesteps if known.
         """
 
 
@@ -37,15 +36,14 @@ class Hold:
 
 
 class Linear:
-    """The straight line through the two newest outputs: `c + w (c - c_prev)` with `w = (i - s) / (s - p)`, all in
-    steps."""
+    """The line through the two newest outputs: `c + w (c - c_prev)` with `w = (i - s) / (s - p)`, all in steps."""
 
     outputs = 2
 
     def weights(self, step: int, sources: Sequence[int], schedule: Schedule) -> tuple[float, ...]:
-        """The weight of the line; none where one output is kept."""
+        """The weight of the line; none if only one output is kept."""
         return tuple((step - sources[0]) / (sources[0] - before) for before in sources[1:])
 
 
 REUSES: dict[str, Reuse] = {"hold": Hold(), "linear": Linear()}
-"""By the name in a rule."""
+"""By their names in rules."""

@@ -16,13 +16,16 @@ MOST_STEPS = 10_000
 
 @dataclass(frozen=True)
 class Schedule:
-    """The full schedule of a generation, where it is entered and where it is left.
+    """The full schedule of a generation, and the part of it that is run.
 
     Args:
         num_steps: N, the steps of the full schedule.
         timesteps: the timestep of each step, descending, or None where they are not known.
-        begin: the first step that is run; above 0 in image-to-image, and where another model went before.
-        end: the step at which another model takes over, or None where the last step is run.
+        begin: the first step that is run; above 0 in image-to-image, and after another model's steps.
+        end: the step at which another model takes over; None to run to the last step.
+
+    Raises:
+        ValueError: a value is out of bounds, or the number of timesteps is not `num_steps`.
     """
 
     num_steps: int
@@ -59,10 +62,10 @@ class Schedule:
         begin: int = 0,
         end: int | None = None,
     ) -> Schedule:
-        """From a number of steps, or from timesteps (any sequence or tensor; read to the host here, once).
+        """A schedule from a number of steps, or from timesteps (a sequence or tensor, read to the host once).
 
         Raises:
-            ValueError: neither is given, they contradict each other, or the timesteps are no row of numbers.
+            ValueError: neither is given, they contradict each other, or the timesteps are not finite numbers.
         """
         if timesteps is not None:
             host = _row_of_numbers(timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps)
@@ -72,7 +75,7 @@ class Schedule:
         return cls(num_steps, None, begin, end)
 
     def require_timesteps(self, what: str) -> tuple[float, ...]:
-        """The timesteps, for a rule that counts in them."""
+        """The timesteps; a ValueError if they are not known. `what` is the rule that counts in them."""
         if self.timesteps is None:
             raise ValueError(
                 f"{what} counts in timesteps, but only num_steps={self.num_steps} is known; pass timesteps=, or a "
@@ -82,23 +85,17 @@ class Schedule:
 
 
 def check_steps(steps: int, name: str = "steps") -> None:
-    """Refuse a number of steps that nobody samples, before anything is made for each of them.
-
-    Raises:
-        ValueError: there are more than `MOST_STEPS`.
-    """
+    """Raise a ValueError if there are more than `MOST_STEPS`."""
     if steps > MOST_STEPS:
         raise ValueError(f"{name} must be at most {MOST_STEPS:,}, got {shown(steps)}")
 
 
 def _row_of_numbers(values: Any) -> tuple[float, ...]:
     try:
-        host = tuple(map(float, islice(values, MOST_STEPS + 1)))  # a generator may have no end
+        host = tuple(map(float, islice(values, MOST_STEPS + 1)))  # a generator may be endless
     except (OverflowError, TypeError, ValueError):
         host = ()
     check_steps(len(host), "the number of timesteps")
     if not host or not all(map(math.isfinite, host)):
-        raise ValueError(
-            f"timesteps must be a row of finite numbers, got {shown(values)}; a scheduler's `timesteps` are one"
-        )
+        raise ValueError(f"timesteps must be a sequence of finite numbers, got {shown(values)}; pass the scheduler's")
     return host

@@ -1,4 +1,4 @@
-"""YAML as configs need it: what is hostile or ambiguous in it is refused before anything is built of it."""
+"""YAML for configs: hostile or ambiguous text is refused before any object is built from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..messages import joined, shortened
 
 MOST_CHARACTERS = 2**16
 MOST_VALUES = 10_000
-"""With those of an alias counted wherever it stands: nine lines of aliases of aliases are a billion values."""
+"""With the values of an alias counted at each use: nine lines of nested aliases are a billion values."""
 MOST_LEVELS = 32
 
 
@@ -26,46 +26,44 @@ class _Open:
 
 
 def from_yaml(text: str) -> Any:
-    """The data of a YAML document.
+    """Parse a YAML document.
 
     Raises:
-        ValueError: it is not YAML, is longer, deeper or holds more values than a config needs, refers to itself, or
-        names a field twice. ModuleNotFoundError: PyYAML is not installed.
+        ValueError: it is not YAML, is longer, deeper or has more values than a config needs, contains itself, or names
+            a field twice.
+        ModuleNotFoundError: PyYAML is not installed.
     """
     yaml: Any = require("yaml", "reading YAML files")
     if len(text) > MOST_CHARACTERS:
-        raise ValueError(
-            f"it has {len(text):,} characters; at most {MOST_CHARACTERS:,} are read of YAML: write a longer config as "
-            "JSON"
-        )
+        limit = f"at most {MOST_CHARACTERS:,} are supported in YAML"
+        raise ValueError(f"it has {len(text):,} characters; {limit}: write a longer config as JSON")
     try:
         _check(yaml, text)
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(joined(error)) from None
-    except (OverflowError, TypeError) as error:  # a date of another century, a number of another base
+    except (OverflowError, TypeError) as error:  # an impossible date or number
         raise ValueError(f"a value cannot be read: {error}") from None
 
 
 def _check(yaml: Any, text: str) -> None:
-    """Read the document event by event, which takes no stack and no more memory than its longest branch."""
-    events = yaml.events
-    sizes: dict[str, int] = {}  # by anchor
+    """Check the document event by event, without recursion."""
+    sizes: dict[str, int] = {}  # number of values, by anchor
     branch = [_Open(None, mapping=False)]
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, events.CollectionEndEvent):
-            done = branch.pop()
-            size, anchor = done.values, done.anchor
-        elif isinstance(event, events.CollectionStartEvent):
+        if isinstance(event, yaml.CollectionStartEvent):
             if len(branch) > MOST_LEVELS:
                 raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
-            branch.append(_Open(event.anchor, isinstance(event, events.MappingStartEvent)))
+            branch.append(_Open(event.anchor, isinstance(event, yaml.MappingStartEvent)))
             continue
-        elif isinstance(event, events.AliasEvent):
+        if isinstance(event, yaml.CollectionEndEvent):
+            done = branch.pop()
+            size, anchor = done.values, done.anchor
+        elif isinstance(event, yaml.AliasEvent):
             size, anchor = sizes.get(event.anchor, 0), None
             if any(opened.anchor == event.anchor for opened in branch):
-                raise ValueError(f"the alias *{shortened(event.anchor)} refers to what it is a part of")
-        elif isinstance(event, events.ScalarEvent):
+                raise ValueError(f"the alias *{shortened(event.anchor)} refers to what contains it")
+        elif isinstance(event, yaml.ScalarEvent):
             size, anchor = 1, event.anchor
             _check_name(branch[-1], event.value)
         else:
@@ -75,11 +73,11 @@ def _check(yaml: Any, text: str) -> None:
         branch[-1].children += 1
         branch[-1].values += size
         if branch[-1].values > MOST_VALUES:
-            raise ValueError(f"it holds more than {MOST_VALUES:,} values, counted where its aliases stand")
+            raise ValueError(f"it has more than {MOST_VALUES:,} values, counting those of an alias at each use")
 
 
 def _check_name(inside: _Open, name: str) -> None:
-    """Refuse a second name in a mapping, of which PyYAML takes the last: names and values take turns."""
+    """Refuse a name that a mapping has already; PyYAML would use the last. Names and values alternate."""
     if inside.mapping and inside.children % 2 == 0:
         if name in inside.names:
             raise ValueError(f"{shortened(repr(name))} occurs twice")

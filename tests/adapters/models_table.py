@@ -1,6 +1,6 @@
 """The table of models in docs/models.md: what is found in every transformer class of diffusers, and which tests run it.
 
-`python -m tests.adapters.models_table` writes the page anew; a test sees that it is up to date.
+`python -m tests.adapters.models_table` writes the page; a test checks that it is up to date.
 """
 
 from __future__ import annotations
@@ -22,24 +22,29 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 INTRODUCTION = """\
 # Models
 
-`pab.enable` takes any DiT: attention, MLPs and blocks are found by what they are. This is what is found in the transformer classes that
-diffusers exports, without numbers of blocks and layers; `pab.sublayers(model)` says it of yours, with the reasons, and
-`enable(..., kinds=)` overrides it. `python -m tests.adapters.models_table` makes this page of the tables that the tests run.
+`pab.enable` works on any DiT: it detects attention, MLPs and blocks. This page lists what it finds in
+the transformer classes that diffusers exports, without the numbers of blocks and layers.
+`pab.sublayers(model)` lists it for your model, with the evidence, and `enable(..., kinds=)` overrides it.
+`python -m tests.adapters.models_table` generates this page from the tables that the tests use.
 
-What was tested, on tiny random models of each class:
+The tests run tiny random models of each class:
 
-- **run**: range 1 is the model itself to the bit, every second step in two contexts is what a record-and-replay oracle says, runs and
-  FLOPs are those counted, and after `disable` nothing is left. *no FLOPs*: all but FLOPs, as the class does not run on the meta device.
+- **run**: range 1 is bit-identical to the plain model, reuse at every second step in two contexts equals
+  a record-and-replay oracle, runs and FLOPs are counted correctly, and `disable` restores the model.
+  *no FLOPs*: all but FLOPs, because the class does not run on the meta device.
 - **blocks**: the same with a rule for blocks.
-- **compiled**: its blocks under `torch.compile(fullgraph=True)`: a graph for each class of blocks and pattern.
-- **graphs**: `cuda_graphs=True` without a GPU: on the CPU a recorder stands for the device ([CUDA graphs](cuda_graphs.md)).
-- **combinations**: what [works_with.md](works_with.md) says of it.
-- a pipeline by its name: whole samplings with a real scheduler against the oracle, two in a row, interrupted, at another size and number
-  of steps.
+- **compiled**: its blocks under `torch.compile(fullgraph=True)`, with one graph for each class of blocks
+  and each pattern.
+- **graphs**: `cuda_graphs=True` without a GPU: a recorder on the CPU replaces the device
+  ([CUDA graphs](cuda_graphs.md)).
+- **combinations**: those of [works_with.md](works_with.md).
+- the name of a pipeline: whole samplings with a real scheduler compared with the oracle: two in a row,
+  interrupted, and at another size and number of steps.
 
-`LatteTransformer3DModel` has an adapter of its own, on fused operations. A block of it that is not exactly diffusers' (another
-`forward`, on the object, in a subclass or patched into a class; a position embedding, another kind of norm) is run as it is, module by
-module, and its outputs are kept before the gate. This is decided once a generation.
+`LatteTransformer3DModel` has its own adapter on fused operations. A block that is not exactly diffusers'
+(another `forward` on the object, in a subclass or patched into a class; a position embedding; another
+kind of norm) runs module by module, and its outputs are kept before the gate. This is decided once a
+generation.
 """
 
 

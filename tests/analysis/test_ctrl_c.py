@@ -1,4 +1,4 @@
-"""Ctrl-C, sent to this process as a terminal does: when it is noted, when it stops, and what becomes of the handler."""
+"""Ctrl-C, sent to this process as a terminal does: when it is counted, when it raises, and which handler remains."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_an_interruptible_block_stops_after_its_patience(patience: int) -> None:
                 press()
                 done.append(i)
         assert done == list(range(patience)) and stop.noted == patience + 1
-        press()  # after the block it is noted again
+        press()  # after the block it is only counted again
         assert stop.noted == patience + 2
 
 

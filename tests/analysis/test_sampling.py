@@ -11,11 +11,10 @@ import torch
 
 pytest.importorskip("diffusers")
 
+
 from pab_kernels import PABConfig
-from pab_kernels.analysis import memory as memory_module
 from pab_kernels.analysis import sampling
-from pab_kernels.analysis.memory import peak_memory
-from pab_kernels.analysis.sampling import in_words
+from pab_kernels.analysis.sampling import in_words, peak_memory
 from pab_kernels.broadcast.broadcaster import broadcaster_of
 from pab_kernels.broadcast.graphs import graphs
 from pab_kernels.compat import execution_device
@@ -79,7 +78,7 @@ def test_the_peak_of_resident_memory_is_that_of_what_runs_inside() -> None:
 
 
 def test_where_memory_cannot_be_measured_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(memory_module, "_CLEAR", tmp_path / "no" / "such" / "file")
+    monkeypatch.setattr(sampling, "_CLEAR", tmp_path / "no" / "such" / "file")
     with peak_memory(CPU) as peak:
         pass
     assert (peak.nbytes, peak.what) == (None, "not measured")

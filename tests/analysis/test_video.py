@@ -11,7 +11,7 @@ pytest.importorskip("imageio")
 pytest.importorskip("imageio_ffmpeg")
 pytest.importorskip("PIL")
 
-from pab_kernels.analysis.video import below, pixels, side_by_side, write_gif, write_mp4, write_png
+from pab_kernels.analysis.video import columns, pixels, side_by_side, write_gif, write_mp4, write_png
 
 
 def clips(count: int = 2, frames: int = 3, height: int = 8, width: int = 40) -> torch.Tensor:
@@ -113,8 +113,8 @@ def test_a_png_holds_the_pixels(tmp_path):
 
 
 def test_what_stands_below_a_title():
-    assert below(2.04, 2.04, None) == "2.0 s"
-    assert below(1.0, 1.5, 33.33) == "1.50x, 33.3 dB" and below(1.0, 0.5, float("inf")) == "0.50x, identical"
+    runs = [("a", 2.04, None, clips()), ("b", 1.02, 33.33, clips()), ("c", 4.08, float("inf"), clips())]
+    assert [line for _, line, _ in columns(runs)] == ["2.0 s", "2.00x, 33.3 dB", "0.50x, identical"]
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_an_interrupted_run_keeps_what_was_measured_and_says_so(
     monkeypatch.setattr(diffusers.DDIMScheduler, "step", step)
     result = pab("analyze", "--model", folder, "--steps", 8, "--argument", "class_labels=[1]", "--out", tmp_path)
     assert result.exit_code == 130
-    assert "interrupted: what was measured until then is in" in result.stderr and result.stderr.endswith(
+    assert "interrupted: the steps measured until then are in" in result.stderr and result.stderr.endswith(
         "pab: interrupted\n"
     )
     assert "interrupted" in result.stdout
@@ -108,9 +108,9 @@ def test_an_interrupted_run_keeps_what_was_measured_and_says_so(
         (("--model", "nothing"), "there is no folder nothing"),
         (
             ("--model", "FOLDER"),
-            "DiTPipeline needs class_labels; give --prompt TEXT, and others by --argument NAME=VALUE",
+            "DiTPipeline needs class_labels; give it (--prompt TEXT or --argument NAME=VALUE)",
         ),
-        (("--model", "FOLDER", "--prompt", "x"), "DiTPipeline takes no prompt; it takes class_labels"),
+        (("--model", "FOLDER", "--prompt", "x"), "DiTPipeline takes no prompt; leave it out. It takes class_labels"),
         (
             ("--model", "FOLDER", "--argument", "class_labels"),
             "--argument takes NAME=VALUE such as height=256, got 'class_labels'",

@@ -182,9 +182,8 @@ def test_the_table_fits_its_terminal(width: int, first: str):
     import torch
     from rich.console import Console
 
-    from pab_kernels.analysis.memory import Peak
     from pab_kernels.analysis.quality.comparison import Closeness, Comparison
-    from pab_kernels.analysis.sampling import Sampled
+    from pab_kernels.analysis.sampling import Peak, Sampled
     from pab_kernels.cli.demo import results_table
     from pab_kernels.rules.plan import Counts
 

@@ -50,14 +50,14 @@ def test_known_models_are_listed() -> None:
     ("arguments", "message"),
     [
         (["--model", "cogvideo"], "pab: there is no model 'cogvideo'; did you mean 'cogvideox-5b'"),
-        (["--model", "x"], "pab: there is no model 'x'. Known are latte, "),
+        (["--model", "x"], "pab: there is no model 'x'. Supported are latte, "),
         (
             ["--model", "latte", "--size", "16x510x512"],
             "pab: size 16x510x512: height 510 does not fit; multiples of 16 are supported",
         ),
         (
             ["--model", "latte", "--steps", "1001"],
-            "pab: 1001 steps are more than the 1000 that this model's scheduler has",
+            "pab: this model's scheduler has at most 1000 steps, got 1001",
         ),
         (["--model", "none/config.json"], "pab: there is no none/config.json"),
         (

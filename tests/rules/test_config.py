@@ -252,7 +252,10 @@ BAD_RULES: list[tuple[dict[str, Any], str]] = [
     ({"exact": True}, "only unit='timestep' rounds; got True with unit 'fraction'"),
     ({"exact": 1, "unit": "timestep", "window": (0, 9)}, "exact is True or False, .* got 1 with unit 'timestep'"),
     ({"at": (1,)}, "explicit steps `at` need unit='step' or unit='timestep', got 'fraction'"),
-    ({"at": (1,), "window": (0, 9), **_STEP}, r"at=\(1,\) take no window, got \(0, 9\); leave one of the two out"),
+    (
+        {"at": (1,), "window": (0, 9), **_STEP},
+        r"take no window, got at=\(1,\) with window \(0, 9\); leave one of the two out",
+    ),
 ]
 
 
@@ -343,7 +346,7 @@ ENDLESS: list[tuple[Callable[[], Any], str]] = [
     (lambda: Schedule.of(10**30), "num_steps must be at most 10,000, got 1000000000000000000000000000000"),
     (lambda: Schedule.of(10**6000), "num_steps must be at most 10,000, got a number of very many digits"),
     (lambda: Schedule.of(timesteps=itertools.count()), "the number of timesteps must be at most 10,000, got 10001"),
-    (lambda: Schedule.of(timesteps=[10**400]), "timesteps must be a row of finite numbers, got [1000000"),
+    (lambda: Schedule.of(timesteps=[10**400]), "timesteps must be a sequence of finite numbers, got [1000000"),
 ]
 
 
@@ -385,12 +388,12 @@ BAD_SCHEDULES: list[tuple[dict[str, Any], str]] = [
     ({"num_steps": 3.0}, "got 3.0"),
     ({"num_steps": True}, "got True"),
     ({"num_steps": 3, "timesteps": [3, 2]}, "num_steps=3 does not fit 2 timesteps; pass one of the two"),
-    ({"timesteps": []}, r"timesteps must be a row of finite numbers, got \[\]"),
-    ({"timesteps": [[1.0], [2.0]]}, "row of finite numbers, got"),
-    ({"timesteps": 7}, "row of finite numbers, got 7"),
-    ({"timesteps": "ab"}, "row of finite numbers, got 'ab'"),
-    ({"timesteps": [5, float("nan")]}, "row of finite numbers, got"),
-    ({"timesteps": [float("inf"), 5]}, "row of finite numbers, got"),
+    ({"timesteps": []}, r"timesteps must be a sequence of finite numbers, got \[\]"),
+    ({"timesteps": [[1.0], [2.0]]}, "sequence of finite numbers, got"),
+    ({"timesteps": 7}, "sequence of finite numbers, got 7"),
+    ({"timesteps": "ab"}, "sequence of finite numbers, got 'ab'"),
+    ({"timesteps": [5, float("nan")]}, "sequence of finite numbers, got"),
+    ({"timesteps": [float("inf"), 5]}, "sequence of finite numbers, got"),
     ({"num_steps": 4, "begin": 4}, r"begin must be a whole number in 0\.\.3, got 4"),
     ({"num_steps": 4, "begin": -1}, "got -1"),
     ({"num_steps": 4, "begin": 1.0}, "got 1.0"),

@@ -99,7 +99,7 @@ def test_a_file_is_written_as_people_write_it(tmp_path: Path) -> None:
         ("c.json", '{"spatial": {"window": [0, 1]}}', "c.json: Broadcast needs 'range'"),
         ("c.json", b"\xff\xfe", "c.json: 'utf-8' codec can't decode"),
         ("c.toml", "spatial = 2", "c.toml: a config file ends in .json, .yaml or .yml, got '.toml'"),
-        ("config", "{}", "a config file ends in .json, .yaml or .yml, got 'no ending'"),
+        ("config", "{}", "a config file ends in .json, .yaml or .yml, got no ending"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line_that_names_it(
@@ -128,17 +128,17 @@ _ALIASES = "rules:\n- &a0 [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         (
             "c.json",
             '{"spatial": {"range": 2, "window": [0.1, NaN]}}',
-            "c.json: NaN is no number of JSON; they are finite",
+            "c.json: NaN is not a number of JSON; they are finite",
         ),
         (
             "c.json",
             '{"cross": {"range": 2, "unit": "step", "window": [-Infinity, 3]}}',
-            "c.json: -Infinity is no number of JSON",
+            "c.json: -Infinity is not a number of JSON",
         ),
         (
             "c.json",
             '{"cross": {"range": 2, "unit": "step", "window": [0, 1e999]}}',
-            "c.json: 1e999 is no number of JSON",
+            "c.json: 1e999 is not a number of JSON",
         ),
         (
             "c.yaml",
@@ -155,9 +155,9 @@ _ALIASES = "rules:\n- &a0 [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("c.json", '{"rules": ' + "[" * _NESTED, "c.json: it is nested too deep"),
         ("c.yaml", "rules: " + "[" * 60_000, "c.yaml: it is nested deeper than 32 levels"),
         ("c.yaml", "".join(f"{' ' * i}mlp:\n" for i in range(50)), "c.yaml: it is nested deeper than 32 levels"),
-        ("c.yaml", _ALIASES, "c.yaml: it holds more than 10,000 values, counted where its aliases stand"),
-        ("c.yaml", "rules: &r [[spatial, *r]]", "c.yaml: the alias *r refers to what it is a part of"),
-        ("c.yaml", "mlp: &m\n  <<: *m\n  range: 2\n", "c.yaml: the alias *m refers to what it is a part of"),
+        ("c.yaml", _ALIASES, "c.yaml: it has more than 10,000 values, counting those of an alias at each use"),
+        ("c.yaml", "rules: &r [[spatial, *r]]", "c.yaml: the alias *r refers to what contains it"),
+        ("c.yaml", "mlp: &m\n  <<: *m\n  range: 2\n", "c.yaml: the alias *m refers to what contains it"),
         ("c.json", '{"mlp": ' + "9" * 4000 + "}", "c.json: range must be at most 2**63 - 1, got 999"),
         ("c.json", '{"mlp": ' + "9" * 9000 + "}", "c.json: Exceeds the limit"),
         ("c.yaml", "mlp: 0x" + "f" * 9000, "c.yaml: range must be at most 2**63 - 1, got a number of very many digits"),
@@ -171,7 +171,7 @@ _ALIASES = "rules:\n- &a0 [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         (
             "c.yaml",
             "#" * 2**17,
-            "c.yaml: it has 131,072 characters; at most 65,536 are read of YAML: write a longer config as JSON",
+            "c.yaml: it has 131,072 characters; at most 65,536 are supported in YAML: write a longer config as JSON",
         ),
         (
             "c.json",
@@ -349,7 +349,7 @@ def test_identifiers_that_tear_a_layer_are_refused() -> None:
     config = _diffusers(
         spatial_attention_block_skip_range=2, spatial_attention_block_identifiers=("^transformer_blocks",)
     )
-    with _refused(ValueError, "name some and not all spatial sublayers of layer 1; a rule holds for whole layers"):
+    with _refused(ValueError, "name some and not all spatial sublayers of layer 1; a rule applies to whole layers"):
         from_diffusers(config, [*_SUBLAYERS, Sublayer("single_transformer_blocks.1.attn", "spatial", 1)])
 
 
@@ -502,7 +502,7 @@ _ENTRY = {"block": [0], "skip_count": 2}
         ),
         (
             {"mlp_broadcast": True, "mlp_spatial_broadcast_config": {7: _ENTRY, 9: {"block": [0], "skip_count": 1}}},
-            "has the skip counts 1, 2 for block 0; one for all timesteps of a block is supported",
+            "has skip counts 1, 2 for block 0; one for all its timesteps is supported",
         ),
     ],
 )
@@ -569,7 +569,7 @@ def test_a_step_inside_a_reused_block_is_not_computed() -> None:
         ({"block": itertools.repeat(1)}, "the steps of the mask of block must be at most 10,000, got 10001"),
         ({"block": [1, 2]}, "got [1, 2]"),
         ({"block": 5}, "got 5"),
-        ({"spatial": "10", "cross": "100"}, "masks of one schedule have one length, got spatial 2, cross 3"),
+        ({"spatial": "10", "cross": "100"}, "masks of one schedule must have one length, got spatial 2, cross 3"),
     ],
 )
 def test_bad_masks_are_refused(masks: dict[str, Any], message: str) -> None:
@@ -579,5 +579,5 @@ def test_bad_masks_are_refused(masks: dict[str, Any], message: str) -> None:
 
 def test_layers_that_differ_have_no_mask() -> None:
     config = PABConfig(spatial=2, rules=(("spatial", Broadcast(3, layers=(1,))),))
-    with _refused(ValueError, "a mask holds for all layers of a kind, and these differ: spatial 1, spatial 2"):
+    with _refused(ValueError, "a mask is for all layers of a kind, got spatial 1, spatial 2"):
         to_steps_masks(plan(config, num_steps=20))

@@ -109,7 +109,7 @@ def test_presets_cannot_be_changed_through_the_dict_that_lists_them() -> None:
 
 def test_an_unknown_preset_is_refused_in_one_line_that_lists_them() -> None:
     with pytest.raises(
-        ValueError, match="there is no preset 'pab'; there are cogvideox, demo, latte, .*vchitect"
+        ValueError, match="there is no preset 'pab'; supported are cogvideox, demo, latte, .*vchitect"
     ) as error:
         PABConfig.preset("pab")
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Measured differences as pictures: a curve for each kind, and a heat map of layers by steps."""
+"""Pictures of measured differences: a curve for each kind, and a heat map of layers by steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .study import Analysis
 
 COLOURS = {"spatial": "#0072b2", "temporal": "#009e73", "cross": "#d55e00", "mlp": "#8a8f98", "block": "#1c1e22"}
-"""Of a kind's curve: apart for readers who do not see all hues."""
+"""By kind; distinguishable for colour-blind readers."""
 _STYLES = {"mlp": "--", "block": ":"}
 _TITLES = {"relative": "relative difference", "mse": "mean squared difference"}
 _WINDOW = "#d5e6f2"
@@ -28,15 +28,14 @@ def _drawn(value: float | None) -> TypeGuard[float]:
 
 
 def plot_curves(analysis: Analysis, path: str | Path | None = None) -> Figure:
-    """Draw the relative and the mean squared difference of each kind over the steps, means over layers, on logarithmic
-    scales.
+    """Draw the relative and the mean squared difference of each kind over the steps, on logarithmic scales.
 
     Args:
-        analysis: what was measured.
-        path: where to save the picture; the format is that of its suffix.
+        analysis: the differences; means over layers are drawn.
+        path: where to save the picture, in the format of its ending.
 
     Returns:
-        The figure, apart from pyplot's global state. The window to start from is shaded.
+        The figure, which pyplot does not know. The window to start from is shaded.
     """
     figure = new_figure(_PURPOSE, (11, 3.6), dpi=140)
     figure.subplots(1, 2)
@@ -47,30 +46,28 @@ def plot_curves(analysis: Analysis, path: str | Path | None = None) -> Figure:
             steps, values = [i for i, _ in points], [v for _, v in points]
             ax.plot(steps, values, _STYLES.get(kind, "-"), color=COLOURS[kind], label=kind, linewidth=1.6)
         if start is not None:
-            ax.axvspan(
-                start.window[0] - 0.5, start.window[1] - 0.5, color=_WINDOW, zorder=0, label="window to start from"
-            )
+            lo, hi = start.window
+            ax.axvspan(lo - 0.5, hi - 0.5, color=_WINDOW, zorder=0, label="window to start from")
         ax.set_yscale("log")
         ax.set_title(f"{_TITLES[what]} to the step before", fontsize=10)
         ax.set_xlabel("sampling step", fontsize=9)
         ax.set_xlim(0, analysis.num_steps - 0.5)
         whole_numbers(ax)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False, fontsize=9
-    )
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False, fontsize=9)
     return saved(figure, path)
 
 
 def plot_layers(analysis: Analysis, path: str | Path | None = None) -> Figure:
-    """Draw the relative difference as a heat map for each kind, a row for each layer and a column for each step.
+    """Draw the relative difference as a heat map for each kind, with a row for each layer and a column for each step.
 
     Args:
-        analysis: what was measured.
-        path: where to save the picture; the format is that of its suffix.
+        analysis: the differences.
+        path: where to save the picture, in the format of its ending.
 
     Returns:
-        The figure, apart from pyplot's global state.
+        The figure, which pyplot does not know.
     """
     maps = {kind: analysis.layers(kind) for kind in analysis.kinds}
     height = sum(0.6 + 0.12 * max(len(rows), 3) for rows in maps.values())

@@ -1,13 +1,12 @@
-"""How much the output of every sublayer differs between neighbouring steps, measured while a model samples without
-broadcasting.
+"""Differences between the outputs of neighbouring steps, measured while a model samples without broadcasting.
 
 For sublayer s in context c, with its outputs o_i at step i,
 
     1. mse_i      = mean((o_i - o_(i-1))^2)
     2. relative_i = ||o_i - o_(i-1)|| / ||o_i||
 
-what holding the last output for one step would get wrong; of a block, o is the change that it makes to its stream. Only
-the last output is kept, and nothing is read from the device before the end.
+the error of holding the last output for one step. For a block, o is the change that it makes to its stream. Only the
+last output is kept, and nothing is read from the device before the end.
 """
 
 from __future__ import annotations
@@ -33,8 +32,9 @@ _Place = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Differences:
-    """Of one sublayer in one context; entry i compares step i with the step before it, None where there is nothing to
-    compare.
+    """Differences of one sublayer in one context.
+
+    Entry i compares step i with the step before it; None if either did not run.
 
     Args:
         name, kind, layer: of the sublayer.
@@ -52,17 +52,16 @@ class Differences:
 
 
 class Probe:
-    """Stands where a model's adapter would, and looks at outputs instead of broadcasting them.
+    """Takes the place of a model's adapter and measures outputs instead of broadcasting them.
 
     Args:
         model: the DiT.
         adapter: of the model; its sublayers are measured.
         progress: called at the beginning of every step.
-        check: called before every sublayer; what it raises ends the run.
+        check: called before every sublayer; an exception that it raises ends the run.
 
-    It may be interrupted between any two instructions: a difference and what it is of are one entry of a list, and one
-        that is found
-    twice counts once.
+    An exception between any two instructions keeps the differences measured before: a difference and its place are one
+    entry of a list, and an entry that occurs twice counts once.
     """
 
     cache_points = ("pre_gate",)
@@ -86,12 +85,12 @@ class Probe:
         self.timesteps: tuple[float, ...] | None = None
 
     def attach(self, broadcaster: Broadcaster) -> Iterator[Attached]:
-        """Look at what the modules give."""
+        """Yield wrappers of the modules' `forward` that measure."""
         for sublayer, module in zip(self.sublayers, self._modules, strict=True):
             yield attach_forward(module, self._forward(broadcaster, sublayer))
 
     def differences(self) -> list[Differences]:
-        """All that was measured so far; the one read from the device."""
+        """All differences so far; only this method reads from the device."""
         self._batch()
         rows: dict[tuple[str, str], dict[int, list[float]]] = {}
         for places, batch in self._batches:
@@ -115,7 +114,7 @@ class Probe:
             self._check()
             streams = _tensors((args, kwargs)) if sublayer.kind == "block" else []
             before = {tuple(x.shape): x for x in reversed(streams)}
-            # A block may write to its stream in place; its inputs are needed as they were.
+            # a block may write to its stream in place
             held = {shape: x.clone() for shape, x in before.items()}
             out = original(*args, **kwargs)
             tensors = _tensors(out)
@@ -141,10 +140,10 @@ class Probe:
         if step == call.step - 1 and [t.shape for t in last] == [t.shape for t in tensors]:
             self._found.append(((*key, call.step), _compared(tensors, last)))
         del last
-        self._last[key] = call.step, [t.clone() for t in tensors]  # whoever gets the output may write to it
+        self._last[key] = call.step, [t.clone() for t in tensors]  # the caller may write to the output
 
     def _batch(self) -> None:
-        """The values of a step as one tensor."""
+        """Stack the values of a step into one tensor."""
         if self._found:
             self._batches.append(([place for place, _ in self._found], torch.stack([pair for _, pair in self._found])))
             self._found = []
@@ -156,8 +155,8 @@ def _tensors(nest: Any) -> list[torch.Tensor]:
 
 def _compared(tensors: list[torch.Tensor], last: list[torch.Tensor]) -> torch.Tensor:
     """`[mse, relative]` over all of an output's tensors, in float32 on their device."""
-    apart = sum((a.float() - b.float()).square().sum() for a, b in zip(tensors, last, strict=True))
+    squared = sum((a.float() - b.float()).square().sum() for a, b in zip(tensors, last, strict=True))
     size = sum(a.float().square().sum() for a in tensors)
-    assert isinstance(apart, torch.Tensor) and isinstance(size, torch.Tensor)
+    assert isinstance(squared, torch.Tensor) and isinstance(size, torch.Tensor)
     numel = sum(a.numel() for a in tensors)
-    return torch.stack([apart / numel, (apart / size.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()])
+    return torch.stack([squared / numel, (squared / size.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()])

@@ -1,4 +1,4 @@
-"""From measured differences to a config to start from."""
+"""A config to start from, derived from measured differences."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from typing import Any
 from ...rules.config import Broadcast, PABConfig
 
 Curves = Mapping[str, Sequence[float | None]]
-"""A value at every step, by kind; None where nothing was measured."""
+"""A value for every step, by kind; None if it was not measured."""
 
 PYRAMID = ("spatial", "temporal", "cross")
 """Published order of ranges, the shortest first: cross attention differs least (PAB, arXiv 2408.12588, section 3.1)."""
 MIDDLE = (0.15, 0.85)
-"""The part of the schedule that is stable in the paper's measurements (section 3.1): the reference for what is small
-here."""
+"""The stable part of the schedule in the paper's measurements (section 3.1), which defines a small difference."""
 SMALL = 2.0
-"""How often the median of the middle a step's difference may be, to count as small. A choice of this package."""
+"""A difference is small up to this multiple of the median of the middle. A choice of this package."""
 LONGEST_RANGE = 6
-"""The longest range that is proposed: that of cross attention in the paper's PAB246."""
+"""The longest proposed range: that of cross attention in the paper's PAB246."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Start:
         window: steps of the window, `lo <= i < hi`.
         config: the rules.
         drift: root of the mean squared difference in the window, by kind.
-        follows_order: whether the drift has the published order: spatial largest, cross least.
+        follows_order: whether the drift has the published order, spatial largest and cross least.
     """
 
     window: tuple[int, int]
@@ -51,21 +50,22 @@ class Start:
 
 
 def starting_config(relative: Curves, mse: Curves, num_steps: int) -> Start | None:
-    """A window and ranges from measured differences; None where attention was not measured in the middle, or is not
-    finite there.
+    """A window and ranges from measured differences.
 
     1. A step is calm if for every attention kind its relative difference is at most twice that kind's median over the
        middle 70 % of the schedule. The window is the longest run of calm steps.
     2. A held output drifts by about its difference a step, and the outputs of all kinds are added to the same stream.
        With `drift` the root of a kind's mean squared difference in the window, the kind that drifts most gets range 2,
-       and the others may drift as far as that one does: `range = 1 + floor(largest drift / own drift)`, at most 6.
-    3. Ranges follow the published order, spatial <= temporal <= cross: one that is longer than a later one is cut to
-    it.
+       and the others may drift as far: `range = 1 + floor(largest drift / own drift)`, at most 6.
+    3. Ranges follow the published order, spatial <= temporal <= cross: a longer range is cut to the one after it.
 
     Args:
         relative: by kind, the relative difference at every step; kinds other than attention get no rule.
         mse: by kind, the mean squared difference at every step.
         num_steps: of the schedule.
+
+    Returns:
+        The config, or None if attention was not measured in the middle or is not finite there.
     """
     attention = [kind for kind in PYRAMID if kind in relative]
     inside = middle(num_steps)
@@ -78,7 +78,7 @@ def starting_config(relative: Curves, mse: Curves, num_steps: int) -> Start | No
         return all((v := relative[kind][i]) is not None and v <= bounds[kind] for kind in attention)
 
     window = _longest(list(map(calm, range(num_steps))))
-    if window[0] == window[1]:  # nowhere calm: what was measured is not finite
+    if window[0] == window[1]:  # the differences are not finite
         return None
     drift = {kind: math.sqrt(mean(_present(mse[kind], range(*window)))) for kind in attention}
     if not all(map(math.isfinite, drift.values())):

@@ -1,11 +1,11 @@
-"""`analyze`: the study that broadcasting rests on, on any pipeline or bare module."""
+"""`analyze`: the study behind broadcasting, repeated on any pipeline or bare module."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,15 +24,12 @@ from .plots import plot_curves, plot_layers
 from .probe import Differences, Probe
 from .starting_config import Start, middle, starting_config
 
-if TYPE_CHECKING:
-    pass
-
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a measurement.
 
     Args:
-        analysis: of the steps that were run, perhaps of none.
+        analysis: of the steps that were run, possibly none.
     """
 
     def __init__(self, analysis: Analysis) -> None:
@@ -42,13 +39,13 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was measured.
+    """Differences between the outputs of neighbouring steps.
 
     Args:
         model: name of the model's class.
         num_steps: of the schedule.
-        timesteps: of the schedule, where they are known.
-        complete: whether the sampling came to its end.
+        timesteps: of the schedule, if known.
+        complete: whether the sampling was finished.
         differences: of every sublayer in every context.
     """
 
@@ -65,12 +62,12 @@ class Analysis:
         return tuple(kind for kind in KINDS if kind in present)
 
     def curve(self, kind: str, what: str = "relative") -> tuple[float | None, ...]:
-        """Step by step the mean over layers and contexts; `what` is "relative" or "mse"."""
+        """The mean over layers and contexts at every step; `what` is "relative" or "mse"."""
         rows = [getattr(d, what) for d in self.differences if d.kind == kind]
         return tuple(_mean([row[i] for row in rows]) for i in range(self.num_steps))
 
     def layers(self, kind: str, what: str = "relative") -> dict[int, tuple[float | None, ...]]:
-        """`curve` for each layer by itself."""
+        """The curve of each layer, by its index."""
         rows = [(d.layer, getattr(d, what)) for d in self.differences if d.kind == kind]
         return {
             layer: tuple(_mean([row[i] for at, row in rows if at == layer]) for i in range(self.num_steps))
@@ -79,7 +76,7 @@ class Analysis:
 
     @property
     def start(self) -> Start | None:
-        """A config to start from; None where too few steps were run. See `starting_config`."""
+        """A config to start from, or None if the sampling was not finished; see `starting_config`."""
         relative, mse = ({kind: self.curve(kind, what) for kind in self.kinds} for what in ("relative", "mse"))
         return starting_config(relative, mse, self.num_steps) if self.complete else None
 
@@ -97,45 +94,36 @@ class Analysis:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write all of it as JSON; a difference that is not finite is null."""
+        """Write the analysis as JSON, with null for a difference that is not finite, and return the path."""
         return write_text(path, to_json(self.to_dict()) + "\n")
 
     plot = plot_curves
     plot_layers = plot_layers
 
     def parts(self, kind: str, what: str = "relative") -> tuple[float | None, float | None, float | None]:
-        """Mean of the curve over the first 15 %, the middle and the last 15 % of the steps."""
+        """Means of the curve over the first 15 %, the middle and the last 15 % of the steps."""
         curve, steps = self.curve(kind, what), middle(self.num_steps)
         return _mean(curve[: steps.start]), _mean(curve[steps.start : steps.stop]), _mean(curve[steps.stop :])
 
     def __str__(self) -> str:
         lines = [
             f"{self.model}, {self.num_steps} steps: differences of outputs between neighbouring steps, mean over layers"
-            + ("" if self.complete else "; interrupted: only of the steps that were run"),
+            + ("" if self.complete else "; interrupted, so only of the steps that were run"),
             f"{'':<9}{'relative: first 15 %':>21}{'middle':>9}{'last 15 %':>11}{'squared: middle':>18}",
         ]
         for kind in self.kinds:
-            cells = [*self.parts(kind), self.parts(kind, "mse")[1]]
-            texts = [
-                "-" if c is None else f"{c:.{digits}}"
-                for c, digits in zip(cells, ("3f", "3f", "3f", "2e"), strict=True)
-            ]
-            lines.append(
-                f"{kind:<9}" + "".join(f"{text:>{width}}" for text, width in zip(texts, (21, 9, 11, 18), strict=True))
-            )
+            texts = ["-" if c is None else f"{c:.3f}" for c in self.parts(kind)]
+            squared = self.parts(kind, "mse")[1]
+            texts.append("-" if squared is None else f"{squared:.2e}")
+            lines.append(f"{kind:<9}{texts[0]:>21}{texts[1]:>9}{texts[2]:>11}{texts[3]:>18}")
         start = self.start
         if start is None:
             return "\n".join(lines)
         ranges = ", ".join(f"{kind} {rule.range}" for kind, rule in start.config.broadcasts())
-        lines.append(
-            f"differences stay small in steps {start.window[0]} to {start.window[1] - 1}; ranges to start from: "
-            f"{ranges}"
-        )
+        steps = f"steps {start.window[0]} to {start.window[1] - 1}"
+        lines.append(f"differences stay small in {steps}; ranges to start from: {ranges}")
         if not start.follows_order:
-            lines.append(
-                "note: here spatial, temporal and cross do not differ in the published order; the ranges follow that "
-                "order all the same"
-            )
+            lines.append("note: spatial, temporal and cross do not differ in the published order; the ranges follow it")
         return "\n".join(lines)
 
 
@@ -152,22 +140,24 @@ def analyze(
     kinds: Mapping[str, str | None] | None = None,
     progress: Progress | None = None,
 ) -> Analysis:
-    """Measure how much the outputs of all sublayers differ from step to step while `run()` samples, without
-    broadcasting.
+    """Measure how much the outputs of all sublayers differ from step to step, without broadcasting.
 
     Args:
         model_or_pipe: a diffusers pipeline, or the DiT itself.
-        run: samples once with it. In a loop of your own, `pab.context(model, name)` names the branches as usual;
-            without names they are told apart by their order within a step.
-        num_steps: of `run`, for a bare module; a pipeline's scheduler tells it.
+        run: samples once with it. In your own loop, `pab.context(model, name)` names the branches as usual; without
+            names, their order within a step identifies them.
+        num_steps: of `run`, for a bare module; a pipeline's scheduler has it.
         kinds: as in `pab.enable`.
-        progress: called at every step with the number of steps begun and of all.
+        progress: called at every step with the number of steps begun and of all steps.
 
-    The first Ctrl-C stops the run before the next sublayer of the model, or at its end where no further one runs; the
-    second stops it at once, wherever it is. Either way what was measured is kept and the model is given back.
+    Returns:
+        The differences. `print` shows a table; `plot`, `plot_layers` and `save` write files.
+
+    The first Ctrl-C stops the run before the model's next sublayer, or at its end if none follows; the second stops it
+    at once. Both keep the measured steps and restore the model.
 
     Raises:
-        Interrupted: Ctrl-C, or a KeyboardInterrupt of `run`; its `analysis` has what was measured until then.
+        Interrupted: Ctrl-C, or a KeyboardInterrupt of `run`; its `analysis` has the steps that were run.
         ValueError: PAB is enabled on the model, the number of steps is missing, or the model was not called.
         TypeError: no sublayers are found in the model.
     """
@@ -179,11 +169,11 @@ def analyze(
         )
     model: nn.Module = uncompiled(given)
     if broadcaster_of(model) is not None:
-        raise ValueError(
-            f"PAB is enabled on this {type(model).__name__}: what is reused does not differ; pab.disable it first"
-        )
+        raise ValueError(f"PAB is enabled on this {type(model).__name__}; call pab.disable before measuring it")
     if (pipe is None) != (num_steps is not None):
-        raise ValueError("num_steps is needed for a bare module, and only there: a pipeline's scheduler tells it")
+        raise ValueError(
+            "num_steps is required for a bare module and not allowed for a pipeline, whose scheduler has it"
+        )
     study = _Study(model)
     try:
         with ctrl_c() as stop:
@@ -195,33 +185,28 @@ def analyze(
     except Interrupted:
         raise
     except BaseException as error:
-        if not (study.noted or _is_interrupt(error)):
+        if not (study.stop.noted or _is_interrupt(error)):
             raise
-        study.give_back()
+        study.detach()
         raise Interrupted(study.analysis()) from error
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: libraries turn it into errors of theirs where it lands in their callbacks."""
+    """Whether Ctrl-C caused an error: libraries convert a KeyboardInterrupt in their callbacks to other errors."""
     return error is not None and (
         isinstance(error, KeyboardInterrupt) or _is_interrupt(error.__cause__ or error.__context__)
     )
 
 
 class _Study:
-    """A measurement that may end at any moment."""
+    """The state of a measurement, which may end at any instruction."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.stop = CtrlC()
         self._model = model
         self._probe: Probe | None = None
         self._broadcaster: Broadcaster | None = None
-        self._stop = CtrlC()
         self._complete = False
-
-    @property
-    def noted(self) -> bool:
-        """Whether Ctrl-C was pressed."""
-        return self._stop.noted > 0
 
     def measure(
         self,
@@ -232,8 +217,8 @@ class _Study:
         progress: Progress | None,
         stop: CtrlC,
     ) -> None:
-        """Run with a probe in the model."""
-        self._stop = stop
+        """Call `run` with a probe in the model."""
+        self.stop = stop
         self._probe = Probe(self._model, adapter, progress, stop.check)
         try:
             self._broadcaster = Broadcaster(self._model, self._probe, PABConfig())
@@ -247,19 +232,19 @@ class _Study:
                 run()
             self._complete = True
         finally:
-            self.give_back()
+            self.detach()
         if not self._probe.num_steps:
             raise ValueError(f"run() did not call the {type(self._model).__name__}: there is nothing to compare")
 
-    def give_back(self) -> None:
-        """Take the probe out of the model."""
+    def detach(self) -> None:
+        """Remove the probe from the model."""
         if self._broadcaster is not None:
             self._broadcaster.detach()
             take_off(self._model, ATTRIBUTE)
             self._broadcaster = None
 
     def analysis(self) -> Analysis:
-        """What was measured so far."""
+        """The differences measured so far."""
         name, probe = type(self._model).__name__, self._probe
         if probe is None:
             return Analysis(name, 0, None, False, ())

@@ -1,4 +1,4 @@
-"""Transformers at their published sizes: configs as their checkpoints have them."""
+"""Published transformers: the configs of their checkpoints, sizes and steps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Family:
 
     Args:
         checkpoint: hub id.
-        config: of the transformer, with its class under `_class_name`; what is left out is the class's default.
-        sizes: frames x height x width that its authors publish, the usual one first.
-        steps: of the sampling, as its pipeline's default has it.
+        config: of the transformer, with its class as `_class_name`; missing arguments have the class's defaults.
+        sizes: published frames x height x width, the usual one first.
+        steps: of the sampling, its pipeline's default.
     """
 
     checkpoint: str
@@ -28,21 +28,13 @@ class Family:
 
 
 def _cogvideox(**config: Any) -> dict[str, Any]:
-    return {
-        "_class_name": "CogVideoXTransformer3DModel",
-        "sample_height": 60,
-        "sample_width": 90,
-        "sample_frames": 49,
-    } | config
+    sample = {"sample_height": 60, "sample_width": 90, "sample_frames": 49}
+    return {"_class_name": "CogVideoXTransformer3DModel"} | sample | config
 
 
 def _wan(**config: Any) -> dict[str, Any]:
-    return {
-        "_class_name": "WanTransformer3DModel",
-        "attention_head_dim": 128,
-        "text_dim": 4096,
-        "patch_size": (1, 2, 2),
-    } | config
+    sizes = {"attention_head_dim": 128, "text_dim": 4096, "patch_size": (1, 2, 2)}
+    return {"_class_name": "WanTransformer3DModel"} | sizes | config
 
 
 FAMILIES = {
@@ -124,15 +116,13 @@ FAMILIES = {
 
 
 def family(name: str) -> Family | None:
-    """The family of a name or hub id; None where it is not known."""
+    """The family with a name or hub id, or None."""
     return next((found for key, found in FAMILIES.items() if name.lower() in (key, found.checkpoint.lower())), None)
 
 
 def unknown_family(name: str) -> ValueError:
-    """The error for a name that is none, with those that are near."""
+    """The error for an unknown name, with similar names."""
     near = difflib.get_close_matches(name.lower(), FAMILIES, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-    return ValueError(
-        f"there is no model {name!r}{hint} Known are {', '.join(FAMILIES)}; a hub id or the path of a config.json "
-        "serves too"
-    )
+    known = ", ".join(FAMILIES)
+    return ValueError(f"there is no model {name!r}{hint} Supported are {known}, a hub id or the path of a config.json")

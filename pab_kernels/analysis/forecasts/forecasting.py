@@ -1,4 +1,4 @@
-"""What PAB will do to a model at a size of clip, before its weights are loaded: `pab plan`."""
+"""Forecast of PAB on a model at a clip size, before its weights are loaded: `pab plan`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...adapters import adapter_for
 from ...broadcast.slots import CACHE_DTYPES
 from ...messages import first_line, shown
@@ -16,14 +14,13 @@ from ...rules.config import PABConfig
 from ...rules.plan import Action, Counts, Forecast, Plan
 from ...rules.presets import preset_for
 from ...rules.schedule import Schedule, check_steps
+from ..pipelines import DTYPES
 from .measure import measure
 from .model_calls import MODEL_CALLS, Size
 from .transformers import build, find_config
 
 LARGEST_FORECAST = 1_000_000
-"""The most frames, rows, columns, clips and tokens that are forecast: beyond, the sizes of tensors overflow."""
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""The most frames, rows, columns, clips and tokens: the sizes of larger tensors overflow."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class KindForecast:
         counts: how often its sublayers are computed, stored and reused.
         flops: of its sublayers with the plan.
         flops_without: with every sublayer computed at every step.
-        cache_bytes: the most that its slots take, by the dtype that they are kept in; "model" is the model's own.
+        cache_bytes: peak size of its slots, by cache dtype; "model" is the model's dtype.
     """
 
     counts: Counts
@@ -45,21 +42,21 @@ class KindForecast:
 
 @dataclass(frozen=True)
 class ModelForecast:
-    """PAB on a model at a size of clip.
+    """PAB on a model at a clip size.
 
     Args:
         model: its name.
         clip: frames, height and width.
         dtype: of the model.
-        batch: clips made at once.
+        batch: clips in a batch.
         calls: calls of the model in a step.
         plan: of the generation.
         kinds: by kind.
         rest_flops: FLOPs outside of the plan's sublayers, over the generation.
         total: with slots in the config's cache dtype.
-        peak_cache_bytes: the most that all slots take, by the dtype that they are kept in.
+        peak_cache_bytes: peak size of all slots, by cache dtype.
         weight_bytes: of parameters and buffers.
-        activation_bytes: the most that one call needs besides; see `measure`.
+        activation_bytes: peak size of one call's other tensors; see `measure`.
     """
 
     model: str
@@ -77,10 +74,10 @@ class ModelForecast:
 
     @property
     def device_bytes(self) -> int:
-        """Device memory: weights, activations of a call and slots, each at its most.
+        """Device memory: weights, peak activations of a call and peak slots.
 
-        Not in it are text encoder and VAE, what the CUDA context, the allocator and kernels take for themselves, and
-        the latents that the scheduler keeps.
+        It does not include the text encoder, the VAE, the scheduler's latents, and the memory of the CUDA context, the
+        allocator and kernels.
         """
         return self.weight_bytes + self.activation_bytes + self.total.peak_cache_bytes
 
@@ -128,33 +125,36 @@ def forecast(
 ) -> ModelForecast:
     """FLOPs, cache bytes, bytes moved and device memory of a generation with PAB, from shapes alone.
 
-    1. The transformer is made from its config on the meta device, where tensors have shapes and no values, and is
-    called once.
+    1. The transformer is created from its config on the meta device, where tensors have shapes but no values, and is
+       called once.
     2. Its plan is made for the timesteps of its family's usual scheduler.
-    3. The plan's forecast of what that call measured is what a generation on the device counts: `ops.flop_counter()`
-       and `pab.summary(...).peak_cache_bytes`.
+    3. The plan's forecast from that call equals the counts of a generation on the device: `ops.flop_counter()` and
+       `pab.summary(...).peak_cache_bytes`.
 
     Args:
-        model: a name in `families.FAMILIES`, a hub id, a path of a config.json or of a folder with one, or a config
+        model: a name in `families.FAMILIES`, a hub id, the path of a config.json or of a folder with one, or a config
             with `_class_name`.
         size: frames, height and width of the clip; default the usual one of a known family.
         steps: of the sampling; default the usual number of a known family.
         config: the rules; default the preset of the model's class.
         dtype: of the model: "bfloat16", "float16" or "float32".
-        batch: clips made at once; classifier-free guidance comes on top.
-        text: tokens of the prompt, padding included; default what the family's pipeline makes of it.
+        batch: clips in a batch, not counting classifier-free guidance.
+        text: tokens of the prompt, including padding; default the number of the family's pipeline.
+
+    Returns:
+        The plan and its costs.
 
     Raises:
-        ValueError: the model is not known, or the size or another value is not supported.
+        ValueError: the model is unknown, or the size or another value is not supported.
         FileNotFoundError: there is no such file.
-        ModuleNotFoundError: diffusers is not installed, or for a hub id huggingface_hub.
+        ModuleNotFoundError: diffusers is not installed, or huggingface_hub for a hub id.
 
     >>> found = forecast("open-sora-1.2", (51, 480, 854))
     >>> round(sum(found.kinds[kind].cache_bytes["model"] for kind in ("spatial", "temporal", "cross")) / 2**30, 1)
     11.5
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not known; supported are {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     for name, value in (("batch", batch), ("text", text), ("steps", steps)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -165,7 +165,7 @@ def forecast(
     source = find_config(model)
     clip = Size(*(size or source.size or _missing(source.name, "size")))
     if min(clip) < 1:
-        raise ValueError(f"size {clip}: frames, height and width are at least 1")
+        raise ValueError(f"frames, height and width must be at least 1, got size {clip}")
     steps = steps or source.steps or _missing(source.name, "steps")
     how = MODEL_CALLS[source.class_name]
     transformer = build(source, DTYPES[dtype])

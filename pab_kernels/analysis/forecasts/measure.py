@@ -1,5 +1,4 @@
-"""One call of a model on the meta device, measured: FLOPs and outputs of every sublayer, and the memory that the call
-needs."""
+"""FLOPs, outputs and memory of one call of a model on the meta device."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ class Measured:
     Args:
         flops: of the whole call.
         runs: see `watched`.
-        activation_bytes: the most that tensors of the call, its inputs included, take at one time, with attention that
-            keeps no scores.
+        activation_bytes: peak size of the call's tensors, inputs included, with attention that keeps no scores.
         weight_bytes: of parameters and buffers.
     """
 
@@ -38,10 +36,10 @@ class Measured:
     weight_bytes: int
 
     def costs(self, cache_dtype: str | None = None) -> tuple[dict[str, Cost], int]:
-        """What each sublayer costs in one call, and the FLOPs of the rest: the arguments of `Plan.forecast`.
+        """The cost of each sublayer in one call and the FLOPs of the rest: the arguments of `Plan.forecast`.
 
         A block's FLOPs are those outside of its sublayers. A sublayer that runs several times in a call has a slot for
-        each time.
+        each run.
         """
         runs: dict[str, list[SublayerRun]] = {}
         for run in self.runs.values():
@@ -56,16 +54,19 @@ class Measured:
 
 
 def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> Measured:
-    """Call `model` once, as it is without PAB.
+    """Call a model once without PAB.
 
-    FLOPs are those that `ops.flop_counter()` counts. Memory is what eager torch holds: every tensor from the operation
-    that makes it until nothing refers to it. Attention's scores are not among them, as no kernel for GPUs keeps them,
-    nor are workspaces of kernels.
+    FLOPs are those of `ops.flop_counter()`. Memory is that of eager torch: every tensor from the operation that creates
+    it until its last reference is gone. It does not include attention scores, which GPU kernels do not keep, and
+    workspaces of kernels.
 
     Args:
         model: on the meta device; nothing is computed there.
         inputs: arguments of its `forward`, on the meta device.
         sublayers: of its adapter.
+
+    Returns:
+        FLOPs and memory of the call.
 
     Raises:
         RuntimeError: a sublayer did not run.
@@ -77,22 +78,20 @@ def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sub
         with watched(model, sublayers, counter) as runs:
             model(**inputs)
     if missing := [s.name for s in sublayers if s.name not in runs]:
-        raise RuntimeError(
-            f"{type(model).__name__}: {missing[0]} did not run in a call of the model; nothing is known of it"
-        )
+        raise RuntimeError(f"{type(model).__name__}: {missing[0]} did not run in a call of the model")
     return Measured(counter.get_total_flops(), runs, live.peak, sum(weights.values()))
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, and the most that were.
+    """Counts the bytes of live tensors, and their peak.
 
     Args:
-        apart: `_cdata` of the storages that are not counted, nor are views of them: those of weights.
+        ignored: `_cdata` of storages that are not counted: those of weights.
     """
 
-    def __init__(self, apart: Iterable[int] = ()) -> None:
+    def __init__(self, ignored: Iterable[int] = ()) -> None:
         super().__init__()
-        self._apart = frozenset(apart)
+        self._ignored = frozenset(ignored)
         self.now = self.peak = 0
         self.paused = False
         self._known: dict[int, weakref.finalize[Any, Any]] = {}
@@ -105,10 +104,10 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's memory in, until nothing refers to it."""
+        """Count a tensor's memory until its last reference is gone."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._apart or key in self._known:
+        if key in self._ignored or key in self._known:
             return
         size = storage.nbytes()
         self._known[key] = weakref.finalize(storage, self._remove, key, size)
@@ -121,8 +120,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class AttentionWithoutScores(TorchFunctionMode):
-    """Lets `F.scaled_dot_product_attention` count as a kernel that keeps no scores: its output is all that is alive of
-    it."""
+    """Counts only the output of `F.scaled_dot_product_attention`, as for a kernel that keeps no scores."""
 
     def __init__(self, live: LiveBytes) -> None:
         super().__init__()

@@ -1,5 +1,4 @@
-"""What each class of transformer is called with at a size of clip: latents, text, calls a step, timesteps. Meta
-tensors: shapes alone."""
+"""How each class of transformer is called at a clip size: latents, text, calls a step, timesteps; on meta tensors."""
 
 from __future__ import annotations
 
@@ -33,13 +32,13 @@ class ModelCall:
     """How the pipelines of one class of transformer call it.
 
     Args:
-        latents: from a config and the size of a clip, that of its latents.
-        tensors: from a config, the batch, the latents, the tokens of the text and the model's dtype: the arguments of
-            `forward`.
-        timesteps: of a number of steps, for latents of a size and the clip.
-        text: tokens of the prompt, padding included.
-        batch: what the batch of a call is times that of the clips: 2 with batched classifier-free guidance.
-        contexts: calls in a step: 2 where each branch of the guidance has its own.
+        latents: the size of the latents, from a config and the clip size.
+        tensors: the arguments of `forward`, from a config, the batch, the size of the latents, the tokens of the text
+            and the model's dtype.
+        timesteps: from a number of steps, the size of the latents and the clip size.
+        text: tokens of the prompt, including padding.
+        batch: batch of a call for each clip: 2 with batched classifier-free guidance.
+        contexts: calls in a step: 2 if each branch of the guidance has its own.
     """
 
     latents: Callable[[Config, Size], Size]
@@ -58,9 +57,14 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def compressed(frames: int, pixels: int) -> Callable[[Config, Size], Size]:
-    """Latents of a VAE that makes one latent frame of the first frame and one of every `frames` further ones.
+    """Latents of a VAE with one latent frame for the first frame and one for every `frames` further frames.
 
-    The patches must fit.
+    Args:
+        frames: compression in time.
+        pixels: compression in height and width.
+
+    Returns:
+        The field `latents` of a `ModelCall`; it raises a ValueError if patches do not fit the latents.
     """
 
     def latents(config: Config, clip: Size) -> Size:
@@ -70,10 +74,8 @@ def compressed(frames: int, pixels: int) -> Callable[[Config, Size], Size]:
         if (clip.frames - 1) % frames or size.frames % p_t:
             step = frames * p_t
             first = 1 + frames * (p_t - 1)
-            raise ValueError(
-                f"size {clip}: {clip.frames} frames do not fit; {first}, {first + step}, {first + 2 * step}, ... are "
-                "supported"
-            )
+            supported = f"{first}, {first + step}, {first + 2 * step}, ... are supported"
+            raise ValueError(f"size {clip}: {clip.frames} frames do not fit; {supported}")
         for name, length, multiple in (("height", clip.height, pixels * p_h), ("width", clip.width, pixels * p_w)):
             if length % multiple:
                 raise ValueError(f"size {clip}: {name} {length} does not fit; multiples of {multiple} are supported")
@@ -90,18 +92,16 @@ def _latte_latents(config: Config, clip: Size) -> Size:
 
 def _flux_latents(config: Config, clip: Size) -> Size:
     if clip.frames != 1:
-        raise ValueError(
-            f"size {clip}: {clip.frames} frames do not fit; this model makes images: 1x{clip.height}x{clip.width}"
-        )
+        supported = f"this model generates images: 1x{clip.height}x{clip.width}"
+        raise ValueError(f"size {clip}: {clip.frames} frames do not fit; {supported}")
     return compressed(1, 8)({"patch_size": 2}, clip)
 
 
 def _open_sora_latents(config: Config, clip: Size) -> Size:
-    """Open-Sora 1.2's VAE: every 17 frames are 5 latent ones, rounded down in height and width; patches are padded."""
+    """Open-Sora 1.2's VAE: 17 frames are 5 latent frames; height and width are rounded down, and patches padded."""
     if clip.frames != 1 and clip.frames % 17:
-        raise ValueError(
-            f"size {clip}: {clip.frames} frames do not fit; 1 and multiples of 17 are supported (51 are 2 s)"
-        )
+        supported = "1 and multiples of 17 are supported (51 are 2 s)"
+        raise ValueError(f"size {clip}: {clip.frames} frames do not fit; {supported}")
     return Size(1 if clip.frames == 1 else clip.frames // 17 * 5, clip.height // 8, clip.width // 8)
 
 
@@ -109,8 +109,7 @@ def _open_sora_latents(config: Config, clip: Size) -> Size:
 
 
 def _video(text_channels: str) -> Tensors:
-    """Latents with channels first, a timestep for each clip, and text of as many channels as the config has under a
-    name."""
+    """Latents with channels first, a timestep for each clip, and text with `config[text_channels]` channels."""
 
     def tensors(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype) -> dict[str, Any]:
         return {
@@ -185,22 +184,22 @@ def _stdit3(config: Config, batch: int, latents: Size, text: int, dtype: torch.d
 # Timesteps
 
 TRAINED = 1000
-"""Timesteps that the models were trained with."""
+"""Number of timesteps in training."""
 
 
 def _check_steps(steps: int) -> None:
     if steps > TRAINED:
-        raise ValueError(f"{steps} steps are more than the {TRAINED} that this model's scheduler has")
+        raise ValueError(f"this model's scheduler has at most {TRAINED} steps, got {steps}")
 
 
 def leading(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
-    """Of a DDIM scheduler with spacing "leading": `i * (1000 // N)`, descending."""
+    """Timesteps of a DDIM scheduler with spacing "leading": `i * (1000 // N)`, descending."""
     _check_steps(steps)
     return tuple(float(i * (TRAINED // steps)) for i in reversed(range(steps)))
 
 
 def trailing(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
-    """Of a DDIM scheduler with spacing "trailing": `round(1000 - i * 1000 / N) - 1`."""
+    """Timesteps of a DDIM scheduler with spacing "trailing": `round(1000 - i * 1000 / N) - 1`."""
     _check_steps(steps)
     return tuple(float(round(TRAINED - i * TRAINED / steps) - 1) for i in range(steps))
 
@@ -220,7 +219,7 @@ def _hunyuan_timesteps(steps: int, latents: Size, clip: Size) -> tuple[float, ..
 
 
 def _unipc(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
-    """Of UniPC on flow matching with shift 3, as Wan 2.1's pipelines have it: whole timesteps."""
+    """Timesteps of UniPC on flow matching with shift 3, as in Wan 2.1's pipelines: whole numbers."""
     _check_steps(steps)
     return tuple(float(min(999, int(1000 * _shifted(1 - i * 0.999 / steps, 3.0)))) for i in range(steps))
 
@@ -257,5 +256,5 @@ MODEL_CALLS = {
     "FluxTransformer2DModel": ModelCall(_flux_latents, _flux, _flux_timesteps, text=512),
     "STDiT3": ModelCall(_open_sora_latents, _stdit3, _open_sora_timesteps, text=300, batch=2),
 }
-"""By class. Text, guidance and timesteps are the defaults of the classes' text-to-video pipelines in diffusers;
-STDiT3's those of Open-Sora 1.2's `configs/opensora-v1-2/inference/sample.py`."""
+"""By class. Text, guidance and timesteps are the defaults of the classes' text-to-video pipelines in diffusers, and for
+STDiT3 those of Open-Sora 1.2's `configs/opensora-v1-2/inference/sample.py`."""

@@ -25,13 +25,13 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a transformer comes from.
+    """The config of a transformer.
 
     Args:
-        name: as it was asked for.
+        name: as given by the user.
         class_name: a key of `MODEL_CALLS`.
         config: arguments of the class.
-        size, steps: of a known family, its usual ones.
+        size, steps: the usual ones of a known family.
     """
 
     name: str
@@ -45,8 +45,8 @@ def find_config(model: str | Path | Mapping[str, Any]) -> Source:
     """The config of a transformer.
 
     Args:
-        model: a name or hub id in `FAMILIES`; a path of a config.json, or of a folder that has it or has it in
-            `transformer`; any other hub id, whose config.json is fetched where it is not cached; or the config itself.
+        model: a name or hub id in `FAMILIES`; the path of a config.json, or of a folder that has one, possibly in
+            `transformer`; another hub id, whose config.json is fetched if it is not cached; or the config itself.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -89,7 +89,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _fetched(hub_id: str) -> Path:
-    """The config.json of a hub id, from the cache or else from the hub. Weights are never fetched."""
+    """The config.json of a hub id, from the cache or else from the hub; weights are never fetched."""
     hub = require("huggingface_hub", "a hub id")
     errors = require("huggingface_hub.errors", "a hub id")
     names = (f"transformer/{_FILE}", _FILE)
@@ -100,11 +100,11 @@ def _fetched(hub_id: str) -> Path:
                 return Path(cached)
         try:
             return Path(hub.hf_hub_download(hub_id, names[0]))
-        except errors.LocalEntryNotFoundError:  # it derives from the next, but says that the hub was not asked
+        except errors.LocalEntryNotFoundError:  # derives from the next, but means that the hub was not reached
             raise
         except errors.EntryNotFoundError:
             return Path(hub.hf_hub_download(hub_id, names[1]))
-    # the bases are the errors of the HTTP client, which is another one in other versions of huggingface_hub
+    # the bases are the errors of the HTTP client, which depends on the version of huggingface_hub
     except (OSError, errors.EntryNotFoundError, errors.HFValidationError, *errors.HfHubHTTPError.__bases__) as error:
         raise ValueError(
             f"the config of {hub_id} is not cached and cannot be fetched: {_reason(errors, error)}; "
@@ -113,7 +113,7 @@ def _fetched(hub_id: str) -> Path:
 
 
 def _reason(errors: Any, error: Exception) -> str:
-    """Why the hub did not give a file, in a few words."""
+    """Why a file could not be fetched, in a few words."""
     if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     reasons = {
@@ -140,8 +140,13 @@ def _source(name: str, config: Mapping[str, Any]) -> Source:
 
 
 def build(source: Source, dtype: torch.dtype) -> Any:
-    """The transformer on the meta device with the dtypes that loading it in `dtype` gives: some classes keep modules in
-    float32.
+    """Create a transformer on the meta device with the dtypes that loading it in `dtype` gives.
+
+    Some classes keep modules in float32.
+
+    Args:
+        source: its class and config.
+        dtype: of the model.
 
     Raises:
         ValueError: the class does not take this config.

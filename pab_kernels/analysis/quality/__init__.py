@@ -1,1 +1,1 @@
-"""How close two clips are: `compare`."""
+"""Comparing two clips: `compare`."""

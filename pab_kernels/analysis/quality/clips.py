@@ -20,19 +20,18 @@ VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TENSORS = (".pt", ".pth", ".npy", ".safetensors")
 _OVERSHOOT = 2**-8
-"""How far a floating-point pixel may lie outside of black and white, as a share of their distance: the rounding of
-bfloat16."""
+"""Tolerance of floating-point pixels outside of black and white, as a share of their distance: bfloat16's rounding."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames, as they were stored.
+    """The frames of a clip as they were stored.
 
     Args:
         frames: `[frames, 1 or 3 channels, height, width]`, uint8, uint16, bool or floating point.
         name: the file, for messages.
         black, white: their values in `frames`.
-        notes: what was done to them in reading.
+        notes: how the frames were changed.
     """
 
     frames: np.ndarray
@@ -50,16 +49,19 @@ class Clip:
 def read_clip(source: Any, name: str = "clip", values: tuple[float, float] = (0.0, 1.0)) -> Clip:
     """Read a clip.
 
-    A folder's images are its frames, in the order of their names with numbers by value (`2.png` before `10.png`). A
-    file of tensors holds one tensor: `[frames, channels, height, width]`, `[frames, height, width, channels]` or
-    `[channels, frames, height, width]`, perhaps with a batch of 1 in front; or an image, without frames; or a grey
-    clip, without channels. The dimension of 1, 3 or 4 is the channels, looked for in the order last, second, first.
-    Transparent pixels are shown on black.
+    The images of a folder are its frames, in the order of their names with numbers by value (`2.png` before `10.png`).
+    A file of tensors holds one tensor: `[frames, channels, height, width]`, `[frames, height, width, channels]` or
+    `[channels, frames, height, width]`, optionally with a batch of 1 in front; or an image, without frames; or a grey
+    clip, without channels. The last, second or first dimension of 1, 3 or 4 is the channels. Transparent pixels are
+    shown on black.
 
     Args:
         source: a path, or a tensor or array.
         name: of a tensor or array, for messages.
         values: of black and white in floating-point tensors; bytes are 0 to 255, 16-bit integers 0 to 65535.
+
+    Returns:
+        The clip.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -82,18 +84,13 @@ def _read(path: Path) -> np.ndarray:
     reader = next((read for endings, read in _READERS if ending in endings), None)
     if reader is None:
         supported = " ".join(VIDEOS + IMAGES + TENSORS)
-        raise ValueError(
-            f"{shortened(str(path))} ends in {ending or 'nothing'}; supported are folders of images and {supported}: "
-            "convert it"
-        )
+        got = f"{shortened(str(path))} ends in {ending or 'nothing'}"
+        raise ValueError(f"{got}; supported are folders of images and {supported}: convert it")
     return _decoded(reader, path)
 
 
 def _decoded(reader: Callable[[Path], np.ndarray], path: Path) -> np.ndarray:
-    """What `reader` makes of a file.
-
-    Whatever its library raises on a damaged one becomes one line, and what it warns of is left out.
-    """
+    """Read a file; an error of the reader's library about a damaged file becomes one line."""
     try:
         check_regular(path)
         with warnings.catch_warnings():
@@ -101,7 +98,7 @@ def _decoded(reader: Callable[[Path], np.ndarray], path: Path) -> np.ndarray:
             return reader(path)
     except (ModuleNotFoundError, PermissionError):
         raise
-    except MemoryError:  # also where a header lies about what follows
+    except MemoryError:  # the file is too large, or its header gives a wrong size
         raise ValueError(f"{path} does not fit into memory") from None
     except Exception as error:
         raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {first_line(error)}") from error
@@ -118,7 +115,7 @@ def _read_folder(path: Path) -> np.ndarray:
         frame = _decoded(_read_image, file)  # [1, height, width, channels]
         if len(frame) > 1:
             raise ValueError(
-                f"{file} holds {len(frame)} frames; a folder has one in each image: compare that file by itself"
+                f"{file} holds {len(frame)} frames; a folder has one in each image: compare that file alone"
             )
         if frames and frame.shape[1:3] != frames[0].shape[1:3]:
             (h0, w0), (h, w) = frames[0].shape[1:3], frame.shape[1:3]
@@ -132,17 +129,12 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
 
 
 def _joined(frames: list[np.ndarray]) -> np.ndarray:
-    """Frames `[1, height, width, channels]` as one array.
-
-    Where some are grey, opaque or have 8 bits, they become as the others.
-    """
-    if len({(f.shape, f.dtype) for f in frames}) > 1:
-        frames = [
-            np.round(f.astype(np.float64) * (255 / 65535)).astype(np.uint8) if f.dtype == np.uint16 else f
-            for f in frames
-        ]
-        most = max(f.shape[3] for f in frames)
-        frames = [_widened(f, most) for f in frames]
+    """Frames `[1, height, width, channels]` as one array; those with fewer channels or 16 bits are converted."""
+    if len({(frame.shape, frame.dtype) for frame in frames}) > 1:
+        scale = 255 / 65535
+        frames = [np.round(f * scale).astype(np.uint8) if f.dtype == np.uint16 else f for f in frames]
+        channels = max(frame.shape[3] for frame in frames)
+        frames = [_widened(frame, channels) for frame in frames]
     return np.concatenate(frames)
 
 
@@ -205,7 +197,7 @@ _READERS = ((VIDEOS, _read_video), (IMAGES, _read_image), (TENSORS, _read_tensor
 
 
 def _array(source: Any) -> np.ndarray:
-    """A tensor or array on the host; floating-point types that numpy lacks as float32."""
+    """A tensor or array on the host; dtypes that numpy lacks become float32."""
     if hasattr(source, "detach"):
         source = source.detach().cpu()
         source = source.float() if source.is_floating_point() and source.element_size() < 4 else source
@@ -223,11 +215,9 @@ def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
         for axis in (3, 1, 0):  # [frames, height, width, channels], [frames, channels, ...], [channels, frames, ...]
             if array.shape[axis] in (1, 3, 4):
                 return np.moveaxis(array, axis, 1)
-    raise ValueError(
-        f"{name} has the shape {shape}; supported are [frames, channels, height, width], [frames, height, width, "
-        "channels] and "
-        "[channels, frames, height, width] with 1, 3 or 4 channels and at least one frame: permute or cut it"
-    )
+    layouts = "[frames, channels, height, width], [frames, height, width, channels] and [channels, frames, ...]"
+    channels = "1, 3 or 4 channels and at least one frame"
+    raise ValueError(f"{name} has the shape {shape}; supported are {layouts} with {channels}: permute or cut it")
 
 
 def _checked(frames: np.ndarray, name: str, values: tuple[float, float]) -> Clip:
@@ -235,19 +225,16 @@ def _checked(frames: np.ndarray, name: str, values: tuple[float, float]) -> Clip
     if frames.dtype in (np.uint8, np.uint16, np.bool_):
         black, white = 0.0, 1.0 if frames.dtype == np.bool_ else float(np.iinfo(frames.dtype).max)
     elif not np.issubdtype(frames.dtype, np.floating):
-        raise ValueError(
-            f"{name} has the dtype {frames.dtype}; supported are uint8, uint16, bool and floating point: convert it"
-        )
+        supported = "uint8, uint16, bool and floating point"
+        raise ValueError(f"{name} has the dtype {frames.dtype}; supported are {supported}: convert it")
     else:
         low, high = float(frames.min()), float(frames.max())
         if not np.isfinite([low, high]).all():
             raise ValueError(f"{name} holds values that are not finite")
         room = _OVERSHOOT * (white - black)
         if low < black - room or high > white + room:
-            raise ValueError(
-                f"{name} has values from {low:g} to {high:g}, outside of black {black:g} and white {white:g}; "
-                "say what they are (values, on the command line --values LO,HI), or clamp them"
-            )
+            got = f"{name} has values from {low:g} to {high:g}, outside of black {black:g} and white {white:g}"
+            raise ValueError(f"{got}; pass values (on the command line --values LO,HI), or clamp them")
     notes: tuple[str, ...] = ()
     if frames.shape[1] == 4:
         frames, opaque = _without_alpha(frames, black, white)
@@ -256,7 +243,7 @@ def _checked(frames: np.ndarray, name: str, values: tuple[float, float]) -> Clip
 
 
 def _without_alpha(frames: np.ndarray, black: float, white: float) -> tuple[np.ndarray, bool]:
-    """The colours of RGBA frames over black, and whether all was opaque."""
+    """The colours of RGBA frames on black, and whether all pixels are opaque."""
     colours, alpha = frames[:, :3], frames[:, 3:]
     if (alpha >= white).all():
         return colours, True

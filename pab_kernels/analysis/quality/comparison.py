@@ -1,4 +1,4 @@
-"""Two clips compared, frame by frame and in total: `pab compare`."""
+"""Comparison of two clips, frame by frame and in total: `pab compare`."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _COLOURS = {"consistency_b": "#e69f00"}
 
 @dataclass(frozen=True)
 class Closeness:
-    """How close two frames are, or two clips.
+    """How close two frames or two clips are.
 
     Args:
-        psnr: in dB; infinite where they are equal.
-        ssim: 1 where they are equal.
+        psnr: in dB; infinite for equal frames.
+        ssim: 1 for equal frames.
         consistency_a, consistency_b: 1 - the mean absolute change from the frame before, in either clip; None for a
             first frame.
-        lpips: 0 where they are equal; None where it was not measured.
+        lpips: 0 for equal frames; None if not measured.
     """
 
     psnr: float
@@ -49,10 +49,8 @@ class Closeness:
     lpips: float | None
 
     def to_dict(self) -> dict[str, float | None]:
-        """JSON-ready: an infinite PSNR is None."""
-        return {
-            name: value if value is not None and math.isfinite(value) else None for name, value in vars(self).items()
-        }
+        """JSON-ready; an infinite PSNR is None."""
+        return {k: v if v is not None and math.isfinite(v) else None for k, v in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,11 @@ class Comparison:
     Args:
         a, b: their names.
         height, width: of the frames, in pixels.
-        total: PSNR of the mean squared error over all frames; of the others the mean over the frames.
-        frames: one for each frame.
-        notes: what was not measured, and what was done to make the clips comparable.
+        total: PSNR of the mean squared error over all frames; the other measures are means over the frames.
+        frames: the measures of each frame.
+        notes: which measures are missing, and how the clips were made comparable.
 
-    `str(comparison)` is a table; `comparison.plot(path)` makes a picture.
+    `str(comparison)` is a table; `comparison.plot(path)` draws a picture.
     """
 
     a: str
@@ -78,7 +76,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready. A PSNR of None is that of equal frames."""
+        """JSON-ready; a PSNR of None means equal frames."""
         frames = [{"frame": i} | frame.to_dict() for i, frame in enumerate(self.frames)]
         return {
             "a": self.a,
@@ -102,10 +100,7 @@ class Comparison:
         return "\n".join([*head, *table, *(f"note: {note}" for note in self.notes)])
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw every measure over the frames.
-
-        Saved to `path` if given, in the format of its ending. Needs matplotlib.
-        """
+        """Plot every measure over the frames with matplotlib, and save it to `path` if given."""
         figure = new_figure("plotting a comparison", (8, 6.4), dpi=150)
         panels = [(_HEADINGS[name], [name]) for name in ("psnr", "ssim")]
         if len(self.frames) > 1:
@@ -118,9 +113,8 @@ class Comparison:
                 values = [getattr(frame, name) for frame in self.frames]
                 drawn = [v if v is not None and math.isfinite(v) else math.nan for v in values]
                 label = {"consistency_a": "A", "consistency_b": "B"}.get(name)
-                ax.plot(
-                    range(len(drawn)), drawn, marker="o", markersize=3, color=_COLOURS.get(name, "#0072b2"), label=label
-                )
+                colour = _COLOURS.get(name, "#0072b2")
+                ax.plot(range(len(drawn)), drawn, marker="o", markersize=3, color=colour, label=label)
             if len(names) > 1:
                 ax.legend(loc="best", frameon=False)
             ax.set_ylabel(heading)
@@ -149,40 +143,41 @@ def compare(
     lpips: bool | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compare clip `a` with clip `b`, usually the one made without PAB.
+    """Compare clip `a` with clip `b`, usually the clip made without PAB.
 
     1. PSNR = 10 log10(1 / mean((a - b)^2)) of every frame, and of the error over all frames.
     2. SSIM (Wang et al. 2004) of every frame with a uniform 7 x 7 window, mean over channels.
     3. Temporal consistency of either clip, as VBench's temporal flickering (Huang et al. 2024): frame i has
-       `1 - mean(|frame_i - frame_(i-1)|)`, with black 0 and white 1. A clip that flickers more than the other has less.
-    4. LPIPS of every frame, where it is installed.
+       `1 - mean(|frame_i - frame_(i-1)|)`, with black 0 and white 1. It is lower for a clip that flickers more.
+    4. LPIPS of every frame, if a package for it is installed.
 
     Args:
         a, b: paths of videos, images, folders of images or files of tensors, or tensors or arrays: see
             `clips.read_clip`.
         values: of black and white in floating-point tensors.
-        lpips: True: it must be measured; False: it is not; None: where a package for it is installed, and a note says
-            where not.
+        lpips: whether to measure LPIPS; None: if a package for it is installed, else add a note.
         progress: called after every frame.
+
+    Returns:
+        The measures. `print` shows a table.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a clip is not supported, their sizes or numbers of frames differ, or with `lpips=True` its network
-        cannot be loaded. ModuleNotFoundError: a package is not installed that the clips, or `lpips=True`, need.
+        ValueError: a clip is not supported, their sizes or numbers of frames differ, or the network of LPIPS cannot be
+            loaded with `lpips=True`.
+        ModuleNotFoundError: a package that the clips or `lpips=True` need is not installed.
 
     >>> import numpy as np
     >>> round(compare(np.full((2, 3, 8, 8), 0.6), np.full((2, 3, 8, 8), 0.5), lpips=False).total.psnr, 6)
     20.0
     """
     if len(values) != 2 or not values[0] < values[1] or not all(map(math.isfinite, values)):
-        raise ValueError(
-            f"values must be two numbers, black below white, got {values}; they are (0, 1) or (-1, 1) for most models"
-        )
+        raise ValueError(f"values must be two numbers, black below white, got {values}; usual are (0, 1) and (-1, 1)")
     require("skimage.metrics", "measuring PSNR and SSIM")
     clips = read_clip(a, "A", values), read_clip(b, "B", values)
     _check_alike(*clips)
     notes = [note for clip in clips for note in clip.notes]
-    distance, said = _chosen_lpips(lpips)
+    distance, missing = _chosen_lpips(lpips)
     measured = [c.frames.shape[1] for c in clips]
     if measured[0] != measured[1]:
         notes.append(f"{clips[measured.index(1)].name} is grey and is compared as three equal channels")
@@ -195,25 +190,21 @@ def compare(
         lpips=_mean([frame.lpips for frame in frames]),
     )
     height, width = clips[0].frames.shape[2:]
-    return Comparison(clips[0].name, clips[1].name, height, width, total, tuple(frames), (*notes, *said))
+    return Comparison(clips[0].name, clips[1].name, height, width, total, tuple(frames), (*notes, *missing))
 
 
 def _check_alike(a: Clip, b: Clip) -> None:
     if len(a.frames) != len(b.frames):
-        raise ValueError(
-            f"{a.name} has {len(a.frames)} frame(s) and {b.name} has {len(b.frames)}; the numbers must agree: cut the "
-            "longer one"
-        )
+        got = f"{a.name} has {len(a.frames)} frame(s) and {b.name} has {len(b.frames)}"
+        raise ValueError(f"{got}; the numbers must agree: cut the longer one")
     if a.frames.shape[2:] != b.frames.shape[2:]:
         (h, w), (h2, w2) = a.frames.shape[2:], b.frames.shape[2:]
-        raise ValueError(
-            f"{a.name} has frames of {h} x {w} and {b.name} of {h2} x {w2} (height x width); they must agree: resize "
-            "one clip"
-        )
+        got = f"{a.name} has frames of {h} x {w} and {b.name} of {h2} x {w2} (height x width)"
+        raise ValueError(f"{got}; they must agree: resize one clip")
 
 
 def _chosen_lpips(wanted: bool | None) -> tuple[Distance | None, list[str]]:
-    """The function that measures it, or the note that says why not."""
+    """The function that measures LPIPS, or a note with the reason why there is none."""
     if wanted is False:
         return None, []
     try:
@@ -237,9 +228,9 @@ def _measure(
         channels = max(frame.shape[0] for frame in pair)
         pair = [np.broadcast_to(frame, (channels, *frame.shape[1:])) for frame in pair]
         steady_a, steady_b = (_consistency(now, then) for now, then in zip(pair, before or (None, None), strict=True))
-        apart = distance(*(np.broadcast_to(frame, (3, *frame.shape[1:])) for frame in pair)) if distance else None
+        lpips = distance(*(np.broadcast_to(frame, (3, *frame.shape[1:])) for frame in pair)) if distance else None
         errors.append(float(((pair[0] - pair[1]) ** 2).mean()))
-        frames.append(Closeness(psnr(errors[-1]), ssim(*pair), steady_a, steady_b, apart))
+        frames.append(Closeness(psnr(errors[-1]), ssim(*pair), steady_a, steady_b, lpips))
         before = pair
         if progress:
             progress(i + 1, count)

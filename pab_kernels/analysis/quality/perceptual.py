@@ -1,4 +1,4 @@
-"""LPIPS, where a package that has it is installed."""
+"""LPIPS, from an optional package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ...messages import first_line
 
 Distance = Callable[[np.ndarray, np.ndarray], float]
-"""Of two frames `[3, height, width]`, black 0 and white 1."""
+"""A distance of two frames `[3, height, width]`, black 0 and white 1."""
 
 MISSING = (
     "neither the package lpips nor torchmetrics with torchvision is installed: pip install lpips "
@@ -20,12 +20,11 @@ MISSING = (
 
 
 def load_lpips() -> Distance:
-    """LPIPS (Zhang et al. 2018) with AlexNet, from the package lpips, else from torchmetrics: 0 for equal frames,
-    larger further apart.
+    """LPIPS (Zhang et al. 2018) with AlexNet, from the package lpips, else from torchmetrics: 0 for equal frames.
 
     Raises:
-        ModuleNotFoundError: neither is installed; the message says so.
-        RuntimeError: the network cannot be loaded. Both packages fetch AlexNet's weights when they are first used.
+        ModuleNotFoundError: neither package is installed.
+        RuntimeError: the network cannot be loaded. Both packages fetch AlexNet's weights at the first use.
     """
     for package, load in (("lpips", _from_lpips), ("torchmetrics", _from_torchmetrics)):
         try:
@@ -52,7 +51,5 @@ def _from_torchmetrics() -> Callable[..., torch.Tensor]:
 
 @torch.no_grad()
 def _distance(network: Callable[..., torch.Tensor], a: np.ndarray, b: np.ndarray) -> float:
-    x, y = (
-        torch.from_numpy(np.ascontiguousarray(frame, dtype=np.float32))[None] for frame in (a, b)
-    )  # [1, 3, height, width]
-    return float(network(x, y))
+    x, y = (torch.from_numpy(np.ascontiguousarray(frame, dtype=np.float32))[None] for frame in (a, b))
+    return float(network(x, y))  # of [1, 3, height, width]

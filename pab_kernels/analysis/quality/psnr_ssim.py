@@ -11,7 +11,7 @@ SSIM_WINDOW = 7
 
 
 def psnr(squared_error: float) -> float:
-    """`10 log10(1 / squared_error)` in dB of a mean squared error; infinite at 0."""
+    """PSNR in dB of a mean squared error, `10 log10(1 / squared_error)`; infinite at 0."""
     return float("inf") if squared_error == 0 else float(10 * np.log10(1 / squared_error))
 
 
@@ -27,7 +27,5 @@ def ssim(frame: np.ndarray, reference: np.ndarray) -> float:
     metrics = require("skimage.metrics", "measuring PSNR and SSIM")
     height, width = frame.shape[1:]
     if min(height, width) < SSIM_WINDOW:
-        raise ValueError(
-            f"clip has frames of {height} x {width}; SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels"
-        )
+        raise ValueError(f"SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got frames of {height} x {width}")
     return float(metrics.structural_similarity(reference, frame, data_range=1, channel_axis=0, win_size=SSIM_WINDOW))

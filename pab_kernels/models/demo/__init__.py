@@ -1,5 +1,4 @@
-"""The demo model: a small text-to-video diffusion transformer, trained on captioned moving shapes, whose weights come
-with the package.
+"""The demo model: a small text-to-video diffusion transformer trained on captioned moving shapes, with its weights.
 
 >>> from pab_kernels.models.demo import load                                 # doctest: +SKIP
 >>> clips = load().generate(["a red circle moves right at night"], seeds=[0])  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Does the demo model draw what it is told? Every word of the vocabulary, on captions that training never saw.
+"""Measures how often clips of the demo model show each word of their captions, which training never saw.
 
 python -m pab_kernels.models.demo.check                       # the package's weights: a table
 python -m pab_kernels.models.demo.check --json figures.json   # and the figures as JSON
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from .pipeline import GUIDANCE, DemoPipeline, load
 from .shapes import Caption
 
 FOLLOWED = 0.9
-"""Share of clips that must show a word for it to count as followed."""
+"""Share of clips from which a word counts as followed."""
 CHECK_STEPS = 30
 BATCH = 10
 _BEGIN, _END = "<!-- figures: begin (written by --export) -->", "<!-- figures: end -->"
@@ -30,7 +30,7 @@ _BEGIN, _END = "<!-- figures: begin (written by --export) -->", "<!-- figures: e
 
 @dataclass(frozen=True)
 class WordScore:
-    """How many of the clips whose caption has `word` show it."""
+    """The number of clips with `word` in their caption, `asked`, and of those that show it."""
 
     slot: str
     word: str
@@ -39,7 +39,7 @@ class WordScore:
 
     @property
     def share(self) -> float:
-        """`shown / asked`; 0 where no caption has the word."""
+        """`shown / asked`; 0 if no caption has the word."""
         return self.shown / self.asked if self.asked else 0.0
 
     @property
@@ -54,8 +54,8 @@ class Report:
 
     Args:
         scores: one for each word of the vocabulary.
-        clips: clips that were read.
-        whole: clips that show their whole caption.
+        clips: number of clips.
+        whole: number of clips that show their whole caption.
     """
 
     scores: tuple[WordScore, ...]
@@ -64,7 +64,7 @@ class Report:
 
     @property
     def share(self) -> float:
-        """Words shown as a share of all words asked for."""
+        """Words shown as a share of the words in all captions."""
         return sum(s.shown for s in self.scores) / max(1, sum(s.asked for s in self.scores))
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,14 +78,20 @@ class Report:
         for s in (s for s in self.scores if s.asked):
             verdict = "" if s.followed else " (not followed)"
             lines.append(f"| {s.slot} | {s.word} | {s.shown} of {s.asked} | {100 * s.share:.0f} %{verdict} |")
-        return "\n".join(
-            [*lines, f"| | all words | whole caption: {self.whole} of {self.clips} | {100 * self.share:.1f} % |"]
-        )
+        lines.append(f"| | all words | whole caption: {self.whole} of {self.clips} | {100 * self.share:.1f} % |")
+        return "\n".join(lines)
 
 
 def score(captions: Sequence[Caption], clips: torch.Tensor) -> Report:
-    """Read `clips` `[clips, frames, 3, height, width]` and count, word by word, how many show what their caption
-    says."""
+    """Count by word how many clips show it.
+
+    Args:
+        captions: one for each clip.
+        clips: `[clips, frames, 3, height, width]` in [0, 1].
+
+    Raises:
+        ValueError: the numbers of captions and clips differ.
+    """
     if len(captions) != len(clips):
         raise ValueError(f"each clip needs its caption, got {len(clips)} clips and {len(captions)} captions")
     pairs = [(caption.words(), shapes.read_clip(clip).words()) for caption, clip in zip(captions, clips, strict=True)]
@@ -104,13 +110,9 @@ def shows(caption: Caption, clip: torch.Tensor) -> bool:
 
 
 def check_data(captions: Sequence[Caption] | None = None, seed: int = 0) -> Report:
-    """The checker's own check: score drawn clips, not generated ones. All words must be read."""
+    """Check the checker: score drawn clips, in which it must read every word."""
     captions = shapes.held_out() if captions is None else captions
     return score(captions, shapes.render_batch(list(captions), torch.Generator().manual_seed(seed)))
-
-
-def _batches(captions: Sequence[Caption], size: int) -> Iterator[tuple[int, Sequence[Caption]]]:
-    return ((i, captions[i : i + size]) for i in range(0, len(captions), size))
 
 
 def check_model(
@@ -129,11 +131,12 @@ def check_model(
         steps: sampling steps.
         guidance: scale of classifier-free guidance.
         seed: of the first clip; clip i has seed + i.
-        progress: called with the clips done and those to do after every batch.
+        progress: called after every batch with the number of clips done and of all clips.
     """
     captions = shapes.held_out() if captions is None else captions
     clips = []
-    for i, batch in _batches(captions, BATCH):
+    for i in range(0, len(captions), BATCH):
+        batch = captions[i : i + BATCH]
         clips.append(demo.generate(batch, seeds=range(seed + i, seed + i + len(batch)), steps=steps, guidance=guidance))
         if progress:
             progress(i + len(batch), len(captions))
@@ -141,38 +144,24 @@ def check_model(
 
 
 def fill_card(card: str, figures: str) -> str:
-    """The model card `card` with `figures` between its markers.
-
-    Raises:
-        ValueError: the markers are missing.
-    """
+    """The model card `card` with `figures` between its markers; a ValueError if the markers are missing."""
     before, begin, rest = card.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not begin or not end:
-        raise ValueError(f"the model card has no place for the figures; it needs the lines {_BEGIN!r} and {_END!r}")
+        raise ValueError(f"the model card has no place for the figures; add the lines {_BEGIN!r} and {_END!r}")
     return f"{before}{begin}\n{figures.strip()}\n{end}{after}"
 
 
 def describe(demo: DemoPipeline, report: Report, steps: int, guidance: float) -> str:
     """The figures of a model card, in Markdown."""
-    followed = [s.word for s in report.scores if s.followed]
-    missed = [s.word for s in report.scores if s.asked and not s.followed]
-    verdict = (
-        f"In at least {FOLLOWED:.0%} of clips: {', '.join(followed) or 'no word'}. In fewer: "
-        f"{', '.join(missed) or 'none'}."
-    )
+    followed = ", ".join(s.word for s in report.scores if s.followed) or "no word"
+    missed = ", ".join(s.word for s in report.scores if s.asked and not s.followed) or "none"
     training = ", ".join(f"{key} {value}" for key, value in sorted(demo.training.items()) if key != "format")
     scheduler = type(demo.pipe.scheduler).__name__
-    return "\n".join(
-        [
-            f"{report.clips} held-out captions, one clip each; {scheduler}, {steps} steps, guidance {guidance:g}.",
-            f"Weights: {training or 'training unknown'}; sha256 `{demo.sha256}`.",
-            "",
-            str(report),
-            "",
-            verdict,
-        ]
-    )
+    run = f"{report.clips} held-out captions, one clip each; {scheduler}, {steps} steps, guidance {guidance:g}."
+    weights = f"Weights: {training or 'training unknown'}; sha256 `{demo.sha256}`."
+    verdict = f"In at least {FOLLOWED:.0%} of clips: {followed}. In fewer: {missed}."
+    return f"{run}\n{weights}\n\n{report}\n\n{verdict}"
 
 
 def main() -> None:
@@ -182,15 +171,13 @@ def main() -> None:
     parser.add_argument("--scheduler", default="ddim")
     parser.add_argument("--steps", type=int, default=CHECK_STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
-    parser.add_argument("--captions", type=int, default=100, help="how many of the held-out captions")
+    parser.add_argument("--captions", type=int, default=100, help="number of held-out captions")
     parser.add_argument("--device", default=None)
-    parser.add_argument("--json", metavar="PATH", help="write the figures here")
+    parser.add_argument("--json", metavar="PATH", help="file for the figures")
     args = parser.parse_args()
     if (drawn := check_data()).whole != drawn.clips:
-        raise SystemExit(
-            f"the checker misreads {drawn.clips - drawn.whole} of {drawn.clips} drawn clips: its figures would mean "
-            "nothing"
-        )
+        wrong = drawn.clips - drawn.whole
+        raise SystemExit(f"the checker misreads {wrong} of {drawn.clips} drawn clips, so its figures are meaningless")
     demo = load(args.scheduler, args.device, args.weights)
     begin = time.monotonic()
 

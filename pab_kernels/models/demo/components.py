@@ -1,5 +1,4 @@
-"""What a pipeline folder of the demo model holds beside the transformer and the scheduler, as diffusers saves and loads
-it."""
+"""The parts of the demo pipeline beside the transformer and the scheduler, which diffusers saves and loads."""
 
 from __future__ import annotations
 
@@ -17,16 +16,14 @@ from .shapes import VOCABULARY, parse
 
 
 class PixelDecoder(ModelMixin, ConfigMixin):
-    """The VAE of a model that works on pixels: decoding is the identity."""
+    """The VAE of a model on pixels: decoding is the identity."""
 
     config_name = "config.json"
 
     @register_to_config
-    def __init__(
-        self, scaling_factor: float = 1.0, block_out_channels: Sequence[int] = (1,)
-    ) -> None:  # one level: no down-scaling
-        super().__init__()
-        self.anchor = torch.nn.Parameter(torch.zeros(1), requires_grad=False)  # knows device and dtype
+    def __init__(self, scaling_factor: float = 1.0, block_out_channels: Sequence[int] = (1,)) -> None:
+        super().__init__()  # one level of channels means no down-scaling
+        self.anchor = torch.nn.Parameter(torch.zeros(1), requires_grad=False)  # has the device and dtype
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """Return `latents`."""
@@ -38,27 +35,23 @@ class PixelDecoder(ModelMixin, ConfigMixin):
 
 
 class PromptTokenizer(PreTrainedTokenizer):
-    """Prompts as rows of the `PromptTable`: a number for every slot, whatever the padding that is asked for."""
+    """Prompts as rows of the `PromptTable`: a number for every slot, without padding."""
 
     model_input_names = ["input_ids", "attention_mask"]
 
     def __call__(self, text: str | Sequence[str], *args: Any, **kwargs: Any) -> BatchEncoding:
-        """`input_ids` `[batch, slots]` and a mask of ones.
-
-        Raises:
-            ValueError: a prompt has a word that the demo model does not know.
-        """
+        """`input_ids` `[batch, slots]` and a mask of ones; a ValueError for an unknown word."""
         captions = [parse(prompt) for prompt in ([text] if isinstance(text, str) else text)]
         indices = PromptTable.indices(captions)
         return BatchEncoding({"input_ids": indices, "attention_mask": torch.ones_like(indices)})
 
     def get_vocab(self) -> dict[str, int]:
-        """All words; a word's number is its row in the table of its slot."""
+        """The row of every word in the table of its slot."""
         return {word: i for words in VOCABULARY.values() for i, word in enumerate(words, 1)}
 
     @property
     def vocab_size(self) -> int:
-        """How many words there are."""
+        """Number of words."""
         return len(self.get_vocab())
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
@@ -67,7 +60,7 @@ class PromptTokenizer(PreTrainedTokenizer):
 
 
 class PromptEncoder(ModelMixin, ConfigMixin):
-    """The `PromptTable` in the place of a text encoder."""
+    """The `PromptTable` as a text encoder."""
 
     config_name = "config.json"
 

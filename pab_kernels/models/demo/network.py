@@ -1,5 +1,4 @@
-"""The demo model's networks: a small `LatteTransformer3DModel` and the table that turns captions into prompt
-embeddings."""
+"""The demo model's networks: a small `LatteTransformer3DModel`, and the table of prompt embeddings."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ TRANSFORMER_CONFIG = {
     "num_attention_heads": 2,
     "attention_head_dim": 72,
     "in_channels": 3,
-    "out_channels": 6,  # LattePipeline reads the first half, as of a model that also predicts a variance
+    "out_channels": 6,  # LattePipeline uses the first half; the other half would be a variance
     "num_layers": 4,
     "cross_attention_dim": CHANNELS,
     "attention_bias": True,
@@ -34,7 +33,7 @@ TRANSFORMER_CONFIG = {
     "caption_channels": CAPTION_CHANNELS,
     "video_length": FRAMES,
 }
-"""Heads of 72, as Latte and Open-Sora have them."""
+"""Heads have 72 channels, as in Latte and Open-Sora."""
 
 SCHEDULER_CONFIG = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 """The noise schedule of training: Latte's own. The model predicts `v = sqrt(a) noise - sqrt(1 - a) x`."""
@@ -48,7 +47,7 @@ def build_transformer() -> LatteTransformer3DModel:
 
 
 class PromptTable(nn.Module):
-    """A learned vector for every word and, for every slot, one for "not named": `[batch, slots, CAPTION_CHANNELS]`."""
+    """A learned vector for every word, and one for each slot without a word: `[batch, slots, CAPTION_CHANNELS]`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,13 +57,9 @@ class PromptTable(nn.Module):
 
     @staticmethod
     def indices(captions: list[Caption]) -> torch.Tensor:
-        """Row of each word in its slot's table, 0 where the slot is open: `[batch, slots]`, int64."""
-        return torch.tensor(
-            [
-                [1 + words.index(word) if (word := getattr(c, slot)) else 0 for slot, words in VOCABULARY.items()]
-                for c in captions
-            ]
-        )
+        """Row of each word in its slot's table, 0 for an open slot: `[batch, slots]`, int64."""
+        rows = {slot: (None, *words) for slot, words in VOCABULARY.items()}
+        return torch.tensor([[words.index(getattr(c, slot)) for slot, words in rows.items()] for c in captions])
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """Embed `indices` `[batch, slots]` as `[batch, slots, CAPTION_CHANNELS]`."""

@@ -19,7 +19,7 @@ from .network import SCHEDULER_CONFIG, PromptTable, build_transformer
 from .shapes import FRAMES, SIZE, Caption, parse
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    # As Latte has it. Clipping would clip the clip but not the noise, and drift apart.
+    # as Latte's; clipping would clip the clip but not the noise
     "ddim": ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "leading"}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -27,7 +27,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-"""Name of a scheduler here, its class in diffusers, and what is set beyond `SCHEDULER_CONFIG`."""
+"""By name, the class in diffusers and its settings beyond `SCHEDULER_CONFIG`."""
 
 WEIGHTS = "weights.safetensors"
 GUIDANCE = 3.0
@@ -35,11 +35,7 @@ STEPS = 50
 
 
 def make_scheduler(name: str) -> Any:
-    """A diffusers scheduler with the noise schedule of training.
-
-    Raises:
-        ValueError: `name` is none of `SCHEDULERS`.
-    """
+    """A diffusers scheduler with the noise schedule of training; a ValueError if `name` is not in `SCHEDULERS`."""
     if name not in SCHEDULERS:
         raise ValueError(f"the demo model has no scheduler {name!r}; it has {', '.join(SCHEDULERS)}")
     class_name, extra = SCHEDULERS[name]
@@ -49,11 +45,11 @@ def make_scheduler(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Weights:
-    """The demo's weights and where they are from.
+    """The demo's weights and their origin.
 
     Args:
         tensors: by parameter name, with the prefix `transformer.` or `prompts.`.
-        training: what the file says of its training: `steps`.
+        training: the file's metadata: `steps`.
         sha256: of the file.
     """
 
@@ -63,19 +59,14 @@ class Weights:
 
 
 def read_weights(path: str | Path | None = None) -> Weights:
-    """Read weights, the package's own unless `path` is given.
-
-    Raises:
-        FileNotFoundError: there is no such file; the message says how to get it.
-    """
+    """Read weights, by default those of the package; a FileNotFoundError if there are none."""
     safetensors = require("safetensors", "reading the demo model's weights")
     resource = importlib.resources.files(__package__).joinpath(WEIGHTS)
     with importlib.resources.as_file(resource) if path is None else contextlib.nullcontext(Path(path)) as file:
         if not file.is_file():
             raise FileNotFoundError(
                 f"the demo model's weights are not at {file}; they come with the package, or "
-                "`python examples/train_demo_model.py --export pab_kernels/models/demo` makes them from a training's "
-                "checkpoint"
+                "`python examples/train_demo_model.py --export pab_kernels/models/demo` exports a training checkpoint"
             )
         with safetensors.safe_open(str(file), framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
@@ -88,10 +79,10 @@ class DemoPipeline:
     """The demo model.
 
     Args:
-        pipe: diffusers' own `LattePipeline`, unmodified: what `pab_kernels.enable` takes.
+        pipe: an unmodified `LattePipeline` of diffusers, for `pab_kernels.enable`.
         prompts: the table that embeds captions.
-        training: what the weights' file says of its training.
-        sha256: of the weights' file.
+        training: metadata of the weights file.
+        sha256: of the weights file.
     """
 
     pipe: Any
@@ -100,23 +91,20 @@ class DemoPipeline:
     sha256: str
 
     def schedule(self, steps: int) -> Schedule:
-        """The timesteps of a sampling with `steps` steps; a second-order scheduler has more timesteps than that."""
+        """The schedule of a sampling with `steps` steps; a second-order scheduler has more timesteps than steps."""
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(steps)
         return Schedule.of(timesteps=scheduler.timesteps)
 
     def inputs(self, captions: Sequence[Caption], seeds: Sequence[int]) -> dict[str, Any]:
-        """The arguments of `pipe(...)` that say what is drawn: embeddings, one noise generator a clip, the clip's
-        size."""
+        """The arguments of `pipe(...)` for captions: embeddings, a noise generator for each clip, and the size."""
         if not captions or len(captions) != len(seeds):
             raise ValueError(f"each clip needs a prompt and a seed, got {len(captions)} prompts and {len(seeds)} seeds")
         device = self.pipe.transformer.device
         with torch.no_grad():
             embeds = self.prompts(self.prompts.indices(list(captions)).to(device))
             negative = self.prompts(self.prompts.indices([Caption()] * len(captions)).to(device))
-        generators = [
-            torch.Generator().manual_seed(seed) for seed in seeds
-        ]  # on the CPU: the same noise on every device
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # CPU: the same noise on every device
         size = {"height": SIZE, "width": SIZE, "video_length": FRAMES}
         texts = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "negative_prompt": None}
         return {**texts, "generator": generators, **size}
@@ -129,13 +117,13 @@ class DemoPipeline:
         guidance: float = GUIDANCE,
         callback: Callable[..., dict[str, Any]] | None = None,
     ) -> torch.Tensor:
-        """Draw a clip for each prompt with one call of the pipeline.
+        """Generate a clip for each prompt with one call of the pipeline.
 
         Args:
             prompts: texts of the demo's vocabulary, or captions.
-            seeds: one a clip; a clip's noise depends on its own seed alone.
+            seeds: one for each clip; a clip's noise depends only on its seed.
             steps: sampling steps.
-            guidance: scale of classifier-free guidance, against the caption with every slot open.
+            guidance: scale of classifier-free guidance against the caption with every slot open.
             callback: diffusers' `callback_on_step_end`.
 
         Returns:
@@ -167,14 +155,14 @@ def load(
 
     Args:
         scheduler: one of `SCHEDULERS`.
-        device: default CUDA where there is one, else the CPU.
-        weights: a file to read instead of the package's own.
+        device: default CUDA if available, else the CPU.
+        weights: a file to read instead of the package's.
         dtype: of the transformer; the file holds float16.
 
     Raises:
-        ValueError: an unknown scheduler.
-        FileNotFoundError: no weights.
-        ModuleNotFoundError: diffusers is not installed; the message says how to install it.
+        ValueError: the scheduler is unknown.
+        FileNotFoundError: there are no weights.
+        ModuleNotFoundError: diffusers or transformers is not installed.
     """
     diffusers = require("diffusers", "the demo model")
     require("transformers", "the demo model")

@@ -1,8 +1,7 @@
-"""Captioned moving shapes: the data that the demo model is trained on, and the checker that reads a clip back into
-words.
+"""Captioned moving shapes: the demo model's training data, and the checker that reads the caption of a clip.
 
 A caption has one word for each slot of `VOCABULARY` ("a red circle moves right at night"). A clip shows one
-anti-aliased shape that crosses the frame at constant velocity before a plain background.
+anti-aliased shape that crosses the frame at constant velocity in front of a plain background.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _FILLERS = frozenset({"a", "an", "the", "moves", "moving", "at", "in", "to", "is
 
 @dataclass(frozen=True)
 class Caption:
-    """One word for each slot; `None` leaves the slot open."""
+    """One word for each slot; None leaves the slot open."""
 
     colour: str | None = None
     shape: str | None = None
@@ -53,7 +52,7 @@ class Caption:
     background: str | None = None
 
     def words(self) -> dict[str, str]:
-        """The slots that are named, with their word."""
+        """The words of the slots that are not open."""
         return {slot: getattr(self, slot) for slot in VOCABULARY if getattr(self, slot) is not None}
 
     def __str__(self) -> str:
@@ -64,11 +63,7 @@ class Caption:
 
 
 def parse(prompt: str) -> Caption:
-    """Read a prompt into a `Caption`.
-
-    Raises:
-        ValueError: a word is not in the vocabulary, or a slot is named twice.
-    """
+    """Parse a prompt into a `Caption`; a ValueError for an unknown word or two words for a slot."""
     slots: dict[str, str] = {}
     for word in re.findall(r"[a-z]+", prompt.lower()):
         slot = next((slot for slot, words in VOCABULARY.items() if word in words), None)
@@ -89,7 +84,7 @@ def captions() -> list[Caption]:
 
 
 def held_out(count: int = 100) -> list[Caption]:
-    """`count` captions that training never sees, the same ones every time."""
+    """`count` captions that training never sees, the same ones in every call."""
     return random.Random(0).sample(captions(), count)
 
 
@@ -97,7 +92,7 @@ def shape_coverage(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.T
     """Share of each pixel that the shape covers, from its signed distance: `clamp(1/2 - d, 0, 1)`.
 
     Args:
-        shape: a word of `SHAPES`: a disc, a lying and a standing rectangle, of the same area at the same `radius`.
+        shape: a word of `SHAPES`: a disc, a horizontal or a vertical rectangle, of equal area at equal `radius`.
         x: horizontal offset of pixel centres from the shape's centre, in pixels.
         y: vertical offset, downwards.
         radius: in pixels; broadcasts with `x` and `y`.
@@ -109,7 +104,7 @@ def shape_coverage(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.T
         across, along = (y, x) if shape == "bar" else (x, y)
         distance = torch.maximum(along.abs() - long, across.abs() - short)
     else:
-        raise ValueError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}")
+        raise ValueError(f"unknown shape {shape!r}; supported are {', '.join(SHAPES)}")
     return (0.5 - distance).clamp(0, 1)
 
 
@@ -119,11 +114,7 @@ def _grid(device: torch.device | str | None = None) -> tuple[torch.Tensor, torch
 
 
 def render(caption: Caption, generator: torch.Generator, frames: int = FRAMES) -> torch.Tensor:
-    """Draw one clip of a complete caption; radius, path and colours vary with `generator`.
-
-    Returns:
-        `[frames, 3, SIZE, SIZE]`, float32 in [0, 1].
-    """
+    """Draw a clip `[frames, 3, SIZE, SIZE]` of a complete caption; radius, path and colours vary with `generator`."""
     return render_batch([caption], generator, frames)[0]
 
 
@@ -143,9 +134,8 @@ def render_batch(batch: list[Caption], generator: torch.Generator, frames: int =
         progress = uniform(-0.5, 0.5)[:, None]
     offset = along[:, None] + travel[:, None] * progress  # [n, frames]
     sideways = direction.flip(1).abs()
-    centre = (
-        SIZE / 2 + direction[:, None] * offset[..., None] + sideways[:, None] * across[:, None, None]
-    )  # [n, frames, 2]
+    shift = direction[:, None] * offset[..., None] + sideways[:, None] * across[:, None, None]  # [n, frames, 2]
+    centre = SIZE / 2 + shift
     px, py = _grid()
     coverage = torch.empty(n, frames, SIZE, SIZE)
     for shape in SHAPES:
@@ -165,20 +155,22 @@ def _nearest(value: torch.Tensor, table: dict[str, tuple[float, float, float]]) 
 
 
 def read_clip(clip: torch.Tensor) -> Caption:
-    """Read a clip back into the caption that it shows: the checker of the demo model.
+    """Read the caption that a clip shows: the checker of the demo model.
 
     The background is the median colour of the frame's border; coverage is a pixel's projection on the line from the
     background to the shape's colour; the direction is the larger component of the path's slope, at least a quarter of a
-    pixel a frame; the shape is the one whose drawing, at the coverage's own centre and area, agrees best in all frames.
-    A slot that cannot be read is `None`.
+    pixel a frame; the shape is the one whose drawing with the coverage's centre and area fits best over all frames. A
+    slot that cannot be read is None.
 
     Args:
         clip: `[frames, 3, SIZE, SIZE]` in [0, 1].
+
+    Returns:
+        The caption.
     """
     clip = clip.float().cpu()
-    border = torch.cat(
-        [clip[:, :, 0], clip[:, :, -1], clip[:, :, :, 0], clip[:, :, :, -1]], dim=-1
-    )  # [frames, 3, 4 * SIZE]
+    edges = [clip[:, :, 0], clip[:, :, -1], clip[:, :, :, 0], clip[:, :, :, -1]]
+    border = torch.cat(edges, dim=-1)  # [frames, 3, 4 * SIZE]
     ground = border.transpose(0, 1).flatten(1).median(dim=1).values  # [3]
     background = _nearest(ground, BACKGROUNDS)
     contrast = (clip - ground[:, None, None]).square().sum(1).sqrt()  # [frames, SIZE, SIZE]

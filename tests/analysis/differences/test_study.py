@@ -193,7 +193,7 @@ def test_interrupted_runs_keep_what_was_measured() -> None:
 
 
 def _press(times: int = 1) -> None:
-    """Ctrl-C, as a terminal sends it; the handler runs before the next instruction of the main thread."""
+    """Send Ctrl-C as a terminal does; the handler runs before the next instruction of the main thread."""
     for _ in range(times):
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -217,7 +217,7 @@ def _stopped(model: Any, run: Callable[[], Any], **kwargs: Any) -> Analysis:
 
 
 @pytest.mark.usefixtures("pythons_handler")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what a destructor raises
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an exception in a destructor
 @pytest.mark.parametrize("times", [1, 2, 3])
 @pytest.mark.parametrize("where", ["before a step", "in progress", "in a hook", "in a warning", "in a destructor"])
 def test_ctrl_c_anywhere_keeps_what_was_measured(where: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +229,7 @@ def test_ctrl_c_anywhere_keeps_what_was_measured(where: str, times: int, monkeyp
             _press(times)
 
     class Dropped:
-        def __del__(self) -> None:  # Python prints what is raised here, and goes on
+        def __del__(self) -> None:  # Python prints an exception here and continues
             press("in a destructor")
 
     def before(step: int) -> None:
@@ -254,7 +254,7 @@ def test_after_the_last_call_of_the_model_ctrl_c_loses_nothing() -> None:
 
     def run() -> None:
         play(model, {"cond": VALUES})
-        _press()  # while the pipeline decodes: nobody looks, and the run comes to its end
+        _press()  # while the pipeline decodes: no sublayer checks, and the run finishes
 
     found = _stopped(model, run)
     assert found.complete and None not in found.curve("block")[1:]
@@ -279,7 +279,7 @@ def test_ctrl_c_in_the_bookkeeping_is_acted_on_after_it(owner: Any, name: str, m
 
 @pytest.mark.parametrize("moment", range(0, 400, 7))
 def test_an_exception_between_any_two_lines_of_the_probe_keeps_what_was_measured(moment: int) -> None:
-    """What a debugger, a timer or an alarm raises does not ask."""
+    """A debugger, a timer or an alarm may raise anywhere, which `ctrl_c` does not control."""
     model, lines = Toy(1), []
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
@@ -393,8 +393,8 @@ def test_what_cannot_be_measured_is_refused_in_one_line() -> None:
     pab.enable(enabled)
     for thing, kwargs, error, message in (
         (enabled, {"num_steps": 3}, ValueError, "PAB is enabled on this LatteTransformer3DModel"),
-        (Toy(), {}, ValueError, "num_steps is needed for a bare module, and only there"),
-        (pipe, {"num_steps": 3}, ValueError, "num_steps is needed for a bare module, and only there"),
+        (Toy(), {}, ValueError, "num_steps is required for a bare module"),
+        (pipe, {"num_steps": 3}, ValueError, "not allowed for a pipeline, whose scheduler has it"),
         (object(), {}, TypeError, "got object; supported are"),
         (nn.Linear(1, 1), {"num_steps": 3}, TypeError, "no attention was found"),
         (Toy(), {"num_steps": 3}, ValueError, r"run\(\) did not call the Toy"),

@@ -101,7 +101,7 @@ def test_integers_span_their_type_whatever_the_values_of_floats(dtype: Any, whit
 
 def test_rounding_beyond_white_is_clamped_and_more_is_refused() -> None:
     assert read_clip(np.full((1, 1, 2, 2), 1.003)).frame(0).max() == 1
-    with _refused(ValueError, "clip has values from -1 to 1, outside of black 0 and white 1; say what they are"):
+    with _refused(ValueError, "clip has values from -1 to 1, outside of black 0 and white 1; pass values"):
         read_clip(np.array([-1.0, 1.0]).reshape(1, 1, 1, 2))
 
 

@@ -89,7 +89,7 @@ def test_the_measures_of_a_clip_are_those_of_its_frames(channels: int):
         (
             torch.zeros(2, 3, 6, 8),
             torch.zeros(2, 3, 6, 8),
-            "clip has frames of 6 x 8; SSIM needs at least 7 x 7 pixels",
+            "SSIM needs at least 7 x 7 pixels, got frames of 6 x 8",
         ),
         (torch.full((1, 3, 8, 8), math.nan), torch.zeros(1, 3, 8, 8), "not finite"),
     ],
