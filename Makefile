@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format extension wheel clean
+.PHONY: help demo test lint style format extension wheel clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,13 +29,19 @@ help:  ## show this
 demo: $(VENV)/demo.stamp  ## sample a small video model with and without PAB and compare: make demo ARGS='--help'
 	$(BIN)/pab demo $(ARGS)
 
-test: lint extension  ## lint, then run the tests: make test ARGS='-k plan'
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(MODELS) $(ARGS)
+# Types are checked while the tests run: mypy is one process, beside which the other cores would be idle.
+test: style extension  ## lint and run the tests: make test ARGS='-k plan'
+	@$(BIN)/mypy & types=$$!; \
+		$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(MODELS) $(ARGS); tests=$$?; \
+		wait $$types || { echo "mypy found the errors above" >&2; exit 1; }; \
+		exit $$tests
 
-lint: $(VENV)/test.stamp $(VENV)/oldest-triton.stamp  ## check style, format and types
+lint: style  ## check style, format and types
+	$(BIN)/mypy
+
+style: $(VENV)/test.stamp $(VENV)/oldest-triton.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 format: $(VENV)/test.stamp  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .

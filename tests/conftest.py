@@ -80,6 +80,14 @@ def _forgotten_graphs() -> Iterator[None]:
         torch._dynamo.reset()
 
 
+@pytest.fixture
+def no_flops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A summary's FLOPs are not known, but in tests with the marker `flops`: measuring them takes a call on the meta
+    device, longer than all steps of a tiny model."""
+    if request.node.get_closest_marker("flops") is None:
+        monkeypatch.setattr("pab_kernels.broadcast.generation.call_costs", lambda *_: None)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)
@@ -111,6 +119,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays: the collector need not look at its million objects whenever it runs."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 10, 10)  # a traced graph makes and drops hundreds of thousands of objects
     gc.enable()
 
 

@@ -20,7 +20,10 @@ from pab_kernels.broadcast.broadcaster import ATTRIBUTE, broadcaster_of
 from tests.adapters.tiny_latte import LAYERS, noise, prompt, sample, tiny_latte, tiny_pipe
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("no_flops"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 HALF = PABConfig(*(Broadcast(2, (0, 1)),) * 4)
 INPUTS = {"hidden_states": noise(), "timestep": torch.tensor([500]), "encoder_hidden_states": prompt()}

@@ -111,10 +111,8 @@ def _import(module: str) -> ModuleType:
 
 
 def _fresh_interpreter(code: str, folder: Path) -> dict[str, list[str]]:
-    """Run `code` in an interpreter that has imported torch; it fills the dict `seen`, which is returned."""
-    code = (
-        f"import json, sys\nimport torch\ntorch_alone = set(sys.modules)\nseen = {{}}\n{code}\nprint(json.dumps(seen))"
-    )
+    """Run `code` in an interpreter of its own; it fills the dict `seen`, which is returned."""
+    code = f"import json, sys\nseen = {{}}\n{code}\nprint(json.dumps(seen))"
     env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -124,26 +122,33 @@ def _fresh_interpreter(code: str, folder: Path) -> dict[str, list[str]]:
 # Importing
 
 
-def test_import_loads_the_package_file_alone(tmp_path: Path) -> None:
-    seen = _fresh_interpreter("import pab_kernels\nseen['new'] = sorted(set(sys.modules) - torch_alone)", tmp_path)
-    third_party = {name.partition(".")[0] for name in seen["new"]} - set(sys.stdlib_module_names)
-    assert third_party == {"pab_kernels"}
-    assert [name for name in seen["new"] if name.startswith("pab_kernels")] == ["pab_kernels"]
-
-
-def test_every_public_name_needs_torch_alone(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What is loaded by `import pab_kernels`, and by its public names, where no optional package is installed."""
     code = f"""
+import torch
+torch_alone = set(sys.modules)
 for name in {OPTIONAL}:
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 import pab_kernels
+seen["new"] = sorted(name for name in set(sys.modules) - torch_alone if sys.modules[name] is not None)
 for name in pab_kernels.__all__:
     getattr(pab_kernels, name)
 seen["ours"] = sorted(name for name in sys.modules if name.startswith("pab_kernels"))
 compilers = {{"torch._dynamo", "torch._inductor"}} - torch_alone
 seen["compilers"] = [name for name in compilers if name in sys.modules]
 """
-    seen = _fresh_interpreter(code, tmp_path)
-    assert seen["compilers"] == [], "these take longer to import than torch itself"
+    return _fresh_interpreter(code, tmp_path_factory.mktemp("elsewhere"))
+
+
+def test_import_loads_the_package_file_alone(imported: dict[str, list[str]]) -> None:
+    third_party = {name.partition(".")[0] for name in imported["new"]} - set(sys.stdlib_module_names)
+    assert third_party == {"pab_kernels"}
+    assert [name for name in imported["new"] if name.startswith("pab_kernels")] == ["pab_kernels"]
+
+
+def test_every_public_name_needs_torch_alone(imported: dict[str, list[str]]) -> None:
+    assert imported["compilers"] == [], "these take longer to import than torch itself"
     unneeded = (
         "pab_kernels.models",
         "pab_kernels.analysis",
@@ -152,7 +157,7 @@ seen["compilers"] = [name for name in compilers if name in sys.modules]
         "pab_kernels.demo",
         "pab_kernels.doctor",
     )
-    assert [name for name in seen["ours"] if name.startswith(unneeded) or name.endswith((".triton", ".cuda"))] == []
+    assert [name for name in imported["ours"] if name.startswith(unneeded) or name.endswith((".triton", ".cuda"))] == []
 
 
 def test_rules_are_imported_without_torch(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from tests.oracle import Rule
 from tests.record_and_replay import replay_of_pipeline, replaying
 
 pytestmark = [
+    pytest.mark.usefixtures("no_flops"),
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # diffusers' own use
     pytest.mark.filterwarnings("ignore:(?s)In CPU autocast:UserWarning"),  # Mochi asks for float32 in autocast
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),  # diffusers' schedulers hand tensors to numpy
@@ -309,6 +310,7 @@ def test_each_step_is_decided_by_its_timestep_where_no_pipeline_is_found() -> No
     assert pab.summary(model).cache_bytes == 0
 
 
+@pytest.mark.flops
 def test_a_model_changed_before_the_timestep_rises_is_run_and_counted_as_it_is() -> None:
     model, twin, clock = tiny_latte(), tiny_latte(), SimpleNamespace(t=0)
     model.enable_cache(config(lambda: clock.t))
@@ -483,6 +485,7 @@ def test_a_compiled_model_is_served_where_its_pipeline_is_found() -> None:
     tiny = named("WanPipeline")
     pipe = tiny.build()
     model = pipe.transformer
+    model.blocks = model.blocks[:1]
 
     def rules() -> PyramidAttentionBroadcastConfig:
         return config(lambda: pipe.current_timestep, spatial_attention_timestep_skip_range=(-1, 1001))

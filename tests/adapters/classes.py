@@ -26,8 +26,8 @@ UNLIKE = (
 )
 """Classes of which every run of the tests runs the tiny model. The others have the marker `all_models`."""
 
-COMPILED = {"WanTransformer3DModel": 2, "FluxTransformer2DModel": 5}
-"""Classes whose blocks are compiled."""
+COMPILED = ("WanTransformer3DModel", "FluxTransformer2DModel")
+"""Classes whose blocks are compiled: tests/works_with/test_shared_graphs.py."""
 
 UNKNOWN_FLOPS = (
     {"MochiTransformer3DModel", "Lumina2Transformer2DModel"}

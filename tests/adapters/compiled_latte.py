@@ -14,20 +14,21 @@ from tests.adapters.tiny_latte import inputs, noise, prompt
 
 STEPS = 9
 CONTEXTS = ("cond", "uncond")
+GROUPS = ("transformer_blocks", "temporal_transformer_blocks")
 
 THIRDS = PABConfig(spatial=Broadcast(3, (0, 1)), temporal=Broadcast(3, (0, 1)))
 """Two patterns in each block: a graph takes a second to trace, and most tests need no more of them."""
 
 
 def config(reuse: Any = "hold", **options: Any) -> PABConfig:
-    rules = {"spatial": 2, "temporal": 3, "cross": 4, "mlp": 2}
+    rules = {"spatial": 2, "temporal": 3, "cross": 2, "mlp": 2}
     return PABConfig(**{kind: Broadcast(reach, reuse=reuse) for kind, reach in rules.items()}, **options)  # type: ignore[arg-type]
 
 
-def compiled(model: Any) -> Counter[str]:
-    """Compile every block of the model; the graphs that are made, by block."""
+def compiled(model: Any, groups: tuple[str, ...] = GROUPS) -> Counter[str]:
+    """Compile every block of these groups of the model; the graphs that are made, by block."""
     graphs: Counter[str] = Counter()
-    for group in ("transformer_blocks", "temporal_transformer_blocks"):
+    for group in groups:
         for i, block in enumerate(getattr(model, group)):
 
             def backend(graph: Any, _: Any, name: str = f"{group}.{i}") -> Any:

@@ -12,3 +12,8 @@ import torch
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_flops(no_flops: None) -> None:
+    """Few of these tests look at FLOPs."""

@@ -17,7 +17,7 @@ from tests.ops.tensors import KERNEL_DEVICE
 
 pytest.importorskip("triton")
 
-STEPS = 7
+STEPS = 5
 WINDOW = (0.2, 1.0)
 
 
@@ -40,7 +40,7 @@ def outputs(config: PABConfig, dtype: torch.dtype) -> list[Tensor]:
     ("reuse", "cache_dtype"), [("hold", None), ("linear", "int8")]
 )  # tests/ops has every kernel with both
 def test_it_agrees_with_the_reference(reuse: Any, cache_dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = [Broadcast(reach, WINDOW, reuse=reuse) for reach in (2, 3, 4, 2)]
+    rules = [Broadcast(reach, WINDOW, reuse=reuse) for reach in (2, 3, 3, 2)]
     config = PABConfig(spatial=rules[0], temporal=rules[1], cross=rules[2], mlp=rules[3], cache_dtype=cache_dtype)
     monkeypatch.setattr(backend, "PREFERRED", {})
     expected, plain = outputs(config, torch.float32), outputs(config, torch.bfloat16)

@@ -22,3 +22,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(stream_module, "run_checked", run)
     return calls
+
+
+@pytest.fixture(autouse=True)
+def _no_flops(no_flops: None) -> None:
+    """Few of these tests look at FLOPs."""

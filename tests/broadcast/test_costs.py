@@ -21,6 +21,8 @@ from pab_kernels.broadcast import costs, generation
 from pab_kernels.broadcast.costs import Arguments, call_costs, on_meta
 from pab_kernels.nn import BroadcastModule, PABAttention, PABCrossAttention
 
+pytestmark = pytest.mark.flops
+
 HALF = PABConfig(spatial=Broadcast(2, (0, 1)), mlp=Broadcast(4, (0, 1)))
 STEPS = 4
 C = 64

@@ -19,7 +19,7 @@ from pab_kernels.nn import BroadcastModule
 from tests.adapters.tiny_latte import LAYERS, TOKENS, noise, prompt, sample, tiny_latte, tiny_pipe
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [pytest.mark.flops, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
 
 HALF = PABConfig(*(Broadcast(2, (0, 1)),) * 4)
 INPUTS = {"hidden_states": noise(), "timestep": torch.tensor([500]), "encoder_hidden_states": prompt()}

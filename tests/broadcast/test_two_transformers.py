@@ -44,6 +44,7 @@ def hand_over(pipe: Any) -> int:
     return sum(float(t) >= boundary for t in pipe.scheduler.timesteps)
 
 
+@pytest.mark.flops
 @pytest.mark.parametrize("scheduler", [None, diffusers.FlowMatchHeunDiscreteScheduler], ids=["UniPC", "second order"])
 def test_each_transformer_has_its_own_steps_and_both_are_the_oracle(scheduler: Any) -> None:
     tiny = wan(scheduler=scheduler)
@@ -156,6 +157,7 @@ def test_a_timestep_on_the_boundary_is_of_the_first(boundary: float | None, end:
     assert left_at(pipe, models["transformer_2"]) == 4
 
 
+@pytest.mark.flops
 def test_a_model_that_is_never_called_has_no_plan() -> None:
     tiny = wan(None)
     pipe = tiny.build()
@@ -238,6 +240,7 @@ class Reading(torch.nn.Module):
         return self.part(x) if x.isfinite().all() else None
 
 
+@pytest.mark.flops
 def test_a_sum_of_flops_is_not_told_where_those_of_one_are_not_known() -> None:
     tiny = wan()
     pipe = tiny.build()

@@ -160,10 +160,9 @@ def test_a_missing_package_gives_one_line(
 
 
 def test_the_script_runs_as_a_process(clips: tuple[Path, Path]) -> None:
+    """And ends with the command's status; one that succeeds is run by test_generate.py."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     script = [sys.executable, "-c", "from pab_kernels.cli import main; main()", "compare"]
-    done = subprocess.run([*script, *clips, "--no-lpips"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "total" in done.stdout
     missing = subprocess.run([*script, clips[0], "missing.npy"], env=env, capture_output=True, text=True)
     assert missing.returncode == 2 and missing.stderr.strip() == "pab: there is no file or folder missing.npy"
 

@@ -73,7 +73,7 @@ def traces(compiled: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("subject", "way"),
-    [*((SMALL_WAN, way) for way in WAYS), (SMALL_FLUX, WAYS[2]), (SMALL_LATTE, WAYS[0])],
+    list(zip((SMALL_LATTE, SMALL_WAN, SMALL_FLUX), WAYS, strict=True)),
     ids=lambda v: v.name if isinstance(v, Subject) else v.__name__.replace("_", " "),
 )
 def test_the_whole_model(subject: Subject, way: Callable[[Any, Any], Any]) -> None:
@@ -100,8 +100,8 @@ def test_the_whole_model(subject: Subject, way: Callable[[Any, Any], Any]) -> No
 
 def test_a_graph_for_every_pattern() -> None:
     subject = SMALL_WAN
-    kinds = {kind: Broadcast(reach, (0, 1), reuse="linear") for kind, reach in (("spatial", 2), ("cross", 3))}
-    config, counter = PABConfig(**kinds), CompileCounter()  # type: ignore[arg-type]
+    rule, counter = Broadcast(3, (0, 1), reuse="linear"), CompileCounter()
+    config = PABConfig(spatial=rule, cross=rule)
     plain, model = subject.build(), torch.compile(subject.build(), backend=counter, fullgraph=True)
     for m in (plain, model):
         pab.enable(m, config)

@@ -19,6 +19,8 @@ from pab_kernels.models.stdit3 import STDiT3
 from tests.adapters.tiny_latte import inputs, noise, tiny_latte
 from tests.adapters.tiny_models import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("no_flops")
+
 STEPS = 6
 BLOCKS = 4
 RULE = Broadcast(2, (0, 1))
@@ -112,7 +114,7 @@ def test_graphs_are_as_many_as_patterns(name: str) -> None:
     _run(plain, arguments)
     torch._dynamo.reset()
     for model in (eager, compiled):
-        pab.enable(model, PABConfig(spatial=RULE, temporal=RULE, cross=RULE), num_steps=STEPS)
+        pab.enable(model, PABConfig(spatial=RULE, temporal=RULE, cross=RULE, mlp=RULE), num_steps=STEPS)
     _compiled(compiled, groups, counter)
     for again in range(2):
         if again:
@@ -123,19 +125,19 @@ def test_graphs_are_as_many_as_patterns(name: str) -> None:
         summary = pab.summary(compiled)
         assert summary.plan is not None and summary.plan.patterns == 2
         assert (of_plain.frame_count, counter.frame_count) == (without, with_patterns) and summary.forced == 0
-        assert summary.contexts["#0"]["spatial"].reused == pab.summary(eager).contexts["#0"]["spatial"].reused > 0
+        assert summary == pab.summary(eager) and summary.contexts["#0"]["spatial"].reused > 0
     pab.disable(compiled)
 
 
 def test_many_blocks_need_no_more_graphs_than_two() -> None:
     counts = []
-    for number in (2, 12):
+    for number in (2, 8):
         torch._dynamo.reset()
         model, arguments, (group,) = _family("WanTransformer3DModel", "blocks")
         blocks = model.get_submodule(group)
         model.blocks = nn.ModuleList([copy.deepcopy(blocks[0]) for _ in range(number)])
         counter = CompileCounter()
-        pab.enable(model, PABConfig(spatial=2, cross=RULE, mlp=RULE), num_steps=STEPS)
+        pab.enable(model, PABConfig(spatial=RULE, cross=RULE, mlp=RULE), num_steps=STEPS)
         _compiled(model, [group], counter)
         _run(model, arguments)
         plan = pab.summary(model).plan

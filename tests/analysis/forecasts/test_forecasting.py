@@ -56,8 +56,17 @@ def all_steps(range: int, **options: Any) -> Broadcast:
     return Broadcast(range, (0, 1), **options)
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
-@pytest.mark.parametrize(("name", "rules"), [*((name, RULES) for name in TINY), ("wan", BLOCKS), ("cogvideox", BLOCKS)])
+@pytest.mark.parametrize(
+    ("name", "rules", "cache_dtype"),
+    [
+        ("latte", RULES, None),
+        ("cogvideox", RULES, "int8"),
+        ("wan", RULES, None),
+        ("stdit3", RULES, "int8"),
+        ("wan", BLOCKS, "int8"),
+        ("cogvideox", BLOCKS, None),
+    ],
+)
 def test_the_forecast_is_what_a_generation_on_the_meta_device_counts(
     name: str, rules: PABConfig, cache_dtype: Any
 ) -> None:

@@ -270,7 +270,7 @@ def test_what_is_compiled_is_captured_and_not_compiled_again(
         model.blocks = model.blocks[:1]
         return model
 
-    eager, graphed = pair(PABConfig(spatial=EVERY_SECOND, cross=EVERY_THIRD), build, 6)
+    eager, graphed = pair(PABConfig(cross=EVERY_THIRD), build, 6)
     counter = CompileCounter()
     graphed.get_submodule(what).compile(fullgraph=True, backend=counter)
     for _ in range(2):
@@ -278,4 +278,4 @@ def test_what_is_compiled_is_captured_and_not_compiled_again(
             assert all(same(outputs(graphed, tiny(seed % 4)), outputs(eager, tiny(seed % 4))) for seed in range(6))
         assert counted(graphed) == counted(eager)
         plan = pab.summary(graphed).plan
-        assert plan is not None and len(recorders[0].recordings) == counter.frame_count == plan.patterns
+        assert plan is not None and len(recorders[0].recordings) == counter.frame_count == plan.patterns > 2
