@@ -290,6 +290,6 @@ def test_diffusion_forcing_with_more_steps_than_its_scheduler_has_runs_the_other
     first = tiny.sample(pipe, STEPS)
     assert first.isfinite().all() and torch.equal(tiny.sample(pipe, STEPS), first)
     assert pab.summary(pipe).plain_calls > 0
-    assert any("after the last of the 6 steps" in r.getMessage() for r in caplog.records)
+    assert any("after the last of the scheduler's 6 steps" in r.getMessage() for r in caplog.records)
     pab.disable(pipe)
     assert torch.equal(tiny.sample(pipe, STEPS), plain)
