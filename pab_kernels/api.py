@@ -14,7 +14,7 @@ from .adapters import adapter_for
 from .broadcast.attach import take_off
 from .broadcast.broadcaster import ATTRIBUTE, Broadcaster, broadcaster_of
 from .broadcast.names import Naming
-from .broadcast.pipeline import PipeWatch, denoisers
+from .broadcast.pipeline import PipeWatch, denoisers, other_schedulers
 from .broadcast.request import Request
 from .broadcast.summary import Summary, together
 from .compat import uncompiled
@@ -121,6 +121,12 @@ def enable(
     if config is not None and not isinstance(config, PABConfig):
         raise TypeError(
             f"config must be a PABConfig, got {type(config).__name__}; PABConfig.preset(name) gives a named one"
+        )
+    whole = None if config is None else config.rule("model", 0)
+    if pipe is not None and whole is not None and whole.reuse == "forecast" and (others := other_schedulers(pipe)):
+        raise ValueError(
+            f"reuse='forecast' predicts what one scheduler's `step` gets, and {type(pipe).__name__} also has "
+            f"{', '.join(others)}; use reuse='linear' or 'hold'"
         )
     with contextlib.ExitStack() as undo:
         for name, model in models.items():

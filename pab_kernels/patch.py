@@ -127,7 +127,7 @@ def _enable(patch: _Patch, model: Any, config: Any) -> bool:
         rule = rules.rule(sublayer.kind, sublayer.layer)
         if rule is not None and rule.window is not None:
             state = _State(broadcaster, sublayer.name)
-            _show(model.get_submodule(sublayer.name), state, rule.window, rule.range, callback)
+            _show(model.get_submodule(sublayer.name), state, rule.window, rule.range or 1, callback)
     if pipe is None:
         name = type(model).__name__
         logger.info("%s: no pipeline in current_timestep_callback; each step is decided when it begins", name)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..rules.config import KINDS
+from ..rules.config import MODULE_KINDS
 from ..rules.plan import Sublayer
 from . import evidence
 
@@ -68,8 +68,10 @@ def _given(modules: Mapping[str, nn.Module], kinds: Mapping[str, str | None]) ->
     """The kind from `kinds` of each module that matches one of its patterns."""
     given: dict[str, str | None] = {}
     for pattern, kind in kinds.items():
-        if kind is not None and kind not in KINDS:
-            raise ValueError(f"kinds[{pattern!r}] is {kind!r}; supported are {', '.join(map(repr, KINDS))} and None")
+        if kind is not None and kind not in MODULE_KINDS:
+            raise ValueError(
+                f"kinds[{pattern!r}] is {kind!r}; supported are {', '.join(map(repr, MODULE_KINDS))} and None"
+            )
         expression = "".join(
             {"**": ".*", "*": "[^.]*"}.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*)", pattern)
         )

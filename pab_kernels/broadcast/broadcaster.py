@@ -29,6 +29,7 @@ from .stopwatch import REST
 from .summary import Summary, summarise
 from .turn import NO_TURNS, CurrentCall, CurrentTurn
 from .verdict import NOT_BEGUN, NOT_CALLED, NOT_ENTERED, NOT_FOLLOWED, nothing_reused
+from .whole import broadcast_model
 
 logger = logging.getLogger("pab_kernels")
 
@@ -225,6 +226,11 @@ class Broadcaster:
         for generation in self._runs.of(scheduler):
             generation.stepped()
 
+    def step_of(self, scheduler: Any) -> Callable[..., Any] | None:
+        """What is called in place of `step`, where outputs of the model are predicted."""
+        found = [g for g in self._runs.of(scheduler) if g.forecaster is not None and g.started and g.called]
+        return found[0].forecast_step if found else None
+
     def scheduler_failed(self, scheduler: Any) -> None:
         """Handle an error in `step` or `set_timesteps`."""
         for generation in self._runs.of(scheduler):
@@ -320,20 +326,26 @@ class Broadcaster:
             beyond = f"it was called after the last of the scheduler's {generation.schedule.num_steps} steps"
             return self._plainly(forward, args, kwargs, beyond, "only the steps of the schedule are under PAB")
         exchanged = call.context.enter(inputs)
+        if call.context.changed:
+            generation.forget_outputs()
         if exchanged is not None:
             generation.exchanged[inputs.name_of(exchanged)] += 1
         call.arguments = inputs.arguments
         outer = self.call
-        try:
-            if not generation.cuda_graphs:
-                call.prepare(self._thread.turns(call.plan.sublayers))
-            call.mark(REST, inputs.tensors[0].device if inputs.tensors else None)
-            self._enter(call)
+
+        def compute() -> Any:
             if generation.cuda_graphs:
                 with generation.lock:  # all calls of a generation share the graphs' input tensors
                     return self._graphed(call, forward, inputs)
+            call.prepare(self._thread.turns(call.plan.sublayers))
+            call.mark(REST, inputs.tensors[0].device if inputs.tensors else None)
+            self._enter(call)
             out = forward(*args, **kwargs)
             call.finish()
+            return out
+
+        try:
+            return broadcast_model(call, next(iter(inputs.tensors), None), compute)
         except BaseException:
             call.count()
             generation.failed = True
@@ -342,7 +354,6 @@ class Broadcaster:
         finally:
             self._enter(outer)  # first, as an interruption may skip the rest
             call.mark(None)
-        return out
 
     def _start(self, generation: Generation, inputs: Inputs) -> None:
         begin: int | None = 0

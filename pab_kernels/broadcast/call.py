@@ -51,6 +51,10 @@ class Call:
         """The slots of its context."""
         return self.context.arena
 
+    def arena_of(self, name: str) -> Arena:
+        """The slots of a sublayer, or those of the whole model, which no CUDA graph writes."""
+        return self.context.outputs if name == self.plan.whole else self.context.arena
+
     def prepare(self, turns: Turns | None = None) -> None:
         """Decide every turn, before the model runs.
 
@@ -69,7 +73,7 @@ class Call:
 
         Empty unless all of them are there, each written at its planned step or later.
         """
-        held, reads, later = self.arena.held(place), decision.reads, self.step
+        held, reads, later = self.arena_of(place).held(place), decision.reads, self.step
         if len(reads) == 1:  # the common case
             return held[:1] if held and reads[0] <= held[0].source < later else ()
         if not reads or len(held) < len(reads):
@@ -96,7 +100,7 @@ class Call:
         slots = self.sources(place, decision)
         if len(slots) < 2:
             return slots[0] if slots else None
-        if self.arena.fixed:
+        if self.arena_of(place).fixed:
             return Extrapolation(slots, self.arena.weights[place])
         device = slots[0].key.device
         return Extrapolation(slots, tuple(self.generation.weight(w, device) for w in self.weights(name, slots)))

@@ -114,6 +114,10 @@ class Context:
     def __init__(self, name: str, meter: Meter, *, timed: bool = False) -> None:
         self.name = name
         self.arena = Arena(meter)
+        self.outputs = Arena(meter)
+        """Outputs of the whole model, where it has a rule."""
+        self.changed = False
+        """Whether the last call had other inputs than the one before it."""
         self.stopwatch = Stopwatch() if timed else None
         self.calls: Counter[tuple[Arguments | None, tuple[str, ...], tuple[tuple[str, int], ...]]] = Counter()
         """Number of calls by arguments, places of reused outputs, and FLOPs saved inside running sublayers by kind."""
@@ -147,8 +151,10 @@ class Context:
         """
         same_looks = self._looks in (None, inputs.looks)
         exchanged = self.exchanged(inputs) if same_looks else None
-        if exchanged is not None or not same_looks:
+        self.changed = exchanged is not None or not same_looks
+        if self.changed:
             self.arena.clear()
+            self.outputs.clear()
         if self._looks != inputs.looks or len(self._steady) != len(inputs.steady):
             self._looks, self._steady = inputs.looks, [_Seen(t) for t in inputs.steady]
         else:
@@ -172,7 +178,7 @@ class Context:
 
     def tallies(self) -> dict[str, Tally]:
         """A copy of all counts by kind, with bytes and seconds; if seconds are measured, this waits for the device."""
-        meters = self.arena.meters
+        meters = self.arena.meters | self.outputs.meters
         found = {
             kind: replace(tally, cache_bytes=meters[kind].now, peak_cache_bytes=meters[kind].peak)
             if kind in meters

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import compat
 from ..ops.flops import flop_counter
-from ..rules.plan import Sublayer
+from ..rules.plan import WHOLE, Sublayer
 from .signature import PLAIN, tensors_of
 from .slots import Key, slot_bytes
 
@@ -202,7 +202,11 @@ def call_costs(
             "%s: FLOPs are not known, as it does not run on the meta device: %s: %s", name, type(error).__name__, error
         )
         return None
-    return CallCosts(counter.get_total_flops(), runs)
+    total, inside = counter.get_total_flops(), Counter[str]()
+    for run in runs.values():
+        inside[run.name] += run.own[run.name]
+    inside[WHOLE.name] = total - inside.total()
+    return CallCosts(total, runs | {WHOLE.name: SublayerRun(WHOLE.name, total, inside, ())})
 
 
 def on_meta(model: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from . import fusing
 from .call import Call
 from .context import Context
 from .costs import Arguments, CallCosts, call_costs
+from .forecaster import Forecaster
 from .inputs import NO_INPUTS, Inputs
 from .slots import Key, Meter
 from .timesteps import Moment, Timesteps
@@ -85,6 +86,10 @@ class Generation:
         self.exchanged: Counter[str] = Counter()
         """Number of times that an argument which should stay the same was exchanged, by its name."""
         self.lock = threading.RLock()
+        self.forecaster = self._forecaster()
+        """What predicts the outputs of steps at which the model does not run, where a rule asks for it."""
+        self.skips: bool | None = None
+        """Whether the model does not run at this step; None before its first call."""
         self._called: dict[str, int] = {}  # calls in this step, by label
         self._entered: set[str] = set()  # contexts called in this step
         self._timestep: tuple[Any, Moment | None] = (None, None)  # of the last call
@@ -94,6 +99,40 @@ class Generation:
         self._fuses: dict[tuple[nn.Module, Key], bool] = {}
         self._decided: dict[Hashable, bool] = {}
         self._weights: dict[tuple[float, torch.device], torch.Tensor] = {}
+
+    def _forecaster(self) -> Forecaster | None:
+        rule = self.config.rule("model", 0)
+        if rule is None or rule.reuse != "forecast":
+            return None
+        if self.scheduler is None:
+            raise ValueError(
+                "reuse='forecast' predicts what a scheduler's `step` gets, and no scheduler is followed here; enable "
+                "PAB on the pipeline, or use reuse='linear' or 'hold'"
+            )
+        return Forecaster(self.scheduler, self.schedule.num_steps)
+
+    def forecast_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of the scheduler's `step`; see `Forecaster.step`."""
+        assert self.forecaster is not None and self.plan is not None
+        before, skips, calls = self.forecaster.nbytes, bool(self.skips), frozenset(self._entered)
+        row = self.plan.rows[self.plan.whole or ""][self.step + 1 - self.plan.steps.start :]
+        try:
+            return self.forecaster.step(original, self.step, skips, calls, *args, **kwargs)
+        finally:
+            if not skips and not any(decision.reads for decision in row):
+                self.forecaster.clear()
+            self.meter.add(self.forecaster.nbytes - before)
+
+    def forget_outputs(self) -> None:
+        """Predict from no output so far: the model is called with other inputs, such as another prompt."""
+        if self.forecaster is not None:
+            self.meter.add(-self.forecaster.nbytes)
+            self.forecaster.clear()
+
+    @property
+    def called(self) -> bool:
+        """Whether the model was called at this step."""
+        return bool(self._called)
 
     @property
     def started(self) -> bool:
@@ -114,6 +153,8 @@ class Generation:
         """Make the plan for a schedule that is entered at step `begin`."""
         self.schedule = dataclasses.replace(self.schedule, begin=begin)
         self.plan = Plan(self.config, self.schedule, self.sublayers)
+        if self.plan.whole is None or not any(decision.reads for decision in self.plan.rows[self.plan.whole]):
+            self.forecaster = None
         self.step = begin
         return self.plan
 
@@ -243,7 +284,7 @@ class Generation:
             to: the step that begins; default the next one.
         """
         with self.lock:
-            self.step = self.step + 1 if to is None else to
+            self.step, self.skips = self.step + 1 if to is None else to, None
             self._called.clear()
             self._entered.clear()
             if self.used_up:
@@ -266,6 +307,7 @@ class Generation:
             self.over = True
             for context in self.contexts.values():
                 context.arena.close()
+                context.outputs.close()
             self._finish()
 
     def abort(self) -> None:
@@ -283,6 +325,8 @@ class Generation:
         """Release every slot."""
         for context in tuple(self.contexts.values()):
             context.arena.clear()
+            context.outputs.clear()
+        self.forget_outputs()
 
     @property
     def reuses_planned(self) -> bool:

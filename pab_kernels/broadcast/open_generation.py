@@ -47,7 +47,7 @@ class OpenPlan(Plan):
     @cached_property
     def _rules(self) -> dict[str, Broadcast]:
         rules = {s.name: self.config.rule(s.kind, s.layer) for s in self.sublayers}
-        return {name: rule for name, rule in rules.items() if rule is not None and rule.range > 1}
+        return {name: rule for name, rule in rules.items() if rule is not None and rule.range != 1}
 
     def at(self, timestep: float) -> OpenPlan:
         """Set the timestep of the current step, and return the plan."""
@@ -59,7 +59,7 @@ class OpenPlan(Plan):
         rule = self._rules.get(name)
         if rule is None:
             return Decision(Action.COMPUTE)
-        reused = step % rule.range and rule.covers(self.timestep)
+        reused = step % (rule.range or 1) and rule.covers(self.timestep)
         return Decision(Action.REUSE, (0,), held=1) if reused else Decision(Action.STORE, held=1)
 
     def decisions(self, step: int) -> list[Decision]:

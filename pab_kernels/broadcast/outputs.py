@@ -51,7 +51,7 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     around = turn.call.measured
     slot = turn.take(_first_tensor(turn.sublayer, args, kwargs))
     if slot is not None:
-        out = _read(slot, _as_it_is if turn.reads_last else _cloned)
+        out = read(slot, turn.reads_last)
     else:
         out = compute(*args, **kwargs)
         if turn.stores:
@@ -158,6 +158,11 @@ def _continued(sublayer: Sublayer, inputs: Sequence[torch.Tensor], outputs: Sequ
             )
         pairs.append(alike[0])
     return tuple(pairs)
+
+
+def read(slot: Slot | Extrapolation, last: bool = False) -> Any:
+    """The output that a slot stands for, in tensors that may be written to; the slot's own where it is read last."""
+    return _read(slot, _as_it_is if last else _cloned)
 
 
 def _read(slot: Slot | Extrapolation, own: Callable[[Any], Any]) -> Any:

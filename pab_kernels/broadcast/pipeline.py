@@ -24,6 +24,12 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     return {name: uncompiled(model) for name, model in held.items() if isinstance(model, nn.Module)}
 
 
+def other_schedulers(pipe: Any) -> list[str]:
+    """Names of the schedulers that a pipeline holds beside `scheduler`, such as one for audio."""
+    held = {name: part for name, part in vars(pipe).items() if part is not pipe.scheduler}
+    return [name for name, part in held.items() if hasattr(part, "set_timesteps") and hasattr(part, "step")]
+
+
 def holds(pipe: Any, model: nn.Module) -> bool:
     """Whether a pipeline calls `model` or a wrapper around it."""
     return any(model is m for held in denoisers(pipe).values() for m in held.modules())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -49,6 +50,9 @@ class Listener(Protocol):
 
     def scheduler_begins(self, scheduler: Any) -> None:
         """Handle a call of `set_timesteps`."""
+
+    def step_of(self, scheduler: Any) -> Callable[..., Any] | None:
+        """What is called in place of `step`, with that method first; None to call the method itself."""
 
     def scheduler_steps(self, scheduler: Any) -> None:
         """Handle a call of `step`."""
@@ -114,6 +118,9 @@ class SchedulerWatch:
 
     def _called(self, event: str, original: Any, *args: Any, **kwargs: Any) -> Any:
         try:
+            if event == "scheduler_steps":
+                stands_in = [f for ref in self.listeners if (found := ref()) and (f := found.step_of(self.scheduler))]
+                original = partial(stands_in[0], original) if stands_in else original
             result = original(*args, **kwargs)
         except BaseException:
             self._notify("scheduler_failed")

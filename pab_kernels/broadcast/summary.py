@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..rules.config import KINDS
-from ..rules.plan import Plan
+from ..rules.plan import WHOLE, Plan
 from .context import Tally
 from .costs import CallCosts
 from .generation import Generation
@@ -160,7 +160,7 @@ def summarise(generation: Generation | None, model: nn.Module) -> Summary:
     if generation is None:
         return Summary(None, {}, 0, 0, 0, 0, 0)
     contexts = tuple(generation.contexts.values())
-    kinds = {s.name: s.kind for s in generation.sublayers}
+    kinds = {s.name: s.kind for s in (*generation.sublayers, WHOLE)}
     calls = {c.name: dict(c.calls) for c in contexts}  # copies, as another thread may still call the model
     costs = generation.costs(model, {arguments for of_context in calls.values() for arguments, _, _ in of_context})
     flops = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..broadcast.outputs import broadcast_output
-from ..rules.config import KINDS
+from ..rules.config import MODULE_KINDS
 from .parts import PartsModule
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class BroadcastModule(nn.Module):
 
     def __init__(self, module: nn.Module, kind: str, layer: int = 0) -> None:
         super().__init__()
-        if kind not in KINDS or kind == "block":
+        if kind not in MODULE_KINDS or kind == "block":
             supported = "'spatial', 'temporal', 'cross' and 'mlp' are supported"
             raise ValueError(f"got kind {kind!r}; {supported}: pass one of these")
         self.module = module

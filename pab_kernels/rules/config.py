@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -14,12 +14,14 @@ from ..messages import shown
 from .reuse import REUSES
 from .schedule import MOST_STEPS, Schedule
 
-Kind = Literal["spatial", "temporal", "cross", "mlp", "block"]
+Kind = Literal["spatial", "temporal", "cross", "mlp", "block", "model"]
 Unit = Literal["fraction", "step", "timestep"]
 CachePoint = Literal["pre_gate", "post_gate", "unprojected"]
 CacheDtype = Literal["float8_e4m3fn", "int8"]
 
 KINDS: tuple[str, ...] = get_args(Kind)
+MODULE_KINDS = tuple(kind for kind in KINDS if kind != "model")
+"""What a module in a model may be taken for."""
 DEFAULT_WINDOW = (0.15, 0.85)
 """The stable middle of the schedule, in fractions: the first and last 15 % change fast (PAB, section 3.1)."""
 MOST_LAYERS = 4096
@@ -79,13 +81,17 @@ class Broadcast:
         linear:  c + w (c - c_prev)  with  w = (i - s) / (s - p)
 
     Linear is the straight line through both outputs. It keeps two outputs instead of one, and holds if nothing was
-    computed before s.
+    computed before s. Kind `model` has a third reuse:
+
+        forecast:  the model's guided output is predicted in the sampler's coordinates, and the latents are corrected
+                   when the next output is known; see `broadcast/forecaster.py`
 
     Args:
-        range: steps from one compute to the next, at least 1; 1 always computes.
+        range: steps from one compute to the next, at least 1; 1 always computes. May be left out with `at`: every step
+            between two points is then reused.
         window: `(lo, hi)`; default (0.15, 0.85) for fractions, required for the other units.
         unit: what `window` or `at` counts.
-        reuse: "hold" or "linear": see `rules/reuse.py`.
+        reuse: "hold", "linear" or, for kind `model`, "forecast": see `rules/reuse.py`.
         layers: block indices to which the rule is restricted, at most 4,096; default all.
         at: explicit points in `unit` "step" or "timestep", at most 10,000.
         exact: for unit "timestep", whether timesteps are compared without rounding.
@@ -97,7 +103,7 @@ class Broadcast:
     (5, 15)
     """
 
-    range: int
+    range: int | None = None
     window: tuple[float, float] | None = None
     unit: Unit = "fraction"
     reuse: str = "hold"
@@ -106,11 +112,12 @@ class Broadcast:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        if not _whole(self.range) or self.range < 1:
-            raise ValueError(
-                f"range must be a whole number of at least 1, got {shown(self.range)}; 1 computes at every step"
-            )
-        _check_size("range", self.range)
+        if self.range is not None or self.at is None:
+            if not isinstance(self.range, int) or isinstance(self.range, bool) or self.range < 1:
+                raise ValueError(
+                    f"range must be a whole number of at least 1, got {shown(self.range)}; 1 computes at every step"
+                )
+            _check_size("range", self.range)
         _check_member("unit", self.unit, get_args(Unit))
         _check_member("reuse", self.reuse, tuple(REUSES))
         if not isinstance(self.exact, bool) or (self.exact and self.unit != "timestep"):
@@ -174,14 +181,24 @@ class Broadcast:
         host, at = schedule.require_timesteps(f"explicit steps at={shown(self.at)}"), frozenset(self.at)
         return tuple(i for i in schedule.steps if self.number(host[i]) in at)
 
-    def reused(self, schedule: Schedule) -> frozenset[int]:
-        """The steps at which the rule asks for reuse."""
-        if self.at is not None:
-            points = self.points(schedule)
-            ends = (*points, schedule.steps.stop)[1:]
-            runs = zip(points, ends, strict=True)
-            return frozenset(i for start, end in runs for i in range(start + 1, min(start + self.range, end)))
-        return frozenset(i for i in self.inside(schedule) if (i - schedule.begin) % self.range)
+    def reused(self, schedule: Schedule, running: Sequence[int] | None = None) -> frozenset[int]:
+        """The steps at which the rule asks for reuse.
+
+        Args:
+            schedule: of the generation.
+            running: the steps that count, those at which the model runs; default all.
+        """
+        steps = schedule.steps if running is None else running
+        reach = self.range or len(steps)
+        if self.at is None:
+            inside = frozenset(self.inside(schedule))
+            return frozenset(i for count, i in enumerate(steps) if count % reach and i in inside)
+        reused, points, since = [], frozenset(self.points(schedule)), reach
+        for i in steps:
+            since = 0 if i in points else since + 1
+            if 0 < since < reach:
+                reused.append(i)
+        return frozenset(reused)
 
     def inside(self, schedule: Schedule) -> tuple[int, ...]:
         """The steps of `schedule` in the window; none if the rule has no window."""
@@ -230,9 +247,10 @@ class PABConfig:
     """Rules for every kind, and how outputs are kept.
 
     Args:
-        spatial, temporal, cross, mlp, block: a `Broadcast`, a range (shorthand for `Broadcast(range)`), or None: always
-            computed.
-        rules: further `(kind, Broadcast)` pairs for some layers; later ones override earlier ones and the five fields.
+        spatial, temporal, cross, mlp, block, model: a `Broadcast`, a range (shorthand for `Broadcast(range)`), or None:
+            always computed. At a reuse of kind `model` nothing of the model runs, and the other rules count only the
+            steps at which it runs.
+        rules: further `(kind, Broadcast)` pairs for some layers; later ones override earlier ones and the six fields.
         cache_dtype: None keeps the model's dtype; "float8_e4m3fn" or "int8" keep 8 bits with a scale per 1 x 128
             channels.
         cache_point: "pre_gate" (projected, gate applied at reuse), "post_gate" (gated) or "unprojected".
@@ -249,6 +267,7 @@ class PABConfig:
     cross: Broadcast | int | None = None
     mlp: Broadcast | int | None = None
     block: Broadcast | int | None = None
+    model: Broadcast | int | None = None
     rules: tuple[tuple[Kind, Broadcast], ...] = ()
     cache_dtype: CacheDtype | None = None
     cache_point: CachePoint = "pre_gate"
@@ -270,6 +289,11 @@ class PABConfig:
             _check_member("kind", kind, KINDS)
             rules.append((kind, broadcast))
         object.__setattr__(self, "rules", tuple(rules))
+        for kind, broadcast in self.broadcasts():
+            if broadcast.reuse == "forecast" and kind != "model":
+                raise ValueError(f"{kind} takes reuse='hold' or 'linear', got 'forecast', which is for kind 'model'")
+            if broadcast.layers is not None and kind == "model":
+                raise ValueError(f"the model is one whole, got layers {shown(broadcast.layers)}; leave layers out")
         _check_member("cache_dtype", self.cache_dtype, (None, *get_args(CacheDtype)))
         _check_member("cache_point", self.cache_point, get_args(CachePoint))
 

@@ -25,7 +25,11 @@ def forecast(plan: Plan, costs: Mapping[str, Cost], rest_flops: int = 0, context
     """See `Plan.forecast`."""
     columns = range(len(plan.steps))
     run = [[name for name, row in plan.rows.items() if row[i].action in _RUN] for i in columns]
-    flops = [contexts * (rest_flops + sum(costs[name].flops for name in names)) for names in run]
+    skipped = [plan.whole is not None and plan.whole not in names for names in run]
+    flops = [
+        0 if skips else contexts * (rest_flops + sum(costs[name].flops for name in names))
+        for names, skips in zip(run, skipped, strict=True)
+    ]
     full = contexts * len(columns) * (rest_flops + sum(costs[name].flops for name in plan.rows))
     kinds = {s.name: s.kind for s in plan.sublayers}
     held: Counter[str] = Counter()

@@ -23,7 +23,7 @@ class Action(enum.Enum):
     COMPUTE = "#"
     STORE = "S"  # compute, and keep the output because a later step reads it
     REUSE = "."
-    SKIP = " "  # does not run: the block around it is reused
+    SKIP = " "  # does not run: the block around it, or the whole model, is reused
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,13 @@ class Forecast:
         return self.flops / self.flops_without if self.flops_without else 1.0
 
 
-def _row(rule: Broadcast | None, block: Sequence[Decision] | None, schedule: Schedule) -> tuple[Decision, ...]:
-    """The decisions of one sublayer, for the steps of `schedule`."""
+def _row(
+    rule: Broadcast | None, block: Sequence[Decision] | None, schedule: Schedule, computed_steps: Sequence[int]
+) -> tuple[Decision, ...]:
+    """The decisions of one sublayer, for the steps of `schedule`, of which the model runs at some."""
     steps = schedule.steps
-    running = [i for i in steps if block is None or block[i - schedule.begin].action is not Action.REUSE]
-    reused = rule.reused(schedule) if rule else frozenset()
+    running = [i for i in computed_steps if block is None or block[i - schedule.begin].action is not Action.REUSE]
+    reused = rule.reused(schedule, computed_steps) if rule else frozenset()
     outputs = REUSES[rule.reuse].outputs if rule else 0
     cells: dict[int, Decision] = {}
     computed: tuple[int, ...] = ()
@@ -143,6 +145,10 @@ def _row(rule: Broadcast | None, block: Sequence[Decision] | None, schedule: Sch
 def _last_reads(cells: Mapping[int, Decision]) -> dict[int, int]:
     """For each step whose output is read, the last step that reads it; `cells` by step, in their order."""
     return {read: i for i, cell in cells.items() for read in cell.reads}
+
+
+WHOLE = Sublayer("", "model", 0)
+"""The whole model, under the name that it has among its own modules."""
 
 
 def generic_sublayers(config: PABConfig) -> list[Sublayer]:
@@ -171,7 +177,7 @@ class Plan:
         config: the rules.
         schedule: the steps.
         sublayers: the model's sublayers in the order in which they run, a block after those in it; blocks without a
-            rule are left out. Default: one for each kind of `config`.
+            rule are left out, and the whole model is added where it has one. Default: one for each kind of `config`.
 
     `str(plan)` is a drawing in text; `plan.plot()` draws a picture.
     """
@@ -183,7 +189,10 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.sublayers:
             object.__setattr__(self, "sublayers", tuple(generic_sublayers(self.config)))
-        ruled = tuple(s for s in self.sublayers if s.kind != "block" or self.config.rule("block", s.layer))
+        optional = ("block", "model")
+        ruled = tuple(s for s in self.sublayers if s.kind not in optional or self.config.rule(s.kind, s.layer))
+        if self.config.rule("model", 0) and not any(s.kind == "model" for s in ruled):
+            ruled = (*ruled, WHOLE)
         object.__setattr__(self, "sublayers", ruled)
         names = [s.name for s in self.sublayers]
         if len(set(names)) != len(names):
@@ -195,13 +204,23 @@ class Plan:
         """The decisions of each sublayer, for the steps that are run."""
         made: dict[Any, tuple[Decision, ...]] = {}
         rows: dict[str, tuple[Decision, ...]] = {}
-        for sublayer in sorted(self.sublayers, key=lambda s: s.kind != "block"):
+        running: Sequence[int] = self.steps
+        for sublayer in sorted(self.sublayers, key=lambda s: (s.kind != "model", s.kind != "block")):
             rule = self.config.rule(sublayer.kind, sublayer.layer)
             block = rows.get(sublayer.block) if sublayer.block else None
-            if (rule, block) not in made:
-                made[rule, block] = _row(rule, block, self.schedule)
-            rows[sublayer.name] = made[rule, block]
+            key = rule, block, len(running)
+            if key not in made:
+                made[key] = _row(rule, block, self.schedule, running)
+            rows[sublayer.name] = made[key]
+            if sublayer.kind == "model":
+                pairs = zip(self.steps, rows[sublayer.name], strict=True)
+                running = [i for i, decision in pairs if decision.action is not Action.REUSE]
         return {s.name: rows[s.name] for s in self.sublayers}
+
+    @cached_property
+    def whole(self) -> str | None:
+        """The name of the whole model, where it has a rule."""
+        return next((s.name for s in self.sublayers if s.kind == "model"), None)
 
     @property
     def steps(self) -> range:
@@ -295,8 +314,14 @@ class Plan:
 
     @cached_property
     def patterns(self) -> int:
-        """Number of different columns, which is the number of compiled graphs; reuses of one and two outputs differ."""
-        return len({tuple((d.action, len(d.reads)) for d in column) for column in self._columns})
+        """Number of different columns, which is the number of compiled graphs; reuses of one and two outputs differ.
+
+        Steps that skip the whole model have no graph.
+        """
+        rows = [row for name, row in self.rows.items() if name != self.whole]
+        skipped = {i for i, d in enumerate(self.rows[self.whole]) if d.reads} if self.whole is not None else set()
+        columns = [i for i in range(len(self.steps)) if i not in skipped]
+        return len({tuple((row[i].action, len(row[i].reads)) for row in rows) for i in columns})
 
     def forecast(self, costs: Mapping[str, Cost], rest_flops: int = 0, contexts: int = 1) -> Forecast:
         """FLOPs and bytes of a generation, without running it.

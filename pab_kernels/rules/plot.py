@@ -19,12 +19,12 @@ NAMES = {
     Action.COMPUTE: "computed",
     Action.STORE: "computed and stored",
     Action.REUSE: "reused",
-    Action.SKIP: "inside a reused block",
+    Action.SKIP: "inside a reused block or model",
 }
 _WINDOW, _INK, _FAINT = "#d5e6f2", "#1c1e22", "#6e727a"
 _HEAD = "-|>,head_width=0.16,head_length=0.28"
 _ARROW = {"arrowstyle": _HEAD, "color": "#6b4100", "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
-_ORDER = ("cross", "temporal", "spatial", "mlp", "block")
+_ORDER = ("model", "cross", "temporal", "spatial", "mlp", "block")
 _ROW, _CELL = 1.0, 0.62  # height of a row and of its cells
 _MOST_ARROWS = 120  # columns above which a cell is too narrow for an arrow
 

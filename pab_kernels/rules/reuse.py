@@ -45,5 +45,12 @@ class Linear:
         return tuple((step - sources[0]) / (sources[0] - before) for before in sources[1:])
 
 
-REUSES: dict[str, Reuse] = {"hold": Hold(), "linear": Linear()}
+class Forecast(Hold):
+    """Kind `model` only: the newest output stands in until the scheduler's `step`, which gets a forecast instead.
+
+    See `broadcast/forecaster.py`.
+    """
+
+
+REUSES: dict[str, Reuse] = {"hold": Hold(), "linear": Linear(), "forecast": Forecast()}
 """By their names in rules."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from pab_kernels.rules.config import KINDS
+from pab_kernels.rules.config import MODULE_KINDS
 from tests.adapters.classes import COMPILED, RUN, UNKNOWN_FLOPS
 from tests.adapters.expected_models import EXPECTED
 from tests.adapters.tiny_models import FAMILIES
@@ -98,7 +98,7 @@ def summary() -> str:
 
 def page() -> str:
     """All of docs/models.md."""
-    kinds = [kind for kind in KINDS if kind != "block"]
+    kinds = [kind for kind in MODULE_KINDS if kind != "block"]
     lines = [
         INTRODUCTION,
         f"{summary()}.",

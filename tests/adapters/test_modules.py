@@ -331,7 +331,7 @@ def test_a_module_that_runs_several_times_a_call_never_reads_another_ones_output
 
 @pytest.mark.parametrize("kind", ["block", "self", "", None, 3])
 def test_a_kind_that_is_not_known_is_refused(kind: Any) -> None:
-    with pytest.raises(ValueError, match="supported are 'spatial', 'temporal', 'cross', 'mlp'"):
+    with pytest.raises(ValueError, match="'spatial', 'temporal', 'cross' and 'mlp' are supported"):
         BroadcastModule(nn.Identity(), kind)
 
 

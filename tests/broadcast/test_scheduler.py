@@ -27,6 +27,9 @@ class Listener:
     def scheduler_steps(self, scheduler: Any) -> None:
         self.told.append("step")
 
+    def step_of(self, scheduler: Any) -> None:
+        return None
+
     def scheduler_failed(self, scheduler: Any) -> None:
         self.told.append("failed")
 

@@ -17,7 +17,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pab_kernels.rules.config import KINDS, Broadcast, PABConfig
+from pab_kernels.rules.config import MODULE_KINDS, Broadcast, PABConfig
 from pab_kernels.rules.schedule import Schedule
 
 # Any rule and config. Fractions have two digits, as people write them.
@@ -45,10 +45,19 @@ def broadcasts(draw: st.DrawFn) -> Broadcast:
     return Broadcast(draw(_RANGES), window, unit, draw(_REUSES), draw(_LAYERS))
 
 
+def whole(rule: Broadcast) -> Broadcast:
+    """A rule for the whole model."""
+    return dataclasses.replace(rule, layers=None, reuse="forecast")
+
+
 _CONFIGS = st.builds(
     PABConfig,
-    **{kind: st.none() | _RANGES | broadcasts() for kind in KINDS},
-    rules=st.lists(st.tuples(st.sampled_from(KINDS), broadcasts()), max_size=3),
+    **{kind: st.none() | _RANGES | broadcasts() for kind in MODULE_KINDS},
+    model=st.none() | _RANGES | broadcasts().map(whole),
+    rules=st.lists(
+        st.tuples(st.sampled_from(MODULE_KINDS), broadcasts()) | st.tuples(st.just("model"), broadcasts().map(whole)),
+        max_size=3,
+    ),
     cache_dtype=st.sampled_from([None, "float8_e4m3fn", "int8"]),
     cache_point=st.sampled_from(["pre_gate", "post_gate", "unprojected"]),
 )
@@ -302,7 +311,12 @@ def test_a_bad_config_is_refused_in_one_line(values: dict[str, Any], message: st
 BAD_DICTS: list[tuple[Any, str]] = [
     ({"spatail": 2}, "PABConfig has no field 'spatail'; it has spatial, temporal, cross"),
     ({"spatial": {"range": 2, "windows": [0, 1]}}, "Broadcast has no field 'windows'; it has range, window, unit"),
-    ({"spatial": {"window": [0, 1]}}, r"Broadcast needs 'range', got {'window': \[0, 1\]}"),
+    ({"spatial": {"window": [0, 1]}}, "range must be a whole number of at least 1, got None"),
+    ({"model": {"range": 2, "layers": [0]}}, r"the model is one whole, got layers \(0,\); leave layers out"),
+    (
+        {"spatial": {"range": 2, "reuse": "forecast"}},
+        "spatial takes reuse='hold' or 'linear', got 'forecast', which is",
+    ),
     ({"spatial": [2]}, r"spatial must be a Broadcast, a range or None, got \[2\]"),
     ({"rules": None}, "rules must be a list of .* got None"),
     ({"rules": [["mlp"]]}, r"pairs, got \['mlp'\]"),

@@ -3,6 +3,7 @@ theirs."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pab_kernels.rules.config import KINDS, Broadcast, PABConfig
+from pab_kernels.rules.config import KINDS, MODULE_KINDS, Broadcast, PABConfig
 from pab_kernels.rules.formats import (
     from_diffusers,
     from_steps_masks,
@@ -54,8 +55,9 @@ def _rules(draw: st.DrawFn) -> Broadcast:
 
 _CONFIGS = st.builds(
     PABConfig,
-    **{kind: st.none() | _RANGES | _rules() for kind in KINDS},
-    rules=st.lists(st.tuples(st.sampled_from(KINDS), _rules()), max_size=3),
+    **{kind: st.none() | _RANGES | _rules() for kind in MODULE_KINDS},
+    model=st.none() | _RANGES | _rules().map(lambda rule: dataclasses.replace(rule, layers=None, reuse="forecast")),
+    rules=st.lists(st.tuples(st.sampled_from(MODULE_KINDS), _rules()), max_size=3),
     cache_dtype=st.sampled_from([None, "float8_e4m3fn", "int8"]),
     cache_point=st.sampled_from(["pre_gate", "post_gate", "unprojected"]),
 )
@@ -96,7 +98,7 @@ def test_a_file_is_written_as_people_write_it(tmp_path: Path) -> None:
         ("c.yaml", "", "c.yaml: PABConfig is read from a dict, got None"),
         ("c.yaml", "spatail: 2", "c.yaml: PABConfig has no field 'spatail'; it has spatial, temporal, cross"),
         ("c.json", '{"spatial": 0}', "c.json: range must be a whole number of at least 1, got 0"),
-        ("c.json", '{"spatial": {"window": [0, 1]}}', "c.json: Broadcast needs 'range'"),
+        ("c.json", '{"spatial": {"window": [0, 1]}}', "c.json: range must be a whole number of at least 1, got None"),
         ("c.json", b"\xff\xfe", "c.json: 'utf-8' codec can't decode"),
         ("c.toml", "spatial = 2", "c.toml: a config file ends in .json, .yaml or .yml, got '.toml'"),
         ("config", "{}", "a config file ends in .json, .yaml or .yml, got no ending"),
@@ -518,8 +520,8 @@ def test_arguments_that_rules_cannot_say_are_refused(arguments: dict[str, Any], 
 def _masks(draw: st.DrawFn) -> dict[str, tuple[int, ...]]:
     length = draw(st.integers(1, 40))
     kinds = draw(
-        st.lists(st.sampled_from([kind for kind in KINDS if kind != "block"]), unique=True, min_size=1)
-        | st.just(["block"])
+        st.lists(st.sampled_from([kind for kind in MODULE_KINDS if kind != "block"]), unique=True, min_size=1)
+        | st.sampled_from([["block"], ["model"]])
     )
     rest = st.lists(st.integers(0, 1), min_size=length - 1, max_size=length - 1)
     return {kind: (1, *draw(rest)) for kind in sorted(kinds, key=KINDS.index)}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pab_kernels.rules.config import KINDS, Broadcast, PABConfig
+from pab_kernels.rules.config import MODULE_KINDS, Broadcast, PABConfig
 from pab_kernels.rules.plan import Action, Cost, Decision, Plan, Sublayer, plan
 from pab_kernels.rules.schedule import Schedule
 
@@ -40,14 +40,15 @@ def _broadcasts(draw: st.DrawFn, num_steps: int) -> Broadcast:
 def plans(draw: st.DrawFn) -> Plan:
     num_steps = draw(st.integers(1, 20))
     rule = st.none() | _broadcasts(num_steps)
-    rules = draw(st.lists(st.tuples(st.sampled_from(KINDS), _broadcasts(num_steps)), max_size=3))
-    config = PABConfig(**{kind: draw(rule) for kind in KINDS}, rules=rules)
+    rules = draw(st.lists(st.tuples(st.sampled_from(MODULE_KINDS), _broadcasts(num_steps)), max_size=3))
+    model = draw(rule.map(lambda rule: rule and replace(rule, layers=None)))
+    config = PABConfig(**{kind: draw(rule) for kind in MODULE_KINDS}, model=model, rules=rules)
     timesteps = tuple(i + 0.5 for i in reversed(range(num_steps)))
     schedule = Schedule(num_steps, timesteps, draw(st.integers(0, num_steps - 1)))
     sublayers = []
     for layer in range(draw(st.integers(1, 3))):
         block = f"blocks.{layer}" if draw(st.booleans()) else None
-        sublayers += [Sublayer(f"blocks.{layer}.{kind}", kind, layer, block=block) for kind in KINDS[:-1]]
+        sublayers += [Sublayer(f"blocks.{layer}.{kind}", kind, layer, block=block) for kind in MODULE_KINDS[:-1]]
         if block:
             sublayers.append(Sublayer(block, "block", layer))
     return Plan(config, schedule, tuple(draw(st.permutations(sublayers))))
@@ -65,30 +66,37 @@ class _Run:
     """The steps whose outputs are read, the newest first."""
 
 
-def _wants_reuse(rule: Broadcast | None, schedule: Schedule, step: int) -> bool:
+def _wants_reuse(rule: Broadcast | None, schedule: Schedule, step: int, before: list[int]) -> bool:
+    """Whether a rule reuses at a step, which counts after those in `before`."""
     if rule is None:
         return False
-    n, begin = schedule.num_steps, schedule.begin
+    n = schedule.num_steps
     coordinate = {"step": step, "timestep": int((schedule.timesteps or ())[step]), "fraction": step / n}[rule.unit]
     if rule.at is None:
         lo, hi = rule.window or (0, 0)
         inside = lo < coordinate < hi if rule.unit == "timestep" else lo <= coordinate < hi
-        return inside and (step - begin) % rule.range != 0
-    position = {i: i if rule.unit == "step" else int((schedule.timesteps or ())[i]) for i in range(begin, step + 1)}
-    passed = [i for i in position if position[i] in rule.at]
-    return bool(passed) and 0 < step - passed[-1] < rule.range
+        return inside and len(before) % rule.range != 0
+    position = {i: i if rule.unit == "step" else int((schedule.timesteps or ())[i]) for i in (*before, step)}
+    passed = [count for count, i in enumerate(position) if position[i] in rule.at]
+    return bool(passed) and 0 < len(before) - passed[-1] < rule.range
 
 
 def _simulate(made: Plan) -> dict[str, _Run]:
     runs = {s.name: _Run() for s in made.sublayers}
     ran: dict[str, list[int]] = {s.name: [] for s in made.sublayers}
+    every: list[int] = []
+    running: list[int] = []  # steps at which the model runs
     for step in range(made.schedule.begin, made.schedule.num_steps):
-        for s in sorted(made.sublayers, key=lambda s: s.kind != "block"):
+        skipped = False
+        for s in sorted(
+            made.sublayers, key=lambda s: ["model", "block"].index(s.kind) if s.kind in ("model", "block") else 2
+        ):
             rule = made.config.rule(s.kind, s.layer)
             run = runs[s.name]
-            if s.block in runs and runs[s.block].actions[-1] == "reuse":
+            before = every if s.kind == "model" else running
+            if skipped or (s.block in runs and runs[s.block].actions[-1] == "reuse"):
                 did, reads = "skip", []
-            elif ran[s.name] and _wants_reuse(rule, made.schedule, step):
+            elif ran[s.name] and _wants_reuse(rule, made.schedule, step, before):
                 outputs = 2 if rule and rule.reuse == "linear" else 1
                 did, reads = "reuse", ran[s.name][: -outputs - 1 : -1]
             else:
@@ -96,6 +104,9 @@ def _simulate(made: Plan) -> dict[str, _Run]:
                 ran[s.name].append(step)
             run.actions.append(did)
             run.reads.append(tuple(reads))
+            skipped = skipped or (s.kind == "model" and did == "reuse")
+        every.append(step)
+        running += [] if skipped else [step]
     return runs
 
 
@@ -139,11 +150,12 @@ def test_an_output_is_stored_iff_a_later_step_reads_it(made: Plan) -> None:
 
 @given(plans())
 @_any_plan
-def test_a_sublayer_is_skipped_exactly_under_a_reused_block(made: Plan) -> None:
+def test_a_sublayer_is_skipped_exactly_under_a_reused_block_or_model(made: Plan) -> None:
     for s in made.sublayers:
-        around = made.rows.get(s.block or "")
-        skipped = [d.action is SKIP for d in made.rows[s.name]]
-        assert skipped == [around is not None and d.action is REUSE for d in around or made.rows[s.name]]
+        around = [name for name in (s.block, made.whole) if name in made.rows and name != s.name]
+        for step in made.steps:
+            reused = any(made.decision(name, step).action is REUSE for name in around if name is not None)
+            assert (made.decision(s.name, step).action is SKIP) is reused
 
 
 @given(plans())
@@ -179,7 +191,9 @@ def test_counts_add_up_to_all_cells(made: Plan) -> None:
 def test_patterns_are_the_distinct_columns(made: Plan) -> None:
     columns = set()
     for step in made.steps:
-        cells = [made.decision(s.name, step) for s in made.sublayers]
+        if made.whole is not None and made.decision(made.whole, step).reads:
+            continue  # nothing runs
+        cells = [made.decision(s.name, step) for s in made.sublayers if s.name != made.whole]
         columns.add("".join("/" if len(d.reads) > 1 else d.action.value for d in cells))
     assert made.patterns == len(columns)
 
@@ -191,7 +205,9 @@ def test_the_forecast_is_what_a_simulation_adds_up(made: Plan, rest: int) -> Non
     runs = _simulate(made)
     flops, held, held_after, held_most = [], dict.fromkeys(runs, 0), [], 0
     for column, step in enumerate(made.steps):
-        flops.append(rest + sum(costs[name].flops for name, run in runs.items() if run.actions[column] == "compute"))
+        ran = [name for name, run in runs.items() if run.actions[column] == "compute"]
+        skipped = made.whole is not None and made.whole not in ran
+        flops.append(0 if skipped else rest + sum(costs[name].flops for name in ran))
         for name, run in runs.items():
             held[name] = sum(i <= step for i in {i for reads in run.reads[column + 1 :] for i in reads})
             held_most = max(held_most, sum(costs[n].slot_bytes * count for n, count in held.items()))

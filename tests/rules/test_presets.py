@@ -96,10 +96,17 @@ PUBLISHED = {
 
 
 def test_presets_are_the_published_settings() -> None:
-    ours = {"demo"}  # chosen for the model that comes with the package
+    ours = {"demo", "close", "balanced", "fast"}  # for the model of the package, and for any model
     assert {name: config for name, config in presets().items() if name not in ours} == PUBLISHED
     assert presets().keys() == PUBLISHED.keys() | ours
     assert all(PABConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config for config in presets().values())
+
+
+@pytest.mark.parametrize(("name", "computed"), [("close", 24), ("balanced", 19), ("fast", 16)])
+def test_presets_that_skip_the_model_run_so_many_of_30_steps(name: str, computed: int) -> None:
+    made = plan(PABConfig.preset(name), num_steps=30)
+    assert made.step_counts()["model"].computed == computed
+    assert all(rule.reuse == "forecast" for _, rule in made.config.broadcasts())
 
 
 def test_presets_cannot_be_changed_through_the_dict_that_lists_them() -> None:
@@ -109,7 +116,8 @@ def test_presets_cannot_be_changed_through_the_dict_that_lists_them() -> None:
 
 def test_an_unknown_preset_is_refused_in_one_line_that_lists_them() -> None:
     with pytest.raises(
-        ValueError, match="there is no preset 'pab'; supported are cogvideox, demo, latte, .*vchitect"
+        ValueError,
+        match="there is no preset 'pab'; supported are balanced, close, cogvideox, demo, .*vchitect",
     ) as error:
         PABConfig.preset("pab")
     assert "\n" not in str(error.value)

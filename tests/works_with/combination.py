@@ -18,7 +18,7 @@ from torch import Tensor
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.broadcaster import broadcaster_of
-from pab_kernels.rules.config import KINDS
+from pab_kernels.rules.config import MODULE_KINDS
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.adapters.tiny_models import FAMILIES
 from tests.oracle import Rule
@@ -75,7 +75,7 @@ def sublayers(model: Any) -> dict[str, str]:
 def replay_in(model: Any) -> RecordAndReplay:
     """Record and replay under the rules of `TWO` in a plain model, inside of what is put around its modules later."""
     replay = RecordAndReplay(
-        model, pab.sublayers(model), dict.fromkeys(KINDS[:-1], Rule(2, (0, 1))), lambda: range(STEPS)
+        model, pab.sublayers(model), dict.fromkeys(MODULE_KINDS[:-1], Rule(2, (0, 1))), lambda: range(STEPS)
     )
     replay.install()
     return replay

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...broadcast.costs import SublayerRun, watched
 from ...broadcast.signature import tensors_of
 from ...ops.flops import flop_counter
-from ...rules.plan import Cost, Sublayer
+from ...rules.plan import WHOLE, Cost, Sublayer
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,17 @@ class Measured:
     def costs(self, cache_dtype: str | None = None) -> tuple[dict[str, Cost], int]:
         """The cost of each sublayer in one call and the FLOPs of the rest: the arguments of `Plan.forecast`.
 
-        A block's FLOPs are those outside of its sublayers. A sublayer that runs several times in a call has a slot for
-        each run.
+        A block's FLOPs, and the whole model's, are those outside of its sublayers. A sublayer that runs several times
+        in a call has a slot for each run.
         """
         runs: dict[str, list[SublayerRun]] = {}
         for run in self.runs.values():
             runs.setdefault(run.name, []).append(run)
         costs = {
             name: Cost(
-                sum(r.own[name] for r in each), sum(r.nbytes(cache_dtype) for r in each), sum(r.nbytes() for r in each)
+                sum(r.own[name] for r in each),
+                sum(r.nbytes(None if name == WHOLE.name else cache_dtype) for r in each),
+                sum(r.nbytes() for r in each),
             )
             for name, each in runs.items()
         }

@@ -271,6 +271,8 @@ def _turns(call: Call) -> tuple[Hashable, dict[str, tuple[float, ...]]]:
     weights: dict[str, tuple[float, ...]] = {}
     for sublayer, decision in zip(call.plan.sublayers, call.plan.decisions(call.step), strict=True):
         name = where = sublayer.name
+        if sublayer.kind == "model":  # its outputs are kept outside of graphs
+            continue
         if decision.action is not Action.REUSE:
             turns.append(decision.action)
             continue

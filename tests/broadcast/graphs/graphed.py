@@ -40,6 +40,7 @@ CONFIGS = {
     "fp8": config(cache_dtype="float8_e4m3fn"),
     "blocks": config(block=Broadcast(2, (0.5, 0.95))),
     "linear blocks": PABConfig(spatial=EVERY_SECOND, block=EVERY_THIRD),
+    "whole model": PABConfig(spatial=EVERY_SECOND, model=Broadcast(3, (0.2, 0.9), reuse="linear")),
 }
 
 

@@ -86,7 +86,8 @@ def test_latte_gives_the_bits_and_counts_of_eager_pab_with_a_graph_for_each_patt
             == plan.patterns * len(CONTEXTS)
             == pab.summary(graphed).graphs
         )
-    assert len(recorder.replays) == 2 * STEPS * len(CONTEXTS) - len(recorder.recordings)
+    skipped = plan.step_counts()["model"].reused if plan.whole is not None else 0
+    assert len(recorder.replays) == 2 * (STEPS - skipped) * len(CONTEXTS) - len(recorder.recordings)
     assert pab.summary(graphed).graph_bytes == recorder.nbytes + kept_bytes(graphed)
 
 

@@ -1,0 +1,50 @@
+"""The whole model under the rule of its kind: it runs, or an output that it gave before is returned and nothing of it
+runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..rules.plan import Action
+from .call import Call
+from .outputs import kept, read
+from .slots import Key
+
+
+def broadcast_model(call: Call, x: torch.Tensor | None, compute: Callable[[], Any]) -> Any:
+    """The output of a call of the model, computed or returned again as the plan says.
+
+    Args:
+        call: that is open.
+        x: the first tensor among its inputs, by which a slot is known; without one the model is computed.
+        compute: runs the model and finishes the call.
+    """
+    name, generation = call.plan.whole, call.generation
+    if name is None or x is None:
+        return compute()
+    decision, arena, tally = call.plan.decision(name, call.step), call.context.outputs, call.context.tally("model")
+    slot = call.read(name, decision) if decision.action is Action.REUSE else None
+    # The guided output is of one kind: where one branch was computed at this step, the others are too.
+    mixed = generation.forecaster is not None and generation.skips is False
+    reuses = slot is not None and slot.key.matches(x) and not mixed
+    if generation.skips is None:
+        generation.skips = reuses
+    stores = not reuses and decision.action in (Action.STORE, Action.REUSE) and decision.held > 0
+    arena.release(name, decision.held - stores)
+    if slot is not None and reuses:
+        tally.reused += 1
+        call.reused.append(name)
+        out = read(slot, last=not decision.held)
+        call.finish()
+        return out
+    out = compute()
+    tally.computed += 1
+    tally.forced += decision.action is Action.REUSE
+    if stores:
+        tally.stored += 1
+        own = out.dtype if isinstance(out, torch.Tensor) else None
+        arena.put(name, "model", kept(out), Key.of(x), call.step, own, decision.held)
+    return out
