@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,8 +54,8 @@ class GenericAdapter:
         """The sublayers that `find` found."""
         return [sublayer for sublayer, _ in self.found]
 
-    def attach(self, broadcaster: Broadcaster) -> Iterator[Attached]:
-        """Yield a stand-in for the `forward` of every module found.
+    def attach(self, broadcaster: Broadcaster, names: Collection[str]) -> Iterator[tuple[str, Attached]]:
+        """Yield stand-ins for the `forward` of modules.
 
         Raises:
             ValueError: torch's fast path would bypass one of them.
@@ -68,10 +68,10 @@ class GenericAdapter:
                 f"enable(model, kinds={{{re.sub(r'[.]([0-9]+)[.]', '.*.', self._bypassed[0])!r}: None}})"
             )
         for sublayer, module in self.found:
-            within = {s.kind for s, _ in self.found if s.block == sublayer.name}
-            yield attach_forward(
-                module, self.stand_in(broadcaster, sublayer), role=", ".join(sorted(within or {sublayer.kind}))
-            )
+            if sublayer.name in names:
+                kinds = {s.kind for s, _ in self.found if s.block == sublayer.name} or {sublayer.kind}
+                stand_in = self.stand_in(broadcaster, sublayer)
+                yield sublayer.name, attach_forward(module, stand_in, role=", ".join(sorted(kinds)))
 
     def stand_in(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Callable[..., Any]:
         """The replacement of a module's `forward`."""

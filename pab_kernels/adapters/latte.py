@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..broadcast.attach import innermost, is_of_class
+from ..broadcast.attach import Attached, innermost, is_of_class
 from ..broadcast.broadcaster import Broadcaster
 from ..broadcast.call import Call
 from ..broadcast.fusing import has_no_hooks, is_original, is_plain
@@ -71,6 +71,11 @@ class LatteAdapter(GenericAdapter):
             block.decide()
             within[block] = block.sublayers if block.stock else [s for b, s in found if b is block]
         return [*(s for sublayers in within.values() for s in sublayers), *(s for b, s in found if b is None)]
+
+    def attach(self, broadcaster: Broadcaster, names: Collection[str]) -> Iterator[tuple[str, Attached]]:
+        """Yield stand-ins for the `forward` of modules; those of sublayers take their turns in that of their block."""
+        around = [block.whole.name for block in self.blocks.values() if any(s.name in names for s in block.parts)]
+        return super().attach(broadcaster, {*names, *around})
 
     def stand_in(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Callable[..., Any]:
         """The replacement of a `forward`; that of a sublayer has no effect while its block runs on the stream."""
@@ -217,8 +222,7 @@ class FusedBlock:
                 *args,
                 **kwargs,
             )
-        turn = self.whole.turn
-        slot = None if turn is None else turn.take(hidden_states)
+        slot, store = _taken(self.whole, hidden_states)
         stream = ResidualStream(hidden_states, call)
         if slot is not None:
             stream.reuse(slot)
@@ -227,8 +231,8 @@ class FusedBlock:
                 call, stream, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep
             )
         out = stream.read()
-        if turn is not None and turn.stores:
-            turn.put(out - hidden_states)
+        if store is not None:
+            store.put(out - hidden_states)
         call.mark(REST)
         return out
 
@@ -244,34 +248,38 @@ class FusedBlock:
     ) -> None:
         """Run the sublayers. `x` is the block's input; only its shape, dtype and device are used."""
         block, own_forward = self.block.module, self.block.own_forward
+        gated = call.generation.config.cache_point == "post_gate"
         # Six of [rows, 1, C]: shift, scale, gate of the self attention, then of the MLP.
         modulation = (block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)).chunk(6, dim=1)
-        turn, slot = _taken(self.attention, x)
+        slot, store = _taken(self.attention, x)
         if slot is not None:
-            stream.reuse(slot, None if turn.gated else modulation[2])
+            stream.reuse(slot, None if gated else modulation[2])
         else:
             y = stream.norm_modulate(block.norm1, modulation[0], modulation[1])
-            _attend(stream, block.attn1, own_forward["attn1"], y, None, mask, modulation[2], turn.store)
+            _attend(stream, block.attn1, own_forward["attn1"], y, None, mask, modulation[2], store)
 
         if block.attn2 is not None:
-            turn, slot = _taken(self.cross, x)
+            slot, store = _taken(self.cross, x)
             if slot is not None:
                 stream.reuse(slot)
             else:
-                _attend(stream, block.attn2, own_forward["attn2"], stream.read(), text, text_mask, None, turn.store)
+                _attend(stream, block.attn2, own_forward["attn2"], stream.read(), text, text_mask, None, store)
 
-        turn, slot = _taken(self.mlp, x)
+        slot, store = _taken(self.mlp, x)
         if slot is not None:
-            stream.reuse(slot, None if turn.gated else modulation[5])
+            stream.reuse(slot, None if gated else modulation[5])
         else:
             y = stream.norm_modulate(block.norm2, modulation[3], modulation[4])
-            _feed_forward(stream, block, own_forward["ff"], y, modulation[5], turn.store)
+            _feed_forward(stream, block, own_forward["ff"], y, modulation[5], store)
 
 
-def _taken(current: CurrentTurn, x: torch.Tensor) -> tuple[Turn, Slot | Extrapolation | None]:
-    """The turn of a sublayer, and the slot that it reuses or None."""
-    assert current.turn is not None, "a call is open"
-    return current.turn, current.turn.take(x)
+def _taken(current: CurrentTurn, x: torch.Tensor) -> tuple[Slot | Extrapolation | None, Turn | None]:
+    """The slot that a sublayer reuses, or the turn that keeps the output that it computes; None if it does not."""
+    turn = current.turn
+    if turn is None or turn.call is None:
+        return None, None
+    slot = turn.take(x)
+    return slot, turn.store
 
 
 def _attend(

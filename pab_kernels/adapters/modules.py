@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
@@ -27,7 +27,7 @@ class ModulesAdapter:
     def __init__(self, model: nn.Module) -> None:
         self._modules = {name: m for name, m in model.named_modules() if isinstance(m, BroadcastModule)}
         self.sublayers: Sequence[Sublayer] = [
-            Sublayer(name, m.kind, m.layer, "module") for name, m in self._modules.items()
+            Sublayer(name, m.kind, m.layer, "nn") for name, m in self._modules.items()
         ]
 
     @property
@@ -36,8 +36,8 @@ class ModulesAdapter:
         separate = all(m.projection is not None for m in self._modules.values() if m.kind != "mlp")
         return ("pre_gate", "unprojected") if separate else ("pre_gate",)
 
-    def attach(self, broadcaster: Broadcaster) -> list[Detachable]:
-        """Connect each module to the turns of `broadcaster`."""
-        return [
-            m.join(broadcaster, sublayer) for m, sublayer in zip(self._modules.values(), self.sublayers, strict=True)
-        ]
+    def attach(self, broadcaster: Broadcaster, names: Collection[str]) -> Iterator[tuple[str, Detachable]]:
+        """Yield the memberships of modules in `broadcaster`."""
+        for sublayer in self.sublayers:
+            if sublayer.name in names:
+                yield sublayer.name, self._modules[sublayer.name].join(broadcaster, sublayer)

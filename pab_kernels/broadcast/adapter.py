@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..rules.plan import Sublayer
@@ -32,5 +32,13 @@ class Adapter(Protocol):
     def cache_points(self) -> Sequence[str]:
         """The cache points that this family supports."""
 
-    def attach(self, broadcaster: Broadcaster) -> Iterable[Detachable]:
-        """Yield the stand-ins that make the blocks follow the broadcaster's turns; the broadcaster attaches them."""
+    def attach(self, broadcaster: Broadcaster, names: Collection[str]) -> Iterable[tuple[str, Detachable]]:
+        """Yield the stand-ins that make sublayers follow the broadcaster's turns; the broadcaster attaches them.
+
+        Args:
+            broadcaster: of the model.
+            names: of the sublayers that have turns.
+
+        Yields:
+            The name of a sublayer, and its stand-in.
+        """

@@ -71,6 +71,7 @@ class Broadcaster:
         self._graphs = GraphPool()
         self._logged: set[str] = set()
         self._attached: list[Detachable] = []
+        self._sublayers: set[str] = set()  # those with a stand-in
         self._current: dict[str, CurrentTurn] = {}
         # What a compiled graph does depends on the turns, so calls are opened outside of graphs.
         self._outside = torch.compiler.disable(Broadcaster._opened, reason=_COMPILED_LAST)
@@ -114,6 +115,7 @@ class Broadcaster:
             cuda_graphs: whether calls are captured and replayed.
             chosen: whether the user wrote these rules for this model: rules without effect are then logged as warnings.
         """
+        self._attach_sublayers(config, timed)
         self.config, self.timed, self.cuda_graphs, self._chosen = config, timed, cuda_graphs, chosen
 
     # Attaching
@@ -122,14 +124,24 @@ class Broadcaster:
         """Install all stand-ins on the model. After an error or an interruption, `detach` removes those installed."""
         model = self._model()
         assert model is not None
-        for attached in self.adapter.attach(self):
-            self._put(attached)
+        self._attach_sublayers(self.config, self.timed)
         self._put(attach_forward(model, self._called))
         self.enclose(model)
         for name, replacement in (("cache_context", self._cache_context), (RESET, self._reset)):
             if hasattr(model, name):
                 self._put(Attached(model, name, replacement))
         self._put(Attached(model, "compile", self._compile))
+
+    def _attach_sublayers(self, config: PABConfig, timed: bool) -> None:
+        """Install the stand-ins that the rules need; those that earlier rules needed stay."""
+        sublayers = self.adapter.sublayers
+        for sublayer in sublayers:  # before the first call of any thread, which fills them
+            self.current(sublayer.name)
+        names = {s.name for s in sublayers if timed or s.how == "nn" or config.may_reuse(s.kind, s.layer)}
+        for name, attached in self.adapter.attach(self, names):
+            if name not in self._sublayers:
+                self._put(attached)
+                self._sublayers.add(name)
 
     def _put(self, attached: Detachable) -> None:
         self._attached.append(attached)  # first, so that `detach` finds it after an interruption
@@ -143,6 +155,7 @@ class Broadcaster:
         while self._attached:
             self._attached[-1].detach()
             self._attached.pop()
+        self._sublayers.clear()
         self._runs.clear()
         self._thread, self._graphs = CurrentCall(), GraphPool()
 

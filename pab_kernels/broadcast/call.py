@@ -56,16 +56,18 @@ class Call:
         return self.context.outputs if name == self.plan.whole else self.context.arena
 
     def prepare(self, turns: Turns | None = None) -> None:
-        """Decide every turn, before the model runs.
+        """Decide the turns of this call, before the model runs.
+
+        Sublayers that are never reused run plainly, unless time is measured.
 
         Args:
             turns: the objects to fill; default new ones.
         """
         self.turns = Turns(self.plan.sublayers) if turns is None else turns
-        idle = self.plan.idle
+        decided = self.plan.decided
         for (name, turn), decision in zip(self.turns.by_name.items(), self.plan.decisions(self.step), strict=True):
-            turn.idle = name in idle
-            turn.decide(decision, self.read(name, decision) if decision.action is Action.REUSE else None)
+            if name in decided or self.stopwatch is not None:
+                turn.decide(self, decision, self.read(name, decision) if decision.action is Action.REUSE else None)
         self.turns.call = self
 
     def sources(self, place: str, decision: Decision) -> tuple[Slot, ...]:
@@ -108,7 +110,7 @@ class Call:
     @property
     def measured(self) -> str | None:
         """The kind that time is attributed to now; None if time is not measured."""
-        return None if torch.compiler.is_dynamo_compiling() or self.stopwatch is None else self.stopwatch.kind
+        return None if self.stopwatch is None or torch.compiler.is_dynamo_compiling() else self.stopwatch.kind
 
     def mark(self, kind: str | None, device: torch.device | None = None) -> None:
         """Attribute time from now on to `kind`. Does nothing if time is not measured, or in a compiled graph.
@@ -117,7 +119,7 @@ class Call:
             kind: a kind of sublayers, `stopwatch.REST`, or None to stop.
             device: the device that works; default that of the last mark.
         """
-        if not torch.compiler.is_dynamo_compiling() and self.stopwatch is not None:
+        if self.stopwatch is not None and not torch.compiler.is_dynamo_compiling():
             self.stopwatch.mark(kind, device)
 
     def spare(self, kind: str, flops: int) -> None:
@@ -133,6 +135,8 @@ class Call:
         """Count the runs, stores and reuses of all sublayers, and end their turns."""
         self.over = True
         for turn in self.turns.by_name.values():
+            if turn.call is None:
+                continue
             runs, turn.runs = turn.runs, 0
             if runs:
                 turn.collect()

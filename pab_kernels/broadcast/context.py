@@ -74,7 +74,8 @@ class Tally:
     """Counts of the sublayers of one kind in one context.
 
     Args:
-        computed: number of runs, including those stored or forced.
+        computed: number of runs, including those stored or forced. Those of sublayers that are never reused are not
+            seen: they are as many as in a counted call, or one a call if FLOPs are not known.
         stored: number of runs whose output was kept.
         reused: number of runs replaced by kept outputs.
         forced: number of runs that the plan had as a reuse, but whose source was not there.

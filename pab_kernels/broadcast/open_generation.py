@@ -35,9 +35,9 @@ class OpenPlan(Plan):
         return {s.name: () for s in self.sublayers}
 
     @cached_property
-    def idle(self) -> frozenset[str]:
-        """Sublayers that are always computed."""
-        return frozenset(self.rows) - set(self._rules)
+    def decided(self) -> frozenset[str]:
+        """Names of the sublayers whose runs are decided: all that take part."""
+        return frozenset(self.rows)
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -46,8 +46,10 @@ class OpenPlan(Plan):
 
     @cached_property
     def _rules(self) -> dict[str, Broadcast]:
-        rules = {s.name: self.config.rule(s.kind, s.layer) for s in self.sublayers}
-        return {name: rule for name, rule in rules.items() if rule is not None and rule.range != 1}
+        rules = {
+            s.name: self.config.rule(s.kind, s.layer) for s in self.sublayers if self.config.may_reuse(s.kind, s.layer)
+        }
+        return {name: rule for name, rule in rules.items() if rule is not None}
 
     def at(self, timestep: float) -> OpenPlan:
         """Set the timestep of the current step, and return the plan."""

@@ -37,7 +37,7 @@ class BroadcastForward:
 
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         turn = self.current.turn
-        if turn is None or not turn.open or turn.passes():
+        if turn is None or turn.call is None:
             return original(*args, **kwargs)
         return self.run(turn, original, args, kwargs)
 
@@ -48,15 +48,18 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     Raises:
         TypeError: there is no tensor among the inputs.
     """
-    around = turn.call.measured
-    slot = turn.take(_first_tensor(turn.sublayer, args, kwargs))
+    call = turn.call
+    around = call.measured
+    first = args[0] if args and type(args[0]) is torch.Tensor else _first_tensor(turn.sublayer, args, kwargs)
+    slot = turn.take(first)
     if slot is not None:
         out = read(slot, turn.reads_last)
     else:
         out = compute(*args, **kwargs)
         if turn.stores:
             turn.put(kept(out, None if turn.dtype is None else _cloned_unless_quantised))
-    turn.call.mark(around)
+    if around is not None:
+        call.mark(around)
     return out
 
 
@@ -88,7 +91,8 @@ def broadcast_unprojected(
         out, stored = module.attend(x, *args, store=turn.store, **kwargs)
         if turn.stores:
             turn.put((stored, [out.dtype]))
-    turn.call.mark(around)
+    if around is not None:
+        turn.call.mark(around)
     return module.finish(out, x)
 
 
@@ -122,7 +126,8 @@ def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
             pairs = _continued(turn.sublayer, inputs, leaves)
             changes = [leaf if k is None else leaf - before[k] for k, leaf in zip(pairs, leaves, strict=True)]
             turn.put(kept((pairs, pytree.tree_unflatten(changes, nest)), _as_it_is))  # no copy: nothing else has them
-    turn.call.mark(around)
+    if around is not None:
+        turn.call.mark(around)
     return out
 
 

@@ -155,6 +155,22 @@ def _flops(of_context: Mapping[Any, int], costs: dict[Any, CallCosts], kinds: di
     return found
 
 
+def _without_turns(
+    generation: Generation, of_context: Mapping[Any, int], costs: Mapping[Any, CallCosts] | None
+) -> Counter[str]:
+    """The runs, by kind, of the sublayers that are never reused, which no call counts."""
+    assert generation.plan is not None, "it was called"
+    others = {s.name: s for s in generation.plan.sublayers if s.name not in generation.plan.decided}
+    found: Counter[str] = Counter()
+    for (arguments, reused, _), calls in of_context.items():
+        ran = others if costs is None else [run.name for run in costs[arguments].runs.values() if run.name in others]
+        skipped = {WHOLE.name, *(s.block for s in others.values())}.intersection(reused)
+        for name in ran if WHOLE.name not in skipped else ():
+            if others[name].block not in skipped:
+                found[others[name].kind] += calls
+    return found
+
+
 def summarise(generation: Generation | None, model: nn.Module) -> Summary:
     """The summary of a generation of `model`; an empty one for None."""
     if generation is None:
@@ -169,6 +185,10 @@ def summarise(generation: Generation | None, model: nn.Module) -> Summary:
     tallies = {}
     for c in contexts:
         here, found = c.tallies(), flops[c.name]
+        if c.stopwatch is None:
+            for kind, runs in _without_turns(generation, calls[c.name], costs).items():
+                tally = here.setdefault(kind, Tally())
+                tally.computed += runs
         # Kinds whose sublayers were only reused inside blocks never had a turn.
         within = [kind for kind in found.saved_by_kind if kind not in here]
         tallies[c.name] = {

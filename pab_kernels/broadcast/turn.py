@@ -73,9 +73,9 @@ class Turns:
 
     def __init__(self, sublayers: Sequence[Sublayer]) -> None:
         self.sublayers = sublayers
-        self.by_name = {sublayer.name: Turn(sublayer, self) for sublayer in sublayers}
+        self.by_name = {sublayer.name: Turn(sublayer) for sublayer in sublayers}
         self.call: Call | None = None
-        """The current call. Between two calls the sublayers run plainly."""
+        """The current call."""
 
 
 NO_TURNS = Turns(())
@@ -90,17 +90,15 @@ class Turn:
 
     Args:
         sublayer: the sublayer.
-        turns: the turns of the call, with this one among them.
     """
 
-    def __init__(self, sublayer: Sublayer, turns: Turns) -> None:
+    def __init__(self, sublayer: Sublayer) -> None:
         self.sublayer = sublayer
-        self._turns = turns
+        self.call: Any = None
+        """The current `Call`; None between two calls, and for a sublayer that is never reused: it runs plainly."""
         self.decision = _COMPUTE
         self.slot: Slot | Extrapolation | None = None
         """The output to reuse, or the `Extrapolation` of several; None if the sublayer computes."""
-        self.idle = False
-        """Whether its sublayer keeps and reuses nothing in the whole generation."""
         self.stores = False
         self.reads_last = False
         """Whether nothing else reads the result of `take`; always False in a graph, which serves other steps too."""
@@ -112,24 +110,14 @@ class Turn:
         self._kept: Any = None
         self._own_dtype: torch.dtype | None = None
 
-    @property
-    def call(self) -> Call:
-        """The current call."""
-        return self._turns.call  # type: ignore[return-value]
-
-    @property
-    def open(self) -> bool:
-        """Whether there is a current call: between two calls the sublayer runs plainly."""
-        return self._turns.call is not None
-
-    def decide(self, decision: Decision, slot: Slot | Extrapolation | None) -> None:
-        """Set what it does in the next call."""
-        self.decision, self.slot = decision, slot
+    def decide(self, call: Call, decision: Decision, slot: Slot | Extrapolation | None) -> None:
+        """Set what it does in a call."""
+        self.call, self.decision, self.slot = call, decision, slot
         self.stores = _stores(decision, slot)
 
     def end(self) -> None:
         """Reset it after the call."""
-        self.decision, self.slot, self.stores = _COMPUTE, None, False
+        self.call, self.decision, self.slot, self.stores = None, _COMPUTE, None, False
         self.runs = self.reused = self.stored = 0
         self.reads_last, self._place, self._kept = False, self.sublayer.name, None
 
@@ -174,13 +162,6 @@ class Turn:
     def dtype(self) -> torch.dtype | None:
         """The 8-bit dtype that outputs are kept in, or None for their own."""
         return CACHE_DTYPES[self.call.generation.config.cache_dtype]
-
-    def passes(self) -> bool:
-        """Whether the sublayer is idle and only has to run, which this counts; always False in a compiled graph."""
-        if torch.compiler.is_dynamo_compiling() or not self.idle or self.call.stopwatch is not None:
-            return False
-        self.runs += 1
-        return True
 
     @property
     def store(self) -> Turn | None:

@@ -60,7 +60,7 @@ class BroadcastModule(nn.Module):
         member = self._member
         # A shallow copy has the member too.
         turn = None if member is None or member.module is not self else member.current.turn
-        if turn is None or not turn.open or turn.passes():
+        if turn is None or turn.call is None:
             return self.module(*args, **kwargs)
         if turn.unprojected and isinstance(self.module, PartsModule):
             return self.module(*args, turn=turn, **kwargs)

@@ -306,6 +306,11 @@ class PABConfig:
                 found = broadcast
         return found
 
+    def may_reuse(self, kind: str, layer: int) -> bool:
+        """Whether a sublayer is reused at some step of some schedule."""
+        rule = self.rule(kind, layer)
+        return rule is not None and rule.range != 1
+
     def broadcasts(self) -> list[tuple[str, Broadcast]]:
         """All (kind, rule) pairs; later ones override earlier ones."""
         fields = [(kind, getattr(self, kind)) for kind in KINDS if getattr(self, kind) is not None]

@@ -34,7 +34,8 @@ class Sublayer:
         name: the module's name in the model.
         kind: one of `KINDS`.
         layer: index of its block, for rules restricted to some layers.
-        how: how it runs under PAB: "fused" (on the residual stream) or "module" (called as it is).
+        how: how it runs under PAB: "fused" (on the residual stream), "module" (called as it is) or "nn" (a module of
+            `pab_kernels.nn`, which may keep more than its outputs).
         block: name of the `block` sublayer around it, if any.
         why: the evidence for its kind, in a few words, if it was found and not declared.
     """
@@ -295,9 +296,11 @@ class Plan:
         return self._columns[step - self.schedule.begin]
 
     @cached_property
-    def idle(self) -> frozenset[str]:
-        """Names of the sublayers that are never reused."""
-        return frozenset(name for name, row in self.rows.items() if not any(d.action is Action.REUSE for d in row))
+    def decided(self) -> frozenset[str]:
+        """Names of the sublayers whose runs are decided: those reused at some step, and modules of `nn`, which may keep
+        more than their outputs."""
+        reused = [name for name, row in self.rows.items() if any(d.action is Action.REUSE for d in row)]
+        return frozenset(reused).union(s.name for s in self.sublayers if s.how == "nn")
 
     def outputs(self, name: str) -> int:
         """The most outputs that a reuse of `name` reads; 1 if it is not a sublayer."""

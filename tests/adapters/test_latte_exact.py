@@ -43,7 +43,7 @@ NOTHING_REUSED = {
 def test_nothing_reused_is_bit_identical_to_no_pab(case: str, dtype: torch.dtype) -> None:
     pipe = tiny_pipe(model=tiny_latte(dtype))
     plain = sample(pipe, 4)
-    pab.enable(pipe, NOTHING_REUSED[case])
+    pab.enable(pipe, NOTHING_REUSED[case], timed=True)
     with counted_operations() as operations:
         assert torch.equal(sample(pipe, 4), plain)
     assert operations["attention"].call_count == 4 * LAYERS * 3
@@ -88,7 +88,7 @@ def same_as_plain(
     change(pipe.transformer)
     plain = sample(pipe, steps)
     yield pipe
-    pab.enable(pipe, PABConfig())
+    pab.enable(pipe, PABConfig(), timed=True)
     assert torch.equal(sample(pipe, steps), plain)
     assert not torch.equal(before, plain)
     pab.enable(pipe, PABConfig(spatial=2, temporal=2, cross=2, mlp=2))
@@ -279,7 +279,7 @@ CHANGES = [
 def test_no_fused_operation_gets_a_weight_that_is_more_than_its_numbers() -> None:
     model = tiny_latte()
     weight_of_another_class(model)
-    pab.enable(model, PABConfig(), num_steps=1)
+    pab.enable(model, PABConfig(), num_steps=1, timed=True)
     with counted_operations() as operations:
         model(noise(), timestep=torch.tensor([500]), encoder_hidden_states=prompt())
     assert operations["project_residual"].call_count == 5 * LAYERS - 1
@@ -296,7 +296,7 @@ def test_the_slow_attention_processor_is_used() -> None:
     pipe = tiny_pipe()
     pipe.transformer.transformer_blocks[0].attn1.set_processor(AttnProcessor())
     plain = sample(pipe, 3)
-    pab.enable(pipe, PABConfig())
+    pab.enable(pipe, PABConfig(), timed=True)
     with counted_operations() as operations:
         assert torch.equal(sample(pipe, 3), plain)
     assert operations["attention"].call_count == 3 * (3 * LAYERS - 1)
@@ -336,7 +336,7 @@ def test_temporal_attention_can_be_left_out() -> None:
     plain = model(**inputs, enable_temporal_attentions=False).sample
     pab.enable(model, PABConfig(spatial=2, temporal=2, cross=2), num_steps=10)
     assert torch.equal(model(**inputs, enable_temporal_attentions=False).sample, plain)
-    assert set(pab.summary(model).contexts["#0"]) == {"spatial", "cross", "mlp"}
+    assert set(pab.summary(model).contexts["#0"]) == {"spatial", "cross", "mlp", "block"}
 
 
 def test_dropout_drops_in_training_mode() -> None:
@@ -346,13 +346,13 @@ def test_dropout_drops_in_training_mode() -> None:
     plain = model(**inputs).sample
     torch.manual_seed(4)
     assert not torch.equal(model(**inputs).sample, plain)
-    pab.enable(model, PABConfig(), num_steps=2)
+    pab.enable(model, PABConfig(), num_steps=2, timed=True)
     torch.manual_seed(3)
     assert torch.equal(model(**inputs).sample, plain)
     model.eval()
     pab.disable(model)
     plain = model(**inputs).sample
-    pab.enable(model, PABConfig(), num_steps=1)
+    pab.enable(model, PABConfig(), num_steps=1, timed=True)
     assert torch.equal(model(**inputs).sample, plain)
 
 
@@ -361,7 +361,7 @@ def test_autocast_is_plain_autocast(dtype: torch.dtype) -> None:
     pipe = tiny_pipe(model=tiny_latte(dtype))
     with torch.autocast("cpu", torch.bfloat16):
         plain = sample(pipe, 4)
-        pab.enable(pipe, PABConfig())
+        pab.enable(pipe, PABConfig(), timed=True)
         with counted_operations() as operations:
             assert torch.equal(sample(pipe, 4), plain)
     assert operations["attention"].called
@@ -374,7 +374,7 @@ def test_norms_in_float32_of_a_bfloat16_model_are_called() -> None:
     for block in pipe.transformer.transformer_blocks:
         block.norm1.float()
     plain = sample(pipe, 3)
-    pab.enable(pipe, PABConfig())
+    pab.enable(pipe, PABConfig(), timed=True)
     with counted_operations() as operations:
         assert torch.equal(sample(pipe, 3), plain)
     norms = [call for call in operations["broadcast_residual"].call_args_list if call.args[0].norm]
@@ -428,7 +428,7 @@ def test_hooks_of_diffusers_and_accelerate_on_model_and_blocks_work_around_pab(w
 
     if when == "before":
         add_hooks()
-    pab.enable(pipe, PABConfig())
+    pab.enable(pipe, PABConfig(), timed=True)
     if when == "after":
         add_hooks()
     with counted_operations() as operations:

@@ -40,7 +40,8 @@ def take(generation: Generation, step: int | None = None, x: Tensor = X, name: s
     assert call is not None
     call.prepare()
     turn = call.turns.by_name.get("a")
-    if turn is None:  # the rule reuses nothing at any step
+    if turn is None or turn.call is None:  # the rule reuses nothing at any step
+        call.finish()
         return Taken(None, False)
     slot = turn.take(x)
     stores = slot is None and turn.stores

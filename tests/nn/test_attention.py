@@ -427,10 +427,10 @@ def test_it_runs_as_the_plan_says() -> None:
     model = randomised(Model())
     pab.enable(model, PABConfig(spatial=2, temporal=Broadcast(3, (0, 1), layers=(1,))), num_steps=6)
     assert [(s.name, s.kind, s.layer, s.how) for s in pab.sublayers(model)] == [
-        ("space.0", "spatial", 0, "module"),
-        ("space.1", "spatial", 1, "module"),
-        ("time.0", "temporal", 0, "module"),
-        ("time.1", "temporal", 1, "module"),
+        ("space.0", "spatial", 0, "nn"),
+        ("space.1", "spatial", 1, "nn"),
+        ("time.0", "temporal", 0, "nn"),
+        ("time.1", "temporal", 1, "nn"),
     ]
     got: list[Tensor] = []
     model.time[1].register_forward_hook(lambda module, args, out: got.append(out.clone()))

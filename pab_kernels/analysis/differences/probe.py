@@ -11,7 +11,7 @@ last output is kept, and nothing is read from the device before the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,10 +84,10 @@ class Probe:
         self.num_steps = 0
         self.timesteps: tuple[float, ...] | None = None
 
-    def attach(self, broadcaster: Broadcaster) -> Iterator[Attached]:
-        """Yield wrappers of the modules' `forward` that measure."""
+    def attach(self, broadcaster: Broadcaster, names: Collection[str]) -> Iterator[tuple[str, Attached]]:
+        """Yield wrappers of every module's `forward` that measure."""
         for sublayer, module in zip(self.sublayers, self._modules, strict=True):
-            yield attach_forward(module, self._forward(broadcaster, sublayer))
+            yield sublayer.name, attach_forward(module, self._forward(broadcaster, sublayer))
 
     def differences(self) -> list[Differences]:
         """All differences so far; only this method reads from the device."""
