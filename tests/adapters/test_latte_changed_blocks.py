@@ -126,7 +126,7 @@ def test_a_changed_block_is_run_as_it_is_and_the_others_are_fused(change: Callab
         "transformer_blocks.1": "fused",
         "temporal_transformer_blocks.1": "fused",
     }
-    pab.enable(pipe, ONE)
+    pab.enable(pipe, ONE, timed=True)
     with counted_operations() as operations:
         tiny.sample(pipe, 1)
     assert operations["attention"].call_count == 4  # of 6
@@ -231,7 +231,7 @@ def test_a_block_that_is_changed_after_enable_is_run_as_it_is_from_the_next_gene
         expected = LATTE.sample(twin, STEPS)
     assert torch.equal(LATTE.sample(pipe, STEPS), expected)
     assert pab.summary(pipe).forced == 0
-    pab.enable(pipe, ONE)
+    pab.enable(pipe, ONE, timed=True)
     assert torch.equal(LATTE.sample(pipe, STEPS), plain)
     pab.disable(pipe)
     assert torch.equal(LATTE.sample(pipe, STEPS), plain)
@@ -250,7 +250,7 @@ def test_a_block_that_is_changed_back_is_fused_again() -> None:
     pipe = LATTE.build()
     plain = LATTE.sample(pipe, 2)
     crossing_only(pipe.transformer.transformer_blocks[0])
-    pab.enable(pipe, ONE)
+    pab.enable(pipe, ONE, timed=True)
     pipe.transformer.transformer_blocks[0].only_cross_attention = False
     with counted_operations() as operations:
         assert torch.equal(LATTE.sample(pipe, 2), plain)

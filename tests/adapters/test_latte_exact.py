@@ -336,7 +336,7 @@ def test_temporal_attention_can_be_left_out() -> None:
     plain = model(**inputs, enable_temporal_attentions=False).sample
     pab.enable(model, PABConfig(spatial=2, temporal=2, cross=2), num_steps=10)
     assert torch.equal(model(**inputs, enable_temporal_attentions=False).sample, plain)
-    assert set(pab.summary(model).contexts["#0"]) == {"spatial", "cross", "mlp", "block"}
+    assert set(pab.summary(model).contexts["#0"]) == {"spatial", "cross", "mlp"}
 
 
 def test_dropout_drops_in_training_mode() -> None:

@@ -139,7 +139,7 @@ def test_modules_run_as_the_plan_says() -> None:
     pab.enable(model, PABConfig(spatial=Broadcast(2, (0, 1)), temporal=rule), num_steps=STEPS)
     names = [s.name for s in pab.sublayers(model)]
     assert names == [f"blocks.{i}.{part}" for i in range(2) for part in ("joint", "temporal", "mlp")]
-    assert {s.how for s in pab.sublayers(model)} == {"module"}
+    assert {s.how for s in pab.sublayers(model)} == {"nn"}
     for i in range(STEPS):
         model(**inputs(i))
     joint, all_steps, third = STEPS // 2, STEPS, 3

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
+from pab_kernels.broadcast.attach import is_stand_in
 from tests.hang import HANG
 
 KINDS = {"blocks.*.0": "spatial", "blocks.*.1": "mlp"}
@@ -127,3 +128,18 @@ def test_an_enabled_model_is_exported_after_calls(model: Model) -> None:
     assert torch.equal(exported.module()(X), plain)
     model(X)
     assert counts(model) == {"spatial": (2, 2), "mlp": (4, 0)}
+
+
+def stand_ins(model: Model) -> set[str]:
+    return {name for name, module in model.named_modules() if name and is_stand_in(vars(module).get("forward"))}
+
+
+def test_only_sublayers_that_a_rule_reuses_have_stand_ins(model: Model) -> None:
+    attention, mlps = {"blocks.0.0", "blocks.1.0"}, {"blocks.0.1", "blocks.1.1"}
+    assert stand_ins(model) == attention
+    pab.enable(model, PABConfig(spatial=1, mlp=Broadcast(2, layers=[1])))
+    assert stand_ins(model) == attention | {"blocks.1.1"}, "those of earlier rules stay: their generation may go on"
+    pab.enable(model, PABConfig(), timed=True)
+    assert stand_ins(model) == attention | mlps | {"blocks.0", "blocks.1"}, "time is measured between sublayers"
+    pab.disable(model)
+    assert not stand_ins(model)
