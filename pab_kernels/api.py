@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from .broadcast.summary import Summary, together
 from .compat import uncompiled
 from .rules.config import PABConfig
 from .rules.plan import Sublayer
-from .rules.presets import preset_for, preset_name, presets
+from .rules.presets import default_preset, presets
 
 logger = logging.getLogger("pab_kernels")
 
@@ -88,8 +87,10 @@ def enable(
 
     Args:
         model_or_pipe: a diffusers pipeline, or a DiT.
-        config: the rules; default the published preset of the model's class, else the ranges 2/4/6 in the middle of the
-            schedule.
+        config: the rules; default the preset "balanced", which skips the whole model at every second step in the middle
+            of the schedule and predicts its output, or "balanced-line" on a bare module and on a pipeline with several
+            schedulers. They are not calibrated for the model. Below 12 steps, and for schedulers that forecasts refuse,
+            presets leave the model alone, which is logged.
         num_steps: number of steps of a bare module's first generation.
         timesteps: the timesteps of that generation, needed if the config counts in timesteps.
         timed: whether `summary` reports seconds by kind, from the next generation on; default unchanged, initially
@@ -121,12 +122,6 @@ def enable(
     if config is not None and not isinstance(config, PABConfig):
         raise TypeError(
             f"config must be a PABConfig, got {type(config).__name__}; PABConfig.preset(name) gives a named one"
-        )
-    whole = None if config is None else config.rule("model", 0)
-    if pipe is not None and whole is not None and whole.reuse == "forecast" and (others := other_schedulers(pipe)):
-        raise ValueError(
-            f"reuse='forecast' predicts what one scheduler's `step` gets, and {type(pipe).__name__} also has "
-            f"{', '.join(others)}; use reuse='linear' or 'hold'"
         )
     with contextlib.ExitStack() as undo:
         for name, model in models.items():
@@ -171,25 +166,24 @@ def enable_model(
             f"PAB is enabled on this {type(model).__name__} by enable_cache, which sets its rules and excludes CUDA "
             "graphs; call disable_cache first"
         )
-    chosen = config
-    if chosen is None:
-        known = pipe is not None or timesteps is not None
-        chosen = broadcaster.config if broadcaster else preset_for(model, timesteps_known=known)
+    if config is not None:
+        chosen, own = config, config not in presets().values()
+    elif broadcaster is not None:
+        chosen, own = broadcaster.config, broadcaster.chosen
+    else:
+        chosen, own = default_preset(pipe is not None and not other_schedulers(pipe)), False
+    whole = chosen.rule("model", 0)
+    if pipe is not None and whole is not None and whole.reuse == "forecast" and (others := other_schedulers(pipe)):
+        raise ValueError(
+            f"reuse='forecast' predicts what one scheduler's `step` gets, and {type(pipe).__name__} also has "
+            f"{', '.join(others)}; use reuse='linear' or 'hold'"
+        )
     adapter = broadcaster.adapter if broadcaster else adapter_for(model, kinds)
     if chosen.cache_point not in adapter.cache_points:
-        if config is not None:
-            supported = ", ".join(map(repr, adapter.cache_points))
-            raise ValueError(
-                f"cache_point {chosen.cache_point!r} does not suit {type(model).__name__}; supported are {supported}"
-            )
-        logger.warning(
-            "%s: its preset %r keeps outputs at cache_point %r, which is not supported for this model; they are kept "
-            "at 'pre_gate' instead, and results differ from the published ones",
-            type(model).__name__,
-            preset_name(model, timesteps_known=True),
-            chosen.cache_point,
+        supported = ", ".join(map(repr, adapter.cache_points))
+        raise ValueError(
+            f"cache_point {chosen.cache_point!r} does not suit {type(model).__name__}; supported are {supported}"
         )
-        chosen = dataclasses.replace(chosen, cache_point="pre_gate")
     timed = (broadcaster is not None and broadcaster.timed) if timed is None else timed
     cuda_graphs = (broadcaster is not None and broadcaster.cuda_graphs) if cuda_graphs is None else cuda_graphs
     if timed and cuda_graphs:
@@ -203,12 +197,14 @@ def enable_model(
         setattr(model, ATTRIBUTE, broadcaster)
         broadcaster.attach()
     else:
-        undo.callback(broadcaster.configure, broadcaster.config, broadcaster.timed, broadcaster.cuda_graphs)
+        undo.callback(
+            broadcaster.configure, broadcaster.config, broadcaster.timed, broadcaster.cuda_graphs, broadcaster.chosen
+        )
         if pipe is not None and not broadcaster.watches(pipe):
             undo.callback(broadcaster.unwatch, pipe)
     if given is not None and given is not model:
         broadcaster.enclose(given)
-    broadcaster.configure(chosen, timed, cuda_graphs, config is not None and config not in presets().values())
+    broadcaster.configure(chosen, timed, cuda_graphs, own)
     if pipe is not None:
         broadcaster.watch(pipe)
     if num_steps is not None or timesteps is not None:

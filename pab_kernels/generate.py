@@ -24,7 +24,7 @@ from .files import path_of, write_text
 from .progress import RunProgress
 from .rules.config import PABConfig
 from .rules.formats import named_config
-from .rules.presets import preset_for
+from .rules.presets import default_preset
 from .strict_json import to_json
 
 WARM_UP = 2
@@ -38,7 +38,7 @@ class Settings:
     Args:
         model: hub id or folder of a pipeline, as for `load_pipeline`.
         wish: prompt, steps, size and other arguments of the pipeline.
-        pab: "auto" (the published preset of the model's class, else ranges 2/4/6), "off", a preset or a config file.
+        pab: "auto" (the preset "balanced"), "off", a preset or a config file.
         compare: whether to sample the same noise without PAB first.
         dtype: of the weights, one of `DTYPES`; default as for `load_pipeline`.
         device, offload: as for `load_pipeline`.
@@ -80,7 +80,7 @@ class Settings:
     def config(self, transformer: Any) -> PABConfig | None:
         """The rules for a transformer, or None if PAB is off."""
         if self.pab == "auto":
-            return preset_for(transformer, timesteps_known=True)
+            return default_preset(follows_scheduler=True)
         return None if self.pab == "off" else named_config(self.pab)
 
     def to_dict(self) -> dict[str, Any]:

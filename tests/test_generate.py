@@ -112,9 +112,9 @@ def test_ranges_of_one_from_a_file_change_nothing(checkpoints: Path, tmp_path: P
     assert json.loads((tmp_path / "results.json").read_text())["runs"][1]["quality"]["equal"] is True
 
 
-def test_pab_auto_is_the_preset_of_the_class_and_off_is_the_pipeline_alone(checkpoints: Path, tmp_path: Path) -> None:
+def test_pab_auto_skips_the_model_and_off_is_the_pipeline_alone(checkpoints: Path, tmp_path: Path) -> None:
     auto = generate(Settings(str(checkpoints / "latte"), asked("latte", 2), device="cpu"), tmp_path / "auto")
-    assert [run.key for run in auto.runs] == ["pab"] and auto.runs[0].config == PABConfig.preset("latte")
+    assert [run.key for run in auto.runs] == ["pab"] and auto.runs[0].config == PABConfig.preset("balanced")
     assert {path.name for path in auto.files} == {"pab.mp4", "schedule.png", "results.json"} and auto.runs[
         0
     ].quality is None

@@ -59,7 +59,8 @@ class Broadcaster:
         self.config = config
         self.timed = False
         self.cuda_graphs = False
-        self._chosen = True
+        self.chosen = True
+        """Whether the user wrote the rules for this model."""
         self.clock: Callable[[], Any] | None = None
         """Returns the current timestep; used for runs whose scheduler is not followed."""
         self.plain_calls = 0
@@ -116,7 +117,7 @@ class Broadcaster:
             chosen: whether the user wrote these rules for this model: rules without effect are then logged as warnings.
         """
         self._attach_sublayers(config, timed)
-        self.config, self.timed, self.cuda_graphs, self._chosen = config, timed, cuda_graphs, chosen
+        self.config, self.timed, self.cuda_graphs, self.chosen = config, timed, cuda_graphs, chosen
 
     # Attaching
 
@@ -191,7 +192,12 @@ class Broadcaster:
         if not self.cuda_graphs:
             self._graphs = GraphPool()
         generation = Generation(
-            self.config, self.adapter.sublayers, timed=self.timed, cuda_graphs=self.cuda_graphs, **schedule
+            self.config,
+            self.adapter.sublayers,
+            timed=self.timed,
+            cuda_graphs=self.cuda_graphs,
+            preset=not self.chosen,
+            **schedule,
         )
         generation.at_end = self._judge
         if generation.scheduler is None:
@@ -412,6 +418,9 @@ class Broadcaster:
         plan = generation.plan
         if plan is None:
             return
+        if generation.left_alone is not None:
+            self._once(f"{self._name}: PAB leaves it alone: {generation.left_alone}")
+            return
         if logger.isEnabledFor(logging.INFO):
             reused = ", ".join(
                 f"{kind} reused {c.reused} of {len(plan.steps)}" for kind, c in plan.step_counts().items()
@@ -419,7 +428,7 @@ class Broadcaster:
             steps = generation.schedule.num_steps
             logger.info("%s: a generation of %d steps, %d patterns; %s", self._name, steps, plan.patterns, reused)
         for line in plan.notes:
-            self._once(line, logging.WARNING if self._chosen else logging.INFO)
+            self._once(line, logging.WARNING if self.chosen else logging.INFO)
 
     def _once(self, message: str, level: int = logging.WARNING) -> None:
         if message not in self._logged:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -178,6 +178,23 @@ class Forecaster:
         return x
 
 
+def refusal(scheduler: Any) -> str | None:
+    """Why no outputs can be predicted for a scheduler whose timesteps are set; None if they can."""
+    try:
+        solver(scheduler)
+        parameters = inspect.signature(type(scheduler).step).parameters
+        return None if {"model_output", "sample"} <= set(parameters) else _refused(scheduler, parameters)
+    except ValueError as error:
+        return str(error)
+
+
+def _refused(scheduler: Any, parameters: Iterable[str]) -> str:
+    return (
+        f"{type(scheduler).__name__}.step takes {', '.join(parameters)}; reuse='forecast' needs model_output and "
+        "sample among them: use reuse='linear' or 'hold'"
+    )
+
+
 def _given(
     scheduler: Any, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> inspect.BoundArguments:
@@ -185,10 +202,7 @@ def _given(
     for signature in (inspect.signature(step), inspect.signature(MethodType(type(scheduler).step, scheduler))):
         if {"model_output", "sample"} <= set(signature.parameters):
             return signature.bind(*args, **kwargs)
-    raise TypeError(
-        f"{type(scheduler).__name__}.step takes {', '.join(signature.parameters)}; reuse='forecast' needs model_output "
-        "and sample among them: use reuse='linear' or 'hold'"
-    )
+    raise TypeError(_refused(scheduler, signature.parameters))
 
 
 def _call(step: Callable[..., Any], given: inspect.BoundArguments, output: torch.Tensor, sample: torch.Tensor) -> Any:

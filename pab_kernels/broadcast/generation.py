@@ -13,12 +13,13 @@ from torch import nn
 
 from ..rules.config import PABConfig
 from ..rules.plan import Action, Plan, Sublayer
+from ..rules.presets import FEWEST_STEPS
 from ..rules.schedule import Schedule
 from . import fusing
 from .call import Call
 from .context import Context
 from .costs import Arguments, CallCosts, call_costs
-from .forecaster import Forecaster
+from .forecaster import Forecaster, refusal
 from .inputs import NO_INPUTS, Inputs
 from .slots import Key, Meter
 from .timesteps import Moment, Timesteps
@@ -42,6 +43,7 @@ class Generation:
         timed: whether seconds are measured by kind.
         cuda_graphs: whether the model's calls are captured and replayed.
         end: the step at which another model takes over, or None.
+        preset: whether the rules are a preset: where it does not suit the schedule, the model is left alone.
     """
 
     def __init__(
@@ -56,8 +58,12 @@ class Generation:
         timed: bool = False,
         cuda_graphs: bool = False,
         end: int | None = None,
+        preset: bool = False,
     ) -> None:
         self.config = config
+        self.preset = preset
+        self.left_alone: str | None = None
+        """Why the rules do not apply; None if they do."""
         self.sublayers = tuple(sublayers)
         self.schedule = Schedule.of(num_steps, timesteps, end=end)
         self.timesteps = Timesteps(self.schedule.timesteps, timesteps)
@@ -152,11 +158,23 @@ class Generation:
     def start(self, begin: int = 0) -> Plan:
         """Make the plan for a schedule that is entered at step `begin`."""
         self.schedule = dataclasses.replace(self.schedule, begin=begin)
+        self.left_alone = self._unsuited() if self.preset else None
+        if self.left_alone is not None:
+            self.config = PABConfig()
         self.plan = Plan(self.config, self.schedule, self.sublayers)
         if self.plan.whole is None or not any(decision.reads for decision in self.plan.rows[self.plan.whole]):
             self.forecaster = None
         self.step = begin
         return self.plan
+
+    def _unsuited(self) -> str | None:
+        """Why a preset that skips the model does not suit the schedule; None if it does."""
+        rule, steps = self.config.rule("model", 0), len(self.schedule.steps)
+        if rule is None:
+            return None
+        if steps < FEWEST_STEPS:
+            return f"it runs at {steps} steps, and below {FEWEST_STEPS} outputs change too much to skip any"
+        return refusal(self.scheduler) if rule.reuse == "forecast" else None
 
     # Calls
 

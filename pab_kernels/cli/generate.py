@@ -67,9 +67,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the noise, which is the same on every device and in all runs.")] = 0,
     pab: Annotated[
         str,
-        typer.Option(
-            help="auto (the published preset of the model, else 2/4/6), off, a preset, or a config file (.yaml, .json)."
-        ),
+        typer.Option(help="auto (the preset balanced), off, a preset, or a config file (.yaml, .json)."),
     ] = "auto",
     compare: Annotated[
         bool, typer.Option("--compare", help="Run without PAB first, from the same noise, and compare.")

@@ -100,7 +100,7 @@ def command(
     steps: Annotated[int | None, typer.Option(help="Sampling steps. Default: the model's usual number.")] = None,
     config: Annotated[
         str | None,
-        typer.Option(metavar="PRESET|FILE", help="A preset, or a .yaml or .json file. Default: the model's preset."),
+        typer.Option(metavar="PRESET|FILE", help="A preset, or a .yaml or .json file. Default: balanced."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the model: bfloat16, float16 or float32.")] = "bfloat16",
     batch: Annotated[int, typer.Option(help="Clips in a batch.")] = 1,

@@ -10,7 +10,8 @@ one. If a schedule has none of them, `Plan.notes` reports it.
 through the two before it.
 
 "close", "balanced" and "fast" are for pipelines of any model and skip the whole model, with forecasts. They are not
-calibrated: of 30 steps they run 24, 19 and 16.
+calibrated: of 30 steps they run 24, 19 and 16. "balanced-line" does the same as "balanced" on the model's own output,
+where no scheduler is followed.
 """
 
 from __future__ import annotations
@@ -55,19 +56,14 @@ _PRESETS: dict[str, PABConfig] = {
     "close": _skipping(2, 0.5, 0.9),
     "balanced": _skipping(2, 0.15, 0.85),
     "fast": _skipping(3, 0.2, 0.9),
+    "balanced-line": PABConfig(model=Broadcast(2, (0.15, 0.85), reuse="linear")),
     "pab246": PABConfig(spatial=2, temporal=4, cross=6),
     "pab357": PABConfig(spatial=3, temporal=5, cross=7),
     "pab579": PABConfig(spatial=5, temporal=7, cross=9),
 }
 
-_BY_CLASS = {
-    "LatteTransformer3DModel": "latte",
-    "CogVideoXTransformer3DModel": "cogvideox",
-    "STDiT3": "open-sora-1.2",
-}
-
-DEFAULT = "pab246"
-"""The preset of classes without a published one: the paper's ranges with the window in fractions."""
+FEWEST_STEPS = 12
+"""With fewer steps, outputs change too much from one to the next for a preset that skips the model."""
 
 
 def presets() -> dict[str, PABConfig]:
@@ -82,12 +78,6 @@ def preset(name: str) -> PABConfig:
     return _PRESETS[name]
 
 
-def preset_name(model: object, *, timesteps_known: bool) -> str:
-    """The name of the preset of a model's class; `DEFAULT` if its windows need timesteps that are not known."""
-    name = next((_BY_CLASS[c.__name__] for c in type(model).__mro__ if c.__name__ in _BY_CLASS), DEFAULT)
-    return name if timesteps_known else DEFAULT
-
-
-def preset_for(model: object, *, timesteps_known: bool) -> PABConfig:
-    """The preset that `preset_name` names."""
-    return _PRESETS[preset_name(model, timesteps_known=timesteps_known)]
+def default_preset(follows_scheduler: bool) -> PABConfig:
+    """The config that `enable` takes without one: for a pipeline whose one scheduler is followed, or for others."""
+    return _PRESETS["balanced" if follows_scheduler else "balanced-line"]

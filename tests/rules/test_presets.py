@@ -8,13 +8,11 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import pab_kernels as pab
 from pab_kernels.rules.config import Broadcast, PABConfig
-from pab_kernels.rules.plan import Action, Plan, Sublayer, plan
-from pab_kernels.rules.presets import preset_for, presets
-from pab_kernels.rules.schedule import Schedule
+from pab_kernels.rules.plan import Action, Plan, plan
+from pab_kernels.rules.presets import default_preset, presets
 from tests.broadcast.toy import EVERY_STEP, toy
 
 
@@ -96,7 +94,7 @@ PUBLISHED = {
 
 
 def test_presets_are_the_published_settings() -> None:
-    ours = {"demo", "close", "balanced", "fast"}  # for the model of the package, and for any model
+    ours = {"demo", "close", "balanced", "balanced-line", "fast"}  # for the model of the package, and for any model
     assert {name: config for name, config in presets().items() if name not in ours} == PUBLISHED
     assert presets().keys() == PUBLISHED.keys() | ours
     assert all(PABConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config for config in presets().values())
@@ -117,7 +115,7 @@ def test_presets_cannot_be_changed_through_the_dict_that_lists_them() -> None:
 def test_an_unknown_preset_is_refused_in_one_line_that_lists_them() -> None:
     with pytest.raises(
         ValueError,
-        match="there is no preset 'pab'; supported are balanced, close, cogvideox, demo, .*vchitect",
+        match="there is no preset 'pab'; supported are balanced, balanced-line, close, cogvideox, demo, .*vchitect",
     ) as error:
         PABConfig.preset("pab")
     assert "\n" not in str(error.value)
@@ -174,26 +172,14 @@ def test_a_table_none_of_whose_timesteps_occurs_is_noted(name: str, timesteps: l
     assert bool(_mlp_steps(made)["STORE"]) == (not missing)
 
 
-# Choosing by class
+# The default
 
 
-class LatteTransformer3DModel(nn.Module):
-    pass
-
-
-class Finetuned(LatteTransformer3DModel):
-    pass
-
-
-def test_a_model_gets_the_preset_of_its_class_or_of_a_base_class() -> None:
-    assert preset_for(LatteTransformer3DModel(), timesteps_known=True) == PUBLISHED["latte"]
-    assert preset_for(Finetuned(), timesteps_known=True) == PUBLISHED["latte"]
-    assert preset_for(nn.Linear(1, 1), timesteps_known=True) == PUBLISHED["pab246"]
-
-
-def test_without_timesteps_the_preset_is_one_that_needs_none() -> None:
-    config = preset_for(LatteTransformer3DModel(), timesteps_known=False)
-    assert Plan(config, Schedule(20), (Sublayer("a", "spatial", 0),)).counts()["spatial"].reused > 0
+def test_the_default_skips_the_model_with_forecasts_where_a_scheduler_is_followed() -> None:
+    assert default_preset(follows_scheduler=True) == PABConfig.preset("balanced")
+    line = default_preset(follows_scheduler=False)
+    assert [(kind, rule.reuse) for kind, rule in line.broadcasts()] == [("model", "linear")]
+    assert plan(line, num_steps=30).step_counts()["model"].computed == 19
 
 
 def test_rules_without_effect_are_a_warning_where_somebody_wrote_them_for_the_model(
@@ -202,7 +188,7 @@ def test_rules_without_effect_are_a_warning_where_somebody_wrote_them_for_the_mo
     """A preset is for many models: of its rules one reads with INFO."""
     caplog.set_level(logging.INFO, "pab_kernels")
     written = PABConfig(spatial=Broadcast(2, EVERY_STEP), temporal=Broadcast(4, EVERY_STEP))
-    for config, level in ((None, logging.INFO), (PABConfig.preset("pab246"), logging.INFO), (written, logging.WARNING)):
+    for config, level in ((PABConfig.preset("pab246"), logging.INFO), (written, logging.WARNING)):
         caplog.clear()
         pab.enable(toy(), config, num_steps=8)
         assert [

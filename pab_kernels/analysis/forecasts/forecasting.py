@@ -12,7 +12,7 @@ from ...broadcast.slots import CACHE_DTYPES
 from ...messages import first_line, shown
 from ...rules.config import PABConfig
 from ...rules.plan import Action, Counts, Forecast, Plan
-from ...rules.presets import preset_for
+from ...rules.presets import default_preset
 from ...rules.schedule import Schedule, check_steps
 from ..pipelines import DTYPES
 from .measure import measure
@@ -136,7 +136,7 @@ def forecast(
             with `_class_name`.
         size: frames, height and width of the clip; default the usual one of a known family.
         steps: of the sampling; default the usual number of a known family.
-        config: the rules; default the preset of the model's class.
+        config: the rules; default the preset "balanced".
         dtype: of the model: "bfloat16", "float16" or "float32".
         batch: clips in a batch, not counting classifier-free guidance.
         text: tokens of the prompt, including padding; default the number of the family's pipeline.
@@ -170,7 +170,7 @@ def forecast(
     how = MODEL_CALLS[source.class_name]
     transformer = build(source, DTYPES[dtype])
     latents = how.latents(transformer.config, clip)
-    config = config or preset_for(transformer, timesteps_known=True)
+    config = config or default_preset(follows_scheduler=True)
     sublayers = tuple(adapter_for(transformer).sublayers)
     plan = Plan(config, Schedule.of(timesteps=how.timesteps(steps, latents, clip)), sublayers)
     try:
