@@ -102,7 +102,7 @@ def test_a_file_a_saved_transformer_and_a_saved_pipeline_give_the_same(transform
     )
     pipeline.save_pretrained(tmp_path / "pipeline")
     found = planned(tmp_path / "saved" / "config.json")
-    assert found["calls_per_step"] == 2 and found["schedule"]["spatial"].count(".") > 0
+    assert found["calls_per_step"] == 2 and found["schedule"]["model"].count(".") > 0
     assert planned(tmp_path / "saved") == planned(tmp_path / "pipeline") == found
 
 
