@@ -114,7 +114,7 @@ def test_a_transformer_put_in_place_of_the_enabled_one_is_told_once(caplog: pyte
     for _ in range(2):
         assert torch.equal(pipe.sample(), plain)
     assert len(said(caplog)) == 1 and "calls another model than the Toy that PAB was enabled on" in said(caplog)[0]
-    pab.enable(pipe)
+    pab.enable(pipe, CONFIG)
     assert not torch.equal(pipe.sample(), plain)
     pab.disable(pipe)
     for model in (old, pipe.transformer):

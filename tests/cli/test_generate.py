@@ -161,7 +161,9 @@ def test_ctrl_c_keeps_the_finished_runs_and_says_so(
 def test_the_script_runs_as_a_process_and_is_silent_but_for_its_report(asked: list[object], tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     script = [sys.executable, "-W", "ignore", "-c", "from pab_kernels.cli import main; main()", "generate"]
-    done = subprocess.run([*script, *map(str, asked), "--pab", "pab246", "--json"], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [*script, *map(str, asked), "--pab", "pab246", "--json"], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0 and [run["key"] for run in json.loads(done.stdout)["runs"]] == ["pab"]
     assert done.stderr.splitlines() == [
         str(tmp_path / "out" / name) for name in ("pab.png", "schedule.png", "results.json")
