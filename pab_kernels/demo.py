@@ -40,7 +40,7 @@ PROMPTS = (
 )
 """Captions that training never saw: one of each shape and background."""
 PAPER = (2, 4, 6)
-COUNTED_KINDS = ("spatial", "temporal", "cross", "mlp")
+COUNTED_KINDS = ("model", "spatial", "temporal", "cross", "mlp")
 """The kinds whose calls the demo counts."""
 
 
@@ -149,6 +149,11 @@ class DemoRun:
         return None if self.sampled.summary is None else self.sampled.summary.plan
 
     @property
+    def frames_per_second(self) -> float:
+        """Frames of all clips by seconds."""
+        return self.sampled.output.shape[0] * self.sampled.output.shape[1] / self.sampled.seconds
+
+    @property
     def title(self) -> str:
         """The variant's title, with the number of steps if the variant is fewer steps."""
         return f"{self.steps} {self.variant.title}" if self.variant.like else self.variant.title
@@ -216,6 +221,7 @@ def _record(run: DemoRun, reference: DemoRun) -> dict[str, Any]:
         "computed": {kind: c.computed for kind, c in run.counts.items()},
         "reused": {kind: c.reused for kind, c in run.counts.items()},
         "seconds": round(run.sampled.seconds, 3),
+        "frames_per_second": round(run.frames_per_second, 3),
         "speedup": round(run.sampled.speedup(reference.sampled), 3),
         "flops": run.flops,
         "flops_share": round(run.flops / reference.flops, 4),
@@ -231,9 +237,10 @@ def variants(settings: DemoSettings) -> list[Variant]:
     name = "/".join(map(str, PAPER))
     listed = [
         Variant("full", "no PAB"),
-        Variant("demo", "PAB demo preset", PABConfig.preset("demo")),
+        Variant("balanced", "PAB balanced", PABConfig.preset("balanced")),
+        Variant("fast", "PAB fast", PABConfig.preset("fast")),
         Variant("pab246", f"PAB {name}", PABConfig.preset("pab246")),
-        Variant("diffusers246", f"diffusers' PAB {name}", diffusers=PAPER),
+        Variant("diffusers246", f"diffusers {name}", diffusers=PAPER),
     ]
     if settings.ranges:
         spatial, temporal, cross, *mlp = settings.ranges
@@ -241,8 +248,8 @@ def variants(settings: DemoSettings) -> list[Variant]:
         listed.append(Variant("ranges", f"PAB {'/'.join(map(str, settings.ranges))}", config))
     return [
         *listed,
-        Variant("fewer-demo", "steps (as demo)", like="demo"),
-        Variant("fewer-pab246", f"steps (as {name})", like="pab246"),
+        Variant("fewer-balanced", "steps, as balanced", like="balanced"),
+        Variant("fewer-fast", "steps, as fast", like="fast"),
     ]
 
 

@@ -26,10 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 ONE = ("a red circle moves right at night",)
 
+STEPS = 12
+"""The fewest that the presets skip any of."""
+
 
 @pytest.fixture(scope="module")
 def result() -> DemoResult:
-    return run_demo(DemoSettings(ONE, steps=6, ranges=(1, 1, 1), device="cpu"))
+    return run_demo(DemoSettings(ONE, steps=STEPS, ranges=(1, 1, 1), device="cpu"))
 
 
 def run_of(result: DemoResult, key: str) -> DemoRun:
@@ -45,8 +48,8 @@ def test_the_default_prompts_were_never_trained_on():
 
 def test_every_variant_runs_in_order(result: DemoResult):
     keys = [run.variant.key for run in result.runs]
-    assert keys[:5] == ["full", "demo", "pab246", "diffusers246", "ranges"] and not result.interrupted
-    assert all(key.startswith("fewer-") for key in keys[5:]) and len(keys) > 5
+    assert keys[:6] == ["full", "balanced", "fast", "pab246", "diffusers246", "ranges"] and not result.interrupted
+    assert all(key.startswith("fewer-") for key in keys[6:]) and len(keys) > 6
     assert all(
         run.sampled.output.shape == (1, 8, 3, 32, 32) and run.sampled.seconds > 0 and run.shown in (0, 1)
         for run in result.runs
@@ -55,7 +58,7 @@ def test_every_variant_runs_in_order(result: DemoResult):
 
 def test_the_reference_computes_everything_and_has_no_quality(result: DemoResult):
     full = run_of(result, "full")
-    assert all(c.computed == 6 and c.reused == 0 for c in full.counts.values()) and list(full.counts) == list(
+    assert all(c.computed == STEPS and c.reused == 0 for c in full.counts.values()) and list(full.counts) == list(
         demo.COUNTED_KINDS
     )
     assert full.cache_bytes == 0 and full.quality == () and math.isnan(full.spread("psnr")[0])
@@ -76,10 +79,11 @@ def test_pab_saves_work_and_counts_it(result: DemoResult):
     planned = PABConfig.preset("pab246")
     assert paper.plan is not None and paper.plan.config == planned
     assert {kind: (c.computed, c.reused) for kind, c in paper.counts.items()} == {
-        "spatial": (3, 3),
-        "temporal": (2, 4),
-        "cross": (1, 5),
-        "mlp": (6, 0),
+        "model": (12, 0),
+        "spatial": (8, 4),
+        "temporal": (5, 7),
+        "cross": (4, 8),
+        "mlp": (12, 0),
     }
     assert 0 < paper.flops < full.flops and paper.cache_bytes > 0 and math.isfinite(paper.spread("psnr")[0])
 
@@ -97,7 +101,7 @@ def test_diffusers_pab_with_the_same_ranges_agrees_in_pictures_counts_and_work(r
 def test_fewer_steps_have_at_least_the_flops_of_their_pab_run(result: DemoResult):
     for run in result.runs:
         if run.variant.like:
-            assert 1 <= run.steps < 6 and run.title.startswith(f"{run.steps} steps (as ")
+            assert 1 <= run.steps < STEPS and run.title.startswith(f"{run.steps} steps, as ")
             per_step = run.flops / run.steps
             like = run_of(result, run.variant.like).flops
             assert like <= run.flops < like + per_step
@@ -108,7 +112,8 @@ def test_everything_is_written(result: DemoResult, tmp_path):
     assert [path.name for path in written] == [
         "clips.gif",
         "clips.mp4",
-        "schedule-demo.png",
+        "schedule-balanced.png",
+        "schedule-fast.png",
         "schedule-pab246.png",
         "schedule-ranges.png",
         "results.json",
@@ -118,7 +123,8 @@ def test_everything_is_written(result: DemoResult, tmp_path):
     assert data["prompts"] == list(ONE) and data["seeds"] == [0] and len(data["weights"]["sha256"]) == 64
     records = {record["key"]: record for record in data["runs"]}
     assert records["full"]["psnr"] is None and records["ranges"]["psnr"] == {"mean": None, "std": 0.0, "clips": [None]}
-    assert records["pab246"]["reused"] == {"spatial": 3, "temporal": 4, "cross": 5, "mlp": 0}
+    assert records["pab246"]["reused"] == {"model": 0, "spatial": 4, "temporal": 7, "cross": 8, "mlp": 0}
+    assert (records["balanced"]["computed"]["model"], records["balanced"]["reused"]["model"]) == (8, 4)
     assert 0 < records["pab246"]["flops_share"] < 1 and records["full"]["speedup"] == 1
 
 
@@ -132,7 +138,7 @@ def test_progress_counts_all_steps_of_all_runs():
     assert seen[-1][1] == seen[-1][2] and seen[0][0] == "no PAB"
 
 
-@pytest.mark.parametrize("during", ["full", "demo", "diffusers246"])
+@pytest.mark.parametrize("during", ["full", "balanced", "diffusers246"])
 def test_an_interruption_keeps_the_finished_runs(during: str, tmp_path):
     titles = {variant.title: variant.key for variant in variants(DemoSettings(ONE))}
 
@@ -141,7 +147,7 @@ def test_an_interruption_keeps_the_finished_runs(during: str, tmp_path):
             raise KeyboardInterrupt
 
     result = run_demo(DemoSettings(ONE, steps=2, device="cpu"), interrupt)
-    order = ["full", "demo", "pab246", "diffusers246"]
+    order = ["full", "balanced", "fast", "pab246", "diffusers246"]
     assert result.interrupted and [run.variant.key for run in result.runs] == order[: order.index(during)]
     if result.runs:
         written = write(result, tmp_path)

@@ -32,11 +32,13 @@ MOST_CLIPS = 1000
 """They are sampled as one batch."""
 HEADINGS = [
     "run",
+    "model",
     "spatial",
     "temporal",
     "cross",
     "mlp",
     "seconds",
+    "frames/s",
     "speed-up",
     "FLOPs",
     "PSNR, dB",
@@ -44,16 +46,17 @@ HEADINGS = [
     "shown",
     "MiB kept",
 ]
-WIDE = 122
+WIDE = 132
 """Columns of the table; in a narrower terminal it is transposed."""
 
 
 def _row(run: "DemoRun", reference: "DemoRun") -> list[str]:
-    counts = [run.counts[kind] for kind in HEADINGS[1:5]]
+    counts = [run.counts[kind] for kind in HEADINGS[1:6]]
     return [
         run.title,
         *(f"{c.computed}+{c.reused}" if c.reused else f"{c.computed}" for c in counts),
         f"{run.sampled.seconds:.2f}",
+        f"{run.frames_per_second:.1f}",
         f"{run.sampled.speedup(reference.sampled):.2f}x",
         f"{run.flops / reference.flops:.1%}",
         _measured(run.spread("psnr"), 1, len(run.quality)),
@@ -107,9 +110,9 @@ def command(
 ) -> None:
     """Generate clips with and without PAB, from the same noise, and compare time, FLOPs and quality.
 
-    The small video model of the package runs without PAB, with the demo's preset, with the paper's ranges 2/4/6, with
-    diffusers' PAB, and with fewer sampling steps at the FLOPs of the PAB runs. It takes about 90 seconds on two cores.
-    Ctrl-C stops it and reports the finished runs.
+    The small video model of the package runs without PAB, with the presets that skip the whole model at some steps,
+    with the paper's ranges 2/4/6, with diffusers' PAB, and with fewer sampling steps at the FLOPs of the presets. It
+    takes about a minute on two cores. Ctrl-C stops it and reports the finished runs.
     """
     require_all("pab demo", "rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "matplotlib")
     require_all("pab demo", "safetensors", "PIL")

@@ -244,7 +244,7 @@ def test_demo_prints_what_it_cannot_write(
     full(files)
     result = pab("demo", "--steps", 2, "--clips", 1, "--device", "cpu", "--out", tmp_path)
     _failed(result, tmp_path / ("results.json", "clips.gif", "", "schedule-demo.png")[files])
-    assert "PAB demo preset" in result.stdout and "diffusers' PAB" in result.stdout
+    assert "PAB balanced" in result.stdout and "diffusers 2/4/6" in result.stdout
     assert [path.name for path in tmp_path.glob("*.json")] == ["results.json"] * bool(files)
 
 
