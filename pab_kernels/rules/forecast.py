@@ -21,7 +21,9 @@ from .plan import Action, Cost, Forecast, Plan
 _RUN = (Action.COMPUTE, Action.STORE)
 
 
-def forecast(plan: Plan, costs: Mapping[str, Cost], rest_flops: int = 0, contexts: int = 1) -> Forecast:
+def forecast(
+    plan: Plan, costs: Mapping[str, Cost], rest_flops: int = 0, contexts: int = 1, latents_bytes: int = 0
+) -> Forecast:
     """See `Plan.forecast`."""
     columns = range(len(plan.steps))
     run = [[name for name, row in plan.rows.items() if row[i].action in _RUN] for i in columns]
@@ -43,10 +45,26 @@ def forecast(plan: Plan, costs: Mapping[str, Cost], rest_flops: int = 0, context
             for meter in (kinds[name], "all") if change else ():
                 held[meter] += change * costs[name].slot_bytes
                 peak[meter] = max(peak[meter], held[meter])
+        if plan.whole is not None:  # the scheduler's step comes after the model
+            held["all"] += 2 * latents_bytes * (_predicts_from(plan, step) - _predicts_from(plan, step - 1))
+            peak["all"] = max(peak["all"], held["all"])
         cache.append(held["all"])
     by_kind = {kind: peak[kind] for kind in plan.kinds()}
     moved = contexts * sum(_moved(plan, i, costs) for i in columns)
     return Forecast(sum(flops), full, tuple(flops), tuple(cache), peak["all"], by_kind, moved)
+
+
+def _predicts_from(plan: Plan, step: int) -> int:
+    """How many steps' guided outputs and samples are kept after a step, to predict those of later steps."""
+    rule = plan.config.rule("model", 0)
+    if plan.whole is None or rule is None or rule.reuse != "forecast" or step < plan.steps.start:
+        return 0
+    before, after = (
+        plan.rows[plan.whole][: step + 1 - plan.steps.start],
+        plan.rows[plan.whole][step + 1 - plan.steps.start :],
+    )
+    needed = before[-1].action is Action.REUSE or any(d.action is Action.REUSE for d in after)
+    return min(2, sum(d.action in _RUN for d in before)) if needed else 0
 
 
 def _moved(plan: Plan, column: int, costs: Mapping[str, Cost]) -> int:

@@ -326,17 +326,21 @@ class Plan:
         columns = [i for i in range(len(self.steps)) if i not in skipped]
         return len({tuple((row[i].action, len(row[i].reads)) for row in rows) for i in columns})
 
-    def forecast(self, costs: Mapping[str, Cost], rest_flops: int = 0, contexts: int = 1) -> Forecast:
+    def forecast(
+        self, costs: Mapping[str, Cost], rest_flops: int = 0, contexts: int = 1, latents_bytes: int = 0
+    ) -> Forecast:
         """FLOPs and bytes of a generation, without running it.
 
         Args:
             costs: of each sublayer in one call, by name (an adapter's `costs`, or measured).
             rest_flops: FLOPs of one call outside of the plan's sublayers.
             contexts: calls of the model in a step; each has its own slots.
+            latents_bytes: of the sample that the scheduler's `step` gets, as large as the guided output. Rules
+                with `reuse="forecast"` keep up to two of both.
         """
         from .forecast import forecast
 
-        return forecast(self, costs, rest_flops, contexts)
+        return forecast(self, costs, rest_flops, contexts, latents_bytes)
 
     def grouped(self) -> list[tuple[str, tuple[Decision, ...]]]:
         """The labelled rows of the drawings: sublayers of one kind with equal rows share one."""

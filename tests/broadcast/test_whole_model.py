@@ -12,6 +12,7 @@ from torch import Tensor
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
+from pab_kernels.rules.plan import Cost
 from tests.broadcast.forecast_oracle import (
     RULE,
     SCHEDULERS,
@@ -35,6 +36,10 @@ def test_what_is_kept_is_counted_and_released_after_the_last_skip() -> None:
     assert held[6:] == [0] * 6
     found = pab.summary(pipe)
     assert found.peak_cache_bytes == 6 * latents
+    assert found.plan is not None
+    costs = {s.name: Cost(0, latents if s.kind == "model" else 0) for s in found.plan.sublayers}
+    forecast = found.plan.forecast(costs, contexts=2, latents_bytes=latents)
+    assert [n / latents for n in forecast.cache_bytes] == held and forecast.peak_cache_bytes == 6 * latents
     assert {
         (t.computed, t.stored, t.reused) for c in found.contexts.values() for k, t in c.items() if k == "model"
     } == {(10, 2, 2)}

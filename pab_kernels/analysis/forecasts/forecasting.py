@@ -178,7 +178,10 @@ def forecast(
         measured = measure(transformer, inputs, plan.sublayers)
     except (RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{source.name} does not run on a clip of {clip}: {first_line(error)}") from error
-    found = {str(kept or "model"): plan.forecast(*measured.costs(kept), how.contexts) for kept in CACHE_DTYPES}
+    latents_bytes = next(iter(inputs.values())).nbytes // how.batch
+    found = {
+        str(kept or "model"): plan.forecast(*measured.costs(kept), how.contexts, latents_bytes) for kept in CACHE_DTYPES
+    }
     costs, rest = measured.costs()
     calls = how.contexts * len(plan.steps)
     run = {kind: [s.name for s in plan.sublayers if s.kind == kind] for kind in plan.kinds()}
