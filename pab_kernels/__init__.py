@@ -14,12 +14,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analysis.calibration.calibrate import calibrate
     from .api import context, disable, enable, generation, release, sublayers, summary
     from .patch import patch_diffusers, unpatch_diffusers
     from .rules.config import Broadcast, PABConfig
     from .rules.plan import Plan, plan
 
 _HOMES = {
+    "calibrate": "analysis.calibration.calibrate",
     "enable": "api",
     "disable": "api",
     "generation": "api",
@@ -39,6 +41,7 @@ __all__ = [
     "Broadcast",
     "PABConfig",
     "Plan",
+    "calibrate",
     "context",
     "disable",
     "enable",

@@ -108,15 +108,15 @@ class Forecaster:
         Returns:
             What `original` returns.
         """
-        given = _given(self._scheduler, original, args, kwargs)
+        given = arguments_of(self._scheduler, original, args, kwargs)
         output, sample = given.arguments["model_output"], given.arguments["sample"]
         given.arguments |= {"model_output": None, "sample": None}  # each step keeps its own, where they are needed
         if self._solver is None:
             self._solver = solver(self._scheduler, given.arguments.get("eta") or 0.0)
             if len(self._solver.steps) < self._num_steps:  # somebody has shortened the timesteps since
                 self._solver = Solver()
-            self._places = _places(self._solver.steps)
-        if self._returned is not None and not _is(sample, self._returned):
+            self._places = places_of(self._solver.steps)
+        if self._returned is not None and not is_unchanged(sample, self._returned):
             self._as_returned = False  # somebody has edited it since
         step = _Step(index, self._places[index] if self._places else index, calls, given)
         if skipped:
@@ -127,13 +127,13 @@ class Forecaster:
                 sample = self._corrected(original, step, output)
             before = [c for c in self._computed if c.place != step.place]
             own = output.clone()  # the graphs of a compiled model write to its output again
-            now = _Computed(**vars(step), output=own, sample=sample, state=_state(self._scheduler))
+            now = _Computed(**vars(step), output=own, sample=sample, state=state_of(self._scheduler))
             self._computed, self._skipped, self._as_returned = [now, *before[:1]], [], True
-        before_step = _state(self._scheduler)
-        result = _call(original, given, output, sample)
-        self._changed |= _differences(before_step, _state(self._scheduler))
-        latents = _latents(result)
-        self._returned = (latents, _version(latents))
+        before_step = state_of(self._scheduler)
+        result = call_step(original, given, output, sample)
+        self._changed |= _differences(before_step, state_of(self._scheduler))
+        latents = latents_of(result)
+        self._returned = (latents, version_of(latents))
         return result
 
     def _predicted(self, step: _Step, held: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
@@ -170,11 +170,11 @@ class Forecaster:
         """The sample of a step after skipped ones, from the outputs before and after these."""
         since = self._computed[0]
         known = {c.place: c.output for c in self._computed if c.calls == step.calls} | {step.place: output}
-        _restore(self._scheduler, since.state, self._changed)
+        restore_state(self._scheduler, since.state, self._changed)
         x = since.sample
         for k in (since, *self._skipped):
             v = since.output if k is since else _interpolated(known, k.place)
-            x = _latents(_call(original, k.given, v, x))
+            x = latents_of(call_step(original, k.given, v, x))
         return x
 
 
@@ -195,7 +195,7 @@ def _refused(scheduler: Any, parameters: Iterable[str]) -> str:
     )
 
 
-def _given(
+def arguments_of(
     scheduler: Any, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> inspect.BoundArguments:
     """The arguments of `step` by name, also where somebody has put a function of other names in its place."""
@@ -205,13 +205,15 @@ def _given(
     raise TypeError(_refused(scheduler, signature.parameters))
 
 
-def _call(step: Callable[..., Any], given: inspect.BoundArguments, output: torch.Tensor, sample: torch.Tensor) -> Any:
+def call_step(
+    step: Callable[..., Any], given: inspect.BoundArguments, output: torch.Tensor, sample: torch.Tensor
+) -> Any:
     """`step` with another output and sample."""
     changed = inspect.BoundArguments(given.signature, given.arguments | {"model_output": output, "sample": sample})
     return step(*changed.args, **changed.kwargs)
 
 
-def _places(steps: Sequence[Coordinates | None]) -> list[int]:
+def places_of(steps: Sequence[Coordinates | None]) -> list[int]:
     """For each step the number of different noise levels before it."""
     levels = [None if step is None else step.position for step in steps]
     changes = [a is None or a != b for a, b in itertools.pairwise(levels)]
@@ -238,22 +240,22 @@ def _sum(terms: Sequence[tuple[float, torch.Tensor]], dtype: torch.dtype) -> tor
     return total.to(dtype)
 
 
-def _latents(result: Any) -> torch.Tensor:
+def latents_of(result: Any) -> torch.Tensor:
     """The sample that a step returned."""
     return result[0] if isinstance(result, tuple) else result.prev_sample
 
 
-def _version(t: torch.Tensor) -> int:
+def version_of(t: torch.Tensor) -> int:
     return -1 if t.is_inference() else t._version
 
 
-def _is(sample: torch.Tensor, returned: tuple[torch.Tensor, int]) -> bool:
+def is_unchanged(sample: torch.Tensor, returned: tuple[torch.Tensor, int]) -> bool:
     """Whether a sample is what the step before returned, as it was."""
     latents, version = returned
-    return sample is latents and version >= 0 and _version(sample) == version
+    return sample is latents and version >= 0 and version_of(sample) == version
 
 
-def _state(scheduler: Any) -> dict[str, Any]:
+def state_of(scheduler: Any) -> dict[str, Any]:
     """A scheduler's attributes; its lists copied."""
     return {name: list(value) if isinstance(value, list) else value for name, value in vars(scheduler).items()}
 
@@ -271,7 +273,7 @@ def _same(a: Any, b: Any) -> bool:
     return a is b
 
 
-def _restore(scheduler: Any, state: dict[str, Any], names: set[str]) -> None:
+def restore_state(scheduler: Any, state: dict[str, Any], names: set[str]) -> None:
     """Give a scheduler back the attributes in `names`, those that its steps change."""
     held = vars(scheduler)
     for name in names:

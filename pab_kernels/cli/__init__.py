@@ -49,7 +49,7 @@ def build_app() -> Any:
         ModuleNotFoundError: typer is not installed; the message has the install command.
     """
     typer = require("typer", "the command line")
-    from . import analyze, compare, demo, doctor, generate, plan
+    from . import analyze, calibrate, compare, demo, doctor, generate, plan
 
     app = typer.Typer(
         add_completion=False,
@@ -71,7 +71,7 @@ def build_app() -> Any:
         pass
 
     app.callback()(root)
-    for module in (demo, generate, plan, analyze, compare, doctor):
+    for module in (demo, generate, plan, analyze, calibrate, compare, doctor):
         name = module.__name__.rpartition(".")[2]
         app.command(name, help=_help(module.command))(_ends_with_one_line(module.command))
     return app

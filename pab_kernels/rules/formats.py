@@ -22,6 +22,8 @@ from .schedule import MOST_STEPS, check_steps
 from .yaml_text import from_yaml
 
 _ENDINGS = (".json", ".yaml", ".yml")
+_CALIBRATION = "calibration"
+"""A field of a config file with what the config was found by."""
 _ATTENTIONS = ("spatial", "temporal", "cross")
 _MLP_TABLES = ("mlp_spatial_broadcast_config", "mlp_temporal_broadcast_config")
 _VIDEOSYS = (
@@ -41,12 +43,14 @@ def _ending(path: Path) -> str:
     return path.suffix.lower()
 
 
-def save_config(config: PABConfig, path: str | Path) -> Path:
+def save_config(config: PABConfig, path: str | Path, *, calibration: Mapping[str, Any] | None = None) -> Path:
     """Write a config as JSON or YAML, depending on the ending of `path`, for `load_config` to read.
 
     Args:
         config: the rules.
         path: the file; it is written whole or not at all.
+        calibration: what the config was found by, JSON-ready: written as the field `calibration`, which `load_config`
+            leaves out.
 
     Returns:
         The path.
@@ -57,16 +61,18 @@ def save_config(config: PABConfig, path: str | Path) -> Path:
         ModuleNotFoundError: PyYAML is not installed and the file is YAML.
     """
     path = path_of(path)
+    data = config.to_dict() | ({} if calibration is None else {_CALIBRATION: dict(calibration)})
     if _ending(path) == ".json":
-        return write_text(path, to_json(config.to_dict()) + "\n")
-    return write_text(path, require("yaml", "writing YAML files").safe_dump(config.to_dict(), sort_keys=False))
+        return write_text(path, to_json(data) + "\n")
+    comment = "" if calibration is None else "# Found by pab.calibrate; `calibration` has what reproduces it.\n"
+    return write_text(path, comment + require("yaml", "writing YAML files").safe_dump(data, sort_keys=False))
 
 
 def load_config(path: str | Path) -> PABConfig:
     """Read a config from a JSON or YAML file.
 
     The file holds the fields of `PABConfig`; a rule is a range or the fields of `Broadcast`. Missing fields have their
-    defaults.
+    defaults. The field `calibration` is left out.
 
     Args:
         path: the file.
@@ -81,7 +87,9 @@ def load_config(path: str | Path) -> PABConfig:
     parse = from_json if _ending(path) == ".json" else from_yaml
     text = read_text(path)
     try:
-        return PABConfig.from_dict(parse(text))
+        data = parse(text)
+        rules = {k: v for k, v in data.items() if k != _CALIBRATION} if isinstance(data, Mapping) else data
+        return PABConfig.from_dict(rules)
     except ValueError as error:
         raise ValueError(f"{path}: {shortened(str(error), 1000)}") from None
 

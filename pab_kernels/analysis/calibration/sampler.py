@@ -1,0 +1,232 @@
+"""The runs that a calibration needs, on a pipeline."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from ... import api
+from ...broadcast.broadcaster import broadcaster_of
+from ...broadcast.coordinates import solver
+from ...broadcast.pipeline import denoisers, other_schedulers
+from ...broadcast.summary import Summary
+from ...compat import execution_device
+from ...rules.config import PABConfig
+from ..pipeline_call import Wish, call
+from .recording import Recording, RunOn, Step, record, run_on, stepping
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One sampling.
+
+    Args:
+        prompt: what the call takes.
+        seed: of its noise.
+    """
+
+    prompt: Any
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The result of a run.
+
+    Args:
+        result: a tensor on the host.
+        share: FLOPs of the models as a share of those of the full run.
+        seconds: of the call.
+    """
+
+    result: torch.Tensor
+    share: float
+    seconds: float
+
+
+class Sampler(Protocol):
+    """The runs of one pipeline or model."""
+
+    reuse: str
+    """How the whole model is reused."""
+    num_steps: int
+    """That a sampling is called with."""
+
+    def describe(self) -> dict[str, Any]:
+        """What all runs have in common, JSON-ready."""
+
+    def record(self, clip: Clip, tick: Callable[[], None]) -> Recording:
+        """A full run with its outputs."""
+
+    def run_on(
+        self, clip: Clip, recording: Recording, step: int, change: torch.Tensor, tick: Callable[[], None]
+    ) -> RunOn:
+        """A run from a recorded step on, whose output is changed."""
+
+    def sample(self, clip: Clip, config: PABConfig | None, tick: Callable[[], None]) -> Sample:
+        """A run under `config`, or a full one."""
+
+    def fewer(self, clip: Clip, steps: int, tick: Callable[[], None]) -> Sample | None:
+        """A full run with another number of steps; None if that is not known to work."""
+
+
+Call = Callable[..., torch.Tensor]
+
+
+class PipelineSampler:
+    """Runs a pipeline of diffusers.
+
+    Args:
+        pipe: the pipeline.
+        num_steps: that it is called with.
+        given: `call(pipe, prompt, seed)`, or None for the usual arguments.
+
+    Raises:
+        TypeError: the pipeline has no model or no scheduler.
+        ValueError: PAB is enabled on it, or its outputs cannot be predicted.
+    """
+
+    reuse = "forecast"
+
+    def __init__(self, pipe: Any, num_steps: int, given: Call | None) -> None:
+        scheduler = getattr(pipe, "scheduler", None)
+        models = denoisers(pipe)
+        if not models or not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "step"):
+            raise TypeError(
+                f"got {type(pipe).__name__}; supported are a pipeline with a `transformer` or a `unet` and a "
+                "`scheduler`, and a torch.nn.Module with call="
+            )
+        for model in models.values():
+            check_plain(model)
+        if others := other_schedulers(pipe):
+            raise ValueError(
+                f"{type(pipe).__name__} also has {', '.join(others)}, and outputs are predicted for one scheduler; "
+                "calibrate the bare model with call="
+            )
+        solver(scheduler)  # refuses those that begin from new noise at every step
+        self.pipe, self.num_steps, self._given = pipe, num_steps, given
+
+    def _run(self, clip: Clip, steps: int) -> torch.Tensor:
+        if self._given is None:
+            wish = clip.prompt if isinstance(clip.prompt, Wish) else Wish(clip.prompt)
+            return call(self.pipe, replace(wish, steps=steps, seed=clip.seed))
+        extra = {} if steps == self.num_steps else {"num_steps": steps}
+        return checked(self._given(self.pipe, clip.prompt, clip.seed, **extra))
+
+    def describe(self) -> dict[str, Any]:
+        """What all runs have in common, JSON-ready."""
+        scheduler = self.pipe.scheduler
+        return {
+            "pipeline": type(self.pipe).__name__,
+            "models": {name: fingerprint(model) for name, model in denoisers(self.pipe).items()},
+            "scheduler": type(scheduler).__name__,
+            "scheduler_config": {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")},
+            "steps": self.num_steps,
+            "call": call_name(self._given),
+        }
+
+    def record(self, clip: Clip, tick: Callable[[], None]) -> Recording:
+        """A full run with its outputs."""
+        return record(self.pipe, lambda: self._run(clip, self.num_steps), tick)
+
+    def run_on(
+        self, clip: Clip, recording: Recording, step: int, change: torch.Tensor, tick: Callable[[], None]
+    ) -> RunOn:
+        """A run from a recorded step on, whose output is changed."""
+        return run_on(self.pipe, lambda: self._run(clip, self.num_steps), recording, step, change, tick)
+
+    def sample(self, clip: Clip, config: PABConfig | None, tick: Callable[[], None]) -> Sample:
+        """A run under `config`, or a full one."""
+        return self._sampled(clip, config, self.num_steps, tick)
+
+    def fewer(self, clip: Clip, steps: int, tick: Callable[[], None]) -> Sample | None:
+        """A full run with another number of steps; None if `call` does not take `num_steps`."""
+        if self._given is not None and "num_steps" not in inspect.signature(self._given).parameters:
+            return None
+        return self._sampled(clip, None, steps, tick)
+
+    def _sampled(self, clip: Clip, config: PABConfig | None, steps: int, tick: Callable[[], None]) -> Sample:
+        device = execution_device(self.pipe)
+        with stepping(self.pipe.scheduler, ticking(tick)):
+            if config is not None:
+                api.enable(self.pipe, config)
+            try:
+                result, seconds = timed(lambda: self._run(clip, steps), device)
+                share = steps / self.num_steps if config is None else share_of(api.summary(self.pipe), config)
+                return Sample(result, share, seconds)
+            finally:
+                if config is not None:
+                    api.disable(self.pipe)
+
+
+def share_of(summary: Summary, config: PABConfig) -> float:
+    """FLOPs of a run as a share of those of the full one; of the calls, where FLOPs are not known."""
+    tallies = [kinds["model"] for kinds in summary.contexts.values() if "model" in kinds]
+    calls = sum(t.computed + t.reused for t in tallies)
+    whole = all(kind == "model" for kind, _ in config.broadcasts())
+    if calls and (whole or not summary.flops_without):
+        return sum(t.computed for t in tallies) / calls
+    return summary.share
+
+
+def check_plain(model: torch.nn.Module) -> None:
+    """Raise a ValueError if PAB is enabled on a model."""
+    if broadcaster_of(model) is not None:
+        raise ValueError(f"PAB is enabled on this {type(model).__name__}; call pab.disable before calibrating it")
+
+
+def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
+    """What tells a model from another: its class, its parameters and some of their values."""
+    parameters = list(model.parameters())
+    some = [p.detach().flatten()[:4].tolist() for p in parameters[:: max(len(parameters) // 8, 1)] if not p.is_meta]
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in parameters),
+        "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
+        "some": some,
+    }
+
+
+def call_name(given: Call | None) -> str | None:
+    """The name of a user's function."""
+    return None if given is None else getattr(given, "__qualname__", type(given).__qualname__)
+
+
+def timed(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, float]:
+    """What `run` returns, and its seconds until the device is done."""
+    begin = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - begin
+
+
+def checked(result: Any) -> torch.Tensor:
+    """The result of a user's function, on the host.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it is not finite.
+    """
+    if not isinstance(result, torch.Tensor):
+        raise TypeError(
+            f"call must return a tensor, got {type(result).__name__}; return the frames or the final sample"
+        )
+    if not result.isfinite().all():
+        raise ValueError("call returned numbers that are not finite; try dtype bfloat16 or float32")
+    return result.detach().float().cpu()
+
+
+def ticking(tick: Callable[[], None]) -> Step:
+    """A step that steps as it is given."""
+
+    def step(index: int, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        tick()
+        return output
+
+    return step

@@ -1,0 +1,116 @@
+"""Candidates for the steps at which the model runs, by the number of these steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import product
+
+from ...rules.config import Broadcast, PABConfig
+from ...rules.plan import Plan
+from ...rules.schedule import Schedule
+from .gains import Gains, monotone
+from .generations import decibels
+from .influence import Influence
+from .recording import Recording
+from .search import Costs, best_schedules
+
+SEARCHED, MONOTONE, UNIFORM = "searched", "searched, gains falling", "uniform"
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedules:
+    """The search of one sampling.
+
+    Args:
+        recordings: of full runs.
+        gains: measured on them.
+        reuse: what stands for an output.
+    """
+
+    recordings: Sequence[Recording]
+    gains: Gains
+    reuse: str
+
+    @property
+    def influence(self) -> Influence:
+        """That of the recordings, whose schedules are equal."""
+        return self.recordings[0].influence
+
+    @property
+    def num_steps(self) -> int:
+        """K."""
+        return self.influence.num_steps
+
+    @cached_property
+    def costs(self) -> Costs:
+        """With the gains as measured."""
+        gram = sum((r.gram() for r in self.recordings[1:]), self.recordings[0].gram()) / len(self.recordings)
+        return Costs(self.influence, gram.numpy(), self.gains.gains, self.gains.sensitivity, holds=self.reuse == "hold")
+
+    @cached_property
+    def best(self) -> dict[int, tuple[int, ...]]:
+        """The best schedule for every number of computed steps."""
+        return best_schedules(self.costs)
+
+    @cached_property
+    def _falling(self) -> dict[int, tuple[int, ...]]:
+        gains = monotone(self.gains.gains)
+        return best_schedules(Costs(self.influence, self.costs.gram, gains, self.gains.sensitivity, self.costs.holds))
+
+    def uniform(self, number: int) -> tuple[int, ...]:
+        """The computed steps of a range in a window, at most `number` of them: the most, and of these the cheapest."""
+        found: dict[tuple[int, ...], float] = {}
+        windows = product((2, 3, 4, 5, 6), (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6), (0.8, 0.85, 0.9, 0.95))
+        for reach, lo, hi in windows:
+            reused = Broadcast(reach, (lo, hi)).reused(Schedule(self.num_steps))
+            steps = tuple(i for i in range(self.num_steps) if i not in reused)
+            if reused and len(steps) <= number and steps not in found:
+                found[steps] = self.costs.total(steps)
+        if not found:
+            return self.best[number]
+        return min(found, key=lambda steps: (-len(steps), found[steps]))
+
+    def candidates(self, number: int) -> dict[str, tuple[int, ...]]:
+        """Schedules to measure, by their titles; equal ones once."""
+        named = {
+            SEARCHED: self.best[number],
+            MONOTONE: self._falling.get(number, self.best[number]),
+            UNIFORM: self.uniform(number),
+        }
+        different = {steps: title for title, steps in reversed(named.items())}
+        return {title: steps for steps, title in reversed(different.items())}
+
+    def expected(self, number: int) -> float:
+        """What the search expects of the best schedule, in dB up to a constant."""
+        return decibels(self.costs.total(self.best[number]))
+
+    def config(self, steps: Sequence[int]) -> PABConfig:
+        """The rule that computes at `steps` of the recordings."""
+        begin = self.recordings[0].begin
+        return PABConfig(model=Broadcast(at=tuple(begin + i for i in steps), unit="step", reuse=self.reuse))
+
+    def tiers(self, share: float) -> dict[str, PABConfig]:
+        """Schedules with more computed steps, at some of which sublayers or blocks are reused, at the same FLOPs."""
+        line = Broadcast(2, (0.3, 0.9), reuse="linear")
+        rules = {
+            "and blocks 2 linear": PABConfig(block=line),
+            "and sublayers 2 linear": PABConfig(spatial=line, temporal=line, cross=line, mlp=line),
+        }
+        found = {}
+        for title, config in rules.items():
+            kind = config.broadcasts()[0][0]
+            most = 0.0
+            for number in range(math.floor(share * self.num_steps) + 1, self.num_steps):
+                both = dataclasses.replace(config, model=self.config(self.best[number]).model)
+                reused = Plan(both, Schedule(self.recordings[0].begin + self.num_steps)).step_counts()[kind].reused
+                runs = number - _PART_OF_MODEL * reused
+                if most < runs <= share * self.num_steps:
+                    found[title], most = both, runs
+        return found
+
+
+_PART_OF_MODEL = 0.97
+"""What a step is taken to save of the FLOPs where all sublayers or blocks are reused; the run tells what it did."""

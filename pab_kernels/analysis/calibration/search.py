@@ -1,0 +1,181 @@
+"""The search for the steps at which the model runs: a dynamic programme over Gram matrices of recorded runs.
+
+Written as coefficients of the recorded outputs V_i and samples X_i, with W_i the change of the final sample with V_i, A
+that of the samples, and g_i the gains (how much more a wrong V_i moves the final sample where the model runs on): the
+cost of a gap, the skipped steps j between the computed steps s and e, with p the one computed before s, is
+
+    | sum_j g_j W_j (V'_j - V_j) |^2  +  (k_e g_e W_e)^2 | sum_j A[e, j] (V^_j - V_j) |^2
+
+V^_j is the prediction on the predicted samples (`broadcast/forecaster.py`), V'_j the interpolation through e, s and p
+with which steps are taken again, or V^_j where they are not. The second term is the error of V_e, for which the model
+ran on a predicted sample; k_e is the change of its output over that of its sample. After the last computed step, V^_j
+stands for V'_j. Squares are mean products, from the Gram matrix summed over the recordings: the programme costs seconds
+on the host, whatever the size of the samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from .influence import Influence
+
+LONGEST_GAP = 6
+"""Steps from one computed step to the next, at most."""
+
+_Place = tuple[int, int]
+"""The computed step before the current one (-1 for none), and the current one."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The errors that a gap leaves, as vectors whose mean squares are the errors' (see `Costs.factor`).
+
+    Args:
+        left: in the final sample, by the outputs that stand for the skipped ones.
+        sample: in the sample at the end of the gap before it is corrected; None after the last computed step.
+    """
+
+    left: np.ndarray
+    sample: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the search knows of a sampling.
+
+    Args:
+        influence: of the outputs on the samples.
+        gram: `[2K, 2K]` of the outputs and the samples, a mean over recordings.
+        gains: g, `[K]`.
+        sensitivity: k, `[K]`.
+        holds: whether the last output stands for a skipped one, and no prediction.
+    """
+
+    influence: Influence
+    gram: np.ndarray
+    gains: np.ndarray
+    sensitivity: np.ndarray
+    holds: bool = False
+    _gaps: dict[tuple[int, int, int], Gap] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def factor(self) -> np.ndarray:
+        """F, `[2K, 2K]` with `F F^T = gram`: the mean square of `c V` is that of `c F`, summed."""
+        values, vectors = np.linalg.eigh(self.gram)
+        return vectors * np.sqrt(np.maximum(values, 0.0))
+
+    @property
+    def num_steps(self) -> int:
+        """K."""
+        return self.influence.num_steps
+
+    def gap(self, p: int, s: int, e: int) -> Gap:
+        """The errors of the skipped steps between s and e, with p computed before (-1 for none); e = K is the end."""
+        key = p, s, e
+        if key not in self._gaps:
+            self._gaps[key] = self._measured(p, s, e)
+        return self._gaps[key]
+
+    def _measured(self, p: int, s: int, e: int) -> Gap:
+        count, known = self.num_steps, self.influence
+        v, x = self.factor[:count], self.factor[count:]
+        size = v.shape[1]
+        predicted: list[np.ndarray] = []
+        for j in range(s + 1, e):
+            moved = x[j] + sum((known.of_output[j, s + 1 + i] * d for i, d in enumerate(predicted)), np.zeros(size))
+            predicted.append(self._prediction(p, s, j, moved) - v[j])
+        ends = e < count
+        left = np.zeros(size)
+        for i, j in enumerate(range(s + 1, e)):
+            stands = self._interpolation(p, s, e, j) - v[j] if ends and known.corrects else predicted[i]
+            left += self.gains[j] * known.final[j] * stands
+        sample = sum((known.of_output[e, s + 1 + i] * d for i, d in enumerate(predicted)), np.zeros(size))
+        return Gap(left, sample if ends else None)
+
+    def _prediction(self, p: int, s: int, j: int, sample: np.ndarray) -> np.ndarray:
+        count, places = self.num_steps, self.influence.places
+        v, x = self.factor[:count], self.factor[count:]
+        if p < 0 or self.holds:
+            return v[s]
+        at_j, at_s, at_p = (self.influence.coordinates[k] for k in (j, s, p))
+        if at_j is None or at_s is None or at_p is None:
+            w = (places[j] - places[s]) / (places[s] - places[p])
+            return (1 + w) * v[s] - w * v[p]
+        w = (at_j.position - at_s.position) / (at_s.position - at_p.position)
+        noise = (1 + w) * (at_s.a * x[s] + at_s.b * v[s]) - w * (at_p.a * x[p] + at_p.b * v[p])
+        return (noise - at_j.a * sample) / at_j.b
+
+    def _interpolation(self, p: int, s: int, e: int, j: int) -> np.ndarray:
+        places = self.influence.places
+        through = {places[k]: self.factor[k] for k in (p, s, e) if k >= 0}
+        total = np.zeros(self.factor.shape[1])
+        for at, output in through.items():
+            total += math.prod((places[j] - other) / (at - other) for other in through if other != at) * output
+        return total
+
+    def of(self, gap: Gap, e: int) -> float:
+        """The cost of a gap that ends at e."""
+        cost = float(gap.left @ gap.left)
+        if gap.sample is not None and self.influence.corrects:
+            weight = self.sensitivity[e] * self.gains[e] * self.influence.final[e]
+            cost += float(weight**2 * (gap.sample @ gap.sample))
+        return cost
+
+    def after(self, place: _Place, e: int) -> _Place:
+        """Where the programme is after it has computed e."""
+        p, s = place
+        return (p if self.influence.places[s] == self.influence.places[e] else s), e
+
+    def total(self, computed: Iterable[int]) -> float:
+        """The cost of a schedule; its steps begin with 0."""
+        steps = [*sorted(computed), self.num_steps]
+        place, cost = (-1, steps[0]), 0.0
+        for e in steps[1:]:
+            cost += self.of(self.gap(*place, e), e)
+            place = self.after(place, e) if e < self.num_steps else place
+        return cost
+
+
+def best_schedules(costs: Costs, longest: int = LONGEST_GAP) -> dict[int, tuple[int, ...]]:
+    """The schedule of least cost for every number of computed steps that gaps of at most `longest` allow.
+
+    Args:
+        costs: of the sampling.
+        longest: steps from one computed step to the next, at most.
+
+    Returns:
+        The computed steps by their number; all begin with 0.
+    """
+    count = costs.num_steps
+    layers: list[dict[_Place, tuple[float, _Place | None]]] = [{(-1, 0): (0.0, None)}]
+    ends: dict[int, tuple[float, _Place]] = {}
+    for number in range(1, count + 1):
+        now: dict[_Place, tuple[float, _Place | None]] = {}
+        for place, (cost, _) in layers[-1].items():
+            _, s = place
+            for e in range(s + 1, min(s + longest, count) + 1):
+                total = cost + costs.of(costs.gap(*place, e), e)
+                if e == count:
+                    if number not in ends or total < ends[number][0]:
+                        ends[number] = total, place
+                    continue
+                to = costs.after(place, e)
+                if to not in now or total < now[to][0]:
+                    now[to] = total, place
+        layers.append(now)
+    return {number: _traced(layers, number, place) for number, (_, place) in sorted(ends.items())}
+
+
+def _traced(layers: Sequence[dict[_Place, tuple[float, _Place | None]]], number: int, place: _Place) -> tuple[int, ...]:
+    steps: list[int] = []
+    at: _Place | None = place
+    for layer in reversed(layers[:number]):
+        assert at is not None
+        steps.append(at[1])
+        at = layer[at][1]
+    return tuple(reversed(steps))

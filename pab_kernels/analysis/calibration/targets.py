@@ -1,0 +1,153 @@
+"""What a calibration is asked for, and what it may cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...messages import shown
+from ...rules.schedule import check_steps
+from ..sampling import check_seed
+from .sampler import Clip
+
+FEWEST_STEPS = 12
+"""Below it, outputs change too much from step to step to leave any out."""
+SEARCHED = 2
+"""Clips that the search measures on."""
+VERIFIED = 4
+"""Clips that verify, where no more prompts are given."""
+TARGETS = ("floor", "flops", "seconds", "speed")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One of: a floor in dB, a share of the FLOPs, seconds of a call, a speed-up of calls.
+
+    Args:
+        name: one of `TARGETS`.
+        value: of it.
+    """
+
+    name: str
+    value: float
+
+    @classmethod
+    def of(cls, **given: float | None) -> Target:
+        """The target among the arguments of `calibrate`.
+
+        Raises:
+            ValueError: none or several are given, or the value is out of bounds.
+        """
+        named = {name: value for name, value in given.items() if value is not None}
+        if len(named) != 1:
+            got = ", ".join(f"{name}={shown(value)}" for name, value in named.items()) or "none"
+            raise ValueError(f"calibrate takes exactly one of {', '.join(TARGETS)}, got {got}")
+        ((name, value),) = named.items()
+        least, most = {"floor": (0.0, 100.0), "flops": (0.1, 1.0), "seconds": (0.0, math.inf), "speed": (1.0, 10.0)}[
+            name
+        ]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not least < value < most:
+            meant = {"floor": "dB", "flops": "a share", "seconds": "seconds", "speed": "a factor"}[name]
+            raise ValueError(f"{name} is {meant} above {least:g} and below {most:g}, got {shown(value)}")
+        return cls(name, float(value))
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value:g}"
+
+
+def check_sampling(num_steps: Any, seed: int) -> None:
+    """Refuse what no calibration runs.
+
+    Raises:
+        ValueError: the number of steps is too small to leave any out, or a value is out of bounds.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < FEWEST_STEPS:
+        raise ValueError(
+            f"num_steps must be a whole number of at least {FEWEST_STEPS}, got {shown(num_steps)}; with fewer steps "
+            "outputs change too much from one to the next: leave the model as it is"
+        )
+    check_steps(num_steps, "num_steps")
+    check_seed(seed, 1000)
+
+
+def clips_of(prompts: Sequence[Any], seed: int) -> tuple[list[Clip], list[Clip], list[str]]:
+    """The clips of the search, those that verify, and notes.
+
+    Args:
+        prompts: at least one.
+        seed: of the first clip; the next ones have the next seeds.
+
+    Raises:
+        ValueError: there is no prompt.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        raise ValueError(f"prompts is a list of at least one prompt, got {shown(prompts)}")
+    wanted = SEARCHED + max(len(prompts) - SEARCHED, VERIFIED)
+    clips = [Clip(prompts[i % len(prompts)], seed + i) for i in range(wanted)]
+    notes = []
+    if len(prompts) < wanted:
+        notes.append(
+            f"{len(prompts)} prompt(s) for {wanted} clips: other seeds of the same prompts verify; give "
+            f"{wanted} prompts to verify on prompts that the search has not seen"
+        )
+    return clips[:SEARCHED], clips[SEARCHED:], notes
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How the generations are spent.
+
+    Args:
+        gains: recordings on which gains are measured.
+        verified: clips that verify.
+        compared: clips on which other ways to sample are measured.
+        probes: numbers of computed steps that a floor tries.
+        total: generations in all.
+    """
+
+    gains: int
+    verified: int
+    compared: int
+    probes: int
+    total: float
+
+
+def budget(most: float, target: Target, clips: int, gain_cost: float) -> Budget:
+    """The most that fits into `most` generations.
+
+    Args:
+        most: generations.
+        target: of the calibration.
+        clips: that may verify.
+        gain_cost: generations that the gains of one recording cost.
+
+    Raises:
+        ValueError: the least does not fit.
+    """
+    share = target.value if target.name == "flops" else 1 / target.value if target.name == "speed" else 0.65
+    candidates, tiers = 3, 2
+    least = math.inf
+    for verified in range(clips, min(clips, 3) - 1, -1):
+        for gains, compared in ((2, 2), (2, 1), (1, 2), (1, 1), (0, 1)):
+            each = SEARCHED * share
+            fixed = SEARCHED + gains * gain_cost + verified + compared * (2 * share + 0.85)
+            if target.name == "floor":
+                # A probe that fails ends at the first clip that is below the floor.
+                probes = math.floor((most - fixed - verified * share) / (2 * share + each))
+                if probes >= 2:
+                    return Budget(gains, verified, compared, min(probes, 6), most)
+                least = min(least, fixed + verified * share + 2 * (2 * share + each))
+                continue
+            total = fixed + candidates * each + tiers * share + verified * share
+            if target.name in ("seconds", "speed"):
+                total += each
+            if total <= most:
+                return Budget(gains, verified, compared, 0, total)
+            least = min(least, total)
+    raise ValueError(
+        f"calibrating for {target} takes at least {least:.1f} generations, got most_generations={most:g}; raise it, or "
+        "give fewer prompts"
+    )
