@@ -17,7 +17,7 @@ from ...broadcast.attach import attach_forward
 from ...compat import uncompiled
 from ...rules.config import PABConfig
 from .influence import Influence
-from .recording import Recording, RunOn
+from .recording import Recording, rms
 from .sampler import Call, Clip, Sample, call_name, check_plain, checked, fingerprint, share_of, timed
 
 
@@ -87,15 +87,13 @@ class ModuleSampler:
         return Recording(outputs, final[None], result, self._influence(), 0)
 
     def _influence(self) -> Influence:
-        """Ones: what an output does to the result is measured as its gain."""
+        """Nothing is known of it: what an output does to the result is measured as its gain."""
         count = self.num_steps
-        of_output = np.zeros((count + 1, count))
-        of_output[-1] = 1.0
-        return Influence(of_output, (None,) * count, tuple(range(count)), corrects=False)
+        return Influence(np.zeros((count + 1, count)), (None,) * count, tuple(range(count)), corrects=False)
 
     def run_on(
         self, clip: Clip, recording: Recording, step: int, change: torch.Tensor, tick: Callable[[], None]
-    ) -> RunOn:
+    ) -> float:
         """A run from a recorded step on, whose output is changed; the model runs at the first step and after `step`."""
         row = (recording.outputs[step].double() + change.double()).to(recording.outputs.dtype)
         replayed = [*recording.outputs[:step], row]
@@ -121,8 +119,7 @@ class ModuleSampler:
 
         with self._enabled(PABConfig(), self.num_steps, calls):
             result = self._run(clip, self.num_steps)
-        moved = result.double() - recording.result.double()
-        return RunOn(float(moved.square().mean().sqrt()), None)
+        return rms(result.double() - recording.result.double())
 
     def sample(self, clip: Clip, config: PABConfig | None, tick: Callable[[], None]) -> Sample:
         """A run under `config`, or a full one."""
@@ -139,9 +136,8 @@ class ModuleSampler:
             tick()
             return forward(*args, **kwargs)
 
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         with self._enabled(config or PABConfig(), steps, calls):
-            result, seconds = timed(lambda: self._run(clip, steps), device)
+            result, seconds = timed(lambda: self._run(clip, steps))
             share = steps / self.num_steps if config is None else share_of(api.summary(self.model), config)
         return Sample(result, share, seconds)
 

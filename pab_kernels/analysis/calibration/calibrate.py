@@ -145,13 +145,16 @@ def _restored(model_or_pipe: Any) -> Iterator[None]:
     """The attributes of a pipeline and of its scheduler are what they were before; lists too."""
     scheduler = getattr(model_or_pipe, "scheduler", None)
     held = [] if isinstance(model_or_pipe, nn.Module) else [model_or_pipe, scheduler]
-    before = [{k: list(v) if isinstance(v, list) else v for k, v in vars(part).items()} for part in held]
+    before = [dict(vars(part)) for part in held]
+    lists = [(v, list(v)) for attributes in before for v in attributes.values() if isinstance(v, list)]
     try:
         yield
     finally:
         for part, attributes in zip(held, before, strict=True):
             vars(part).clear()
             vars(part).update(attributes)
+        for given, items in lists:
+            given[:] = items
 
 
 def _made_by(sampler: Sampler, target: Target, found: Found, choice: Choice) -> dict[str, Any]:

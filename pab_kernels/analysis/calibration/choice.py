@@ -11,9 +11,9 @@ import numpy as np
 
 from ...rules.config import PABConfig
 from .calibration import NoPlan, Pair, Row
-from .gains import Gains, gain_steps, interpolated, prediction_error, rms
+from .gains import gain_steps, interpolated, prediction_error
 from .generations import Full, Generations, Measured
-from .recording import Recording
+from .recording import Recording, rms
 from .sampler import Clip
 from .schedules import SEARCHED, UNIFORM, Schedules
 from .targets import Budget, Target
@@ -78,7 +78,7 @@ class Choice:
         self._recordings: list[Recording] = []
         self._full: list[Full] = []
         self._schedules: Schedules
-        self.gains: Gains
+        self.gains: np.ndarray
         self.measured: list[Row] = []
         """What was measured on the clips of the search."""
 
@@ -102,10 +102,9 @@ class Choice:
 
     # Gains
 
-    def _gains(self) -> Gains:
+    def _gains(self) -> np.ndarray:
         count = self._recordings[0].num_steps
         gains: dict[int, list[float]] = {}
-        sensitivity: dict[int, list[float]] = {}
         pairs = list(zip(self.searched, self._recordings, strict=True))[: self._plan.gains]
         for clip, recording in pairs:
             for step in gain_steps(recording.influence, self._parts):
@@ -113,12 +112,9 @@ class Choice:
                 found = self._run.run_on(clip, recording, step, change)
                 moved = abs(recording.influence.final[step]) * rms(change)
                 if moved:
-                    gains.setdefault(step, []).append(found.final / moved)
-                if found.sensitivity is not None:
-                    sensitivity.setdefault(step + 1, []).append(found.sensitivity)
-        known = any(c is not None for c in self._recordings[0].influence.coordinates)
-        least = 1.0 if known or self._run.sampler.reuse == "forecast" else 0.0
-        return Gains(interpolated(gains, count, least), interpolated(sensitivity, count, 0.0))
+                    gains.setdefault(step, []).append(found / moved)
+        least = 1.0 if self._recordings[0].influence.known else 0.0
+        return interpolated(gains, count, least)
 
     # Measuring
 
@@ -169,7 +165,7 @@ class Choice:
         if not possible:
             least = min(self._schedules.best) / self._schedules.num_steps
             raise NoPlan(
-                f"{self._target} leaves {max(share, 0):.0%} of the FLOPs, and every sixth step, the least, {least:.0%}; "
+                f"{self._target} leaves {max(share, 0):.0%} of the FLOPs; at least every sixth step runs, {least:.0%}; "
                 "use fewer steps as well",
                 best,
             )

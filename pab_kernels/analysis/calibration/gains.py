@@ -5,16 +5,14 @@ run goes on from there:
 
     g_i = |dx_final| / (|W_i| |dv_i|)
 
-with W_i the influence of output i on the final sample. The gains are geometric means over recordings, interpolated in
-the logarithm between the steps, and at least 1. The same runs give the model's sensitivity at the step after:
-k_(i+1) = |dV_(i+1)| / |dX_(i+1)|.
+with W_i the influence of output i on the final sample, or 1 where it is not known. The gains are geometric means over
+recordings, interpolated in the logarithm between the steps, and at least 1 where W is known.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,35 +26,40 @@ PARTS_OF_MODULES = (0.1, 0.35, 0.6, 0.85)
 """Those where nothing is known of a scheduler, and gains are the whole change of the result."""
 
 
-@dataclass(frozen=True)
-class Gains:
-    """Values for every step, `[K]`.
-
-    Args:
-        gains: g, at least 1.
-        sensitivity: k.
-    """
-
-    gains: np.ndarray
-    sensitivity: np.ndarray
-
-
 def gain_steps(influence: Influence, parts: Sequence[float] = PARTS) -> tuple[int, ...]:
     """The steps at which gains are measured: two steps of other noise levels lie before each, and one after it."""
-    count, places = influence.num_steps, influence.places
-    found = {min(max(round(part * count), 2), count - 2) for part in parts}
-    return tuple(sorted(i for i in found if len({places[i - 2], places[i - 1], places[i]}) == 3))
+    count = influence.num_steps
+    possible = [i for i in range(count - 1) if sources(influence.places, i) is not None]
+    return tuple(sorted({min(possible, key=lambda i: abs(i - part * count)) for part in parts})) if possible else ()
+
+
+def sources(places: Sequence[int], step: int) -> tuple[int, int] | None:
+    """The two steps before `step` that its output is predicted from: the newest ones of two other noise levels.
+
+    Args:
+        places: for each step the number of different noise levels before it.
+        step: the first one of its noise level.
+
+    Returns:
+        The newer one first; None if there are none, or if `step` is not the first of its level.
+    """
+    if step < 1 or places[step - 1] == places[step]:
+        return None
+    older = [k for k in range(step - 1) if places[k] < places[step - 1]]
+    return (step - 1, older[-1]) if older else None
 
 
 def prediction_error(recording: Recording, step: int) -> torch.Tensor:
     """What predicting an output from the two before it misses, on recorded samples, float64."""
     known = recording.influence
-    at_j, at_s, at_p = (known.coordinates[k] for k in (step, step - 1, step - 2))
-    (v_j, v_s, v_p), (x_j, x_s, x_p) = (
-        [tensors[k].double() for k in (step, step - 1, step - 2)] for tensors in (recording.outputs, recording.samples)
-    )
+    found = sources(known.places, step)
+    assert found is not None, "one of `gain_steps`"
+    steps = step, *found
+    at_j, at_s, at_p = (known.coordinates[k] for k in steps)
+    v_j, v_s, v_p = (recording.outputs[k].double() for k in steps)
     if at_j is None or at_s is None or at_p is None:
         return 2 * v_s - v_p - v_j
+    x_j, x_s, x_p = (recording.samples[k].double() for k in steps)
     w = (at_j.position - at_s.position) / (at_s.position - at_p.position)
     noise = (1 + w) * (at_s.a * x_s + at_s.b * v_s) - w * (at_p.a * x_p + at_p.b * v_p)
     return (noise - at_j.a * x_j) / at_j.b - v_j
@@ -74,8 +77,3 @@ def interpolated(measured: Mapping[int, Sequence[float]], num_steps: int, least:
 def monotone(values: np.ndarray) -> np.ndarray:
     """The values where none is less than a later one: the first steps move the result most."""
     return np.maximum.accumulate(values[::-1])[::-1]
-
-
-def rms(t: torch.Tensor) -> float:
-    """The root mean square."""
-    return float(t.square().mean().sqrt())

@@ -14,7 +14,7 @@ from ...rules.config import PABConfig
 from ..ctrl_c import CtrlC
 from ..quality.psnr_ssim import psnr
 from .influence import Influence
-from .recording import Recording, RunOn
+from .recording import Recording
 from .sampler import Clip, Sample, Sampler
 from .store import Store
 
@@ -87,7 +87,7 @@ class Generations:
         self.spent += 1.0
         return Full(kept["result"], kept["seconds"])
 
-    def run_on(self, clip: Clip, recording: Recording, step: int, change: torch.Tensor) -> RunOn:
+    def run_on(self, clip: Clip, recording: Recording, step: int, change: torch.Tensor) -> float:
         """A run from a recorded step on; see `recording.run_on`."""
         share = run_on_share(step, recording.num_steps)
         name = self._name(clip, what="run on", step=step)
@@ -95,10 +95,10 @@ class Generations:
         if kept is None:
             title = f"gain at step {step}"
             found = self._run(title, share, lambda tick: self.sampler.run_on(clip, recording, step, change, tick))
-            kept = {"final": found.final, "sensitivity": found.sensitivity}
+            kept = {"final": found}
             self.store.put(name, kept)
         self.spent += share
-        return RunOn(kept["final"], kept["sensitivity"])
+        return float(kept["final"])
 
     def measure(self, clip: Clip, config: PABConfig, full: torch.Tensor, about: float = 1.0) -> Measured:
         """A run under a config against the full run's result.

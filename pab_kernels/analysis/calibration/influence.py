@@ -49,9 +49,18 @@ class Influence:
         return len(self.places)
 
     @property
+    def known(self) -> bool:
+        """Whether outputs before the last one move the final sample through the scheduler alone.
+
+        They do not where the model predicts the data and the last step returns it, nor without a scheduler.
+        """
+        size = np.abs(self.of_output[-1])
+        return bool((size[:-1] > 1e-6 * size.max()).any())
+
+    @property
     def final(self) -> np.ndarray:
-        """W, `[K]`: the change of the final sample with each output."""
-        return self.of_output[-1]
+        """W, `[K]`: the change of the final sample with each output; ones where it is not known."""
+        return self.of_output[-1] if self.known else np.ones(self.num_steps)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` reads it."""

@@ -42,7 +42,7 @@ class Recording:
         return len(self.outputs)
 
     def gram(self) -> torch.Tensor:
-        """Mean products of V_0 .. V_(K-1), X_0 .. X_(K-1), `[2K, 2K]`, float64."""
+        """Mean products of V_0 .. V_(K-1), X_0 .. X_(K-1), `[2K, 2K]`, float64; without samples `[K, K]`."""
         tensors = [t.flatten() for t in (*self.outputs, *self.samples[:-1])]
         size = len(tensors[0])
         total = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
@@ -160,19 +160,6 @@ def record(pipe: Any, run: Callable[[], torch.Tensor], tick: Callable[[], None])
     return Recording(torch.stack(outputs), torch.stack(samples), result, steps.influence(), steps.begin)
 
 
-@dataclass(frozen=True)
-class RunOn:
-    """A run that went on from a recorded step with another output.
-
-    Args:
-        final: the change of the final sample, its root mean square.
-        sensitivity: the change of the next step's output over that of its sample; None after the last step.
-    """
-
-    final: float
-    sensitivity: float | None
-
-
 def run_on(
     pipe: Any,
     run: Callable[[], torch.Tensor],
@@ -180,7 +167,7 @@ def run_on(
     step: int,
     change: torch.Tensor,
     tick: Callable[[], None],
-) -> RunOn:
+) -> float:
     """Run from a recorded step on, whose output is changed; nothing of the model runs between steps 0 and `step`.
 
     Args:
@@ -188,16 +175,14 @@ def run_on(
         recording: of the same run.
         step: that of the recording, from 1.
         change: of its output, as on the host.
+
+    Returns:
+        The root mean square of the change of the final sample.
     """
-    found: dict[str, float] = {}
 
     def replaced(index: int, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         tick()
         if index > step:
-            if index == step + 1:
-                moved = _rms(_on_host(sample).double() - recording.samples[index].double())
-                bent = _rms(_on_host(output).double() - recording.outputs[index].double())
-                found["sensitivity"] = bent / moved if moved else 0.0
             return output
         v = recording.outputs[index]
         v = (v.double() + change.double()).to(v.dtype) if index == step else v
@@ -213,10 +198,11 @@ def run_on(
             api.disable(pipe)
     assert calls.final is not None
     moved = _on_host(calls.final).double() - recording.samples[-1].double()
-    return RunOn(_rms(moved), found.get("sensitivity"))
+    return rms(moved)
 
 
-def _rms(t: torch.Tensor) -> float:
+def rms(t: torch.Tensor) -> float:
+    """The root mean square."""
     return float(t.square().mean().sqrt())
 
 

@@ -15,10 +15,9 @@ from ...broadcast.broadcaster import broadcaster_of
 from ...broadcast.coordinates import solver
 from ...broadcast.pipeline import denoisers, other_schedulers
 from ...broadcast.summary import Summary
-from ...compat import execution_device
 from ...rules.config import PABConfig
 from ..pipeline_call import Wish, call
-from .recording import Recording, RunOn, Step, record, run_on, stepping
+from .recording import Recording, Step, record, run_on, stepping
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ class Sampler(Protocol):
 
     def run_on(
         self, clip: Clip, recording: Recording, step: int, change: torch.Tensor, tick: Callable[[], None]
-    ) -> RunOn:
-        """A run from a recorded step on, whose output is changed."""
+    ) -> float:
+        """A run from a recorded step on, whose output is changed; see `recording.run_on`."""
 
     def sample(self, clip: Clip, config: PABConfig | None, tick: Callable[[], None]) -> Sample:
         """A run under `config`, or a full one."""
@@ -136,8 +135,8 @@ class PipelineSampler:
 
     def run_on(
         self, clip: Clip, recording: Recording, step: int, change: torch.Tensor, tick: Callable[[], None]
-    ) -> RunOn:
-        """A run from a recorded step on, whose output is changed."""
+    ) -> float:
+        """A run from a recorded step on, whose output is changed; see `recording.run_on`."""
         return run_on(self.pipe, lambda: self._run(clip, self.num_steps), recording, step, change, tick)
 
     def sample(self, clip: Clip, config: PABConfig | None, tick: Callable[[], None]) -> Sample:
@@ -151,12 +150,11 @@ class PipelineSampler:
         return self._sampled(clip, None, steps, tick)
 
     def _sampled(self, clip: Clip, config: PABConfig | None, steps: int, tick: Callable[[], None]) -> Sample:
-        device = execution_device(self.pipe)
         with stepping(self.pipe.scheduler, ticking(tick)):
             if config is not None:
                 api.enable(self.pipe, config)
             try:
-                result, seconds = timed(lambda: self._run(clip, steps), device)
+                result, seconds = timed(lambda: self._run(clip, steps))
                 share = steps / self.num_steps if config is None else share_of(api.summary(self.pipe), config)
                 return Sample(result, share, seconds)
             finally:
@@ -197,12 +195,12 @@ def call_name(given: Call | None) -> str | None:
     return None if given is None else getattr(given, "__qualname__", type(given).__qualname__)
 
 
-def timed(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, float]:
-    """What `run` returns, and its seconds until the device is done."""
+def timed(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """What `run` returns, and its seconds until CUDA devices are done."""
     begin = time.perf_counter()
     result = run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return result, time.perf_counter() - begin
 
 

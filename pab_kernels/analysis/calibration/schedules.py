@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import product
 
+import numpy as np
+
 from ...rules.config import Broadcast, PABConfig
 from ...rules.plan import Plan
 from ...rules.schedule import Schedule
-from .gains import Gains, monotone
+from .gains import monotone
 from .generations import decibels
 from .influence import Influence
 from .recording import Recording
 from .search import Costs, best_schedules
 
-SEARCHED, MONOTONE, UNIFORM = "searched", "searched, gains falling", "uniform"
+SEARCHED, FURTHER, UNIFORM = "searched", "searched with kappa = 1", "uniform"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +28,12 @@ class Schedules:
 
     Args:
         recordings: of full runs.
-        gains: measured on them.
+        gains: measured on them, `[K]`.
         reuse: what stands for an output.
     """
 
     recordings: Sequence[Recording]
-    gains: Gains
+    gains: np.ndarray
     reuse: str
 
     @property
@@ -46,9 +48,9 @@ class Schedules:
 
     @cached_property
     def costs(self) -> Costs:
-        """With the gains as measured."""
+        """With gains that fall: early steps move the result most, also where that was not measured; and kappa = 0."""
         gram = sum((r.gram() for r in self.recordings[1:]), self.recordings[0].gram()) / len(self.recordings)
-        return Costs(self.influence, gram.numpy(), self.gains.gains, self.gains.sensitivity, holds=self.reuse == "hold")
+        return Costs(self.influence, gram.numpy(), monotone(self.gains), holds=self.reuse == "hold")
 
     @cached_property
     def best(self) -> dict[int, tuple[int, ...]]:
@@ -56,9 +58,9 @@ class Schedules:
         return best_schedules(self.costs)
 
     @cached_property
-    def _falling(self) -> dict[int, tuple[int, ...]]:
-        gains = monotone(self.gains.gains)
-        return best_schedules(Costs(self.influence, self.costs.gram, gains, self.gains.sensitivity, self.costs.holds))
+    def _further(self) -> dict[int, tuple[int, ...]]:
+        """The best with the gains as they were measured, and kappa = 1."""
+        return best_schedules(Costs(self.influence, self.costs.gram, self.gains, 1.0, self.costs.holds))
 
     def uniform(self, number: int) -> tuple[int, ...]:
         """The computed steps of a range in a window, at most `number` of them: the most, and of these the cheapest."""
@@ -77,7 +79,7 @@ class Schedules:
         """Schedules to measure, by their titles; equal ones once."""
         named = {
             SEARCHED: self.best[number],
-            MONOTONE: self._falling.get(number, self.best[number]),
+            FURTHER: self._further[number],
             UNIFORM: self.uniform(number),
         }
         different = {steps: title for title, steps in reversed(named.items())}

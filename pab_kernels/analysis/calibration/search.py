@@ -4,11 +4,11 @@ Written as coefficients of the recorded outputs V_i and samples X_i, with W_i th
 that of the samples, and g_i the gains (how much more a wrong V_i moves the final sample where the model runs on): the
 cost of a gap, the skipped steps j between the computed steps s and e, with p the one computed before s, is
 
-    | sum_j g_j W_j (V'_j - V_j) |^2  +  (k_e g_e W_e)^2 | sum_j A[e, j] (V^_j - V_j) |^2
+    | sum_j g_j W_j (V'_j - V_j) |^2  +  (kappa g_e W_e)^2 | sum_j A[e, j] (V^_j - V_j) |^2
 
 V^_j is the prediction on the predicted samples (`broadcast/forecaster.py`), V'_j the interpolation through e, s and p
 with which steps are taken again, or V^_j where they are not. The second term is the error of V_e, for which the model
-ran on a predicted sample; k_e is the change of its output over that of its sample. After the last computed step, V^_j
+ran on a predicted sample; kappa weighs it. After the last computed step, V^_j
 stands for V'_j. Squares are mean products, from the Gram matrix summed over the recordings: the programme costs seconds
 on the host, whatever the size of the samples.
 """
@@ -50,16 +50,16 @@ class Costs:
 
     Args:
         influence: of the outputs on the samples.
-        gram: `[2K, 2K]` of the outputs and the samples, a mean over recordings.
+        gram: `[2K, 2K]` of the outputs and the samples, a mean over recordings; `[K, K]` where samples are not known.
         gains: g, `[K]`.
-        sensitivity: k, `[K]`.
+        kappa: the weight of the second term.
         holds: whether the last output stands for a skipped one, and no prediction.
     """
 
     influence: Influence
     gram: np.ndarray
     gains: np.ndarray
-    sensitivity: np.ndarray
+    kappa: float = 0.0
     holds: bool = False
     _gaps: dict[tuple[int, int, int], Gap] = field(default_factory=dict, repr=False)
 
@@ -68,6 +68,16 @@ class Costs:
         """F, `[2K, 2K]` with `F F^T = gram`: the mean square of `c V` is that of `c F`, summed."""
         values, vectors = np.linalg.eigh(self.gram)
         return vectors * np.sqrt(np.maximum(values, 0.0))
+
+    @cached_property
+    def _outputs(self) -> np.ndarray:
+        return self.factor[: self.num_steps]
+
+    @cached_property
+    def _samples(self) -> np.ndarray:
+        """Zeros where samples are not known."""
+        known = self.factor[self.num_steps :]
+        return known if len(known) else np.zeros_like(self._outputs)
 
     @property
     def num_steps(self) -> int:
@@ -83,7 +93,7 @@ class Costs:
 
     def _measured(self, p: int, s: int, e: int) -> Gap:
         count, known = self.num_steps, self.influence
-        v, x = self.factor[:count], self.factor[count:]
+        v, x = self._outputs, self._samples
         size = v.shape[1]
         predicted: list[np.ndarray] = []
         for j in range(s + 1, e):
@@ -98,8 +108,7 @@ class Costs:
         return Gap(left, sample if ends else None)
 
     def _prediction(self, p: int, s: int, j: int, sample: np.ndarray) -> np.ndarray:
-        count, places = self.num_steps, self.influence.places
-        v, x = self.factor[:count], self.factor[count:]
+        places, v, x = self.influence.places, self._outputs, self._samples
         if p < 0 or self.holds:
             return v[s]
         at_j, at_s, at_p = (self.influence.coordinates[k] for k in (j, s, p))
@@ -122,7 +131,7 @@ class Costs:
         """The cost of a gap that ends at e."""
         cost = float(gap.left @ gap.left)
         if gap.sample is not None and self.influence.corrects:
-            weight = self.sensitivity[e] * self.gains[e] * self.influence.final[e]
+            weight = self.kappa * self.gains[e] * self.influence.final[e]
             cost += float(weight**2 * (gap.sample @ gap.sample))
         return cost
 

@@ -1,0 +1,248 @@
+"""Calibrations from end to end on small pipelines and a bare model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("yaml")
+pytest.importorskip("matplotlib")
+
+import pab_kernels as pab
+from pab_kernels import PABConfig
+from pab_kernels.analysis.calibration.calibration import Interrupted, NoPlan, Row
+from pab_kernels.analysis.pipeline_call import Wish
+from pab_kernels.rules.formats import load_config
+from tests.analysis.calibration.small_pipe import PROMPTS, STEPS, VALUES, call, loop, pipe_of
+from tests.analysis.tiny_dit import tiny_dit
+from tests.broadcast.forecast_oracle import SHAPE, Denoiser, Pipe
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers' schedulers
+    pytest.mark.usefixtures("no_flops"),
+]
+
+
+def calibrated(pipe: Any, prompts: Any = PROMPTS, **target: Any) -> Any:
+    given = {"num_steps": STEPS, "call": call, "values": VALUES} | target
+    return pab.calibrate(pipe, prompts, **given)
+
+
+def attributes(pipe: Pipe) -> tuple[dict[str, Any], ...]:
+    return tuple(dict(vars(part)) for part in (pipe, pipe.scheduler, pipe.transformer))
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    lo, hi = VALUES
+    return -10 * math.log10(float(((a - b).float().double() / (hi - lo)).square().mean()))
+
+
+@pytest.mark.parametrize("name", ["ddim v", "unipc", "flow euler", "heun"])
+def test_a_share_of_the_flops_gives_the_plan_that_was_measured(name: str) -> None:
+    pipe = pipe_of(name)
+    before = attributes(pipe)
+    found = calibrated(pipe, flops=0.6)
+    calls, after = pipe.transformer.calls, attributes(pipe)
+    assert found.verified.share <= 0.6 and found.generations <= 20 + 1e-6
+    assert {k: v for k, v in after[2].items() if k != "calls"} == {k: v for k, v in before[2].items() if k != "calls"}
+    assert [vars_of.keys() for vars_of in after] == [vars_of.keys() for vars_of in before]
+    assert all(x is y for x, y in zip(after[1].values(), before[1].values(), strict=True))
+    assert calls == pytest.approx(found.generations * len(found.plan.steps), abs=2), "all that ran was counted"
+    verified = [call(pipe, PROMPTS[i], i) for i in range(2, 2 + len(found.verified.psnr))]
+    pab.enable(pipe, found.config)
+    ours = [call(pipe, PROMPTS[i], i) for i in range(2, 2 + len(verified))]
+    wanted = [psnr(a, b) for a, b in zip(ours, verified, strict=True)]
+    assert list(found.verified.psnr) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_the_closest_of_the_candidates_is_chosen_and_compared_with_others() -> None:
+    found = calibrated(pipe_of("unipc"), flops=0.6, most_generations=40)
+    full = [row for row in found.searched if len(row.psnr) == 2]
+    assert found.verified.title == max(full, key=lambda row: row.mean).title
+    titles = [row.title for row in found.others]
+    assert titles[0] == f"{math.ceil(found.verified.share * STEPS)} steps" and "PAB 2/4/6" in titles
+    shares = [share for share, _ in found.curve]
+    assert shares == sorted(shares) and found.verified.title in str(found) and "generations" in str(found)
+
+
+def test_a_floor_is_kept_by_the_fewest_steps_that_were_tried() -> None:
+    pipe = pipe_of("ddim v")
+    found = calibrated(pipe, floor=45.0, most_generations=40)
+    assert found.verified.worst >= 45 and found.verified.expected >= 45 and found.verified.share < 1
+    again = calibrated(pipe, floor=70.0, most_generations=40)
+    assert again.verified.worst >= 70 and again.verified.share > found.verified.share
+
+
+def test_a_floor_that_nothing_keeps_is_an_error_with_the_closest_plan() -> None:
+    with pytest.raises(NoPlan, match=r"no plan was found that keeps floor=99 dB; the closest has \d+.\d dB") as error:
+        calibrated(pipe_of("unipc"), floor=99.0)
+    assert error.value.best is not None and error.value.best.worst < 99
+
+
+def test_a_row_keeps_a_floor_where_one_in_twenty_is_expected_below_it() -> None:
+    assert Row("", 0.5, (40.0, 41.0, 42.0), 1.0).keeps(39.0)
+    wide = Row("", 0.5, (40.0, 50.0, 60.0), 1.0)
+    assert wide.worst == 40 and wide.expected == pytest.approx(50 - 16.45) and not wide.keeps(39.0)
+
+
+def test_a_second_call_reads_what_the_first_one_kept(tmp_path: Path) -> None:
+    first, second = pipe_of("unipc"), pipe_of("unipc")
+    found = calibrated(first, flops=0.6, folder=tmp_path)
+    again = calibrated(second, flops=0.6, folder=tmp_path)
+    assert second.transformer.calls == 0 and again.to_dict() == found.to_dict()
+    calibrated(pipe_of("unipc"), flops=0.6, folder=tmp_path, seed=1)
+    other = pipe_of("ddim v")
+    calibrated(other, flops=0.6, folder=tmp_path)
+    assert other.transformer.calls > 0, "of another scheduler"
+
+
+@pytest.mark.parametrize("at", [1, 40, 130])
+def test_after_an_interruption_it_goes_on_where_it_stopped(at: int, tmp_path: Path) -> None:
+    pipe, seen = pipe_of("unipc"), []
+
+    def progress(title: str, done: int, total: int | None) -> None:
+        seen.append((title, done, total))
+        if len(seen) == at + 1:
+            raise KeyboardInterrupt
+
+    before = attributes(pipe)
+    with pytest.raises(Interrupted, match=r"interrupted after \d+.\d of \d+.\d generations"):
+        calibrated(pipe, flops=0.6, folder=tmp_path, progress=progress)
+    assert [v.keys() for v in attributes(pipe)] == [v.keys() for v in before]
+    done = pipe.transformer.calls
+    found = calibrated(pipe, flops=0.6, folder=tmp_path)
+    whole = pipe_of("unipc")
+    wanted = calibrated(whole, flops=0.6)
+    assert found.config == wanted.config and found.verified.psnr == wanted.verified.psnr
+    assert pipe.transformer.calls <= whole.transformer.calls + STEPS and done <= pipe.transformer.calls
+    assert "at most" in seen[0][0] and all(d <= (t or 0) for _, d, t in seen)
+
+
+def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
+    found = calibrated(pipe_of("unipc"), flops=0.6, folder=tmp_path)
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert calibrated(pipe_of("unipc"), flops=0.6, folder=tmp_path).config == found.config
+
+
+def test_a_saved_config_gives_the_same_plan(tmp_path: Path) -> None:
+    found = calibrated(pipe_of("ddim v"), flops=0.6)
+    written = found.save(tmp_path / "deep")
+    assert [path.name for path in written][:4] == ["config.yaml", "report.json", "curve.png", "schedule.png"]
+    assert all(path.stat().st_size > 200 for path in written)
+    loaded = load_config(written[0])
+    assert loaded == found.config and str(pab.plan(loaded, num_steps=STEPS)) == str(found.plan)
+    text = written[0].read_text()
+    assert text.startswith("# Found by pab.calibrate")
+    for line in ("scheduler: DDIMScheduler", "scheduler_config_sha256: ", "flops: 0.6", "class: Denoiser", "torch: "):
+        assert line in text, line
+
+
+def test_clips_of_frames_are_drawn(tmp_path: Path) -> None:
+    def frames(pipe: Pipe, prompt: float, seed: int) -> Tensor:
+        return (call(pipe, prompt, seed)[:, :, :, :] / 6 + 0.5).float()
+
+    found = calibrated(pipe_of("ddim v"), flops=0.6, call=frames, values=(0.0, 1.0))
+    assert any("takes no num_steps" in note for note in found.notes)
+    assert {path.name for path in found.save(tmp_path)} >= {"worst.png", "config.yaml"}
+
+
+@pytest.mark.parametrize("target", [{"speed": 1.3}, {"seconds": 18.0}])
+def test_targets_of_time_follow_the_seconds_of_runs(target: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a call of the model took a second, and everything else ten: a full run takes 24."""
+    pipe = pipe_of("ddim v")
+
+    def timed(run: Any) -> Any:
+        calls = pipe.transformer.calls
+        return run(), 10.0 + pipe.transformer.calls - calls
+
+    monkeypatch.setattr("pab_kernels.analysis.calibration.sampler.timed", timed)
+    found = calibrated(pipe, most_generations=40, **target)
+    assert found.full_seconds == 24.0 and found.verified.seconds == 18.0 and found.verified.share == 8 / 14
+    with pytest.raises(NoPlan, match=r"a full call takes 24.00 s already, got seconds=30; leave the model as it is"):
+        calibrated(pipe, seconds=30.0)
+
+
+def test_a_bare_model_is_calibrated_with_lines_on_its_own_outputs() -> None:
+    model = Denoiser().double().eval().requires_grad_(False)
+    found = calibrated(model, flops=0.6, call=loop)
+    rule = found.config.rule("model", 0)
+    assert rule is not None and rule.reuse in ("linear", "hold") and found.verified.share <= 0.6
+    assert model.calls == pytest.approx(found.generations * 2 * STEPS, abs=2)
+    results = []
+    for config in (found.config, PABConfig()):
+        pab.enable(model, config, num_steps=STEPS)
+        with torch.no_grad():
+            results.append(loop(model, PROMPTS[2], 2))
+        pab.disable(model)
+    assert found.verified.psnr[0] == pytest.approx(psnr(*results), abs=1e-3)
+
+
+def lcm() -> Pipe:
+    from diffusers import LCMScheduler
+
+    pipe = pipe_of()
+    pipe.scheduler = LCMScheduler()
+    return pipe
+
+
+def enabled() -> Pipe:
+    return pab.enable(pipe_of(), PABConfig(spatial=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "error", "message"),
+    [
+        (lcm, {}, ValueError, "LCMScheduler begins from new noise at every step"),
+        (enabled, {}, ValueError, "PAB is enabled on this Denoiser; call pab.disable"),
+        (pipe_of, {"num_steps": 8}, ValueError, "leave the model as it is"),
+        (pipe_of, {"call": lambda *_: 3}, TypeError, "call must return a tensor, got int"),
+        (pipe_of, {"call": lambda *_: torch.zeros(1)}, ValueError, "did not step its DDIMScheduler"),
+        (pipe_of, {"values": (1.0, 0.0)}, ValueError, "black below white"),
+        (pipe_of, {"most_generations": 3}, ValueError, "takes at least"),
+        (pipe_of, {"flops": 0.12}, NoPlan, "use fewer steps as well"),
+        (object, {}, TypeError, "got object; supported are a pipeline"),
+        (Denoiser, {"call": None}, TypeError, "a bare Denoiser without call"),
+        (Denoiser, {"call": lambda m, p, s: m(*(3 * [torch.zeros(2, 3, 4, 4)]))}, ValueError, "made 1 calls"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(make: Any, given: Any, error: Any, message: str) -> None:
+    pipe = make()
+    with pytest.raises(error, match=message):
+        calibrated(pipe, **{"flops": 0.6, **given})
+    if isinstance(pipe, Pipe) and make is not enabled:
+        assert not {"step", "set_timesteps"} & vars(pipe.scheduler).keys()
+        assert pipe.transformer.forward.__func__ is Denoiser.forward
+
+
+def test_a_wish_is_a_prompt_of_the_usual_call() -> None:
+    pipe = tiny_dit()
+    pipe.set_progress_bar_config(disable=True)
+    wishes = [Wish(None, guidance=1.0, further={"class_labels": [i]}) for i in range(6)]
+    found = pab.calibrate(pipe, wishes, num_steps=12, flops=0.7)
+    assert found.verified.share <= 0.7 and len(found.verified.psnr) == 4 and len(found.worst) == 3
+    assert found.made_by["seeds"] == list(range(6)) and "class_labels" in found.made_by["prompts"][0]
+
+
+def test_runs_that_enter_the_schedule_later_keep_their_steps() -> None:
+    """As image-to-image does: steps count from the first one of the full schedule."""
+
+    def later(pipe: Pipe, prompt: float, seed: int) -> Tensor:
+        scheduler, begin = pipe.scheduler, 4
+        scheduler.set_timesteps(STEPS + begin)
+        x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).double()
+        for step, t in enumerate(scheduler.timesteps[begin:]):
+            if step == 0 and hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(begin)
+            x = scheduler.step(pipe.guided(x, t, step), t, x, return_dict=False)[0]
+        return x
+
+    found = calibrated(pipe_of("unipc"), flops=0.6, call=later)
+    rule = found.config.rule("model", 0)
+    assert rule is not None and rule.at is not None and found.begin == rule.at[0] == 4 and found.num_steps == STEPS + 4
+    assert found.verified.share == pytest.approx(len(rule.at) / STEPS)

@@ -1,0 +1,98 @@
+"""The search against all schedules, and its costs against steps that are really taken."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from pab_kernels.analysis.calibration.influence import Influence
+from pab_kernels.analysis.calibration.recording import Recording, record
+from pab_kernels.analysis.calibration.search import Costs, best_schedules
+from pab_kernels.broadcast.coordinates import Coordinates
+from pab_kernels.broadcast.forecaster import Forecaster
+from tests.analysis.calibration.small_pipe import STEPS, pipe_of, run_of
+from tests.broadcast.forecast_oracle import NOISY, SCHEDULERS
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers
+
+
+def random_costs(count: int, corrects: bool, holds: bool = False, twice: int | None = None) -> Costs:
+    """Costs of made-up outputs; `twice` is a step at the noise level of the one before it."""
+    rng = np.random.default_rng(count)
+    vectors = rng.normal(size=(2 * count, 3 * count)).cumsum(0)
+    level = [i - (twice is not None and i >= twice) for i in range(count)]
+    at = tuple(Coordinates(0.3, 1.0, 0.4 * place + 0.02 * place**2) for place in level)
+    influence = Influence(np.tril(rng.normal(size=(count + 1, count)), -1), at, tuple(level), corrects)
+    return Costs(influence, vectors @ vectors.T / vectors.shape[1], 1 + rng.random(count), 0.5, holds)
+
+
+def allowed(steps: Sequence[int], count: int, longest: int) -> bool:
+    return all(b - a <= longest for a, b in itertools.pairwise([*steps, count]))
+
+
+@pytest.mark.parametrize("longest", [2, 4])
+@pytest.mark.parametrize(("corrects", "holds", "twice"), [(True, False, None), (False, False, 4), (True, False, 3)])
+def test_the_programme_finds_what_trying_all_schedules_finds(
+    corrects: bool, holds: bool, twice: int | None, longest: int
+) -> None:
+    count = 8
+    costs = random_costs(count, corrects, holds, twice)
+    found = best_schedules(costs, longest)
+    for number in range(1, count + 1):
+        tried = [(0, *rest) for rest in itertools.combinations(range(1, count), number - 1)]
+        possible = [steps for steps in tried if allowed(steps, count, longest)]
+        assert (number in found) is bool(possible)
+        if possible:
+            assert found[number] == min(possible, key=costs.total)
+    assert costs.total(range(count)) == 0.0
+
+
+def test_what_is_held_costs_the_distance_to_it() -> None:
+    costs = random_costs(6, corrects=False, holds=True)
+    weights = costs.gains * costs.influence.final
+    v = costs.factor[:6]
+    left = weights[3] * (v[2] - v[3]) + weights[4] * (v[2] - v[4])
+    assert costs.of(costs.gap(1, 2, 5), 5) == pytest.approx(float(left @ left))
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in NOISY])
+@pytest.mark.parametrize("gap", [(3, 4, 7), (-1, 0, 2), (STEPS - 4, STEPS - 3, STEPS)])
+def test_the_errors_of_a_gap_are_those_of_steps_taken_with_the_recorded_outputs(
+    name: str, gap: tuple[int, int, int]
+) -> None:
+    """The outputs are the recorded ones, whatever the sample. In the last gap nothing is computed after s."""
+    pipe = pipe_of(name)
+    recording = record(pipe, run_of(pipe), lambda: None)
+    count = recording.num_steps
+    p, s, e = (count - STEPS + k if gap[2] == STEPS else k for k in gap)
+    if "heun" in name and p > 0:  # steps 2k - 1 and 2k are of one noise level: the one before is not p
+        p = s - 1 if recording.influence.places[s - 1] != recording.influence.places[s] else s - 2
+    costs = Costs(recording.influence, recording.gram().numpy(), np.ones(count))
+    found = costs.gap(p, s, e)
+    samples = taken(pipe.scheduler, recording, range(s + 1, e))
+    left = float((samples[-1] - recording.samples[-1]).square().mean().sqrt())
+    assert left > 1e-6 or name == "ddim sample"
+    assert recording.influence.known is (name != "ddim sample"), "its last step returns the last output"
+    assert name == "ddim sample" or left == pytest.approx(float(np.linalg.norm(found.left)), rel=2e-3)
+    if found.sample is None:
+        assert e == count
+    else:
+        moved = float((samples[e] - recording.samples[e]).square().mean().sqrt())
+        assert moved == pytest.approx(float(np.linalg.norm(found.sample)), rel=2e-3) and moved > 1e-6
+
+
+def taken(scheduler: Any, recording: Recording, skipped: range) -> list[Tensor]:
+    """The sample before each step, and the last one."""
+    scheduler.set_timesteps(STEPS)
+    forecaster = Forecaster(scheduler, recording.num_steps)
+    samples = [recording.samples[0]]
+    for i, t in enumerate(scheduler.timesteps):
+        v = recording.outputs[i]
+        given = (scheduler.step, i, i in skipped, frozenset[str](), v, t, samples[-1])
+        samples.append(forecaster.step(*given, return_dict=False)[0])
+    return samples
