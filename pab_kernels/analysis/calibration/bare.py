@@ -18,7 +18,7 @@ from ...compat import uncompiled
 from ...rules.config import PABConfig
 from .influence import Influence
 from .recording import Recording, rms
-from .sampler import Call, Clip, Sample, call_name, check_plain, checked, fingerprint, share_of, timed
+from .sampler import Call, Clip, Sample, call_name, check_plain, checked, fingerprint, kinds_of, share_of, timed
 
 
 class ModuleSampler:
@@ -38,6 +38,7 @@ class ModuleSampler:
         self.model: nn.Module = uncompiled(model)
         check_plain(self.model)
         self.num_steps, self._given, self.reuse = num_steps, given, reuse
+        self.kinds = kinds_of(self.model)
 
     def _run(self, clip: Clip, steps: int) -> torch.Tensor:
         extra = {} if steps == self.num_steps else {"num_steps": steps}

@@ -180,7 +180,7 @@ class Choice:
             rows[title] = self._search_row(title, config), config
         title = max(rows, key=lambda name: rows[name][0].mean)
         row, config = rows[title]
-        for further, tiers in self._schedules.tiers(share).items():
+        for further, tiers in self._schedules.tiers(share, self._run.sampler.kinds).items():
             closer = self._with_tiers(further, tiers, row, share)
             if closer is not None:
                 return further, tiers
@@ -191,12 +191,8 @@ class Choice:
         if not self._affords(self._about(config)):
             return None
         clip, recording = self.searched[0], self._recordings[0]
-        try:
-            first = self._run.measure(clip, config, recording.result, share)
-        except ValueError:  # the model has no such sublayers, or cannot reuse them
-            return None
-        half = 0.5 / self._schedules.num_steps
-        if first.psnr < than.psnr[0] + _CLEARLY or first.share > share + half or not self._affords(first.share):
+        first = self._run.measure(clip, config, recording.result, share)
+        if first.psnr < than.psnr[0] + _CLEARLY or first.share > share + 1e-6 or not self._affords(first.share):
             self.measured.append(row_of(title, [first]))
             return None
         row = self._search_row(title, config)
@@ -291,13 +287,12 @@ class Choice:
             if n <= max(row.share * self._schedules.num_steps + 1e-6, min(self._schedules.best))
         )
         uniform = self._schedules.config(self._schedules.uniform(number))
-        for title, rules, share in ((UNIFORM, uniform, row.share), ("PAB 2/4/6", PABConfig.preset("pab246"), 0.85)):
-            if rules == config or not self._affords(len(clips) * share):
-                continue
-            try:
+        further = {UNIFORM: (uniform, row.share)}
+        if self._run.sampler.kinds & {"spatial", "temporal", "cross"}:
+            further["PAB 2/4/6"] = PABConfig.preset("pab246"), 0.85
+        for title, (rules, share) in further.items():
+            if rules != config and self._affords(len(clips) * share):
                 others.append(self._row(title, rules, clips, full))
-            except (TypeError, ValueError) as error:
-                notes.append(f"{title} was not compared: {error}")
         return others
 
 

@@ -55,6 +55,8 @@ class Sampler(Protocol):
     """How the whole model is reused."""
     num_steps: int
     """That a sampling is called with."""
+    kinds: frozenset[str]
+    """Of the sublayers that are found in every model."""
 
     def describe(self) -> dict[str, Any]:
         """What all runs have in common, JSON-ready."""
@@ -109,6 +111,7 @@ class PipelineSampler:
             )
         solver(scheduler)  # refuses those that begin from new noise at every step
         self.pipe, self.num_steps, self._given = pipe, num_steps, given
+        self.kinds = frozenset.intersection(*map(kinds_of, models.values()))
 
     def _run(self, clip: Clip, steps: int) -> torch.Tensor:
         if self._given is None:
@@ -176,6 +179,14 @@ def check_plain(model: torch.nn.Module) -> None:
     """Raise a ValueError if PAB is enabled on a model."""
     if broadcaster_of(model) is not None:
         raise ValueError(f"PAB is enabled on this {type(model).__name__}; call pab.disable before calibrating it")
+
+
+def kinds_of(model: torch.nn.Module) -> frozenset[str]:
+    """The kinds of a model's sublayers; none where none are found."""
+    try:
+        return frozenset(sublayer.kind for sublayer in api.sublayers(model))
+    except TypeError:
+        return frozenset()
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, Any]:

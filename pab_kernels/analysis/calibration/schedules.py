@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from .influence import Influence
 from .recording import Recording
 from .search import Costs, best_schedules
 
+SUBLAYERS = ("spatial", "temporal", "cross", "mlp")
 SEARCHED, FURTHER, UNIFORM = "searched", "searched with kappa = 1", "uniform"
 
 
@@ -94,16 +96,21 @@ class Schedules:
         begin = self.recordings[0].begin
         return PABConfig(model=Broadcast(at=tuple(begin + i for i in steps), unit="step", reuse=self.reuse))
 
-    def tiers(self, share: float) -> dict[str, PABConfig]:
-        """Schedules with more computed steps, at some of which sublayers or blocks are reused, at the same FLOPs."""
+    def tiers(self, share: float, kinds: Collection[str]) -> dict[str, PABConfig]:
+        """Schedules with more computed steps, at some of which sublayers or blocks are reused, at the same FLOPs.
+
+        Args:
+            share: of the FLOPs, at most.
+            kinds: of the model's sublayers.
+        """
         line = Broadcast(2, (0.3, 0.9), reuse="linear")
-        rules = {
-            "and blocks 2 linear": PABConfig(block=line),
-            "and sublayers 2 linear": PABConfig(spatial=line, temporal=line, cross=line, mlp=line),
-        }
+        groups = {"and blocks 2 linear": ("block",), "and sublayers 2 linear": SUBLAYERS}
         found = {}
-        for title, config in rules.items():
-            kind = config.broadcasts()[0][0]
+        for title, group in groups.items():
+            rules: dict[str, Any] = {kind: line for kind in group if kind in kinds}
+            if not rules:
+                continue
+            config, kind = PABConfig(**rules), next(iter(rules))
             most = 0.0
             for number in range(math.floor(share * self.num_steps) + 1, self.num_steps):
                 both = dataclasses.replace(config, model=self.config(self.best[number]).model)

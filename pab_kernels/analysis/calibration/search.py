@@ -150,15 +150,16 @@ class Costs:
         return cost
 
 
-def best_schedules(costs: Costs, longest: int = LONGEST_GAP) -> dict[int, tuple[int, ...]]:
+def best_schedules(costs: Costs, longest: int = LONGEST_GAP, beginning: int = 1) -> dict[int, tuple[int, ...]]:
     """The schedule of least cost for every number of computed steps that gaps of at most `longest` allow.
 
     Args:
         costs: of the sampling.
         longest: steps from one computed step to the next, at most.
+        beginning: the first steps, of which all are computed.
 
     Returns:
-        The computed steps by their number; all begin with 0.
+        The computed steps by their number.
     """
     count = costs.num_steps
     layers: list[dict[_Place, tuple[float, _Place | None]]] = [{(-1, 0): (0.0, None)}]
@@ -167,7 +168,7 @@ def best_schedules(costs: Costs, longest: int = LONGEST_GAP) -> dict[int, tuple[
         now: dict[_Place, tuple[float, _Place | None]] = {}
         for place, (cost, _) in layers[-1].items():
             _, s = place
-            for e in range(s + 1, min(s + longest, count) + 1):
+            for e in range(s + 1, min(s + longest, count) + 1 if s + 1 >= beginning else s + 2):
                 total = cost + costs.of(costs.gap(*place, e), e)
                 if e == count:
                     if number not in ends or total < ends[number][0]:
