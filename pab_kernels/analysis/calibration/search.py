@@ -4,13 +4,15 @@ Written as coefficients of the recorded outputs V_i and samples X_i, with W_i th
 that of the samples, and g_i the gains (how much more a wrong V_i moves the final sample where the model runs on): the
 cost of a gap, the skipped steps j between the computed steps s and e, with p the one computed before s, is
 
-    | sum_j g_j W_j (V'_j - V_j) |^2  +  (kappa g_e W_e)^2 | sum_j A[e, j] (V^_j - V_j) |^2
+    | sum_j g_j W_j (V'_j - V_j) |^2
 
-V^_j is the prediction on the predicted samples (`broadcast/forecaster.py`), V'_j the interpolation through e, s and p
-with which steps are taken again, or V^_j where they are not. The second term is the error of V_e, for which the model
-ran on a predicted sample; kappa weighs it. After the last computed step, V^_j
-stands for V'_j. Squares are mean products, from the Gram matrix summed over the recordings: the programme costs seconds
-on the host, whatever the size of the samples.
+V'_j is the interpolation through e, s and p with which steps are taken again. Where they are not, and after the last
+computed step, it is the prediction on the predicted samples X_j + sum_k A[j, k] (V'_k - V_k), with k the skipped steps
+before j: both exactly as in `broadcast/forecaster.py`. Squares are mean products, from the mean Gram matrix of the
+recordings: the programme costs seconds on the host, whatever the size of the samples.
+
+That the model runs on a predicted sample at e is left out of account: a term for it (the influence and gain of V_e
+times the error of X_e) led to schedules that were no closer, or less close, on the demo model.
 """
 
 from __future__ import annotations
@@ -32,19 +34,6 @@ _Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Gap:
-    """The errors that a gap leaves, as vectors whose mean squares are the errors' (see `Costs.factor`).
-
-    Args:
-        left: in the final sample, by the outputs that stand for the skipped ones.
-        sample: in the sample at the end of the gap before it is corrected; None after the last computed step.
-    """
-
-    left: np.ndarray
-    sample: np.ndarray | None
-
-
-@dataclass(frozen=True)
 class Costs:
     """What the search knows of a sampling.
 
@@ -52,16 +41,14 @@ class Costs:
         influence: of the outputs on the samples.
         gram: `[2K, 2K]` of the outputs and the samples, a mean over recordings; `[K, K]` where samples are not known.
         gains: g, `[K]`.
-        kappa: the weight of the second term.
         holds: whether the last output stands for a skipped one, and no prediction.
     """
 
     influence: Influence
     gram: np.ndarray
     gains: np.ndarray
-    kappa: float = 0.0
     holds: bool = False
-    _gaps: dict[tuple[int, int, int], Gap] = field(default_factory=dict, repr=False)
+    _gaps: dict[tuple[int, int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     @cached_property
     def factor(self) -> np.ndarray:
@@ -84,28 +71,33 @@ class Costs:
         """K."""
         return self.influence.num_steps
 
-    def gap(self, p: int, s: int, e: int) -> Gap:
-        """The errors of the skipped steps between s and e, with p computed before (-1 for none); e = K is the end."""
+    def gap(self, p: int, s: int, e: int) -> np.ndarray:
+        """The error of the final sample by the skipped steps between s and e, as a vector of which squares are summed.
+
+        Args:
+            p: computed before s; -1 for none.
+            s: the computed step before the gap.
+            e: the next computed step; K for none.
+        """
         key = p, s, e
         if key not in self._gaps:
-            self._gaps[key] = self._measured(p, s, e)
+            self._gaps[key] = self._error(p, s, e)
         return self._gaps[key]
 
-    def _measured(self, p: int, s: int, e: int) -> Gap:
-        count, known = self.num_steps, self.influence
-        v, x = self._outputs, self._samples
-        size = v.shape[1]
-        predicted: list[np.ndarray] = []
+    def _error(self, p: int, s: int, e: int) -> np.ndarray:
+        known, v, x = self.influence, self._outputs, self._samples
+        corrected = known.corrects and e < self.num_steps
+        errors: list[np.ndarray] = []
+        total = np.zeros(v.shape[1])
         for j in range(s + 1, e):
-            moved = x[j] + sum((known.of_output[j, s + 1 + i] * d for i, d in enumerate(predicted)), np.zeros(size))
-            predicted.append(self._prediction(p, s, j, moved) - v[j])
-        ends = e < count
-        left = np.zeros(size)
-        for i, j in enumerate(range(s + 1, e)):
-            stands = self._interpolation(p, s, e, j) - v[j] if ends and known.corrects else predicted[i]
-            left += self.gains[j] * known.final[j] * stands
-        sample = sum((known.of_output[e, s + 1 + i] * d for i, d in enumerate(predicted)), np.zeros(size))
-        return Gap(left, sample if ends else None)
+            if corrected:
+                stands = self._interpolation(p, s, e, j)
+            else:
+                moved = sum((known.of_output[j, s + 1 + i] * d for i, d in enumerate(errors)), x[j])
+                stands = self._prediction(p, s, j, moved)
+            errors.append(stands - v[j])
+            total += self.gains[j] * known.final[j] * errors[-1]
+        return total
 
     def _prediction(self, p: int, s: int, j: int, sample: np.ndarray) -> np.ndarray:
         places, v, x = self.influence.places, self._outputs, self._samples
@@ -127,13 +119,10 @@ class Costs:
             total += math.prod((places[j] - other) / (at - other) for other in through if other != at) * output
         return total
 
-    def of(self, gap: Gap, e: int) -> float:
-        """The cost of a gap that ends at e."""
-        cost = float(gap.left @ gap.left)
-        if gap.sample is not None and self.influence.corrects:
-            weight = self.kappa * self.gains[e] * self.influence.final[e]
-            cost += float(weight**2 * (gap.sample @ gap.sample))
-        return cost
+    def of(self, place: _Place, e: int) -> float:
+        """The cost of the gap from a place to e."""
+        error = self.gap(*place, e)
+        return float(error @ error)
 
     def after(self, place: _Place, e: int) -> _Place:
         """Where the programme is after it has computed e."""
@@ -145,7 +134,7 @@ class Costs:
         steps = [*sorted(computed), self.num_steps]
         place, cost = (-1, steps[0]), 0.0
         for e in steps[1:]:
-            cost += self.of(self.gap(*place, e), e)
+            cost += self.of(place, e)
             place = self.after(place, e) if e < self.num_steps else place
         return cost
 
@@ -169,7 +158,7 @@ def best_schedules(costs: Costs, longest: int = LONGEST_GAP, beginning: int = 1)
         for place, (cost, _) in layers[-1].items():
             _, s = place
             for e in range(s + 1, min(s + longest, count) + 1 if s + 1 >= beginning else s + 2):
-                total = cost + costs.of(costs.gap(*place, e), e)
+                total = cost + costs.of(place, e)
                 if e == count:
                     if number not in ends or total < ends[number][0]:
                         ends[number] = total, place
