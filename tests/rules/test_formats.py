@@ -103,6 +103,14 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(
         load_config(tmp_path / name)
 
 
+@pytest.mark.parametrize("ending", [".json", ".yaml"])
+def test_what_a_config_was_found_by_is_written_beside_it_and_left_out_of_it(ending: str, tmp_path: Path) -> None:
+    config = PABConfig(model=Broadcast(at=(0, 1, 3), unit="step", reuse="forecast"))
+    path = save_config(config, tmp_path / f"found{ending}", calibration={"steps": 12, "prompts": ["a red circle"]})
+    assert "a red circle" in path.read_text() and load_config(path) == config
+    assert path.read_text().startswith("# Found by pab.calibrate") is (ending == ".yaml")
+
+
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
     with _refused(FileNotFoundError, "there is no file"):
         load_config(tmp_path / "c.json")

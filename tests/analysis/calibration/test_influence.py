@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers import CogVideoXDPMScheduler
 
 from pab_kernels.analysis.calibration.influence import Influence
-from pab_kernels.analysis.calibration.recording import record
+from pab_kernels.analysis.calibration.recording import Recording, record
 from pab_kernels.analysis.calibration.sampler import Clip
-from tests.analysis.calibration.small_pipe import pipe_of, run_of
+from tests.analysis.calibration.small_pipe import STEPS, pipe_of, run_of
 from tests.broadcast.forecast_oracle import NOISY, SCHEDULERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers
@@ -59,3 +60,28 @@ def test_a_pipeline_that_does_not_step_its_scheduler_is_refused() -> None:
     pipe = pipe_of()
     with pytest.raises(ValueError, match="the pipeline did not step its DDIMScheduler"):
         record(pipe, lambda: torch.zeros(1), lambda: None)
+
+
+def test_a_tensor_that_is_handed_from_step_to_step_is_handed_on() -> None:
+    def run(value: float) -> Recording:
+        pipe = pipe_of()
+        pipe.scheduler = CogVideoXDPMScheduler(prediction_type="v_prediction", clip_sample=False)
+        pipe.prompts = torch.full_like(pipe.prompts[0], value), pipe.prompts[1]
+
+        @torch.no_grad()
+        def sample() -> torch.Tensor:
+            scheduler, x, old = pipe.scheduler, pipe.noise(), None
+            scheduler.set_timesteps(STEPS)
+            times, generator = scheduler.timesteps, torch.Generator().manual_seed(0)
+            for i, t in enumerate(times):
+                given = pipe.guided(x, t, i), old, t, times[i - 1] if i else None, x
+                x, old = scheduler.step(*given, return_dict=False, generator=generator)
+            return x
+
+        return record(pipe, sample, lambda: None)
+
+    a, b = run(0.5), run(-0.5)
+    moved = torch.from_numpy(a.influence.of_output) @ (a.outputs - b.outputs).double().flatten(1)
+    wanted = (a.samples - b.samples).double().flatten(1)
+    torch.testing.assert_close(moved, wanted, rtol=2e-3, atol=2e-3 * float(wanted.abs().max()))
+    assert not a.influence.corrects
