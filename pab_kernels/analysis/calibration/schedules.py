@@ -57,12 +57,16 @@ class Schedules:
     @cached_property
     def best(self) -> dict[int, tuple[int, ...]]:
         """The best schedule for every number of computed steps."""
-        return best_schedules(self.costs, beginning=max(round(_BEGINNING * self.num_steps), 1))
+        return self._searched(_BEGINNING)
 
     @cached_property
     def _later(self) -> dict[int, tuple[int, ...]]:
         """The best of which twice as many steps are computed at the beginning."""
-        return best_schedules(self.costs, beginning=max(round(2 * _BEGINNING * self.num_steps), 1))
+        return self._searched(2 * _BEGINNING)
+
+    def _searched(self, beginning: float) -> dict[int, tuple[int, ...]]:
+        count = self.num_steps
+        return best_schedules(self.costs, beginning=max(round(beginning * count), 1), early=round(_EARLY * count))
 
     def uniform(self, number: int) -> tuple[int, ...]:
         """The computed steps of a range in a window, at most `number` of them: the most, and of these the cheapest."""
@@ -124,5 +128,7 @@ class Schedules:
 _BEGINNING = 0.1
 """The part of the schedule that is always computed: an error there decides what is drawn, on some clips and not on
 others, and two recordings do not tell on which."""
+_EARLY = 0.25
+"""The part in which no two steps in a row are skipped, for the same reason."""
 _PART_OF_MODEL = 0.97
 """What a step is taken to save of the FLOPs where all sublayers or blocks are reused; the run tells what it did."""

@@ -139,13 +139,16 @@ class Costs:
         return cost
 
 
-def best_schedules(costs: Costs, longest: int = LONGEST_GAP, beginning: int = 1) -> dict[int, tuple[int, ...]]:
-    """The schedule of least cost for every number of computed steps that gaps of at most `longest` allow.
+def best_schedules(
+    costs: Costs, longest: int = LONGEST_GAP, beginning: int = 1, early: int = 0
+) -> dict[int, tuple[int, ...]]:
+    """The schedule of least cost for every number of computed steps that the longest gaps allow.
 
     Args:
         costs: of the sampling.
         longest: steps from one computed step to the next, at most.
         beginning: the first steps, of which all are computed.
+        early: the first steps, of which no two in a row are skipped.
 
     Returns:
         The computed steps by their number.
@@ -157,7 +160,8 @@ def best_schedules(costs: Costs, longest: int = LONGEST_GAP, beginning: int = 1)
         now: dict[_Place, tuple[float, _Place | None]] = {}
         for place, (cost, _) in layers[-1].items():
             _, s = place
-            for e in range(s + 1, min(s + longest, count) + 1 if s + 1 >= beginning else s + 2):
+            reach = 1 if s + 1 < beginning else min(2, longest) if s + 2 < early else longest
+            for e in range(s + 1, min(s + reach, count) + 1):
                 total = cost + costs.of(place, e)
                 if e == count:
                     if number not in ends or total < ends[number][0]:

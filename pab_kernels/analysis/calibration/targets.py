@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...messages import shown
+from ...rules.presets import FEWEST_STEPS
 from ...rules.schedule import check_steps
 from ..sampling import check_seed
 from .sampler import Clip
 
-FEWEST_STEPS = 12
-"""Below it, outputs change too much from step to step to leave any out."""
 SEARCHED = 2
 """Clips that the search measures on."""
 VERIFIED = 4

@@ -35,18 +35,19 @@ def allowed(steps: Sequence[int], count: int, longest: int) -> bool:
     return all(b - a <= longest for a, b in itertools.pairwise([*steps, count]))
 
 
-@pytest.mark.parametrize(("longest", "beginning"), [(2, 1), (4, 1), (4, 3)])
+@pytest.mark.parametrize(("longest", "beginning", "early"), [(2, 1, 0), (4, 1, 0), (4, 3, 5)])
 @pytest.mark.parametrize(("corrects", "holds", "twice"), [(True, False, None), (False, False, 4), (True, False, 3)])
 def test_the_programme_finds_what_trying_all_schedules_finds(
-    corrects: bool, holds: bool, twice: int | None, longest: int, beginning: int
+    corrects: bool, holds: bool, twice: int | None, longest: int, beginning: int, early: int
 ) -> None:
     count = 8
     costs = random_costs(count, corrects, holds, twice)
-    found = best_schedules(costs, longest, beginning)
+    found = best_schedules(costs, longest, beginning, early)
     for number in range(1, count + 1):
         tried = [(0, *rest) for rest in itertools.combinations(range(1, count), number - 1)]
         begun = [steps for steps in tried if steps[:beginning] == tuple(range(beginning))]
-        possible = [steps for steps in begun if allowed(steps, count, longest)]
+        slow = [steps for steps in begun if all({i, i + 1} & {*steps} for i in range(early - 1))]
+        possible = [steps for steps in slow if allowed(steps, count, longest)]
         assert (number in found) is bool(possible)
         if possible:
             assert found[number] == min(possible, key=costs.total)
