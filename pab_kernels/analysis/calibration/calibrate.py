@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 from ...files import path_of
-from ...messages import shown
 from ...progress import RunProgress
 from ...strict_json import to_json
 from ..ctrl_c import ctrl_c
+from ..pipeline_call import Wish
 from .bare import ModuleSampler
 from .calibration import Calibration, Interrupted
 from .choice import Choice, Found
 from .gains import PARTS, PARTS_OF_MODULES
 from .generations import Generations
-from .sampler import PipelineSampler, Sampler
+from .sampler import PipelineSampler, Sampler, in_words
 from .store import Store
 from .targets import Target, budget, check_sampling, clips_of
 
@@ -170,9 +170,12 @@ def _made_by(sampler: Sampler, target: Target, found: Found, choice: Choice) -> 
     for package in ("pab-kernels", "diffusers"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
+    first = clips[0].prompt
+    given = ("negative_prompt", "guidance", "size", "further") if isinstance(first, Wish) else ()
     return described | {
         "target": {target.name: target.value},
-        "prompts": [clip.prompt if isinstance(clip.prompt, str) else shown(clip.prompt) for clip in clips],
+        **{name: list(v) if isinstance(v, tuple) else v for name in given if (v := getattr(first, name))},
+        "prompts": [in_words(clip.prompt) for clip in clips],
         "seeds": [clip.seed for clip in clips],
         "searched_with": len(choice.searched),
         "full_seconds": round(found.full_seconds, 3),

@@ -14,7 +14,7 @@ from .calibration import NoPlan, Pair, Row
 from .gains import gain_steps, interpolated, prediction_error
 from .generations import Full, Generations, Measured
 from .recording import Recording, rms
-from .sampler import Clip
+from .sampler import Clip, in_words
 from .schedules import SEARCHED, UNIFORM, Schedules
 from .targets import Budget, Target
 
@@ -263,7 +263,7 @@ class Choice:
             clip = self.verified[i]
             ours = self._run.measure(clip, config, self._full[i].result, about)
             self._run.spent -= ours.share  # it was counted
-            title = f"{clip.prompt if isinstance(clip.prompt, str) else 'clip'}, seed {clip.seed}: {row.psnr[i]:.1f} dB"
+            title = f"{in_words(clip.prompt)}, seed {clip.seed}: {row.psnr[i]:.1f} dB"
             found.worst.append(Pair(title, self._full[i].result, ours.result))
         return found
 

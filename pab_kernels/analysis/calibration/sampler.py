@@ -15,6 +15,7 @@ from ...broadcast.broadcaster import broadcaster_of
 from ...broadcast.coordinates import solver
 from ...broadcast.pipeline import denoisers, other_schedulers
 from ...broadcast.summary import Summary
+from ...messages import shown
 from ...rules.config import PABConfig
 from ..pipeline_call import Wish, call
 from .recording import Recording, Step, record, run_on, stepping
@@ -31,6 +32,12 @@ class Clip:
 
     prompt: Any
     seed: int
+
+
+def in_words(prompt: Any) -> str:
+    """What a clip shows: its text, or the prompt as Python writes it."""
+    text = prompt.prompt if isinstance(prompt, Wish) else prompt
+    return text if isinstance(text, str) else shown(prompt)
 
 
 @dataclass(frozen=True)

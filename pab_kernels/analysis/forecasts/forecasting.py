@@ -149,7 +149,7 @@ def forecast(
         FileNotFoundError: there is no such file.
         ModuleNotFoundError: diffusers is not installed, or huggingface_hub for a hub id.
 
-    >>> found = forecast("open-sora-1.2", (51, 480, 854))
+    >>> found = forecast("open-sora-1.2", (51, 480, 854), config=PABConfig.preset("open-sora-1.2"))
     >>> round(sum(found.kinds[kind].cache_bytes["model"] for kind in ("spatial", "temporal", "cross")) / 2**30, 1)
     11.5
     """
