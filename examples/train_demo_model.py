@@ -22,14 +22,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
+from training import average_into, export_average, load_checkpoint, optimisers, save_checkpoint, set_rates
 
 from pab_kernels.models.demo import check, load, shapes
-from pab_kernels.models.demo.network import SCHEDULER_CONFIG, PromptTable, build_transformer
-from pab_kernels.models.demo.pipeline import GUIDANCE, WEIGHTS
+from pab_kernels.models.demo.network import CAPTION_CHANNELS, SCHEDULER_CONFIG, build_transformer
+from pab_kernels.models.demo.pipeline import GUIDANCE
+from pab_kernels.models.prompts import PromptTable
 
 
 class Model(nn.Module):
@@ -38,7 +39,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.transformer = build_transformer()
-        self.prompts = PromptTable()
+        self.prompts = PromptTable(shapes.VOCABULARY, CAPTION_CHANNELS)
 
     def initialise(self) -> None:
         """Small, even starting weights: sublayers begin with weak gates, the output with zero."""
@@ -82,16 +83,6 @@ def batch_of(step: int, rank: int, size: int, frames: int, pool: list[shapes.Cap
     return clips, words, generator
 
 
-def optimisers(model: nn.Module, rate: float, matrix_rate: float) -> list[torch.optim.Optimizer]:
-    matrices = [p for n, p in model.named_parameters() if "blocks" in n and p.ndim == 2 and "table" not in n]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
 def average_gradients(model: nn.Module, world: int) -> None:
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([g.flatten() for g in grads])
@@ -112,22 +103,13 @@ def train(rank: int, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model = Model()
     model.initialise()
-    ema = {n: p.detach().clone().float() for n, p in model.named_parameters()}
-    model.to(device)
-    opts = optimisers(model, args.rate, args.matrix_rate)
-    rates = [args.matrix_rate, args.rate]
+    average = Model().requires_grad_(False)
+    average.load_state_dict(model.state_dict())
+    models = {"model": model.to(device), "average": average.to(device)}
+    opts = optimisers(dict(model.named_parameters()), args.rate, args.matrix_rate)
     total = args.stills + args.clips
-    start = 0
     checkpoint = Path(args.out) / "checkpoint.pt"
-    if args.resume and checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        for opt, saved in zip(opts, state["opts"], strict=True):
-            opt.load_state_dict(saved)
-        ema, start = state["ema"], state["step"]
-    elif checkpoint.exists():
-        raise SystemExit(f"{checkpoint} exists: go on with --resume, or choose another --out")
-    ema = {n: p.to(device) for n, p in ema.items()}
+    start = load_checkpoint(checkpoint, models, opts, args.resume)
     betas = torch.linspace(
         SCHEDULER_CONFIG["beta_start"], SCHEDULER_CONFIG["beta_end"], SCHEDULER_CONFIG["num_train_timesteps"]
     )
@@ -138,14 +120,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
     # On a CPU the fused attention's backward pass is slow for many short sequences.
     attention_backend = partial(sdpa_kernel, SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext
 
-    def save(step: int) -> None:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        state = {"model": model.state_dict(), "ema": ema, "opts": [o.state_dict() for o in opts], "step": step}
-        torch.save(state, checkpoint.with_suffix(".tmp"))
-        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-
     bar = tqdm(total=total, initial=start, disable=rank != 0, mininterval=5, unit="step")
-    average, saved_at = None, time.monotonic()
+    smooth, saved_at = None, time.monotonic()
     try:
         for step in range(start, total):
             stills = step < args.stills or step % 2 == 1
@@ -170,30 +146,25 @@ def train(rank: int, args: argparse.Namespace) -> None:
             loss.backward()
             if world > 1:
                 average_gradients(model, world)
-            left = 2 * (total - step) / total
-            for opt, rate in zip(opts, rates, strict=True):
-                for group in opt.param_groups:
-                    group["lr"] = rate * min(1.0, (step + 1) / 50, left)
+            set_rates(opts, [args.matrix_rate, args.rate], step, total)
+            for opt in opts:
                 opt.step()
             model.zero_grad(set_to_none=True)
-            decay = min(args.ema, (step + 1) / (step + 10))
-            with torch.no_grad():
-                for n, p in model.named_parameters():
-                    ema[n].lerp_(p.float(), 1 - decay)
+            average_into(average, model, min(args.ema, (step + 1) / (step + 10)))
             value = float(loss.detach())
-            average = value if average is None or step == args.stills else 0.98 * average + 0.02 * value
+            smooth = value if smooth is None or step == args.stills else 0.98 * smooth + 0.02 * value
             bar.update()
-            bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+            bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
             if rank == 0 and time.monotonic() - saved_at > 120:
-                save(step + 1)
+                save_checkpoint(checkpoint, models, opts, step + 1)
                 saved_at = time.monotonic()
     except KeyboardInterrupt:
         if rank == 0:
-            save(step)
+            save_checkpoint(checkpoint, models, opts, step)
             print(f"\ninterrupted: {checkpoint} holds step {step}; go on with --resume")
         return
     if rank == 0:
-        save(total)
+        save_checkpoint(checkpoint, models, opts, total)
     if world > 1:
         dist.destroy_process_group()
 
@@ -201,22 +172,9 @@ def train(rank: int, args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Write the averaged weights in float16, check them on the held-out captions, and put the figures into the model
     card."""
-    checkpoint = Path(args.out) / "checkpoint.pt"
-    if not checkpoint.exists():
-        raise SystemExit(f"{checkpoint} does not exist: train first, or name the training's folder with --out")
     folder = Path(args.export)
     card = folder / "README.md"
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    tensors = {name: p.to(torch.float16).contiguous() for name, p in state["ema"].items()}
-    if not all(torch.isfinite(t).all() for t in tensors.values()):
-        raise SystemExit(f"{checkpoint} holds weights that float16 cannot: not exported")
-    folder.mkdir(parents=True, exist_ok=True)
-    # One entry: safetensors writes several in any order, and the same weights are to give the same file.
-    save_file(tensors, folder / WEIGHTS, metadata={"steps": str(state["step"])})
-    print(
-        f"{folder / WEIGHTS}: {sum(t.numel() for t in tensors.values()):,} parameters, "
-        f"{(folder / WEIGHTS).stat().st_size / 1e6:.2f} MB"
-    )
+    weights = export_average(Path(args.out) / "checkpoint.pt", folder)
 
     drawn = check.check_data()
     if drawn.whole != drawn.clips:
@@ -224,7 +182,7 @@ def export(args: argparse.Namespace) -> None:
             f"the checker misreads {drawn.clips - drawn.whole} of {drawn.clips} drawn clips: its figures would mean "
             "nothing"
         )
-    demo = load(device=args.device, weights=folder / WEIGHTS)
+    demo = load(device=args.device, weights=weights)
     captions = shapes.held_out()
     with tqdm(total=len(captions), unit="clip") as bar:
         report = check.check_model(

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import importlib.resources
-import importlib.util
 import json
 from argparse import Namespace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -75,15 +75,17 @@ def test_the_shipped_card_has_figures_of_the_shipped_weights():
     assert read_weights().sha256 in card
 
 
-def test_export_writes_half_precision_weights_and_fills_the_card(tmp_path, monkeypatch, capsys):
-    path = Path(__file__).parents[2] / "examples" / "train_demo_model.py"
-    spec = importlib.util.spec_from_file_location("train_demo_model", path)
-    assert spec and spec.loader
-    training = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(training)
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The training script."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    return importlib.import_module("train_demo_model")
+
+
+def test_export_writes_half_precision_weights_and_fills_the_card(training, tmp_path, monkeypatch, capsys):
     model = training.Model()
-    averaged = {name: p.detach().float() for name, p in model.named_parameters()}
-    torch.save({"model": model.state_dict(), "ema": averaged, "opts": [], "step": 17}, tmp_path / "checkpoint.pt")
+    averaged = model.state_dict()
+    torch.save({"model": {}, "average": averaged, "opts": [], "step": 17}, tmp_path / "checkpoint.pt")
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "README.md").write_text(CARD)
     monkeypatch.setattr(shapes, "held_out", lambda: [Caption("red", "circle", "left", "night")])
@@ -102,11 +104,6 @@ def test_export_writes_half_precision_weights_and_fills_the_card(tmp_path, monke
     assert "In fewer: " in capsys.readouterr().out
 
 
-def test_export_without_a_checkpoint_says_so(tmp_path):
-    path = Path(__file__).parents[2] / "examples" / "train_demo_model.py"
-    spec = importlib.util.spec_from_file_location("train_demo_model", path)
-    assert spec and spec.loader
-    training = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(training)
+def test_export_without_a_checkpoint_says_so(training, tmp_path):
     with pytest.raises(SystemExit, match="does not exist: train first"):
         training.export(Namespace(out=tmp_path, export=tmp_path))

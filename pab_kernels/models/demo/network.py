@@ -1,13 +1,10 @@
-"""The demo model's networks: a small `LatteTransformer3DModel`, and the table of prompt embeddings."""
+"""The demo model's network: a small `LatteTransformer3DModel`, and its noise schedule."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from .shapes import FRAMES, SIZE, VOCABULARY, Caption
+from .shapes import FRAMES, SIZE
 
 if TYPE_CHECKING:
     from diffusers import LatteTransformer3DModel
@@ -44,23 +41,3 @@ def build_transformer() -> LatteTransformer3DModel:
     from diffusers import LatteTransformer3DModel
 
     return LatteTransformer3DModel(**TRANSFORMER_CONFIG)
-
-
-class PromptTable(nn.Module):
-    """A learned vector for every word, and one for each slot without a word: `[batch, slots, CAPTION_CHANNELS]`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.slots = nn.ModuleDict(
-            {slot: nn.Embedding(len(words) + 1, CAPTION_CHANNELS) for slot, words in VOCABULARY.items()}
-        )
-
-    @staticmethod
-    def indices(captions: list[Caption]) -> torch.Tensor:
-        """Row of each word in its slot's table, 0 for an open slot: `[batch, slots]`, int64."""
-        rows = {slot: (None, *words) for slot, words in VOCABULARY.items()}
-        return torch.tensor([[words.index(getattr(c, slot)) for slot, words in rows.items()] for c in captions])
-
-    def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        """Embed `indices` `[batch, slots]` as `[batch, slots, CAPTION_CHANNELS]`."""
-        return torch.stack([table(indices[:, i]) for i, table in enumerate(self.slots.values())], dim=1)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import re
 from dataclasses import dataclass
 
 import torch
+
+from ..prompts import parse_words
 
 SIZE = 32
 """Height and width of a clip in pixels."""
@@ -39,7 +40,8 @@ VOCABULARY: dict[str, tuple[str, ...]] = {
 }
 """The words of a caption, by slot; a caption names at most one word of each."""
 
-_FILLERS = frozenset({"a", "an", "the", "moves", "moving", "at", "in", "to", "is", "goes", "and"})
+FILLERS = frozenset({"a", "an", "the", "shape", "moves", "moving", "at", "in", "to", "is", "goes", "and"})
+"""Words of a prompt without a meaning."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,7 @@ class Caption:
 
 def parse(prompt: str) -> Caption:
     """Parse a prompt into a `Caption`; a ValueError for an unknown word or two words for a slot."""
-    slots: dict[str, str] = {}
-    for word in re.findall(r"[a-z]+", prompt.lower()):
-        slot = next((slot for slot, words in VOCABULARY.items() if word in words), None)
-        if slot is None:
-            if word in _FILLERS or word == "shape":
-                continue
-            known = "; ".join(f"{slot}: {', '.join(words)}" for slot, words in VOCABULARY.items())
-            raise ValueError(f"the demo model does not know the word {word!r}; it knows {known}")
-        if slot in slots:
-            raise ValueError(f"the prompt names two words for {slot}, {slots[slot]!r} and {word!r}; name one")
-        slots[slot] = word
-    return Caption(**slots)
+    return Caption(**parse_words(prompt, VOCABULARY, FILLERS, "the demo model"))
 
 
 def captions() -> list[Caption]:
