@@ -1,7 +1,8 @@
-"""How close sampling stays to the full run, by its share of the FLOPs: the demo model, against fewer steps.
+"""How close sampling stays to the full run, by its share of the FLOPs: a model of the package, against fewer steps.
 
     python -m bench.quality --out bench/results/quality-demo.jsonl
     python -m bench.quality --schedulers ddim:50,unipc:20 --clips 4
+    python -m bench.quality --model video
 
 Every config samples the same clips from the same noise. PSNR and SSIM are those against the run without PAB on the same
 schedule, over whole clips; `won` counts the clips that are closer to it than the run with fewer steps, which computes
@@ -22,16 +23,23 @@ from tqdm import tqdm
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.analysis.quality.psnr_ssim import psnr, ssim
-from pab_kernels.models.demo.pipeline import SCHEDULERS, DemoPipeline, load
+from pab_kernels.models import demo, video
+from pab_kernels.models.packaged import PackagedPipeline
 
 from .record import write
 
-CAPTIONS = (
-    "a red circle moves right at night",
-    "a purple column moves up at day",
-    "a white bar moves left at dawn",
-    "a green circle moves down at day",
-)
+MODELS = {"demo": demo, "video": video}
+PROMPTS = {
+    "demo": (
+        "a red circle moves right at night",
+        "a purple column moves up at day",
+        "a white bar moves left at dawn",
+        "a green circle moves down at day",
+    ),
+    "video": ("a driver, wide, slow", "a street, wide, fast", "a bunny, close, slow", "a street, close, slow"),
+}
+SAMPLINGS = {"demo": "ddim:50,dpm++:30,unipc:30,euler:30", "video": "flow:30,unipc:30,dpm++:30"}
+"""By model, the schedulers with their steps that are measured without `--schedulers`."""
 
 
 def forecast(reach: int, lo: float, hi: float) -> PABConfig:
@@ -66,12 +74,12 @@ def closeness(clips: torch.Tensor, full: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def measured(demo: DemoPipeline, name: str, steps: int, captions: Sequence[str], bar: Any) -> list[dict[str, Any]]:
+def measured(model: PackagedPipeline, steps: int, prompts: Sequence[str], bar: Any) -> list[dict[str, Any]]:
     """A row for each config, and one for the fewer steps that it is compared with."""
-    seeds = list(range(1000, 1000 + len(captions)))
+    seeds = list(range(1000, 1000 + len(prompts)))
 
     def sample(count: int) -> torch.Tensor:
-        clips = demo.generate(captions, seeds, count)
+        clips = model.generate(prompts, seeds, count)
         bar.update()
         return clips
 
@@ -87,9 +95,9 @@ def measured(demo: DemoPipeline, name: str, steps: int, captions: Sequence[str],
         return fewer[count]
 
     for config, rules in CONFIGS.items():
-        pab.enable(demo.pipe, rules)
-        clips, found = sample(steps), pab.summary(demo.pipe)
-        pab.disable(demo.pipe)
+        pab.enable(model.pipe, rules)
+        clips, found = sample(steps), pab.summary(model.pipe)
+        pab.disable(model.pipe)
         row = {"config": config, "flops_share": round(found.share, 4), "peak_cache_bytes": found.peak_cache_bytes}
         row |= closeness(clips, full)
         against = fewer_steps(found.share)
@@ -98,25 +106,29 @@ def measured(demo: DemoPipeline, name: str, steps: int, captions: Sequence[str],
             row | {"fewer_steps": against["config"], "gain": round(row["psnr"] - against["psnr"], 2), "won": won}
         )
     rows += sorted(fewer.values(), key=lambda row: row["flops_share"])
-    return [{"bench": "quality", "scheduler": name, "steps": steps, "clips": len(captions)} | row for row in rows]
+    return rows
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedulers", default="ddim:50,dpm++:30,unipc:30,euler:30", help="names with their steps")
+    parser.add_argument("--model", choices=MODELS, default="demo")
+    parser.add_argument("--schedulers", help=f"names with their steps; default {SAMPLINGS}")
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", help="a file for the rows, as JSON lines")
     args = parser.parse_args()
-    wanted = [(name, int(steps or 50)) for name, _, steps in (s.partition(":") for s in args.schedulers.split(","))]
-    if unknown := [name for name, _ in wanted if name not in SCHEDULERS]:
-        parser.error(f"got scheduler {unknown[0]!r}; supported are {', '.join(SCHEDULERS)}")
-    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(args.clips)]
+    room, known = MODELS[args.model], PROMPTS[args.model]
+    samplings = (s.partition(":") for s in (args.schedulers or SAMPLINGS[args.model]).split(","))
+    wanted = [(name, int(steps or 50)) for name, _, steps in samplings]
+    if unknown := [name for name, _ in wanted if name not in room.SCHEDULERS]:
+        parser.error(f"got scheduler {unknown[0]!r}; supported are {', '.join(room.SCHEDULERS)}")
+    prompts = [known[i % len(known)] for i in range(args.clips)]
     rows = []
     with tqdm(total=len(wanted) * (2 * len(CONFIGS) - 2), unit="run", disable=None) as bar:
         for name, steps in wanted:
-            rows += measured(load(name, args.device), name, steps, captions, bar)
+            run = {"bench": "quality", "model": args.model, "scheduler": name, "steps": steps, "clips": args.clips}
+            rows += [run | row for row in measured(room.load(name, args.device), steps, prompts, bar)]
             if args.out:
                 write(args.out, rows, args.device)
     print(f"{'scheduler':10} {'config':34} {'FLOPs':>6} {'PSNR':>6} {'worst':>6} {'SSIM':>7} {'gain':>6} won")

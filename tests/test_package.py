@@ -283,6 +283,8 @@ def test_wheel_and_sdist_hold_every_file_of_the_package(distributions: tuple[set
         "pab_kernels/py.typed",
         "pab_kernels/models/demo/weights.safetensors",
         "pab_kernels/models/demo/README.md",
+        "pab_kernels/models/video/weights.safetensors",
+        "pab_kernels/models/video/README.md",
     }
     assert files - wheel == set()
     assert files - sdist == set()

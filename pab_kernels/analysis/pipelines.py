@@ -19,7 +19,8 @@ DEMO = "demo"
 OFFLOADS = ("none", "model", "sequential")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Of weights, by their names on command lines."""
-_DEMO_PARTS = "pab_kernels.models.demo.components"
+_PARTS = ("demo.components", "video.codec", "prompt_components")
+"""Modules of `pab_kernels.models` with parts of a saved pipeline: diffusers accepts their classes only if imported."""
 
 
 def load_pipeline(
@@ -113,8 +114,10 @@ def _source(model: str | Path) -> str:
         index = folder / "model_index.json"
         if not os.path.isfile(index):
             raise FileNotFoundError(f"{model} is not a diffusers pipeline: it has no model_index.json")
-        if _DEMO_PARTS in read_text(index):
-            importlib.import_module(_DEMO_PARTS)  # diffusers accepts classes of other packages only if imported
+        text = read_text(index)
+        for module in (f"pab_kernels.models.{part}" for part in _PARTS):
+            if module in text:
+                importlib.import_module(module)
         return str(folder)
     if isinstance(model, Path) or model.startswith((".", "/", "~")) or model.count("/") != 1 or os.path.lexists(folder):
         name = shortened(str(model))
