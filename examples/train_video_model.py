@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import random
+import statistics
 import subprocess
 import tempfile
 import time
@@ -55,6 +56,8 @@ SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Noise levels of validation."""
 CHECKED = 32
 """Clips of validation."""
+NEIGHBOURS = 1024
+"""Trained clips among which the nearest to a sample is looked for."""
 
 
 @dataclass(frozen=True)
@@ -240,10 +243,10 @@ def train(args: argparse.Namespace) -> None:
     bar.close()
 
 
-def nearest(shots: list[Shot], clips: torch.Tensor, count: int = 1024) -> tuple[list[str], list[float]]:
-    """Of each generated clip `[9, 3, SIZE, SIZE]` in [0, 1], the scene of the nearest of `count` training clips, and
-    the PSNR against it."""
-    seen, captions = batch(shots, count, seed=-3)
+def nearest(shots: list[Shot], clips: torch.Tensor) -> tuple[list[str], list[float]]:
+    """Of each generated clip `[9, 3, SIZE, SIZE]` in [0, 1], the scene of the nearest trained clip, and the PSNR
+    against it."""
+    seen, captions = batch(shots, NEIGHBOURS, seed=-3)
     seen = (seen[:, :, LENGTH - clips.shape[1] :].transpose(1, 2).flatten(1) + 1) / 2
     distance, index = torch.cdist(clips.flatten(1), seen).min(dim=1)
     decibels = -10 * torch.log10(distance.square() / clips[0].numel())
@@ -275,8 +278,8 @@ def export(args: argparse.Namespace) -> None:
     lines += [
         "",
         f"{len(clips)} samples, each of the {len(captions)} captions twice ({args.sampling} steps, guidance "
-        f"{GUIDANCE:g}): the nearest of 1,024 training clips is of the caption's scene for {right}. The PSNR against "
-        f"it is {min(decibels):.1f} to {max(decibels):.1f} dB, {sum(decibels) / len(decibels):.1f} dB in the mean.",
+        f"{GUIDANCE:g}): the nearest of {NEIGHBOURS:,} trained clips is of the caption's scene for {right}. The PSNR "
+        f"against it is {min(decibels):.1f} to {max(decibels):.1f} dB, {statistics.mean(decibels):.1f} dB in the mean.",
     ]
     figures = "\n".join(lines)
     print(figures)

