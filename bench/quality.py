@@ -3,29 +3,40 @@
     python -m bench.quality --out bench/results/quality-demo.jsonl
     python -m bench.quality --schedulers ddim:50,unipc:20 --clips 4
     python -m bench.quality --model video
+    python -m bench.quality --schedulers dpm++:30 --clips 4 --others --searched .35,.5,.65
 
 Every config samples the same clips from the same noise. PSNR and SSIM are those against the run without PAB on the same
 schedule, over whole clips; `won` counts the clips that are closer to it than the run with fewer steps, which computes
-at least as many FLOPs.
+at least as many FLOPs. `--others` adds other caches (`bench/peers.py`), other schedulers with fewer steps, and, as the
+scale of what a dB means, noise of 1 % added after the first step. `--searched` adds plans of `pab.calibrate` for shares
+of the FLOPs, and the same search where the last output is held (as LeMiCa and DPCache do), both made on other clips.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
+from pab_kernels.analysis.calibration.sampler import Clip, PipelineSampler
+from pab_kernels.analysis.calibration.schedules import Schedules
 from pab_kernels.analysis.quality.psnr_ssim import psnr, ssim
+from pab_kernels.messages import first_line
 from pab_kernels.models import demo, video
 from pab_kernels.models.packaged import PackagedPipeline
 
+from .peers import peers
 from .record import write
 
 MODELS = {"demo": demo, "video": video}
@@ -74,16 +85,77 @@ def closeness(clips: torch.Tensor, full: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def measured(model: PackagedPipeline, steps: int, prompts: Sequence[str], bar: Any) -> list[dict[str, Any]]:
+def searched(
+    model: PackagedPipeline, steps: int, prompts: Sequence[str], shares: Sequence[float]
+) -> dict[str, PABConfig]:
+    """Plans of `pab.calibrate`, and those of its search where the last output is held, for shares of the FLOPs."""
+
+    def call(pipe: Any, prompt: str, seed: int, num_steps: int = steps) -> torch.Tensor:
+        return model.generate([prompt], [seed], num_steps)[0]
+
+    found = {}
+    sampler = PipelineSampler(model.pipe, steps, call)
+    recordings = [sampler.record(Clip(prompt, i), lambda: None) for i, prompt in enumerate(prompts[:2])]
+    held = Schedules(recordings, np.ones(len(recordings[0].outputs)), "hold")
+    for share in shares:
+        plan = pab.calibrate(model.pipe, prompts, num_steps=steps, flops=share, call=call, most_generations=30)
+        found[f"model calibrated, {share:.0%}"] = plan.config
+        found[f"model searched, hold, {share:.0%}"] = held.config(held.best[math.floor(share * steps)])
+    return found
+
+
+def other_ways(
+    model: PackagedPipeline, load: Callable[[str], PackagedPipeline], steps: int, sample: Callable[..., torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor, float]]:
+    """What users would take instead: a name, clips, and the share of the FLOPs.
+
+    Args:
+        model: the model.
+        load: the same model with another scheduler, by its name.
+        steps: of the full run.
+        sample: the clips of a model, with a number of steps and a callback.
+    """
+
+    def noisy(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        x = tensors["latents"]
+        return {
+            "latents": x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) if index == 0 else x
+        }
+
+    yield "1 % noise after the first step", sample(model, steps, noisy), 1.0
+    for name in ("unipc", "dpm++"):
+        for count in (steps // 2, 2 * steps // 3):
+            yield f"{name} with {count} steps", sample(load(name), count), count / steps
+    with FlopCounterMode(display=False) as full:
+        sample(model, steps)
+    for title, enabled in peers(model.pipe, model.schedule(steps), lambda: sample(model, steps)).items():
+        try:
+            with enabled(), FlopCounterMode(display=False) as spent:
+                clips = sample(model, steps)
+        except Exception as error:  # of another package: the table says where it does not run
+            print(f"{title} does not run on the model: {first_line(error)}", file=sys.stderr)
+            continue
+        yield title, clips, spent.get_total_flops() / full.get_total_flops()
+
+
+def measured(
+    model: PackagedPipeline,
+    load: Callable[[str], PackagedPipeline],
+    steps: int,
+    prompts: Sequence[str],
+    bar: Any,
+    configs: dict[str, PABConfig],
+    others: bool,
+) -> list[dict[str, Any]]:
     """A row for each config, and one for the fewer steps that it is compared with."""
     seeds = list(range(1000, 1000 + len(prompts)))
 
-    def sample(count: int) -> torch.Tensor:
-        clips = model.generate(prompts, seeds, count)
+    def sample(of: PackagedPipeline, count: int, callback: Any = None) -> torch.Tensor:
+        clips = of.generate(prompts, seeds, count, callback=callback)
         bar.update()
         return clips
 
-    full = sample(steps)
+    full = sample(model, steps)
     rows: list[dict[str, Any]] = []
     fewer: dict[int, dict[str, Any]] = {}
 
@@ -91,20 +163,23 @@ def measured(model: PackagedPipeline, steps: int, prompts: Sequence[str], bar: A
         count = min(math.ceil(share * steps), steps - 1)
         if count not in fewer:
             fewer[count] = {"config": f"{count} steps", "flops_share": round(count / steps, 4)}
-            fewer[count] |= closeness(sample(count), full)
+            fewer[count] |= closeness(sample(model, count), full)
         return fewer[count]
 
-    for config, rules in CONFIGS.items():
-        pab.enable(model.pipe, rules)
-        clips, found = sample(steps), pab.summary(model.pipe)
-        pab.disable(model.pipe)
-        row = {"config": config, "flops_share": round(found.share, 4), "peak_cache_bytes": found.peak_cache_bytes}
-        row |= closeness(clips, full)
-        against = fewer_steps(found.share)
+    def add(config: str, clips: torch.Tensor, share: float, **more: Any) -> None:
+        row = {"config": config, "flops_share": round(share, 4)} | more | closeness(clips, full)
+        against = fewer_steps(share)
         won = sum(a > b for a, b in zip(row["psnr_by_clip"], against["psnr_by_clip"], strict=True))
-        rows.append(
-            row | {"fewer_steps": against["config"], "gain": round(row["psnr"] - against["psnr"], 2), "won": won}
-        )
+        gain = round(row["psnr"] - against["psnr"], 2)
+        rows.append(row | {"fewer_steps": against["config"], "gain": gain, "won": won})
+
+    for config, rules in configs.items():
+        pab.enable(model.pipe, rules)
+        clips, found = sample(model, steps), pab.summary(model.pipe)
+        pab.disable(model.pipe)
+        add(config, clips, found.share, peak_cache_bytes=found.peak_cache_bytes)
+    for title, clips, share in other_ways(model, load, steps, sample) if others else ():
+        add(title, clips, share)
     rows += sorted(fewer.values(), key=lambda row: row["flops_share"])
     return rows
 
@@ -116,6 +191,8 @@ def main() -> None:
     parser.add_argument("--schedulers", help=f"names with their steps; default {SAMPLINGS}")
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--others", action="store_true", help="other caches and schedulers too")
+    parser.add_argument("--searched", metavar="SHARES", help="plans of pab.calibrate for shares of the FLOPs: .35,.5")
     parser.add_argument("--out", help="a file for the rows, as JSON lines")
     args = parser.parse_args()
     room, known = MODELS[args.model], PROMPTS[args.model]
@@ -124,11 +201,15 @@ def main() -> None:
     if unknown := [name for name, _ in wanted if name not in room.SCHEDULERS]:
         parser.error(f"got scheduler {unknown[0]!r}; supported are {', '.join(room.SCHEDULERS)}")
     prompts = [known[i % len(known)] for i in range(args.clips)]
+    shares = [float(share) for share in args.searched.split(",")] if args.searched else []
     rows = []
-    with tqdm(total=len(wanted) * (2 * len(CONFIGS) - 2), unit="run", disable=None) as bar:
+    with tqdm(unit="run", disable=None) as bar:
         for name, steps in wanted:
             run = {"bench": "quality", "model": args.model, "scheduler": name, "steps": steps, "clips": args.clips}
-            rows += [run | row for row in measured(room.load(name, args.device), steps, prompts, bar)]
+            model, load = room.load(name, args.device), functools.partial(room.load, device=args.device)
+            configs = CONFIGS | searched(model, steps, known, shares) if shares else CONFIGS
+            found = measured(model, load, steps, prompts, bar, configs, args.others)
+            rows += [run | row for row in found]
             if args.out:
                 write(args.out, rows, args.device)
     print(f"{'scheduler':10} {'config':34} {'FLOPs':>6} {'PSNR':>6} {'worst':>6} {'SSIM':>7} {'gain':>6} won")
