@@ -59,13 +59,13 @@ def forecast(reach: int, lo: float, hi: float) -> PABConfig:
 
 
 CONFIGS = {
-    "model 2 forecast in .5-.9": forecast(2, 0.5, 0.9),
+    "preset close": PABConfig.preset("close"),
+    "preset balanced": PABConfig.preset("balanced"),
+    "preset fast": PABConfig.preset("fast"),
     "model 2 forecast in .15-.85": forecast(2, 0.15, 0.85),
-    "model 2 forecast in .1-.95": forecast(2, 0.1, 0.95),
-    "model 3 forecast in .2-.9": forecast(3, 0.2, 0.9),
-    "model 4 forecast in .2-.9": forecast(4, 0.2, 0.9),
-    "model 2 hold in .15-.85": PABConfig(model=2),
-    "model 2 linear in .15-.85": PABConfig(model=Broadcast(2, reuse="linear")),
+    "model 4 forecast in .25-.9": forecast(4, 0.25, 0.9),
+    "preset balanced-line": PABConfig.preset("balanced-line"),
+    "model 2 hold in .2-.9": PABConfig(model=Broadcast(2, (0.2, 0.9))),
     "sublayers 2 linear (preset demo)": PABConfig.preset("demo"),
     "blocks 2 linear": PABConfig(block=Broadcast(2, reuse="linear")),
     "attention 2/4/6 (preset pab246)": PABConfig.preset("pab246"),
