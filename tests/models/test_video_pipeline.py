@@ -130,7 +130,7 @@ def test_skipping_the_model_stays_close_to_the_full_run(video: VideoPipeline) ->
         skipped, found = video.generate(PROMPTS, [0, 1], steps=16), pab.summary(video.pipe)
     finally:
         pab.disable(video.pipe)
-    assert found.share < 11 / 16
+    assert found.share <= 11 / 16
     for clip, shorter, whole in zip(skipped, fewer, full, strict=True):
         decibels, against = (psnr(float((other - whole).square().mean())) for other in (clip, shorter))
         assert decibels > against + 5 > 35  # 52 and 40 dB
