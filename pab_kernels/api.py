@@ -23,6 +23,8 @@ from .rules.presets import default_preset, presets
 
 logger = logging.getLogger("pab_kernels")
 
+_DEFAULTS = (default_preset(follows_scheduler=True), default_preset(follows_scheduler=False))
+
 T = TypeVar("T")
 
 
@@ -168,10 +170,11 @@ def enable_model(
         )
     if config is not None:
         chosen, own = config, config not in presets().values()
-    elif broadcaster is not None:
+    elif broadcaster is not None and (broadcaster.chosen or broadcaster.config not in _DEFAULTS):
         chosen, own = broadcaster.config, broadcaster.chosen
     else:
-        chosen, own = default_preset(pipe is not None and not other_schedulers(pipe)), False
+        follows = pipe is not None or (broadcaster is not None and broadcaster.config == _DEFAULTS[0])
+        chosen, own = default_preset(follows and not (pipe is not None and other_schedulers(pipe))), False
     whole = chosen.rule("model", 0)
     if pipe is not None and whole is not None and whole.reuse == "forecast" and (others := other_schedulers(pipe)):
         raise ValueError(

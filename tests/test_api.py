@@ -11,7 +11,11 @@ from unittest import mock
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, LatteTransformer3DModel, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    LatteTransformer3DModel,
+)
 from torch import nn
 
 import pab_kernels as pab
@@ -334,50 +338,6 @@ def test_an_explicit_step_beyond_the_plan_spoils_nothing() -> None:
     model(**INPUTS)
     tally = pab.summary(model).contexts["#0"]["spatial"]
     assert (tally.computed, tally.reused, tally.forced) == (LAYERS, LAYERS, 0)
-
-
-def test_the_default_skips_the_model_and_predicts_its_output_where_a_scheduler_is_followed() -> None:
-    pipe = tiny_pipe(DDIMScheduler())
-    pab.enable(pipe)
-    sample(pipe, 14)
-    summary = pab.summary(pipe)
-    assert summary.plan is not None and summary.plan.config == PABConfig.preset("balanced")
-    assert sum(kinds["model"].reused for kinds in summary.contexts.values()) > 0
-    model = tiny_latte()
-    pab.enable(model, num_steps=14)
-    plan = pab.summary(model).plan
-    assert plan is not None and plan.config == PABConfig.preset("balanced-line")
-    pab.enable(model, timesteps=[900, 500])
-    assert broadcaster_of(model).config == PABConfig.preset("balanced-line")  # type: ignore[union-attr]
-
-
-def test_the_default_is_the_line_where_a_pipeline_steps_a_second_scheduler() -> None:
-    pipe = tiny_pipe(DDIMScheduler())
-    pipe.audio_scheduler = DDIMScheduler()
-    pab.enable(pipe)
-    assert broadcaster_of(pipe.transformer).config == PABConfig.preset("balanced-line")  # type: ignore[union-attr]
-    pab.disable(pipe)
-    with pytest.raises(ValueError, match="reuse='forecast' predicts .* also has audio_scheduler"):
-        pab.enable(pipe, PABConfig.preset("balanced"))
-
-
-@pytest.mark.parametrize("config", [None, PABConfig.preset("fast")], ids=["default", "preset"])
-@pytest.mark.parametrize(
-    ("scheduler", "steps", "why"),
-    [(DDIMScheduler, 11, "below 12 outputs change too much"), (LCMScheduler, 14, "begins from new noise")],
-)
-def test_a_preset_leaves_a_model_alone_that_it_does_not_suit_and_says_so_once(
-    scheduler: Any, steps: int, why: str, config: PABConfig | None, caplog: pytest.LogCaptureFixture
-) -> None:
-    pipe = tiny_pipe(scheduler())
-    plain = sample(pipe, steps)
-    pab.enable(pipe, config)
-    for _ in range(2):
-        assert torch.equal(sample(pipe, steps), plain)
-    said = [record.message for record in caplog.records if "PAB leaves it alone" in record.message]
-    assert len(said) == 1 and why in said[0]
-    pab.enable(pipe, PABConfig(model=Broadcast(2, (0, 1), reuse="hold")))  # rules of one's own are obeyed
-    assert not torch.equal(sample(pipe, steps), plain)
 
 
 @torch.no_grad()

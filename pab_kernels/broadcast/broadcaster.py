@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..rules.config import PABConfig
+from ..rules.presets import default_preset
 from .adapter import Adapter, Detachable
 from .attach import PREFIX, Attached, attach_forward, is_stand_in
 from .call import Call
@@ -191,8 +192,11 @@ class Broadcaster:
         """Make a generation; on the bare model its plan is made at once."""
         if not self.cuda_graphs:
             self._graphs = GraphPool()
+        config = self.config
+        if not self.chosen and schedule.get("scheduler") is None and config == default_preset(follows_scheduler=True):
+            config = default_preset(follows_scheduler=False)  # a request on the model of a pipeline
         generation = Generation(
-            self.config,
+            config,
             self.adapter.sublayers,
             timed=self.timed,
             cuda_graphs=self.cuda_graphs,

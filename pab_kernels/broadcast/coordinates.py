@@ -127,7 +127,7 @@ def _flow(scheduler: Any) -> Sequence[Level]:
     return [(1 - sigma, sigma, "flow_prediction") for sigma in scheduler.sigmas.tolist()]
 
 
-_CONSISTENCY = frozenset({"LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler"})
+_CONSISTENCY = frozenset({"LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler"})
 _NOISY = frozenset({"DDPMScheduler", "SASolverScheduler", "EulerAncestralDiscreteScheduler", "CogVideoXDPMScheduler"})
 _LEVELS: dict[str, Callable[[Any], Sequence[Level]]] = {
     "DDIMScheduler": _by_timestep,

@@ -178,20 +178,29 @@ class Forecaster:
         return x
 
 
-def refusal(scheduler: Any) -> str | None:
-    """Why no outputs can be predicted for a scheduler whose timesteps are set; None if they can."""
+def refusal(scheduler: Any, reuse: str) -> str | None:
+    """Why no outputs can be predicted for a scheduler whose timesteps are set; None if they can.
+
+    Args:
+        scheduler: any.
+        reuse: of the model's outputs.
+    """
     try:
         solver(scheduler)
-        parameters = inspect.signature(type(scheduler).step).parameters
-        return None if {"model_output", "sample"} <= set(parameters) else _refused(scheduler, parameters)
     except ValueError as error:
         return str(error)
+    if reuse != "forecast":
+        return None
+    step = getattr(type(scheduler), "step", None)
+    parameters = inspect.signature(step).parameters if callable(step) else {}
+    return None if {"model_output", "sample"} <= set(parameters) else _refused(scheduler, parameters)
 
 
 def _refused(scheduler: Any, parameters: Iterable[str]) -> str:
+    takes = ", ".join(parameters) or "nothing that is known"
     return (
-        f"{type(scheduler).__name__}.step takes {', '.join(parameters)}; reuse='forecast' needs model_output and "
-        "sample among them: use reuse='linear' or 'hold'"
+        f"{type(scheduler).__name__}.step takes {takes}; reuse='forecast' needs model_output and sample among them: "
+        "use reuse='linear' or 'hold'"
     )
 
 
@@ -242,6 +251,10 @@ def _sum(terms: Sequence[tuple[float, torch.Tensor]], dtype: torch.dtype) -> tor
 
 def latents_of(result: Any) -> torch.Tensor:
     """The sample that a step returned."""
+    if isinstance(result, torch.Tensor):
+        return result
+    if isinstance(result, dict):  # diffusers' own outputs are dicts with attributes
+        return result["prev_sample"]
     return result[0] if isinstance(result, tuple) else result.prev_sample
 
 

@@ -169,12 +169,14 @@ class Generation:
 
     def _unsuited(self) -> str | None:
         """Why a preset that skips the model does not suit the schedule; None if it does."""
-        rule, steps = self.config.rule("model", 0), len(self.schedule.steps)
+        rule, taken = self.config.rule("model", 0), self.schedule.steps
         if rule is None:
             return None
+        timesteps = self.schedule.timesteps
+        steps = len(taken) if timesteps is None else len({timesteps[i] for i in taken})  # the levels of Heun come twice
         if steps < FEWEST_STEPS:
             return f"it runs at {steps} steps, and below {FEWEST_STEPS} outputs change too much to skip any"
-        return refusal(self.scheduler) if rule.reuse == "forecast" else None
+        return None if self.scheduler is None else refusal(self.scheduler, rule.reuse)
 
     # Calls
 

@@ -10,6 +10,11 @@ def nothing_reused(generation: Generation) -> str | None:
     tallies = [t for context in generation.contexts.values() for t in context.tallies().values()]
     if generation.failed or not generation.reuses_planned or any(t.reused for t in tallies):
         return None
+    if generation.forecaster is not None and generation.steps_seen == 0:
+        return (
+            "nobody called its scheduler's step, in which outputs are predicted: the loop steps by itself or with a "
+            'copy of the scheduler; use reuse="linear", or the preset balanced-line'
+        )
     if generation.exchanged:
         name, times = generation.exchanged.most_common(1)[0]
         return (

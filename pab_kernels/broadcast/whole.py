@@ -29,7 +29,9 @@ def broadcast_model(call: Call, x: torch.Tensor | None, compute: Callable[[], An
     slot = call.read(name, decision) if decision.action is Action.REUSE else None
     # The guided output is of one kind: where one branch was computed at this step, the others are too.
     mixed = generation.forecaster is not None and generation.skips is False
-    reuses = slot is not None and slot.key.matches(x) and not mixed
+    # What is predicted is given to the scheduler's step: where nobody calls it, the model has to run.
+    unseen = generation.forecaster is not None and generation.steps_seen == 0
+    reuses = slot is not None and slot.key.matches(x) and not mixed and not unseen
     if generation.skips is None:
         generation.skips = reuses
     stores = not reuses and decision.action in (Action.STORE, Action.REUSE) and decision.held > 0

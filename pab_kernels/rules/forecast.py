@@ -79,7 +79,7 @@ def _moved(plan: Plan, column: int, costs: Mapping[str, Cost]) -> int:
         if decision.action is not Action.REUSE:
             continue
         total += len(decision.reads) * cost.slot_bytes
-        if sublayer.how == "module":
+        if sublayer.how != "fused":
             total += cost.output_bytes
             continue
         for _ in decision.reads:

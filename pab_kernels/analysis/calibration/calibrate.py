@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...files import path_of
+from ...messages import shown
 from ...progress import RunProgress
 from ...strict_json import to_json
 from ..ctrl_c import ctrl_c
@@ -163,8 +164,6 @@ def _made_by(sampler: Sampler, target: Target, found: Found, choice: Choice) -> 
     config = described.pop("scheduler_config", None)
     if config is not None:
         described["scheduler_config_sha256"] = hashlib.sha256(to_json(config).encode()).hexdigest()
-    for model in described["models"].values():
-        del model["some"]
     clips = [*choice.searched, *choice.verified]
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in ("pab-kernels", "diffusers"):
@@ -174,10 +173,19 @@ def _made_by(sampler: Sampler, target: Target, found: Found, choice: Choice) -> 
     given = ("negative_prompt", "guidance", "size", "further") if isinstance(first, Wish) else ()
     return described | {
         "target": {target.name: target.value},
-        **{name: list(v) if isinstance(v, tuple) else v for name in given if (v := getattr(first, name))},
+        **{name: _plain(v) for name in given if (v := getattr(first, name))},
         "prompts": [in_words(clip.prompt) for clip in clips],
         "seeds": [clip.seed for clip in clips],
         "searched_with": len(choice.searched),
         "full_seconds": round(found.full_seconds, 3),
         "versions": versions,
     }
+
+
+def _plain(value: Any) -> Any:
+    """A value as a file holds it; what it cannot hold, as Python writes it."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else shown(value)

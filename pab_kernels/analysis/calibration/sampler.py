@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import time
 from collections.abc import Callable
@@ -109,6 +110,11 @@ class PipelineSampler:
                 f"got {type(pipe).__name__}; supported are a pipeline with a `transformer` or a `unet` and a "
                 "`scheduler`, and a torch.nn.Module with call="
             )
+        if len(models) > 1:
+            raise ValueError(
+                f"{type(pipe).__name__} has {' and '.join(models)}, and the search knows one model; calibrate "
+                "each as a bare module with call=, or use a preset"
+            )
         for model in models.values():
             check_plain(model)
         if others := other_schedulers(pipe):
@@ -132,7 +138,7 @@ class PipelineSampler:
         scheduler = self.pipe.scheduler
         return {
             "pipeline": type(self.pipe).__name__,
-            "models": {name: fingerprint(model) for name, model in denoisers(self.pipe).items()},
+            "models": {k: fingerprint(m) for k, m in vars(self.pipe).items() if isinstance(m, torch.nn.Module)},
             "scheduler": type(scheduler).__name__,
             "scheduler_config": {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")},
             "steps": self.num_steps,
@@ -197,14 +203,15 @@ def kinds_of(model: torch.nn.Module) -> frozenset[str]:
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
-    """What tells a model from another: its class, its parameters and some of their values."""
+    """What tells a model from another: its class, and a hash of the sums of its parameters and buffers."""
     parameters = list(model.parameters())
-    some = [p.detach().flatten()[:4].tolist() for p in parameters[:: max(len(parameters) // 8, 1)] if not p.is_meta]
+    held = [t for t in (*parameters, *model.buffers()) if not t.is_meta]
+    sums = [(str(t.dtype), tuple(t.shape), t.detach().double().sum().item()) for t in held]
     return {
         "class": type(model).__name__,
         "parameters": sum(p.numel() for p in parameters),
         "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
-        "some": some,
+        "weights": hashlib.sha256(repr(sums).encode()).hexdigest()[:16],
     }
 
 
@@ -226,12 +233,16 @@ def checked(result: Any) -> torch.Tensor:
     """The result of a user's function, on the host.
 
     Raises:
-        TypeError: it is no tensor.
+        TypeError: it is no tensor of floating-point numbers.
         ValueError: it is not finite.
     """
     if not isinstance(result, torch.Tensor):
         raise TypeError(
             f"call must return a tensor, got {type(result).__name__}; return the frames or the final sample"
+        )
+    if not result.is_floating_point():
+        raise TypeError(
+            f"call must return floating-point numbers, got {result.dtype}; divide by the white of its frames"
         )
     if not result.isfinite().all():
         raise ValueError("call returned numbers that are not finite; try dtype bfloat16 or float32")

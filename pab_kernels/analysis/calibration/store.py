@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -29,8 +30,28 @@ class Store:
 
     def name(self, **made_by: Any) -> str:
         """The hash of a generation."""
-        text = json.dumps(self._sampling | made_by, sort_keys=True, default=repr)
+        text = json.dumps(self._sampling | made_by, sort_keys=True, default=self._hashed)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def _hashed(self, value: Any) -> str:
+        """What tells a value from another, in this process and in the next.
+
+        Raises:
+            TypeError: it is of a type of which that is not known, and a folder outlives the process.
+        """
+        if isinstance(value, torch.Tensor):
+            bytes_of = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(bytes_of).hexdigest()}"
+        if hasattr(value, "tobytes"):  # arrays and images
+            return f"{type(value).__name__} {hashlib.sha256(value.tobytes()).hexdigest()}"
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return json.dumps(vars(value), sort_keys=True, default=self._hashed)
+        if self._folder is not None:
+            raise TypeError(
+                f"got a prompt with a {type(value).__name__}; with folder= texts, numbers, tensors, arrays and images "
+                "are supported, which are told apart in a later process: leave folder out"
+            )
+        return repr(value)
 
     def get(self, name: str) -> dict[str, Any] | None:
         """The value that was put, or None. A file that cannot be read counts as missing."""

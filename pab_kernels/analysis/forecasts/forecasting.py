@@ -12,7 +12,7 @@ from ...broadcast.slots import CACHE_DTYPES
 from ...messages import first_line, shown
 from ...rules.config import PABConfig
 from ...rules.plan import Action, Counts, Forecast, Plan
-from ...rules.presets import default_preset
+from ...rules.presets import FEWEST_STEPS, default_preset
 from ...rules.schedule import Schedule, check_steps
 from ..pipelines import DTYPES
 from .measure import measure
@@ -170,7 +170,8 @@ def forecast(
     how = MODEL_CALLS[source.class_name]
     transformer = build(source, DTYPES[dtype])
     latents = how.latents(transformer.config, clip)
-    config = config or default_preset(follows_scheduler=True)
+    if config is None:  # below that number, `enable` leaves the model alone
+        config = default_preset(follows_scheduler=True) if steps >= FEWEST_STEPS else PABConfig()
     sublayers = tuple(adapter_for(transformer).sublayers)
     plan = Plan(config, Schedule.of(timesteps=how.timesteps(steps, latents, clip)), sublayers)
     try:

@@ -16,6 +16,8 @@ pytest.importorskip("matplotlib")
 import pab_kernels as pab
 from pab_kernels import PABConfig
 from pab_kernels.analysis.calibration.calibration import Interrupted, NoPlan, Row
+from pab_kernels.analysis.calibration.sampler import PipelineSampler
+from pab_kernels.analysis.calibration.store import Store
 from pab_kernels.analysis.pipeline_call import Wish
 from pab_kernels.rules.formats import load_config
 from tests.analysis.calibration.small_pipe import PROMPTS, STEPS, VALUES, call, loop, pipe_of
@@ -246,3 +248,22 @@ def test_runs_that_enter_the_schedule_later_keep_their_steps() -> None:
     rule = found.config.rule("model", 0)
     assert rule is not None and rule.at is not None and found.begin == rule.at[0] == 4 and found.num_steps == STEPS + 4
     assert found.verified.share == pytest.approx(len(rule.at) / STEPS)
+
+
+def test_a_folder_tells_weights_and_tensor_prompts_apart(tmp_path: Path) -> None:
+    pipe = tiny_dit()
+    pipe.set_progress_bar_config(disable=True)
+    names = []
+    for change in (0.0, 1e-3):
+        with torch.no_grad():
+            pipe.transformer.transformer_blocks[0].attn1.to_q.weight[2, 3] += change
+        sampler = PipelineSampler(pipe, STEPS, None)
+        store = Store(tmp_path, sampler.describe())
+        prompts = [torch.zeros(1, 200, 8), torch.zeros(1, 200, 8)]
+        prompts[1][0, 100, 4] = change + 1
+        names += [store.name(prompt=prompt) for prompt in prompts]
+        assert store.name(prompt=prompts[0].clone()) == names[-2]
+    assert len(set(names)) == 4
+    with pytest.raises(TypeError, match="got a prompt with a object; with folder= texts, numbers, tensors"):
+        store.name(prompt=object())
+    assert Store(None, {}).name(prompt=object())
