@@ -23,8 +23,6 @@ from .rules.presets import default_preset, presets
 
 logger = logging.getLogger("pab_kernels")
 
-_DEFAULTS = (default_preset(follows_scheduler=True), default_preset(follows_scheduler=False))
-
 T = TypeVar("T")
 
 
@@ -170,11 +168,12 @@ def enable_model(
         )
     if config is not None:
         chosen, own = config, config not in presets().values()
-    elif broadcaster is not None and (broadcaster.chosen or broadcaster.config not in _DEFAULTS):
+    elif broadcaster is not None and not broadcaster.default:
         chosen, own = broadcaster.config, broadcaster.chosen
     else:
-        follows = pipe is not None or (broadcaster is not None and broadcaster.config == _DEFAULTS[0])
-        chosen, own = default_preset(follows and not (pipe is not None and other_schedulers(pipe))), False
+        followed = broadcaster is not None and broadcaster.config == default_preset(follows_scheduler=True)
+        chosen, own = default_preset(followed if pipe is None else not other_schedulers(pipe)), False
+    default = config is None and (broadcaster is None or broadcaster.default)
     whole = chosen.rule("model", 0)
     if pipe is not None and whole is not None and whole.reuse == "forecast" and (others := other_schedulers(pipe)):
         raise ValueError(
@@ -200,14 +199,13 @@ def enable_model(
         setattr(model, ATTRIBUTE, broadcaster)
         broadcaster.attach()
     else:
-        undo.callback(
-            broadcaster.configure, broadcaster.config, broadcaster.timed, broadcaster.cuda_graphs, broadcaster.chosen
-        )
+        before = (broadcaster.config, broadcaster.timed, broadcaster.cuda_graphs, broadcaster.chosen)
+        undo.callback(broadcaster.configure, *before, broadcaster.default)
         if pipe is not None and not broadcaster.watches(pipe):
             undo.callback(broadcaster.unwatch, pipe)
     if given is not None and given is not model:
         broadcaster.enclose(given)
-    broadcaster.configure(chosen, timed, cuda_graphs, own)
+    broadcaster.configure(chosen, timed, cuda_graphs, own, default)
     if pipe is not None:
         broadcaster.watch(pipe)
     if num_steps is not None or timesteps is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, HeunDiscreteScheduler, LCMScheduler
+from torch import Tensor
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
@@ -126,3 +128,51 @@ def test_a_loop_that_steps_by_itself_is_computed_and_told(caplog: pytest.LogCapt
     sample(pipe, 2)  # another run, with which the first one is over
     assert torch.equal(*results)
     assert any("nobody called its scheduler's step" in record.message for record in caplog.records)
+
+
+def test_a_preset_that_the_user_names_is_not_exchanged() -> None:
+    model = tiny_latte()
+    with pytest.raises(ValueError, match="no scheduler is followed here"):
+        pab.enable(model, PABConfig.preset("balanced"), num_steps=14)
+
+
+def test_the_line_is_left_alone_too_where_every_step_begins_from_new_noise() -> None:
+    pipe = tiny_pipe(LCMScheduler())
+    plain = sample(pipe, 14)
+    pab.enable(pipe, PABConfig.preset("balanced-line"))
+    assert torch.equal(sample(pipe, 14), plain)
+
+
+FORMS: dict[str, Callable[[Tensor], Any]] = {
+    "a tuple": lambda prev: (prev,),
+    "a tensor": lambda prev: prev,
+    "a dict": lambda prev: {"prev_sample": prev},
+}
+
+
+class Returning(DDIMScheduler):
+    """Its steps return the sample in another form."""
+
+    form: str
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
+        return FORMS[self.form](super().step(model_output, timestep, sample).prev_sample)
+
+
+@torch.no_grad()
+def test_steps_may_return_a_tensor_or_a_dict() -> None:
+    found = {}
+    for form in FORMS:
+        scheduler = Returning()
+        scheduler.form = form
+        pipe = tiny_pipe(scheduler)
+        pab.enable(pipe, PABConfig.preset("balanced"))
+        scheduler.set_timesteps(14)
+        x = INPUTS["hidden_states"]
+        for t in scheduler.timesteps:
+            out = pipe.transformer(**INPUTS | {"hidden_states": x, "timestep": t[None]}).sample[:, : x.shape[1]]
+            given = scheduler.step(out, t, x)
+            x = given["prev_sample"] if isinstance(given, dict) else given[0] if isinstance(given, tuple) else given
+        assert sum(kinds["model"].reused for kinds in pab.summary(pipe).contexts.values()) == 5
+        found[form] = x
+    assert torch.equal(found["a tensor"], found["a tuple"]) and torch.equal(found["a dict"], found["a tuple"])

@@ -62,6 +62,8 @@ class Broadcaster:
         self.cuda_graphs = False
         self.chosen = True
         """Whether the user wrote the rules for this model."""
+        self.default = False
+        """Whether the rules are those of `enable` without a config."""
         self.clock: Callable[[], Any] | None = None
         """Returns the current timestep; used for runs whose scheduler is not followed."""
         self.plain_calls = 0
@@ -108,7 +110,9 @@ class Broadcaster:
         assert model is not None
         return summarise(generation, model)
 
-    def configure(self, config: PABConfig, timed: bool, cuda_graphs: bool, chosen: bool = True) -> None:
+    def configure(
+        self, config: PABConfig, timed: bool, cuda_graphs: bool, chosen: bool = True, default: bool = False
+    ) -> None:
         """Set the options of the next generations.
 
         Args:
@@ -116,9 +120,11 @@ class Broadcaster:
             timed: whether seconds are measured.
             cuda_graphs: whether calls are captured and replayed.
             chosen: whether the user wrote these rules for this model: rules without effect are then logged as warnings.
+            default: whether they are those of `enable` without a config.
         """
         self._attach_sublayers(config, timed)
-        self.config, self.timed, self.cuda_graphs, self.chosen = config, timed, cuda_graphs, chosen
+        self.config, self.timed, self.cuda_graphs = config, timed, cuda_graphs
+        self.chosen, self.default = chosen, default
 
     # Attaching
 
@@ -193,8 +199,8 @@ class Broadcaster:
         if not self.cuda_graphs:
             self._graphs = GraphPool()
         config = self.config
-        if not self.chosen and schedule.get("scheduler") is None and config == default_preset(follows_scheduler=True):
-            config = default_preset(follows_scheduler=False)  # a request on the model of a pipeline
+        if self.default and schedule.get("scheduler") is None:  # perhaps a request on the model of a pipeline
+            config = default_preset(follows_scheduler=False)
         generation = Generation(
             config,
             self.adapter.sublayers,

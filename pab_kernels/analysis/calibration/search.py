@@ -11,8 +11,7 @@ computed step, it is the prediction on the predicted samples X_j + sum_k A[j, k]
 before j: both exactly as in `broadcast/forecaster.py`. Squares are mean products, from the mean Gram matrix of the
 recordings: the programme costs seconds on the host, whatever the size of the samples.
 
-That the model runs on a predicted sample at e is left out of account: a term for it (the influence and gain of V_e
-times the error of X_e) led to schedules that were no closer, or less close, on the demo model.
+That the model runs on a predicted sample at e is left out of account.
 """
 
 from __future__ import annotations

@@ -267,3 +267,14 @@ def test_a_folder_tells_weights_and_tensor_prompts_apart(tmp_path: Path) -> None
     with pytest.raises(TypeError, match="got a prompt with a object; with folder= texts, numbers, tensors"):
         store.name(prompt=object())
     assert Store(None, {}).name(prompt=object())
+
+
+def test_two_transformers_and_whole_numbers_are_refused() -> None:
+    pipe = tiny_dit()
+    pipe.transformer_2 = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="has transformer and transformer_2, and the search knows one model"):
+        pab.calibrate(pipe, ["a"], num_steps=12, flops=0.7)
+    with pytest.raises(TypeError, match="call must return floating-point numbers, got torch.uint8"):
+        pab.calibrate(
+            tiny_dit(), ["a"], num_steps=12, flops=0.7, call=lambda *args: torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+        )
