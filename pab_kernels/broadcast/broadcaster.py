@@ -198,9 +198,8 @@ class Broadcaster:
         """Make a generation; on the bare model its plan is made at once."""
         if not self.cuda_graphs:
             self._graphs = GraphPool()
-        config = self.config
-        if self.default and schedule.get("scheduler") is None:  # perhaps a request on the model of a pipeline
-            config = default_preset(follows_scheduler=False)
+        unfollowed = self.default and schedule.get("scheduler") is None  # perhaps a request on a pipeline's model
+        config = default_preset(follows_scheduler=False) if unfollowed else self.config
         generation = Generation(
             config,
             self.adapter.sublayers,
