@@ -16,7 +16,7 @@ from .. import ops
 from ..broadcast.attach import Attached, innermost, is_of_class
 from ..broadcast.broadcaster import Broadcaster
 from ..broadcast.call import Call
-from ..broadcast.fusing import has_no_hooks, is_original, is_plain
+from ..broadcast.fusing import has_hooks, is_original, is_plain
 from ..broadcast.slots import Extrapolation, Slot
 from ..broadcast.stopwatch import REST
 from ..broadcast.stream import ResidualStream
@@ -115,7 +115,7 @@ class _FusedOrGeneric:
         call, block = self.broadcaster.call, self.block
         if call is None:
             return original(*args, **kwargs)
-        if block.stock if torch.compiler.is_compiling() else call.generation.once(block, block.is_stock):
+        if block.stock if torch.compiler.is_compiling() else call.once(LatteBlock.is_stock, block):
             return self.fused(call, original, *args, **kwargs)
         if call.generation.config.cache_point == "post_gate":
             self.report(block)
@@ -293,7 +293,7 @@ def _attend(
     store: Turn | None,
 ) -> None:
     """Add attention of `y` to itself or to `text`; a module that is not stock is called."""
-    if mask is not None or own_forward or not _stock_attention(attn):
+    if mask is not None or own_forward or has_hooks(attn) or not stream.call.once(_stock_attention, attn):
         stream.add(attn(y, encoder_hidden_states=text, attention_mask=mask), gate, store)
         return
     q, k, v = attn.to_q(y), *(projection(y if text is None else text) for projection in (attn.to_k, attn.to_v))
@@ -308,7 +308,7 @@ def _stock_attention(attn: Any) -> bool:
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
     return (
-        has_no_hooks(attn, Attention)
+        type(attn) is Attention
         and type(attn.processor) is AttnProcessor2_0
         and all(getattr(attn, n) is None for n in ("norm_q", "norm_k", "spatial_norm", "group_norm"))
         and not attn.norm_cross
@@ -329,7 +329,7 @@ def _feed_forward(
         stream.add(_chunked_feed_forward(block.ff, y, block._chunk_dim, block._chunk_size), gate, store)
         return
     ff = block.ff
-    if own_forward or not _stock_mlp(ff):
+    if own_forward or has_hooks(ff) or not stream.call.once(_stock_mlp, ff):
         stream.add(ff(y), gate, store)
         return
     stream.project(ff.net[0](y), ff.net[2], gate, store)
@@ -339,7 +339,7 @@ def _stock_mlp(ff: Any) -> bool:
     """Whether the module is diffusers' plain `FeedForward`: a layer with its activation, dropout, a linear layer."""
     from diffusers.models.attention import FeedForward
 
-    return has_no_hooks(ff, FeedForward) and len(ff.net) == 3 and _inactive(ff.net[1])
+    return type(ff) is FeedForward and len(ff.net) == 3 and _inactive(ff.net[1])
 
 
 def _inactive(dropout: Any) -> bool:

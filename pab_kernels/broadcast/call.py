@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -63,12 +63,12 @@ class Call:
         Args:
             turns: the objects to fill; default new ones.
         """
-        self.turns = Turns(self.plan.sublayers) if turns is None else turns
-        decided = self.plan.decided
-        for (name, turn), decision in zip(self.turns.by_name.items(), self.plan.decisions(self.step), strict=True):
-            if name in decided or self.stopwatch is not None:
-                turn.decide(self, decision, self.read(name, decision) if decision.action is Action.REUSE else None)
-        self.turns.call = self
+        self.turns = turns = Turns(self.plan.sublayers) if turns is None else turns
+        plan, step, by_name = self.plan, self.step, turns.by_name
+        timed = self.stopwatch is not None
+        for name, decision in zip(by_name, plan.decisions(step), strict=True) if timed else plan.program(step):
+            by_name[name].decide(self, decision, self.read(name, decision) if decision.reads else None)
+        turns.call = self
 
     def sources(self, place: str, decision: Decision) -> tuple[Slot, ...]:
         """The slots that a planned reuse reads, newest first.
@@ -76,8 +76,6 @@ class Call:
         Empty unless all of them are there, each written at its planned step or later.
         """
         held, reads, later = self.arena_of(place).held(place), decision.reads, self.step
-        if len(reads) == 1:  # the common case
-            return held[:1] if held and reads[0] <= held[0].source < later else ()
         if not reads or len(held) < len(reads):
             return ()
         for slot, planned in zip(held, reads, strict=False):
@@ -99,9 +97,12 @@ class Call:
             place: key in the arena; default that of the sublayer's first run in a call.
         """
         place = place or name
+        if len(decision.reads) == 1:  # the common case
+            newest = self.arena_of(place).get(place)
+            return newest if newest is not None and decision.reads[0] <= newest.source < self.step else None
         slots = self.sources(place, decision)
-        if len(slots) < 2:
-            return slots[0] if slots else None
+        if not slots:
+            return None
         if self.arena_of(place).fixed:
             return Extrapolation(slots, self.arena.weights[place])
         device = slots[0].key.device
@@ -139,7 +140,8 @@ class Call:
                 continue
             runs, turn.runs = turn.runs, 0
             if runs:
-                turn.collect()
+                if turn.traced:
+                    turn.collect()
                 tally = self.context.tally(turn.sublayer.kind)
                 computed = runs - turn.reused
                 tally.reused += turn.reused
@@ -150,6 +152,10 @@ class Call:
                         tally.forced += computed
             turn.end()
         self.turns.call, self.turns = None, NO_TURNS
+
+    def once(self, check: Callable[[Any], bool], what: Any) -> bool:
+        """`check(what)`, found out once a generation, or when a graph is compiled."""
+        return self.generation.once(check, what)
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """Whether a fused operation may replace calling `module` (an `nn.Linear` or a norm) on `x`.

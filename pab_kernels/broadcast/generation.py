@@ -21,7 +21,7 @@ from .context import Context
 from .costs import Arguments, CallCosts, call_costs
 from .forecaster import Forecaster, refusal
 from .inputs import NO_INPUTS, Inputs
-from .slots import Key, Meter
+from .slots import Meter
 from .timesteps import Moment, Timesteps
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Generation:
         self._in_schedule = False
         self._branches: int | None = None
         self._costs: dict[Arguments | None, CallCosts | None] = {}
-        self._fuses: dict[tuple[nn.Module, Key], bool] = {}
+        self._fuses: dict[tuple[nn.Module, int, torch.dtype, torch.device], bool] = {}
         self._decided: dict[Hashable, bool] = {}
         self._weights: dict[tuple[float, torch.device], torch.Tensor] = {}
 
@@ -182,8 +182,8 @@ class Generation:
 
     def claims(self, timestep: Any, label: str) -> bool | None:
         """Whether a call with this timestep, in the context `label`, can be the next one; None if that is unknown."""
-        moment = self.timesteps.moment(timestep)
-        if moment is None or not moment.single or not self.timesteps.known:
+        moment = self.timesteps.moment(timestep) if self.timesteps.known else None
+        if moment is None or not moment.single:
             return None
         if not self.started:
             # A model may be called with a function of the timestep, so no match proves nothing.
@@ -370,16 +370,20 @@ class Generation:
         """See `Call.fuses`."""
         if torch.compiler.is_compiling():  # decided at compile time
             return fusing.fuses(module, x) and not fusing.autocasts(x)
-        key = (module, Key((x.shape[-1],), x.dtype, x.device))
-        if key not in self._fuses:
-            self._fuses[key] = fusing.fuses(module, x)
-        return self._fuses[key] and not fusing.autocasts(x)
+        key = (module, x.shape[-1], x.dtype, x.device)
+        found = self._fuses.get(key)
+        if found is None:
+            found = self._fuses[key] = fusing.fuses(module, x)
+        return found and not fusing.autocasts(x)
 
-    def once(self, what: Hashable, decide: Callable[[], bool]) -> bool:
-        """The result of `decide()` for `what`, called once a generation."""
-        if what not in self._decided:
-            self._decided[what] = decide()
-        return self._decided[what]
+    def once(self, check: Callable[[Any], bool], what: Any) -> bool:
+        """See `Call.once`."""
+        if torch.compiler.is_compiling():
+            return check(what)
+        found = self._decided.get((check, what))
+        if found is None:
+            found = self._decided[check, what] = check(what)
+        return found
 
     def weight(self, value: float, device: torch.device) -> torch.Tensor:
         """`value` as a float32 scalar tensor on `device`; made once a generation, without waiting for the device."""

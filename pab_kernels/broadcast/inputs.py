@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -83,6 +83,9 @@ class Inputs:
 
     @cached_property
     def _flat(self) -> tuple[list[Any], pytree.TreeSpec]:
+        leaves = [*self.args, *self.kwargs.values()]
+        if _LEAVES.issuperset(map(type, leaves)):  # the common case
+            return leaves, _flat_nest(len(self.args), tuple(self.kwargs))
         return pytree.tree_flatten((self.args, dict(self.kwargs)))
 
     @cached_property
@@ -129,6 +132,16 @@ class Inputs:
                 name = pytree.keystr(path[1:]).strip("[]'")
                 return f"number {int(name) + 1}" if name.isdigit() else name
         return "that holds the prompt"
+
+
+_LEAVES = frozenset({torch.Tensor, type(None), bool, int, float, str})
+"""Types of arguments that are leaves of a pytree."""
+
+
+@lru_cache(maxsize=64)
+def _flat_nest(count: int, names: tuple[str, ...]) -> pytree.TreeSpec:
+    """The structure of `count` leaves by position and of those with these names."""
+    return pytree.tree_structure(((0,) * count, dict.fromkeys(names, 0)))
 
 
 NO_INPUTS = Inputs((), {}, None, None)

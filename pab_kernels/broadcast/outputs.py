@@ -57,7 +57,7 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     else:
         out = compute(*args, **kwargs)
         if turn.stores:
-            turn.put(kept(out, None if turn.dtype is None else _cloned_unless_quantised))
+            turn.put(kept(out, _cloned if turn.dtype is None else _cloned_unless_quantised))
     if around is not None:
         call.mark(around)
     return out
@@ -174,7 +174,7 @@ def _read(slot: Slot | Extrapolation, own: Callable[[Any], Any]) -> Any:
     if isinstance(slot, Extrapolation):
         return extrapolated(slot)
     value, dtypes = slot.value
-    return own(value) if isinstance(value, torch.Tensor) else handed_out(value, dtypes, own)
+    return handed_out(value, dtypes, own)
 
 
 def kept(out: Any, own: Callable[[Any], Any] | None = None) -> tuple[Any, list[torch.dtype | None]]:

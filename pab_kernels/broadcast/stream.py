@@ -11,11 +11,12 @@ from .. import ops
 from ..limits import MOST_ADDED
 from ..ops.broadcast_residual import BroadcastResidual
 from ..ops.cached_outputs import CachedOutput, extrapolate, term_value
-from ..ops.checks import LARGEST, broadcasts
+from ..ops.checks import broadcasts
 from ..ops.dispatch import run_checked
 from ..ops.project_residual import ProjectResidual
 from ..ops.quantized import GROUP, Quantized
 from .call import Call
+from .fusing import norm_of
 from .slots import Extrapolation, Slot
 from .turn import Turn
 
@@ -38,7 +39,7 @@ class ResidualStream:
 
     def __init__(self, x: torch.Tensor, call: Call) -> None:
         self._x = _dense(x)
-        self._call = call
+        self.call = call
         self._projection: tuple[torch.Tensor, nn.Linear, torch.Tensor | None, Turn | None, str | None] | None = None
         self._pending: list[CachedOutput] = []
 
@@ -58,23 +59,25 @@ class ResidualStream:
         """
         if self._projection is not None:
             self._flush()
-        form = _norm_of(norm, self._x) if self._call.fuses(norm, self._x) else None
-        if form is None or not (_fits(shift, self._x) and _fits(scale, self._x)):
-            y = norm(self.read())
-            y = y if scale is None else y * (1 + scale)
-            return y if shift is None else y + shift
-        return self._add_pending(form, shift, scale)
+        x = self._x
+        if self.call.fuses(norm, x) and _fits(shift, x) and _fits(scale, x):
+            return self._add_pending(norm_of(norm, x), shift, scale)
+        y = norm(self.read())
+        y = y if scale is None else y * (1 + scale)
+        return y if shift is None else y + shift
 
     def project(
         self, a: torch.Tensor, linear: nn.Module, gate: torch.Tensor | None = None, store: Turn | None = None
     ) -> None:
         """Add `gate * linear(a)`, and keep the projection in the slot of the turn `store`, if given."""
-        if not (self._call.fuses(linear, a) and _projects(linear, a, self._x) and _fits(gate, self._x)):
+        x = self._x
+        alike = a.dtype == x.dtype and a.device == x.device and a.shape[:-1] == x.shape[:-1] and a.stride(-1) == 1
+        if not (alike and _fits(gate, x) and self.call.fuses(linear, a) and _width(linear) == x.shape[-1]):
             self.add(linear(a), gate, store)
             return
         assert isinstance(linear, nn.Linear)
         self._flush()
-        self._projection = (a, linear, gate, store, self._call.measured)
+        self._projection = (a, linear, gate, store, self.call.measured)
 
     def add(self, out: torch.Tensor, gate: torch.Tensor | None = None, store: Turn | None = None) -> None:
         """Add `gate * out` for an output computed elsewhere, and keep it in the slot of the turn `store`, if given."""
@@ -128,8 +131,8 @@ class ResidualStream:
     def _flush(self) -> None:
         if self._projection is not None:
             a, linear, gate, store, kind = self._projection
-            self._projection, flushing = None, self._call.measured
-            self._call.mark(kind)
+            self._projection, flushing = None, self.call.measured
+            self.call.mark(kind)
             call = ProjectResidual(
                 a,
                 linear.weight,
@@ -143,34 +146,14 @@ class ResidualStream:
             self._x, kept = run_checked("project_residual", call)
             if store is not None:
                 store.put(kept)
-            self._call.mark(flushing)
+            self.call.mark(flushing)
         elif self._pending:
             self._add_pending()
 
 
-def _norm_of(norm: nn.Module, x: torch.Tensor) -> ops.Norm | None:
-    """A plain LayerNorm or RMSNorm in the form of the operations; None if they do not support it."""
-    assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
-    weight, bias, eps = norm.weight, norm.bias if isinstance(norm, nn.LayerNorm) else None, norm.eps
-    if tuple(norm.normalized_shape) != tuple(x.shape[-1:]) or not (_has_channels(weight, x) and _has_channels(bias, x)):
-        return None
-    if eps is None:  # torch's default: that of the dtype in which it computes
-        eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-    if not 0 <= eps <= LARGEST:
-        return None
-    return ops.Norm("layer" if isinstance(norm, nn.LayerNorm) else "rms", weight, bias, eps)
-
-
-def _has_channels(t: torch.Tensor | None, x: torch.Tensor) -> bool:
-    """Whether a weight or bias has one element for each channel of `x`."""
-    return t is None or t.shape == x.shape[-1:]
-
-
-def _projects(linear: nn.Module, a: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether `project_residual` supports adding the plain linear layer of `a` to `x`."""
+def _width(linear: nn.Module) -> int:
     assert isinstance(linear, nn.Linear)
-    same = a.dtype == x.dtype and a.device == x.device and a.shape[:-1] == x.shape[:-1] and a.stride(-1) == 1
-    return same and linear.weight.shape == (x.shape[-1], a.shape[-1]) and _has_channels(linear.bias, x)
+    return linear.weight.shape[0]
 
 
 def _is_term(value: Any, x: torch.Tensor) -> bool:

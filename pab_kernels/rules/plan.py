@@ -295,6 +295,15 @@ class Plan:
         """The column of `step`: a decision for each sublayer."""
         return self._columns[step - self.schedule.begin]
 
+    def program(self, step: int) -> Sequence[tuple[str, Decision]]:
+        """Name and decision at `step` of each sublayer in `decided`, in the order in which they run."""
+        return self._programs[step - self.schedule.begin]
+
+    @cached_property
+    def _programs(self) -> Sequence[Sequence[tuple[str, Decision]]]:
+        decided = [(name, row) for name, row in self.rows.items() if name in self.decided]
+        return [[(name, row[i]) for name, row in decided] for i in range(len(self.steps))]
+
     @cached_property
     def decided(self) -> frozenset[str]:
         """Names of the sublayers whose runs are decided: those reused at some step, and modules of `nn`, which may keep
