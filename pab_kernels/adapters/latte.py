@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..broadcast.attach import Attached, innermost, is_of_class
+from ..broadcast.attach import Attached, attach_forward, innermost, is_of_class
 from ..broadcast.broadcaster import Broadcaster
 from ..broadcast.call import Call
 from ..broadcast.fusing import has_hooks, is_original, is_plain
@@ -54,6 +54,7 @@ class LatteAdapter(GenericAdapter):
         }
         numbered = [[name for name in blocks if name.startswith(f"{group}.")] for group in _GROUPS]
         self.blocks = {name: LatteBlock(blocks[name], name) for pair in zip_longest(*numbered) for name in pair if name}
+        self._embedding = getattr(model, "pos_embed", None)
         self._around = [self.blocks.get(s.name if s.kind == "block" else s.block or "") for s, _ in self.found]
         self._reported: set[LatteBlock] = set()
 
@@ -75,7 +76,9 @@ class LatteAdapter(GenericAdapter):
     def attach(self, broadcaster: Broadcaster, names: Collection[str]) -> Iterator[tuple[str, Attached]]:
         """Yield stand-ins for the `forward` of modules; those of sublayers take their turns in that of their block."""
         around = [block.whole.name for block in self.blocks.values() if any(s.name in names for s in block.parts)]
-        return super().attach(broadcaster, {*names, *around})
+        yield from super().attach(broadcaster, {*names, *around})
+        if around and isinstance(self._embedding, nn.Module):
+            yield "pos_embed", attach_forward(self._embedding, _Embedded(broadcaster))
 
     def stand_in(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Callable[..., Any]:
         """The replacement of a `forward`; that of a sublayer has no effect while its block runs on the stream."""
@@ -120,6 +123,24 @@ class _FusedOrGeneric:
         if call.generation.config.cache_point == "post_gate":
             self.report(block)
         return self.generic(original, *args, **kwargs)
+
+
+@dataclass(eq=False)
+class _Embedded:
+    """Replaces the `forward` of the patch embedding: its output has the strides with which later blocks see the stream.
+
+    Compiled blocks have a graph for each, and without this the first block has one of its own for every pattern.
+    """
+
+    broadcaster: Broadcaster
+
+    def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        x = original(*args, **kwargs)  # [batch * frames, tokens, C]
+        if torch.compiler.is_compiling() or self.broadcaster.call is None or not isinstance(x, torch.Tensor):
+            return x
+        # Between two blocks the model exchanges frames and tokens: a view of one clip, a copy of several.
+        view = self.broadcaster.call.shape[:1] == (1,) and x.ndim == 3 and x.shape[0] > 1
+        return x.transpose(0, 1).contiguous().transpose(0, 1) if view else x.contiguous()
 
 
 def _as_it_is(call: Call, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

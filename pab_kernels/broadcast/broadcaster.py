@@ -358,7 +358,6 @@ class Broadcaster:
             generation.forget_outputs()
         if exchanged is not None:
             generation.exchanged[inputs.name_of(exchanged)] += 1
-        call.arguments = inputs.arguments
         outer = self.call
 
         def compute() -> Any:

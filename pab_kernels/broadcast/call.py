@@ -11,7 +11,7 @@ from torch import nn
 
 from ..rules.plan import Action, Decision
 from .context import Context
-from .costs import Arguments
+from .inputs import NO_INPUTS, Inputs
 from .slots import Arena, Extrapolation, Slot
 from .turn import NO_TURNS, Turns
 
@@ -26,17 +26,20 @@ class Call:
         generation: the generation that it belongs to, which has started.
         context: its context.
         step: its step of the full schedule.
+        inputs: its arguments, of which no tensor is kept alive.
     """
 
-    def __init__(self, generation: Generation, context: Context, step: int) -> None:
+    def __init__(self, generation: Generation, context: Context, step: int, inputs: Inputs = NO_INPUTS) -> None:
         assert generation.plan is not None, "it has started"
         self.generation = generation
         self.plan = generation.plan
         self.context = context
         self.step = step
-        self.stopwatch = context.stopwatch
-        self.arguments: Arguments | None = None
+        self.arguments = inputs.arguments
         """The arguments of the call, for counting FLOPs."""
+        self.shape = inputs.latents.shape if isinstance(inputs.latents, torch.Tensor) else torch.Size()
+        """Shape of the latents; empty if they are no tensor."""
+        self.stopwatch = context.stopwatch
         self.reused: list[str] = []
         """Places of the reused outputs, in order."""
         self.spared: Counter[str] = Counter()

@@ -241,7 +241,7 @@ class Generation:
             self._entered.add(key)
             if key not in self.contexts:
                 self.contexts[key] = Context(key, self.meter, timed=self.timed)
-            return Call(self, self.contexts[key], self.step)
+            return Call(self, self.contexts[key], self.step, inputs)
 
     def _begins_step(self, label: str, timestep: Any, moment: Moment | None) -> bool:
         """Whether a call begins a step although no `step` of a scheduler was seen."""

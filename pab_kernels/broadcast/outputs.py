@@ -167,6 +167,8 @@ def _continued(sublayer: Sublayer, inputs: Sequence[torch.Tensor], outputs: Sequ
 
 def read(slot: Slot | Extrapolation, last: bool = False) -> Any:
     """The output that a slot stands for, in tensors that may be written to; the slot's own where it is read last."""
+    if last and isinstance(slot, Slot) and isinstance(slot.value[0], torch.Tensor):  # the common case
+        return slot.value[0]
     return _read(slot, _as_it_is if last else _cloned)
 
 

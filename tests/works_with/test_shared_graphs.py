@@ -71,7 +71,7 @@ def _stdit3() -> Model:
 
 
 MODELS: dict[str, tuple[Callable[[], Model], int, int]] = {
-    "Latte": (_latte, 3, 6),
+    "Latte": (_latte, 3, 4),  # its first block is given the strides of the next
     "STDiT3": (_stdit3, 2, 3),  # reused, a spatial and a temporal attention are the same
     "CogVideoX": (lambda: _family("CogVideoXTransformer3DModel", "transformer_blocks"), 2, 3),
     "Wan": (lambda: _family("WanTransformer3DModel", "blocks"), 1, 2),
@@ -186,6 +186,29 @@ def test_a_request_in_another_thread_adds_no_graph() -> None:
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(work).result()
     assert all(map(torch.equal, found, wanted)) and counter.frame_count == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clips", [1, 2])
+def test_the_ranges_of_the_paper_stay_within_the_limit_of_torch(clips: int) -> None:
+    """A limit that is passed is an error here, as the blocks are compiled with `fullgraph`."""
+    steps = 20
+    model, counter = tiny_latte(num_layers=BLOCKS), CompileCounter()
+    rules = {kind: Broadcast(reach, (0.1, 0.9)) for kind, reach in (("spatial", 2), ("temporal", 4), ("cross", 6))}
+    pab.enable(model, PABConfig(**rules), num_steps=steps)
+    _compiled(model, ["transformer_blocks", "temporal_transformer_blocks"], counter)
+    for step in range(steps):
+        given = inputs(batch=clips)
+        model(**given | {"hidden_states": given["hidden_states"] + step})
+    plan = pab.summary(model).plan
+    assert plan is not None
+    columns = [
+        [(plan.decision(name, i).action, len(plan.decision(name, i).reads)) for i in plan.steps] for name in plan.rows
+    ]
+    kinds = [s.kind for s in plan.sublayers]
+    spatial, cross, temporal = (columns[kinds.index(kind)] for kind in ("spatial", "cross", "temporal"))
+    patterns = len(set(zip(spatial, cross, strict=True))), len(set(temporal))
+    assert counter.frame_count == sum(patterns) and max(patterns) <= torch._dynamo.config.recompile_limit
 
 
 @torch.no_grad()

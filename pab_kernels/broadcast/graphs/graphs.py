@@ -293,7 +293,7 @@ def _repeated(call: Call, arena: FixedArena) -> Call:
     context = Context(call.context.name, Meter())
     context.arena = arena
     repeated = Call(call.generation, context, call.step)
-    repeated.arguments = call.arguments
+    repeated.arguments, repeated.shape = call.arguments, call.shape
     repeated.prepare()
     return repeated
 
