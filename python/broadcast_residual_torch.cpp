@@ -1,5 +1,5 @@
 // torch.ops.pab_kernels_cuda.broadcast_residual, broadcast_residual_one and broadcast_residual_lines, whose schemas are in cuda.py of the operation.
-// All assumptions of the kernel about a call are checked here, so that a valid call needs no checks in Python.
+// All assumptions of the kernel about a call are checked here once more: a wrong one would write beyond a tensor.
 #include "../csrc/broadcast_residual.h"
 
 #include <cmath>
@@ -166,17 +166,15 @@ struct Call {
   }
 };
 
-// The operations return whether they ran.
-bool broadcast_residual_one(const Tensor& x, int64_t norm, double eps, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
+void broadcast_residual_one(const Tensor& x, int64_t norm, double eps, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
                             const MaybeTensor& shift, const MaybeTensor& scale, const MaybeTensor& x_out, const MaybeTensor& y_out,
                             const MaybeTensor& slot, const MaybeTensor& slot_scale, const MaybeTensor& gate) {
   Call call(x);
   call.add_slot(slot, slot_scale, gate);
   call.launch(norm, eps, norm_weight, norm_bias, shift, scale, x_out, y_out);
-  return true;
 }
 
-bool broadcast_residual(const Tensor& x, int64_t norm, double eps, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
+void broadcast_residual(const Tensor& x, int64_t norm, double eps, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
                         const MaybeTensor& shift, const MaybeTensor& scale, const MaybeTensor& x_out, const MaybeTensor& y_out,
                         const MaybeTensor& slot_0, const MaybeTensor& slot_scale_0, const MaybeTensor& gate_0,
                         const MaybeTensor& slot_1, const MaybeTensor& slot_scale_1, const MaybeTensor& gate_1,
@@ -186,10 +184,9 @@ bool broadcast_residual(const Tensor& x, int64_t norm, double eps, const MaybeTe
   call.add_slot(slot_1, slot_scale_1, gate_1);
   call.add_slot(slot_2, slot_scale_2, gate_2);
   call.launch(norm, eps, norm_weight, norm_bias, shift, scale, x_out, y_out);
-  return true;
 }
 
-bool broadcast_residual_lines(const Tensor& x, int64_t norm, double eps, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
+void broadcast_residual_lines(const Tensor& x, int64_t norm, double eps, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
                               const MaybeTensor& shift, const MaybeTensor& scale, const MaybeTensor& x_out, const MaybeTensor& y_out,
                               const MaybeTensor& slot_0, const MaybeTensor& slot_scale_0, const MaybeTensor& gate_0,
                               const MaybeTensor& before_0, const MaybeTensor& before_scale_0, const MaybeTensor& weight_0,
@@ -205,7 +202,6 @@ bool broadcast_residual_lines(const Tensor& x, int64_t norm, double eps, const M
   call.add_slot(slot_2, slot_scale_2, gate_2);
   call.set_before(before_2, before_scale_2, weight_2);
   call.launch(norm, eps, norm_weight, norm_bias, shift, scale, x_out, y_out);
-  return true;
 }
 
 }  // namespace

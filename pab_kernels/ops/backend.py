@@ -31,13 +31,6 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 PREFERRED: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
 """By device type, the backends that `auto` tries before the reference. Nothing has been measured yet."""
 
-SELF_CHECKING = {"broadcast_residual": "cuda"}
-"""By operation, the backend that checks calls itself, at less cost than Python.
-
-Its `attempt(call, outputs)` takes unchecked calls and returns whether it served one. It launches nothing if the call is
-not valid; the checks in Python then name the mistake.
-"""
-
 
 class Backend(NamedTuple):
     """The functions of a backend's module, None for those that it lacks; it has one of the first two."""
@@ -48,8 +41,6 @@ class Backend(NamedTuple):
     """`launch(call, outputs)`: write the outputs, not recorded by autograd."""
     refusal: Any
     """`refusal(call)`: why the backend cannot serve the call, or None. Without it, it serves every call."""
-    attempt: Any
-    """`attempt(call, outputs)`: see `SELF_CHECKING`."""
 
 
 class BackendError(RuntimeError):

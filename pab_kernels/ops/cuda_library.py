@@ -22,14 +22,13 @@ BUILD_INFO = PACKAGE / "_build_info.json"
 _schemas = torch.library.Library("pab_kernels_cuda", "FRAGMENT")
 
 
-def kernel(op: str, arguments: str, *, reports: bool = False) -> Callable[..., Any]:
+def kernel(op: str, arguments: str) -> Callable[..., Any]:
     """Define `pab_kernels_cuda::<op>` by the schema of its arguments, and return the function that calls it.
 
-    The function returns None or, if `reports`, whether the kernel ran, which it does not on meta or fake tensors. It
-    works once `refuse` has loaded the library.
+    The function returns None, and works once `refuse` has loaded the library.
     """
-    _schemas.define(f"{op}({arguments}) -> {'bool' if reports else '()'}", tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(f"pab_kernels_cuda::{op}", lambda *args: False if reports else None, lib=_schemas)
+    _schemas.define(f"{op}({arguments}) -> ()", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(f"pab_kernels_cuda::{op}", lambda *args: None, lib=_schemas)
     return getattr(torch.ops.pab_kernels_cuda, op).default
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .backend import SELF_CHECKING, implementation, is_traced, load
+from .backend import implementation, is_traced
 from .quantized import data_and_scale
 
 Outputs = tuple[Any, ...]
@@ -48,14 +48,6 @@ def run(op: str, call: Call, backend: str) -> Outputs:
         TypeError, ValueError: the call is not supported.
         BackendError: the backend cannot serve it.
     """
-    if (
-        SELF_CHECKING.get(op) == backend
-        and isinstance(call[0], Tensor)
-        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    ):
-        outputs = call.empty()
-        if load(op, backend).attempt(call, outputs):
-            return outputs
     call.check(op)
     return run_checked(op, call, backend)
 

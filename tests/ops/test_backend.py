@@ -190,7 +190,6 @@ def test_no_gradient_is_lost_in_silence(name, monkeypatch):
         op,
         refusal=lambda call: None,
         launch=lambda *args: launched.append(args),
-        attempt=lambda *args: False,
     )
     monkeypatch.setitem(backends.PREFERRED, "cpu", ("cuda",))
     outputs = call()

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from ...limits import MOST_ADDED
 from ..backend import refuse_stream
 from ..cached_outputs import CachedOutput, Line
 from ..cuda_library import kernel, refuse
 from ..dispatch import Outputs
-from ..norm import Norm
-from ..quantized import GROUP, Quantized, data_and_scale
+from ..quantized import Quantized, data_and_scale
 from . import BroadcastResidual
 
 MAX_CHANNELS = 8192
@@ -38,9 +35,9 @@ def _schema(slots: int, term: Sequence[str]) -> str:
 
 
 # Most calls have one slot or none and no line, and every argument of an operation costs host time.
-_kernel_one = kernel("broadcast_residual_one", _schema(1, _TERM), reports=True)
-_kernel = kernel("broadcast_residual", _schema(MOST_ADDED, _TERM), reports=True)
-_kernel_lines = kernel("broadcast_residual_lines", _schema(MOST_ADDED, _LINE), reports=True)
+_kernel_one = kernel("broadcast_residual_one", _schema(1, _TERM))
+_kernel = kernel("broadcast_residual", _schema(MOST_ADDED, _TERM))
+_kernel_lines = kernel("broadcast_residual_lines", _schema(MOST_ADDED, _LINE))
 
 
 def refusal(call: BroadcastResidual) -> str | None:
@@ -51,8 +48,8 @@ def refusal(call: BroadcastResidual) -> str | None:
     return refuse_stream(x, MAX_TOKENS, MAX_CHANNELS) or refuse(x)
 
 
-def launch(call: BroadcastResidual, outputs: Outputs) -> bool:
-    """Write the outputs, and return whether the kernel ran: C++ launches nothing if the call is not valid."""
+def launch(call: BroadcastResidual, outputs: Outputs) -> None:
+    """Write the outputs. C++ checks the call once more, and launches nothing if it is not valid."""
     x, cached, norm, shift, scale = call
     write = _kernel_one if len(cached) <= 1 else _kernel
     added: list[Any] = []
@@ -65,8 +62,9 @@ def launch(call: BroadcastResidual, outputs: Outputs) -> bool:
         else:
             added += (slot, None, gate)
     if norm is None:
-        return write(x, 0, 0.0, None, None, shift, scale, *outputs, *added)
-    return write(x, _KINDS[norm.kind], norm.eps, norm.weight, norm.bias, shift, scale, *outputs, *added)
+        write(x, 0, 0.0, None, None, shift, scale, *outputs, *added)
+    else:
+        write(x, _KINDS[norm.kind], norm.eps, norm.weight, norm.bias, shift, scale, *outputs, *added)
 
 
 def _lines(cached: Sequence[CachedOutput]) -> list[Any]:
@@ -76,24 +74,3 @@ def _lines(cached: Sequence[CachedOutput]) -> list[Any]:
         line = slot if isinstance(slot, Line) else Line(slot, None, None)  # type: ignore[arg-type]
         added += (*data_and_scale(line.newest), gate, *data_and_scale(line.before), line.weight)
     return added
-
-
-def _has_groups(slot: Tensor | Quantized | Line) -> bool:
-    """Whether a slot, if it is quantised, has the groups of the kernel."""
-    if isinstance(slot, Line):
-        return _has_groups(slot.newest) and _has_groups(slot.before)
-    return not isinstance(slot, Quantized) or slot.group == GROUP
-
-
-def attempt(call: BroadcastResidual, outputs: Outputs) -> bool:
-    """`launch` of an unchecked call: C++ checks it at a tenth of the cost, apart from what only Python can see."""
-    norm = call.norm
-    try:
-        if norm is not None and (type(norm) is not Norm or norm.kind not in _KINDS or type(norm.eps) is not float):
-            return False
-        for slot, _ in call.cached:
-            if type(slot) is not Tensor and not _has_groups(slot):
-                return False
-        return refuse(call.x) is None and launch(call, outputs)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
