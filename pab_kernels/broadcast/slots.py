@@ -34,7 +34,7 @@ class Key(NamedTuple):
         return x.shape == self.shape and x.dtype is self.dtype and x.device == self.device
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Slot:
     """One sublayer's kept output.
 
@@ -103,7 +103,11 @@ def nbytes(value: Any) -> int:
     if isinstance(value, (torch.Tensor, Quantized)):
         return value.nbytes
     if type(value) in (tuple, list):
-        return sum([nbytes(v) for v in value])
+        count = 0
+        for v in value:  # a loop: a comprehension costs more, and most values have the dtypes of their tensors
+            if type(v) is not torch.dtype:
+                count += nbytes(v)
+        return count
     if value is None or isinstance(value, (int, float, str, torch.dtype)):
         return 0
     return sum(
