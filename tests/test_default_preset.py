@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, HeunDiscreteScheduler, LCMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
@@ -128,6 +129,39 @@ def test_a_loop_that_steps_by_itself_is_computed_and_told(caplog: pytest.LogCapt
     sample(pipe, 2)  # another run, with which the first one is over
     assert torch.equal(*results)
     assert any("nobody called its scheduler's step" in record.message for record in caplog.records)
+
+
+class _WithAudio(nn.Module):
+    """Returns video and audio."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_latte()
+        self.config = self.inner.config
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.inner(hidden_states, timestep, encoder_hidden_states, return_dict=False)[0]
+        return out, out.mean((-2, -1))
+
+
+@torch.no_grad()
+def test_a_model_of_video_and_audio_is_computed_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Its pipeline steps the audio by a copy of the scheduler, which is not followed."""
+    results = []
+    for enabled in (False, True):
+        pipe = tiny_pipe(DDIMScheduler(), _WithAudio())
+        if enabled:
+            pab.enable(pipe)
+        pipe.scheduler.set_timesteps(14)
+        x = INPUTS["hidden_states"]
+        sound, of_sound = x.mean((-2, -1)), copy.deepcopy(pipe.scheduler)
+        for t in pipe.scheduler.timesteps:
+            video, audio = pipe.transformer(x, t[None], INPUTS["encoder_hidden_states"])
+            x = pipe.scheduler.step(video[:, :4], t, x).prev_sample
+            sound = of_sound.step(audio[:, :4], t, sound).prev_sample
+        results += [x, sound]
+    assert all(map(torch.equal, results[:2], results[2:]))
+    assert any("the model returns several tensors" in record.message for record in caplog.records)
 
 
 def test_a_preset_that_the_user_names_is_not_exchanged() -> None:

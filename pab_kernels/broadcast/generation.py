@@ -94,6 +94,8 @@ class Generation:
         self.lock = threading.RLock()
         self.forecaster = self._forecaster()
         """What predicts the outputs of steps at which the model does not run, where a rule asks for it."""
+        self.several_outputs = False
+        """Whether the model returned several floating-point tensors, of which a scheduler's `step` is given one."""
         self.skips: bool | None = None
         """Whether the model does not run at this step; None before its first call."""
         self._called: dict[str, int] = {}  # calls in this step, by label

@@ -15,6 +15,11 @@ def nothing_reused(generation: Generation) -> str | None:
             "nobody called its scheduler's step, in which outputs are predicted: the loop steps by itself or with a "
             'copy of the scheduler; use reuse="linear", or the preset balanced-line'
         )
+    if generation.forecaster is not None and generation.several_outputs:
+        return (
+            "the model returns several tensors, such as video and audio, and its scheduler's step, where outputs are "
+            'predicted, is given one of them; use reuse="linear", or the preset balanced-line'
+        )
     if generation.exchanged:
         name, times = generation.exchanged.most_common(1)[0]
         return (

@@ -11,6 +11,7 @@ import torch
 from ..rules.plan import Action
 from .call import Call
 from .outputs import kept, read
+from .signature import tensors_of
 from .slots import Key
 
 
@@ -29,8 +30,9 @@ def broadcast_model(call: Call, x: torch.Tensor | None, compute: Callable[[], An
     slot = call.read(name, decision) if decision.action is Action.REUSE else None
     # The guided output is of one kind: where one branch was computed at this step, the others are too.
     mixed = generation.forecaster is not None and generation.skips is False
-    # What is predicted is given to the scheduler's step: where nobody calls it, the model has to run.
-    unseen = generation.forecaster is not None and generation.steps_seen == 0
+    # What is predicted is given to the scheduler's step: where nobody calls it, or it steps one output of several, the
+    # model has to run.
+    unseen = generation.forecaster is not None and (generation.steps_seen == 0 or generation.several_outputs)
     reuses = slot is not None and slot.key.matches(x) and not mixed and not unseen
     if generation.skips is None:
         generation.skips = reuses
@@ -43,6 +45,7 @@ def broadcast_model(call: Call, x: torch.Tensor | None, compute: Callable[[], An
         call.finish()
         return out
     out = compute()
+    generation.several_outputs |= len([t for t in tensors_of(out) if t.is_floating_point()]) > 1
     tally.computed += 1
     tally.forced += decision.action is Action.REUSE
     if stores:
