@@ -66,7 +66,9 @@ class FittedRow:
                     f"the weights of {name!r} must be {len(reads)} numbers, one for each of reads, got {shown(row)}"
                 )
             if not all(abs(w) <= LARGEST_WEIGHT for w in row):
-                raise ValueError(f"the weights of {name!r} must be at most {LARGEST_WEIGHT:g} in size, got {shown(row)}")
+                raise ValueError(
+                    f"the weights of {name!r} must be at most {LARGEST_WEIGHT:g} in size, got {shown(row)}"
+                )
         object.__setattr__(self, "reads", tuple(reads))
         object.__setattr__(self, "weights", {name: tuple(map(float, row)) for name, row in self.weights.items()})
 
@@ -168,7 +170,7 @@ class FittedWeights:
 
     def __str__(self) -> str:
         steps = [read[0] for row in self.rows for read in row.reads]
-        return f"fitted weights: {len(self.names)} sublayers, steps {min(steps)} to {max(steps)}"
+        return f"fitted weights of {len(self.names)} sublayer(s), steps {min(steps)} to {max(steps)}"
 
 
 def fitted_notes(plan: Plan) -> Iterable[str]:
@@ -192,6 +194,6 @@ def fitted_notes(plan: Plan) -> Iterable[str]:
     without = sum(fitted.weight(*reuse) is None for reuse in reuses)
     if without or not reuses:
         yield (
-            f"{without} of {len(reuses)} linear reuses have no fitted weights and take the line: the rules or the first "
-            "step are not those of the fit"
+            f"{without} of {len(reuses)} linear reuses have no fitted weights and take the line: the rules or the "
+            "first step are not those of the fit"
         )

@@ -72,7 +72,7 @@ def _in_yaml(data: Mapping[str, Any]) -> str:
     """YAML with lists of numbers in one line."""
     yaml: Any = require("yaml", "writing YAML files")
 
-    class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # a class of its own, so that PyYAML's stays as it is
+    class Dumper(yaml.SafeDumper):  # PyYAML's own stays as it is
         pass
 
     def represent(dumper: Any, values: list[Any]) -> Any:

@@ -79,19 +79,19 @@ class Sums:
         Raises:
             ValueError: its plan has no linear reuse.
         """
-        reads: dict[str, list[tuple[int, int, int]]] = {}
-        for name, *read in sorted(self.products):
-            reads.setdefault(name, []).append((read[0], read[1], read[2]))
+        places: dict[str, list[_Place]] = {}
+        for place in sorted(self.products):
+            places.setdefault(place[0], []).append(place)
         rows: dict[tuple[tuple[int, int, int], ...], dict[str, tuple[float, ...]]] = {}
-        for name, of_name in reads.items():
-            row = tuple(_weight(read, *self.products[(name, *read)]) for read in of_name)
-            rows.setdefault(tuple(of_name), {})[name] = row
+        for name, of_name in places.items():
+            reads = tuple((i, s, p) for _, i, s, p in of_name)
+            rows.setdefault(reads, {})[name] = tuple(_weight(place, *self.products[place]) for place in of_name)
         if not rows:
             raise ValueError(
                 f"no reuse of the rules reads two outputs in {self.schedule.num_steps} steps; use reuse='linear' in a "
                 "window that the schedule enters"
             )
-        made = tuple(FittedRow(read, weights) for read, weights in rows.items())
+        made = tuple(FittedRow(reads, weights) for reads, weights in rows.items())
         return replace(config, fitted=FittedWeights(self.schedule.num_steps, made, self.schedule.timesteps))
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,9 +106,9 @@ class Sums:
         return cls(Schedule.of(data["num_steps"], data["timesteps"]), products)
 
 
-def _weight(read: tuple[int, int, int], a: float, b: float) -> float:
+def _weight(place: _Place, a: float, b: float) -> float:
     """The weight, to four digits; that of the line where the outputs are equal or the weight would be out of bounds."""
-    i, s, p = read
+    _, i, s, p = place
     fitted = a / b if b > 0 else float("nan")
     return round(fitted if abs(fitted) <= LARGEST_WEIGHT else (i - s) / (s - p), 4)
 
@@ -283,7 +283,7 @@ def fit(
     ...         model(prompt * i)
     >>> rules = PABConfig(mlp=Broadcast(2, reuse="linear"))
     >>> print(fit(model, [torch.full((1, 4), 0.1)], rules, num_steps=10, call=call).fitted)
-    fitted weights: 1 sublayers, steps 3 to 7
+    fitted weights of 1 sublayer(s), steps 3 to 7
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
         raise ValueError(f"prompts is a list of at least one prompt, got {shown(prompts)}")
@@ -295,7 +295,8 @@ def fit(
         )
     if bare and call is None:
         raise TypeError(
-            f"got a bare {type(model_or_pipe).__name__} without call; pass call(model, prompt, seed), which samples once"
+            f"got a bare {type(model_or_pipe).__name__} without call; pass call(model, prompt, seed), which samples "
+            "once"
         )
     Schedule.of(num_steps)
     if config.cache_point == "post_gate":
