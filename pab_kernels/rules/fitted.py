@@ -12,7 +12,7 @@ runs. Wherever one of them is another one, the line is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from .fields import known_fields
 from .schedule import Schedule
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .plan import Plan, Sublayer
 
 LARGEST_WEIGHT = 1000.0
 """The largest fitted weight: far above those of any line, and far below what overflows a half."""
@@ -146,9 +146,9 @@ class FittedWeights:
                 return f"fitted weights are for timestep {own:g} at step {step} and this schedule has {given:g}"
         return None
 
-    def check_names(self, names: Collection[str], model: str) -> None:
-        """Raise a ValueError if a sublayer is not among `names`, those of `model`."""
-        unknown = sorted(self.names - set(names))
+    def check_names(self, sublayers: Iterable[Sublayer], model: str) -> None:
+        """Raise a ValueError if a name is neither one of these sublayers of `model` nor "", the whole model."""
+        unknown = sorted(self.names - {"", *(s.name for s in sublayers)})
         if unknown:
             raise ValueError(
                 f"fitted weights name {shown(unknown[0])}, which is no sublayer of this {model}; fit them on it with "

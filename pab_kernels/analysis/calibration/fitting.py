@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ...adapters import adapter_for
 from ...broadcast.adapter import Adapter
+from ...broadcast.broadcaster import broadcaster_of
 from ...broadcast.call import Call
 from ...broadcast.generation import Generation
 from ...broadcast.pipeline import denoisers
@@ -36,7 +37,6 @@ from ...rules.schedule import Schedule
 from ..observer import Observer, observing
 from ..pipeline_call import Wish
 from ..pipeline_call import call as call_of
-from .sampler import check_plain
 
 _Place = tuple[str, int, int, int]
 """Sublayer, step, and the two steps that it reads, the newest first."""
@@ -106,6 +106,18 @@ class Sums:
         return cls(Schedule.of(data["num_steps"], data["timesteps"]), products)
 
 
+def together(sums: Sequence[Sums]) -> Sums:
+    """The sums of all runs.
+
+    Raises:
+        ValueError: they have different schedules.
+    """
+    total = Sums(sums[0].schedule)
+    for of_runs in sums:
+        total.add(of_runs)
+    return total
+
+
 def _weight(place: _Place, a: float, b: float) -> float:
     """The weight, to four digits; that of the line where the outputs are equal or the weight would be out of bounds."""
     _, i, s, p = place
@@ -116,19 +128,14 @@ def _weight(place: _Place, a: float, b: float) -> float:
 class _Fit(Observer):
     """Sums up the products of a model's outputs at the steps that the plan of `config` reads."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adapter: Adapter,
-        config: PABConfig,
-        progress: Progress | None,
-    ) -> None:
-        whole = [WHOLE] if config.rule("model", 0) is not None else []
+    def __init__(self, model: nn.Module, adapter: Adapter, config: PABConfig, progress: Progress | None) -> None:
+        rule = config.rule("model", 0)
+        whole = [] if rule is None or rule.reuse != "linear" else [WHOLE]
         super().__init__(model, [*adapter.sublayers, *whole])
         self._config = config
         self._progress = progress
         self._generation: Generation | None = None
-        self._plan = Plan(config, Schedule(1), tuple(self.sublayers))
+        self._plan: Plan | None = None  # of this generation
         self._step = -1
         self._kept: dict[tuple[str, str], list[tuple[int, list[Tensor]]]] = {}  # by context and sublayer
         self._seen: set[tuple[str, str]] = set()  # in this step
@@ -137,8 +144,10 @@ class _Fit(Observer):
 
     def observe(self, call: Call, sublayer: Sublayer, outputs: list[Tensor]) -> None:
         """Keep an output that a later step reads; at a reuse, add the products with those that it reads."""
-        if call.generation is not self._generation:
-            self._begin(call.generation)
+        if call.generation is not self._generation or self._plan is None:
+            self.collect()
+            self._generation, self._step = call.generation, -1
+            self._plan = Plan(self._config, call.generation.schedule, tuple(self.sublayers))
         if call.step != self._step:
             self._step = call.step
             self._seen.clear()
@@ -154,14 +163,9 @@ class _Fit(Observer):
             kept = [(call.step, [t.clone() for t in outputs]), *kept]
         elif decision.reads and decision.reads == tuple(step for step, _ in kept) and len(kept) == 2:
             (s, newest), (p, before) = kept
-            if [t.shape for t in outputs] == [t.shape for t in newest] == [t.shape for t in before]:
+            if outputs and [t.shape for t in outputs] == [t.shape for t in newest] == [t.shape for t in before]:
                 self._found.append(((sublayer.name, call.step, s, p), _products(outputs, newest, before)))
         self._kept[key] = kept[: decision.held]
-
-    def _begin(self, generation: Generation) -> None:
-        self.collect()
-        self._generation, self._step = generation, -1
-        self._plan = Plan(self._config, generation.schedule, tuple(self.sublayers))
 
     def collect(self) -> None:
         """Read the products of a run from the device."""
@@ -169,14 +173,11 @@ class _Fit(Observer):
             return
         sums = Sums(self._generation.schedule)
         if self._found:
-            places, pairs = [place for place, _ in self._found], torch.stack([pair for _, pair in self._found])
-            for place, (a, b) in zip(places, pairs.tolist(), strict=True):
+            pairs = torch.stack([pair.cpu() for _, pair in self._found]).tolist()
+            for (place, _), (a, b) in zip(self._found, pairs, strict=True):
                 sums.put(place, a, b)
         self._generation, self._found, self._kept = None, [], {}
-        if self.sums is None:
-            self.sums = sums
-        else:
-            self.sums.add(sums)
+        self.sums = sums if self.sums is None else together([self.sums, sums])
 
 
 def _products(now: Sequence[Tensor], newest: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
@@ -216,23 +217,20 @@ def sums_of(
     pipe = None if isinstance(model_or_pipe, nn.Module) else model_or_pipe
     models = [uncompiled(model_or_pipe)] if pipe is None else list(denoisers(pipe).values())
     for model in models:
-        check_plain(model)
+        if broadcaster_of(model) is not None:
+            raise ValueError(f"PAB is enabled on this {type(model).__name__}; call pab.disable before fitting it")
     fits = [_Fit(model, adapter_for(model, kinds), config, progress) for model in models]
     # Observers are Python: compiled blocks run eagerly.
     with contextlib.ExitStack() as stack, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for model, of_model in zip(models, fits, strict=True):
             stack.enter_context(observing(model, of_model, pipe, num_steps))
         run()
-    sums: Sums | None = None
     for of_model in fits:
         of_model.collect()
-        if sums is None:
-            sums = of_model.sums
-        elif of_model.sums is not None:
-            sums.add(of_model.sums)
-    if sums is None:
+    sums = [of_model.sums for of_model in fits if of_model.sums is not None]
+    if not sums:
         raise ValueError(f"the call did not run the {type(models[0]).__name__}: there is nothing to fit")
-    return sums
+    return together(sums)
 
 
 def fit(
@@ -311,20 +309,15 @@ def fit(
             wish = prompt if isinstance(prompt, Wish) else Wish(prompt)
             call_of(model_or_pipe, replace(wish, steps=num_steps, seed=clip_seed))
 
-    total: Sums | None = None
-    steps = num_steps if bare else None
-    for i, prompt in enumerate(prompts):
-        of_clip = sums_of(
+    sums = [
+        sums_of(
             model_or_pipe,
             config,
             functools.partial(run, prompt, seed + i),
-            num_steps=steps,
+            num_steps=num_steps if bare else None,
             kinds=kinds,
             progress=progress,
         )
-        if total is None:
-            total = of_clip
-        else:
-            total.add(of_clip)
-    assert total is not None
-    return total.fitted(config)
+        for i, prompt in enumerate(prompts)
+    ]
+    return together(sums).fitted(config)
