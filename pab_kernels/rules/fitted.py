@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .plan import Plan, Sublayer
 
 LARGEST_WEIGHT = 1000.0
-"""The largest fitted weight: far above those of any line, and far below what overflows a half."""
+"""The largest fitted weight: one above it would turn the rounding of outputs that hardly change into noise."""
 _APART = 1e-3
 """How far timesteps may be from those of the fit, as a part of the largest one: a twentieth of a step of 50."""
 

@@ -147,7 +147,7 @@ class _Fit(Observer):
                 schedule = self._plan.schedule
                 self._progress(call.step - schedule.begin + 1, schedule.num_steps - schedule.begin)
         key = call.context.name, sublayer.name
-        if sublayer.name not in self._plan.rows or key in self._seen:
+        if self._plan.outputs(sublayer.name) < 2 or key in self._seen:
             return  # a module that runs several times in one call is measured the first time
         self._seen.add(key)
         decision, kept = self._plan.decision(sublayer.name, call.step), self._kept.get(key, [])
