@@ -11,7 +11,7 @@ schedule, over whole clips; `won` counts the clips that are closer to it than th
 at least as many FLOPs. `--others` adds other caches (`bench/peers.py`), other schedulers with fewer steps, and, as the
 scale of what a dB means, noise of 1 % added after the first step. `--searched` adds plans of `pab.calibrate` for shares
 of the FLOPs, and the same search where the last output is held (as LeMiCa and DPCache do), both made on other clips.
-`--fitted` adds every config with linear reuses once more with weights of `pab.fit`, fitted to two other clips.
+`--fitted` adds every config with linear reuses once more with weights of `pab.fit`, fitted to two other clips, or to as many as are given.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def fitted(model: PackagedPipeline, steps: int, prompts: Sequence[str]) -> dict[
         return model.generate([prompt], [seed], steps)
 
     linear = {n: c for n, c in CONFIGS.items() if any(rule.reuse == "linear" for _, rule in c.broadcasts())}
-    fits = {n: pab.fit(model.pipe, prompts[:2], c, num_steps=steps, call=call) for n, c in linear.items()}
+    fits = {n: pab.fit(model.pipe, prompts, c, num_steps=steps, call=call) for n, c in linear.items()}
     return {f"{name}, fitted": config for name, config in fits.items()}
 
 
@@ -206,7 +206,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--others", action="store_true", help="other caches and schedulers too")
     parser.add_argument("--searched", metavar="SHARES", help="plans of pab.calibrate for shares of the FLOPs: .35,.5")
-    parser.add_argument("--fitted", action="store_true", help="configs with linear reuses also with fitted weights")
+    parser.add_argument(
+        "--fitted",
+        metavar="CLIPS",
+        type=int,
+        nargs="?",
+        const=2,
+        help="linear configs with weights fitted to CLIPS too",
+    )
     parser.add_argument("--out", help="a file for the rows, as JSON lines")
     args = parser.parse_args()
     room, known = MODELS[args.model], PROMPTS[args.model]
@@ -222,7 +229,7 @@ def main() -> None:
             run = {"bench": "quality", "model": args.model, "scheduler": name, "steps": steps, "clips": args.clips}
             model, load = room.load(name, args.device), functools.partial(room.load, device=args.device)
             configs = CONFIGS | searched(model, steps, known, shares) if shares else CONFIGS
-            configs = configs | fitted(model, steps, known) if args.fitted else configs
+            configs = configs | fitted(model, steps, known[: args.fitted]) if args.fitted else configs
             found = measured(model, load, steps, prompts, bar, configs, args.others)
             rows += [run | row for row in found]
             if args.out:

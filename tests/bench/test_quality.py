@@ -19,7 +19,7 @@ def test_every_model_has_prompts_and_samplings_that_it_knows(model: str) -> None
 
 def test_configs_with_linear_reuses_are_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality.pab, "fit", lambda pipe, prompts, config, **_: (tuple(prompts), config))
-    found = quality.fitted(SimpleNamespace(pipe=None), 30, ["a", "b", "c"])  # type: ignore[arg-type]
+    found = quality.fitted(SimpleNamespace(pipe=None), 30, ["a", "b"])  # type: ignore[arg-type]
     assert found.keys() == {
         "preset balanced-line, fitted",
         "sublayers 2 linear (preset demo), fitted",

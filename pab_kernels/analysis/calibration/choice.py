@@ -180,21 +180,20 @@ class Choice:
             rows[title] = self._search_row(title, config), config
         title = max(rows, key=lambda name: rows[name][0].mean)
         row, config = rows[title]
-        for further, tiers in self._with_fits(self._schedules.tiers(share, self._run.sampler.kinds)):
+        for further, tiers in self._with_fits(self._schedules.tiers(share, self._run.sampler.kinds), share):
             closer = self._with_tiers(further, tiers, row, share)
             if closer is not None:
                 return further, tiers
         return title, config
 
-    def _with_fits(self, tiers: Mapping[str, PABConfig]) -> Iterator[tuple[str, PABConfig]]:
-        """Plans with further tiers, with fitted weights as far as generations are left over: one clip is enough."""
+    def _with_fits(self, tiers: Mapping[str, PABConfig], share: float) -> Iterator[tuple[str, PABConfig]]:
+        """Plans with further tiers, first with weights fitted to one clip, as far as generations are left over."""
         left = self._most - self._plan.total
         for title, config in tiers.items():
-            if left < 1:
-                yield title, config
-            else:
-                left -= 1
+            if left >= 1 + share:
+                left -= 1 + share
                 yield f"{title}, fitted", self._run.fitted(self.searched[-1], config)
+            yield title, config
 
     def _with_tiers(self, title: str, config: PABConfig, than: Row, share: float) -> Row | None:
         """A plan with further tiers where it is closer than another one; the first clip is run first."""
