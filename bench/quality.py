@@ -11,7 +11,8 @@ schedule, over whole clips; `won` counts the clips that are closer to it than th
 at least as many FLOPs. `--others` adds other caches (`bench/peers.py`), other schedulers with fewer steps, and, as the
 scale of what a dB means, noise of 1 % added after the first step. `--searched` adds plans of `pab.calibrate` for shares
 of the FLOPs, and the same search where the last output is held (as LeMiCa and DPCache do), both made on other clips.
-`--fitted` adds every config with linear reuses once more with weights of `pab.fit`, fitted to two other clips, or to as many as are given.
+`--fitted` adds every config with linear reuses once more with weights of `pab.fit`, fitted to two other clips, or to
+as many as are given.
 """
 
 from __future__ import annotations
