@@ -4,12 +4,15 @@
     python -m bench.quality --schedulers ddim:50,unipc:20 --clips 4
     python -m bench.quality --model video
     python -m bench.quality --schedulers dpm++:30 --clips 4 --others --searched .35,.5,.65
+    python -m bench.quality --schedulers ddim:50,dpm++:30 --clips 6 --fitted
 
 Every config samples the same clips from the same noise. PSNR and SSIM are those against the run without PAB on the same
 schedule, over whole clips; `won` counts the clips that are closer to it than the run with fewer steps, which computes
 at least as many FLOPs. `--others` adds other caches (`bench/peers.py`), other schedulers with fewer steps, and, as the
 scale of what a dB means, noise of 1 % added after the first step. `--searched` adds plans of `pab.calibrate` for shares
 of the FLOPs, and the same search where the last output is held (as LeMiCa and DPCache do), both made on other clips.
+`--fitted` adds every config with linear reuses once more with weights of `pab.fit`, fitted to two other clips, or to
+as many as are given.
 """
 
 from __future__ import annotations
@@ -104,6 +107,17 @@ def searched(
     return found
 
 
+def fitted(model: PackagedPipeline, steps: int, prompts: Sequence[str]) -> dict[str, PABConfig]:
+    """The configs with linear reuses, with fitted weights."""
+
+    def call(pipe: Any, prompt: str, seed: int) -> torch.Tensor:
+        return model.generate([prompt], [seed], steps)
+
+    linear = {n: c for n, c in CONFIGS.items() if any(rule.reuse == "linear" for _, rule in c.broadcasts())}
+    fits = {n: pab.fit(model.pipe, prompts, c, num_steps=steps, call=call) for n, c in linear.items()}
+    return {f"{name}, fitted": config for name, config in fits.items()}
+
+
 def other_ways(
     model: PackagedPipeline, load: Callable[[str], PackagedPipeline], steps: int, sample: Callable[..., torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor, float]]:
@@ -193,6 +207,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--others", action="store_true", help="other caches and schedulers too")
     parser.add_argument("--searched", metavar="SHARES", help="plans of pab.calibrate for shares of the FLOPs: .35,.5")
+    parser.add_argument(
+        "--fitted",
+        metavar="CLIPS",
+        type=int,
+        nargs="?",
+        const=2,
+        help="linear configs with weights fitted to CLIPS too",
+    )
     parser.add_argument("--out", help="a file for the rows, as JSON lines")
     args = parser.parse_args()
     room, known = MODELS[args.model], PROMPTS[args.model]
@@ -208,6 +230,7 @@ def main() -> None:
             run = {"bench": "quality", "model": args.model, "scheduler": name, "steps": steps, "clips": args.clips}
             model, load = room.load(name, args.device), functools.partial(room.load, device=args.device)
             configs = CONFIGS | searched(model, steps, known, shares) if shares else CONFIGS
+            configs = configs | fitted(model, steps, known[: args.fitted]) if args.fitted else configs
             found = measured(model, load, steps, prompts, bar, configs, args.others)
             rows += [run | row for row in found]
             if args.out:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .analysis.calibration.calibrate import calibrate
+    from .analysis.calibration.fitting import fit
     from .api import context, disable, enable, generation, release, sublayers, summary
     from .patch import patch_diffusers, unpatch_diffusers
     from .rules.config import Broadcast, PABConfig
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "calibrate": "analysis.calibration.calibrate",
+    "fit": "analysis.calibration.fitting",
     "enable": "api",
     "disable": "api",
     "generation": "api",
@@ -45,6 +47,7 @@ __all__ = [
     "context",
     "disable",
     "enable",
+    "fit",
     "generation",
     "patch_diffusers",
     "plan",

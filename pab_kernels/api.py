@@ -186,6 +186,8 @@ def enable_model(
         raise ValueError(
             f"cache_point {chosen.cache_point!r} does not suit {type(model).__name__}; supported are {supported}"
         )
+    if chosen.fitted is not None:
+        chosen.fitted.check_names(adapter.sublayers, type(model).__name__)
     timed = (broadcaster is not None and broadcaster.timed) if timed is None else timed
     cuda_graphs = (broadcaster is not None and broadcaster.cuda_graphs) if cuda_graphs is None else cuda_graphs
     if timed and cuda_graphs:

@@ -8,7 +8,7 @@ step at which the rule asks for reuse the last one is said again, or the straigh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -69,6 +69,7 @@ class Oracle:
         first: the step that is called first.
         post_gate: whether outputs are written down after the gate.
         dtype: the 8-bit dtype that outputs are written down in, or None.
+        weights: by sublayer, step, s and p, what stands for the weight of the line.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class Oracle:
         first: int = 0,
         post_gate: bool = False,
         dtype: torch.dtype | None = None,
+        weights: Mapping[tuple[str, int, int, int], float] | None = None,
     ) -> None:
         self.model = model
+        self.weights = weights or {}
         self.rules = {kind: [rule] if isinstance(rule, Rule) else list(rule) for kind, rule in rules.items()}
         self.timesteps = [float(t) for t in timesteps]
         self.first = first
@@ -116,7 +119,7 @@ class Oracle:
         if rules[-1].reuse == "hold" or len(kept) == 1:
             return kept[-1][1]
         (p, c_prev), (s, c) = kept
-        w = torch.tensor((step - s) / (s - p))
+        w = torch.tensor(self.weights.get((name, step, s, p), (step - s) / (s - p)))
         return (c.float() + w * (c.float() - c_prev.float())).to(c.dtype)
 
     def _write_down(self, name: str, context: str, step: int, out: Tensor) -> None:

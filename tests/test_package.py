@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 PUBLIC = {
     "calibrate",
+    "fit",
     "enable",
     "disable",
     "release",
@@ -134,10 +135,10 @@ for name in {OPTIONAL}:
 import pab_kernels
 seen["new"] = sorted(name for name in set(sys.modules) - torch_alone if sys.modules[name] is not None)
 for name in pab_kernels.__all__:
-    if name != "calibrate":
+    if name not in ("calibrate", "fit"):
         getattr(pab_kernels, name)
 seen["ours"] = sorted(name for name in sys.modules if name.startswith("pab_kernels"))
-pab_kernels.calibrate
+pab_kernels.calibrate, pab_kernels.fit
 compilers = {{"torch._dynamo", "torch._inductor"}} - torch_alone
 seen["compilers"] = [name for name in compilers if name in sys.modules]
 """

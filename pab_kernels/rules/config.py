@@ -11,6 +11,8 @@ from itertools import islice
 from typing import Any, Literal, get_args
 
 from ..messages import shown
+from .fields import known_fields
+from .fitted import FittedWeights
 from .reuse import REUSES
 from .schedule import MOST_STEPS, Schedule
 
@@ -219,20 +221,7 @@ class Broadcast:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Broadcast:
         """The rule that `to_dict` wrote."""
-        return cls(**_known_fields(cls, data))
-
-
-def _known_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{cls.__name__} is read from a dict, got {shown(data)}")
-    names = [f.name for f in dataclasses.fields(cls)]
-    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in data]
-    if missing:
-        raise ValueError(f"{cls.__name__} needs {', '.join(map(repr, missing))}, got {shown(dict(data))}")
-    unknown = [name for name in data if name not in names]
-    if unknown:
-        raise ValueError(f"{cls.__name__} has no field {', '.join(map(shown, unknown[:8]))}; it has {', '.join(names)}")
-    return dict(data)
+        return cls(**known_fields(cls, data))
 
 
 def _rule_from(pair: Any) -> Any:
@@ -254,6 +243,7 @@ class PABConfig:
         cache_dtype: None keeps the model's dtype; "float8_e4m3fn" or "int8" keep 8 bits with a scale per 1 x 128
             channels.
         cache_point: "pre_gate" (projected, gate applied at reuse), "post_gate" (gated) or "unprojected".
+        fitted: weights of linear reuses by sublayer and step, in place of those of the line: see `pab.fit`.
 
     Raises:
         ValueError: a value is not supported.
@@ -271,6 +261,7 @@ class PABConfig:
     rules: tuple[tuple[Kind, Broadcast], ...] = ()
     cache_dtype: CacheDtype | None = None
     cache_point: CachePoint = "pre_gate"
+    fitted: FittedWeights | None = None
 
     def __post_init__(self) -> None:
         for kind in KINDS:
@@ -296,6 +287,13 @@ class PABConfig:
                 raise ValueError(f"the model is one whole, got layers {shown(broadcast.layers)}; leave layers out")
         _check_member("cache_dtype", self.cache_dtype, (None, *get_args(CacheDtype)))
         _check_member("cache_point", self.cache_point, get_args(CachePoint))
+        if not isinstance(self.fitted, (FittedWeights, type(None))):
+            raise ValueError(f"fitted must be FittedWeights or None, got {shown(self.fitted)}; pab.fit makes them")
+        if self.fitted is not None and self.cache_point == "post_gate":
+            raise ValueError(
+                "fitted weights are for outputs before the gate, got cache_point 'post_gate'; supported are 'pre_gate' "
+                "and 'unprojected'"
+            )
 
     def rule(self, kind: str, layer: int) -> Broadcast | None:
         """The rule of one sublayer: the last that applies, or None."""
@@ -323,17 +321,20 @@ class PABConfig:
         }
         if self.rules:
             data["rules"] = [[kind, broadcast.to_dict()] for kind, broadcast in self.rules]
-        return data | {"cache_dtype": self.cache_dtype, "cache_point": self.cache_point}
+        data |= {"cache_dtype": self.cache_dtype, "cache_point": self.cache_point}
+        return data if self.fitted is None else data | {"fitted": self.fitted.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PABConfig:
         """The config that `to_dict` wrote."""
-        fields = _known_fields(cls, data)
+        fields = known_fields(cls, data)
         for kind in KINDS:
             if isinstance(fields.get(kind), Mapping):
                 fields[kind] = Broadcast.from_dict(fields[kind])
         if isinstance(fields.get("rules"), (tuple, list)):
             fields["rules"] = tuple(map(_rule_from, fields["rules"]))
+        if isinstance(fields.get("fitted"), Mapping):
+            fields["fitted"] = FittedWeights.from_dict(fields["fitted"])
         return cls(**fields)
 
     @staticmethod

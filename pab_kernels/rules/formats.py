@@ -65,7 +65,22 @@ def save_config(config: PABConfig, path: str | Path, *, calibration: Mapping[str
     if _ending(path) == ".json":
         return write_text(path, to_json(data) + "\n")
     comment = "" if calibration is None else "# Found by pab.calibrate; `calibration` has what reproduces it.\n"
-    return write_text(path, comment + require("yaml", "writing YAML files").safe_dump(data, sort_keys=False))
+    return write_text(path, comment + _in_yaml(data))
+
+
+def _in_yaml(data: Mapping[str, Any]) -> str:
+    """YAML with lists of numbers in one line."""
+    yaml: Any = require("yaml", "writing YAML files")
+
+    class Dumper(yaml.SafeDumper):  # PyYAML's own stays as it is
+        pass
+
+    def represent(dumper: Any, values: list[Any]) -> Any:
+        inline = bool(values) and all(isinstance(v, (int, float)) for v in values)
+        return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=inline)
+
+    Dumper.add_representer(list, represent)
+    return str(yaml.dump(data, Dumper=Dumper, sort_keys=False))
 
 
 def load_config(path: str | Path) -> PABConfig:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .config import KINDS, Broadcast, PABConfig
+from .fitted import FittedWeights, fitted_notes
 from .reuse import REUSES, Reuse
 from .schedule import Schedule
 
@@ -234,7 +235,7 @@ class Plan:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """The rules that have no effect on this schedule."""
+        """The rules and fitted weights that have no effect on this schedule."""
         present = {s.kind for s in self.sublayers}
         in_effect = {(s.kind, self.config.rule(s.kind, s.layer)) for s in self.sublayers}
         notes = []
@@ -257,7 +258,7 @@ class Plan:
             elif not rule.reused(self.schedule):
                 window = f"{rule.window} ({rule.unit}s)"
                 notes.append(f"{kind}: range {rule.range} in the window {window} reuses no step of this schedule")
-        return tuple(dict.fromkeys(notes))
+        return tuple(dict.fromkeys((*notes, *fitted_notes(self))))
 
     def counts(self) -> dict[str, Counts]:
         """Cells by kind and action, over all sublayers and steps."""
@@ -316,8 +317,18 @@ class Plan:
         return self._reuses[name].outputs if name in self._reuses else 1
 
     def weights(self, name: str, step: int, sources: Sequence[int]) -> tuple[float, ...]:
-        """The weights at `step` of the outputs of sublayer `name` from the steps `sources`: see `Reuse.weights`."""
-        return self._reuses[name].weights(step, sources, self.schedule)
+        """The weights at `step` of the outputs of sublayer `name` from the steps `sources`: see `Reuse.weights`.
+
+        Those that were fitted for these steps come first.
+        """
+        own = None if self.fitted is None else self.fitted.weight(name, step, sources)
+        return self._reuses[name].weights(step, sources, self.schedule) if own is None else (own,)
+
+    @cached_property
+    def fitted(self) -> FittedWeights | None:
+        """The fitted weights of the config, if they are for this schedule."""
+        fitted = self.config.fitted
+        return None if fitted is None or fitted.mismatch(self.schedule) else fitted
 
     @cached_property
     def _reuses(self) -> dict[str, Reuse]:
@@ -376,6 +387,8 @@ class Plan:
             c, marks = self._count([row]), "".join(d.action.value for d in row)
             skipped = f", {c.skipped} skipped" if c.skipped else ""
             lines.append(f"{label:<{width}} {marks}  {c.computed} computed, {c.reused} reused{skipped}")
+        if self.fitted is not None:
+            lines.append(str(self.fitted))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def plot(self, path: str | None = None) -> Figure:

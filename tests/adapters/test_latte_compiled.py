@@ -14,8 +14,10 @@ from torch import Tensor
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.broadcaster import broadcaster_of
+from pab_kernels.rules.schedule import Schedule
 from tests.adapters.compiled_latte import STEPS, THIRDS, compiled, config, outputs
 from tests.adapters.tiny_latte import inputs, noise, prompt, tiny_latte
+from tests.rules.random_weights import with_random_weights
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +44,12 @@ def enabled(pab_config: PABConfig) -> Any:
 
 @pytest.mark.parametrize(
     "pab_config",
-    [config("linear"), replace(THIRDS, cache_dtype="float8_e4m3fn")],
-    ids=["linear", "fp8"],
+    [
+        config("linear"),
+        with_random_weights(config("linear"), pab.sublayers(tiny_latte(num_layers=1)), Schedule(STEPS)),
+        replace(THIRDS, cache_dtype="float8_e4m3fn"),
+    ],
+    ids=["linear", "fitted", "fp8"],
 )
 def test_as_many_graphs_as_patterns_and_none_in_a_second_generation_nor_pab_after_disable(
     pab_config: PABConfig,

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
+from pab_kernels.rules.schedule import Schedule
 from tests.adapters.tiny_latte import noise, prompt, run_model, tiny_latte
 from tests.oracle import Oracle, Rule
 from tests.pairs import pairs
+from tests.rules.random_weights import with_random_weights
 
 TIMESTEPS = list(range(950, -1, -100))  # 10 steps
 TEXTS = {"cond": prompt(1), "uncond": prompt(2)}
@@ -40,16 +42,24 @@ def both(
     texts: dict[str, torch.Tensor] = TEXTS,
     dtype: str | None = None,
     post_gate: bool = False,
+    fitted: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """The adapter's result, the oracle's, and the summary."""
     model = tiny_latte()
+    config = config_of(rules, cache_dtype=dtype, cache_point="post_gate" if post_gate else "pre_gate")
+    weights: dict[tuple[str, int, int, int], float] = {}
+    if fitted:
+        config = with_random_weights(config, pab.sublayers(model), Schedule.of(timesteps=TIMESTEPS))
+        assert config.fitted is not None
+        of_all = [(row, name) for row in config.fitted.rows for name in row.weights]
+        weights = {(name, *read): w for row, name in of_all for read, w in row.of(name)}
     x = noise(batch=batch)
     texts = {name: text.expand(batch, -1, -1) if len(text) == 1 else text for name, text in texts.items()}
     kept = None if dtype is None else getattr(torch, dtype)
-    oracle = Oracle(model, rules, TIMESTEPS, post_gate=post_gate, dtype=kept)
+    oracle = Oracle(model, rules, TIMESTEPS, post_gate=post_gate, dtype=kept, weights=weights)
     expected = run_model(oracle, TIMESTEPS, x, texts)
 
-    pab.enable(model, config_of(rules, cache_dtype=dtype, cache_point="post_gate" if post_gate else "pre_gate"))
+    pab.enable(model, config)
 
     def call(name: str, step: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         with pab.context(model, name):
@@ -119,6 +129,17 @@ def test_two_contexts_are_bit_identical_to_the_oracle(case: str, post_gate: bool
     assert torch.equal(got, expected)
     assert summary.forced == 0
     assert sum(t.reused for kinds in summary.contexts.values() for t in kinds.values()) > 0
+
+
+@pytest.mark.parametrize("dtype", [None, "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    "case", ["everything", "sublayers of blocks that are reused", "one layer apart from the others"]
+)
+def test_fitted_weights_stand_for_those_of_the_line(case: str, dtype: str | None) -> None:
+    got, expected, summary = both(reusing("linear", CASES[case]), dtype=dtype, fitted=True)
+    assert torch.equal(got, expected) and summary.forced == 0
+    on_the_line, _, _ = both(reusing("linear", CASES[case]), dtype=dtype)
+    assert not torch.allclose(got, on_the_line, rtol=1e-2)
 
 
 @pytest.mark.parametrize("reuse", ["hold", "linear"])

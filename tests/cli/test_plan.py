@@ -42,6 +42,18 @@ def test_json_is_printed_alone() -> None:
     assert data["size"] == [16, 512, 512] and data["steps"] == 14 and data["flops"] < data["flops_without"]
 
 
+def test_fitted_weights_are_shown_and_those_of_another_model_are_refused(tmp_path: Path) -> None:
+    row = {"reads": [[5, 4, 2]], "weights": {"blocks.0.attn": [0.4]}}
+    rules = {"spatial": {"range": 2, "reuse": "linear"}, "fitted": {"num_steps": 14, "rows": [row]}}
+    (tmp_path / "c.json").write_text(json.dumps(rules))
+    shown = pab("plan", "--config", tmp_path / "c.json", "--steps", 14).stdout
+    assert shown.splitlines()[-1] == "fitted weights of 1 sublayer(s), steps 5 to 5"
+    other = pab("plan", "--config", tmp_path / "c.json", "--steps", 20).stdout
+    assert "note: fitted weights are for 14 steps and this schedule has 20" in other
+    refused = pab("plan", "--model", "latte", "--config", tmp_path / "c.json", "--steps", 14)
+    assert refused.exit_code and "'blocks.0.attn', which is no sublayer of this LatteTransformer3D" in refused.output
+
+
 def test_known_models_are_listed() -> None:
     assert "open-sora-1.2" in pab("plan", "--list").output
 

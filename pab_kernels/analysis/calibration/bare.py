@@ -16,6 +16,7 @@ from ... import api
 from ...broadcast.attach import attach_forward
 from ...compat import uncompiled
 from ...rules.config import PABConfig
+from .fitting import Sums, sums_of
 from .influence import Influence
 from .recording import Recording, rms
 from .sampler import Call, Clip, Sample, call_name, check_plain, checked, fingerprint, kinds_of, share_of, timed
@@ -131,6 +132,11 @@ class ModuleSampler:
         if "num_steps" not in inspect.signature(self._given).parameters:
             return None
         return self._sampled(clip, None, steps, tick)
+
+    def sums(self, clip: Clip, config: PABConfig, tick: Callable[[], None]) -> Sums:
+        """A full run, with the sums that fit the weights of `config`; see `fitting.sums_of`."""
+        count = self.num_steps
+        return sums_of(self.model, config, lambda: self._run(clip, count), num_steps=count, progress=lambda *_: tick())
 
     def _sampled(self, clip: Clip, config: PABConfig | None, steps: int, tick: Callable[[], None]) -> Sample:
         def calls(forward: Any, *args: Any, **kwargs: Any) -> Any:

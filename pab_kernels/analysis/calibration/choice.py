@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -180,11 +180,20 @@ class Choice:
             rows[title] = self._search_row(title, config), config
         title = max(rows, key=lambda name: rows[name][0].mean)
         row, config = rows[title]
-        for further, tiers in self._schedules.tiers(share, self._run.sampler.kinds).items():
+        for further, tiers in self._with_fits(self._schedules.tiers(share, self._run.sampler.kinds), share):
             closer = self._with_tiers(further, tiers, row, share)
             if closer is not None:
                 return further, tiers
         return title, config
+
+    def _with_fits(self, tiers: Mapping[str, PABConfig], share: float) -> Iterator[tuple[str, PABConfig]]:
+        """Plans with further tiers, first with weights fitted to one clip, as far as generations are left over."""
+        left = self._most - self._plan.total
+        for title, config in tiers.items():
+            if left >= 1 + share:
+                left -= 1 + share
+                yield f"{title}, fitted", self._run.fitted(self.searched[-1], config)
+            yield title, config
 
     def _with_tiers(self, title: str, config: PABConfig, than: Row, share: float) -> Row | None:
         """A plan with further tiers where it is closer than another one; the first clip is run first."""

@@ -13,6 +13,7 @@ from ...progress import RunProgress
 from ...rules.config import PABConfig
 from ..ctrl_c import CtrlC
 from ..quality.psnr_ssim import psnr
+from .fitting import Sums
 from .influence import Influence
 from .recording import Recording
 from .sampler import Clip, Sample, Sampler
@@ -111,6 +112,16 @@ class Generations:
         """
         name = self._name(clip, what="config", config=config.to_dict())
         return self._measured(name, "measuring", about, lambda tick: self.sampler.sample(clip, config, tick), full)
+
+    def fitted(self, clip: Clip, config: PABConfig) -> PABConfig:
+        """A config with weights fitted to a full run."""
+        name = self._name(clip, what="sums", config=config.to_dict())
+        kept = self.store.get(name)
+        if kept is None:
+            kept = self._run("fitting", 1.0, lambda tick: self.sampler.sums(clip, config, tick)).to_dict()
+            self.store.put(name, kept)
+        self.spent += 1.0
+        return Sums.from_dict(kept).fitted(config)
 
     def fewer(self, clip: Clip, steps: int, full: torch.Tensor) -> Measured | None:
         """A run with fewer steps against the full run's result; None if that is not known to work."""

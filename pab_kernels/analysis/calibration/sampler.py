@@ -19,6 +19,7 @@ from ...broadcast.summary import Summary
 from ...messages import shown
 from ...rules.config import PABConfig
 from ..pipeline_call import Wish, call
+from .fitting import Sums, sums_of
 from .recording import Recording, Step, record, run_on, stepping
 
 
@@ -82,6 +83,9 @@ class Sampler(Protocol):
 
     def fewer(self, clip: Clip, steps: int, tick: Callable[[], None]) -> Sample | None:
         """A full run with another number of steps; None if that is not known to work."""
+
+    def sums(self, clip: Clip, config: PABConfig, tick: Callable[[], None]) -> Sums:
+        """A full run, with the sums that fit the weights of `config`; see `fitting.sums_of`."""
 
 
 Call = Callable[..., torch.Tensor]
@@ -164,6 +168,10 @@ class PipelineSampler:
         if self._given is not None and "num_steps" not in inspect.signature(self._given).parameters:
             return None
         return self._sampled(clip, None, steps, tick)
+
+    def sums(self, clip: Clip, config: PABConfig, tick: Callable[[], None]) -> Sums:
+        """A full run, with the sums that fit the weights of `config`; see `fitting.sums_of`."""
+        return sums_of(self.pipe, config, lambda: self._run(clip, self.num_steps), progress=lambda *_: tick())
 
     def _sampled(self, clip: Clip, config: PABConfig | None, steps: int, tick: Callable[[], None]) -> Sample:
         with stepping(self.pipe.scheduler, ticking(tick)):

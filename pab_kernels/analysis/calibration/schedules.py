@@ -108,7 +108,7 @@ class Schedules:
             kinds: of the model's sublayers.
         """
         line = Broadcast(2, (0.3, 0.9), reuse="linear")
-        groups = {"and blocks 2 linear": ("block",), "and sublayers 2 linear": SUBLAYERS}
+        groups = {"and sublayers 2 linear": SUBLAYERS, "and blocks 2 linear": ("block",)}
         found = {}
         for title, group in groups.items():
             rules: dict[str, Any] = {kind: line for kind in group if kind in kinds}

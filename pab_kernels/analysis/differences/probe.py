@@ -11,20 +11,17 @@ last output is kept, and nothing is read from the device before the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ...broadcast.adapter import Adapter
-from ...broadcast.attach import Attached, attach_forward
-from ...broadcast.broadcaster import Broadcaster
 from ...broadcast.call import Call
 from ...progress import Progress
 from ...rules.plan import Sublayer
+from ..observer import Observer
 
 _Place = tuple[str, str, int]
 """Context, sublayer, step."""
@@ -51,8 +48,8 @@ class Differences:
     relative: tuple[float | None, ...]
 
 
-class Probe:
-    """Takes the place of a model's adapter and measures outputs instead of broadcasting them.
+class Probe(Observer):
+    """Measures outputs instead of broadcasting them.
 
     Args:
         model: the DiT.
@@ -64,8 +61,6 @@ class Probe:
     entry of a list, and an entry that occurs twice counts once.
     """
 
-    cache_points = ("pre_gate",)
-
     def __init__(
         self,
         model: nn.Module,
@@ -73,21 +68,14 @@ class Probe:
         progress: Progress | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.sublayers = adapter.sublayers
-        self._modules = [model.get_submodule(s.name) for s in self.sublayers]
+        super().__init__(model, adapter.sublayers, check)
         self._progress = progress
-        self._check = check
         self._last: dict[tuple[str, str], tuple[int, list[torch.Tensor]]] = {}
         self._found: list[tuple[_Place, torch.Tensor]] = []  # [2] each, not yet in a batch
         self._batches: list[tuple[list[_Place], torch.Tensor]] = []  # [places, 2]
         self._step = -1
         self.num_steps = 0
         self.timesteps: tuple[float, ...] | None = None
-
-    def attach(self, broadcaster: Broadcaster, names: Collection[str]) -> Iterator[tuple[str, Attached]]:
-        """Yield wrappers of every module's `forward` that measure."""
-        for sublayer, module in zip(self.sublayers, self._modules, strict=True):
-            yield sublayer.name, attach_forward(module, self._forward(broadcaster, sublayer))
 
     def differences(self) -> list[Differences]:
         """All differences so far; only this method reads from the device."""
@@ -106,26 +94,8 @@ class Probe:
             for (context, name), row in rows.items()
         ]
 
-    def _forward(self, broadcaster: Broadcaster, sublayer: Sublayer) -> Callable[..., Any]:
-        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            call = broadcaster.call
-            if call is None:
-                return original(*args, **kwargs)
-            self._check()
-            streams = _tensors((args, kwargs)) if sublayer.kind == "block" else []
-            before = {tuple(x.shape): x for x in reversed(streams)}
-            # a block may write to its stream in place
-            held = {shape: x.clone() for shape, x in before.items()}
-            out = original(*args, **kwargs)
-            tensors = _tensors(out)
-            if sublayer.kind == "block":
-                tensors = [t - held[tuple(t.shape)] for t in tensors if tuple(t.shape) in held]
-            self._observe(call, sublayer, tensors)
-            return out
-
-        return forward
-
-    def _observe(self, call: Call, sublayer: Sublayer, tensors: list[torch.Tensor]) -> None:
+    def observe(self, call: Call, sublayer: Sublayer, outputs: list[torch.Tensor]) -> None:
+        """Compare an output with that of the step before."""
         if call.step != self._step:
             self._step = call.step
             self._batch()
@@ -135,22 +105,18 @@ class Probe:
                 self._progress(call.step - schedule.begin + 1, schedule.num_steps - schedule.begin)
         key = (call.context.name, sublayer.name)
         step, last = self._last.get(key, (None, []))
-        if step == call.step or not tensors:
+        if step == call.step or not outputs:
             return  # a module that runs several times in one call is measured the first time
-        if step == call.step - 1 and [t.shape for t in last] == [t.shape for t in tensors]:
-            self._found.append(((*key, call.step), _compared(tensors, last)))
+        if step == call.step - 1 and [t.shape for t in last] == [t.shape for t in outputs]:
+            self._found.append(((*key, call.step), _compared(outputs, last)))
         del last
-        self._last[key] = call.step, [t.clone() for t in tensors]  # the caller may write to the output
+        self._last[key] = call.step, [t.clone() for t in outputs]  # the caller may write to the output
 
     def _batch(self) -> None:
         """Stack the values of a step into one tensor."""
         if self._found:
             self._batches.append(([place for place, _ in self._found], torch.stack([pair for _, pair in self._found])))
             self._found = []
-
-
-def _tensors(nest: Any) -> list[torch.Tensor]:
-    return [v for v in pytree.tree_leaves(nest) if isinstance(v, torch.Tensor) and v.is_floating_point()]
 
 
 def _compared(tensors: list[torch.Tensor], last: list[torch.Tensor]) -> torch.Tensor:

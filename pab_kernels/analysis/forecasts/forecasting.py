@@ -173,6 +173,8 @@ def forecast(
     if config is None:  # below that number, `enable` leaves the model alone
         config = default_preset(follows_scheduler=True) if steps >= FEWEST_STEPS else PABConfig()
     sublayers = tuple(adapter_for(transformer).sublayers)
+    if config.fitted is not None:
+        config.fitted.check_names(sublayers, type(transformer).__name__)
     plan = Plan(config, Schedule.of(timesteps=how.timesteps(steps, latents, clip)), sublayers)
     try:
         inputs = how.tensors(transformer.config, how.batch * batch, latents, text or how.text, DTYPES[dtype])

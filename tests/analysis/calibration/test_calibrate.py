@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ pytest.importorskip("matplotlib")
 import pab_kernels as pab
 from pab_kernels import PABConfig
 from pab_kernels.analysis.calibration.calibration import Interrupted, NoPlan, Row
+from pab_kernels.analysis.calibration.generations import Generations
 from pab_kernels.analysis.calibration.sampler import PipelineSampler
 from pab_kernels.analysis.calibration.store import Store
 from pab_kernels.analysis.pipeline_call import Wish
@@ -70,6 +72,33 @@ def test_the_closest_of_the_candidates_is_chosen_and_compared_with_others() -> N
     assert titles[0] == f"{math.ceil(found.verified.share * STEPS)} steps" and "PAB 2/4/6" in titles
     shares = [share for share, _ in found.curve]
     assert shares == sorted(shares) and found.verified.title in str(found) and "generations" in str(found)
+
+
+def test_plans_with_reused_sublayers_have_fitted_weights_if_a_run_is_left_for_them(tmp_path: Path) -> None:
+    pipe = pipe_of("unipc")
+    found = calibrated(pipe, flops=0.7, most_generations=40, folder=tmp_path)
+    titles = [row.title for row in found.searched]
+    assert "and sublayers 2 linear, fitted" in titles and found.generations <= 40
+    assert pipe.transformer.calls == pytest.approx(found.generations * STEPS, abs=2), "fits were counted"
+    again = pipe_of("unipc")
+    assert calibrated(again, flops=0.7, most_generations=40, folder=tmp_path).config == found.config
+    assert again.transformer.calls == 0
+    none_left = calibrated(pipe_of("unipc"), flops=0.6)
+    assert not any("fitted" in row.title for row in none_left.searched) and none_left.generations <= 20 + 1e-6
+
+
+def test_a_fitted_plan_that_is_closest_is_chosen_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if any plan with fitted weights were 30 dB closer."""
+    measure = Generations.measure
+
+    def closer(self: Any, clip: Any, config: PABConfig, *given: Any) -> Any:
+        run = measure(self, clip, config, *given)
+        return run if config.fitted is None else dataclasses.replace(run, psnr=run.psnr + 30, share=0.6)
+
+    monkeypatch.setattr(Generations, "measure", closer)
+    found = calibrated(pipe_of("ddim v"), flops=0.7, most_generations=40)
+    assert found.config.fitted is not None and found.verified.title.endswith(", fitted")
+    assert load_config(found.save(tmp_path)[0]) == found.config and "fitted weights of 1 sublayer" in str(found)
 
 
 def test_a_floor_is_kept_by_the_fewest_steps_that_were_tried() -> None:

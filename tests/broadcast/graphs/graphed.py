@@ -13,7 +13,9 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.broadcaster import broadcaster_of
 from pab_kernels.nn import BroadcastModule
+from pab_kernels.rules.schedule import Schedule
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
+from tests.rules.random_weights import with_random_weights
 
 STEPS = 9
 CONTEXTS = ("cond", "uncond")
@@ -36,6 +38,7 @@ CONFIGS = {
     "hold": config(),
     "gated": config(cache_point="post_gate"),
     "linear": config("linear"),
+    "fitted": with_random_weights(config("linear"), pab.sublayers(tiny_latte(num_layers=1)), Schedule(STEPS)),
     "linear int8": config("linear", cache_dtype="int8"),
     "fp8": config(cache_dtype="float8_e4m3fn"),
     "blocks": config(block=Broadcast(2, (0.5, 0.95))),
