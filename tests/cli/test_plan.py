@@ -42,6 +42,12 @@ def test_json_is_printed_alone() -> None:
     assert data["size"] == [16, 512, 512] and data["steps"] == 14 and data["flops"] < data["flops_without"]
 
 
+def test_below_twelve_steps_the_default_leaves_the_model_alone() -> None:
+    for steps, reused in ((11, False), (12, True)):
+        data = json.loads(pab("plan", "--model", "latte", "--steps", steps, "--json").stdout)
+        assert (data["flops"] < data["flops_without"]) is reused
+
+
 def test_known_models_are_listed() -> None:
     assert "open-sora-1.2" in pab("plan", "--list").output
 
