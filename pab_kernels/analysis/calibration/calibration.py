@@ -21,10 +21,10 @@ from ...strict_json import to_json
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ONE_IN_TWENTY = 1.645
-"""Standard deviations below the mean under which one normal value in twenty lies."""
-STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)
-"""The same of Student's t, for one and more degrees of freedom; the last one for more, which is on the safe side."""
+USUAL_DEVIATION = 5.0
+"""The deviation, in dB, that is taken for the PSNR of clips before any is measured."""
+USUAL_CLIPS = 6
+"""Clips as many as which that deviation counts."""
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,23 @@ class Row:
         return statistics.stdev(self.psnr) if len(self.psnr) > 1 else 0.0
 
     @property
-    def kept_by_most(self) -> float:
-        """The PSNR, in dB, that nineteen of twenty clips keep if these are like all: to compare ways by."""
-        return self.mean - ONE_IN_TWENTY * self.deviation
-
-    @property
     def expected(self) -> float:
         """The PSNR, in dB, that an unseen clip keeps with a probability of 95 %, if clips are normal in dB.
 
-        The bound of prediction `mean - t s sqrt(1 + 1 / n)` of n clips with deviation s, t being the quantile of
-        Student's distribution with n - 1 degrees of freedom: few clips tell little of the deviation, and cost margin.
+        With n clips of mean m and deviation s, and a usual deviation s0 that counts as n0 clips:
+
+            m - t s' sqrt(1 + 1 / n),    s'^2 = (n0 s0^2 + (n - 1) s^2) / (n0 + n - 1)
+
+        t is the quantile of Student's distribution with n0 + n - 1 degrees of freedom. Few clips may all be easy: their
+        own deviation alone would promise too much.
         """
-        n = len(self.psnr)
-        t = STUDENT[min(max(n - 1, 1), len(STUDENT)) - 1]
-        return self.mean - t * self.deviation * math.sqrt(1 + 1 / n)
+        n, freedom = len(self.psnr), USUAL_CLIPS + len(self.psnr) - 1
+        deviation = math.sqrt((USUAL_CLIPS * USUAL_DEVIATION**2 + (n - 1) * self.deviation**2) / freedom)
+        student = 1.645 + 1.52 / freedom + 1.42 / freedom**2  # Abramowitz and Stegun 1964, 26.7.5
+        return self.mean - student * deviation * math.sqrt(1 + 1 / n)
 
     def keeps(self, floor: float) -> bool:
-        """Whether every clip is above a floor, and nineteen of twenty unseen ones are expected to be."""
+        """Whether every clip is at or above a floor, and an unseen one is with a probability of 95 %."""
         return self.worst >= floor and self.expected >= floor
 
     def to_dict(self) -> dict[str, Any]:

@@ -193,7 +193,7 @@ class Choice:
         return max(possible)
 
     def _for_share(self, share: float) -> Way:
-        """The closest at a share of the FLOPs, by what most clips keep; after each clip, those behind drop out."""
+        """The closest at a share of the FLOPs, by what unseen clips keep; after each clip, those behind drop out."""
         number = self._number(share)
         ways = self._schedules.ways(number)[: self._plan.ways]
         tiers = self._schedules.tiers(share)[: self._plan.tiers]
@@ -207,7 +207,7 @@ class Choice:
             left = left[: 3 if index == 0 else 2]
         rows = {way: row_of(way.title, found) for way, found in runs.items()}
         self.measured += rows.values()
-        return max(left, key=lambda way: rows[way].kept_by_most - _CLEARLY * (way in tiers))
+        return max(left, key=lambda way: rows[way].expected - _CLEARLY * (way in tiers))
 
     def _for_floor(self, floor: float) -> Way:
         """The plan of fewest computed steps that keeps a floor, among those that were tried."""
@@ -223,11 +223,11 @@ class Choice:
                 break
             ways = self._schedules.leading(number)
             rows = {name: self._search_row(way) for name, way in ways.items() if kind in (name, None)}
-            kind = max(rows, key=lambda name: rows[name].kept_by_most)
-            way, row, level = ways[kind], rows[kind], rows[kind].kept_by_most
+            kind = max(rows, key=lambda name: rows[name].expected)
+            way, row, level = ways[kind], rows[kind], rows[kind].expected
             if level >= floor:
                 row = self._verified_until(floor, way)
-                level = row.expected if len(row.psnr) == self._clips else min(row.worst, floor - 1)
+                level = row.expected if len(row.psnr) == self._clips else min(row.expected, row.worst)
             if len(row.psnr) == self._clips and row.keeps(floor):
                 found, above = way, number
             else:

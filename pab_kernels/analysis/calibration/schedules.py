@@ -66,7 +66,7 @@ class Schedules:
         """The best schedule for every number of computed steps."""
         careful = best_schedules(self.costs, early=round(_EARLY * self.num_steps))
         others = best_schedules(self.costs, early=round(_EARLY / 2 * self.num_steps))
-        return others | {number: steps for number, steps in careful.items() if number > self.num_steps / 2}
+        return others | careful
 
     def searched(self, number: int) -> Way:
         """The best schedule for a number of computed steps."""
@@ -167,7 +167,7 @@ def late(num_steps: int, computed: int) -> tuple[int, ...] | None:
 
 
 _EARLY = 0.5
-"""The part of the schedule in which no two steps in a row are skipped; half of it where most steps are skipped. An
+"""The part of the schedule in which no two steps in a row are skipped; half of it where that leaves none. An
 error there decides what is drawn, on some clips and not on others, and few recordings do not tell on which."""
 _SKIPPED = (1.0, 0.25)
 """Skipped steps for each computed one, in samplings of fewer steps."""

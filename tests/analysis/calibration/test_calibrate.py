@@ -73,7 +73,7 @@ def test_a_share_of_the_flops_gives_the_plan_that_was_measured(name: str) -> Non
 def test_the_closest_of_the_candidates_is_chosen_and_compared_with_others() -> None:
     found = calibrated(pipe_of("unipc"), flops=0.6, most_generations=40)
     whole = [row for row in found.searched if len(row.psnr) == 3]
-    assert len(whole) == 2 and found.verified.title == max(whole, key=lambda row: row.kept_by_most).title
+    assert len(whole) == 2 and found.verified.title == max(whole, key=lambda row: row.expected).title
     tried = [row.title for row in found.searched]
     assert tried[:3] == ["14 steps, 8 computed", "searched", "8 steps"] and "uniform" in tried, tried
     assert found.everywhere.psnr == (
@@ -114,18 +114,20 @@ def test_a_floor_that_nothing_keeps_is_an_error_with_the_closest_plan() -> None:
 
 
 def test_a_row_keeps_a_floor_where_an_unseen_clip_is_expected_above_it() -> None:
-    close = Row("", 0.5, (40.0, 41.0, 42.0), 1.0)
-    assert close.expected == pytest.approx(41 - 2.92 * math.sqrt(4 / 3)) and close.keeps(37.0) and not close.keeps(38.0)
-    wide = Row("", 0.5, (40.0, 50.0, 60.0), 1.0)
-    assert wide.worst == 40 and wide.kept_by_most == pytest.approx(50 - 16.45) and not wide.keeps(30.0)
-    many = Row("", 0.5, tuple(50.0 + i % 2 for i in range(40)), 1.0)
-    assert many.expected == pytest.approx(50.5 - 1.81 * many.deviation * math.sqrt(41 / 40))
+    one = Row("", 0.5, (50.0,), 1.0)
+    assert one.expected == pytest.approx(50 - 1.943 * 5 * math.sqrt(2), abs=0.05) and not one.keeps(37.0)
+    assert one.keeps(36.0)
+    wide = Row("", 0.5, tuple(50.0 + 20 * (i % 2) for i in range(7)), 1.0)
+    assert wide.worst == 50 and not wide.keeps(45.0)
+    many = Row("", 0.5, tuple(50.0 + i % 2 for i in range(400)), 1.0)
+    assert many.expected == pytest.approx(many.mean - 1.65 * many.deviation, abs=0.3)
 
 
-def test_one_in_twenty_normal_clips_is_below_what_is_expected() -> None:
-    drawn = torch.randn(20000, 8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("deviation", [2.0, 5.0])
+def test_at_most_one_in_twenty_normal_clips_is_below_what_is_expected(deviation: float) -> None:
+    drawn = deviation * torch.randn(20000, 8, generator=torch.Generator().manual_seed(0))
     below = [unseen < Row("", 0.5, tuple(known), 1.0).expected for *known, unseen in drawn.tolist()]
-    assert sum(below) / len(below) == pytest.approx(0.05, abs=0.005)
+    assert sum(below) / len(below) < 0.055
 
 
 def test_a_second_call_reads_what_the_first_one_kept(tmp_path: Path) -> None:
