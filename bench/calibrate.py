@@ -3,9 +3,9 @@
     python -m bench.calibrate --out bench/results/calibrate-demo.jsonl
     python -m bench.calibrate --targets floor=40,flops=.45 --schedulers ddim:50 --clips 16
 
-For each target it calibrates with the default settings, and samples the unseen clips in full, under the plan, and with
-as many steps as the plan costs without PAB. `kept` counts the clips at or above the floor; `most_lost` is the most dB
-by which a clip is further from the full run than with fewer steps.
+For each target it calibrates with the default settings, and samples the unseen clips in full and under the plan. Of a
+floor, `kept` counts the clips at or above it. Plans for a share of the FLOPs are also compared with as many steps
+without PAB: `most_lost` is the most dB by which a clip is further from the full run.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ def of_target(
         "generations": round(found.generations, 2),
         "at": _computed(found),
     }
+    if "floor" in asked:
+        return row | {"kept": sum(value >= asked["floor"] for value in ours["psnr_by_clip"])}
     fewer = min(math.ceil(share * steps - 1e-6), steps - 1)
     plain = closeness(clips(fewer), full)
     lost = [b - a for a, b in zip(ours["psnr_by_clip"], plain["psnr_by_clip"], strict=True)]
@@ -84,8 +86,6 @@ def of_target(
         "most_lost": round(max(lost), 2),
         "fewer_by_clip": plain["psnr_by_clip"],
     }
-    if "floor" in asked:
-        row["kept"] = sum(value >= asked["floor"] for value in ours["psnr_by_clip"])
     return row
 
 
@@ -125,12 +125,13 @@ def _line(row: dict[str, Any]) -> str:
     ((name, value),) = row["target"].items()
     if row["config"] is None:
         return f"{row['scheduler']} {name}={value:g}: {row['why']}"
-    kept = f", {row['kept']} of {row['clips']} kept" if "kept" in row else ""
+    if "kept" in row:
+        more = f"{row['kept']} of {row['clips']} kept"
+    else:
+        more = f"against {row['fewer_steps']} {row['gain']:+.1f} dB, won {row['won']}, most lost {row['most_lost']:.1f}"
     return (
         f"{row['scheduler']} {name}={value:g}: {row['config']}, {row['flops_share']:.0%}, {row['psnr']:.1f} dB, worst "
-        f"{row['psnr_worst']:.1f}, expected {row['psnr_expected']:.1f}{kept}; against {row['fewer_steps']} "
-        f"{row['gain']:+.1f} dB, won {row['won']}, "
-        f"most lost {row['most_lost']:.1f}; {row['generations']:.1f} generations"
+        f"{row['psnr_worst']:.1f}, expected {row['psnr_expected']:.1f}; {more}; {row['generations']:.1f} generations"
     )
 
 

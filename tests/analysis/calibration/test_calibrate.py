@@ -115,15 +115,15 @@ def test_a_floor_that_nothing_keeps_is_an_error_with_the_closest_plan() -> None:
 
 def test_a_row_keeps_a_floor_where_an_unseen_clip_is_expected_above_it() -> None:
     one = Row("", 0.5, (50.0,), 1.0)
-    assert one.expected == pytest.approx(50 - 1.943 * 5 * math.sqrt(2), abs=0.05) and not one.keeps(37.0)
-    assert one.keeps(36.0)
+    assert one.expected == pytest.approx(50 - 1.943 * 7 * math.sqrt(2), abs=0.1) and not one.keeps(31.0)
+    assert one.keeps(30.0)
     wide = Row("", 0.5, tuple(50.0 + 20 * (i % 2) for i in range(7)), 1.0)
     assert wide.worst == 50 and not wide.keeps(45.0)
     many = Row("", 0.5, tuple(50.0 + i % 2 for i in range(400)), 1.0)
-    assert many.expected == pytest.approx(many.mean - 1.65 * many.deviation, abs=0.3)
+    assert many.expected == pytest.approx(many.mean - 1.65 * many.deviation, abs=0.8)
 
 
-@pytest.mark.parametrize("deviation", [2.0, 5.0])
+@pytest.mark.parametrize("deviation", [2.0, 7.0])
 def test_at_most_one_in_twenty_normal_clips_is_below_what_is_expected(deviation: float) -> None:
     drawn = deviation * torch.randn(20000, 8, generator=torch.Generator().manual_seed(0))
     below = [unseen < Row("", 0.5, tuple(known), 1.0).expected for *known, unseen in drawn.tolist()]
