@@ -57,7 +57,7 @@ def of_target(
     try:
         found: Calibration = pab.calibrate(model.pipe, known, num_steps=steps, call=call, **asked)
     except NoPlan as error:
-        return row | {"config": None, "why": str(error)}
+        return row | {"config": None, "why": str(error), "best": error.best and error.best.to_dict()}
     pab.enable(model.pipe, found.config)
     ours = closeness(clips(found.sampling_steps), full)
     share = found.verified.share

@@ -70,7 +70,11 @@ class Row:
         t is the quantile of Student's distribution with n0 + n - 1 degrees of freedom. Few clips may all be easy: their
         own deviation alone would promise too much.
         """
-        n, freedom = len(self.psnr), USUAL_CLIPS + len(self.psnr) - 1
+        return self.expected_of(len(self.psnr))
+
+    def expected_of(self, n: int) -> float:
+        """What `expected` would be if n clips had this mean and deviation, in dB."""
+        freedom = USUAL_CLIPS + n - 1
         deviation = math.sqrt((USUAL_CLIPS * USUAL_DEVIATION**2 + (n - 1) * self.deviation**2) / freedom)
         student = 1.645 + 1.52 / freedom + 1.42 / freedom**2  # Abramowitz and Stegun 1964, 26.7.5
         return self.mean - student * deviation * math.sqrt(1 + 1 / n)

@@ -224,7 +224,7 @@ class Choice:
             ways = self._schedules.leading(number)
             rows = {name: self._search_row(way) for name, way in ways.items() if kind in (name, None)}
             kind = max(rows, key=lambda name: rows[name].expected)
-            way, row, level = ways[kind], rows[kind], rows[kind].expected
+            way, row, level = ways[kind], rows[kind], rows[kind].expected_of(self._clips)
             if level >= floor:
                 row = self._verified_until(floor, way)
                 level = row.expected if len(row.psnr) == self._clips else min(row.expected, row.worst)

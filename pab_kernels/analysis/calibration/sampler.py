@@ -111,8 +111,8 @@ class PipelineSampler:
             )
         if len(models) > 1:
             raise ValueError(
-                f"{type(pipe).__name__} has {' and '.join(models)}, and the search knows one model; calibrate "
-                "each as a bare module with call=, or use a preset"
+                f"{type(pipe).__name__} has {' and '.join(models)}, and the search knows the steps of one model; use a "
+                "preset, which has a plan for each: pab.enable(pipe)"
             )
         for model in models.values():
             check_plain(model)
