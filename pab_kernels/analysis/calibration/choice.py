@@ -24,6 +24,8 @@ _CLEARLY = 1.0
 """dB by which a plan with further tiers must be closer on the clips of the search: they are few."""
 _PER_DECADE = 50.0
 """dB that ten times as many computed steps are taken to bring before two numbers of them were measured."""
+_SPARE = 2.0
+"""dB above a floor at which the next number of computed steps aims: another attempt costs more than a step."""
 _OF_TIME = 1.05
 """What calls may take, times the seconds that were asked for, before a note says so."""
 
@@ -234,7 +236,7 @@ class Choice:
                 below = number
                 closest = row if closest is None or row.worst > closest.worst else closest
             points.append((number, level))
-            further = math.ceil(number * 10 ** ((floor - level) / _slope(points)))
+            further = math.ceil(number * 10 ** ((floor + _SPARE - level) / _slope(points)))
             number = further if found else min(max(further, below + 1), above - 1)
         if found is None:
             best_of = "none was measured" if closest is None else f"the closest has {closest.worst:.1f} dB on its worst"
