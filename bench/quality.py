@@ -90,8 +90,8 @@ def closeness(clips: torch.Tensor, full: torch.Tensor) -> dict[str, Any]:
 
 def searched(
     model: PackagedPipeline, steps: int, prompts: Sequence[str], shares: Sequence[float]
-) -> dict[str, PABConfig]:
-    """Plans of `pab.calibrate`, and those of its search where the last output is held, for shares of the FLOPs."""
+) -> dict[str, tuple[PABConfig, int]]:
+    """Plans of `pab.calibrate`, and those of its search where the last output is held, each with its steps."""
 
     def call(pipe: Any, prompt: str, seed: int, num_steps: int = steps) -> torch.Tensor:
         return model.generate([prompt], [seed], num_steps)[0]
@@ -99,11 +99,13 @@ def searched(
     found = {}
     sampler = PipelineSampler(model.pipe, steps, call)
     recordings = [sampler.record(Clip(prompt, i), lambda: None) for i, prompt in enumerate(prompts[:2])]
-    held = Schedules(recordings, np.ones(len(recordings[0].outputs)), "hold")
+    held = Schedules(recordings, np.ones(len(recordings[0].outputs)), "hold", steps)
     for share in shares:
         plan = pab.calibrate(model.pipe, prompts, num_steps=steps, flops=share, call=call, most_generations=30)
-        found[f"model calibrated, {share:.0%}"] = plan.config
-        found[f"model searched, hold, {share:.0%}"] = held.config(held.best[math.floor(share * steps)])
+        found[f"model calibrated, {share:.0%}: {plan.verified.title}"] = plan.config, plan.sampling_steps
+        way = held.searched(math.floor(share * steps))
+        assert way.config is not None, "of a plan"
+        found[f"model searched, hold, {share:.0%}"] = way.config, steps
     return found
 
 
@@ -158,10 +160,10 @@ def measured(
     steps: int,
     prompts: Sequence[str],
     bar: Any,
-    configs: dict[str, PABConfig],
+    configs: dict[str, tuple[PABConfig, int]],
     others: bool,
 ) -> list[dict[str, Any]]:
-    """A row for each config, and one for the fewer steps that it is compared with."""
+    """A row for each config with its number of steps, and one for the fewer steps that it is compared with."""
     seeds = list(range(1000, 1000 + len(prompts)))
 
     def sample(of: PackagedPipeline, count: int, callback: Any = None) -> torch.Tensor:
@@ -187,11 +189,11 @@ def measured(
         gain = round(row["psnr"] - against["psnr"], 2)
         rows.append(row | {"fewer_steps": against["config"], "gain": gain, "won": won})
 
-    for config, rules in configs.items():
+    for config, (rules, count) in configs.items():
         pab.enable(model.pipe, rules)
-        clips, found = sample(model, steps), pab.summary(model.pipe)
+        clips, found = sample(model, count), pab.summary(model.pipe)
         pab.disable(model.pipe)
-        add(config, clips, found.share, peak_cache_bytes=found.peak_cache_bytes)
+        add(config, clips, found.share * count / steps, peak_cache_bytes=found.peak_cache_bytes)
     for title, clips, share in other_ways(model, load, steps, sample) if others else ():
         add(title, clips, share)
     rows += sorted(fewer.values(), key=lambda row: row["flops_share"])
@@ -229,8 +231,11 @@ def main() -> None:
         for name, steps in wanted:
             run = {"bench": "quality", "model": args.model, "scheduler": name, "steps": steps, "clips": args.clips}
             model, load = room.load(name, args.device), functools.partial(room.load, device=args.device)
-            configs = CONFIGS | searched(model, steps, known, shares) if shares else CONFIGS
-            configs = configs | fitted(model, steps, known[: args.fitted]) if args.fitted else configs
+            configs = {config: (rules, steps) for config, rules in CONFIGS.items()}
+            if shares:
+                configs |= searched(model, steps, known, shares)
+            if args.fitted:
+                configs |= fitted(model, steps, known[: args.fitted])
             found = measured(model, load, steps, prompts, bar, configs, args.others)
             rows += [run | row for row in found]
             if args.out:

@@ -167,7 +167,7 @@ def enable_model(
             "graphs; call disable_cache first"
         )
     if config is not None:
-        chosen, own = config, config not in presets().values()
+        chosen, own = config, all(config is not named for named in presets().values())
     elif broadcaster is not None and not broadcaster.default:
         chosen, own = broadcaster.config, broadcaster.chosen
     else:

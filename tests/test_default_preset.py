@@ -107,6 +107,13 @@ def test_a_pipeline_enabled_after_its_model_predicts_in_its_scheduler() -> None:
     assert broadcaster_of(pipe.transformer).config == PABConfig.preset("balanced")  # type: ignore[union-attr]
 
 
+def test_rules_that_a_user_wrote_are_obeyed_though_they_equal_those_of_a_preset() -> None:
+    pipe = tiny_pipe(DDIMScheduler())
+    plain = sample(pipe, 11)
+    pab.enable(pipe, PABConfig.from_dict(PABConfig.preset("fast").to_dict()))
+    assert not torch.equal(sample(pipe, 11), plain)
+
+
 def test_heun_counts_steps_and_not_evaluations() -> None:
     pipe = tiny_pipe(HeunDiscreteScheduler())
     plain = sample(pipe, 9)

@@ -15,7 +15,7 @@ from .display import progress_bar, quiet
 
 FLOOR = 35.0
 """The floor, in dB, where no target is given."""
-DEMO_PROMPTS = 6
+DEMO_PROMPTS = 7
 
 
 def command(
@@ -26,7 +26,7 @@ def command(
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to draw; repeatable. Two prompts are searched with, the others verify; six are a good number."
+            help="What to draw; repeatable. Three are searched with, the others verify; seven are a good number."
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps, at least 12.")] = 30,
@@ -81,7 +81,7 @@ def command(
         for text in texts:
             parse(text)  # refuses words that the model does not know
     if not texts:
-        raise ValueError("--prompt is needed, at least once; six prompts are a good number")
+        raise ValueError("--prompt is needed, at least once; seven prompts are a good number")
     further = named_arguments(argument)
     wishes = [Wish(text, negative_prompt, steps, guidance, shape, seed, further) for text in texts]
     quiet("diffusers", "transformers")

@@ -60,7 +60,7 @@ def test_a_pipeline_is_calibrated_and_everything_written(folder: Path, tmp_path:
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("calibrating costs at most 1") and "full generations of 12 steps" in result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("12 steps, ") and any(line.startswith("note: 3 prompt(s) for 6 clips") for line in lines)
+    assert lines[0].startswith("12 steps, ") and any(line.startswith("note: 3 prompt(s) for 7 clips") for line in lines)
     names = {"config.yaml", "report.json", "curve.png", "schedule.png", "worst.png"}
     assert {Path(line).name for line in lines if line.startswith(str(out))} == names
     report = json.loads((out / "report.json").read_text())

@@ -54,6 +54,12 @@ def test_fitted_weights_are_shown_and_those_of_another_model_are_refused(tmp_pat
     assert refused.exit_code and "'blocks.0.attn', which is no sublayer of this LatteTransformer3D" in refused.output
 
 
+def test_below_twelve_steps_the_default_leaves_the_model_alone() -> None:
+    for steps, reused in ((11, False), (12, True)):
+        data = json.loads(pab("plan", "--model", "latte", "--steps", steps, "--json").stdout)
+        assert (data["flops"] < data["flops_without"]) is reused
+
+
 def test_known_models_are_listed() -> None:
     assert "open-sora-1.2" in pab("plan", "--list").output
 

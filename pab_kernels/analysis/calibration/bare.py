@@ -14,11 +14,13 @@ from torch.utils import _pytree as pytree
 
 from ... import api
 from ...broadcast.attach import attach_forward
+from ...broadcast.inputs import Signature
 from ...compat import uncompiled
+from ...messages import first_line
 from ...rules.config import PABConfig
 from .fitting import Sums, sums_of
 from .influence import Influence
-from .recording import Recording, rms
+from .recording import Recording, check_repeated, rms
 from .sampler import Call, Clip, Sample, call_name, check_plain, checked, fingerprint, kinds_of, share_of, timed
 
 
@@ -40,6 +42,7 @@ class ModuleSampler:
         check_plain(self.model)
         self.num_steps, self._given, self.reuse = num_steps, given, reuse
         self.kinds = kinds_of(self.model)
+        self.takes_steps = "num_steps" in inspect.signature(given).parameters
 
     def _run(self, clip: Clip, steps: int) -> torch.Tensor:
         extra = {} if steps == self.num_steps else {"num_steps": steps}
@@ -69,8 +72,13 @@ class ModuleSampler:
             ValueError: the number of calls is no multiple of the number of steps.
         """
         made: list[torch.Tensor] = []
+        started: list[torch.Tensor] = []
+        signature = Signature(self.model)
 
         def calls(forward: Any, *args: Any, **kwargs: Any) -> Any:
+            if not started:
+                latents = _numbers(signature.latents(args, kwargs))
+                started.append(torch.cat([torch.zeros(0), *(t.detach().flatten().float().cpu() for t in latents)]))
             out = forward(*args, **kwargs)
             made.append(torch.cat([t.detach().flatten().cpu() for t in _numbers(out)]))
             tick()
@@ -86,7 +94,7 @@ class ModuleSampler:
         each = len(made) // self.num_steps
         outputs = torch.stack([torch.cat(made[i : i + each]) for i in range(0, len(made), each)])
         final = result.flatten()
-        return Recording(outputs, final[None], result, self._influence(), 0)
+        return Recording(outputs, final[None], result, started[0], self._influence(), 0)
 
     def _influence(self) -> Influence:
         """Nothing is known of it: what an output does to the result is measured as its gain."""
@@ -109,6 +117,8 @@ class ModuleSampler:
                 templates.append(forward(*args, **kwargs))
                 if sum(t.numel() for made in templates for t in _numbers(made)) == recording.outputs.shape[1]:
                     seen = len(templates)
+                    numbers_of = [t.detach().flatten().cpu() for made in templates for t in _numbers(made)]
+                    check_repeated(torch.cat(numbers_of), recording.outputs[0])
                     tick()
                 return templates[-1]
             place, index = divmod(seen, len(templates))
@@ -123,30 +133,33 @@ class ModuleSampler:
             result = self._run(clip, self.num_steps)
         return rms(result.double() - recording.result.double())
 
-    def sample(self, clip: Clip, config: PABConfig | None, tick: Callable[[], None]) -> Sample:
-        """A run under `config`, or a full one."""
-        return self._sampled(clip, config, self.num_steps, tick)
+    def sample(self, clip: Clip, config: PABConfig | None, steps: int, tick: Callable[[], None]) -> Sample:
+        """A run of a number of steps under `config`, or without PAB.
 
-    def fewer(self, clip: Clip, steps: int, tick: Callable[[], None]) -> Sample | None:
-        """A full run with another number of steps; None if `call` does not take `num_steps`."""
-        if "num_steps" not in inspect.signature(self._given).parameters:
-            return None
-        return self._sampled(clip, None, steps, tick)
+        Raises:
+            ValueError: `call` samples with another number of steps.
+        """
 
-    def sums(self, clip: Clip, config: PABConfig, tick: Callable[[], None]) -> Sums:
-        """A full run, with the sums that fit the weights of `config`; see `fitting.sums_of`."""
-        count = self.num_steps
-        return sums_of(self.model, config, lambda: self._run(clip, count), num_steps=count, progress=lambda *_: tick())
-
-    def _sampled(self, clip: Clip, config: PABConfig | None, steps: int, tick: Callable[[], None]) -> Sample:
         def calls(forward: Any, *args: Any, **kwargs: Any) -> Any:
             tick()
             return forward(*args, **kwargs)
 
         with self._enabled(config or PABConfig(), steps, calls):
-            result, seconds = timed(lambda: self._run(clip, steps))
-            share = steps / self.num_steps if config is None else share_of(api.summary(self.model), config)
-        return Sample(result, share, seconds)
+            try:
+                result, seconds = timed(lambda: self._run(clip, steps))
+            except RuntimeError as error:
+                if steps == self.num_steps:
+                    raise
+                raise ValueError(
+                    f"call failed with num_steps={steps}: {first_line(error)}; pass num_steps on to its loop"
+                ) from error
+            share = 1.0 if config is None else share_of(api.summary(self.model), config)
+        return Sample(result, share * steps / self.num_steps, seconds)
+
+    def sums(self, clip: Clip, config: PABConfig, tick: Callable[[], None]) -> Sums:
+        """A full run, with the sums that fit the weights of `config`; see `fitting.sums_of`."""
+        count = self.num_steps
+        return sums_of(self.model, config, lambda: self._run(clip, count), num_steps=count, progress=lambda *_: tick())
 
 
 def _numbers(output: Any) -> list[torch.Tensor]:

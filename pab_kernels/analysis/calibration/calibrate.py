@@ -17,6 +17,7 @@ from torch import nn
 from ...files import path_of
 from ...messages import shown
 from ...progress import RunProgress
+from ...rules.config import PABConfig
 from ...strict_json import to_json
 from ..ctrl_c import ctrl_c
 from ..pipeline_call import Wish
@@ -50,26 +51,27 @@ def calibrate(
 ) -> Calibration:
     """Find the steps at which a model must run, by measuring full runs of a few prompts.
 
-    1. Full runs of the first two clips are recorded: what the scheduler's `step` gets, on the host.
+    1. Full runs of the first three clips are recorded: what the scheduler's `step` gets, on the host.
     2. Gains are measured: how far an error at some steps moves the final sample (`gains.py`).
-    3. A dynamic programme finds the best steps for every number of them (`search.py`). The best, and uniform ones, are
-       run on both clips, and so are plans with more steps whose sublayers or blocks are reused. The closest is kept.
+    3. A dynamic programme finds the best steps for every number of them (`search.py`). It, samplings of fewer steps
+       with and without skipped ones, a uniform plan and plans with more steps whose sublayers or blocks are reused run
+       on these clips. The closest is kept (`choice.py`).
     4. The plan is run on clips that no search has seen, and compared with fewer steps, a uniform plan and PAB 2/4/6.
 
     Clip i has prompt i and seed `seed + i`. Exactly one of `floor`, `flops`, `seconds` and `speed` is given.
 
     Args:
         model_or_pipe: a diffusers pipeline on which PAB is not enabled, or a bare DiT with `call`.
-        prompts: texts, `Wish`es (`analysis/pipeline_call.py`) or whatever `call` takes. The first two are searched
-            with; if fewer than six are given, further seeds of them verify.
+        prompts: texts, `Wish`es (`analysis/pipeline_call.py`) or whatever `call` takes. The first three are searched
+            with; if fewer than seven are given, further seeds of them verify.
         num_steps: sampling steps, at least 12.
-        floor: PSNR in dB that every verified clip keeps, and that nineteen of twenty unseen ones are expected to keep.
+        floor: PSNR in dB that every verified clip keeps, and an unseen one with a probability of 95 %.
         flops: share of the model's FLOPs, at most.
         seconds: of a call, at most, as measured.
         speed: times faster than a full call, at least, as measured.
         call: `call(model_or_pipe, prompt, seed)` samples once, with `num_steps` steps, and returns a tensor: frames
             `[frames, 3, height, width]` in [0, 1], or anything else with `values`. With an argument `num_steps`, fewer
-            steps can be compared. Default for a pipeline: its usual arguments.
+            steps are tried too. Default for a pipeline: its usual arguments.
         seed: of the first clip.
         folder: where finished generations are kept; a call with the same arguments goes on from there. Not for another
             `call` of the same name.
@@ -78,13 +80,13 @@ def calibrate(
         progress: called at every step with hundredths of generations.
 
     Returns:
-        The calibration. `print` shows a table, `save` writes files.
+        The calibration: `config` is for calls with `sampling_steps` steps. `print` shows a table, `save` writes files.
 
     Raises:
         Interrupted: Ctrl-C; `folder` has the finished generations.
         NoPlan: no plan reaches the target.
-        ValueError: PAB is enabled, the scheduler or the number of steps is not supported, a value is out of bounds, or
-            `most_generations` is too few.
+        ValueError: PAB is enabled, the scheduler or the number of steps is not supported, a value is out of bounds,
+            `call` does not sample with the steps or the seed that it gets, or `most_generations` is too few.
         TypeError: `model_or_pipe` is neither a supported pipeline nor a module with `call`.
     """
     target = Target.of(floor=floor, flops=flops, seconds=seconds, speed=speed)
@@ -116,10 +118,12 @@ def calibrate(
             raise
     made_by = _made_by(sampler, target, found, choice)
     return Calibration(
-        config=found.config,
-        num_steps=found.begin + found.num_steps,
+        config=found.way.config or PABConfig(),
+        num_steps=found.num_steps,
+        sampling_steps=found.way.num_steps,
         begin=found.begin,
         verified=found.row,
+        everywhere=found.everywhere,
         searched=tuple(choice.measured),
         others=tuple(found.others),
         curve=tuple(found.curve),

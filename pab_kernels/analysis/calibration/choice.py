@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ...rules.config import PABConfig
 from .calibration import NoPlan, Pair, Row
-from .gains import gain_steps, interpolated, prediction_error
-from .generations import Full, Generations, Measured
-from .recording import Recording, rms
+from .gains import gain_steps, interpolated, prediction_error, with_usual
+from .generations import Full, Generations, Measured, Way
+from .recording import Recording, check_seeds, rms
 from .sampler import Clip, in_words
-from .schedules import SEARCHED, UNIFORM, Schedules
-from .targets import Budget, Target
+from .schedules import SEARCHED, Schedules
+from .targets import COMPARED, Budget, Target
 
 WORST = 3
 """Clips that the report shows."""
 _CLEARLY = 1.0
 """dB by which a plan with further tiers must be closer on the clips of the search: they are few."""
+_PER_DECADE = 50.0
+"""dB that ten times as many computed steps are taken to bring before two numbers of them were measured."""
+_SPARE = 2.0
+"""dB above a floor at which the next number of computed steps aims: another attempt costs more than a step."""
+_OF_TIME = 1.05
+"""What calls may take, times the seconds that were asked for, before a note says so."""
 
 
 @dataclass
@@ -29,9 +35,11 @@ class Found:
     """A chosen plan.
 
     Args:
-        config: the rules.
+        way: its rules and its number of steps.
         row: of the clips that verify.
-        begin, num_steps: of the recordings.
+        everywhere: of these and those of the search.
+        begin: the step at which runs enter the schedule.
+        num_steps: of the schedule.
         full_seconds: of a full run, the median.
         others: what it is compared with.
         curve: share of the FLOPs, and the dB that the search expects.
@@ -39,8 +47,9 @@ class Found:
         worst: the worst clips.
     """
 
-    config: PABConfig
+    way: Way
     row: Row
+    everywhere: Row
     begin: int
     num_steps: int
     full_seconds: float
@@ -74,9 +83,8 @@ class Choice:
     ) -> None:
         self._run, self._target, self._plan = generations, target, plan
         self.searched, self.verified, self._parts, self._most = searched, verified, parts, most
-        self._asked = generations.sampler.num_steps
         self._recordings: list[Recording] = []
-        self._full: list[Full] = []
+        self._full: dict[int, Full] = {}
         self._schedules: Schedules
         self.gains: np.ndarray
         self.measured: list[Row] = []
@@ -89,16 +97,15 @@ class Choice:
             NoPlan: nothing reaches the target.
         """
         self._recordings = [self._run.record(clip) for clip in self.searched]
+        check_seeds(self._recordings)
         self.gains = self._gains()
-        self._schedules = Schedules(self._recordings, self.gains, self._run.sampler.reuse)
-        self._full = [self._run.full(clip) for clip in self.verified]
+        sampler = self._run.sampler
+        self._schedules = Schedules(
+            self._recordings, self.gains, sampler.reuse, sampler.num_steps, sampler.takes_steps, sampler.kinds
+        )
         self._run.total = self._plan.total
-        if self._target.name == "floor":
-            title, config, row = self._for_floor(self._target.value)
-        else:
-            title, config = self._for_share(self._share())
-            row = self._verify(title, config)
-        return self._reported(config, row)
+        floor = self._target.value if self._target.name == "floor" else None
+        return self._reported(self._for_share(self._share()) if floor is None else self._for_floor(floor))
 
     # Gains
 
@@ -113,48 +120,64 @@ class Choice:
                 moved = abs(recording.influence.final[step]) * rms(change)
                 if moved:
                     gains.setdefault(step, []).append(found / moved)
-        least = 1.0 if self._recordings[0].influence.known else 0.0
-        return interpolated(gains, count, least)
+        if self._recordings[0].influence.known:
+            return with_usual(interpolated(gains, count, 1.0))
+        return interpolated(gains, count, 0.0)
 
     # Measuring
 
-    def _row(self, title: str, config: PABConfig, clips: Sequence[Clip], full: Sequence[Full | Recording]) -> Row:
-        about = self._about(config)
-        return row_of(title, [self._run.measure(c, config, f.result, about) for c, f in zip(clips, full, strict=True)])
+    def _on_search(self, way: Way, index: int) -> Measured:
+        return self._run.measure(self.searched[index], way, self._recordings[index].result)
 
-    def _about(self, config: PABConfig) -> float:
-        rule = config.rule("model", 0)
-        return 1.0 if rule is None or rule.at is None else len(rule.at) / self._schedules.num_steps
+    def _search_row(self, way: Way) -> Row:
+        self.measured.append(row_of(way.title, [self._on_search(way, i) for i in range(len(self.searched))]))
+        return self.measured[-1]
 
-    def _search_row(self, title: str, config: PABConfig) -> Row:
-        row = self._row(title, config, self.searched, self._recordings)
-        self.measured.append(row)
-        return row
+    def _on_verified(self, way: Way, index: int) -> Measured:
+        """The full run comes right before its first comparison: seconds of both are those of the same minutes."""
+        full = self._full_run(index)
+        return self._run.measure(self.verified[index], way, full.result)
+
+    def _full_run(self, index: int) -> Full:
+        if index not in self._full:
+            self._full[index] = self._run.full(self.verified[index])
+        return self._full[index]
+
+    def _full_seconds(self) -> float:
+        return statistics.median(full.seconds for full in self._full.values())
 
     def _affords(self, generations: float) -> bool:
-        return self._run.spent + generations <= self._most + 1e-6
-
-    def _verify(self, title: str, config: PABConfig) -> Row:
-        return self._row(title, config, self.verified, self._full)
+        """Whether this leaves enough for full runs."""
+        owed = len(self.verified) - len(self._full)
+        return self._run.spent + generations + owed <= self._most + 1e-6
 
     # Targets
 
     def _share(self) -> float:
-        """The share of the FLOPs that the target allows."""
+        """The share of the FLOPs that the target allows; full runs and runs of a plan are timed in turn."""
         if self._target.name == "flops":
             return self._target.value
-        full = statistics.median(f.seconds for f in self._full)
-        wanted = self._target.value if self._target.name == "seconds" else full / self._target.value
-        if wanted >= full:
-            raise NoPlan(f"a full call takes {full:.2f} s already, got {self._target}; leave the model as it is", None)
-        share, row = wanted / full, None
-        for _ in range(2):
-            number = self._number(share, row)
-            row = self._search_row(SEARCHED, self._schedules.config(self._schedules.best[number]))
+        full = self._full_run(0).seconds
+
+        def wanted() -> float:
+            return self._target.value if self._target.name == "seconds" else full / self._target.value
+
+        share, row = wanted() / full, None
+        for probe in range(2):
+            if wanted() >= full:
+                raise NoPlan(
+                    f"a full call takes {full:.2f} s already, got {self._target}; leave the model as it is", None
+                )
+            way = self._schedules.searched(self._number(share, row))
+            runs = []
+            for i in range(2):
+                self._full_run((2 * probe + i) % len(self.verified))
+                runs.append(self._on_search(way, i))
+            full, row = self._full_seconds(), row_of(way.title, runs)
             model = (full - row.seconds) / max(1 - row.share, 1e-6)
             if model <= 0:
                 break
-            share = 1 - (full - wanted) / model
+            share = 1 - (full - wanted()) / model
         self._number(share, row)
         return share
 
@@ -165,144 +188,152 @@ class Choice:
         if not possible:
             least = min(self._schedules.best) / self._schedules.num_steps
             raise NoPlan(
-                f"{self._target} leaves {max(share, 0):.0%} of the FLOPs; at least every sixth step runs, {least:.0%}; "
-                "use fewer steps as well",
+                f"{self._target} leaves {max(share, 0):.0%} of the FLOPs; plans compute at least {least:.0%}; use "
+                "fewer steps as well",
                 best,
             )
         return max(possible)
 
-    def _for_share(self, share: float) -> tuple[str, PABConfig]:
-        """The plan that is closest on the clips of the search, at a share of the FLOPs."""
+    def _for_share(self, share: float) -> Way:
+        """The closest at a share of the FLOPs, by what unseen clips keep; after each clip, those behind drop out."""
         number = self._number(share)
-        rows = {}
-        for title, steps in self._schedules.candidates(number).items():
-            config = self._schedules.config(steps)
-            rows[title] = self._search_row(title, config), config
-        title = max(rows, key=lambda name: rows[name][0].mean)
-        row, config = rows[title]
-        for further, tiers in self._with_fits(self._schedules.tiers(share, self._run.sampler.kinds), share):
-            closer = self._with_tiers(further, tiers, row, share)
-            if closer is not None:
-                return further, tiers
-        return title, config
+        ways = self._schedules.ways(number)[: self._plan.ways]
+        tiers = self._schedules.tiers(share)[: self._plan.tiers]
+        tiers += self._fitted(tiers)
+        runs: dict[Way, list[Measured]] = {way: [] for way in (*ways, *tiers)}
+        left = list(runs)
+        for index in range(len(self.searched)):
+            for way in left:
+                runs[way].append(self._on_search(way, index))
+            left = [way for way in left if runs[way][-1].share <= share + 1e-6]
+            left.sort(key=lambda way: -min(run.psnr for run in runs[way]))
+            left = left[: 3 if index == 0 else 2]
+        rows = {way: row_of(way.title, found) for way, found in runs.items()}
+        self.measured += rows.values()
+        return max(left, key=lambda way: rows[way].expected - _CLEARLY * (way in tiers))
 
-    def _with_fits(self, tiers: Mapping[str, PABConfig], share: float) -> Iterator[tuple[str, PABConfig]]:
-        """Plans with further tiers, first with weights fitted to one clip, as far as generations are left over."""
-        left = self._most - self._plan.total
-        for title, config in tiers.items():
-            if left >= 1 + share:
-                left -= 1 + share
-                yield f"{title}, fitted", self._run.fitted(self.searched[-1], config)
-            yield title, config
+    def _fitted(self, tiers: Sequence[Way]) -> list[Way]:
+        """Plans with further tiers whose weights are fitted to one clip, as far as generations are left over."""
+        left, found = self._most - self._plan.total, []
+        for way in tiers:
+            left -= 1 + way.share * len(self.searched)
+            if left >= 0 and way.config is not None:
+                config = self._run.fitted(self.searched[-1], way.config)
+                found.append(Way(f"{way.title}, fitted", config, way.num_steps, way.share))
+        return found
 
-    def _with_tiers(self, title: str, config: PABConfig, than: Row, share: float) -> Row | None:
-        """A plan with further tiers where it is closer than another one; the first clip is run first."""
-        if not self._affords(self._about(config)):
-            return None
-        clip, recording = self.searched[0], self._recordings[0]
-        first = self._run.measure(clip, config, recording.result, share)
-        if first.psnr < than.psnr[0] + _CLEARLY or first.share > share + 1e-6 or not self._affords(first.share):
-            self.measured.append(row_of(title, [first]))
-            return None
-        row = self._search_row(title, config)
-        return row if row.mean >= than.mean + _CLEARLY else None
-
-    def _for_floor(self, floor: float) -> tuple[str, PABConfig, Row]:
+    def _for_floor(self, floor: float) -> Way:
         """The plan of fewest computed steps that keeps a floor, among those that were tried."""
-        below, above = min(self._schedules.best) - 1, self._schedules.num_steps
-        offset, closest = math.nan, None
-        found: tuple[str, PABConfig, Row] | None = None
-        for _ in range(self._plan.probes):
-            if above - below < 2:
+        least, most = min(self._schedules.best), self._schedules.num_steps
+        below, above, number = least - 1, most, max(round(0.5 * most), least)
+        kind: str | None = None
+        found: Way | None = None
+        closest: Row | None = None
+        points: list[tuple[int, float]] = []
+        while below < number < above:
+            more = 0.0 if found is None else self._plan.compared * COMPARED
+            if not self._affords(self._clips * number / most + more):
                 break
-            number = self._guess(below, above, floor - offset)
-            config = self._schedules.config(self._schedules.best[number])
-            if not self._affords((len(self.searched) + len(self.verified)) * number / self._schedules.num_steps):
-                break
-            row = self._search_row(SEARCHED, config)
-            if row.keeps(floor) or row.worst >= floor:
-                row = self._verified_until(floor, config)
-            offset = min(row.worst, row.expected if len(row.psnr) > 2 else row.worst) - self._schedules.expected(number)
-            if len(row.psnr) == len(self.verified) and row.keeps(floor):
-                found, above = (SEARCHED, config, row), number
+            ways = self._schedules.leading(number)
+            rows = {name: self._search_row(way) for name, way in ways.items() if kind in (name, None)}
+            kind = max(rows, key=lambda name: rows[name].expected)
+            way, row, level = ways[kind], rows[kind], rows[kind].expected_of(self._clips)
+            if level >= floor:
+                row = self._verified_until(floor, way)
+                level = row.expected if len(row.psnr) == self._clips else min(row.expected, row.worst)
+            if len(row.psnr) == self._clips and row.keeps(floor):
+                found, above = way, number
             else:
                 below = number
                 closest = row if closest is None or row.worst > closest.worst else closest
+            points.append((number, level))
+            further = math.ceil(number * 10 ** ((floor + _SPARE - level) / _slope(points)))
+            number = further if found else min(max(further, below + 1), above - 1)
         if found is None:
-            best = (
-                "none was measured" if closest is None else f"the closest has {closest.worst:.1f} dB on its worst clip"
-            )
+            best_of = "none was measured" if closest is None else f"the closest has {closest.worst:.1f} dB on its worst"
             raise NoPlan(
-                f"no plan was found that keeps floor={floor:g} dB; {best}. Lower the floor, use more steps, or raise "
-                "most_generations",
+                f"no plan was found that keeps floor={floor:g} dB; {best_of} clip. Lower the floor, use more steps, or "
+                "raise most_generations",
                 closest,
             )
         return found
 
-    def _guess(self, below: int, above: int, wanted: float) -> int:
-        """The fewest computed steps between two numbers of which the search expects `wanted`; the middle if unknown."""
-        between = [n for n in range(below + 1, above) if n in self._schedules.best]
-        if math.isnan(wanted):
-            return between[round(0.55 * (len(between) - 1))]
-        return next((n for n in between if self._schedules.expected(n) >= wanted), between[-1])
+    @property
+    def _clips(self) -> int:
+        return len(self.searched) + len(self.verified)
 
-    def _verified_until(self, floor: float, config: PABConfig) -> Row:
-        """The row of the clips that verify, which ends with the first one below a floor."""
-        runs: list[Measured] = []
-        for clip, full in zip(self.verified, self._full, strict=True):
-            runs.append(self._run.measure(clip, config, full.result, self._about(config)))
+    def _verified_until(self, floor: float, way: Way) -> Row:
+        """The row of all clips, which ends with the first one below a floor."""
+        runs = [self._on_search(way, i) for i in range(len(self.searched))]
+        for index in range(len(self.verified)):
+            runs.append(self._on_verified(way, index))
             if runs[-1].psnr < floor:
                 break
-        return row_of(SEARCHED, runs)
+        return row_of(way.title, runs)
 
     # The report
 
-    def _reported(self, config: PABConfig, row: Row) -> Found:
-        seconds = statistics.median(f.seconds for f in self._full)
-        recording = self._recordings[0]
-        found = Found(config, row, recording.begin, recording.num_steps, seconds)
-        found.others = self._others(config, row, found.notes)
-        shares = [(n / self._schedules.num_steps, n) for n in self._schedules.best if n < self._schedules.num_steps]
-        about = self._about(config)
-        expected = np.interp(about, [s for s, _ in shares], [self._schedules.expected(n) for _, n in shares])
-        offset = row.mean - float(expected)
-        found.curve = [(share, self._schedules.expected(n) + offset) for share, n in shares]
+    def _reported(self, way: Way) -> Found:
+        ours = [self._on_verified(way, i) for i in range(len(self.verified))]
+        known = [self._on_search(way, i) for i in range(len(self.searched))]
+        row, everywhere = row_of(way.title, ours), row_of(way.title, [*known, *ours])
+        recording, asked = self._recordings[0], self._schedules.asked
+        steps = recording.begin + recording.num_steps if way.num_steps == asked else way.num_steps
+        found = Found(way, row, everywhere, recording.begin, steps, self._full_seconds())
+        if way.config is None:
+            found.notes.append(
+                f"no plan that was tried is closer than {way.title} without PAB: sample with num_steps={way.num_steps}"
+            )
+        elif way.num_steps != asked:
+            found.notes.append(f"the plan is for calls with num_steps={way.num_steps}, not {asked}")
+        wanted = {"seconds": self._target.value, "speed": found.full_seconds / self._target.value}
+        if row.seconds > _OF_TIME * wanted.get(self._target.name, math.inf):
+            found.notes.append(f"calls took {row.seconds:.2f} s, longer than {self._target} asks for")
+        found.others = self._others(way, row, found.notes)
+        found.curve = self._curve(everywhere)
         order = sorted(range(len(row.psnr)), key=lambda i: row.psnr[i])
         for i in order[:WORST]:
             clip = self.verified[i]
-            ours = self._run.measure(clip, config, self._full[i].result, about)
-            self._run.spent -= ours.share  # it was counted
             title = f"{in_words(clip.prompt)}, seed {clip.seed}: {row.psnr[i]:.1f} dB"
-            found.worst.append(Pair(title, self._full[i].result, ours.result))
+            found.worst.append(Pair(title, self._full[i].result, ours[i].result))
         return found
 
-    def _others(self, config: PABConfig, row: Row, notes: list[str]) -> list[Row]:
+    def _curve(self, row: Row) -> list[tuple[float, float]]:
+        """What the search expects, moved to a schedule that was measured: the chosen one if none was."""
+        schedules = self._schedules
+        measured = [r for r in self.measured if r.title == SEARCHED]
+        known = measured[-1] if measured else row
+        shares = [(n / schedules.num_steps, schedules.expected(n)) for n in schedules.best if n < schedules.num_steps]
+        at, expected = zip(*shares, strict=True)
+        offset = known.mean - float(np.interp(known.share, at, expected))
+        return [(share, value + offset) for share, value in shares]
+
+    def _others(self, way: Way, row: Row, notes: list[str]) -> list[Row]:
         """Fewer steps, a uniform schedule and PAB 2/4/6, on the first clips that verify."""
-        clips, full = self.verified[: self._plan.compared], self._full[: self._plan.compared]
-        others = []
-        steps = min(math.ceil(row.share * self._asked - 1e-6), self._asked - 1)
-        if self._affords(len(clips) * steps / self._asked):
-            runs = [self._run.fewer(c, steps, f.result) for c, f in zip(clips, full, strict=True)]
-            known = [run for run in runs if run is not None]
-            if known:
-                others.append(row_of(f"{steps} steps", known))
-                if others[-1].mean > statistics.fmean(row.psnr[: len(known)]):
-                    notes.append(f"{steps} steps stay closer than the plan: use them instead, or allow more FLOPs")
-            else:
-                notes.append("fewer steps were not compared, as `call` takes no num_steps")
-        number = max(
-            n
-            for n in self._schedules.best
-            if n <= max(row.share * self._schedules.num_steps + 1e-6, min(self._schedules.best))
-        )
-        uniform = self._schedules.config(self._schedules.uniform(number))
-        further = {UNIFORM: (uniform, row.share)}
+        schedules = self._schedules
+        steps = min(math.ceil(row.share * schedules.asked - 1e-6), schedules.asked - 1)
+        ways = [Way(f"{steps} steps", None, steps, steps / schedules.asked)] if schedules.takes_steps else []
+        if not ways:
+            notes.append("fewer steps were not compared, as `call` takes no num_steps")
+        ways.append(schedules.uniform(max(min(schedules.best), math.floor(row.share * schedules.num_steps + 1e-6))))
         if self._run.sampler.kinds & {"spatial", "temporal", "cross"}:
-            further["PAB 2/4/6"] = PABConfig.preset("pab246"), 0.85
-        for title, (rules, share) in further.items():
-            if rules != config and self._affords(len(clips) * share):
-                others.append(self._row(title, rules, clips, full))
+            ways.append(Way("PAB 2/4/6", PABConfig.preset("pab246"), schedules.asked, 0.85))
+        others = []
+        for other in ways:
+            if (other.config, other.num_steps) == (way.config, way.num_steps):
+                continue
+            if self._run.spent + self._plan.compared * other.share > self._most + 1e-6:
+                continue
+            others.append(row_of(other.title, [self._on_verified(other, i) for i in range(self._plan.compared)]))
+            if other.config is None and others[-1].mean > statistics.fmean(row.psnr[: self._plan.compared]):
+                notes.append(f"{other.title} stay closer than the plan: use them instead, or allow more FLOPs")
         return others
+
+
+def _slope(points: Sequence[tuple[int, float]]) -> float:
+    """dB for ten times as many computed steps, by the two numbers of them that are furthest apart."""
+    (few, low), (many, high) = min(points), max(points)
+    return max((high - low) / math.log10(many / few), _PER_DECADE / 2) if few < many else _PER_DECADE
 
 
 def row_of(title: str, runs: Sequence[Measured]) -> Row:

@@ -16,7 +16,7 @@ from ..quality.psnr_ssim import psnr
 from .fitting import Sums
 from .influence import Influence
 from .recording import Recording
-from .sampler import Clip, Sample, Sampler
+from .sampler import Clip, Sampler
 from .store import Store
 
 
@@ -31,6 +31,23 @@ class Full:
 
     result: torch.Tensor
     seconds: float
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to sample.
+
+    Args:
+        title: for progress and reports.
+        config: PAB's rules; None without PAB.
+        num_steps: that the call gets.
+        share: of the FLOPs of the full run, as expected.
+    """
+
+    title: str
+    config: PABConfig | None
+    num_steps: int
+    share: float
 
 
 @dataclass
@@ -57,6 +74,7 @@ class Generations:
     num_steps: int = 0
     """Steps of a full run, once one was recorded."""
     _ticks: int = field(default=0, repr=False)
+    _counted: set[str] = field(default_factory=set, repr=False)
 
     def record(self, clip: Clip) -> Recording:
         """A full run with its outputs."""
@@ -68,6 +86,7 @@ class Generations:
                 "outputs": found.outputs,
                 "samples": found.samples,
                 "result": found.result,
+                "start": found.start,
                 "influence": found.influence.to_dict(),
                 "begin": found.begin,
             }
@@ -75,17 +94,20 @@ class Generations:
         self.spent += 1.0
         influence = Influence.from_dict(kept["influence"])
         self.num_steps = influence.num_steps
-        return Recording(kept["outputs"], kept["samples"], kept["result"], influence, kept["begin"])
+        self._check_values(kept["result"])
+        return Recording(kept["outputs"], kept["samples"], kept["result"], kept["start"], influence, kept["begin"])
 
     def full(self, clip: Clip) -> Full:
         """A full run."""
         name = self._name(clip, what="full")
         kept = self.store.get(name)
         if kept is None:
-            sample = self._run("full run", 1.0, lambda tick: self.sampler.sample(clip, None, tick))
+            steps = self.sampler.num_steps
+            sample = self._run("full run", 1.0, lambda tick: self.sampler.sample(clip, None, steps, tick))
             kept = {"result": sample.result, "seconds": sample.seconds}
             self.store.put(name, kept)
         self.spent += 1.0
+        self._check_values(kept["result"])
         return Full(kept["result"], kept["seconds"])
 
     def run_on(self, clip: Clip, recording: Recording, step: int, change: torch.Tensor) -> float:
@@ -101,18 +123,6 @@ class Generations:
         self.spent += share
         return float(kept["final"])
 
-    def measure(self, clip: Clip, config: PABConfig, full: torch.Tensor, about: float = 1.0) -> Measured:
-        """A run under a config against the full run's result.
-
-        Args:
-            clip: of the run.
-            config: PAB's rules.
-            full: the result of the full run.
-            about: the share of the FLOPs that is expected, for progress.
-        """
-        name = self._name(clip, what="config", config=config.to_dict())
-        return self._measured(name, "measuring", about, lambda tick: self.sampler.sample(clip, config, tick), full)
-
     def fitted(self, clip: Clip, config: PABConfig) -> PABConfig:
         """A config with weights fitted to a full run."""
         name = self._name(clip, what="sums", config=config.to_dict())
@@ -123,21 +133,21 @@ class Generations:
         self.spent += 1.0
         return Sums.from_dict(kept).fitted(config)
 
-    def fewer(self, clip: Clip, steps: int, full: torch.Tensor) -> Measured | None:
-        """A run with fewer steps against the full run's result; None if that is not known to work."""
-        name = self._name(clip, what="fewer", fewer=steps)
-        about = steps / max(self.num_steps, 1)
-        return self._measured(name, f"{steps} steps", about, lambda tick: self.sampler.fewer(clip, steps, tick), full)
-
-    def _measured(self, name: str, title: str, about: float, run: Any, full: torch.Tensor) -> Any:
+    def measure(self, clip: Clip, way: Way, full: torch.Tensor) -> Measured:
+        """A run against the full run's result."""
+        rules = None if way.config is None else way.config.to_dict()
+        name = self._name(clip, what="way", config=rules, num_steps=way.num_steps)
         kept = self.store.get(name)
         if kept is None:
-            sample: Sample | None = self._run(title, about, run)
-            if sample is None:
-                return None
+            title = f"measuring {way.title}"
+            sample = self._run(
+                title, way.share, lambda tick: self.sampler.sample(clip, way.config, way.num_steps, tick)
+            )
             kept = {"result": sample.result, "share": sample.share, "seconds": sample.seconds}
             self.store.put(name, kept)
-        self.spent += kept["share"]
+        if name not in self._counted:
+            self._counted.add(name)
+            self.spent += kept["share"]
         return Measured(self.psnr(kept["result"], full), kept["share"], kept["seconds"], kept["result"])
 
     def psnr(self, result: torch.Tensor, full: torch.Tensor) -> float:
@@ -145,6 +155,15 @@ class Generations:
         black, white = self.values
         found = psnr(float(((result.double() - full.double()) / (white - black)).square().mean()))
         return min(found, EQUAL)
+
+    def _check_values(self, result: torch.Tensor) -> None:
+        black, white = self.values
+        lo, hi = float(result.min()), float(result.max())
+        if min(lo - black, white - hi) < -_OVERSHOOT * (white - black):
+            raise ValueError(
+                f"results are numbers from {lo:.4g} to {hi:.4g}, and values=({black:g}, {white:g}); give black and "
+                "white of the results"
+            )
 
     def _name(self, clip: Clip, **made_by: Any) -> str:
         return self.store.name(prompt=clip.prompt, seed=clip.seed, **made_by)
@@ -163,6 +182,8 @@ class Generations:
             return run(tick)
 
 
+_OVERSHOOT = 0.1
+"""Part of the values by which a result may lie outside of them, as that of a decoder without a clamp does."""
 EQUAL = 120.0
 """The PSNR, in dB, at which results count as equal."""
 

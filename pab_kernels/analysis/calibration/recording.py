@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ class Recording:
         outputs: V, `[K, ...]`: the guided outputs that the scheduler's `step` got, on the host.
         samples: X, `[K + 1, ...]`: its samples; the last one is the final sample.
         result: what the call returned.
+        start: the noise that it began from.
         influence: of the outputs on the samples.
         begin: the step of the schedule at which the run entered it.
     """
@@ -33,6 +34,7 @@ class Recording:
     outputs: torch.Tensor
     samples: torch.Tensor
     result: torch.Tensor
+    start: torch.Tensor
     influence: Influence
     begin: int
 
@@ -89,6 +91,11 @@ class _Calls:
         self.final: torch.Tensor | None = None
         self.shape: tuple[int, ...] = ()
         self.device = torch.device("cpu")
+
+    @property
+    def taken(self) -> int:
+        """Steps until now."""
+        return len(self._given)
 
     def called(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of `step`."""
@@ -157,7 +164,7 @@ def record(pipe: Any, run: Callable[[], torch.Tensor], tick: Callable[[], None])
     steps = calls.steps()
     assert calls.final is not None
     samples.append(_on_host(calls.final))
-    return Recording(torch.stack(outputs), torch.stack(samples), result, steps.influence(), steps.begin)
+    return Recording(torch.stack(outputs), torch.stack(samples), result, samples[0], steps.influence(), steps.begin)
 
 
 def run_on(
@@ -178,12 +185,16 @@ def run_on(
 
     Returns:
         The root mean square of the change of the final sample.
+
+    Raises:
+        ValueError: the samples until `step` are not those of the recording.
     """
 
     def replaced(index: int, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         tick()
         if index > step:
             return output
+        check_repeated(_on_host(sample), recording.samples[index])
         v = recording.outputs[index]
         v = (v.double() + change.double()).to(v.dtype) if index == step else v
         return v.to(output.device, output.dtype)
@@ -199,6 +210,29 @@ def run_on(
     assert calls.final is not None
     moved = _on_host(calls.final).double() - recording.samples[-1].double()
     return rms(moved)
+
+
+def check_repeated(again: torch.Tensor, recorded: torch.Tensor) -> None:
+    """Raise a ValueError if a run did not come to the numbers of a recording of the same prompt and seed."""
+    if again.shape != recorded.shape or rms(again.double() - recorded.double()) > _SAME * rms(recorded.double()):
+        raise ValueError(
+            "two runs with the same prompt and seed differ before anything is changed; draw all noise of call from "
+            "torch.Generator().manual_seed(seed), that of a scheduler's step too"
+        )
+
+
+_SAME = 0.02
+"""The relative difference up to which runs count as repeated: kernels that add in any order differ by less."""
+
+
+def check_seeds(recordings: Sequence[Recording]) -> None:
+    """Raise a ValueError if runs with different seeds began from the same noise."""
+    first = recordings[0].start
+    if first.numel() and any(torch.equal(first, other.start) for other in recordings[1:]):
+        raise ValueError(
+            "runs with different seeds begin from the same noise; draw it in call from "
+            "torch.Generator().manual_seed(seed)"
+        )
 
 
 def rms(t: torch.Tensor) -> float:

@@ -66,6 +66,8 @@ class Sampler(Protocol):
     """That a sampling is called with."""
     kinds: frozenset[str]
     """Of the sublayers that are found in every model."""
+    takes_steps: bool
+    """Whether it samples with other numbers of steps."""
 
     def describe(self) -> dict[str, Any]:
         """What all runs have in common, JSON-ready."""
@@ -78,11 +80,8 @@ class Sampler(Protocol):
     ) -> float:
         """A run from a recorded step on, whose output is changed; see `recording.run_on`."""
 
-    def sample(self, clip: Clip, config: PABConfig | None, tick: Callable[[], None]) -> Sample:
-        """A run under `config`, or a full one."""
-
-    def fewer(self, clip: Clip, steps: int, tick: Callable[[], None]) -> Sample | None:
-        """A full run with another number of steps; None if that is not known to work."""
+    def sample(self, clip: Clip, config: PABConfig | None, steps: int, tick: Callable[[], None]) -> Sample:
+        """A run of a number of steps under `config`, or without PAB."""
 
     def sums(self, clip: Clip, config: PABConfig, tick: Callable[[], None]) -> Sums:
         """A full run, with the sums that fit the weights of `config`; see `fitting.sums_of`."""
@@ -116,8 +115,8 @@ class PipelineSampler:
             )
         if len(models) > 1:
             raise ValueError(
-                f"{type(pipe).__name__} has {' and '.join(models)}, and the search knows one model; calibrate "
-                "each as a bare module with call=, or use a preset"
+                f"{type(pipe).__name__} has {' and '.join(models)}, and the search knows the steps of one model; use a "
+                "preset, which has a plan for each: pab.enable(pipe)"
             )
         for model in models.values():
             check_plain(model)
@@ -126,9 +125,16 @@ class PipelineSampler:
                 f"{type(pipe).__name__} also has {', '.join(others)}, and outputs are predicted for one scheduler; "
                 "calibrate the bare model with call="
             )
-        solver(scheduler)  # refuses those that begin from new noise at every step
+        try:
+            solver(scheduler)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(scheduler).__name__} begins from new noise at every step, and nothing of one step stands for "
+                "the next; use fewer steps, or calibrate with another scheduler"
+            ) from error
         self.pipe, self.num_steps, self._given = pipe, num_steps, given
         self.kinds = frozenset.intersection(*map(kinds_of, models.values()))
+        self.takes_steps = given is None or "num_steps" in inspect.signature(given).parameters
 
     def _run(self, clip: Clip, steps: int) -> torch.Tensor:
         if self._given is None:
@@ -150,8 +156,14 @@ class PipelineSampler:
         }
 
     def record(self, clip: Clip, tick: Callable[[], None]) -> Recording:
-        """A full run with its outputs."""
-        return record(self.pipe, lambda: self._run(clip, self.num_steps), tick)
+        """A full run with its outputs.
+
+        Raises:
+            ValueError: `call` samples with another number of steps.
+        """
+        found = record(self.pipe, lambda: self._run(clip, self.num_steps), tick)
+        self._check_steps(self.num_steps, found.num_steps)
+        return found
 
     def run_on(
         self, clip: Clip, recording: Recording, step: int, change: torch.Tensor, tick: Callable[[], None]
@@ -159,31 +171,37 @@ class PipelineSampler:
         """A run from a recorded step on, whose output is changed; see `recording.run_on`."""
         return run_on(self.pipe, lambda: self._run(clip, self.num_steps), recording, step, change, tick)
 
-    def sample(self, clip: Clip, config: PABConfig | None, tick: Callable[[], None]) -> Sample:
-        """A run under `config`, or a full one."""
-        return self._sampled(clip, config, self.num_steps, tick)
+    def sample(self, clip: Clip, config: PABConfig | None, steps: int, tick: Callable[[], None]) -> Sample:
+        """A run of a number of steps under `config`, or without PAB.
 
-    def fewer(self, clip: Clip, steps: int, tick: Callable[[], None]) -> Sample | None:
-        """A full run with another number of steps; None if `call` does not take `num_steps`."""
-        if self._given is not None and "num_steps" not in inspect.signature(self._given).parameters:
-            return None
-        return self._sampled(clip, None, steps, tick)
+        Raises:
+            ValueError: `call` samples with another number of steps.
+        """
+        with stepping(self.pipe.scheduler, ticking(tick)) as calls:
+            if config is not None:
+                api.enable(self.pipe, config)
+            try:
+                result, seconds = timed(lambda: self._run(clip, steps))
+                if config is None or steps != self.num_steps:  # steps that are taken again count as well
+                    self._check_steps(steps, calls.taken)
+                share = 1.0 if config is None else share_of(api.summary(self.pipe), config)
+                return Sample(result, share * steps / self.num_steps, seconds)
+            finally:
+                if config is not None:
+                    api.disable(self.pipe)
 
     def sums(self, clip: Clip, config: PABConfig, tick: Callable[[], None]) -> Sums:
         """A full run, with the sums that fit the weights of `config`; see `fitting.sums_of`."""
         return sums_of(self.pipe, config, lambda: self._run(clip, self.num_steps), progress=lambda *_: tick())
 
-    def _sampled(self, clip: Clip, config: PABConfig | None, steps: int, tick: Callable[[], None]) -> Sample:
-        with stepping(self.pipe.scheduler, ticking(tick)):
-            if config is not None:
-                api.enable(self.pipe, config)
-            try:
-                result, seconds = timed(lambda: self._run(clip, steps))
-                share = steps / self.num_steps if config is None else share_of(api.summary(self.pipe), config)
-                return Sample(result, share, seconds)
-            finally:
-                if config is not None:
-                    api.disable(self.pipe)
+    def _check_steps(self, wanted: int, taken: int) -> None:
+        """Image-to-image takes fewer steps than the schedule has, and schedulers of second order take more."""
+        made = getattr(self.pipe.scheduler, "num_inference_steps", None)
+        if made is not None and wanted not in (made, taken):
+            raise ValueError(
+                f"call made a schedule of {made} steps and took {taken} where num_steps={wanted} was asked; pass "
+                "num_steps on to the pipeline, or give calibrate the number of steps that call takes"
+            )
 
 
 def share_of(summary: Summary, config: PABConfig) -> float:

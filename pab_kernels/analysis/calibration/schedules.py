@@ -13,15 +13,16 @@ import numpy as np
 
 from ...rules.config import Broadcast, PABConfig
 from ...rules.plan import Plan
+from ...rules.presets import FEWEST_STEPS
 from ...rules.schedule import Schedule
 from .gains import monotone
-from .generations import decibels
+from .generations import Way, decibels
 from .influence import Influence
 from .recording import Recording
 from .search import Costs, best_schedules
 
 SUBLAYERS = ("spatial", "temporal", "cross", "mlp")
-SEARCHED, LATER, UNIFORM = "searched", "searched after a fifth", "uniform"
+SEARCHED, SHORTER, UNIFORM = "searched", "shorter", "uniform"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +33,17 @@ class Schedules:
         recordings: of full runs.
         gains: measured on them, `[K]`.
         reuse: what stands for an output.
+        asked: the number of steps that the call gets.
+        takes_steps: whether it takes others.
+        kinds: of the model's sublayers.
     """
 
     recordings: Sequence[Recording]
     gains: np.ndarray
     reuse: str
+    asked: int
+    takes_steps: bool = False
+    kinds: Collection[str] = ()
 
     @property
     def influence(self) -> Influence:
@@ -57,78 +64,112 @@ class Schedules:
     @cached_property
     def best(self) -> dict[int, tuple[int, ...]]:
         """The best schedule for every number of computed steps."""
-        return self._searched(_BEGINNING)
+        careful = best_schedules(self.costs, early=round(_EARLY * self.num_steps))
+        others = best_schedules(self.costs, early=round(_EARLY / 2 * self.num_steps))
+        return others | careful
 
-    @cached_property
-    def _later(self) -> dict[int, tuple[int, ...]]:
-        """The best of which twice as many steps are computed at the beginning."""
-        return self._searched(2 * _BEGINNING)
+    def searched(self, number: int) -> Way:
+        """The best schedule for a number of computed steps."""
+        return self._way(SEARCHED, self.best[number])
 
-    def _searched(self, beginning: float) -> dict[int, tuple[int, ...]]:
-        count = self.num_steps
-        return best_schedules(self.costs, beginning=max(round(beginning * count), 1), early=round(_EARLY * count))
-
-    def uniform(self, number: int) -> tuple[int, ...]:
-        """The computed steps of a range in a window, at most `number` of them: the most, and of these the cheapest."""
+    def uniform(self, number: int) -> Way:
+        """A range in a window, at most `number` computed steps: the most, and of these the cheapest."""
         found: dict[tuple[int, ...], float] = {}
-        windows = product((2, 3, 4, 5, 6), (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6), (0.8, 0.85, 0.9, 0.95))
+        windows = product((2, 3, 4, 5, 6), (0.0, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6), (0.8, 0.85, 0.9, 0.95))
         for reach, lo, hi in windows:
             reused = Broadcast(reach, (lo, hi)).reused(Schedule(self.num_steps))
             steps = tuple(i for i in range(self.num_steps) if i not in reused)
             if reused and len(steps) <= number and steps not in found:
                 found[steps] = self.costs.total(steps)
         if not found:
-            return self.best[number]
-        return min(found, key=lambda steps: (-len(steps), found[steps]))
+            return self._way(UNIFORM, self.best[number])
+        cheapest = min(found, key=lambda at: (-len(at), found[at]))
+        return self._way(UNIFORM, cheapest)
 
-    def candidates(self, number: int) -> dict[str, tuple[int, ...]]:
-        """Schedules to measure, by their titles; equal ones once."""
-        named = {
-            SEARCHED: self.best[number],
-            LATER: self._later.get(number, self.best[number]),
-            UNIFORM: self.uniform(number),
-        }
-        different = {steps: title for title, steps in reversed(named.items())}
-        return {title: steps for steps, title in reversed(different.items())}
+    def fewer(self, number: int) -> Way | None:
+        """As many steps as cost the same without PAB; None if the pipeline is not sampled with other numbers."""
+        steps = min(math.floor(number / self.num_steps * self.asked + 1e-6), self.asked - 1)
+        return Way(f"{steps} steps", None, steps, steps / self.asked) if self.takes_steps and steps else None
+
+    def shorter(self, number: int) -> list[Way]:
+        """Samplings of fewer steps, of which every second one at the end is skipped; those that skip most first.
+
+        Empty where steps of the recordings are not those of the call: their computed steps could not be named.
+        """
+        if self.num_steps != self.asked or self.recordings[0].begin:
+            return []
+        found = []
+        for part in _SKIPPED:
+            most = min(2 * number - 2, round((1 + part) * number), self.asked)
+            steps = most if self.takes_steps else self.asked
+            at = late(steps, number) if steps >= FEWEST_STEPS else None
+            if at is not None:
+                title = f"{steps} steps, {number} computed"
+                rule = Broadcast(at=at, unit="step", reuse=self.reuse)
+                found.append(Way(title, PABConfig(model=rule), steps, number / self.asked))
+        return found
+
+    def ways(self, number: int) -> list[Way]:
+        """What is compared at the cost of a number of computed steps, the most promising first; equal ones once."""
+        first, *more = [*self.shorter(number), None]
+        listed = (first, self.searched(number), self.fewer(number), *more, self.uniform(number))
+        different = {(str(way.config), way.num_steps): way for way in reversed(listed) if way is not None}
+        return list(reversed(different.values()))
+
+    def leading(self, number: int) -> dict[str, Way]:
+        """The two most promising ways by their kinds."""
+        first, *_ = [*self.shorter(number), self.uniform(number)]
+        return {SHORTER: first, SEARCHED: self.searched(number)}
+
+    def _way(self, title: str, steps: Sequence[int]) -> Way:
+        return Way(title, PABConfig(model=self._rule(steps)), self.asked, len(steps) / self.num_steps)
+
+    def _rule(self, steps: Sequence[int]) -> Broadcast:
+        begin = self.recordings[0].begin
+        return Broadcast(at=tuple(begin + i for i in steps), unit="step", reuse=self.reuse)
 
     def expected(self, number: int) -> float:
         """What the search expects of the best schedule, in dB up to a constant."""
         return decibels(self.costs.total(self.best[number]))
 
-    def config(self, steps: Sequence[int]) -> PABConfig:
-        """The rule that computes at `steps` of the recordings."""
-        begin = self.recordings[0].begin
-        return PABConfig(model=Broadcast(at=tuple(begin + i for i in steps), unit="step", reuse=self.reuse))
-
-    def tiers(self, share: float, kinds: Collection[str]) -> dict[str, PABConfig]:
-        """Schedules with more computed steps, at some of which sublayers or blocks are reused, at the same FLOPs.
-
-        Args:
-            share: of the FLOPs, at most.
-            kinds: of the model's sublayers.
-        """
+    def tiers(self, share: float) -> list[Way]:
+        """Schedules with more computed steps, at some of which sublayers or blocks are reused, at the same FLOPs."""
         line = Broadcast(2, (0.3, 0.9), reuse="linear")
-        groups = {"and sublayers 2 linear": SUBLAYERS, "and blocks 2 linear": ("block",)}
+        groups = {"searched and sublayers 2 linear": SUBLAYERS, "searched and blocks 2 linear": ("block",)}
         found = {}
         for title, group in groups.items():
-            rules: dict[str, Any] = {kind: line for kind in group if kind in kinds}
+            rules: dict[str, Any] = {kind: line for kind in group if kind in self.kinds}
             if not rules:
                 continue
             config, kind = PABConfig(**rules), next(iter(rules))
             most = 0.0
             for number in range(math.floor(share * self.num_steps) + 1, self.num_steps):
-                both = dataclasses.replace(config, model=self.config(self.best[number]).model)
+                if number not in self.best:
+                    continue
+                both = dataclasses.replace(config, model=self._rule(self.best[number]))
                 reused = Plan(both, Schedule(self.recordings[0].begin + self.num_steps)).step_counts()[kind].reused
                 runs = number - _PART_OF_MODEL * reused
                 if most < runs <= share * self.num_steps:
-                    found[title], most = both, runs
-        return found
+                    found[title], most = Way(title, both, self.asked, runs / self.num_steps), runs
+        return list(found.values())
 
 
-_BEGINNING = 0.1
-"""The part of the schedule that is always computed: an error there decides what is drawn, on some clips and not on
-others, and two recordings do not tell on which."""
-_EARLY = 0.25
-"""The part in which no two steps in a row are skipped, for the same reason."""
+def late(num_steps: int, computed: int) -> tuple[int, ...] | None:
+    """The computed steps where every second one of the last steps is skipped, but not the last two.
+
+    Returns:
+        None if steps of other numbers than every second one would have to be skipped, or none.
+    """
+    first = num_steps - 1 - 2 * (num_steps - computed)
+    if first < 1 or computed >= num_steps:
+        return None
+    return (*range(first), *range(first + 1, num_steps - 1, 2), num_steps - 1)
+
+
+_EARLY = 0.5
+"""The part of the schedule in which no two steps in a row are skipped; half of it where that leaves none. An
+error there decides what is drawn, on some clips and not on others, and few recordings do not tell on which."""
+_SKIPPED = (1.0, 0.25)
+"""Skipped steps for each computed one, in samplings of fewer steps."""
 _PART_OF_MODEL = 0.97
 """What a step is taken to save of the FLOPs where all sublayers or blocks are reused; the run tells what it did."""

@@ -13,10 +13,12 @@ from ...rules.schedule import check_steps
 from ..sampling import check_seed
 from .sampler import Clip
 
-SEARCHED = 2
+SEARCHED = 3
 """Clips that the search measures on."""
 VERIFIED = 4
 """Clips that verify, where no more prompts are given."""
+COMPARED = 2.15
+"""Generations that comparing with three other ways to sample costs on one clip."""
 TARGETS = ("floor", "flops", "seconds", "speed")
 
 
@@ -103,15 +105,30 @@ class Budget:
         gains: recordings on which gains are measured.
         verified: clips that verify.
         compared: clips on which other ways to sample are measured.
-        probes: numbers of computed steps that a floor tries.
+        ways: plans, and fewer steps, that are compared at a share of the FLOPs.
+        tiers: of the plans with further tiers, those that are compared.
         total: generations in all.
     """
 
     gains: int
     verified: int
     compared: int
-    probes: int
+    ways: int
+    tiers: int
     total: float
+
+
+_POSSIBLE = (
+    (2, 2, 5, 2),
+    (1, 2, 5, 2),
+    (1, 1, 5, 2),
+    (1, 1, 4, 1),
+    (1, 1, 4, 0),
+    (1, 1, 3, 0),
+    (0, 1, 3, 0),
+    (0, 1, 2, 0),
+)
+"""Gains, compared, ways and tiers, from the most."""
 
 
 def budget(most: float, target: Target, clips: int, gain_cost: float) -> Budget:
@@ -127,24 +144,18 @@ def budget(most: float, target: Target, clips: int, gain_cost: float) -> Budget:
         ValueError: the least does not fit.
     """
     share = target.value if target.name == "flops" else 1 / target.value if target.name == "speed" else 0.65
-    candidates, tiers = 3, 2
     least = math.inf
     for verified in range(clips, min(clips, 3) - 1, -1):
-        for gains, compared in ((2, 2), (2, 1), (1, 2), (1, 1), (0, 1)):
-            each = SEARCHED * share
-            fixed = SEARCHED + gains * gain_cost + verified + compared * (2 * share + 0.85)
+        for gains, compared, ways, tiers in _POSSIBLE:
+            total = SEARCHED + gains * gain_cost + verified * (1 + share) + compared * (2 * share + 0.85)
             if target.name == "floor":
-                # A probe that fails ends at the first clip that is below the floor.
-                probes = math.floor((most - fixed - verified * share) / (2 * share + each))
-                if probes >= 2:
-                    return Budget(gains, verified, compared, min(probes, 6), most)
-                least = min(least, fixed + verified * share + 2 * (2 * share + each))
-                continue
-            total = fixed + candidates * each + tiers * share + verified * share
+                total += SEARCHED * (2 * 0.5 + share)  # two ways with half of the steps, and one with more
+            else:
+                total += share * (ways + tiers + min(ways + tiers, 3) + 2 * (SEARCHED - 2))
             if target.name in ("seconds", "speed"):
-                total += each
+                total += 2 * share
             if total <= most:
-                return Budget(gains, verified, compared, 0, total)
+                return Budget(gains, verified, compared, ways, tiers, most if target.name == "floor" else total)
             least = min(least, total)
     raise ValueError(
         f"calibrating for {target} takes at least {least:.1f} generations, got most_generations={most:g}; raise it, or "

@@ -12,8 +12,8 @@ from pab_kernels.analysis.calibration.sampler import Clip
 from tests.broadcast.forecast_oracle import SCHEDULERS, SHAPE, Pipe
 
 STEPS = 14
-PROMPTS = [0.5, -0.3, 0.2, 0.8, -0.6, 0.1]
-VALUES = (-3.0, 3.0)
+PROMPTS = [0.5, -0.3, 0.2, 0.8, -0.6, 0.1, 0.4]
+VALUES = (-400.0, 400.0)
 
 
 def pipe_of(name: str = "ddim v", guidance: str = "batched") -> Pipe:

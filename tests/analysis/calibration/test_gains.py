@@ -17,6 +17,7 @@ from pab_kernels.analysis.calibration.gains import (
     monotone,
     prediction_error,
     sources,
+    with_usual,
 )
 from pab_kernels.analysis.calibration.recording import record, rms, run_on
 from tests.analysis.calibration.small_pipe import STEPS, pipe_of, run_of
@@ -86,3 +87,9 @@ def test_between_the_measured_steps_the_logarithm_is_a_line() -> None:
     assert found.tolist() == pytest.approx([3, 3, 3, 4, 8, 8])  # the geometric mean at step 2 is 2
     assert monotone(np.array([1.0, 3, 2, 2.5, 1])).tolist() == [3, 3, 2.5, 2.5, 1]
     assert interpolated({}, 2, least=0.0).tolist() == [1, 1]
+
+
+def test_measured_gains_are_averaged_with_usual_ones_which_fall_to_one() -> None:
+    found = with_usual(np.full(20, 4.0))
+    assert found[0] == pytest.approx(math.sqrt(4 * 8)) and found[4] == pytest.approx(math.sqrt(4 * (1 + 7 / math.e)))
+    assert found[-1] == pytest.approx(2.0)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pab_kernels.analysis.calibration.influence import Influence
 from pab_kernels.analysis.calibration.recording import Recording, record
+from pab_kernels.analysis.calibration.schedules import Schedules, late
 from pab_kernels.analysis.calibration.search import Costs, best_schedules
 from pab_kernels.broadcast.coordinates import Coordinates
 from pab_kernels.broadcast.forecaster import Forecaster
@@ -93,3 +94,32 @@ def taken(scheduler: Any, recording: Recording, skipped: range) -> list[Tensor]:
         given = (scheduler.step, i, i in skipped, frozenset[str](), v, t, samples[-1])
         samples.append(forecaster.step(*given, return_dict=False)[0])
     return samples
+
+
+def test_late_steps_are_skipped_in_turn_but_not_the_last_two() -> None:
+    assert late(16, 13) == (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 15)
+    assert late(7, 4) is None and late(6, 4) == (0, 2, 4, 5)
+    assert late(12, 12) is None, "nothing is skipped"
+
+
+def test_no_two_steps_in_a_row_are_skipped_in_the_first_half() -> None:
+    pipe = pipe_of("unipc")
+    recording = record(pipe, run_of(pipe), lambda: None)
+    schedules = Schedules([recording], np.ones(STEPS), "forecast", STEPS, takes_steps=True)
+    for number, steps in schedules.best.items():
+        part = STEPS // 2 if number >= 5 else STEPS // 4
+        assert all(b - a <= 2 for a, b in itertools.pairwise(steps) if a + 2 < part), steps
+
+
+def test_ways_are_samplings_of_fewer_steps_with_skipped_ones_and_fewer_steps_alone() -> None:
+    pipe = pipe_of("unipc")
+    recording = record(pipe, run_of(pipe), lambda: None)
+    given = ([recording], np.ones(STEPS), "forecast", STEPS)
+    ways = {way.title: way for way in Schedules(*given, takes_steps=True).ways(10)}
+    assert list(ways) == ["14 steps, 10 computed", "searched", "10 steps", "12 steps, 10 computed", "uniform"]
+    assert all(way.share <= 10 / STEPS for way in ways.values())
+    plain, shorter = ways["10 steps"], ways["12 steps, 10 computed"]
+    assert plain.config is None and plain.num_steps == 10 and shorter.num_steps == 12
+    assert shorter.config is not None and shorter.config.model is not None and shorter.config.model.at == late(12, 10)
+    alone = [way.num_steps for way in Schedules(*given).ways(10)]
+    assert set(alone) == {STEPS}, "a call that takes no num_steps"

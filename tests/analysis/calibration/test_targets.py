@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pab_kernels.analysis.calibration.targets import Target, budget, check_sampling, clips_of
+from pab_kernels.analysis.calibration.targets import Budget, Target, budget, check_sampling, clips_of
 
 
 @pytest.mark.parametrize(
@@ -37,16 +37,16 @@ def test_few_steps_are_left_alone(steps: object) -> None:
         check_sampling(steps, 0)
 
 
-def test_the_first_two_clips_are_searched_with_and_each_has_its_own_seed() -> None:
+def test_the_first_three_clips_are_searched_with_and_each_has_its_own_seed() -> None:
     searched, verified, notes = clips_of(list("abcdefg"), 7)
     assert [(c.prompt, c.seed) for c in (*searched, *verified)] == [(p, 7 + i) for i, p in enumerate("abcdefg")]
-    assert len(searched) == 2 and notes == []
+    assert len(searched) == 3 and notes == []
 
 
 def test_few_prompts_verify_with_other_seeds_and_a_note_says_so() -> None:
     searched, verified, notes = clips_of(["a"], 0)
-    assert [c.seed for c in (*searched, *verified)] == [0, 1, 2, 3, 4, 5] and len(verified) == 4
-    assert "1 prompt(s) for 6 clips: other seeds of the same prompts verify" in notes[0]
+    assert [c.seed for c in (*searched, *verified)] == [0, 1, 2, 3, 4, 5, 6] and len(verified) == 4
+    assert "1 prompt(s) for 7 clips: other seeds of the same prompts verify" in notes[0]
     for prompts in ([], "a red circle"):
         with pytest.raises(ValueError, match="prompts is a list of at least one prompt"):
             clips_of(prompts, 0)
@@ -56,8 +56,8 @@ def test_few_prompts_verify_with_other_seeds_and_a_note_says_so() -> None:
     "target", [Target("flops", 0.5), Target("flops", 0.8), Target("speed", 1.5), Target("floor", 35)]
 )
 def test_what_is_planned_fits_and_more_generations_measure_more(target: Target) -> None:
-    small, large = budget(20, target, 4, 2.35), budget(100, target, 4, 2.35)
-    assert small.total <= 20 and small.verified >= 3 and small.compared >= 1
-    assert (large.gains, large.verified, large.compared) == (2, 4, 2)
+    small, large = budget(20, target, 4, 1.5), budget(100, target, 4, 1.5)
+    assert small.total <= 20 and small.verified >= 3 and small.compared >= 1 and small.ways >= 3
+    assert large == Budget(2, 4, 2, 5, 2, large.total)
     with pytest.raises(ValueError, match=r"takes at least \d+.\d generations, got most_generations=5; raise it"):
-        budget(5, target, 4, 2.35)
+        budget(5, target, 4, 1.5)
