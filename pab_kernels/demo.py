@@ -25,7 +25,7 @@ from .broadcast.costs import on_meta
 from .compat import execution_device
 from .files import path_of, write_text
 from .models.demo.check import shows
-from .models.demo.pipeline import GUIDANCE, SCHEDULERS, STEPS, DemoPipeline, load
+from .models.demo.pipeline import GUIDANCE, SCHEDULERS, STEPS, DemoPipeline, calibrated, load
 from .models.demo.shapes import FRAMES, SIZE, VOCABULARY, Caption, parse
 from .progress import RunProgress
 from .rules.config import PABConfig
@@ -235,10 +235,14 @@ def _record(run: DemoRun, reference: DemoRun) -> dict[str, Any]:
 def variants(settings: DemoSettings) -> list[Variant]:
     """The runs that the demo compares, in order."""
     name = "/".join(map(str, PAPER))
+    plan = calibrated(settings.scheduler, settings.steps, settings.guidance)
+    best = Variant("fast", "PAB fast", PABConfig.preset("fast"))
+    if plan is not None:
+        best = Variant("calibrated", "PAB calibrated", plan)
     listed = [
         Variant("full", "no PAB"),
+        best,
         Variant("balanced", "PAB balanced", PABConfig.preset("balanced")),
-        Variant("fast", "PAB fast", PABConfig.preset("fast")),
         Variant("pab246", f"PAB {name}", PABConfig.preset("pab246")),
         Variant("diffusers246", f"diffusers {name}", diffusers=PAPER),
     ]
@@ -248,8 +252,8 @@ def variants(settings: DemoSettings) -> list[Variant]:
         listed.append(Variant("ranges", f"PAB {'/'.join(map(str, settings.ranges))}", config))
     return [
         *listed,
+        Variant(f"fewer-{best.key}", f"steps, as {best.key}", like=best.key),
         Variant("fewer-balanced", "steps, as balanced", like="balanced"),
-        Variant("fewer-fast", "steps, as fast", like="fast"),
     ]
 
 

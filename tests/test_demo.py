@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from pab_kernels import demo
 from pab_kernels.analysis.quality.comparison import Closeness, Comparison
 from pab_kernels.analysis.sampling import Peak, Sampled
 from pab_kernels.demo import DemoResult, DemoRun, DemoSettings, Variant, run_demo, variants, write
-from pab_kernels.models.demo import shapes
+from pab_kernels.models.demo import calibrated, shapes
 from pab_kernels.rules.config import PABConfig
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy 2.4 says is deprecated.
@@ -46,9 +47,23 @@ def test_the_default_prompts_were_never_trained_on():
         assert len({getattr(caption, slot) for caption in settings.captions}) >= 3
 
 
+def test_the_plan_of_calibrate_comes_first_where_it_was_found_for_the_schedule():
+    found = calibrated()
+    assert found is not None and found.rule("model", 0).reuse == "forecast"
+    first = variants(DemoSettings())[1]
+    assert (first.key, first.config) == ("calibrated", found)
+    for other in ({"steps": 30}, {"scheduler": "dpm++"}, {"guidance": 2.0}):
+        assert calibrated(**other) is None and variants(DemoSettings(**other))[1].key == "fast"
+
+
+def test_the_plan_was_found_on_other_captions():
+    text = (Path(demo.__file__).parent / "models" / "demo" / "calibrated.yaml").read_text()
+    assert not any(prompt in text for prompt in demo.PROMPTS) and "prompts:" in text
+
+
 def test_every_variant_runs_in_order(result: DemoResult):
     keys = [run.variant.key for run in result.runs]
-    assert keys[:6] == ["full", "balanced", "fast", "pab246", "diffusers246", "ranges"] and not result.interrupted
+    assert keys[:6] == ["full", "fast", "balanced", "pab246", "diffusers246", "ranges"] and not result.interrupted
     assert all(key.startswith("fewer-") for key in keys[6:]) and len(keys) > 6
     assert all(
         run.sampled.output.shape == (1, 8, 3, 32, 32) and run.sampled.seconds > 0 and run.shown in (0, 1)
@@ -112,8 +127,8 @@ def test_everything_is_written(result: DemoResult, tmp_path):
     assert [path.name for path in written] == [
         "clips.gif",
         "clips.mp4",
-        "schedule-balanced.png",
         "schedule-fast.png",
+        "schedule-balanced.png",
         "schedule-pab246.png",
         "schedule-ranges.png",
         "results.json",
@@ -140,14 +155,15 @@ def test_progress_counts_all_steps_of_all_runs():
 
 @pytest.mark.parametrize("during", ["full", "balanced", "diffusers246"])
 def test_an_interruption_keeps_the_finished_runs(during: str, tmp_path):
-    titles = {variant.title: variant.key for variant in variants(DemoSettings(ONE))}
+    settings = DemoSettings(ONE, steps=2, device="cpu")
+    titles = {variant.title: variant.key for variant in variants(settings)}
 
     def interrupt(title: str, done: int, todo: int) -> None:
         if titles[title] == during:
             raise KeyboardInterrupt
 
-    result = run_demo(DemoSettings(ONE, steps=2, device="cpu"), interrupt)
-    order = ["full", "balanced", "fast", "pab246", "diffusers246"]
+    result = run_demo(settings, interrupt)
+    order = ["full", "fast", "balanced", "pab246", "diffusers246"]
     assert result.interrupted and [run.variant.key for run in result.runs] == order[: order.index(during)]
     if result.runs:
         written = write(result, tmp_path)

@@ -110,12 +110,13 @@ def command(
 ) -> None:
     """Generate clips with and without PAB, from the same noise, and compare time, FLOPs and quality.
 
-    The small video model of the package runs without PAB, with the presets that skip the whole model at some steps,
-    with the paper's ranges 2/4/6, with diffusers' PAB, and with fewer sampling steps at the FLOPs of the presets. It
-    takes about a minute on two cores. Ctrl-C stops it and reports the finished runs.
+    The small video model of the package runs without PAB, with the plan that `pab calibrate` found for it (for 50
+    steps of ddim; else with the preset fast), with the preset balanced, with the paper's ranges 2/4/6, with diffusers'
+    PAB, and with fewer sampling steps at the FLOPs of the plans. It takes about a minute on two cores. Ctrl-C stops it
+    and reports the finished runs.
     """
     require_all("pab demo", "rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "matplotlib")
-    require_all("pab demo", "safetensors", "PIL")
+    require_all("pab demo", "safetensors", "PIL", "yaml")
     from ..analysis.ctrl_c import ctrl_c
     from ..demo import PROMPTS, DemoSettings, run_demo, write
 

@@ -243,7 +243,7 @@ def test_demo_prints_what_it_cannot_write(
     monkeypatch.setattr(demo, "run_demo", lambda settings, progress: sampled)
     full(files)
     result = pab("demo", "--steps", 2, "--clips", 1, "--device", "cpu", "--out", tmp_path)
-    _failed(result, tmp_path / ("results.json", "clips.gif", "", "schedule-balanced.png")[files])
+    _failed(result, tmp_path / ("results.json", "clips.gif", "", "schedule-fast.png")[files])
     assert "PAB balanced" in result.stdout and "diffusers 2/4/6" in result.stdout
     assert [path.name for path in tmp_path.glob("*.json")] == ["results.json"] * bool(files)
 

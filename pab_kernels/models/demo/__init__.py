@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from .pipeline import SCHEDULERS, DemoPipeline, load
+from .pipeline import SCHEDULERS, DemoPipeline, calibrated, load
 from .shapes import Caption, parse, read_clip
 
-__all__ = ["SCHEDULERS", "Caption", "DemoPipeline", "load", "parse", "read_clip"]
+__all__ = ["SCHEDULERS", "Caption", "DemoPipeline", "calibrated", "load", "parse", "read_clip"]

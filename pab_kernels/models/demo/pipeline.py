@@ -9,12 +9,24 @@ import torch
 from torch import nn
 
 from ...extras import require
+from ...rules.config import PABConfig
+from ...rules.formats import load_config
 from .. import packaged
 from ..packaged import GUIDANCE, STEPS, WEIGHTS, PackagedPipeline, Weights
 from .network import CAPTION_CHANNELS, SCHEDULER_CONFIG, build_transformer
 from .shapes import FILLERS, FRAMES, SIZE, VOCABULARY, parse
 
-__all__ = ["GUIDANCE", "SCHEDULERS", "STEPS", "WEIGHTS", "DemoPipeline", "load", "make_scheduler", "read_weights"]
+__all__ = [
+    "GUIDANCE",
+    "SCHEDULERS",
+    "STEPS",
+    "WEIGHTS",
+    "DemoPipeline",
+    "calibrated",
+    "load",
+    "make_scheduler",
+    "read_weights",
+]
 
 MODEL = "the demo model"
 """Its name in messages."""
@@ -41,6 +53,20 @@ def make_scheduler(name: str) -> Any:
 def read_weights(path: str | Path | None = None) -> Weights:
     """Read weights, by default those of the package; a FileNotFoundError if there are none."""
     return packaged.read_weights(path, __package__, MODEL)
+
+
+def calibrated(scheduler: str = "ddim", steps: int = STEPS, guidance: float = GUIDANCE) -> PABConfig | None:
+    """The plan that `pab calibrate` found for the demo model; None where it was found for another way to sample.
+
+    Args:
+        scheduler: one of `SCHEDULERS`.
+        steps: sampling steps.
+        guidance: scale of classifier-free guidance.
+    """
+    path = Path(__file__).with_name("calibrated.yaml")
+    found_for = require("yaml", MODEL).safe_load(path.read_text())["calibration"]
+    asked = {"scheduler": SCHEDULERS[scheduler][0], "steps": steps, "guidance": guidance}
+    return load_config(path) if all(found_for[name] == value for name, value in asked.items()) else None
 
 
 class DemoPipeline(PackagedPipeline):
