@@ -64,7 +64,7 @@ def solver(scheduler: Any, eta: float = 0.0) -> Solver:
     if refused := _CONSISTENCY.intersection(names):
         raise ValueError(
             f"{min(refused)} begins from new noise at every step, and outputs are not predicted across it; use another "
-            "scheduler, or reuse='hold'"
+            "scheduler, or fewer steps"
         )
     name = next((name for name in names if name in _LEVELS), None)
     if name is None:
