@@ -34,6 +34,7 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.analysis.calibration.sampler import Clip, PipelineSampler
 from pab_kernels.analysis.calibration.schedules import Schedules
+from pab_kernels.analysis.quality.perceptual import Distance, load_lpips
 from pab_kernels.analysis.quality.psnr_ssim import psnr, ssim
 from pab_kernels.messages import first_line
 from pab_kernels.models import demo, video
@@ -76,16 +77,30 @@ CONFIGS = {
 
 
 def closeness(clips: torch.Tensor, full: torch.Tensor) -> dict[str, Any]:
-    """PSNR in dB and SSIM of each clip, `[clips, frames, 3, height, width]`, against the full run."""
+    """PSNR in dB and SSIM of each clip, `[clips, frames, 3, height, width]`, against the full run; LPIPS if there is one."""
     pairs = list(zip(clips.double().numpy(), full.double().numpy(), strict=True))
     decibels = [psnr(float(((a - b) ** 2).mean())) for a, b in pairs]
-    similar = [statistics.mean(ssim(f, g) for f, g in zip(a, b, strict=True)) for a, b in pairs]
+    measures = {"ssim": ssim} if (lpips := perceptual()) is None else {"ssim": ssim, "lpips": lpips}
+    means = {
+        name: round(statistics.mean(measure(f, g) for a, b in pairs for f, g in zip(a, b, strict=True)), 5)
+        for name, measure in measures.items()
+    }
     return {
         "psnr": round(statistics.mean(decibels), 2),
         "psnr_worst": round(min(decibels), 2),
-        "ssim": round(statistics.mean(similar), 5),
+        **means,
         "psnr_by_clip": [round(v, 2) for v in decibels],
     }
+
+
+@functools.cache
+def perceptual() -> Distance | None:
+    """LPIPS; None, said once, where it is not installed or its network cannot be loaded."""
+    try:
+        return load_lpips()
+    except (ModuleNotFoundError, RuntimeError) as error:
+        print(f"without LPIPS: {error}", file=sys.stderr)
+        return None
 
 
 def searched(
@@ -109,15 +124,15 @@ def searched(
     return found
 
 
-def fitted(model: PackagedPipeline, steps: int, prompts: Sequence[str]) -> dict[str, PABConfig]:
-    """The configs with linear reuses, with fitted weights."""
+def fitted(model: PackagedPipeline, steps: int, prompts: Sequence[str]) -> dict[str, tuple[PABConfig, int]]:
+    """The configs with linear reuses, with fitted weights, each with its steps."""
 
     def call(pipe: Any, prompt: str, seed: int) -> torch.Tensor:
         return model.generate([prompt], [seed], steps)
 
     linear = {n: c for n, c in CONFIGS.items() if any(rule.reuse == "linear" for _, rule in c.broadcasts())}
     fits = {n: pab.fit(model.pipe, prompts, c, num_steps=steps, call=call) for n, c in linear.items()}
-    return {f"{name}, fitted": config for name, config in fits.items()}
+    return {f"{name}, fitted": (config, steps) for name, config in fits.items()}
 
 
 def other_ways(
