@@ -77,7 +77,7 @@ CONFIGS = {
 
 
 def closeness(clips: torch.Tensor, full: torch.Tensor) -> dict[str, Any]:
-    """PSNR in dB and SSIM of each clip, `[clips, frames, 3, height, width]`, against the full run; LPIPS if there is one."""
+    """PSNR, SSIM and perhaps LPIPS of each clip, `[clips, frames, 3, height, width]`, against the full run."""
     pairs = list(zip(clips.double().numpy(), full.double().numpy(), strict=True))
     decibels = [psnr(float(((a - b) ** 2).mean())) for a, b in pairs]
     measures = {"ssim": ssim} if (lpips := perceptual()) is None else {"ssim": ssim, "lpips": lpips}
