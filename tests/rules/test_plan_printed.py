@@ -86,3 +86,14 @@ def test_notes_name_explicit_steps_before_the_entry() -> None:
     assert _notes(config, schedule=Schedule(10, begin=3)) == (
         "spatial: steps 1, 12 do not occur in this schedule and have no effect",
     )
+
+
+def test_notes_name_the_steps_after_those_of_a_shorter_schedule() -> None:
+    """A plan found for 20 steps, on 30: ten steps at the end would be guessed."""
+    rule = Broadcast(at=[*range(8), 9, 11, 13, 15, 17, 18, 19], unit="step")
+    assert _notes(PABConfig(model=rule), schedule=Schedule(20)) == ()
+    assert _notes(PABConfig(model=rule), schedule=Schedule(30)) == (
+        "model: steps 20 to 29 come after the last of `at`, and no output of the model is computed there: sample with "
+        "as many steps as the rule is for, or name later ones",
+    )
+    assert _notes(PABConfig(spatial=rule), schedule=Schedule(30)) == ()  # attention may be kept to the end

@@ -265,6 +265,13 @@ def enabled() -> Any:
     return pab.enable(pipe_of(), RULES)
 
 
+def broken() -> Any:
+    pipe = pipe_of()
+    for p in pipe.transformer.attn.parameters():
+        p.data.fill_(torch.nan)
+    return pipe
+
+
 @pytest.mark.parametrize(
     ("make", "given", "error", "message"),
     [
@@ -294,6 +301,21 @@ def enabled() -> Any:
             ValueError,
             "the fitted runs have different schedules",
         ),
+        (
+            pipe_of,
+            {"num_steps": 30},
+            ValueError,
+            f"call made a schedule of {STEPS} steps where num_steps=30 was asked",
+        ),
+        (
+            denoiser,
+            {"num_steps": 30, "call": loop},
+            ValueError,
+            f"the call took {STEPS} of 30 steps, and weights are for whole runs",
+        ),
+        (broken, {}, ValueError, "an output of attn that is read at step .* is not finite"),
+        (pipe_of, {"rules": "balanced"}, TypeError, "config must be a PABConfig, got str"),
+        (pipe_of, {"seed": "3"}, TypeError, "seed is a whole number, got '3'"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(make: Any, given: dict[str, Any], error: Any, message: str) -> None:
