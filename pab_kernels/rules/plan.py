@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -150,13 +149,6 @@ def _last_reads(cells: Mapping[int, Decision]) -> dict[int, int]:
     return {read: i for i, cell in cells.items() for read in cell.reads}
 
 
-def _after(points: Sequence[int], schedule: Schedule) -> Sequence[int]:
-    """The steps after the last of `points`, where they are more than between any two: the points of a shorter schedule."""
-    longest = max((later - sooner for sooner, later in itertools.pairwise(points)), default=schedule.num_steps)
-    after = range(points[-1] + 1, schedule.steps.stop)
-    return after if len(after) >= longest else ()
-
-
 WHOLE = Sublayer("", "model", 0)
 """The whole model, under the name that it has among its own modules."""
 
@@ -260,14 +252,14 @@ class Plan:
                 points = rule.points(self.schedule)
                 # a published table of timesteps is for several schedules, each of which has some of its points
                 missing = [p for p in rule.at if p not in points] if rule.unit == "step" else [] if points else rule.at
-                if missing:
+                if rule.num_steps not in (None, self.schedule.num_steps):
+                    notes.append(
+                        f"{kind}: its steps are those of a schedule of {rule.num_steps}, and this one has "
+                        f"{self.schedule.num_steps}: sample with the number of steps that the rule is for"
+                    )
+                elif missing:
                     listed = ", ".join(map(str, missing))
                     notes.append(f"{kind}: {rule.unit}s {listed} do not occur in this schedule and have no effect")
-                elif kind == "model" and rule.range is None and (late := _after(points, self.schedule)):
-                    notes.append(
-                        f"model: steps {late[0]} to {late[-1]} come after the last of `at`, and no output of the model "
-                        "is computed there: sample with as many steps as the rule is for, or name later ones"
-                    )
             elif not rule.reused(self.schedule):
                 window = f"{rule.window} ({rule.unit}s)"
                 notes.append(f"{kind}: range {rule.range} in the window {window} reuses no step of this schedule")

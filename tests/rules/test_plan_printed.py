@@ -88,12 +88,13 @@ def test_notes_name_explicit_steps_before_the_entry() -> None:
     )
 
 
-def test_notes_name_the_steps_after_those_of_a_shorter_schedule() -> None:
-    """A plan found for 20 steps, on 30: ten steps at the end would be guessed."""
-    rule = Broadcast(at=[*range(8), 9, 11, 13, 15, 17, 18, 19], unit="step")
-    assert _notes(PABConfig(model=rule), schedule=Schedule(20)) == ()
-    assert _notes(PABConfig(model=rule), schedule=Schedule(30)) == (
-        "model: steps 20 to 29 come after the last of `at`, and no output of the model is computed there: sample with "
-        "as many steps as the rule is for, or name later ones",
-    )
-    assert _notes(PABConfig(spatial=rule), schedule=Schedule(30)) == ()  # attention may be kept to the end
+def test_notes_name_another_number_of_steps_than_the_one_that_a_rule_is_for() -> None:
+    """A plan found for 20 steps would guess the last ten of 30."""
+    rule = Broadcast(at=[*range(8), 9, 11, 13, 15, 17, 18, 19], unit="step", num_steps=20)
+    config = PABConfig(spatial=rule)
+    assert _notes(config, schedule=Schedule(20)) == _notes(config, schedule=Schedule(20, begin=8))[1:] == ()
+    for steps in (12, 21, 30):
+        assert _notes(config, schedule=Schedule(steps)) == (
+            f"spatial: its steps are those of a schedule of 20, and this one has {steps}: sample with the number of "
+            "steps that the rule is for",
+        )

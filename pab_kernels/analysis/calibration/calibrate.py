@@ -70,8 +70,8 @@ def calibrate(
         seconds: of a call, at most, as measured.
         speed: times faster than a full call, at least, as measured.
         call: `call(model_or_pipe, prompt, seed)` samples once, with `num_steps` steps, and returns a tensor: frames
-            `[frames, 3, height, width]` in [0, 1], or anything else with `values`. With an argument `num_steps`, fewer
-            steps are tried too. Default for a pipeline: its usual arguments.
+            `[frames, 3, height, width]` in [0, 1], or anything else with `values`. An argument `num_steps` gets
+            the number of steps, and fewer are tried too. Default for a pipeline: its usual arguments.
         seed: of the first clip.
         folder: where finished generations are kept; a call with the same arguments goes on from there. Not for another
             `call` of the same name.
