@@ -169,6 +169,15 @@ def test_a_second_call_reads_what_the_first_one_kept(tmp_path: Path) -> None:
     assert other.transformer.calls > 0, "of another scheduler"
 
 
+def test_what_another_version_kept_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibrated(pipe_of("unipc"), flops=0.6, folder=tmp_path)
+    monkeypatch.setattr("pab_kernels.analysis.calibration.calibrate.version", lambda package: "0.0.1")
+    later, alone = pipe_of("unipc"), pipe_of("unipc")
+    calibrated(later, flops=0.6, folder=tmp_path)
+    calibrated(alone, flops=0.6)
+    assert later.transformer.calls == alone.transformer.calls > 0
+
+
 @pytest.mark.parametrize("at", [1, 40, 130])
 def test_after_an_interruption_it_goes_on_where_it_stopped(at: int, tmp_path: Path) -> None:
     pipe, seen = pipe_of("unipc"), []
