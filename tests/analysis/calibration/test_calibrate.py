@@ -141,6 +141,12 @@ def test_a_floor_that_nothing_keeps_is_an_error_with_the_closest_plan() -> None:
     assert error.value.best is not None and error.value.best.worst < 99
 
 
+def test_where_only_the_bound_for_unseen_clips_fails_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pab_kernels.analysis.calibration.calibration.USUAL_DEVIATION", 100.0)
+    with pytest.raises(NoPlan, match=r"on its worst clip, and an unseen one is only expected above -\d+.\d dB"):
+        calibrated(pipe_of("unipc"), floor=20.0)
+
+
 def test_a_row_keeps_a_floor_where_an_unseen_clip_is_expected_above_it() -> None:
     one = Row("", 0.5, (50.0,), 1.0)
     assert one.expected == pytest.approx(50 - 1.943 * 7 * math.sqrt(2), abs=0.1) and not one.keeps(31.0)
