@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -130,8 +131,8 @@ class _Fit(Observer):
         self._generation: Generation | None = None
         self._plan: Plan | None = None  # of this generation
         self._step = -1
-        self._kept: dict[tuple[str, str], list[tuple[int, list[Tensor]]]] = {}  # by context and sublayer
-        self._seen: set[tuple[str, str]] = set()  # in this step
+        self._kept: dict[tuple[str, str, int], list[tuple[int, list[Tensor]]]] = {}  # by context, sublayer and run
+        self._runs: Counter[tuple[str, str]] = Counter()  # in this step, by context and sublayer
         self._found: list[tuple[_Place, Tensor]] = []  # [2] each
         self.sums: Sums | None = None
 
@@ -143,14 +144,15 @@ class _Fit(Observer):
             self._plan = Plan(self._config, call.generation.schedule, tuple(self.sublayers))
         if call.step != self._step:
             self._step = call.step
-            self._seen.clear()
+            self._runs.clear()
             if self._progress:
                 schedule = self._plan.schedule
                 self._progress(call.step - schedule.begin + 1, schedule.num_steps - schedule.begin)
-        key = call.context.name, sublayer.name
-        if self._plan.outputs(sublayer.name) < 2 or key in self._seen:
-            return  # a module that runs several times in one call is measured the first time
-        self._seen.add(key)
+        if self._plan.outputs(sublayer.name) < 2:
+            return
+        place = call.context.name, sublayer.name
+        key = *place, self._runs[place]  # a module may run several times in one call
+        self._runs[place] += 1
         decision, kept = self._plan.decision(sublayer.name, call.step), self._kept.get(key, [])
         if decision.action is Action.STORE:
             kept = [(call.step, [t.clone() for t in outputs]), *kept]

@@ -232,6 +232,28 @@ def test_a_model_without_such_sublayers_is_refused_at_once() -> None:
     assert broadcaster_of(model) is None
 
 
+def test_all_runs_of_a_module_that_runs_twice_in_a_call_are_fitted() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Linear(3, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mlp(x).tanh() + 3 * self.mlp(x**2).tanh()
+
+    def call(model: nn.Module, prompt: Any, seed: int) -> None:
+        x = torch.linspace(-1, 1, 6).double().view(2, 3)
+        for _ in range(10):
+            x = x - 0.1 * model(x)
+
+    model = Twice().requires_grad_(False)
+    config = pab.fit(model, [None], PABConfig(mlp=LINE), num_steps=10, call=call, kinds={"mlp": "mlp"})
+    runs = recorded(model.mlp, lambda: call(model, None, 0), 2)
+    assert config.fitted is not None
+    for i, (s, p) in reads(PABConfig(mlp=LINE), Sublayer("mlp", "mlp", 0), 10).items():
+        assert config.fitted.weight("mlp", i, (s, p)) == pytest.approx(by_the_equation(runs, i, s, p), abs=1e-4)
+
+
 def test_outputs_that_never_change_take_the_line() -> None:
     model = nn.Sequential(BroadcastModule(nn.Tanh(), "mlp"))
 
