@@ -103,7 +103,9 @@ def _of_level(alpha: float, sigma: float, prediction: str, data: bool) -> Coordi
 
 
 def _by_timestep(scheduler: Any) -> Sequence[Level]:
-    """alpha and sigma from `alphas_cumprod` at the timesteps."""
+    """alpha and sigma from `alphas_cumprod` at the timesteps, of which a new `PNDMScheduler` has none."""
+    if scheduler.timesteps is None:
+        return ()
     kept = scheduler.alphas_cumprod.double().tolist()
     steps = [kept[int(t)] for t in scheduler.timesteps.tolist()]
     return [(math.sqrt(kept), math.sqrt(1 - kept), scheduler.config.prediction_type) for kept in steps]

@@ -136,11 +136,8 @@ def command(
             )
         made = plan(named_config(config), num_steps=steps)
         masks = {label: "".join(d.action.value for d in row) for label, row in made.grouped()}
-        print(
-            to_json({"steps": made.schedule.num_steps, "config": made.config.to_dict(), "schedule": masks})
-            if as_json
-            else made
-        )
+        data = {"steps": made.schedule.num_steps, "config": made.config.to_dict(), "schedule": masks}
+        print(to_json(data | {"notes": list(made.notes)}) if as_json else made)
     else:
         from ..analysis.forecasts.forecasting import forecast
 

@@ -97,6 +97,7 @@ class Broadcast:
         layers: block indices to which the rule is restricted, at most 4,096; default all.
         at: explicit points in `unit` "step" or "timestep", at most 10,000.
         exact: for unit "timestep", whether timesteps are compared without rounding.
+        num_steps: of the schedule whose steps `at` names; the plan of another one has a note. Default: not known.
 
     Raises:
         ValueError: a value is out of bounds.
@@ -112,6 +113,7 @@ class Broadcast:
     layers: tuple[int, ...] | None = None
     at: tuple[int, ...] | None = None
     exact: bool = False
+    num_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.range is not None or self.at is None:
@@ -127,6 +129,11 @@ class Broadcast:
             raise ValueError(f"exact is True or False, and only unit='timestep' rounds; got {got}")
         if self.layers is not None:
             object.__setattr__(self, "layers", _listed("layers", self.layers, MOST_LAYERS, "for all layers"))
+        if self.num_steps is not None and (not _whole(self.num_steps) or self.at is None or self.unit != "step"):
+            got = f"{shown(self.num_steps)} with at={shown(self.at)} and unit {self.unit!r}"
+            raise ValueError(
+                f"num_steps is a whole number that goes with explicit steps `at` and unit='step', got {got}"
+            )
         if self.at is not None:
             object.__setattr__(self, "at", _listed("at", self.at, MOST_STEPS, "for a window"))
             if self.window is not None:
@@ -134,6 +141,10 @@ class Broadcast:
                 raise ValueError(f"explicit steps take no window, got {got}; leave one of the two out")
             if self.unit == "fraction":
                 raise ValueError("explicit steps `at` need unit='step' or unit='timestep', got 'fraction'")
+            if self.num_steps is not None and self.at[-1] >= self.num_steps:
+                raise ValueError(
+                    f"at names step {self.at[-1]}, and num_steps={shown(self.num_steps)} are counted from 0"
+                )
             return
         window = DEFAULT_WINDOW if self.window is None and self.unit == "fraction" else self.window
         if window is None:

@@ -192,7 +192,9 @@ def fitted_notes(plan: Plan) -> Iterable[str]:
         if len(decision.reads) == 2
     ]
     without = sum(fitted.weight(*reuse) is None for reuse in reuses)
-    if without or not reuses:
+    if not reuses:
+        yield "the rules reuse nothing linearly on this schedule: the fitted weights have no effect"
+    elif without:
         yield (
             f"{without} of {len(reuses)} linear reuses have no fitted weights and take the line: the rules or the "
             "first step are not those of the fit"

@@ -252,7 +252,12 @@ class Plan:
                 points = rule.points(self.schedule)
                 # a published table of timesteps is for several schedules, each of which has some of its points
                 missing = [p for p in rule.at if p not in points] if rule.unit == "step" else [] if points else rule.at
-                if missing:
+                if rule.num_steps not in (None, self.schedule.num_steps):
+                    notes.append(
+                        f"{kind}: its steps are those of a schedule of {rule.num_steps}, and this one has "
+                        f"{self.schedule.num_steps}: sample with the number of steps that the rule is for"
+                    )
+                elif missing:
                     listed = ", ".join(map(str, missing))
                     notes.append(f"{kind}: {rule.unit}s {listed} do not occur in this schedule and have no effect")
             elif not rule.reused(self.schedule):

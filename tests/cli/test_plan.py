@@ -49,6 +49,8 @@ def test_fitted_weights_are_shown_and_those_of_another_model_are_refused(tmp_pat
     shown = pab("plan", "--config", tmp_path / "c.json", "--steps", 14).stdout
     assert shown.splitlines()[-1] == "fitted weights of 1 sublayer(s), steps 5 to 5"
     other = pab("plan", "--config", tmp_path / "c.json", "--steps", 20).stdout
+    as_json = json.loads(pab("plan", "--config", tmp_path / "c.json", "--steps", 20, "--json").stdout)
+    assert len(as_json["notes"]) == 1 and f"note: {as_json['notes'][0]}" in other
     assert "note: fitted weights are for 14 steps and this schedule has 20" in other
     refused = pab("plan", "--model", "latte", "--config", tmp_path / "c.json", "--steps", 14)
     assert refused.exit_code and "'blocks.0.attn', which is no sublayer of this LatteTransformer3D" in refused.output

@@ -86,3 +86,15 @@ def test_notes_name_explicit_steps_before_the_entry() -> None:
     assert _notes(config, schedule=Schedule(10, begin=3)) == (
         "spatial: steps 1, 12 do not occur in this schedule and have no effect",
     )
+
+
+def test_notes_name_another_number_of_steps_than_the_one_that_a_rule_is_for() -> None:
+    """A plan found for 20 steps would guess the last ten of 30."""
+    rule = Broadcast(at=[*range(8), 9, 11, 13, 15, 17, 18, 19], unit="step", num_steps=20)
+    config = PABConfig(spatial=rule)
+    assert _notes(config, schedule=Schedule(20)) == _notes(config, schedule=Schedule(20, begin=8))[1:] == ()
+    for steps in (12, 21, 30):
+        assert _notes(config, schedule=Schedule(steps)) == (
+            f"spatial: its steps are those of a schedule of 20, and this one has {steps}: sample with the number of "
+            "steps that the rule is for",
+        )

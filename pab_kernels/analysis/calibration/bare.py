@@ -45,7 +45,7 @@ class ModuleSampler:
         self.takes_steps = "num_steps" in inspect.signature(given).parameters
 
     def _run(self, clip: Clip, steps: int) -> torch.Tensor:
-        extra = {} if steps == self.num_steps else {"num_steps": steps}
+        extra = {"num_steps": steps} if self.takes_steps else {}
         return checked(self._given(self.model, clip.prompt, clip.seed, **extra))
 
     def describe(self) -> dict[str, Any]:

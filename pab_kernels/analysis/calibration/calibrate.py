@@ -70,11 +70,11 @@ def calibrate(
         seconds: of a call, at most, as measured.
         speed: times faster than a full call, at least, as measured.
         call: `call(model_or_pipe, prompt, seed)` samples once, with `num_steps` steps, and returns a tensor: frames
-            `[frames, 3, height, width]` in [0, 1], or anything else with `values`. With an argument `num_steps`, fewer
-            steps are tried too. Default for a pipeline: its usual arguments.
+            `[frames, 3, height, width]` in [0, 1], or anything else with `values`. An argument `num_steps` gets
+            the number of steps, and fewer are tried too. Default for a pipeline: its usual arguments.
         seed: of the first clip.
-        folder: where finished generations are kept; a call with the same arguments goes on from there. Not for another
-            `call` of the same name.
+        folder: where finished generations are kept; a call with the same arguments and versions goes on from there. Not
+            for another `call` of the same name.
         most_generations: full generations that it may cost.
         values: of black and white in results.
         progress: called at every step with hundredths of generations.
@@ -104,7 +104,7 @@ def calibrate(
     logger.info("calibrating for %s: %s", target, cost)
     if progress:
         progress(cost, 0, round(100 * plan.total))
-    store = Store(None if folder is None else path_of(folder), sampler.describe())
+    store = Store(None if folder is None else path_of(folder), sampler.describe() | {"versions": _versions()})
     with ctrl_c() as stop, _restored(model_or_pipe), torch.no_grad():
         generations = Generations(sampler, store, values, plan.total, stop, progress)
         choice = Choice(generations, target, plan, searched, verified[: plan.verified], parts, most_generations)
@@ -169,10 +169,7 @@ def _made_by(sampler: Sampler, target: Target, found: Found, choice: Choice) -> 
     if config is not None:
         described["scheduler_config_sha256"] = hashlib.sha256(to_json(config).encode()).hexdigest()
     clips = [*choice.searched, *choice.verified]
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("pab-kernels", "diffusers"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)} | _versions()
     first = clips[0].prompt
     given = ("negative_prompt", "guidance", "size", "further") if isinstance(first, Wish) else ()
     return described | {
@@ -184,6 +181,15 @@ def _made_by(sampler: Sampler, target: Target, found: Found, choice: Choice) -> 
         "full_seconds": round(found.full_seconds, 3),
         "versions": versions,
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that decide what is kept of a generation: with others it is run again."""
+    found = {}
+    for package in ("pab-kernels", "diffusers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _plain(value: Any) -> Any:

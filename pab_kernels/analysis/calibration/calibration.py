@@ -146,7 +146,8 @@ class Calibration:
         num_steps: steps of the schedule; schedulers of second order take more than a call asks for.
         sampling_steps: that a call asks for: `num_steps` of the calibration, or fewer where that stays closer.
         begin: the step at which runs enter it.
-        verified: the config on clips that no search has seen.
+        verified: the config on clips that no search has seen; for a floor, the config of the last number of steps that
+            kept it on them.
         everywhere: on these and on the clips of the search.
         searched: what was measured on the clips of the search.
         others: what the config is compared with, on the first of the verified clips.

@@ -250,9 +250,13 @@ class Choice:
             further = math.ceil(number * 10 ** ((floor + _SPARE - level) / _slope(points)))
             number = further if found else min(max(further, below + 1), above - 1)
         if found is None:
-            best_of = "none was measured" if closest is None else f"the closest has {closest.worst:.1f} dB on its worst"
+            best_of = "none was measured"
+            if closest is not None:
+                best_of = f"the closest has {closest.worst:.1f} dB on its worst clip"
+                if closest.worst >= floor:
+                    best_of += f", and an unseen one is only expected above {closest.expected:.1f} dB"
             raise NoPlan(
-                f"no plan was found that keeps floor={floor:g} dB; {best_of} clip. Lower the floor, use more steps, or "
+                f"no plan was found that keeps floor={floor:g} dB; {best_of}. Lower the floor, use more steps, or "
                 "raise most_generations",
                 closest,
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,6 +38,7 @@ from ...rules.schedule import Schedule
 from ..observer import Observer, observing
 from ..pipeline_call import Wish
 from ..pipeline_call import call as call_of
+from ..sampling import check_seed
 
 _Place = tuple[str, int, int, int]
 """Sublayer, step, and the two steps that it reads, the newest first."""
@@ -129,8 +131,8 @@ class _Fit(Observer):
         self._generation: Generation | None = None
         self._plan: Plan | None = None  # of this generation
         self._step = -1
-        self._kept: dict[tuple[str, str], list[tuple[int, list[Tensor]]]] = {}  # by context and sublayer
-        self._seen: set[tuple[str, str]] = set()  # in this step
+        self._kept: dict[tuple[str, str, int], list[tuple[int, list[Tensor]]]] = {}  # by context, sublayer and run
+        self._runs: Counter[tuple[str, str]] = Counter()  # in this step, by context and sublayer
         self._found: list[tuple[_Place, Tensor]] = []  # [2] each
         self.sums: Sums | None = None
 
@@ -142,14 +144,15 @@ class _Fit(Observer):
             self._plan = Plan(self._config, call.generation.schedule, tuple(self.sublayers))
         if call.step != self._step:
             self._step = call.step
-            self._seen.clear()
+            self._runs.clear()
             if self._progress:
                 schedule = self._plan.schedule
                 self._progress(call.step - schedule.begin + 1, schedule.num_steps - schedule.begin)
-        key = call.context.name, sublayer.name
-        if self._plan.outputs(sublayer.name) < 2 or key in self._seen:
-            return  # a module that runs several times in one call is measured the first time
-        self._seen.add(key)
+        if self._plan.outputs(sublayer.name) < 2:
+            return
+        place = call.context.name, sublayer.name
+        key = *place, self._runs[place]  # a module may run several times in one call
+        self._runs[place] += 1
         decision, kept = self._plan.decision(sublayer.name, call.step), self._kept.get(key, [])
         if decision.action is Action.STORE:
             kept = [(call.step, [t.clone() for t in outputs]), *kept]
@@ -160,12 +163,29 @@ class _Fit(Observer):
         self._kept[key] = kept[: decision.held]
 
     def collect(self) -> None:
-        """Read the products of a run from the device."""
+        """Read the products of a run from the device.
+
+        Raises:
+            ValueError: the run took fewer steps than its schedule has, or outputs are not finite.
+        """
         if self._generation is None:
             return
-        sums = Sums(self._generation.schedule)
+        schedule, taken = self._generation.schedule, self._generation.taken
+        if self._generation.scheduler is None and taken < len(schedule.steps):
+            raise ValueError(
+                f"the call took {taken} of {len(schedule.steps)} steps, and weights are for whole runs: give fit the "
+                "num_steps that call takes"
+            )
+        sums = Sums(schedule)
         if self._found:
-            pairs = torch.stack([pair.cpu() for _, pair in self._found]).tolist()
+            stacked = torch.stack([pair.cpu() for _, pair in self._found])
+            if not stacked.isfinite().all():
+                (name, step, *_), _ = self._found[int((~stacked.isfinite()).any(dim=1).nonzero()[0])]
+                raise ValueError(
+                    f"an output of {name or 'the model'} that is read at step {step} is not finite, or its square is "
+                    "not: nothing can be fitted to it; try dtype bfloat16 or float32"
+                )
+            pairs = stacked.tolist()
             for (place, _), (a, b) in zip(self._found, pairs, strict=True):
                 sums.put(place, a, b)
         self._generation, self._found, self._kept = None, [], {}
@@ -203,7 +223,8 @@ def sums_of(
         progress: called at every step with the number of steps begun and of all steps.
 
     Raises:
-        ValueError: PAB is enabled, `run` did not call the model, or its runs have different schedules.
+        ValueError: PAB is enabled, or `run` did not call the model, or has different schedules, fewer steps than a bare
+            DiT was given, or outputs that are not finite.
         TypeError: no sublayers are found in the model.
     """
     pipe = None if isinstance(model_or_pipe, nn.Module) else model_or_pipe
@@ -263,8 +284,10 @@ def fit(
 
     Raises:
         ValueError: PAB is enabled, the rules reuse nothing linearly on this schedule or keep outputs after the gate,
-            the runs have different schedules or do not call the model, or a value is out of bounds.
-        TypeError: `model_or_pipe` is neither a pipeline nor a module with `call`, or no sublayers are found in it.
+            the runs have different schedules, other numbers of steps or outputs that are not finite or do not call the
+            model, or a value is out of bounds.
+        TypeError: `model_or_pipe` is neither a pipeline nor a module with `call`, no sublayers are found in it, or an
+            argument has another type.
 
     >>> import torch
     >>> from pab_kernels import Broadcast
@@ -291,6 +314,13 @@ def fit(
             "once"
         )
     Schedule.of(num_steps)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed is a whole number, got {shown(seed)}")
+    check_seed(seed, len(prompts))
+    if not isinstance(config, PABConfig):
+        raise TypeError(
+            f"config must be a PABConfig, got {type(config).__name__}; PABConfig.preset(name) gives a named one"
+        )
     if config.cache_point == "post_gate":
         raise ValueError("outputs are fitted before the gate, got cache_point 'post_gate'; use 'pre_gate'")
     if not any(rule.reuse == "linear" for _, rule in config.broadcasts()):
@@ -314,10 +344,17 @@ def fit(
         )
         for i, prompt in enumerate(prompts)
     ]
-    found = together(sums).fitted(config)
+    total = together(sums)
+    made = None if bare else getattr(model_or_pipe.scheduler, "num_inference_steps", None)
+    if made is not None and num_steps not in (made, total.schedule.num_steps):
+        raise ValueError(
+            f"call made a schedule of {made} steps where num_steps={num_steps} was asked; give fit the number of steps "
+            "that call takes"
+        )
+    found = total.fitted(config)
     if found.fitted is None:
         raise ValueError(
-            f"no reuse of the rules reads two outputs in {sums[0].schedule.num_steps} steps; use reuse='linear' in a "
+            f"no reuse of the rules reads two outputs in {total.schedule.num_steps} steps; use reuse='linear' in a "
             "window that the schedule enters"
         )
     return found

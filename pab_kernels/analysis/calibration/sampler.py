@@ -140,7 +140,7 @@ class PipelineSampler:
         if self._given is None:
             wish = clip.prompt if isinstance(clip.prompt, Wish) else Wish(clip.prompt)
             return call(self.pipe, replace(wish, steps=steps, seed=clip.seed))
-        extra = {} if steps == self.num_steps else {"num_steps": steps}
+        extra = {"num_steps": steps} if self.takes_steps else {}
         return checked(self._given(self.pipe, clip.prompt, clip.seed, **extra))
 
     def describe(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Schedules:
             at = late(steps, number) if steps >= FEWEST_STEPS else None
             if at is not None:
                 title = f"{steps} steps, {number} computed"
-                rule = Broadcast(at=at, unit="step", reuse=self.reuse)
+                rule = Broadcast(at=at, unit="step", reuse=self.reuse, num_steps=steps)
                 found.append(Way(title, PABConfig(model=rule), steps, number / self.asked))
         return found
 
@@ -126,7 +126,8 @@ class Schedules:
 
     def _rule(self, steps: Sequence[int]) -> Broadcast:
         begin = self.recordings[0].begin
-        return Broadcast(at=tuple(begin + i for i in steps), unit="step", reuse=self.reuse)
+        at, total = tuple(begin + i for i in steps), begin + self.num_steps
+        return Broadcast(at=at, unit="step", reuse=self.reuse, num_steps=total)
 
     def expected(self, number: int) -> float:
         """What the search expects of the best schedule, in dB up to a constant."""

@@ -157,6 +157,7 @@ def budget(most: float, target: Target, clips: int, gain_cost: float) -> Budget:
             if total <= most:
                 return Budget(gains, verified, compared, ways, tiers, most if target.name == "floor" else total)
             least = min(least, total)
+    least = math.ceil(10 * least) / 10
     raise ValueError(
         f"calibrating for {target} takes at least {least:.1f} generations, got most_generations={most:g}; raise it, or "
         "give fewer prompts"

@@ -141,6 +141,12 @@ def test_a_floor_that_nothing_keeps_is_an_error_with_the_closest_plan() -> None:
     assert error.value.best is not None and error.value.best.worst < 99
 
 
+def test_where_only_the_bound_for_unseen_clips_fails_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pab_kernels.analysis.calibration.calibration.USUAL_DEVIATION", 100.0)
+    with pytest.raises(NoPlan, match=r"on its worst clip, and an unseen one is only expected above -\d+.\d dB"):
+        calibrated(pipe_of("unipc"), floor=20.0)
+
+
 def test_a_row_keeps_a_floor_where_an_unseen_clip_is_expected_above_it() -> None:
     one = Row("", 0.5, (50.0,), 1.0)
     assert one.expected == pytest.approx(50 - 1.943 * 7 * math.sqrt(2), abs=0.1) and not one.keeps(31.0)
@@ -167,6 +173,15 @@ def test_a_second_call_reads_what_the_first_one_kept(tmp_path: Path) -> None:
     other = pipe_of("ddim v")
     calibrated(other, flops=0.6, folder=tmp_path)
     assert other.transformer.calls > 0, "of another scheduler"
+
+
+def test_what_another_version_kept_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibrated(pipe_of("unipc"), flops=0.6, folder=tmp_path)
+    monkeypatch.setattr("pab_kernels.analysis.calibration.calibrate.version", lambda package: "0.0.1")
+    later, alone = pipe_of("unipc"), pipe_of("unipc")
+    calibrated(later, flops=0.6, folder=tmp_path)
+    calibrated(alone, flops=0.6)
+    assert later.transformer.calls == alone.transformer.calls > 0
 
 
 @pytest.mark.parametrize("at", [1, 40, 130])

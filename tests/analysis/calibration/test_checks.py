@@ -61,3 +61,23 @@ def bare() -> Denoiser:
 def test_a_call_that_is_not_what_it_says_is_refused(make: Any, wrong: Any, given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pab.calibrate(make(), PROMPTS, **{"num_steps": STEPS, "values": VALUES, "call": wrong, "flops": 0.6} | given)
+
+
+@pytest.mark.parametrize("name", ["euler", "pndm"])
+def test_call_gets_the_number_of_steps_and_a_new_scheduler_needs_no_timesteps(name: str) -> None:
+    pipe = pipe_of(name)
+
+    def call_of_steps(pipe: Any, prompt: float, seed: int, num_steps: int) -> Tensor:
+        return call(pipe, prompt, seed, num_steps)
+
+    found = pab.calibrate(pipe, PROMPTS, num_steps=STEPS + 1, call=call_of_steps, values=VALUES, flops=0.7)
+    assert found.verified.share <= 0.7
+
+
+def test_a_loop_around_a_bare_model_gets_the_number_of_steps() -> None:
+    def loop_of_steps(model: Any, prompt: float, seed: int, num_steps: int) -> Tensor:
+        return loop(model, prompt, seed, num_steps)
+
+    model = pipe_of().transformer
+    found = pab.calibrate(model, PROMPTS, num_steps=STEPS + 1, call=loop_of_steps, values=VALUES, flops=0.7)
+    assert found.verified.share <= 0.7

@@ -232,6 +232,28 @@ def test_a_model_without_such_sublayers_is_refused_at_once() -> None:
     assert broadcaster_of(model) is None
 
 
+def test_all_runs_of_a_module_that_runs_twice_in_a_call_are_fitted() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Linear(3, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mlp(x).tanh() + 3 * self.mlp(x**2).tanh()
+
+    def call(model: nn.Module, prompt: Any, seed: int) -> None:
+        x = torch.linspace(-1, 1, 6).double().view(2, 3)
+        for _ in range(10):
+            x = x - 0.1 * model(x)
+
+    model = Twice().requires_grad_(False)
+    config = pab.fit(model, [None], PABConfig(mlp=LINE), num_steps=10, call=call, kinds={"mlp": "mlp"})
+    runs = recorded(model.mlp, lambda: call(model, None, 0), 2)
+    assert config.fitted is not None
+    for i, (s, p) in reads(PABConfig(mlp=LINE), Sublayer("mlp", "mlp", 0), 10).items():
+        assert config.fitted.weight("mlp", i, (s, p)) == pytest.approx(by_the_equation(runs, i, s, p), abs=1e-4)
+
+
 def test_outputs_that_never_change_take_the_line() -> None:
     model = nn.Sequential(BroadcastModule(nn.Tanh(), "mlp"))
 
@@ -265,6 +287,13 @@ def enabled() -> Any:
     return pab.enable(pipe_of(), RULES)
 
 
+def broken() -> Any:
+    pipe = pipe_of()
+    for p in pipe.transformer.attn.parameters():
+        p.data.fill_(torch.nan)
+    return pipe
+
+
 @pytest.mark.parametrize(
     ("make", "given", "error", "message"),
     [
@@ -294,6 +323,21 @@ def enabled() -> Any:
             ValueError,
             "the fitted runs have different schedules",
         ),
+        (
+            pipe_of,
+            {"num_steps": 30},
+            ValueError,
+            f"call made a schedule of {STEPS} steps where num_steps=30 was asked",
+        ),
+        (
+            denoiser,
+            {"num_steps": 30, "call": loop},
+            ValueError,
+            f"the call took {STEPS} of 30 steps, and weights are for whole runs",
+        ),
+        (broken, {}, ValueError, "an output of attn that is read at step .* is not finite"),
+        (pipe_of, {"rules": "balanced"}, TypeError, "config must be a PABConfig, got str"),
+        (pipe_of, {"seed": "3"}, TypeError, "seed is a whole number, got '3'"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(make: Any, given: dict[str, Any], error: Any, message: str) -> None:

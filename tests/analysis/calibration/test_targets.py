@@ -59,5 +59,9 @@ def test_what_is_planned_fits_and_more_generations_measure_more(target: Target) 
     small, large = budget(20, target, 4, 1.5), budget(100, target, 4, 1.5)
     assert small.total <= 20 and small.verified >= 3 and small.compared >= 1 and small.ways >= 3
     assert large == Budget(2, 4, 2, 5, 2, large.total)
-    with pytest.raises(ValueError, match=r"takes at least \d+.\d generations, got most_generations=5; raise it"):
+    with pytest.raises(
+        ValueError, match=r"takes at least \d+.\d generations, got most_generations=5; raise it"
+    ) as error:
         budget(5, target, 4, 1.5)
+    least = float(str(error.value).split("at least ")[1].split()[0])
+    assert budget(least, target, 4, 1.5).verified == 3
