@@ -68,6 +68,10 @@ class OpenPlan(Plan):
         """The decision of each sublayer."""
         return [self.decision(name, step) for name in self.rows]
 
+    def program(self, step: int) -> list[tuple[str, Decision]]:
+        """Name and decision of each sublayer."""
+        return list(zip(self.rows, self.decisions(step), strict=True))
+
     def __str__(self) -> str:
         return "decided step by step: the schedule is not known"
 
