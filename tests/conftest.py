@@ -125,3 +125,16 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # nanobind looks for what is left at the end
+
+
+@pytest.fixture
+def patched() -> Iterator[None]:
+    """diffusers' `enable_cache` uses this package, and afterwards is what it was."""
+    import pab_kernels as pab
+    from tests.patched import METHODS, CacheMixin
+
+    pab.patch_diffusers()
+    with torch.no_grad():
+        yield
+    pab.unpatch_diffusers()
+    assert {name: vars(CacheMixin)[name] for name in METHODS} == METHODS and "_pab_patch" not in vars(CacheMixin)

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.adapters import tiny_models_a_to_k, tiny_models_k_to_z
+from tests.adapters.tiny_image_models import IMAGES
 from tests.adapters.tiny_models import FAMILIES, Tiny
+from tests.adapters.tiny_other_models import OTHERS
+from tests.adapters.tiny_video_models import VIDEOS
 
-RUN = FAMILIES + tiny_models_a_to_k.MORE + tiny_models_k_to_z.MORE
+RUN = FAMILIES + IMAGES + VIDEOS + OTHERS
 """All of them but Latte, which the tests of its own adapter run."""
 
 UNLIKE = (
@@ -29,13 +31,26 @@ UNLIKE = (
 COMPILED = ("WanTransformer3DModel", "FluxTransformer2DModel")
 """Classes whose blocks are compiled: tests/works_with/test_shared_graphs.py."""
 
-UNKNOWN_FLOPS = (
-    {"MochiTransformer3DModel", "Lumina2Transformer2DModel"}
-    | tiny_models_a_to_k.UNKNOWN_FLOPS
-    | tiny_models_k_to_z.UNKNOWN_FLOPS
-)
-"""What does not run on the meta device: their FLOPs are not known. (Mochi asks for autocast there, and torch counts no
-flex attention.)"""
+UNKNOWN_FLOPS = {
+    "Lumina2Transformer2DModel",
+    "MochiTransformer3DModel",  # autocast
+    "AnyFlowFARTransformer3DModel",  # flex attention
+    "Cosmos3OmniTransformer",  # autocast
+    "ErnieImageTransformer2DModel",  # autocast
+    "GlmImageTransformer2DModel",  # indexing by a mask
+    "HeliosTransformer3DModel",  # autocast
+    "HiDreamImageTransformer2DModel",  # tokens of each expert are counted
+    "HunyuanVideo15Transformer3DModel",  # whether there is an image is read from it
+    "HunyuanVideoFramepackTransformer3DModel",  # the text is cut to its mask
+    "Ideogram4Transformer2DModel",  # autocast
+    "Kandinsky6SRTransformer3DModel",  # flex attention
+    "NucleusMoEImageTransformer2DModel",  # tokens of each expert are counted
+    "OmniGenTransformer2DModel",  # the highest position is read
+    "QwenImage21Transformer2DModel",  # a mask tells how often tokens are repeated
+    "SanaWMTransformer3DModel",  # autocast
+    "WanAnimate2Transformer3DModel",  # a cache of keys is an argument; flex attention
+}
+"""What does not run on the meta device, and what of it: their FLOPs are not known. (Torch counts no flex attention.)"""
 
 
 def family(name: str) -> Tiny:

@@ -12,11 +12,11 @@ import diffusers
 import torch
 from torch import Tensor
 
+from tests.adapters.classes import RUN
 from tests.adapters.tiny_latte import TEXT_CHANNELS, tiny_latte
-from tests.adapters.tiny_models import FAMILIES, TEXT, Tiny
-from tests.adapters.tiny_models_a_to_k import MORE
+from tests.adapters.tiny_models import TEXT, Tiny
 
-_CONFIGS = {tiny.name: tiny.config for tiny in FAMILIES + MORE}
+_CONFIGS = {tiny.name: tiny.config for tiny in RUN}
 
 
 def transformer(name: str, **config: Any) -> Any:
