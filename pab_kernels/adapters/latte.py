@@ -118,7 +118,7 @@ class _FusedOrGeneric:
         call, block = self.broadcaster.call, self.block
         if call is None:
             return original(*args, **kwargs)
-        if block.stock if torch.compiler.is_compiling() else call.once(LatteBlock.is_stock, block):
+        if block.stock if torch.compiler.is_compiling() else call.generation.once(LatteBlock.is_stock, block):
             return self.fused(call, original, *args, **kwargs)
         if call.generation.config.cache_point == "post_gate":
             self.report(block)
@@ -314,7 +314,7 @@ def _attend(
     store: Turn | None,
 ) -> None:
     """Add attention of `y` to itself or to `text`; a module that is not stock is called."""
-    if mask is not None or own_forward or has_hooks(attn) or not stream.call.once(_stock_attention, attn):
+    if mask is not None or own_forward or has_hooks(attn) or not stream.call.generation.once(_stock_attention, attn):
         stream.add(attn(y, encoder_hidden_states=text, attention_mask=mask), gate, store)
         return
     q, k, v = attn.to_q(y), *(projection(y if text is None else text) for projection in (attn.to_k, attn.to_v))
@@ -350,7 +350,7 @@ def _feed_forward(
         stream.add(_chunked_feed_forward(block.ff, y, block._chunk_dim, block._chunk_size), gate, store)
         return
     ff = block.ff
-    if own_forward or has_hooks(ff) or not stream.call.once(_stock_mlp, ff):
+    if own_forward or has_hooks(ff) or not stream.call.generation.once(_stock_mlp, ff):
         stream.add(ff(y), gate, store)
         return
     stream.project(ff.net[0](y), ff.net[2], gate, store)

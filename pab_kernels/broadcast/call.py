@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -143,8 +143,7 @@ class Call:
                 continue
             runs, turn.runs = turn.runs, 0
             if runs:
-                if turn.traced:
-                    turn.collect()
+                turn.collect()
                 tally = self.context.tally(turn.sublayer.kind)
                 computed = runs - turn.reused
                 tally.reused += turn.reused
@@ -155,10 +154,6 @@ class Call:
                         tally.forced += computed
             turn.end()
         self.turns.call, self.turns = None, NO_TURNS
-
-    def once(self, check: Callable[[Any], bool], what: Any) -> bool:
-        """`check(what)`, found out once a generation, or when a graph is compiled."""
-        return self.generation.once(check, what)
 
     def fuses(self, module: nn.Module, x: torch.Tensor) -> bool:
         """Whether a fused operation may replace calling `module` (an `nn.Linear` or a norm) on `x`.

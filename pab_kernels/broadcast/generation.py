@@ -379,7 +379,7 @@ class Generation:
         return found and not fusing.autocasts(x)
 
     def once(self, check: Callable[[Any], bool], what: Any) -> bool:
-        """See `Call.once`."""
+        """`check(what)`, found out once a generation, or when a graph is compiled."""
         if torch.compiler.is_compiling():
             return check(what)
         found = self._decided.get((check, what))

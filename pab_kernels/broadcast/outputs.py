@@ -57,7 +57,7 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     else:
         out = compute(*args, **kwargs)
         if turn.stores:
-            turn.put(kept(out, _cloned if turn.dtype is None else _cloned_unless_quantised))
+            turn.put(kept(out, None if turn.dtype is None else _cloned_unless_quantised))
     if around is not None:
         call.mark(around)
     return out

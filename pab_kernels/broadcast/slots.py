@@ -174,7 +174,7 @@ class Arena:
         self.release(name, most - 1)
         slot = Slot(value, key, source, nbytes(value), dtype)
         self._kinds[name] = kind
-        meter = self.meters.get(kind) or self.meters.setdefault(kind, Meter())  # first: `release` needs it
+        meter = self.meters.setdefault(kind, Meter())  # before the slot, as `release` of the slot needs it
         self._slots[name] = (slot, *self._slots.get(name, ()))
         self._meter.add(slot.nbytes)
         meter.add(slot.nbytes)

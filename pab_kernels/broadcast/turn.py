@@ -16,7 +16,7 @@ import torch
 from ..ops.quantized import Quantized
 from ..rules.plan import Action, Decision, Sublayer
 from .costs import place as place_of
-from .slots import CACHE_DTYPES, Arena, Extrapolation, Key, Slot, pack
+from .slots import CACHE_DTYPES, Extrapolation, Key, Slot, pack
 
 if TYPE_CHECKING:
     from .call import Call
@@ -112,7 +112,8 @@ class Turn:
 
     def decide(self, call: Call, decision: Decision, slot: Slot | Extrapolation | None) -> None:
         """Set what it does in a call."""
-        self.call, self.decision, self.slot, self.stores = call, decision, slot, _stores(decision, slot)
+        self.call, self.decision, self.slot = call, decision, slot
+        self.stores = _stores(decision, slot)
 
     def end(self) -> None:
         """Reset it after the call."""
@@ -138,7 +139,7 @@ class Turn:
         if slot is not None:
             self.slot = None
             if slot.key.matches(x):
-                self._reuse(call.arena, held)
+                self._reuse(held)
                 return slot
             self.stores = held > 0
         # If the plan skips this sublayer but its block was forced to run, the slots held are still needed later.
@@ -178,16 +179,16 @@ class Turn:
 
     def _again(self) -> None:
         """Prepare for another run of the sublayer in the same call."""
-        if self.traced:
-            self.collect()
+        self.collect()
         self._place = place_of(self.sublayer.name, self.runs - 1)
         self.slot = self.call.read(self.sublayer.name, self.decision, self._place)
         self.stores = _stores(self.decision, self.slot)
 
-    def _reuse(self, arena: Arena, held: int) -> None:
+    def _reuse(self, held: int) -> None:
         """Count a reuse, and release the outputs that no later step reads."""
+        call, arena = self.call, self.call.arena
         self.reused += 1
-        self.call.reused.append(self._place)
+        call.reused.append(self._place)
         arena.release(self._place, held)
         self.reads_last = not (held or arena.fixed)
 
@@ -212,18 +213,14 @@ class Turn:
             self.stores = self.decision.held > 0
         return None
 
-    @property
-    def traced(self) -> bool:
-        """Whether it was taken in a compiled graph and not collected yet."""
-        return self._traced is not None
-
     def collect(self) -> None:
-        """Do the bookkeeping of a turn that is `traced`."""
-        assert self._traced is not None
+        """Do the bookkeeping of a turn that was taken in a compiled graph."""
+        if self._traced is None:  # taken in eager mode
+            return
         key, self._traced, self.slot = Key(*self._traced), None, None
         if self.reused:
             self.reused = 0
-            self._reuse(self.call.arena, self.decision.held)
+            self._reuse(self.decision.held)
             return
         stores = self._kept is not None
         self.call.arena.release(self._place, self.decision.held - stores)

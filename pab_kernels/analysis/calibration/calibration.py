@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 USUAL_DEVIATION = 7.0
-"""The deviation, in dB, that is taken for the PSNR of clips before any is measured: that of 40 clips of the demo model
-(DPM++, every second one of 30 steps)."""
+"""The deviation, in dB, that is taken for the PSNR of clips before any is measured: about the largest of 40 clips in
+bench/results/calibrate-floor.jsonl."""
 USUAL_CLIPS = 6
 """Clips as many as which that deviation counts."""
 

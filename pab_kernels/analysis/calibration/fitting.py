@@ -6,8 +6,8 @@ The w of least squares over all elements, contexts and clips is
     w = a / b  with  a = sum <c_i - c_s, c_s - c_p>,  b = sum ||c_s - c_p||^2
 
 The sums are taken while the model runs in full; no more outputs are kept than the plan itself keeps. Two free numbers,
-x c_s + y c_p, fit single outputs better, but on clips of the demo model they were closer with one scheduler and less
-close with another. With x + y = 1, an output that does not change is kept exactly.
+x c_s + y c_p, would fit single outputs better; with x + y = 1, an output that does not change is kept exactly, and the
+operations need one weight.
 """
 
 from __future__ import annotations
@@ -264,9 +264,9 @@ def fit(
     and step. It costs nothing when sampling: the same outputs are kept and the same operations run.
 
     The weights are for this model, number of steps and timesteps. On another schedule, and where an output that is read
-    is not the planned one, reuses take the line; the plan's notes report it. On the demo model one prompt is enough:
-    two and four are no more than a dB closer. The error of single outputs is minimised, not that of the result, so
-    compare both before you rely on it.
+    is not the planned one, reuses take the line; the plan's notes report it. One or two prompts do: all elements of an
+    output share a weight. The error of single outputs is minimised, not that of the result, so compare both before you
+    rely on it.
 
     Args:
         model_or_pipe: a diffusers pipeline on which PAB is not enabled, or a bare DiT with `call`.

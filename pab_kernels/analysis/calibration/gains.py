@@ -77,8 +77,7 @@ def interpolated(measured: Mapping[int, Sequence[float]], num_steps: int, least:
 def with_usual(gains: np.ndarray) -> np.ndarray:
     """Geometric means of measured gains and of usual ones, `1 + 7 exp(-(i / 0.2 K)^2)`.
 
-    Gains of one step differ by a factor of five from clip to clip (the demo model, DPM++ with 30 steps), and a search
-    with those of one or two clips was no better than one with the usual ones.
+    Gains of one step differ from clip to clip, and few clips are measured.
     """
     at = np.arange(len(gains)) / len(gains)
     return np.sqrt(gains * (1 + 7 * np.exp(-((at / 0.2) ** 2))))
