@@ -118,10 +118,11 @@ def check_seed(first: int, count: int = 1) -> None:
     """Refuse seeds that torch's generators do not take.
 
     Raises:
-        ValueError: one of the `count` seeds from `first` on does not fit into 64 bits.
+        ValueError: one of the `count` seeds from `first` on is no whole number or does not fit into 64 bits.
     """
-    if not -(2**63) <= first <= 2**64 - count:
-        raise ValueError(f"seed must fit into 64 bits, got {shown(first)}")
+    whole = isinstance(first, int) and not isinstance(first, bool)
+    if not whole or not -(2**63) <= first <= 2**64 - count:
+        raise ValueError(f"seed must be a whole number that fits into 64 bits, got {shown(first)}")
 
 
 def in_words(device: torch.device) -> str:

@@ -226,7 +226,7 @@ def places_of(steps: Sequence[Coordinates | None]) -> list[int]:
     """For each step the number of different noise levels before it."""
     levels = [None if step is None else step.position for step in steps]
     changes = [a is None or a != b for a, b in itertools.pairwise(levels)]
-    return [0, *itertools.accumulate(changes)] if levels else []
+    return [*itertools.accumulate(changes, initial=0)] if levels else []
 
 
 def _interpolated(known: Mapping[int, Any], index: int) -> torch.Tensor:

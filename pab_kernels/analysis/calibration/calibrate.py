@@ -90,9 +90,7 @@ def calibrate(
         TypeError: `model_or_pipe` is neither a supported pipeline nor a module with `call`.
     """
     target = Target.of(floor=floor, flops=flops, seconds=seconds, speed=speed)
-    check_sampling(num_steps, seed)
-    if len(values) != 2 or not values[0] < values[1]:
-        raise ValueError(f"values are black and white, black below white, got {values}; usual are (0, 1) and (-1, 1)")
+    check_sampling(num_steps, seed, values, most_generations)
     searched, verified, notes = clips_of(prompts, seed)
     sampler = _sampler(model_or_pipe, num_steps, call)
     bare = isinstance(model_or_pipe, nn.Module)

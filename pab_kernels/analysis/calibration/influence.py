@@ -36,12 +36,15 @@ class Influence:
         coordinates: of each step, in which outputs are predicted; None for a step without.
         places: for each step the number of different noise levels before it.
         corrects: whether samples are corrected when the next output is known.
+        handover: the step at which a second model takes over, which neither predicts from outputs of the first nor
+            corrects them; None if there is none.
     """
 
     of_output: np.ndarray
     coordinates: tuple[Coordinates | None, ...]
     places: tuple[int, ...]
     corrects: bool
+    handover: int | None = None
 
     @property
     def num_steps(self) -> int:
@@ -70,13 +73,14 @@ class Influence:
             "coordinates": at,
             "places": list(self.places),
             "corrects": self.corrects,
+            "handover": self.handover,
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Influence:
         """The influence that `to_dict` wrote."""
         at = tuple(None if c is None else Coordinates(*c) for c in data["coordinates"])
-        return cls(np.array(data["of_output"]), at, tuple(data["places"]), data["corrects"])
+        return cls(np.array(data["of_output"]), at, tuple(data["places"]), data["corrects"], data["handover"])
 
 
 @dataclass(frozen=True)

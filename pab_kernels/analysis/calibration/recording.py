@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from ... import api
 from ...broadcast.attach import Attached
 from ...broadcast.forecaster import arguments_of, is_unchanged, latents_of, version_of
+from ...broadcast.pipeline import denoisers, left_at
 from ...rules.config import Broadcast, PABConfig
 from .influence import Influence, Steps
 
@@ -164,7 +165,10 @@ def record(pipe: Any, run: Callable[[], torch.Tensor], tick: Callable[[], None])
     steps = calls.steps()
     assert calls.final is not None
     samples.append(_on_host(calls.final))
-    return Recording(torch.stack(outputs), torch.stack(samples), result, samples[0], steps.influence(), steps.begin)
+    left = min(left_at(pipe, model) for model in denoisers(pipe).values()) - steps.begin
+    handover = left if 0 < left < len(outputs) else None
+    influence = replace(steps.influence(), handover=handover)
+    return Recording(torch.stack(outputs), torch.stack(samples), result, samples[0], influence, steps.begin)
 
 
 def run_on(

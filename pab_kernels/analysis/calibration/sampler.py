@@ -113,11 +113,6 @@ class PipelineSampler:
                 f"got {type(pipe).__name__}; supported are a pipeline with a `transformer` or a `unet` and a "
                 "`scheduler`, and a torch.nn.Module with call="
             )
-        if len(models) > 1:
-            raise ValueError(
-                f"{type(pipe).__name__} has {' and '.join(models)}, and the search knows the steps of one model; use a "
-                "preset, which has a plan for each: pab.enable(pipe)"
-            )
         for model in models.values():
             check_plain(model)
         if others := other_schedulers(pipe):

@@ -77,7 +77,7 @@ class Schedules:
         found: dict[tuple[int, ...], float] = {}
         windows = product((2, 3, 4, 5, 6), (0.0, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6), (0.8, 0.85, 0.9, 0.95))
         for reach, lo, hi in windows:
-            reused = Broadcast(reach, (lo, hi)).reused(Schedule(self.num_steps))
+            reused = Broadcast(reach, (lo, hi)).reused(Schedule(self.num_steps)) - {self.influence.handover}
             steps = tuple(i for i in range(self.num_steps) if i not in reused)
             if reused and len(steps) <= number and steps not in found:
                 found[steps] = self.costs.total(steps)

@@ -6,10 +6,11 @@ cost of a gap, the skipped steps j between the computed steps s and e, with p th
 
     | sum_j g_j W_j (V'_j - V_j) |^2
 
-V'_j is the interpolation through e, s and p with which steps are taken again. Where they are not, and after the last
-computed step, it is the prediction on the predicted samples X_j + sum_k A[j, k] (V'_k - V_k), with k the skipped steps
-before j: both exactly as in `broadcast/forecaster.py`. Squares are mean products, from the mean Gram matrix of the
-recordings: the programme costs seconds on the host, whatever the size of the samples.
+V'_j is the interpolation through e, s and p with which steps are taken again. Where they are not, before another model
+takes over, and after the last computed step, it is the prediction on the predicted samples
+X_j + sum_k A[j, k] (V'_k - V_k), with k the skipped steps before j: both exactly as in `broadcast/forecaster.py`.
+Squares are mean products, from the mean Gram matrix of the recordings: the programme costs seconds on the host,
+whatever the size of the samples.
 
 That the model runs on a predicted sample at e is left out of account.
 """
@@ -85,7 +86,7 @@ class Costs:
 
     def _error(self, p: int, s: int, e: int) -> np.ndarray:
         known, v, x = self.influence, self._outputs, self._samples
-        corrected = known.corrects and e < self.num_steps
+        corrected = known.corrects and e not in (known.handover, self.num_steps)
         errors: list[np.ndarray] = []
         total = np.zeros(v.shape[1])
         for j in range(s + 1, e):
@@ -126,10 +127,12 @@ class Costs:
     def after(self, place: _Place, e: int) -> _Place:
         """Where the programme is after it has computed e."""
         p, s = place
+        if e == self.influence.handover:
+            return -1, e
         return (p if self.influence.places[s] == self.influence.places[e] else s), e
 
     def total(self, computed: Iterable[int]) -> float:
-        """The cost of a schedule; its steps begin with 0."""
+        """The cost of a schedule; its steps begin with 0, and have the step of a handover."""
         steps = [*sorted(computed), self.num_steps]
         place, cost = (-1, steps[0]), 0.0
         for e in steps[1:]:
@@ -160,7 +163,9 @@ def best_schedules(
         for place, (cost, _) in layers[-1].items():
             _, s = place
             reach = 1 if s + 1 < beginning else min(2, longest) if s + 2 < early else longest
-            for e in range(s + 1, min(s + reach, count) + 1):
+            handover = costs.influence.handover
+            stop = count if handover is None or s >= handover else handover
+            for e in range(s + 1, min(s + reach, stop) + 1):
                 total = cost + costs.of(place, e)
                 if e == count:
                     if number not in ends or total < ends[number][0]:

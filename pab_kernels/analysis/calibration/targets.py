@@ -10,6 +10,7 @@ from typing import Any
 from ...messages import shown
 from ...rules.presets import FEWEST_STEPS
 from ...rules.schedule import check_steps
+from ..quality.clips import check_values
 from ..sampling import check_seed
 from .sampler import Clip
 
@@ -49,8 +50,7 @@ class Target:
         least, most = {"floor": (0.0, 100.0), "flops": (0.1, 1.0), "seconds": (0.0, math.inf), "speed": (1.0, 10.0)}[
             name
         ]
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not least < value < most:
+        if not _is_number(value) or not least < value < most:
             meant = {"floor": "dB", "flops": "a share", "seconds": "seconds", "speed": "a factor"}[name]
             raise ValueError(f"{name} is {meant} above {least:g} and below {most:g}, got {shown(value)}")
         return cls(name, float(value))
@@ -59,12 +59,19 @@ class Target:
         return f"{self.name}={self.value:g}"
 
 
-def check_sampling(num_steps: Any, seed: int) -> None:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def check_sampling(num_steps: Any, seed: Any, values: Any = (0.0, 1.0), most_generations: Any = 20) -> None:
     """Refuse what no calibration runs.
 
     Raises:
         ValueError: the number of steps is too small to leave any out, or a value is out of bounds.
     """
+    check_values(values)
+    if not _is_number(most_generations):
+        raise ValueError(f"most_generations must be a number, got {shown(most_generations)}; usual is 20")
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < FEWEST_STEPS:
         raise ValueError(
             f"num_steps must be a whole number of at least {FEWEST_STEPS}, got {shown(num_steps)}; with fewer steps "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
@@ -14,7 +15,7 @@ import numpy as np
 
 from ...extras import require
 from ...files import check_regular, path_of
-from ...messages import first_line, shortened
+from ...messages import first_line, shortened, shown
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -250,3 +251,12 @@ def _without_alpha(frames: np.ndarray, black: float, white: float) -> tuple[np.n
     share = ((alpha.astype(np.float64) - black) / (white - black)).clip(0, 1)
     shown = black + (colours.astype(np.float64) - black) * share
     return (shown if np.issubdtype(frames.dtype, np.floating) else np.round(shown)).astype(frames.dtype), False
+
+
+def check_values(values: Any) -> None:
+    """Raise a ValueError unless `values` are two finite numbers, of black and of white."""
+    pair = isinstance(values, (tuple, list)) and len(values) == 2 and all(isinstance(v, (int, float)) for v in values)
+    if not pair or not values[0] < values[1] or not all(map(math.isfinite, values)):
+        raise ValueError(
+            f"values must be two numbers, black below white, got {shown(values)}; usual are (0, 1) and (-1, 1)"
+        )

@@ -13,7 +13,7 @@ import numpy as np
 from ...extras import require
 from ...figures import new_figure, saved, whole_numbers
 from ...progress import Progress
-from .clips import Clip, read_clip
+from .clips import Clip, check_values, read_clip
 from .perceptual import Distance, load_lpips
 from .psnr_ssim import psnr, ssim
 
@@ -171,8 +171,7 @@ def compare(
     >>> round(compare(np.full((2, 3, 8, 8), 0.6), np.full((2, 3, 8, 8), 0.5), lpips=False).total.psnr, 6)
     20.0
     """
-    if len(values) != 2 or not values[0] < values[1] or not all(map(math.isfinite, values)):
-        raise ValueError(f"values must be two numbers, black below white, got {values}; usual are (0, 1) and (-1, 1)")
+    check_values(values)
     require("skimage.metrics", "measuring PSNR and SSIM")
     clips = read_clip(a, "A", values), read_clip(b, "B", values)
     _check_alike(*clips)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,15 @@ from tests.broadcast.forecast_oracle import NOISY, SCHEDULERS
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers
 
 
-def random_costs(count: int, corrects: bool, holds: bool = False, twice: int | None = None) -> Costs:
+def random_costs(
+    count: int, corrects: bool, holds: bool = False, twice: int | None = None, handover: int | None = None
+) -> Costs:
     """Costs of made-up outputs; `twice` is a step at the noise level of the one before it."""
     rng = np.random.default_rng(count)
     vectors = rng.normal(size=(2 * count, 3 * count)).cumsum(0)
     level = [i - (twice is not None and i >= twice) for i in range(count)]
     at = tuple(Coordinates(0.3, 1.0, 0.4 * place + 0.02 * place**2) for place in level)
-    influence = Influence(np.tril(rng.normal(size=(count + 1, count)), -1), at, tuple(level), corrects)
+    influence = Influence(np.tril(rng.normal(size=(count + 1, count)), -1), at, tuple(level), corrects, handover)
     return Costs(influence, vectors @ vectors.T / vectors.shape[1], 1 + rng.random(count), holds)
 
 
@@ -37,18 +40,21 @@ def allowed(steps: Sequence[int], count: int, longest: int) -> bool:
 
 
 @pytest.mark.parametrize(("longest", "beginning", "early"), [(2, 1, 0), (4, 1, 0), (4, 3, 5)])
-@pytest.mark.parametrize(("corrects", "holds", "twice"), [(True, False, None), (False, False, 4), (True, False, 3)])
+@pytest.mark.parametrize(
+    ("corrects", "holds", "twice", "handover"),
+    [(True, False, None, None), (False, False, 4, None), (True, False, 3, None), (True, False, None, 4)],
+)
 def test_the_programme_finds_what_trying_all_schedules_finds(
-    corrects: bool, holds: bool, twice: int | None, longest: int, beginning: int, early: int
+    corrects: bool, holds: bool, twice: int | None, handover: int | None, longest: int, beginning: int, early: int
 ) -> None:
     count = 8
-    costs = random_costs(count, corrects, holds, twice)
+    costs = random_costs(count, corrects, holds, twice, handover)
     found = best_schedules(costs, longest, beginning, early)
     for number in range(1, count + 1):
         tried = [(0, *rest) for rest in itertools.combinations(range(1, count), number - 1)]
         begun = [steps for steps in tried if steps[:beginning] == tuple(range(beginning))]
         slow = [steps for steps in begun if all({i, i + 1} & {*steps} for i in range(early - 1))]
-        possible = [steps for steps in slow if allowed(steps, count, longest)]
+        possible = [s for s in slow if allowed(s, count, longest) and (handover is None or handover in s)]
         assert (number in found) is bool(possible)
         if possible:
             assert found[number] == min(possible, key=costs.total)
@@ -84,13 +90,29 @@ def test_the_errors_of_a_gap_are_those_of_steps_taken_with_the_recorded_outputs(
     assert name == "ddim sample" or left == pytest.approx(float(np.linalg.norm(found)), rel=2e-3)
 
 
-def taken(scheduler: Any, recording: Recording, skipped: range) -> list[Tensor]:
+@pytest.mark.parametrize("name", ["ddim v", "dpm++ 2 v", "unipc", "flow euler"])
+def test_nothing_is_predicted_or_corrected_from_one_model_to_the_next(name: str) -> None:
+    pipe = pipe_of(name)
+    recording = record(pipe, run_of(pipe), lambda: None)
+    costs = Costs(replace(recording.influence, handover=7), recording.gram().numpy(), np.ones(STEPS))
+    for computed in ([*range(5), *range(7, STEPS)], [*range(8), *range(10, STEPS)]):
+        skipped = [i for i in range(STEPS) if i not in computed]
+        samples = taken(pipe.scheduler, recording, skipped, handover=7)
+        left = float((samples[-1] - recording.samples[-1]).square().mean())
+        assert left > 1e-12 and left == pytest.approx(costs.total(computed), rel=4e-3)
+        alone = Costs(recording.influence, recording.gram().numpy(), np.ones(STEPS)).total(computed)
+        assert alone != pytest.approx(left, rel=1e-2)
+
+
+def taken(scheduler: Any, recording: Recording, skipped: Sequence[int], handover: int | None = None) -> list[Tensor]:
     """The sample before each step, and the last one."""
     scheduler.set_timesteps(STEPS)
     forecaster = Forecaster(scheduler, recording.num_steps)
     samples = [recording.samples[0]]
     for i, t in enumerate(scheduler.timesteps):
         v = recording.outputs[i]
+        if i == handover:  # the second model's broadcaster has its own
+            forecaster = Forecaster(scheduler, recording.num_steps)
         given = (scheduler.step, i, i in skipped, frozenset[str](), v, t, samples[-1])
         samples.append(forecaster.step(*given, return_dict=False)[0])
     return samples
