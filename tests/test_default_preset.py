@@ -217,3 +217,23 @@ def test_steps_may_return_a_tensor_or_a_dict() -> None:
         assert sum(kinds["model"].reused for kinds in pab.summary(pipe).contexts.values()) == 5
         found[form] = x
     assert torch.equal(found["a tensor"], found["a tuple"]) and torch.equal(found["a dict"], found["a tuple"])
+
+
+@torch.no_grad()
+def test_the_default_leaves_a_run_alone_that_enters_a_schedule_behind_its_window(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pipe = tiny_pipe(DDIMScheduler())
+
+    def late() -> Tensor:
+        x = noise()
+        pipe.scheduler.set_timesteps(140)
+        for t in pipe.scheduler.timesteps[127:]:
+            v = pipe.transformer(x, timestep=t[None], encoder_hidden_states=prompt()).sample[:, :4]
+            x = pipe.scheduler.step(v, t, x, return_dict=False)[0]
+        return x
+
+    plain = late()
+    pab.enable(pipe)
+    assert torch.equal(late(), plain)
+    assert "the preset would skip 0 of 13 steps, which gains less than 3%" in caplog.text

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..rules.config import PABConfig
 from ..rules.plan import Action, Plan, Sublayer
-from ..rules.presets import FEWEST_STEPS
+from ..rules.presets import FEWEST_STEPS, LEAST_SKIPPED
 from ..rules.schedule import Schedule
 from . import fusing
 from .call import Call
@@ -178,6 +178,9 @@ class Generation:
         steps = len(taken) if timesteps is None else len({timesteps[i] for i in taken})  # the levels of Heun come twice
         if steps < FEWEST_STEPS:
             return f"it runs at {steps} steps, and below {FEWEST_STEPS} outputs change too much to skip any"
+        skipped = len(rule.reused(self.schedule))
+        if skipped < LEAST_SKIPPED * len(taken):
+            return f"the preset would skip {skipped} of {len(taken)} steps, which gains less than {LEAST_SKIPPED:.0%}"
         return None if self.scheduler is None else refusal(self.scheduler, rule.reuse)
 
     # Calls

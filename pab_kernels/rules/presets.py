@@ -65,6 +65,8 @@ _PRESETS: dict[str, PABConfig] = {
 
 FEWEST_STEPS = 12
 """With fewer steps, outputs change too much from one to the next for a preset that skips the model."""
+LEAST_SKIPPED = 0.03
+"""The share of the steps below which skipping them is not worth it to a preset."""
 
 
 def presets() -> dict[str, PABConfig]:
