@@ -37,6 +37,37 @@ def _wan(**config: Any) -> dict[str, Any]:
     return {"_class_name": "WanTransformer3DModel"} | sizes | config
 
 
+_PIXART = {
+    "attention_bias": True,
+    "patch_size": 2,
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+}
+
+
+def _open_sora_plan_11(frames: int) -> Family:
+    return Family(
+        f"LanguageBind/Open-Sora-Plan-v1.1.0/{frames}x512x512",
+        {
+            "_class_name": "LatteT2V",
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 28,
+            "cross_attention_dim": 1152,
+            "caption_channels": 4096,
+            "sample_size": (64, 64),
+            "video_length": 1 + (frames - 1) // 4,
+            **_PIXART,
+        },
+        (Size(frames, 512, 512),),
+        150,
+    )
+
+
 FAMILIES = {
     # VideoSys and Latte's repository: 16 frames, 512 x 512
     "latte": Family(
@@ -110,6 +141,27 @@ FAMILIES = {
         {"_class_name": "STDiT3"},
         (Size(51, 480, 854), Size(102, 480, 854), Size(204, 480, 854), Size(51, 720, 1280), Size(102, 720, 1280)),
         30,
+    ),
+    # Open-Sora-Plan v1.1.0 and v1.2.0: the models LatteT2V-XL/122 and OpenSoraT2V-ROPE-L/122
+    "open-sora-plan-1.1": _open_sora_plan_11(65),
+    "open-sora-plan-1.1-221": _open_sora_plan_11(221),
+    "open-sora-plan-1.2": Family(
+        "LanguageBind/Open-Sora-Plan-v1.2.0",
+        {
+            "_class_name": "OpenSoraT2V",
+            "num_attention_heads": 24,
+            "attention_head_dim": 96,
+            "in_channels": 4,
+            "num_layers": 32,
+            "cross_attention_dim": 2304,
+            "caption_channels": 4096,
+            "sample_size": (60, 80),
+            "sample_size_t": 24,
+            "use_rope": True,
+            **_PIXART,
+        },
+        (Size(93, 480, 640), Size(29, 480, 640), Size(93, 720, 1280), Size(29, 720, 1280)),
+        100,
     ),
 }
 """By name."""

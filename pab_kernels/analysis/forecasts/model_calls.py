@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -88,6 +89,15 @@ def _latte_latents(config: Config, clip: Size) -> Size:
     if clip.frames != config["video_length"]:
         raise ValueError(f"size {clip}: {clip.frames} frames do not fit; this model has {config['video_length']}")
     return compressed(1, 8)({"patch_size": (1, config["patch_size"], config["patch_size"])}, clip)
+
+
+def _latte_t2v_latents(config: Config, clip: Size) -> Size:
+    """Open-Sora-Plan 1.1's, whose config has the number of latent frames."""
+    found = compressed(4, 8)(config, clip)
+    if found.frames != config["video_length"]:
+        frames = 4 * config["video_length"] - 3
+        raise ValueError(f"size {clip}: {clip.frames} frames do not fit; this model has {frames}")
+    return found
 
 
 def _flux_latents(config: Config, clip: Size) -> Size:
@@ -181,6 +191,20 @@ def _stdit3(config: Config, batch: int, latents: Size, text: int, dtype: torch.d
     }
 
 
+def _open_sora_plan(config: Config, batch: int, latents: Size, text: int, dtype: torch.dtype) -> dict[str, Any]:
+    t, h, w = latents.frames, latents.height // config["patch_size"], latents.width // config["patch_size"]
+    part = config["attention_head_dim"] // 3
+    tables = tuple((_meta(n, part, dtype=torch.float32),) * 2 for n in (t, h, w))
+    places = (_meta(1, t * h * w, dtype=torch.int64),) * 3
+    return {
+        "hidden_states": _meta(batch, config["in_channels"], *latents, dtype=dtype),
+        "encoder_hidden_states": _meta(batch, 1, text, config["caption_channels"], dtype=dtype),
+        "timestep": _meta(batch, dtype=torch.float32),
+        "encoder_attention_mask": _meta(batch, text, dtype=torch.int64),
+        "image_rotary_emb": (tables, places),
+    }
+
+
 # Timesteps
 
 TRAINED = 1000
@@ -196,6 +220,28 @@ def leading(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
     """Timesteps of a DDIM scheduler with spacing "leading": `i * (1000 // N)`, descending."""
     _check_steps(steps)
     return tuple(float(i * (TRAINED // steps)) for i in reversed(range(steps)))
+
+
+def pndm(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
+    """Timesteps of a PNDM scheduler with its defaults: of N steps, the first three are Runge-Kutta steps of four calls
+    each, so that there are N + 9."""
+    _check_steps(steps)
+    if steps < 4:
+        raise ValueError(f"PNDM takes at least 4 steps, got {steps}")
+    ratio = TRAINED // steps
+    first = [steps - 1 - i for i in range(4)]
+    calls = [
+        float(t)
+        for a, b in itertools.pairwise(first)
+        for t in (a * ratio, (a * ratio + b * ratio) // 2, (a * ratio + b * ratio) // 2, b * ratio)
+    ]
+    return (*calls, *(float(i * ratio) for i in reversed(range(steps - 3))))
+
+
+def _ancestral(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
+    """Timesteps of an ancestral Euler scheduler with its defaults: N from 999 down to 0, evenly."""
+    _check_steps(steps)
+    return tuple(999.0 * i / max(steps - 1, 1) for i in reversed(range(steps)))
 
 
 def trailing(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
@@ -255,6 +301,9 @@ MODEL_CALLS = {
     "LTXVideoTransformer3DModel": ModelCall(compressed(8, 32), _ltx, _ltx_timesteps, text=128, batch=2),
     "FluxTransformer2DModel": ModelCall(_flux_latents, _flux, _flux_timesteps, text=512),
     "STDiT3": ModelCall(_open_sora_latents, _stdit3, _open_sora_timesteps, text=300, batch=2),
+    "LatteT2V": ModelCall(_latte_t2v_latents, _video("caption_channels"), pndm, text=300, batch=2),
+    "OpenSoraT2V": ModelCall(compressed(4, 8), _open_sora_plan, _ancestral, text=512, batch=2),
 }
-"""By class. Text, guidance and timesteps are the defaults of the classes' text-to-video pipelines in diffusers, and for
-STDiT3 those of Open-Sora 1.2's `configs/opensora-v1-2/inference/sample.py`."""
+"""By class. Text, guidance and timesteps are the defaults of the classes' text-to-video pipelines in diffusers, for
+STDiT3 those of Open-Sora 1.2's `configs/opensora-v1-2/inference/sample.py`, and for the classes of Open-Sora-Plan those
+of `models/open_sora_plan`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from ...compat import float32_modules
 from ...extras import require
 from ...files import path_of, read_text
 from ...messages import first_line, joined, shortened
+from ...models.open_sora_plan.transformers import VERSIONS
+from ...models.open_sora_plan.transformers import build as open_sora_plan
 from ...strict_json import from_json
 from .families import FAMILIES, family, unknown_family
 from .model_calls import MODEL_CALLS, Size
@@ -152,15 +154,10 @@ def build(source: Source, dtype: torch.dtype) -> Any:
         ValueError: the class does not take this config.
         ModuleNotFoundError: diffusers is not installed.
     """
-    if source.class_name == "STDiT3":
-        from ...models.stdit3 import STDiT3
-
-        cls: Any = STDiT3
-    else:
-        cls = getattr(require("diffusers", "a model of diffusers"), source.class_name)
+    make = _maker(source.class_name)
     try:
         with torch.device("meta"):
-            model = cls.from_config(source.config)
+            model = make(source.config)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise ValueError(f"{source.name}: {source.class_name} does not take this config: {first_line(error)}") from None
     in_float32 = float32_modules(model)
@@ -168,3 +165,17 @@ def build(source: Source, dtype: torch.dtype) -> Any:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32 if in_float32 & set(name.split(".")) else dtype)
     return model.eval().requires_grad_(False)
+
+
+def _maker(class_name: str) -> Callable[[Mapping[str, Any]], Any]:
+    """What makes a model of a class from its config."""
+    if class_name == "STDiT3":
+        from ...models.stdit3 import STDiT3
+
+        return STDiT3.from_config
+    if class_name in VERSIONS:
+        return open_sora_plan
+    made: Callable[[Mapping[str, Any]], Any] = getattr(
+        require("diffusers", "a model of diffusers"), class_name
+    ).from_config
+    return made

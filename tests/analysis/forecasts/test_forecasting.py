@@ -47,6 +47,16 @@ TINY: dict[str, tuple[dict[str, Any], Size]] = {
         Size(5, 32, 48),
     ),
     "stdit3": ({"_class_name": "STDiT3", "hidden_size": 64, "num_heads": 2, "depth": 2}, Size(17, 40, 56)),
+    "open-sora-plan-1.1": (
+        dict(FAMILIES["open-sora-plan-1.1"].config)
+        | {"num_attention_heads": 2, "attention_head_dim": 32, "cross_attention_dim": 64, "num_layers": 2},
+        Size(65, 32, 48),
+    ),
+    "open-sora-plan-1.2": (
+        dict(FAMILIES["open-sora-plan-1.2"].config)
+        | {"num_attention_heads": 2, "attention_head_dim": 24, "cross_attention_dim": 48, "num_layers": 2},
+        Size(9, 32, 48),
+    ),
 }
 RULES = PABConfig(spatial=2, temporal=3, cross=Broadcast(4, reuse="linear"), mlp=2)
 BLOCKS = PABConfig(spatial=2, cross=3, block=Broadcast(3, reuse="linear", layers=(1,)))
@@ -63,6 +73,8 @@ def all_steps(range: int, **options: Any) -> Broadcast:
         ("cogvideox", RULES, "int8"),
         ("wan", RULES, None),
         ("stdit3", RULES, "int8"),
+        ("open-sora-plan-1.1", RULES, None),
+        ("open-sora-plan-1.2", PABConfig(spatial=2, cross=Broadcast(4, reuse="linear"), mlp=2), "int8"),
         ("wan", BLOCKS, "int8"),
         ("cogvideox", BLOCKS, None),
     ],
@@ -79,15 +91,16 @@ def test_the_forecast_is_what_a_generation_on_the_meta_device_counts(
     inputs = how.tensors(model.config, how.batch, how.latents(model.config, clip), 7, torch.bfloat16)
     with torch.no_grad(), ops.flop_counter() as plain:
         model(**inputs)
-    pab.enable(model, rules, num_steps=10)
+    steps = len(found.plan.steps)  # PNDM takes more than are asked for
+    pab.enable(model, rules, num_steps=steps)
     with torch.no_grad(), ops.flop_counter() as counter:
-        for _ in range(10):
+        for _ in range(steps):
             for branch in range(how.contexts):
                 with pab.context(model, str(branch)):
                     model(**inputs)
     summary = pab.summary(model)
     assert counter.get_total_flops() == found.total.flops
-    assert 10 * how.contexts * plain.get_total_flops() == found.total.flops_without > found.total.flops
+    assert steps * how.contexts * plain.get_total_flops() == found.total.flops_without > found.total.flops
     assert (
         summary.peak_cache_bytes == found.total.peak_cache_bytes == found.peak_cache_bytes[cache_dtype or "model"] > 0
     )
@@ -176,6 +189,7 @@ def test_device_memory_is_weights_activations_and_cache(name: str) -> None:
     assert found.device_bytes == found.weight_bytes + found.activation_bytes + found.total.peak_cache_bytes
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers
 @pytest.mark.parametrize("steps", [1, 7, 30, 50])
 def test_timesteps_are_those_of_the_schedulers_of_the_pipelines(steps: int) -> None:
     """Euler's are float32; all others are whole."""
@@ -190,17 +204,21 @@ def test_timesteps_are_those_of_the_schedulers_of_the_pipelines(steps: int) -> N
         ("Latte", clip, S.DDIMScheduler(beta_schedule="linear"), {"num_inference_steps": steps}),
         ("CogVideoX", clip, S.CogVideoXDDIMScheduler(timestep_spacing="trailing"), {"num_inference_steps": steps}),
         ("Wan", clip, wan, {"num_inference_steps": steps}),
-        ("HunyuanVideo", clip, S.FlowMatchEulerDiscreteScheduler(shift=7.0), {"sigmas": to_zero}),
+        ("Hunyuan", clip, S.FlowMatchEulerDiscreteScheduler(shift=7.0), {"sigmas": to_zero}),
         ("Flux", image, flux, {"sigmas": to_last, "mu": 1.15}),
+        ("OpenSoraT2V", clip, S.EulerAncestralDiscreteScheduler(), {"num_inference_steps": steps}),
     ]
+    if steps > 3:  # its first three steps are Runge-Kutta steps
+        cases.append(("LatteT2V", clip, S.PNDMScheduler(), {"num_inference_steps": steps}))
     if steps > 1:  # this scheduler divides by zero in one step
         scheduler = S.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1, **ltx)
         mu = 0.95 + (21 * 16 * 22 - 1024) * (2.05 - 0.95) / (4096 - 1024)
-        cases.append(("LTXVideo", clip, scheduler, {"sigmas": to_last, "mu": mu}))
+        cases.append(("LTX", clip, scheduler, {"sigmas": to_last, "mu": mu}))
     for family, latents, scheduler, given in cases:
         scheduler.set_timesteps(**given)
-        name = next(name for name in MODEL_CALLS if name.startswith(family + "Transformer"))
-        exact = family in ("Latte", "CogVideoX", "Wan")
+        classes = (family, f"{family}Transformer2DModel", f"{family}Transformer3DModel")
+        (name,) = MODEL_CALLS.keys() & {*classes, f"{family}VideoTransformer3DModel"}
+        exact = family in ("Latte", "LatteT2V", "CogVideoX", "Wan")
         expected = pytest.approx(scheduler.timesteps.tolist(), rel=0 if exact else 1e-6, abs=0 if exact else 1e-4)
         assert MODEL_CALLS[name].timesteps(steps, latents, latents) == expected, family
 
@@ -219,3 +237,23 @@ def test_the_published_cache_sizes_come_out(model: str, size: Any, gib: float, d
     published = PABConfig.preset({"cogvideox-5b": "cogvideox"}.get(model, model))
     kinds = forecast(model, size, config=published).kinds
     assert round(sum(kinds[k].cache_bytes["model"] for k in kinds if k != "mlp") / 2**30, digits) == gib
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "sequences"),
+    [
+        ("open-sora-plan-1.1", (65, 512, 512), (17, 1024)),
+        ("open-sora-plan-1.1-221", (221, 512, 512), (56, 1024)),
+        ("open-sora-plan-1.2", (29, 480, 640), (8, 1200)),
+        ("open-sora-plan-1.2", (93, 480, 640), (24, 1200)),
+        ("open-sora-plan-1.2", (93, 720, 1280), (24, 3600)),
+    ],
+)
+def test_open_sora_plan_has_its_published_frames_and_tokens(
+    model: str, size: tuple[int, int, int], sequences: tuple[int, int]
+) -> None:
+    source = find_config(model)
+    frames, height, width = MODEL_CALLS[source.class_name].latents(source.config, Size(*size))
+    assert (frames, height // 2 * (width // 2)) == sequences and FAMILIES[model].steps in (100, 150)
+    with pytest.raises(ValueError, match="frames do not fit"):
+        forecast(model, (28, 480, 640))
