@@ -22,17 +22,21 @@ from typing import Any
 import torch
 from diffusers import (
     AllegroPipeline,
+    DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
     LattePipeline,
     LatteTransformer3DModel,
     PNDMScheduler,
 )
+from diffusers.video_processor import VideoProcessor
 
 from ...extras import require
 from ...files import path_of
 from .causal_vae import CausalVAE
 from .transformers import load_transformer
 
+PIXELS, TIME = 8, 4
+"""Pixels and frames of a latent."""
 TOKENS = 300
 """Of a prompt in 1.1."""
 TEXT_ENCODERS = {"1.1": "DeepFloyd/t5-v1_1-xxl", "1.2": "google/mt5-xxl"}
@@ -45,9 +49,9 @@ def latent_frames(frames: int) -> int:
     Raises:
         ValueError: it is not 1 more than a multiple of 4.
     """
-    if frames < 1 or frames % 4 != 1:
-        raise ValueError(f"num_frames must be 1 more than a multiple of 4, got {frames}; such as 29, 65, 93, 221")
-    return 1 + (frames - 1) // 4
+    if frames < 1 or (frames - 1) % TIME:
+        raise ValueError(f"num_frames must be 1 more than a multiple of {TIME}, got {frames}; such as 29, 65, 93, 221")
+    return 1 + (frames - 1) // TIME
 
 
 def _decoded(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -66,6 +70,14 @@ class OpenSoraPlan11Pipeline(LattePipeline):
         transformer: see `load_transformer`.
         scheduler: `PNDMScheduler()`, or another one of diffusers.
     """
+
+    def __init__(self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Any) -> None:
+        DiffusionPipeline.__init__(self)
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+        )
+        self.vae_scale_factor = PIXELS
+        self.video_processor = VideoProcessor(vae_scale_factor=PIXELS)
 
     def encode_prompt(
         self,
@@ -157,7 +169,8 @@ class OpenSoraPlan11Pipeline(LattePipeline):
         """
         length = self.transformer.config.video_length
         if num_frames is not None and latent_frames(num_frames) != length:
-            raise ValueError(f"this model was trained for {4 * length - 3} frames and has positions for them; got {num_frames}")
+            most = TIME * (length - 1) + 1
+            raise ValueError(f"this model was trained for {most} frames, and has positions for them; got {num_frames}")
         return super().__call__(
             prompt,
             negative_prompt,
@@ -190,6 +203,14 @@ class OpenSoraPlan12Pipeline(AllegroPipeline):
         transformer: see `load_transformer`.
         scheduler: `EulerAncestralDiscreteScheduler()`, or another one of diffusers.
     """
+
+    def __init__(self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Any) -> None:
+        DiffusionPipeline.__init__(self)
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+        )
+        self.vae_scale_factor_spatial, self.vae_scale_factor_temporal = PIXELS, TIME
+        self.video_processor = VideoProcessor(vae_scale_factor=PIXELS)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Frames `[B, 3, F, H, W]` in [-1, 1]."""
