@@ -65,9 +65,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(("subfolder", "frames"), [(FIRST, 17), (SECOND, 9)])
-def test_a_prompt_becomes_a_clip_under_pab_and_without(
-    folders: dict[str, Path], subfolder: str, frames: int, tmp_path: Path
-) -> None:
+def test_a_prompt_becomes_a_clip_under_pab_and_without(folders: dict[str, Path], subfolder: str, frames: int) -> None:
     pipe = load(folders[subfolder], subfolder, local_files_only=True)
     assert isinstance(pipe, OpenSoraPlan11Pipeline if subfolder == FIRST else OpenSoraPlan12Pipeline)
     pipe.set_progress_bar_config(disable=True)
@@ -122,10 +120,7 @@ def test_latents_are_those_of_the_loop_written_out(folders: dict[str, Path], sub
     ids[0, 0], ids[1, :3] = 8, torch.tensor([3, 4, 5])
     mask = (ids > 0).long()
     text = pipe.text_encoder(ids, attention_mask=mask)[0][:, :length]
-    if subfolder == SECOND:
-        config = PLAN_12
-    else:
-        config = LATTE
+    config = CONFIGS[subfolder]
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         both, times = torch.cat([x, x]), t.expand(2)
@@ -147,6 +142,6 @@ def test_frames_that_do_not_fit_are_refused(folders: dict[str, Path]) -> None:
         pipe("a red circle", num_frames=30)
 
 
-def test_a_missing_part_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no file named config.json"):
         load(tmp_path, FIRST, local_files_only=True)
