@@ -92,8 +92,8 @@ class PublishedModel(ModelMixin, ConfigMixin):
         if other:
             got, wanted = (list(t[other[0]].shape) for t in (tensors, expected))
             raise ValueError(f"{path} is of another model: {other[0]} has the shape {got}, its config needs {wanted}")
-        model.load_state_dict(tensors, assign=True)
-        return model.to(dtype or torch.float32).eval()
+        model.load_state_dict({name: t.to(dtype or torch.float32) for name, t in tensors.items()}, assign=True)
+        return model.eval()
 
 
 def find_file(source: str, names: Sequence[str], subfolder: str | None, hub: Mapping[str, Any]) -> Path:
