@@ -92,8 +92,8 @@ class PublishedModel(ModelMixin, ConfigMixin):
         if other:
             got, wanted = (list(t[other[0]].shape) for t in (tensors, expected))
             raise ValueError(f"{path} is of another model: {other[0]} has the shape {got}, its config needs {wanted}")
-        model.load_state_dict(tensors, assign=True)
-        return model.to(dtype or torch.float32).eval()
+        model.load_state_dict({name: t.to(dtype or torch.float32) for name, t in tensors.items()}, assign=True)
+        return model.eval()
 
 
 def find_file(source: str, names: Sequence[str], subfolder: str | None, hub: Mapping[str, Any]) -> Path:
@@ -135,17 +135,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: a pickled file holds other objects than tensors.
     """
     if path.suffix == ".safetensors":
-        return require("safetensors.torch", "reading weights").load_file(path)
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds other objects than tensors and is not read ({first_line(error)}); save the tensors of a "
-            "checkpoint that you trust by torch.save or as safetensors"
-        ) from None
+        tensors = require("safetensors.torch", "reading weights").load_file(path)
+    else:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} holds other objects than tensors and is not read ({first_line(error)}); save the tensors of "
+                "a checkpoint that you trust by torch.save or as safetensors"
+            ) from None
     averaged = tensors.get("ema_state_dict")
     if averaged:
-        return {name.replace("module.", ""): tensor for name, tensor in averaged.items()}
+        return {name.removeprefix("module."): tensor for name, tensor in averaged.items()}
     tensors = tensors.get("state_dict", tensors)
     tensors = tensors.get("gen_model", tensors)
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(_TRAINING)}

@@ -11,7 +11,7 @@ _FROM_1_1: dict[str, Any] = {
     "decoder_attention": "AttnBlock3DFix",
 }
 VERSIONS: dict[str, dict[str, Any]] = {
-    "1.0": {},  # the defaults
+    "default": {},
     "1.1": {
         **_FROM_1_1,
         "encoder_spatial_downsample": ["Downsample", "Downsample", "Downsample", ""],
@@ -36,4 +36,5 @@ VERSIONS: dict[str, dict[str, Any]] = {
         "decoder_temporal_upsample": ["", "", "", ""],
     },
 }
-"""By version; 1.1 from Open-Sora-Plan's docs/Train_And_Eval_CausalVideoVAE.md, 1.2 from its report."""
+"""By version: 1.1 from docs/Train_And_Eval_CausalVideoVAE.md of Open-Sora-Plan v1.1.0, 1.2 from a public printout of
+the loaded model, and the defaults of the original class."""

@@ -101,7 +101,7 @@ class Plan:
         return x + self.CausalConv3d(f"{name}.proj_out", out)
 
     def AttnBlock3D(self, name: str, x: Tensor) -> Tensor:
-        """That of Open-Sora-Plan 1.0: place c of sequence f is number f C + c of all channels' frames."""
+        """That of old checkpoints: place c of sequence f is number f C + c of all channels' frames."""
         h = normed(self.w, f"{name}.norm", x, self.config["norm_num_groups"], 1e-6)
         _, channels, frames, height, width = x.shape
         q, k, v = (self.CausalConv3d(f"{name}.{part}", h).flatten(1, 2) for part in "qkv")  # [B, C F, H, W]

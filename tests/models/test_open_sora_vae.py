@@ -146,7 +146,7 @@ def in_tiles(vae: OpenSoraVAE, side: int) -> Iterator[None]:
 
 def test_a_tiled_call_runs_the_2d_network_on_blended_tiles(vae: OpenSoraVAE) -> None:
     temporal, spatial = written_out(vae)
-    video = clip(5, 56, 88)
+    video = clip(5, 57, 92)
     latents = vae.encode(video, sample=False).latent_dist.mode()
     with in_tiles(vae, 32):
         from_tiles, by_tiles = vae.encode(video, sample=False).latent_dist.mode(), vae.decode(latents, 5).sample
@@ -194,14 +194,13 @@ def decoding(vae: OpenSoraVAE, frames: int, side: int) -> tuple[int, int]:
 
 def test_memory_grows_with_neither_the_frames_nor_the_size_of_tiled_frames() -> None:
     with torch.device("meta"):
-        vae = OpenSoraVAE(**TINY)
+        vae = OpenSoraVAE(**TINY | {"temporal_res_blocks": 1})
         assert decoding(vae, 34, 64)[1] - decoding(vae, 17, 64)[1] <= 3 * 4 * 5 * 8 * 8  # latents, at most three times
         largest, peak = decoding(vae, 4, 64)
-        assert largest == 4 * 64 * 64 * 8 and decoding(vae, 4, 160)[1] > 6 * peak
+        assert largest == 4 * 64 * 64 * 8 and decoding(vae, 4, 112)[1] > 2.5 * peak
         with in_tiles(vae, 64):
             assert decoding(vae, 4, 64) == (largest, peak)
-            for frames in (4, 8):
-                assert decoding(vae, frames, 160)[1] <= peak + 2 * 3 * 4 * 160**2  # four frames twice
+            assert decoding(vae, 8, 112)[1] <= peak + 2 * 3 * 4 * 112**2  # four frames twice
 
 
 # The full size

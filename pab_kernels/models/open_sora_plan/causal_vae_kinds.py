@@ -146,7 +146,7 @@ class AttnBlock3DFix(nn.Module):
 
 
 class AttnBlock3D(AttnBlock3DFix):
-    """The same with the frames and channels of q, k and v in each other's place, as in Open-Sora-Plan 1.0.
+    """The same with the frames and channels of q, k and v in each other's place, as in old checkpoints.
 
     Of a sequence, channel c of frame f is channel `(f C + c) // F` of frame `(f C + c) % F`.
     """
