@@ -111,7 +111,10 @@ class STDiT3(nn.Module):
         subfolder: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        **hub: Any,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
     ) -> STDiT3:
         """The model with the weights of a checkpoint, in evaluation mode.
 
@@ -122,7 +125,7 @@ class STDiT3(nn.Module):
             subfolder: of the repository or folder.
             dtype: of the weights; default that of the file.
             device: default the CPU.
-            hub: arguments of `huggingface_hub.snapshot_download`, such as revision, cache_dir and local_files_only.
+            revision, cache_dir, token, local_files_only: of a hub id, as for `huggingface_hub.snapshot_download`.
 
         Raises:
             FileNotFoundError: there is no such file or folder, or no weights in it.
@@ -132,6 +135,7 @@ class STDiT3(nn.Module):
         """
         from .open_sora import checkpoint
 
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         config, weights = checkpoint.find(name_or_path, subfolder, **hub)
         with torch.device("meta"):
             model = cls.from_config(config)

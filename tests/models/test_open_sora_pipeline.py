@@ -190,8 +190,15 @@ def test_prompts_become_frames_and_the_same_seed_the_same_ones(tmp_path: Path) -
     loaded = OpenSoraPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     torch.testing.assert_close(run(loaded, "pt").frames, frames, rtol=0, atol=1e-5)
+    hub = tmp_path / "hub"
+    (hub / "models--a--b" / "refs").mkdir(parents=True)
+    (hub / "models--a--b" / "refs" / "main").write_text(40 * "a")
+    pipe.save_pretrained(hub / "models--a--b" / "snapshots" / (40 * "a"))
+    assert OpenSoraPipeline.from_pretrained("a/b", cache_dir=hub, local_files_only=True).vae is not None
     without = OpenSoraPipeline.from_pretrained(tmp_path, vae=None, dtype=torch.bfloat16)
     assert without.vae is None and without.transformer.dtype == without.text_encoder.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="torch_dtype"):
+        OpenSoraPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     embeds, mask = pipe.encode_prompt(words, clean_prompt=False)
     assert embeds.shape[:2] == mask.shape == (2, 7)
     seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
@@ -216,6 +223,16 @@ def test_a_part_of_a_module_that_is_not_imported_is_refused(tmp_path: Path) -> N
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"vae": ["antigravity", "VAE"]}))
     with pytest.raises(ValueError, match="is a antigravity.VAE; import antigravity before loading it"):
         OpenSoraPipeline.from_pretrained(tmp_path)
+
+
+def test_models_that_are_offloaded_give_the_same_frames() -> None:
+    pytest.importorskip("accelerate")
+    pipe = tiny_pipe()
+    call = {"prompt": "a circle", "clean_prompt": False, "latents": noise(1), "num_inference_steps": 2, **CLIP}
+    plain = pipe(output_type="pt", **call).frames
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        assert torch.equal(pipe(output_type="pt", **call).frames, plain)
 
 
 # Callbacks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from . import text
@@ -88,7 +90,17 @@ class OpenSoraPipeline(DiffusionPipeline):
     # Loading and saving
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *, dtype: torch.dtype | None = None, **options: Any) -> Any:
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        **parts: Any,
+    ) -> OpenSoraPipeline:
         """Load what `save_pretrained` wrote.
 
         The published checkpoints are not in this form: load them one by one and pass them to the class.
@@ -96,19 +108,23 @@ class OpenSoraPipeline(DiffusionPipeline):
         Args:
             name_or_path: a folder, or the id of a repository on the hub.
             dtype: of the models' weights.
-            options: parts to take instead of the saved ones, by name; and arguments for the hub, such as revision,
-                cache_dir and local_files_only.
+            revision, cache_dir, token, local_files_only: of a hub id, as for `huggingface_hub.snapshot_download`.
+            parts: arguments of the class, to take instead of what is saved.
 
         Raises:
             OSError: there is no such folder or repository.
             ValueError: a part is of a class that is not imported.
         """
-        parts = {name: options.pop(name) for name in PARTS if name in options}
-        for name, named in cls.load_config(name_or_path, **options).items():
+        folder = name_or_path
+        if not os.path.isdir(folder):
+            folder = snapshot_download(
+                str(folder), revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+            )
+        for name, named in cls.load_config(folder).items():
             if name in PARTS and name not in parts and named[0] is not None:
                 kind = _class_of(*named)
                 typed = {"dtype": dtype} if issubclass(kind, nn.Module) and dtype is not None else {}
-                parts[name] = kind.from_pretrained(name_or_path, subfolder=name, **typed, **options)
+                parts[name] = kind.from_pretrained(folder, subfolder=name, **typed)
         return cls(**parts)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
