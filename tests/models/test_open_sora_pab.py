@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import pab_kernels as pab
-from pab_kernels import PABConfig
+from pab_kernels import Broadcast, PABConfig
 from pab_kernels.adapters import adapter_for
 from pab_kernels.broadcast.summary import Summary
 from pab_kernels.models.open_sora import pipeline
@@ -167,3 +167,35 @@ def test_a_run_that_a_callback_interrupts_leaves_nothing_to_the_next() -> None:
     whole = sampled(pipe, 30)
     assert not torch.equal(sampled(pipe, 30, callback_on_step_end=stop), whole)
     assert torch.equal(sampled(pipe, 30), whole)
+
+
+@pytest.mark.parametrize("cfg", CONTEXTS)
+def test_a_mask_that_changes_during_a_run_shows_no_new_prompt(cfg: str) -> None:
+    pipe = tiny_pipe()
+    pab.enable(pipe, PABConfig(spatial=Broadcast(3, (0, 1))))
+    sampled(pipe, 9, cfg=cfg, **EDITED)
+    contexts = pab.summary(pipe).contexts
+    assert {
+        name: (kinds["spatial"].reused, kinds["spatial"].forced) for name, kinds in contexts.items()
+    } == dict.fromkeys(CONTEXTS[cfg], (6, 0))
+
+
+def test_steps_of_a_half_precision_model_have_latents_of_one_dtype() -> None:
+    """The first step's are drawn in the model's dtype, and the scheduler's are in float32."""
+    pipe = tiny_pipe()
+    pipe.transformer.bfloat16()
+    pab.enable(pipe, PABConfig(spatial=Broadcast(2, (0, 1))))
+    assert sampled(pipe, 4, latents=None).dtype == torch.float32
+    tally = pab.summary(pipe).contexts["#0"]["spatial"]
+    assert (tally.reused, tally.forced) == (2, 0)
+
+
+def test_given_frames_are_kept_where_latents_are_not_corrected() -> None:
+    pipe = tiny_pipe()
+    pab.enable(pipe)
+
+    def edited(p: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": tensors["latents"].clone()}
+
+    found = sampled(pipe, 20, callback_on_step_end=edited, **GIVEN["image"])
+    assert torch.equal(found[:, :, 0], GIVEN["image"]["frame_latents"][:, :, 0])

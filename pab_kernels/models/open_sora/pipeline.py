@@ -324,7 +324,7 @@ class OpenSoraPipeline(DiffusionPipeline):
             told: the conditions.
             generator, cfg, callback, callback_inputs: as in a call.
         """
-        device, given = latents.device, latents
+        device = latents.device
         self.scheduler.set_timesteps(sigmas=list(levels), device=device)
         masks: Sequence[MaskStep | None] = [None] * len(levels) if mask is None else mask_steps(mask, levels, device)
         with self.progress_bar(total=len(levels)) as bar:
@@ -345,10 +345,7 @@ class OpenSoraPipeline(DiffusionPipeline):
                     latents = (changed or {}).pop("latents", latents)
                 bar.update()
         self._current_timestep = None
-        if mask is None:
-            return latents
-        kept = (mask < levels[-1])[:, None, :, None, None].to(device)  # forecasts move them by a rounding
-        return torch.where(kept, given, latents)
+        return latents
 
     def _noise(
         self, shape: Sequence[int], generator: Generators, device: torch.device, given: Tensor | None = None
