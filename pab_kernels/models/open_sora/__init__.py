@@ -1,1 +1,1 @@
-"""Open-Sora 1.2 from a prompt to a video, around the transformer `pab_kernels.models.stdit3.STDiT3`."""
+"""Open-Sora 1.2: sampling and video autoencoder; its transformer is `pab_kernels.models.stdit3`."""
