@@ -141,6 +141,8 @@ def test_an_image_is_the_first_frame_of_a_video() -> None:
     torch.testing.assert_close(video[0, 0], expected, rtol=0, atol=1e-5)
     array = torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None, None] / 255  # [B, F, 3, H, W]
     assert torch.equal(pipe(frames=array, output_type="pt", **call).frames, video)
+    wide = Image.fromarray(np.tile(np.asarray(picture), (2, 3, 1)))  # 64 x 120: its middle, 64 x 80, is 2 x 2 pictures
+    assert pipe(frames=[wide], output_type="latent", **call).frames.shape == start.shape
 
 
 def test_a_video_goes_on_from_the_last_frames_of_another() -> None:

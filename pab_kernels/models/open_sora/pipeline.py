@@ -223,8 +223,9 @@ class OpenSoraPipeline(DiffusionPipeline):
             num_inference_steps: N.
             guidance_scale: g; without guidance at 1.
             fps: frames a second that the model is told; default 24, and 120 for an image.
-            frames: given frames: an image, a list of images, or a tensor or array of frames as diffusers' video
-                pipelines take them. One image is one latent frame, 17 frames are 5.
+            frames: given frames: an image, a list of images, a tensor `[B, F, 3, H, W]` in [0, 1], or whatever
+                else diffusers' `VideoProcessor` takes; resized to H x W, images with their sides cropped. One frame
+                is one latent frame, 17 frames are 5.
             frame_latents: given frames as latents `[B or 1, 4, t, h, w]`, instead of `frames`.
             frames_at: the latent frame at which the given ones begin; negative values count from the end.
             frame_mask: for every latent frame, `[T]` or `[B, T]`: 1 for free, 0 for given, an edit ratio in between

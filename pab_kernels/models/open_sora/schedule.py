@@ -47,8 +47,8 @@ def shift(num_frames: int, height: float, width: float, *, rounded: bool = False
     Args:
         num_frames: F.
         height, width: H and W in pixels.
-        rounded: whether H, W, F and each result are rounded to bfloat16, as in the original's bfloat16 sampling. It also
-            rounds r - 1, which matters for r < 0.5 only, images of less than 256 x 256 pixels, and is not done here.
+        rounded: whether H, W, F and each result are rounded to bfloat16, as in the original's bfloat16 sampling. That
+            also rounds r - 1, which is not done here: it matters below r = 0.5, for images of less than 256 x 256.
 
     Raises:
         ValueError: F is less than 17 and not 1.
