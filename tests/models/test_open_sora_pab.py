@@ -156,16 +156,25 @@ def test_every_clip_is_a_generation() -> None:
     assert torch.equal(again, reused)
 
 
-def test_a_run_that_a_callback_interrupts_leaves_nothing_to_the_next() -> None:
+def test_a_run_that_a_callback_interrupts_or_fails_leaves_nothing_to_the_next() -> None:
     pipe = tiny_pipe()
 
     def stop(p: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         p._interrupt = step == 15
         return {}
 
+    def fail(p: Any, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if step == 3:
+            raise KeyError("a callback")
+        return {}
+
     pab.enable(pipe, published(pipe))
     whole = sampled(pipe, 30)
     assert not torch.equal(sampled(pipe, 30, callback_on_step_end=stop), whole)
+    assert torch.equal(sampled(pipe, 30), whole)
+    with pytest.raises(KeyError, match="a callback"):
+        sampled(pipe, 30, callback_on_step_end=fail)
+    assert pab.summary(pipe).cache_bytes == 0
     assert torch.equal(sampled(pipe, 30), whole)
 
 

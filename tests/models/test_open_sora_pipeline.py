@@ -18,6 +18,7 @@ from PIL import Image
 
 from pab_kernels.models.open_sora.pipeline import OpenSoraPipeline
 from pab_kernels.models.open_sora.schedule import shift, sigmas
+from pab_kernels.models.stdit3 import STDiT3
 from tests.models.open_sora_oracle import sampled
 from tests.models.tiny_open_sora import CLIP, TinyVAE, noise, prompts, tiny_pipe
 
@@ -168,6 +169,22 @@ def test_each_clip_is_given_the_last_frames_of_the_one_before() -> None:
     assert video.shape == (1, 34 + 17 + 17, 3, 32, 40)
     decoded = TinyVAE().decode(clips[2], 34).sample[:, :, 17:].transpose(1, 2)
     torch.testing.assert_close(video[:, -17:], (decoded / 2 + 0.5).clamp(0, 1))
+
+
+# At full size
+
+
+def test_the_published_size_runs_without_a_value_from_the_device() -> None:
+    """On the meta device, where there is none."""
+    with torch.device("meta"):
+        pipe = OpenSoraPipeline(STDiT3().bfloat16())
+        text = {"prompt_embeds": torch.empty(1, 300, 4096), "prompt_attention_mask": torch.empty(1, 300)}
+        frames = torch.empty(1, 4, 5, 60, 106)
+    pipe.set_progress_bar_config(disable=True)
+    found = pipe(
+        num_inference_steps=2, frame_latents=frames, frame_mask=5 * [0.9] + 10 * [1], output_type="latent", **text
+    )
+    assert found.frames.shape == (1, 4, 15, 60, 106) and found.frames.is_meta
 
 
 # From prompts to frames

@@ -327,6 +327,7 @@ class OpenSoraPipeline(DiffusionPipeline):
         """
         device = latents.device
         self.scheduler.set_timesteps(sigmas=list(levels), device=device)
+        self.scheduler.set_begin_index(0)  # else its first step would read a timestep from the device
         masks: Sequence[MaskStep | None] = [None] * len(levels) if mask is None else mask_steps(mask, levels, device)
         with self.progress_bar(total=len(levels)) as bar:
             for i, (t, level, step) in enumerate(zip(self.scheduler.timesteps, levels, masks, strict=True)):
