@@ -107,3 +107,10 @@ def float32_modules(model: nn.Module) -> set[str]:
 def execution_device(pipe: Any) -> torch.device:
     """The device on which a pipeline computes, even if its weights are offloaded."""
     return torch.device(pipe._execution_device)
+
+
+def cleaned_caption(caption: str) -> str:
+    """A caption, cleaned once as for T5 in DeepFloyd IF and models after it; needs ftfy and bs4."""
+    from diffusers import LattePipeline
+
+    return LattePipeline._clean_caption(LattePipeline, caption)

@@ -47,7 +47,9 @@ PUBLIC = {
 
 OPTIONAL = (
     "accelerate",
+    "bs4",
     "diffusers",
+    "ftfy",
     "huggingface_hub",
     "imageio",
     "imageio_ffmpeg",

@@ -31,7 +31,7 @@ def load_pipeline(
     offload: str = "none",
     local_files_only: bool = False,
 ) -> Any:
-    """Load a diffusers pipeline.
+    """Load a diffusers pipeline; from a folder also an `OpenSoraPipeline`.
 
     Args:
         model: a folder written by `save_pretrained`, the id of a repository on the hub ("owner/name"), or "demo".
@@ -65,7 +65,7 @@ def load_pipeline(
     kind = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     local = local_files_only or os.path.isdir(source)
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=kind, local_files_only=local)
+        pipe = _class(source, diffusers).from_pretrained(source, dtype=kind, local_files_only=local)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RecursionError) as error:
         raise ValueError(
             f"{shortened(str(model))} could not be loaded as a diffusers pipeline: {first_line(error)}"
@@ -75,6 +75,16 @@ def load_pipeline(
         got = f"{model} is a {type(pipe).__name__} without a `transformer`; it has {parts}"
         raise ValueError(f"{got}. PAB is for diffusion transformers")
     return _placed(pipe, target, offload)
+
+
+def _class(source: str, diffusers: Any) -> Any:
+    """The class that loads a pipeline; diffusers finds only its own by the name in a folder."""
+    index = Path(source) / "model_index.json"
+    if index.is_file() and '"OpenSoraPipeline"' in read_text(index):
+        from ..models.open_sora.pipeline import OpenSoraPipeline
+
+        return OpenSoraPipeline
+    return diffusers.DiffusionPipeline
 
 
 def _check_offload(offload: str, target: torch.device) -> None:

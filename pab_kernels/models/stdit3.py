@@ -7,9 +7,11 @@ on the model as it is.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,6 +102,71 @@ class STDiT3(nn.Module):
         if config.get("skip_y_embedder"):
             raise ValueError("skip_y_embedder is on; only models that embed their text are supported")
         return cls(**{name: config[name] for name in inspect.signature(cls).parameters if name in config})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        subfolder: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+    ) -> STDiT3:
+        """The model with the weights of a checkpoint, in evaluation mode.
+
+        Args:
+            name_or_path: the id of a repository on the hub ("hpcai-tech/OpenSora-STDiT-v3"), a folder with config.json
+                and model.safetensors, or a file (.safetensors; .bin, .pt, .pth or .ckpt, of which only tensors are
+                read). Without a config.json beside the weights, the sizes are those of Open-Sora 1.2.
+            subfolder: of the repository or folder.
+            dtype: of the weights; default that of the file.
+            device: default the CPU.
+            revision, cache_dir, token, local_files_only: of a hub id, as for `huggingface_hub.snapshot_download`.
+
+        Raises:
+            FileNotFoundError: there is no such file or folder, or no weights in it.
+            ValueError: the hub has no such repository, the config is not supported, or the names or shapes of the
+                tensors are not those of the model.
+            ModuleNotFoundError: safetensors or huggingface_hub is needed and not installed.
+        """
+        from .open_sora import checkpoint
+
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        config, weights = checkpoint.find(name_or_path, subfolder, **hub)
+        with torch.device("meta"):
+            model = cls.from_config(config)
+        tensors = checkpoint.read(weights, device, dtype)
+        checkpoint.check(weights, tensors, model.state_dict())
+        model.load_state_dict(tensors, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into a folder, from which `from_pretrained` loads the model.
+
+        Raises:
+            ModuleNotFoundError: safetensors is not installed.
+        """
+        from .open_sora import checkpoint
+
+        checkpoint.save(folder, self.config, self.state_dict())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.x_embedder.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.x_embedder.proj.weight.device
+
+    def cache_context(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Names the branch of guidance of the calls inside `with`, for PAB; as in diffusers' models."""
+        return contextlib.nullcontext()
 
     def forward(
         self,

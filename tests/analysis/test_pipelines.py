@@ -37,6 +37,13 @@ def test_the_demo_model_comes_with_the_package() -> None:
     assert type(pipe.transformer).__name__ == "LatteTransformer3DModel"
 
 
+def test_a_saved_open_sora_pipeline_is_loaded(tmp_path: Path) -> None:
+    from tests.models.tiny_open_sora import OpenSoraPipeline, tiny_pipe
+
+    tiny_pipe().save_pretrained(tmp_path)
+    assert type(load_pipeline(tmp_path, device="cpu")) is OpenSoraPipeline
+
+
 def test_what_is_no_pipeline_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...models.open_sora import schedule as open_sora
+
 Config = Mapping[str, Any]
 
 
@@ -112,7 +114,7 @@ def _open_sora_latents(config: Config, clip: Size) -> Size:
     if clip.frames != 1 and clip.frames % 17:
         supported = "1 and multiples of 17 are supported (51 are 2 s)"
         raise ValueError(f"size {clip}: {clip.frames} frames do not fit; {supported}")
-    return Size(1 if clip.frames == 1 else clip.frames // 17 * 5, clip.height // 8, clip.width // 8)
+    return Size(*open_sora.latent_size(*clip))
 
 
 # Arguments of `forward`
@@ -288,9 +290,7 @@ def _ltx_timesteps(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
 
 
 def _open_sora_timesteps(steps: int, latents: Size, clip: Size) -> tuple[float, ...]:
-    """`t = 1 - i / N`, shifted by `sqrt(H W / 512^2) sqrt(F)` with H and W in pixels and F latent frames."""
-    shift = math.sqrt(clip.height * clip.width / 512**2 * latents.frames)
-    return tuple(1000 * _shifted(1 - i / steps, shift) for i in range(steps))
+    return tuple(1000 * sigma for sigma in open_sora.sigmas(steps, open_sora.shift(*clip)))
 
 
 MODEL_CALLS = {
