@@ -46,6 +46,7 @@ class Settings:
         timed: whether to measure seconds by kind.
         local_files_only: fetch nothing.
         cuda_graphs: whether to replay the transformer's calls under PAB as CUDA graphs, captured in a previous run.
+        weights: folder of the parts of a published model, as for `load_pipeline`.
 
     Raises:
         FileNotFoundError: there is no such config file.
@@ -63,6 +64,7 @@ class Settings:
     timed: bool = False
     local_files_only: bool = False
     cuda_graphs: bool = False
+    weights: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
@@ -86,7 +88,8 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         how = {name: getattr(self, name) for name in ("pab", "offload", "fps", "cuda_graphs")}
-        return {"model": self.model} | vars(self.wish) | how
+        where = {} if self.weights is None else {"weights": str(self.weights)}
+        return {"model": self.model} | where | vars(self.wish) | how
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,7 @@ def _loaded(settings: Settings) -> tuple[Any, PABConfig | None]:
         device=settings.device,
         offload=settings.offload,
         local_files_only=settings.local_files_only,
+        weights=settings.weights,
     )
     pipe.set_progress_bar_config(disable=True)
     config = settings.config(pipe.transformer)

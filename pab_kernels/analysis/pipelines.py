@@ -13,6 +13,8 @@ from torch import nn
 from ..extras import require
 from ..files import path_of, read_text
 from ..messages import first_line, shortened, shown
+from ..models.published_pipelines import PUBLISHED, is_published
+from ..models.published_pipelines import load as load_published
 
 DEMO = "demo"
 """The name of the demo model."""
@@ -30,16 +32,19 @@ def load_pipeline(
     device: str | torch.device | None = None,
     offload: str = "none",
     local_files_only: bool = False,
+    weights: str | Path | None = None,
 ) -> Any:
     """Load a diffusers pipeline; from a folder also an `OpenSoraPipeline`.
 
     Args:
-        model: a folder written by `save_pretrained`, the id of a repository on the hub ("owner/name"), or "demo".
+        model: a folder written by `save_pretrained`, the id of a repository on the hub ("owner/name"), "demo", or a
+            name in `published_pipelines.PUBLISHED`, perhaps with its variant.
         dtype: of the weights; default bfloat16 on CUDA and float32 elsewhere; float32 for the demo model.
         device: default CUDA if available, else the CPU.
         offload: "model" or "sequential" keep weights on the host except those of the model, or of the module, that
             runs; needs accelerate and CUDA.
         local_files_only: do not fetch anything; an id must be cached.
+        weights: folder with the parts of a published model; see `published_pipelines.load`.
 
     Returns:
         The pipeline on `device`.
@@ -61,8 +66,14 @@ def load_pipeline(
         pipe = pipeline.load(device=target if offload == "none" else "cpu", dtype=dtype or torch.float32).pipe
         return _placed(pipe, target, offload)
     diffusers = require("diffusers", "loading a pipeline")
-    source = _source(model)
     kind = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
+    if is_published(str(model)) and not os.path.isdir(str(model)):
+        pipe = load_published(str(model), weights, dtype=kind, local_files_only=local_files_only)
+        return _placed(pipe, target, offload)
+    if weights is not None:
+        known = ", ".join(PUBLISHED)
+        raise ValueError(f"weights are for published models by name ({known}), got model {shown(str(model))}")
+    source = _source(model)
     local = local_files_only or os.path.isdir(source)
     try:
         pipe = _class(source, diffusers).from_pretrained(source, dtype=kind, local_files_only=local)

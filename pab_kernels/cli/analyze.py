@@ -14,14 +14,16 @@ import typer
 from ..extras import require_all
 from ..rules.schedule import check_steps
 from ..strict_json import to_json
-from .arguments import AsJson, Device, Dtype, Further, LocalFilesOnly, named_arguments
+from .arguments import AsJson, Device, Dtype, Further, LocalFilesOnly, Weights, named_arguments
 from .display import progress_bar, quiet
 
 DEMO_PROMPT = "a red circle moves right at night"
 
 
 def command(
-    model: Annotated[str, typer.Option(help="Folder of a diffusers pipeline, id on the hub, or 'demo'.")],
+    model: Annotated[
+        str, typer.Option(help="Folder of a diffusers pipeline, id on the hub, 'demo', or open-sora-1.2 and the like.")
+    ],
     prompt: Annotated[str | None, typer.Option(help="What to draw.")] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 30,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Output folder.")] = Path("analysis"),
@@ -32,6 +34,7 @@ def command(
     dtype: Dtype = None,
     device: Device = None,
     local_files_only: LocalFilesOnly = False,
+    weights: Weights = None,
 ) -> None:
     """Measure how much the outputs of attention, MLPs and blocks differ from step to step, and propose a config.
 
@@ -61,7 +64,7 @@ def command(
     wish = Wish(prompt, steps=steps, guidance=guidance, seed=seed, further=named_arguments(argument))
     quiet("diffusers")
     kind = None if dtype is None else DTYPES[dtype]
-    pipe = load_pipeline(model, dtype=kind, device=device, local_files_only=local_files_only)
+    pipe = load_pipeline(model, dtype=kind, device=device, local_files_only=local_files_only, weights=weights)
     inputs: dict[str, Any] = arguments(pipe, wish, output_type="latent")
     if "generator" in inspect.signature(pipe.__call__).parameters:
         inputs["generator"] = torch.Generator().manual_seed(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from json import JSONDecodeError
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,12 @@ Dtype = Annotated[
 ]
 Further = Annotated[
     list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further argument of the pipeline; repeatable.")
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", help="Of a published model by name: its parts, in folders transformer, vae, text_encoder."
+    ),
 ]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Do not fetch anything.")]
 

@@ -10,7 +10,7 @@ import typer
 
 from ..extras import require_all
 from ..strict_json import to_json
-from .arguments import AsJson, Device, Dtype, Further, LocalFilesOnly, named_arguments, numbers
+from .arguments import AsJson, Device, Dtype, Further, LocalFilesOnly, Weights, named_arguments, numbers
 from .display import progress_bar, quiet
 
 FLOOR = 35.0
@@ -50,6 +50,7 @@ def command(
     device: Device = None,
     offload: Annotated[str, typer.Option(help="none, model or sequential: keep unused weights on the host.")] = "none",
     local_files_only: LocalFilesOnly = False,
+    weights: Weights = None,
     out: Annotated[Path, typer.Option(help="Folder of the config, the report and finished generations.")] = Path(
         "pab-calibrate"
     ),
@@ -86,7 +87,9 @@ def command(
     wishes = [Wish(text, negative_prompt, steps, guidance, shape, seed, further) for text in texts]
     quiet("diffusers", "transformers")
     kind = None if dtype is None else DTYPES[dtype]
-    pipe = load_pipeline(model, dtype=kind, device=device, offload=offload, local_files_only=local_files_only)
+    pipe = load_pipeline(
+        model, dtype=kind, device=device, offload=offload, local_files_only=local_files_only, weights=weights
+    )
     pipe.set_progress_bar_config(disable=True)
     arguments(pipe, wishes[0])
     with progress_bar("calibrating", "% of a generation", width=16) as show:

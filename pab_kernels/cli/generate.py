@@ -11,7 +11,7 @@ import typer
 
 from ..extras import require_all
 from ..strict_json import to_json
-from .arguments import AsJson, Device, Dtype, Further, LocalFilesOnly, named_arguments, numbers
+from .arguments import AsJson, Device, Dtype, Further, LocalFilesOnly, Weights, named_arguments, numbers
 from .display import output, progress_bar, quiet, table
 
 if TYPE_CHECKING:
@@ -52,7 +52,11 @@ def results_table(result: "Result") -> "Table":
 
 def command(
     model: Annotated[
-        str, typer.Option(help="Hub id or folder of a diffusers pipeline for text-to-video or text-to-image, or demo.")
+        str,
+        typer.Option(
+            help="Hub id or folder of a diffusers pipeline for text-to-video or text-to-image, demo, open-sora-1.2, "
+            "open-sora-plan-1.1 or open-sora-plan-1.2."
+        ),
     ],
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
@@ -80,6 +84,7 @@ def command(
     device: Device = None,
     offload: Annotated[str, typer.Option(help="none, model or sequential: keep unused weights on the host.")] = "none",
     local_files_only: LocalFilesOnly = False,
+    weights: Weights = None,
     fps: Annotated[float, typer.Option(help="Frames a second of the video.")] = 8,
     out: Annotated[Path, typer.Option(help="Folder of the outputs and results.json.")] = Path("pab-generate"),
     as_json: AsJson = False,
@@ -97,7 +102,9 @@ def command(
     takes = "--size takes frames x height x width such as 49x480x720, or height x width of an image"
     shape = numbers(size, takes, "x", int, counts=(2, 3))
     wish = Wish(prompt, negative_prompt, steps, guidance, shape, seed, named_arguments(argument))
-    settings = Settings(model, wish, pab, compare, dtype, device, offload, fps, timed, local_files_only, cuda_graphs)
+    settings = Settings(
+        model, wish, pab, compare, dtype, device, offload, fps, timed, local_files_only, cuda_graphs, weights
+    )
     with progress_bar("loading", "steps", width=10) as show:
         try:
             result, failed = generate(settings, out, show), None

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CHANNELS = 16
+"""Of the text."""
 LATTE = {
     "_class_name": "LatteT2V",
     "num_attention_heads": 2,
@@ -28,7 +30,7 @@ LATTE = {
     "norm_type": "ada_norm_single",
     "norm_elementwise_affine": False,
     "norm_eps": 1e-6,
-    "caption_channels": 16,
+    "caption_channels": CHANNELS,
     "video_length": 5,
     "attention_mode": "xformers",
     "use_rope": False,
@@ -54,7 +56,7 @@ PLAN_12 = {
     "norm_type": "ada_norm_single",
     "norm_elementwise_affine": False,
     "norm_eps": 1e-6,
-    "caption_channels": 16,
+    "caption_channels": CHANNELS,
     "interpolation_scale_t": 1.0,
     "interpolation_scale_h": 1.5,
     "interpolation_scale_w": 2.0,

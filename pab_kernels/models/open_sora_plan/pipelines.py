@@ -16,7 +16,6 @@ Source: PKU-YuanGroup/Open-Sora-Plan, tags v1.1.0 and v1.2.0.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,22 +24,14 @@ from diffusers import (
     DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
     LattePipeline,
-    LatteTransformer3DModel,
     PNDMScheduler,
 )
 from diffusers.video_processor import VideoProcessor
-
-from ...extras import require
-from ...files import path_of
-from .causal_vae import CausalVAE
-from .transformers import load_transformer
 
 PIXELS, TIME = 8, 4
 """Pixels and frames of a latent."""
 TOKENS = 300
 """Of a prompt in 1.1."""
-TEXT_ENCODERS = {"1.1": "DeepFloyd/t5-v1_1-xxl", "1.2": "google/mt5-xxl"}
-"""Repositories of the text encoders, which the checkpoints do not hold."""
 
 
 def latent_frames(frames: int) -> int:
@@ -217,44 +208,11 @@ class OpenSoraPlan12Pipeline(AllegroPipeline):
         return _decoded(self, latents)
 
 
-def load(
-    checkpoint: str | Path,
-    subfolder: str,
-    *,
-    text_encoder: str | Path | None = None,
-    dtype: torch.dtype | None = None,
-    local_files_only: bool = False,
-) -> OpenSoraPlan11Pipeline | OpenSoraPlan12Pipeline:
-    """The pipeline of a checkpoint of Open-Sora-Plan 1.1 or 1.2.
+def version_11(**parts: Any) -> OpenSoraPlan11Pipeline:
+    """The pipeline of 1.1 with its scheduler."""
+    return OpenSoraPlan11Pipeline(**parts, scheduler=PNDMScheduler())
 
-    Args:
-        checkpoint: folder or id with the transformer in `subfolder` and the autoencoder in `vae`.
-        subfolder: see `load_transformer`.
-        text_encoder: folder or id of T5 and its tokenizer; default the folders `text_encoder` and `tokenizer` of the
-            checkpoint if it has them, else `TEXT_ENCODERS`.
-        dtype: of all weights; default float32.
-        local_files_only: fetch nothing.
 
-    Raises:
-        ValueError, OSError: a part is missing or is of another model.
-        ModuleNotFoundError: transformers is not installed.
-    """
-    transformers = require("transformers", "Open-Sora-Plan")
-    folder = path_of(checkpoint)
-    transformer: Any = load_transformer(checkpoint, subfolder=subfolder, dtype=dtype, local_files_only=local_files_only)
-    first = isinstance(transformer, LatteTransformer3DModel)
-    own = text_encoder is None and (folder / "text_encoder").is_dir()
-    source = str(checkpoint if own else text_encoder or TEXT_ENCODERS["1.1" if first else "1.2"])
-    given = {"local_files_only": local_files_only}
-    encoder = transformers.T5EncoderModel if first else transformers.MT5EncoderModel
-    parts = {
-        "tokenizer": transformers.AutoTokenizer.from_pretrained(source, subfolder="tokenizer" if own else "", **given),
-        "text_encoder": encoder.from_pretrained(
-            source, subfolder="text_encoder" if own else "", dtype=dtype or torch.float32, **given
-        ),
-        "vae": CausalVAE.from_pretrained(str(checkpoint), subfolder="vae", torch_dtype=dtype, **given),
-        "transformer": transformer,
-    }
-    if first:
-        return OpenSoraPlan11Pipeline(**parts, scheduler=PNDMScheduler())
+def version_12(**parts: Any) -> OpenSoraPlan12Pipeline:
+    """The pipeline of 1.2 with its scheduler."""
     return OpenSoraPlan12Pipeline(**parts, scheduler=EulerAncestralDiscreteScheduler())

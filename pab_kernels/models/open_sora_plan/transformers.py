@@ -23,8 +23,9 @@ import torch
 from torch import nn
 
 from ...extras import require
-from ...files import path_of
+from ...files import path_of, read_text
 from ...messages import shown
+from ...strict_json import from_json
 
 
 @dataclass(frozen=True)
@@ -182,13 +183,17 @@ def load_transformer(
 
     Raises:
         ValueError: the checkpoint is of another model, or names of its tensors are missing or not known.
-        OSError: there is no such checkpoint.
+        FileNotFoundError: there is no such checkpoint.
         ModuleNotFoundError: diffusers is not installed.
     """
     diffusers = require("diffusers", "Open-Sora-Plan")
+    from ..published import find_file
+
     source = str(path_of(checkpoint))
     where = {"subfolder": subfolder, "local_files_only": local_files_only}
-    config = diffusers.LatteTransformer3DModel.load_config(source, **where)  # of any class
+    config = from_json(
+        read_text(find_file(source, ("config.json",), subfolder, {"local_files_only": local_files_only}))
+    )
     version, wanted = version_of(config), translated(config)
     serves = getattr(diffusers, version.serves)
     with _quiet():
