@@ -28,9 +28,12 @@ def forecast(
     columns = range(len(plan.steps))
     run = [[name for name, row in plan.rows.items() if row[i].action in _RUN] for i in columns]
     skipped = [plan.whole is not None and plan.whole not in names for names in run]
+    first, last = ({name: steps[end] for name, steps in plan.runs.items() if steps} for end in (0, -1))
     flops = [
-        0 if skips else contexts * (rest_flops + sum(costs[name].flops for name in names))
-        for names, skips in zip(run, skipped, strict=True)
+        0
+        if skips
+        else contexts * (rest_flops + sum(costs[n].flops - costs[n].kept_flops * (i > first[n]) for n in names))
+        for i, names, skips in zip(plan.steps, run, skipped, strict=True)
     ]
     full = contexts * len(columns) * (rest_flops + sum(costs[name].flops for name in plan.rows))
     kinds = {s.name: s.kind for s in plan.sublayers}
@@ -45,6 +48,9 @@ def forecast(
             for meter in (kinds[name], "all") if change else ():
                 held[meter] += change * costs[name].slot_bytes
                 peak[meter] = max(peak[meter], held[meter])
+            if costs[name].kept_bytes and first[name] < last[name]:
+                held["all"] += costs[name].kept_bytes * ((step == first[name]) - (step == last[name]))
+                peak["all"] = max(peak["all"], held["all"])
         if plan.whole is not None:  # the scheduler's step comes after the model
             held["all"] += 2 * latents_bytes * (_predicts_from(plan, step) - _predicts_from(plan, step - 1))
             peak["all"] = max(peak["all"], held["all"])

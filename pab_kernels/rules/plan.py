@@ -39,6 +39,8 @@ class Sublayer:
             `pab_kernels.nn`, which may keep more than its outputs).
         block: name of the `block` sublayer around it, if any.
         why: the evidence for its kind, in a few words, if it was found and not declared.
+        keeps: name of a module in it whose output is computed once a generation in each context, and kept from the
+            first run of the sublayer to its last one.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Sublayer:
     how: str = "module"
     block: str | None = None
     why: str = ""
+    keeps: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,15 @@ class Cost:
         flops: to compute it; for a `block`, those outside of its sublayers.
         slot_bytes: bytes of its slot.
         output_bytes: bytes of its output in the model's dtype; 0 if bytes moved are not needed.
+        kept_flops: FLOPs, among `flops`, of what it keeps for a generation; see `Sublayer.keeps`.
+        kept_bytes: bytes of it.
     """
 
     flops: int
     slot_bytes: int
     output_bytes: int = 0
+    kept_flops: int = 0
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -316,6 +323,15 @@ class Plan:
         more than their outputs."""
         reused = [name for name, row in self.rows.items() if any(d.action is Action.REUSE for d in row)]
         return frozenset(reused).union(s.name for s in self.sublayers if s.how == "nn")
+
+    @cached_property
+    def runs(self) -> Mapping[str, Sequence[int]]:
+        """The steps at which each sublayer runs."""
+        run = (Action.COMPUTE, Action.STORE)
+        return {
+            name: [i for i, decision in zip(self.steps, row, strict=True) if decision.action in run]
+            for name, row in self.rows.items()
+        }
 
     def outputs(self, name: str) -> int:
         """The most outputs that a reuse of `name` reads; 1 if it is not a sublayer."""

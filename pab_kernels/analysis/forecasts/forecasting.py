@@ -11,7 +11,7 @@ from ...adapters import adapter_for
 from ...broadcast.slots import CACHE_DTYPES
 from ...messages import first_line, shown
 from ...rules.config import PABConfig
-from ...rules.plan import Action, Counts, Forecast, Plan
+from ...rules.plan import Cost, Counts, Forecast, Plan
 from ...rules.presets import FEWEST_STEPS, default_preset
 from ...rules.schedule import Schedule, check_steps
 from ..pipelines import DTYPES
@@ -192,7 +192,7 @@ def forecast(
     kinds = {
         kind: KindForecast(
             counts[kind],
-            how.contexts * sum(costs[name].flops * _computed(plan, name) for name in names),
+            how.contexts * sum(_flops(costs[name], len(plan.runs[name])) for name in names),
             calls * sum(costs[name].flops for name in names),
             {kept: forecast.peak_by_kind[kind] for kept, forecast in found.items()},
         )
@@ -214,8 +214,9 @@ def forecast(
     )
 
 
-def _computed(plan: Plan, name: str) -> int:
-    return sum(d.action in (Action.COMPUTE, Action.STORE) for d in plan.rows[name])
+def _flops(cost: Cost, runs: int) -> int:
+    """FLOPs of this many runs of a sublayer."""
+    return runs * cost.flops - max(runs - 1, 0) * cost.kept_flops
 
 
 def _missing(model: str, what: str) -> Any:
