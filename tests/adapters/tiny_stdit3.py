@@ -1,5 +1,5 @@
-"""A tiny STDiT3 whose gates and shifts matter, and its inputs: sizes that are no multiple of the patch, texts of unequal
-length."""
+"""A tiny STDiT3 whose gates and shifts matter, and its inputs: sizes that are no multiple of the patch, and texts of
+unequal length."""
 
 from __future__ import annotations
 
