@@ -17,7 +17,7 @@ from ..broadcast.stream import ResidualStream
 from ..broadcast.turn import CurrentTurn, Turn
 from ..models.stdit3 import MLP, STDiT3, STDiT3Block
 from ..nn.attention import SelfAttention
-from ..nn.cross_attention import CrossAttention, kept_text
+from ..nn.cross_attention import CrossAttention, KeptText, kept_text
 from ..nn.parts import PartsModule
 from ..ops import Rope
 from .fused import FusedAdapter, FusedBlock, FusedForward
@@ -129,8 +129,10 @@ class Forward(FusedForward):
         """Whether fused operations may replace the call of a part of the block."""
         return type(part) is of and not self.block.own_forward[name] and not has_hooks(part)
 
-    def _kept(self, call: Call) -> Any:
-        return kept_text(call, self.block.cross.name, call.text) if call.text else None
+    def _kept(self, call: Call) -> KeptText | None:
+        """Where keys and values are kept in this call."""
+        name = self.block.cross.name
+        return kept_text(call, name, call.text) if call.text and name in call.plan.keeping else None
 
 
 def _turn(current: CurrentTurn) -> Turn | None:

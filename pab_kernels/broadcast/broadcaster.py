@@ -145,7 +145,7 @@ class Broadcaster:
         sublayers = self.adapter.sublayers
         for sublayer in sublayers:  # before the first call of any thread, which fills them
             self.current(sublayer.name)
-        names = {s.name for s in sublayers if timed or s.how == "nn" or s.keeps or config.may_reuse(s.kind, s.layer)}
+        names = {s.name for s in sublayers if timed or s.how == "nn" or config.may_reuse(s.kind, s.layer)}
         for name, attached in self.adapter.attach(self, names):
             if name not in self._sublayers:
                 self._put(attached)

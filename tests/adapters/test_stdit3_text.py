@@ -16,7 +16,7 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig, ops
 from pab_kernels.analysis.forecasts.measure import measure
 from pab_kernels.broadcast.costs import on_meta
-from pab_kernels.rules.plan import Forecast
+from pab_kernels.rules.costs import Forecast
 from tests.adapters.tiny_stdit3 import CHANNELS, LAYERS, TEXT, conditions, given_frames, noise, text, tiny_stdit3
 from tests.pairs import pairs
 
@@ -24,6 +24,8 @@ BLOCKS = 2 * LAYERS
 STEPS = 8
 KEPT = BLOCKS * 2 * TEXT * 2 * CHANNELS * 4
 """Bytes of all keys and values: two samples of five tokens, k and v, in float32."""
+LATE = PABConfig(mlp=Broadcast(3, (4, 5), "step"))
+"""Nothing is reused before step 4, and cross attention never."""
 CROSS = PABConfig(cross=Broadcast(3, (1, 6), "step"))
 
 
@@ -41,7 +43,10 @@ def call(model: Any, step: int = 0, y: Tensor | None = None, **fixed: Any) -> Te
     return out
 
 
-@pytest.mark.parametrize("rules", [PABConfig(), CROSS, PABConfig(spatial=2), PABConfig(block=2)], ids=str)
+RULES = {"cross": CROSS, "spatial and temporal": PABConfig(spatial=2, temporal=2), "blocks": PABConfig(block=2)}
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_they_are_computed_once_and_held_until_the_last_run(rules: PABConfig) -> None:
     model = tiny_stdit3()
     ran, y, fixed = counted(model), text(), conditions()
@@ -60,10 +65,20 @@ def test_they_are_computed_once_and_held_until_the_last_run(rules: PABConfig) ->
     assert set(ran.values()) == {2}
 
 
+def test_blocks_in_which_nothing_is_reused_run_as_without_pab() -> None:
+    model = tiny_stdit3()
+    ran, y, fixed = counted(model), text(), conditions()
+    pab.enable(model, PABConfig(temporal=2, cross=1), num_steps=STEPS)
+    for step in range(STEPS):
+        call(model, step, y, **fixed)
+    assert {ran[f"spatial_blocks.{i}.cross_attn.kv_linear"] for i in range(LAYERS)} == {STEPS}
+    assert {ran[f"temporal_blocks.{i}.cross_attn.kv_linear"] for i in range(LAYERS)} == {1}
+
+
 def test_each_context_has_its_own() -> None:
     model, texts = tiny_stdit3(), {"cond": text(1), "uncond": text(2)}
     plain, ran, fixed = tiny_stdit3(), counted(model), conditions()
-    pab.enable(model, PABConfig(cross=1), num_steps=3)
+    pab.enable(model, LATE, num_steps=STEPS)
     for step in range(3):
         for name, y in texts.items():
             with pab.context(model, name):
@@ -93,7 +108,7 @@ CHANGES: dict[str, Any] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_within_a_generation_is_computed_again(change: str) -> None:
     model, y, fixed = tiny_stdit3(), text(), conditions()
-    pab.enable(model, PABConfig(cross=1), num_steps=4)
+    pab.enable(model, LATE, num_steps=STEPS)
     for step in range(4):
         if step == 2:
             y, fixed = CHANGES[change](model, y, fixed)
@@ -108,7 +123,7 @@ def test_what_changes_within_a_generation_is_computed_again(change: str) -> None
 def test_text_whose_writes_are_not_counted_is_projected_always() -> None:
     model, plain = tiny_stdit3(), tiny_stdit3()
     ran = counted(model)
-    pab.enable(model, PABConfig(cross=1), num_steps=3)
+    pab.enable(model, LATE, num_steps=STEPS)
     with torch.inference_mode():
         y = text()
         for step in range(3):
@@ -120,7 +135,7 @@ def test_text_whose_writes_are_not_counted_is_projected_always() -> None:
 def test_text_made_before_inference_mode_is_projected_once() -> None:
     model, y, fixed = tiny_stdit3(), text(), conditions()
     ran = counted(model)
-    pab.enable(model, PABConfig(cross=1), num_steps=3)
+    pab.enable(model, LATE, num_steps=STEPS)
     with torch.inference_mode():
         for step in range(3):
             call(model, step, y, **fixed)
@@ -159,8 +174,8 @@ def check_forecast(config: PABConfig, dtype: torch.dtype = torch.float32, **more
         now.append(pab.summary(model).cache_bytes)
     summary, expected = pab.summary(model), forecast(model, inputs)
     assert flops == summary.flops == expected.flops
-    assert summary.flops_without == expected.flops_without > summary.flops and summary.forced == 0
-    assert summary.peak_cache_bytes == expected.peak_cache_bytes > 0
+    assert summary.flops_without == expected.flops_without >= summary.flops and summary.forced == 0
+    assert summary.peak_cache_bytes == expected.peak_cache_bytes
     assert tuple(now) == expected.cache_bytes and now[-1] == 0
 
 
@@ -168,7 +183,7 @@ def check_forecast(config: PABConfig, dtype: torch.dtype = torch.float32, **more
 @pytest.mark.parametrize(
     ("rules", "cache_dtype", "cache_point", "dtype"),
     pairs(
-        [{}, EVERYTHING, {"spatial": 2, "cross": 3}, {"block": 2}],
+        [{}, EVERYTHING, {"cross": 3, "model": Broadcast(2, (0.2, 0.9))}, {"block": 2}],
         [None, "int8", "float8_e4m3fn"],
         ["pre_gate", "post_gate"],
         [torch.float32, torch.bfloat16],
@@ -191,7 +206,7 @@ def configs(draw: st.DrawFn) -> PABConfig:
 
 
 @pytest.mark.flops
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(config=configs())
 def test_the_forecast_holds_for_any_rules(config: PABConfig) -> None:
     check_forecast(config)

@@ -11,7 +11,9 @@ from ...adapters import adapter_for
 from ...broadcast.slots import CACHE_DTYPES
 from ...messages import first_line, shown
 from ...rules.config import PABConfig
-from ...rules.plan import Cost, Counts, Forecast, Plan
+from ...rules.costs import Forecast
+from ...rules.forecast import flops_at
+from ...rules.plan import Counts, Plan
 from ...rules.presets import FEWEST_STEPS, default_preset
 from ...rules.schedule import Schedule, check_steps
 from ..pipelines import DTYPES
@@ -192,7 +194,7 @@ def forecast(
     kinds = {
         kind: KindForecast(
             counts[kind],
-            how.contexts * sum(_flops(costs[name], len(plan.runs[name])) for name in names),
+            how.contexts * sum(flops_at(plan, costs, name, step) for name in names for step in plan.runs[name]),
             calls * sum(costs[name].flops for name in names),
             {kept: forecast.peak_by_kind[kind] for kept, forecast in found.items()},
         )
@@ -212,11 +214,6 @@ def forecast(
         measured.weight_bytes,
         measured.activation_bytes,
     )
-
-
-def _flops(cost: Cost, runs: int) -> int:
-    """FLOPs of this many runs of a sublayer."""
-    return runs * cost.flops - max(runs - 1, 0) * cost.kept_flops
 
 
 def _missing(model: str, what: str) -> Any:

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...broadcast.costs import SublayerRun, watched
 from ...broadcast.signature import tensors_of
 from ...ops.flops import flop_counter
-from ...rules.plan import WHOLE, Cost, Sublayer
+from ...rules.costs import Cost
+from ...rules.plan import WHOLE, Sublayer
 
 
 @dataclass(frozen=True)
