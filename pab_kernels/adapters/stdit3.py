@@ -132,7 +132,8 @@ class Forward(FusedForward):
     def _kept(self, call: Call) -> KeptText | None:
         """Where keys and values are kept in this call."""
         name = self.block.cross.name
-        return kept_text(call, name, call.text) if call.text and name in call.plan.keeping else None
+        keeps = not torch.compiler.is_compiling() and bool(call.text) and name in call.plan.keeping
+        return kept_text(call, name, call.text) if keeps else None
 
 
 def _turn(current: CurrentTurn) -> Turn | None:
