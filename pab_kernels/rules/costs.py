@@ -33,9 +33,9 @@ class Forecast:
         flops: with the plan.
         flops_without: with every sublayer computed at every step.
         flops_by_step: with the plan, step by step.
-        cache_bytes: bytes of slots held after each step.
-        peak_cache_bytes: peak of the slots, also within a step, when a sublayer stores before another releases.
-        peak_by_kind: peak of each kind; the kinds need not peak at the same time.
+        cache_bytes: bytes held after each step: slots, and what sublayers keep for the generation (`Sublayer.keeps`).
+        peak_cache_bytes: peak of these, also within a step, when a sublayer stores before another releases.
+        peak_by_kind: peak of each kind's slots; the kinds need not peak at the same time.
         moved_bytes: bytes that reuses read and write in device memory; see `rules/forecast.py`.
     """
 

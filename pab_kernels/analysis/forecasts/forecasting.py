@@ -56,7 +56,7 @@ class ModelForecast:
         kinds: by kind.
         rest_flops: FLOPs outside of the plan's sublayers, over the generation.
         total: with slots in the config's cache dtype.
-        peak_cache_bytes: peak size of all slots, by cache dtype.
+        peak_cache_bytes: peak size of all slots, and of what sublayers keep for a generation, by cache dtype.
         weight_bytes: of parameters and buffers.
         activation_bytes: peak size of one call's other tensors; see `measure`.
     """
