@@ -164,13 +164,14 @@ class STDiT3Adapter(FusedAdapter):
 
 @dataclass(eq=False)
 class _EmbedText:
-    """Replaces `STDiT3.embed_text`."""
+    """Replaces `STDiT3.embed_text`; of a text that is made in another way nothing is kept."""
 
     broadcaster: Broadcaster
     model: Any
 
     def __call__(self, original: Callable[..., Any], y: Tensor, mask: Tensor | None) -> Any:
         call = None if torch.compiler.is_compiling() else self.broadcaster.call
-        if call is not None:
+        as_written = type(self.model).embed_text is STDiT3.embed_text and is_original(STDiT3, "embed_text")
+        if call is not None and as_written and not has_hooks(self.model.y_embedder):
             call.text = (y, *(() if mask is None else (mask,)), *self.model.y_embedder.parameters())
         return original(y, mask)

@@ -16,6 +16,7 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig, ops
 from pab_kernels.analysis.forecasts.measure import measure
 from pab_kernels.broadcast.costs import on_meta
+from pab_kernels.models.stdit3 import STDiT3
 from pab_kernels.rules.costs import Forecast
 from tests.adapters.tiny_stdit3 import CHANNELS, LAYERS, TEXT, conditions, given_frames, noise, text, tiny_stdit3
 from tests.pairs import pairs
@@ -118,6 +119,39 @@ def test_what_changes_within_a_generation_is_computed_again(change: str) -> None
             expected = call(model, step, y, **fixed).detach()
             model.final_layer.linear.weight.requires_grad_(False)
         assert torch.equal(got, expected), step
+
+
+class Fading(STDiT3):
+    """Its text depends on more than its arguments."""
+
+    strength = 1.0
+
+    def embed_text(self, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        embedded, lengths = super().embed_text(y, mask)
+        self.strength *= 0.5
+        return embedded * self.strength, lengths
+
+
+def faded_by_a_hook(model: Any) -> None:
+    ran = Counter[str]()
+
+    def fade(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        ran.update(["y"])
+        return out * 0.5 ** ran["y"]
+
+    model.y_embedder.register_forward_hook(fade)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: setattr(model, "__class__", Fading), faded_by_a_hook], ids=["a subclass", "a hook"]
+)
+def test_text_that_is_made_in_another_way_is_projected_always(change: Any) -> None:
+    model, plain, y, fixed = tiny_stdit3(), tiny_stdit3(), text(), conditions()
+    for m in (model, plain):
+        change(m)
+    pab.enable(model, LATE, num_steps=STEPS)
+    for step in range(3):
+        assert torch.equal(call(model, step, y, **fixed), call(plain, step, y, **fixed))
 
 
 def test_text_whose_writes_are_not_counted_is_projected_always() -> None:
