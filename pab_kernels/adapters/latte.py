@@ -196,7 +196,7 @@ def _feed_forward(
     stream: ResidualStream, block: Any, own_forward: bool, y: torch.Tensor, gate: torch.Tensor, store: Turn | None
 ) -> None:
     """Add the MLP of `y`, with its last linear layer as the projection."""
-    if block._chunk_size is not None:
+    if getattr(block, "_chunk_size", None) is not None:
         from diffusers.models.attention import _chunked_feed_forward
 
         stream.add(_chunked_feed_forward(block.ff, y, block._chunk_dim, block._chunk_size), gate, store)

@@ -41,7 +41,8 @@ The tests run tiny random models of each class:
 - the name of a pipeline: whole samplings with a real scheduler compared with the oracle: two in a row,
   interrupted, and at another size and number of steps.
 
-`LatteTransformer3DModel` has its own adapter on fused operations. A block that is not exactly diffusers'
+`LatteTransformer3DModel` and `AllegroTransformer3DModel` have adapters of their own on fused operations
+(Allegro's attention is called as a module). A block that is not exactly diffusers'
 (another `forward` on the object, in a subclass or patched into a class; a position embedding; another
 kind of norm) runs module by module, and its outputs are kept before the gate. This is decided once a
 generation.
