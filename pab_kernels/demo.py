@@ -29,7 +29,8 @@ from .models.demo.pipeline import GUIDANCE, SCHEDULERS, STEPS, DemoPipeline, cal
 from .models.demo.shapes import FRAMES, SIZE, VOCABULARY, Caption, parse
 from .progress import RunProgress
 from .rules.config import PABConfig
-from .rules.plan import Cost, Counts, Plan
+from .rules.costs import Cost
+from .rules.plan import Counts, Plan
 from .rules.schedule import check_steps
 from .strict_json import to_json
 

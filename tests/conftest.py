@@ -98,6 +98,7 @@ def _seeded() -> None:
 LONGEST = (
     "kernels/test_compiled.py",
     "adapters/test_latte_compiled.py",
+    "adapters/test_stdit3_compiled.py",
     "works_with/test_compile.py",
     "works_with/test_shared_graphs.py",
     "works_with/test_context_parallel.py",
@@ -105,7 +106,7 @@ LONGEST = (
     "csrc/test_compiled.py",
     "test_docs.py",
     "broadcast/test_interrupted.py",
-    "adapters/test_latte_triton.py",
+    "adapters/test_fused_triton.py",
 )
 """Files with few tests that take long: they come first, so that no worker is left alone with one of them at the end."""
 

@@ -26,7 +26,7 @@ def adapter_for(model: nn.Module, kinds: Mapping[str, str | None] | None = None)
         TypeError: the model has no recognisable sublayers.
         ValueError: `kinds` does not suit the model.
     """
-    from . import generic, latte, modules
+    from . import allegro, generic, latte, modules, stdit3
 
     if modules.handles(model):
         if kinds:
@@ -37,4 +37,8 @@ def adapter_for(model: nn.Module, kinds: Mapping[str, str | None] | None = None)
         return modules.ModulesAdapter(model)
     if latte.handles(model) and not kinds:
         return latte.LatteAdapter(model)
+    if allegro.handles(model) and not kinds:
+        return allegro.AllegroAdapter(model)
+    if stdit3.handles(model) and not kinds:
+        return stdit3.STDiT3Adapter(model)
     return generic.GenericAdapter(model, kinds)

@@ -42,6 +42,8 @@ class Call:
         self.stopwatch = context.stopwatch
         self.reused: list[str] = []
         """Places of the reused outputs, in order."""
+        self.text: tuple[torch.Tensor, ...] = ()
+        """During the call, the tensors that the model makes the text from, if keys and values of it may be kept."""
         self.spared: Counter[str] = Counter()
         """FLOPs saved inside sublayers that did run, by kind."""
         self.turns = NO_TURNS
@@ -137,7 +139,7 @@ class Call:
 
     def count(self) -> None:
         """Count the runs, stores and reuses of all sublayers, and end their turns."""
-        self.over = True
+        self.over, self.text = True, ()
         for turn in self.turns.by_name.values():
             if turn.call is None:
                 continue

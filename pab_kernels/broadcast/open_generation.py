@@ -35,6 +35,11 @@ class OpenPlan(Plan):
         return {s.name: () for s in self.sublayers}
 
     @cached_property
+    def runs(self) -> dict[str, range]:
+        """Every step that there can be."""
+        return {s.name: range(MOST_STEPS) for s in self.sublayers}
+
+    @cached_property
     def decided(self) -> frozenset[str]:
         """Names of the sublayers whose runs are decided: all that take part."""
         return frozenset(self.rows)

@@ -50,7 +50,8 @@ def forecast_table(found: "ModelForecast") -> "Table":
     headings = ("kind", "computed", "stored", "reused", "GFLOPs", "without PAB", *caches)
     caption = (
         f"Over {len(found.plan.steps)} step(s) with {found.calls} call(s) each; computed includes stored. Cache: the "
-        "peak of each kind's slots by dtype; the total is the peak of all slots together."
+        "peak of each kind's slots by dtype; the total is the peak of all slots together, and of the text's keys and "
+        "values where they are kept."
     )
     return table(headings, rows, caption=caption)
 

@@ -1,8 +1,7 @@
 """STDiT3, the transformer of Open-Sora 1.2: alternating spatial and temporal blocks with cross attention to the text.
 
 It follows the architecture of Open-Sora v1.2.0 (`opensora/models/stdit/stdit3.py`) and the parameter names of its
-checkpoint, hpcai-tech/OpenSora-STDiT-v3. Its attention and MLPs are modules of `pab_kernels.nn`, so `pab.enable` works
-on the model as it is.
+checkpoint, hpcai-tech/OpenSora-STDiT-v3. Under PAB `adapters/stdit3.py` runs its blocks on the residual stream.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import BroadcastModule, PABAttention
+from ..nn.attention import SelfAttention
 from ..nn.cross_attention import CrossAttention
+from ..nn.parts import fresh
 from ..nn.sources import read_parts
 from ..ops import Rope
 
@@ -88,8 +88,8 @@ class STDiT3(nn.Module):
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         self.y_embedder = CaptionEmbedder(caption_channels, hidden_size, model_max_length)
         block = (hidden_size, num_heads, int(hidden_size * mlp_ratio), qk_norm)
-        self.spatial_blocks = nn.ModuleList([STDiT3Block(*block, "spatial", i) for i in range(depth)])
-        self.temporal_blocks = nn.ModuleList([STDiT3Block(*block, "temporal", i) for i in range(depth)])
+        self.spatial_blocks = nn.ModuleList([STDiT3Block(*block, "spatial") for _ in range(depth)])
+        self.temporal_blocks = nn.ModuleList([STDiT3Block(*block, "temporal") for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels)
 
     @classmethod
@@ -213,7 +213,7 @@ class STDiT3(nn.Module):
             given = self.t_embedder(torch.zeros_like(timestep), dtype) + speed
             modulation = torch.where(x_mask[..., None], modulation, self.t_block(given)[:, None])  # [B, T, 6 C]
             t = torch.where(x_mask[..., None], t, given[:, None])
-        text, lengths = self._text(y.to(dtype), mask)
+        text, lengths = self.embed_text(y, mask)
         rope = self.rope(frames)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
             x = spatial(x, modulation, text, lengths)
@@ -233,12 +233,15 @@ class STDiT3(nn.Module):
         )
         return torch.cat([along_w.expand(h, w, -1), along_h[:, None].expand(h, w, -1)], -1).to(x.dtype)
 
-    def _text(self, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The embedded text `[B, L, C]` with masked tokens at the end, and the number of text tokens.
+    def embed_text(self, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The embedded text `[B, L, C]` with masked tokens at the end, and the number of text tokens `[B]`.
 
         Attention to the text does not depend on the order of its tokens.
+
+        Args:
+            y, mask: as in `forward`.
         """
-        text = self.y_embedder(y)[:, 0]
+        text = self.y_embedder(y.to(self.x_embedder.proj.weight.dtype))[:, 0]
         if mask is None:
             return text, None
         mask = mask.reshape(mask.shape[0], -1) != 0
@@ -256,29 +259,37 @@ class STDiT3(nn.Module):
 class STDiT3Block(nn.Module):
     """Self attention over space or time, cross attention, MLP; see `STDiT3`."""
 
-    def __init__(self, channels: int, heads: int, hidden: int, qk_norm: bool, kind: str, layer: int) -> None:
+    def __init__(self, channels: int, heads: int, hidden: int, qk_norm: bool, kind: str) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
-        self.attn = PABAttention(channels, heads, kind, layer, qk_norm="rms" if qk_norm else None)
+        attention = fresh(channels, heads, {"qkv": (channels, 3 * channels)}, True, "rms" if qk_norm else None, 1e-6)
         text = TextAttention(channels, heads)
-        self.cross_attn = BroadcastModule(CrossAttention(text, read_parts(text, cross=True)), "cross", layer)
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
+        self.attn = SelfAttention(attention, read_parts(attention, cross=False), kind == "temporal")
+        self.cross_attn = CrossAttention(text, read_parts(text, cross=True))
         self.norm2 = nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
-        self.mlp = BroadcastModule(MLP(channels, hidden, channels), "mlp", layer)
+        self.mlp = MLP(channels, hidden, channels)
         self.scale_shift_table = nn.Parameter(torch.randn(6, channels) / channels**0.5)
 
+    def modulation(self, m: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the self attention, then of the MLP: six of `[B, 1 or T, 1, C]`.
+
+        Args:
+            m: `[B, 1 or T, 6 C]`.
+        """
+        return (self.scale_shift_table + m.unflatten(-1, (6, -1))).split(1, dim=2)
+
     def forward(
-        self, x: Tensor, modulation: Tensor, text: Tensor, lengths: Tensor | None, rope: Rope | None = None
+        self, x: Tensor, m: Tensor, text: Tensor, lengths: Tensor | None = None, rope: Rope | None = None
     ) -> Tensor:
         """The stream after the block.
 
         Args:
             x: `[B, T, S, C]`.
-            modulation: `[B, 1 or T, 6 C]`.
+            m: see `modulation`.
             text: `[B, L, C]`; lengths: `[B]` or None.
             rope: for T positions.
         """
-        table = self.scale_shift_table + modulation.unflatten(-1, (6, -1))  # [B, 1 or T, 6, C]
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = table.split(1, dim=2)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(m)
         x = x + gate * self.attn(self.norm1(x) * (1 + scale) + shift, rope)
         x = x + self.cross_attn(x, text, lengths)
         return x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
@@ -305,7 +316,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., out]`."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What `fc2` projects, `[..., hidden]`."""
+        return F.gelu(self.fc1(x), approximate="tanh")
 
 
 class PatchEmbedder(nn.Module):
@@ -319,7 +334,7 @@ class PatchEmbedder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, T, H, W]` as `[B, T', H', W', out]`, padded with zeros to whole patches."""
         behind = [-n % p for n, p in zip(x.shape[2:], self.patch, strict=True)]
-        return self.proj(F.pad(x, [0, behind[2], 0, behind[1], 0, behind[0]])).movedim(1, -1)
+        return self.proj(F.pad(x, [0, behind[2], 0, behind[1], 0, behind[0]])).movedim(1, -1).contiguous()
 
 
 class ScalarEmbedder(nn.Module):

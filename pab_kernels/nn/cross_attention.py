@@ -111,40 +111,52 @@ class PABCrossAttention(BroadcastModule):
             TypeError, ValueError: an argument is not supported.
         """
         refuse_options(options, "x, text and text_lengths")
-        kept = self._kept()
-        out = super().forward(x, text, text_lengths, kept)
-        if kept is not None and kept.last:
-            kept.call.arena.release(kept.name)
-        return out
+        member = None if torch.compiler.is_compiling() else self._member
+        call = None if member is None else member.broadcaster.call
+        kept = None if member is None or call is None else kept_text(call, member.sublayer.name)
+        return super().forward(x, text, text_lengths, kept)
 
-    def _kept(self) -> KeptText | None:
-        """Where the current call keeps keys and values: nowhere in a compiled graph or a CUDA graph."""
-        call = None if torch.compiler.is_compiling() or self._member is None else self._member.broadcaster.call
-        if self._member is None or call is None or call.arena.fixed:
-            return None
-        return KeptText(call, f"{self._member.sublayer.name}, keys and values")
+
+def kept_text(call: Call, sublayer: str, text: Sequence[Tensor] = ()) -> KeptText | None:
+    """Where a call of the model keeps keys and values of a sublayer: nowhere in a compiled graph or a CUDA graph.
+
+    Args:
+        call: of the model.
+        sublayer: name of the cross attention.
+        text: see `KeptText`.
+    """
+    return None if torch.compiler.is_compiling() or call.arena.fixed else KeptText(call, sublayer, text)
 
 
 @dataclass(frozen=True)
 class KeptText:
-    """Keys and values kept in a context of a generation.
+    """Keys and values kept in a context of a generation, from the first planned run of a sublayer to its last one.
 
     Args:
         call: of the model.
-        name: in the arena of its context.
+        sublayer: name of the cross attention.
+        text: the tensors that the text is made from; empty for the text itself.
     """
 
     call: Call
-    name: str
+    sublayer: str
+    text: Sequence[Tensor] = ()
+
+    @property
+    def name(self) -> str:
+        """The key in the arena of the context."""
+        return f"{self.sublayer}, keys and values"
 
     @property
     def last(self) -> bool:
-        """Whether the call is the last of the generation in its context."""
-        return self.call.step + 1 == self.call.generation.schedule.steps.stop
+        """Whether the sublayer runs for the last time."""
+        return self.call.step >= self.call.plan.runs[self.sublayer][-1]
 
     def get(self, sources: Sequence[Tensor]) -> Any:
-        """The kept value, if it was made from these tensors as they are now; else None."""
+        """The kept value, if it was made from these tensors as they are now; else None. The last run releases it."""
         slot = self.call.arena.get(self.name)
+        if self.last:
+            self.call.arena.release(self.name)
         if slot is None or _uncounted(sources):
             return None
         value, made_from = slot.value
@@ -157,7 +169,7 @@ class KeptText:
         """Keep a value made from these tensors."""
         if not (self.last or _uncounted(sources)):
             made_from = [(weakref.ref(t), t._version) for t in sources]
-            self.call.arena.put(self.name, "cross", (value, made_from), Key.of(sources[0]), self.call.step)
+            self.call.arena.put(self.name, "text", (value, made_from), Key.of(sources[0]), self.call.step)
 
 
 def _uncounted(tensors: Sequence[Tensor]) -> bool:
@@ -204,7 +216,11 @@ class CrossAttention(PartsModule):
         if kept is None:
             k, v = self.project(of_text, text)
             return *with_norm(k, norm), v
-        sources = [text, *(w for p in of_text for w in p.weights(self)), *(() if norm is None else norm.parameters())]
+        sources = [
+            *(kept.text or (text,)),
+            *(w for p in of_text for w in p.weights(self)),
+            *(() if norm is None else norm.parameters()),
+        ]
         held = kept.get(sources)
         if held is None or held[0].dtype != dtype:  # autocast may have changed
             held = self._keys_values(text, dtype, None)

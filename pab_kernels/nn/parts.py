@@ -39,7 +39,10 @@ class Layer:
 
     def weights(self, owner: nn.Module) -> list[Tensor]:
         """The parameters of the projection."""
-        return list(owner.get_submodule(self.name).parameters())
+        layer = owner.get_submodule(self.name)
+        if type(layer) is nn.Linear:  # the common case: `parameters` walks the module's children
+            return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+        return list(layer.parameters())
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Mapping
 
 from ..limits import MOST_ADDED
-from .plan import Action, Cost, Forecast, Plan
+from .costs import Cost, Forecast
+from .plan import Action, Plan
 
 _RUN = (Action.COMPUTE, Action.STORE)
 
@@ -29,8 +30,8 @@ def forecast(
     run = [[name for name, row in plan.rows.items() if row[i].action in _RUN] for i in columns]
     skipped = [plan.whole is not None and plan.whole not in names for names in run]
     flops = [
-        0 if skips else contexts * (rest_flops + sum(costs[name].flops for name in names))
-        for names, skips in zip(run, skipped, strict=True)
+        0 if skips else contexts * (rest_flops + sum(flops_at(plan, costs, name, step) for name in names))
+        for step, names, skips in zip(plan.steps, run, skipped, strict=True)
     ]
     full = contexts * len(columns) * (rest_flops + sum(costs[name].flops for name in plan.rows))
     kinds = {s.name: s.kind for s in plan.sublayers}
@@ -45,6 +46,10 @@ def forecast(
             for meter in (kinds[name], "all") if change else ():
                 held[meter] += change * costs[name].slot_bytes
                 peak[meter] = max(peak[meter], held[meter])
+            if name in plan.keeping:
+                runs = plan.runs[name]
+                held["all"] += costs[name].kept_bytes * ((step == runs[0]) - (step == runs[-1]))
+                peak["all"] = max(peak["all"], held["all"])
         if plan.whole is not None:  # the scheduler's step comes after the model
             held["all"] += 2 * latents_bytes * (_predicts_from(plan, step) - _predicts_from(plan, step - 1))
             peak["all"] = max(peak["all"], held["all"])
@@ -52,6 +57,12 @@ def forecast(
     by_kind = {kind: peak[kind] for kind in plan.kinds()}
     moved = contexts * sum(_moved(plan, i, costs) for i in columns)
     return Forecast(sum(flops), full, tuple(flops), tuple(cache), peak["all"], by_kind, moved)
+
+
+def flops_at(plan: Plan, costs: Mapping[str, Cost], name: str, step: int) -> int:
+    """FLOPs of a sublayer at a step at which it runs: what it keeps for the generation is computed at the first one."""
+    keeps = name in plan.keeping and step > plan.runs[name][0]
+    return costs[name].flops - (costs[name].kept_flops if keeps else 0)
 
 
 def _predicts_from(plan: Plan, step: int) -> int:

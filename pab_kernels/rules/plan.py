@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .config import KINDS, Broadcast, PABConfig
+from .costs import Cost, Forecast
 from .fitted import FittedWeights, fitted_notes
 from .reuse import REUSES, Reuse
 from .schedule import Schedule
@@ -39,6 +40,8 @@ class Sublayer:
             `pab_kernels.nn`, which may keep more than its outputs).
         block: name of the `block` sublayer around it, if any.
         why: the evidence for its kind, in a few words, if it was found and not declared.
+        keeps: name of a module in it whose output is computed once a generation in each context, and kept from the
+            first run of the sublayer to its last one, if a sublayer in its block is reused at some step.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Sublayer:
     how: str = "module"
     block: str | None = None
     why: str = ""
+    keeps: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,49 +76,6 @@ class Counts:
     stored: int = 0
     reused: int = 0
     skipped: int = 0
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The cost of one sublayer in one call, from shapes alone.
-
-    Args:
-        flops: to compute it; for a `block`, those outside of its sublayers.
-        slot_bytes: bytes of its slot.
-        output_bytes: bytes of its output in the model's dtype; 0 if bytes moved are not needed.
-    """
-
-    flops: int
-    slot_bytes: int
-    output_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """FLOPs and bytes of a whole generation, over all its contexts.
-
-    Args:
-        flops: with the plan.
-        flops_without: with every sublayer computed at every step.
-        flops_by_step: with the plan, step by step.
-        cache_bytes: bytes of slots held after each step.
-        peak_cache_bytes: peak of the slots, also within a step, when a sublayer stores before another releases.
-        peak_by_kind: peak of each kind; the kinds need not peak at the same time.
-        moved_bytes: bytes that reuses read and write in device memory; see `rules/forecast.py`.
-    """
-
-    flops: int
-    flops_without: int
-    flops_by_step: tuple[int, ...]
-    cache_bytes: tuple[int, ...]
-    peak_cache_bytes: int
-    peak_by_kind: Mapping[str, int]
-    moved_bytes: int
-
-    @property
-    def share(self) -> float:
-        """FLOPs with the plan as a share of those without; 1 if none are counted."""
-        return self.flops / self.flops_without if self.flops_without else 1.0
 
 
 def _row(
@@ -316,6 +277,21 @@ class Plan:
         more than their outputs."""
         reused = [name for name, row in self.rows.items() if any(d.action is Action.REUSE for d in row)]
         return frozenset(reused).union(s.name for s in self.sublayers if s.how == "nn")
+
+    @cached_property
+    def runs(self) -> Mapping[str, Sequence[int]]:
+        """The steps at which each sublayer runs."""
+        run = (Action.COMPUTE, Action.STORE)
+        return {
+            name: [i for i, decision in zip(self.steps, row, strict=True) if decision.action in run]
+            for name, row in self.rows.items()
+        }
+
+    @cached_property
+    def keeping(self) -> frozenset[str]:
+        """Names of the sublayers that keep something for the generation: those in blocks where something is reused."""
+        active = {s.block or s.name for s in self.sublayers if s.name in self.decided}
+        return frozenset(s.name for s in self.sublayers if s.keeps and s.block in active)
 
     def outputs(self, name: str) -> int:
         """The most outputs that a reuse of `name` reads; 1 if it is not a sublayer."""

@@ -41,10 +41,16 @@ The tests run tiny random models of each class:
 - the name of a pipeline: whole samplings with a real scheduler compared with the oracle: two in a row,
   interrupted, and at another size and number of steps.
 
-`LatteTransformer3DModel` has its own adapter on fused operations. A block that is not exactly diffusers'
+`LatteTransformer3DModel` and `AllegroTransformer3DModel` have adapters of their own on fused operations
+(Allegro's attention is called as a module). A block that is not exactly diffusers'
 (another `forward` on the object, in a subclass or patched into a class; a position embedding; another
 kind of norm) runs module by module, and its outputs are kept before the gate. This is decided once a
 generation.
+
+`pab_kernels.models.stdit3.STDiT3`, the transformer of Open-Sora 1.2, has an adapter of the same shape:
+`PABConfig.preset("open-sora-1.2")` is the published behaviour (gated outputs, MLPs at three timesteps), a
+rule for blocks works, given frames (`x_mask`) are modulated frame by frame, and the keys and values of the
+text are projected once a generation and context. Its tests are those named `test_stdit3_*`.
 """
 
 

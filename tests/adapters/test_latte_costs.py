@@ -17,7 +17,7 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig, ops
 from pab_kernels.analysis.forecasts.measure import measure
 from pab_kernels.broadcast.costs import on_meta
-from pab_kernels.rules.plan import Forecast
+from pab_kernels.rules.costs import Forecast
 from tests.adapters.tiny_latte import (
     FRAMES,
     LAYERS,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
-from pab_kernels.rules.plan import Cost
+from pab_kernels.rules.costs import Cost
 from tests.broadcast.forecast_oracle import (
     RULE,
     SCHEDULERS,

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pab_kernels.rules.config import MODULE_KINDS, Broadcast, PABConfig
-from pab_kernels.rules.plan import Action, Cost, Decision, Plan, Sublayer, plan
+from pab_kernels.rules.costs import Cost
+from pab_kernels.rules.plan import Action, Decision, Plan, Sublayer, plan
 from pab_kernels.rules.schedule import Schedule
 
 COMPUTE, STORE, REUSE, SKIP = Action.COMPUTE, Action.STORE, Action.REUSE, Action.SKIP

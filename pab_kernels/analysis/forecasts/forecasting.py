@@ -11,7 +11,9 @@ from ...adapters import adapter_for
 from ...broadcast.slots import CACHE_DTYPES
 from ...messages import first_line, shown
 from ...rules.config import PABConfig
-from ...rules.plan import Action, Counts, Forecast, Plan
+from ...rules.costs import Forecast
+from ...rules.forecast import flops_at
+from ...rules.plan import Counts, Plan
 from ...rules.presets import FEWEST_STEPS, default_preset
 from ...rules.schedule import Schedule, check_steps
 from ..pipelines import DTYPES
@@ -54,7 +56,7 @@ class ModelForecast:
         kinds: by kind.
         rest_flops: FLOPs outside of the plan's sublayers, over the generation.
         total: with slots in the config's cache dtype.
-        peak_cache_bytes: peak size of all slots, by cache dtype.
+        peak_cache_bytes: peak size of all slots, and of what sublayers keep for a generation, by cache dtype.
         weight_bytes: of parameters and buffers.
         activation_bytes: peak size of one call's other tensors; see `measure`.
     """
@@ -192,7 +194,7 @@ def forecast(
     kinds = {
         kind: KindForecast(
             counts[kind],
-            how.contexts * sum(costs[name].flops * _computed(plan, name) for name in names),
+            how.contexts * sum(flops_at(plan, costs, name, step) for name in names for step in plan.runs[name]),
             calls * sum(costs[name].flops for name in names),
             {kept: forecast.peak_by_kind[kind] for kept, forecast in found.items()},
         )
@@ -212,10 +214,6 @@ def forecast(
         measured.weight_bytes,
         measured.activation_bytes,
     )
-
-
-def _computed(plan: Plan, name: str) -> int:
-    return sum(d.action in (Action.COMPUTE, Action.STORE) for d in plan.rows[name])
 
 
 def _missing(model: str, what: str) -> Any:
