@@ -27,8 +27,8 @@ from .rules.formats import named_config
 from .rules.presets import default_preset
 from .strict_json import to_json
 
-WARM_UP = 2
-"""Steps of a run before a comparison, whose first run would otherwise pay for loading."""
+WARM_UP = 4
+"""Steps of a run before a comparison, whose first run would otherwise pay for loading; PNDM takes no fewer."""
 
 
 @dataclass(frozen=True)

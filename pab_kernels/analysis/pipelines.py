@@ -58,6 +58,9 @@ def load_pipeline(
     >>> load_pipeline("demo", device="cpu").transformer.config.num_layers
     4
     """
+    if weights is not None and not is_published(str(model)):
+        known = ", ".join(PUBLISHED)
+        raise ValueError(f"weights are for published models by name ({known}), got model {shown(str(model))}")
     target = usable_device(device)
     _check_offload(offload, target)
     if str(model) == DEMO:
@@ -70,9 +73,6 @@ def load_pipeline(
     if is_published(str(model)) and not os.path.isdir(str(model)):
         pipe = load_published(str(model), weights, dtype=kind, local_files_only=local_files_only)
         return _placed(pipe, target, offload)
-    if weights is not None:
-        known = ", ".join(PUBLISHED)
-        raise ValueError(f"weights are for published models by name ({known}), got model {shown(str(model))}")
     source = _source(model)
     local = local_files_only or os.path.isdir(source)
     try:

@@ -64,11 +64,11 @@ def test_what_is_missing_is_said_in_one_line(named: tuple[str, Path], tmp_path: 
     (tmp_path / "transformer").symlink_to(weights / FOLDERS[model])
     asked = ["--model", model, "--prompt", "a red circle", "--device", "cpu", "--local-files-only"]
     result = pab("generate", *asked, "--weights", tmp_path, "--out", tmp_path / "out")
-    assert result.exit_code == 1 and len(result.stderr.strip().splitlines()) == 1
+    assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
     assert f"pab: {model} lacks its vae: no folder vae in {tmp_path}; it is published as " in result.stderr
     assert not (tmp_path / "out").exists()
     result = pab("generate", "--model", "demo", "--prompt", "a red circle", "--weights", tmp_path)
-    assert result.exit_code == 1 and "weights are for published models by name (open-sora-1.2, " in result.stderr
+    assert result.exit_code == 2 and "weights are for published models by name (open-sora-1.2, " in result.stderr
 
 
 def test_analyze_measures_them(named: tuple[str, Path], tmp_path: Path) -> None:
@@ -78,4 +78,5 @@ def test_analyze_measures_them(named: tuple[str, Path], tmp_path: Path) -> None:
     sized = [item for name in ("height=32", "width=48", "num_frames=17", argument) for item in ("--argument", name)]
     result = pab("analyze", *asked, *sized, "--no-plot", "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
-    assert {"spatial", "cross"} <= json.loads((tmp_path / "analysis.json").read_text())["differences"].keys()
+    found = json.loads((tmp_path / "analysis.json").read_text())
+    assert found["complete"] and {"spatial", "cross"} <= {sublayer["kind"] for sublayer in found["sublayers"]}
