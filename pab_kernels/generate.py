@@ -21,6 +21,8 @@ from .broadcast.summary import Summary
 from .compat import execution_device
 from .extras import require
 from .files import path_of, write_text
+from .messages import shown
+from .models.published_pipelines import PUBLISHED, is_published
 from .progress import RunProgress
 from .rules.config import PABConfig
 from .rules.formats import named_config
@@ -38,7 +40,8 @@ class Settings:
     Args:
         model: hub id or folder of a pipeline, as for `load_pipeline`.
         wish: prompt, steps, size and other arguments of the pipeline.
-        pab: "auto" (the preset "balanced"), "off", a preset or a config file.
+        pab: "auto" (the preset "balanced"), "published" (the preset of a published model by name), "off", a preset or a
+            config file.
         compare: whether to sample the same noise without PAB first.
         dtype: of the weights, one of `DTYPES`; default as for `load_pipeline`.
         device, offload: as for `load_pipeline`.
@@ -76,13 +79,18 @@ class Settings:
                 raise ValueError("compare, timed and cuda_graphs need PAB; choose auto, a preset or a config file")
         elif self.timed and self.cuda_graphs:
             raise ValueError("seconds by kind cannot be measured inside a CUDA graph; leave out timed or cuda_graphs")
-        elif self.pab != "auto":
+        elif self.pab == "published" and not is_published(self.model):
+            known = ", ".join(PUBLISHED)
+            raise ValueError(f"published rules are for models by name ({known}), got model {shown(self.model)}")
+        elif self.pab not in ("auto", "published"):
             named_config(self.pab)
 
     def config(self, transformer: Any) -> PABConfig | None:
         """The rules for a transformer, or None if PAB is off."""
         if self.pab == "auto":
             return default_preset(follows_scheduler=True)
+        if self.pab == "published":
+            return PABConfig.preset(self.model.partition("/")[0])
         return None if self.pab == "off" else named_config(self.pab)
 
     def to_dict(self) -> dict[str, Any]:

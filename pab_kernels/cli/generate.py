@@ -71,7 +71,10 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the noise, which is the same on every device and in all runs.")] = 0,
     pab: Annotated[
         str,
-        typer.Option(help="auto (the preset balanced), off, a preset, or a config file (.yaml, .json)."),
+        typer.Option(
+            help="auto (the preset balanced), published (the rules published for the model), off, a preset, or a "
+            "config file (.yaml, .json)."
+        ),
     ] = "auto",
     compare: Annotated[
         bool, typer.Option("--compare", help="Run without PAB first, from the same noise, and compare.")

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pab_kernels import PABConfig
+from pab_kernels.analysis.pipeline_call import Wish
+from pab_kernels.generate import Settings
 from pab_kernels.models.published_pipelines import PUBLISHED, load
 from pab_kernels.rules.presets import presets
 
@@ -45,3 +48,7 @@ def test_a_missing_part_is_named_with_where_it_comes_from(name: str, where: str,
 
 def test_every_published_model_has_its_published_rules() -> None:
     assert PUBLISHED.keys() <= presets().keys()
+    settings = Settings("open-sora-plan-1.2/29x720p", Wish("a red circle"), pab="published")
+    assert settings.config(None) == PABConfig.preset("open-sora-plan-1.2")
+    with pytest.raises(ValueError, match=r"are for models by name \(open-sora-1.2, .* got model 'demo'"):
+        Settings("demo", Wish("a red circle"), pab="published")
