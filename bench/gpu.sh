@@ -8,7 +8,7 @@
 #
 #   OUT=bench/results  where JSON lines and gpu.log go        PYTHON=python3     the interpreter that has torch
 #   LIMIT=580          seconds that a part may take           TOTAL=0            seconds for all parts, 0 for any; those left are skipped
-#   PYTEST_ARGS=, BENCH_ARGS=, DENOISER_ARGS=  further arguments
+#   PYTEST_ARGS=, BENCH_ARGS=, DENOISER_ARGS=, END_TO_END_ARGS=  further arguments
 #   BENCH_COMMIT=      the commit, where the tree has no history
 #
 # A part that fails or takes too long does not stop the others; the exit status says so at the end. No setting of the GPU is changed.
@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 TESTS=(tests_ops tests_kernels tests_csrc tests_graphs ctest fuzz)
 SANITIZER=(memcheck racecheck initcheck synccheck)
 BENCH=(broadcast_residual project_residual attention short_attention quantize dequantize)
-ALL=(build "${TESTS[@]}" determinism "${SANITIZER[@]}" "${BENCH[@]}" denoiser tables)
+ALL=(build "${TESTS[@]}" determinism "${SANITIZER[@]}" "${BENCH[@]}" denoiser end_to_end tables)
 
 OUT=${OUT:-bench/results}
 PYTHON=${PYTHON:-python3}
@@ -136,6 +136,15 @@ part() {
       limited "$PYTHON" -m bench.denoiser --device cuda --dtype bfloat16 --json "$json" ${DENOISER_ARGS:-} || return
       # shellcheck disable=SC2086
       limited "$PYTHON" -m bench.denoiser --device cuda --dtype bfloat16 --cuda-graphs --json "${json%.jsonl}-graphs.jsonl" ${DENOISER_ARGS:-}
+      ;;
+    end_to_end)
+      if ! "$PYTHON" -c 'import diffusers' 2> /dev/null; then
+        echo "diffusers is not installed: no denoising run was measured"
+        return 77
+      fi
+      rm -f "$json"
+      # shellcheck disable=SC2086
+      limited "$PYTHON" -m bench.end_to_end --device cuda --size 51x480x854 --repeats 2 --out "$json" ${END_TO_END_ARGS:-}
       ;;
     tables)
       local files=() op
