@@ -170,8 +170,8 @@ class OpenSoraPlan11Pipeline(LattePipeline):
             guidance_scale,
             num_images_per_prompt,
             length,
-            height,  # type: ignore[arg-type]
-            width,  # type: ignore[arg-type]
+            height,
+            width,
             eta,
             generator,
             latents,
