@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..broadcast.attach import Attached, innermost, is_of_class
 from ..broadcast.broadcaster import Broadcaster
 from ..broadcast.call import Call
-from ..broadcast.fusing import has_hooks, is_original
+from ..broadcast.fusing import has_hooks, is_original, is_plain
 from ..broadcast.stream import ResidualStream
 from ..broadcast.turn import CurrentTurn, Turn
-from ..models.stdit3 import MLP, STDiT3, STDiT3Block
+from ..models.stdit3 import MLP, CaptionEmbedder, STDiT3, STDiT3Block
 from ..nn.attention import SelfAttention
 from ..nn.cross_attention import CrossAttention, KeptText, kept_text
 from ..nn.parts import PartsModule
@@ -171,7 +171,15 @@ class _EmbedText:
 
     def __call__(self, original: Callable[..., Any], y: Tensor, mask: Tensor | None) -> Any:
         call = None if torch.compiler.is_compiling() else self.broadcaster.call
-        as_written = type(self.model).embed_text is STDiT3.embed_text and is_original(STDiT3, "embed_text")
-        if call is not None and as_written and not has_hooks(self.model.y_embedder):
+        if call is not None and self._as_written():
             call.text = (y, *(() if mask is None else (mask,)), *self.model.y_embedder.parameters())
         return original(y, mask)
+
+    def _as_written(self) -> bool:
+        """Whether the text depends on its arguments and on parameters alone, without hooks or a LoRA."""
+        return (
+            type(self.model).embed_text is STDiT3.embed_text
+            and is_original(STDiT3, "embed_text")
+            and is_original(CaptionEmbedder, "forward")
+            and all(is_plain(m, CaptionEmbedder, MLP, nn.Linear) for m in self.model.y_embedder.modules())
+        )

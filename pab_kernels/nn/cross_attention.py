@@ -28,10 +28,11 @@ class PABCrossAttention(BroadcastModule):
         2. out = proj(softmax(softmax_scale q k^T) v), over the first text_lengths tokens
 
     Under PAB, k and v are computed once for each context of a generation and kept until its last step, in addition to
-    the slots and counted with them. They are reused while `text` and the weights are the same tensor objects and
-    unchanged (by torch's count of writes), so that results are bit-identical. A model that embeds its text in every
-    call gains nothing: embed it before the run. Tensors made under `torch.inference_mode` do not count writes, so text
-    made there is projected in every call.
+    the slots and counted with them. They are reused while `text`, the weights and the hooks are the same objects and
+    unchanged (by torch's count of writes): results are bit-identical. A projection that is no plain `nn.Linear`,
+    such as one with a LoRA, is computed in every call. A model that embeds its text in every call gains nothing: embed
+    it before the run. Tensors made under `torch.inference_mode` do not count writes, so text made there is projected in
+    every call; writes through `.data` are not counted either.
 
     Without `enable` this is a plain module. `state_dict` has `q`, and `kv` or `k`, `v`; `proj`, `q_norm`, `k_norm`;
     after `from_module`, the names of the source.
@@ -213,19 +214,21 @@ class CrossAttention(PartsModule):
     ) -> tuple[Tensor, ops.QKNorm | None, Tensor]:
         """k `[B, L, H, D]`, its norm, v `[B, L, H, D]`."""
         of_text, norm = self.parts.projections[1:], self.norm(self.parts.k_norm)
-        if kept is None:
+        weights = [] if kept is None else [p.weights(self) for p in of_text]
+        if kept is None or None in weights:
             k, v = self.project(of_text, text)
             return *with_norm(k, norm), v
         sources = [
             *(kept.text or (text,)),
-            *(w for p in of_text for w in p.weights(self)),
+            *(w for some in weights for w in some or ()),
             *(() if norm is None else norm.parameters()),
         ]
+        hooks = [p.hooks(self) for p in of_text]
         held = kept.get(sources)
-        if held is None or held[0].dtype != dtype:  # autocast may have changed
-            held = self._keys_values(text, dtype, None)
+        if held is None or held[0].dtype != dtype or held[-1] != hooks:  # autocast may have changed
+            held = (*self._keys_values(text, dtype, None), hooks)
             kept.put(held, sources)
         else:
             outputs = sum(p.count for p in of_text) * self.parts.heads * self.parts.head_dim
             kept.call.spare("cross", linear_flops(text.shape[0] * text.shape[1], text.shape[2], outputs))
-        return held
+        return held[:3]

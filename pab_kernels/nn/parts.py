@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..broadcast.fusing import is_original
 from ..broadcast.outputs import broadcast_unprojected
 from ..broadcast.turn import Turn
 from ..ops.attention.options import MAX_HEAD_DIM, MIN_HEAD_DIM
@@ -37,12 +38,17 @@ class Layer:
         """`[..., count * H * D]`."""
         return owner.get_submodule(self.name)(x)
 
-    def weights(self, owner: nn.Module) -> list[Tensor]:
-        """The parameters of the projection."""
+    def weights(self, owner: nn.Module) -> list[Tensor] | None:
+        """The parameters that decide its outputs; None if other things do too, such as the scale of a LoRA."""
+        layer: Any = owner.get_submodule(self.name)
+        if type(layer) is not nn.Linear or "forward" in vars(layer) or not is_original(nn.Linear, "forward"):
+            return None
+        return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+
+    def hooks(self, owner: nn.Module) -> tuple[int, ...]:
+        """The ids of its hooks, which differ for any two hooks."""
         layer = owner.get_submodule(self.name)
-        if type(layer) is nn.Linear:  # the common case: `parameters` walks the module's children
-            return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-        return list(layer.parameters())
+        return (*layer._forward_pre_hooks, *layer._forward_hooks)
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,12 @@ class Rows:
         return F.linear(x, weight[slice(*self.weight_rows)], None if bias is None else bias[slice(*self.bias_rows)])
 
     def weights(self, owner: nn.Module) -> list[Tensor]:
-        """The parameters of the projection."""
+        """The parameters that decide its outputs."""
         return [p for p in (getattr(owner, self.weight), getattr(owner, self.bias)) if p is not None]
+
+    def hooks(self, owner: nn.Module) -> tuple[int, ...]:
+        """Ids of hooks: parameters have none."""
+        return ()
 
 
 @dataclass(frozen=True)

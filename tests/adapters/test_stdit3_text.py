@@ -87,6 +87,10 @@ def test_each_context_has_its_own() -> None:
     assert set(ran.values()) == {2} and pab.summary(model).peak_cache_bytes == 2 * KEPT
 
 
+def doubled(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return 2 * out
+
+
 CHANGES: dict[str, Any] = {
     "another text": lambda model, y, fixed: (y.flip(0), fixed),
     "an equal text": lambda model, y, fixed: (y.clone(), fixed),
@@ -101,6 +105,18 @@ CHANGES: dict[str, Any] = {
     "weights of the embedding": lambda model, y, fixed: (model.y_embedder.y_proj.fc1.weight.neg_(), (y, fixed))[1],
     "a layer replaced": lambda model, y, fixed: (
         setattr(model.spatial_blocks[0].cross_attn, "kv_linear", nn.Linear(CHANNELS, 2 * CHANNELS)),
+        (y, fixed),
+    )[1],
+    "a hook on a projection": lambda model, y, fixed: (
+        model.spatial_blocks[0].cross_attn.kv_linear.register_forward_hook(doubled),
+        (y, fixed),
+    )[1],
+    "a hook in the embedding": lambda model, y, fixed: (
+        model.y_embedder.y_proj.fc1.register_forward_hook(doubled),
+        (y, fixed),
+    )[1],
+    "a forward of a projection": lambda model, y, fixed: (
+        setattr(model.spatial_blocks[0].cross_attn.kv_linear, "forward", lambda y: y.new_ones(2, TEXT, 2 * CHANNELS)),
         (y, fixed),
     )[1],
 }
@@ -119,6 +135,28 @@ def test_what_changes_within_a_generation_is_computed_again(change: str) -> None
             expected = call(model, step, y, **fixed).detach()
             model.final_layer.linear.weight.requires_grad_(False)
         assert torch.equal(got, expected), step
+
+
+class Scaled(nn.Linear):
+    """A linear layer with a scale that is no tensor, as that of a LoRA."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+
+@pytest.mark.parametrize("name", ["spatial_blocks.0.cross_attn.kv_linear", "y_embedder.y_proj.fc2"])
+def test_a_scale_of_a_layer_may_change_within_a_generation(name: str) -> None:
+    model, plain, y, fixed = tiny_stdit3(), tiny_stdit3(), text(), conditions()
+    layers: list[Any] = [m.get_submodule(name) for m in (model, plain)]
+    for layer in layers:
+        layer.__class__ = Scaled
+    pab.enable(model, LATE, num_steps=STEPS)
+    for step in range(3):
+        for layer in layers:
+            layer.scale = 1.0 + step
+        assert torch.equal(call(model, step, y, **fixed), call(plain, step, y, **fixed))
 
 
 class Fading(STDiT3):
