@@ -24,6 +24,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _PARTS = ("demo.components", "video.codec", "prompt_components")
 """Modules of `pab_kernels.models` with parts of a saved pipeline: diffusers accepts their classes only if imported."""
 
+_CLASSES = {
+    "OpenSoraPipeline": "open_sora.pipeline",
+    "OpenSoraPlan11Pipeline": "open_sora_plan.pipelines",
+    "OpenSoraPlan12Pipeline": "open_sora_plan.pipelines",
+}
+"""Pipelines of this package that are saved to folders, and their modules in `pab_kernels.models`."""
+
 
 def load_pipeline(
     model: str | Path,
@@ -34,7 +41,7 @@ def load_pipeline(
     local_files_only: bool = False,
     weights: str | Path | None = None,
 ) -> Any:
-    """Load a diffusers pipeline; from a folder also an `OpenSoraPipeline`.
+    """Load a diffusers pipeline; from a folder also a saved one of Open-Sora or Open-Sora-Plan.
 
     Args:
         model: a folder written by `save_pretrained`, the id of a repository on the hub ("owner/name"), "demo", or a
@@ -91,10 +98,10 @@ def load_pipeline(
 def _class(source: str, diffusers: Any) -> Any:
     """The class that loads a pipeline; diffusers finds only its own by the name in a folder."""
     index = Path(source) / "model_index.json"
-    if index.is_file() and '"OpenSoraPipeline"' in read_text(index):
-        from ..models.open_sora.pipeline import OpenSoraPipeline
-
-        return OpenSoraPipeline
+    text = read_text(index) if index.is_file() else ""
+    for name, module in _CLASSES.items():
+        if f'"{name}"' in text:
+            return getattr(importlib.import_module(f"pab_kernels.models.{module}"), name)
     return diffusers.DiffusionPipeline
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor
 import pab_kernels as pab
 from pab_kernels import PABConfig
 from pab_kernels.analysis.pipeline_call import Wish, call
+from pab_kernels.analysis.pipelines import load_pipeline
 from pab_kernels.models.open_sora_plan.pipelines import (
     OpenSoraPlan11Pipeline,
     OpenSoraPlan12Pipeline,
     latent_frames,
 )
+from pab_kernels.models.open_sora_plan.transformers import build
 from pab_kernels.models.published_pipelines import load
 from tests.models.open_sora_plan_oracle import LATTE, PLAN_12, latte, plan_12
 from tests.models.tiny_checkpoints import save
@@ -103,6 +106,23 @@ def test_latents_are_those_of_the_loop_written_out(folders: dict[str, Path], mod
         return v[:1] + 3.0 * (v[1:] - v[:1])
 
     assert torch.allclose(found, euler(denoise, x, scheduler), atol=1e-3)
+
+
+def test_a_saved_pipeline_keeps_the_positions_of_its_frames(folders: dict[str, Path], tmp_path: Path) -> None:
+    """s is 3 for 56 frames, and diffusers, which has 1, does not save them."""
+    pipe: Any = load(FIRST, folders[FIRST], local_files_only=True)
+    pipe.transformer = build(LATTE | {"video_length": 56})
+    pipe.save_pretrained(tmp_path)
+    again: Any = load_pipeline(tmp_path, device="cpu")
+    assert type(again) is OpenSoraPlan11Pipeline
+    assert float(again.transformer.temp_pos_embed[0, 3, 0]) == pytest.approx(math.sin(3 / 3))
+    assert torch.equal(again.transformer.temp_pos_embed, pipe.transformer.temp_pos_embed)
+
+
+def test_a_saved_pipeline_of_the_second_version_is_loaded(folders: dict[str, Path], tmp_path: Path) -> None:
+    pipe = load(SECOND, folders[SECOND], local_files_only=True)
+    pipe.save_pretrained(tmp_path)
+    assert type(load_pipeline(tmp_path, device="cpu")) is OpenSoraPlan12Pipeline
 
 
 def test_frames_that_do_not_fit_are_refused(folders: dict[str, Path]) -> None:

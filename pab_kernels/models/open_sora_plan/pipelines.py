@@ -28,6 +28,9 @@ from diffusers import (
 )
 from diffusers.video_processor import VideoProcessor
 
+from . import causal_vae  # noqa: F401  diffusers loads saved parts only of classes that are imported
+from .transformers import with_positions
+
 PIXELS, TIME = 8, 4
 """Pixels and frames of a latent."""
 TOKENS = 300
@@ -58,14 +61,18 @@ class OpenSoraPlan11Pipeline(LattePipeline):
     Args:
         tokenizer, text_encoder: of T5 v1.1 XXL; None if embeddings are given.
         vae: its autoencoder.
-        transformer: see `load_transformer`.
+        transformer: see `load_transformer`; it gets the `with_positions` of 1.1.
         scheduler: `PNDMScheduler()`, or another one of diffusers.
     """
 
     def __init__(self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Any) -> None:
         DiffusionPipeline.__init__(self)
         self.register_modules(
-            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            transformer=with_positions(transformer),  # diffusers does not save them
+            scheduler=scheduler,
         )
         self.vae_scale_factor = PIXELS
         self.video_processor = VideoProcessor(vae_scale_factor=PIXELS)
