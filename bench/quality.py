@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
+from pab_kernels.analysis.calibration.calibration import NoPlan
 from pab_kernels.analysis.calibration.sampler import Clip, PipelineSampler
 from pab_kernels.analysis.calibration.schedules import Schedules
 from pab_kernels.analysis.quality.perceptual import Distance, load_lpips
@@ -116,7 +117,11 @@ def searched(
     recordings = [sampler.record(Clip(prompt, i), lambda: None) for i, prompt in enumerate(prompts[:2])]
     held = Schedules(recordings, np.ones(len(recordings[0].outputs)), "hold", steps)
     for share in shares:
-        plan = pab.calibrate(model.pipe, prompts, num_steps=steps, flops=share, call=call, most_generations=30)
+        try:
+            plan = pab.calibrate(model.pipe, prompts, num_steps=steps, flops=share, call=call, most_generations=30)
+        except NoPlan as error:
+            print(f"{share:.0%}: {error}", file=sys.stderr)
+            continue
         found[f"model calibrated, {share:.0%}: {plan.verified.title}"] = plan.config, plan.sampling_steps
         way = held.searched(math.floor(share * steps))
         assert way.config is not None, "of a plan"

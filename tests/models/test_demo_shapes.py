@@ -34,6 +34,12 @@ def test_a_clip_played_backwards_moves_the_other_way():
     assert shapes.read_clip(clip.flip(0)) == Caption("red", "bar", "right", "day")
 
 
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_a_shape_keeps_its_pixels_as_it_moves(shape: str):
+    clip = shapes.render(Caption("red", shape, "right", "day"), torch.Generator().manual_seed(0))
+    assert torch.equal(clip[1:], clip[:-1].roll(shapes.SPEED, dims=-1))
+
+
 def test_a_still_clip_has_no_direction():
     clip = shapes.render(Caption("red", "circle", "up", "night"), torch.Generator().manual_seed(0))
     assert shapes.read_clip(clip[:1].expand(shapes.FRAMES, -1, -1, -1)).direction is None

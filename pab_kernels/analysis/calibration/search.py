@@ -26,7 +26,7 @@ import numpy as np
 
 from .influence import Influence
 
-LONGEST_GAP = 6
+LONGEST_GAP = 10
 """Steps from one computed step to the next, at most."""
 
 _Place = tuple[int, int]

@@ -1,7 +1,8 @@
 """Captioned moving shapes: the demo model's training data, and the checker that reads the caption of a clip.
 
 A caption has one word for each slot of `VOCABULARY` ("a red circle moves right at night"). A clip shows one
-anti-aliased shape that crosses the frame at constant velocity in front of a plain background.
+anti-aliased shape that crosses the frame at constant velocity in front of a plain background. Its centre lies on a
+corner of four pixels in every frame.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ SIZE = 32
 """Height and width of a clip in pixels."""
 FRAMES = 8
 """Frames of a clip."""
+SPEED = 2
+"""Pixels that a shape moves from frame to frame."""
+RADIUS = 5.75
+"""Of a disc, in pixels; bars and columns have its area."""
 
 COLOURS = {
     "red": (0.90, 0.12, 0.12),
@@ -105,7 +110,7 @@ def _grid(device: torch.device | str | None = None) -> tuple[torch.Tensor, torch
 
 
 def render(caption: Caption, generator: torch.Generator, frames: int = FRAMES) -> torch.Tensor:
-    """Draw a clip `[frames, 3, SIZE, SIZE]` of a complete caption; radius, path and colours vary with `generator`."""
+    """Draw a clip `[frames, 3, SIZE, SIZE]` of a complete caption; path and colours vary with `generator`."""
     return render_batch([caption], generator, frames)[0]
 
 
@@ -113,17 +118,15 @@ def render_batch(batch: list[Caption], generator: torch.Generator, frames: int =
     """Draw a clip for each complete caption of `batch`: `[len(batch), frames, 3, SIZE, SIZE]`, float32 in [0, 1]."""
     n = len(batch)
 
-    def uniform(low: float, high: float) -> torch.Tensor:
-        return low + (high - low) * torch.rand(n, generator=generator)
+    def whole(largest: int) -> torch.Tensor:
+        return torch.randint(-largest, largest + 1, (n,), generator=generator).float()
 
-    radius = uniform(5.25, 6.25)
-    travel = uniform(13.0, 15.0)
-    along, across = uniform(-1.0, 1.0), uniform(-5.0, 5.0)
-    progress = torch.linspace(-0.5, 0.5, frames) if frames > 1 else torch.zeros(1)
+    along, across = whole(1), whole(5)
     direction = torch.tensor([DIRECTIONS[c.direction or ""] for c in batch])  # [n, 2]
+    progress = SPEED * (torch.arange(frames) - (frames - 1) / 2)
     if frames == 1:  # a still: anywhere on the path
-        progress = uniform(-0.5, 0.5)[:, None]
-    offset = along[:, None] + travel[:, None] * progress  # [n, frames]
+        progress = whole(SPEED * (FRAMES - 1) // 2)[:, None]
+    offset = along[:, None] + progress  # [n, frames]
     sideways = direction.flip(1).abs()
     shift = direction[:, None] * offset[..., None] + sideways[:, None] * across[:, None, None]  # [n, frames, 2]
     centre = SIZE / 2 + shift
@@ -133,7 +136,7 @@ def render_batch(batch: list[Caption], generator: torch.Generator, frames: int =
         rows = torch.tensor([i for i, c in enumerate(batch) if c.shape == shape], dtype=torch.long)
         if len(rows):
             x, y = px - centre[rows, :, 0, None, None], py - centre[rows, :, 1, None, None]
-            coverage[rows] = shape_coverage(shape, x, y, radius[rows, None, None, None])
+            coverage[rows] = shape_coverage(shape, x, y, torch.tensor(RADIUS))
     jitter = 0.03 * torch.randn(n, 2, 3, generator=generator)
     colour = (torch.tensor([COLOURS[c.colour or ""] for c in batch]) + jitter[:, 0]).clamp(0, 1)
     ground = (torch.tensor([BACKGROUNDS[c.background or ""] for c in batch]) + jitter[:, 1]).clamp(0, 1)
