@@ -1,6 +1,6 @@
 """How close sampling stays to the full run, by its share of the FLOPs: a model of the package, against fewer steps.
 
-    python -m bench.quality --out bench/results/quality-demo.jsonl
+    python -m bench.quality --out quality.jsonl
     python -m bench.quality --schedulers ddim:50,unipc:20 --clips 4
     python -m bench.quality --model video
     python -m bench.quality --schedulers dpm++:30 --clips 4 --others --searched .35,.5,.65
