@@ -63,6 +63,7 @@ def test_parts_are_listed_and_groups_expanded():
         "synccheck",
         "determinism",
         "denoiser",
+        "end_to_end",
         *OPS,
     }
     assert len(set(parts)) == len(parts)
