@@ -283,6 +283,8 @@ def test_a_callback_may_interrupt() -> None:
     found = latents(pipe, latents=start, callback_on_step_end=stop, **text)
     assert len(states) == 2 and torch.equal(found, states[-1])
     assert not torch.equal(latents(pipe, latents=start, **text), found)
+    clips = latents(pipe, latents=noise(1, 10), num_frames=34, num_clips=3, callback_on_step_end=stop, **text)
+    assert len(states) == 4 and torch.equal(clips, states[-1]), "no clip of noise follows"
 
 
 # What is refused
@@ -297,8 +299,11 @@ def test_a_callback_may_interrupt() -> None:
         ({"cfg": "both"}, "cfg must be one of batched, apart, got 'both'"),
         ({"output_type": "gif"}, "output_type must be one of pil, np, pt, latent, got 'gif'"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
-        ({"num_clips": 0}, "num_clips=0; 1, or with more than 17 frames any number"),
-        ({"num_clips": 2}, "num_clips=2; 1, or with more than 17 frames any number"),
+        ({"num_clips": 0}, "got num_clips=0 with 17 frames; 1, or with 34, 51, ... frames any number"),
+        ({"num_clips": 2}, "got num_clips=2 with 17 frames; 1, or with 34, 51, ... frames any number"),
+        ({"num_clips": 2, "num_frames": 38}, "got num_clips=2 with 38 frames"),  # its last chunk has 4 frames
+        ({"height": 7}, "got 7 x 40 pixels; at least 8 x 8"),
+        ({"generator": 3 * [torch.Generator()]}, "got 3 generators for 2 clips; one, or one for each"),
         ({"num_frames": 5}, "got 5 frames; supported are 1, an image, and 17 or more"),
         ({"latents": noise(1)}, r"latents have shape \[1, 4, 5, 4, 5\]; for this size it must be \[2, 4, 5, 4, 5\]"),
         ({"prompt_embeds": torch.zeros(2, 8, 24)}, r"shape \[2, 8, 24\]; \[B, L, 24\] with L up to 7"),

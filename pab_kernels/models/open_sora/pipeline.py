@@ -231,7 +231,8 @@ class OpenSoraPipeline(DiffusionPipeline):
             frame_mask: for every latent frame, `[T]` or `[B, T]`: 1 for free, 0 for given, an edit ratio in between
                 (see `given`); default 0 for the given frames and 1 for all others.
             num_clips: how many clips to sample one after the other; each but the first is given the last 5 latent
-                frames of the one before as its first ones. The result is one video without the repeated frames.
+                frames of the one before as its first ones. The result is one video without the repeated frames. More
+                than one needs a multiple of 17 frames: these 5 are then one chunk of the VAE.
             generator: of the noise, one or one for each clip of the batch.
             latents: the noise of the first clip `[B, 4, T, H / 8, W / 8]`.
             prompt_embeds: text `[B, L, C]` or `[B, 1, L, C]`, L up to 300, from `encode_prompt` or
@@ -258,9 +259,10 @@ class OpenSoraPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         if cfg not in CFG:
             raise ValueError(f"cfg must be one of {', '.join(CFG)}, got {cfg!r}")
-        if num_clips < 1 or (num_clips > 1 and size.frames <= CHUNK_LATENTS):
+        if num_clips < 1 or (num_clips > 1 and (num_frames % CHUNK_FRAMES or num_frames == CHUNK_FRAMES)):
             raise ValueError(
-                f"num_clips={num_clips}; 1, or with more than {CHUNK_FRAMES} frames any number is supported"
+                f"got num_clips={num_clips} with {num_frames} frames; 1, or with {2 * CHUNK_FRAMES}, "
+                f"{3 * CHUNK_FRAMES}, ... frames any number is supported"
             )
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callbacks are given {self._callback_tensor_inputs}, got {sorted(unknown)}")
@@ -281,10 +283,14 @@ class OpenSoraPipeline(DiffusionPipeline):
         sizes = [bfloat16(v) if round_sizes else v for v in (rate, height, width)]
         told = conditions(self.transformer, prompt_embeds, prompt_attention_mask, device, *sizes)
         levels = sigmas(num_inference_steps, shift(num_frames, height, width, rounded=round_sizes))
+        if isinstance(generator, list) and len(generator) != len(told.text):
+            raise ValueError(f"got {len(generator)} generators for {len(told.text)} clips; one, or one for each")
         shape = (len(told.text), self.transformer.config["in_channels"], *size)
         given = self._encoded(frames, size.height, size.width, generator) if frames is not None else frame_latents
         clips: list[Tensor] = []
         for clip in range(num_clips):
+            if self.interrupt:
+                break
             if clip > 0:
                 given, frames_at, frame_mask, latents = clips[-1][:, :, -CHUNK_LATENTS:], 0, None, None
             noise = self._noise(shape, generator, device, latents)

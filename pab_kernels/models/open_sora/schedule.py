@@ -33,9 +33,14 @@ def latent_size(num_frames: int, height: int, width: int) -> LatentSize:
 
     Height and width are divided by 8 and rounded down: clips of 480 x 854 pixels are decoded to 480 x 848.
 
+    Raises:
+        ValueError: height or width is less than 8.
+
     >>> latent_size(51, 480, 854)
     LatentSize(frames=15, height=60, width=106)
     """
+    if min(height, width) < PATCH_EDGE:
+        raise ValueError(f"got {height} x {width} pixels; at least {PATCH_EDGE} x {PATCH_EDGE} are supported")
     whole, rest = divmod(num_frames, CHUNK_FRAMES)
     frames = CHUNK_LATENTS * whole + math.ceil(rest / PATCH_FRAMES)
     return LatentSize(frames, height // PATCH_EDGE, width // PATCH_EDGE)
