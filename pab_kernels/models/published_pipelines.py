@@ -148,7 +148,7 @@ def load(
         inside = {} if subfolder is None else {"subfolder": subfolder}
         try:
             loaded[part] = how.load(source, local_files_only=local_files_only, **inside, **typed)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except Exception as error:  # of other packages, about files that anybody wrote
             published = how.hub_id if how.subfolder is None else f"{how.hub_id}, folder {how.subfolder}"
             of = f"no folder {part} in {folder}" if folder is not None and source == how.hub_id else first_line(error)
             raise ValueError(
