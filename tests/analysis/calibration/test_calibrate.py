@@ -149,7 +149,7 @@ def test_where_only_the_bound_for_unseen_clips_fails_the_error_says_so(monkeypat
 
 def test_a_row_keeps_a_floor_where_an_unseen_clip_is_expected_above_it() -> None:
     one = Row("", 0.5, (50.0,), 1.0)
-    assert one.expected == pytest.approx(50 - 1.943 * 7 * math.sqrt(2), abs=0.1) and not one.keeps(31.0)
+    assert one.expected == pytest.approx(50 - 1.725 * 8 * math.sqrt(2), abs=0.1) and not one.keeps(31.0)
     assert one.keeps(30.0)
     wide = Row("", 0.5, tuple(50.0 + 20 * (i % 2) for i in range(7)), 1.0)
     assert wide.worst == 50 and not wide.keeps(45.0)
