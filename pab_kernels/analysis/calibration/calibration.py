@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 USUAL_DEVIATION = 8.0
-"""The deviation, in dB, that is taken for the PSNR of clips before any is measured: about the largest of 40 clips in
+"""The deviation, in dB, that is taken for the PSNR of clips before any is measured: about that of 40 clips in
 bench/results/calibrate-floor.jsonl."""
 USUAL_CLIPS = 20
 """Clips as many as which that deviation counts."""
