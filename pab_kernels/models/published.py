@@ -70,7 +70,7 @@ class PublishedModel(ModelMixin, ConfigMixin):
         source = str(path_of(pretrained_model_name_or_path))
         hub = {name: options[name] for name in HUB_OPTIONS if name in options}
         dtype = dtype or torch_dtype
-        config = from_json(read_text(find_file(source, (cls.config_name,), subfolder, hub)))
+        config = read_config(find_file(source, (cls.config_name,), subfolder, hub))
         if config.get("_class_name") == cls.__name__:
             return super().from_pretrained(source, subfolder=subfolder, torch_dtype=dtype, **options)
         unsuited = sorted(options.keys() - set(HUB_OPTIONS))
@@ -108,9 +108,10 @@ def find_file(source: str, names: Sequence[str], subfolder: str | None, hub: Map
     Raises:
         FileNotFoundError: none of them is there.
     """
-    folder = Path(source).is_dir()
+    place = Path(source).expanduser()
+    folder = place.is_dir()
     if folder:
-        for path in (Path(source, subfolder or "", name) for name in names):
+        for path in (Path(place, subfolder or "", name) for name in names):
             if path.is_file():
                 return path
     else:
@@ -126,24 +127,44 @@ def find_file(source: str, names: Sequence[str], subfolder: str | None, hub: Map
     raise FileNotFoundError(f"{where} has no {' or '.join(names)}{unreached}")
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json.
+
+    Raises:
+        ValueError: it is no JSON, or holds something else than a config.
+    """
+    try:
+        config = from_json(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {first_line(error)}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} does not hold a config, but {shown(config)}")
+    return config
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file of weights by name.
 
     Of a training's checkpoint the averaged weights are read if it has them, and nothing of its loss.
 
     Raises:
-        ValueError: a pickled file holds other objects than tensors.
+        ValueError: the file is damaged, or a pickled one holds other objects than tensors.
     """
-    if path.suffix == ".safetensors":
-        tensors = require("safetensors.torch", "reading weights").load_file(path)
-    else:
-        try:
+    safetensors = require("safetensors", "reading weights")
+    try:
+        if path.suffix == ".safetensors":
+            tensors = require("safetensors.torch", "reading weights").load_file(path)
+        else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path} holds other objects than tensors and is not read ({first_line(error)}); save the tensors of "
-                "a checkpoint that you trust by torch.save or as safetensors"
-            ) from None
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds other objects than tensors and is not read ({first_line(error)}); save the tensors of "
+            "a checkpoint that you trust by torch.save or as safetensors"
+        ) from None
+    except (OSError, EOFError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} holds no weights that can be read: {first_line(error)}") from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path} holds {type(tensors).__name__} in place of tensors by name")
     averaged = tensors.get("ema_state_dict")
     if averaged:
         return {name.removeprefix("module."): tensor for name, tensor in averaged.items()}

@@ -137,7 +137,7 @@ def load(
     if variant and variant not in known:
         listed = ", ".join(f"{model}/{one}" for one in known) or model
         raise ValueError(f"{model} has no variant {shown(variant)}; supported are {listed}")
-    folder = None if weights is None else path_of(weights)
+    folder = None if weights is None else path_of(weights).expanduser()
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     put_together, parts = PUBLISHED[model].parts(variant or next(iter(known), ""))

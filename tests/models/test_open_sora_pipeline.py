@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from pab_kernels.models.open_sora.pipeline import OpenSoraPipeline
@@ -317,6 +318,13 @@ def test_a_callback_may_interrupt() -> None:
 def test_calls_that_do_not_fit_are_refused(call: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         latents(tiny_pipe(), **prompts() | call)
+
+
+def test_a_scheduler_that_would_shift_again_is_refused() -> None:
+    pipe = tiny_pipe()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with pytest.raises(ValueError, match="the scheduler has shift 3.0, and Open-Sora's noise levels are shifted by"):
+        latents(pipe, **prompts())
 
 
 def test_parts_that_are_missing_are_named() -> None:

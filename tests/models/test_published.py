@@ -239,6 +239,14 @@ def test_other_objects_than_tensors_are_not_read(tmp_path: Path) -> None:
         CausalVAE.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors", "checkpoint.ckpt"])
+def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "CausalVAEModel"}))
+    (tmp_path / name).write_bytes(b"[1, 2]")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+        CausalVAE.from_pretrained(tmp_path)
+
+
 def test_options_that_do_not_suit_and_folders_without_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(OPEN_SORA_PLAN))
     with pytest.raises(FileNotFoundError, match="has no diffusion_pytorch_model.safetensors or model.safe"):

@@ -332,6 +332,11 @@ class OpenSoraPipeline(DiffusionPipeline):
             generator, cfg, callback, callback_inputs: as in a call.
         """
         device = latents.device
+        if (given := self.scheduler.config.get("shift", 1.0)) != 1.0:
+            raise ValueError(
+                f"the scheduler has shift {given}, and Open-Sora's noise levels are shifted by size already; use "
+                f"{type(self.scheduler).__name__} with shift 1"
+            )
         self.scheduler.set_timesteps(sigmas=list(levels), device=device)
         self.scheduler.set_begin_index(0)  # else its first step would read a timestep from the device
         masks: Sequence[MaskStep | None] = [None] * len(levels) if mask is None else mask_steps(mask, levels, device)

@@ -23,9 +23,8 @@ import torch
 from torch import nn
 
 from ...extras import require
-from ...files import path_of, read_text
+from ...files import path_of
 from ...messages import shown
-from ...strict_json import from_json
 
 
 @dataclass(frozen=True)
@@ -187,13 +186,11 @@ def load_transformer(
         ModuleNotFoundError: diffusers is not installed.
     """
     diffusers = require("diffusers", "Open-Sora-Plan")
-    from ..published import find_file
+    from ..published import find_file, read_config
 
-    source = str(path_of(checkpoint))
+    source = str(path_of(checkpoint).expanduser())
     where = {"subfolder": subfolder, "local_files_only": local_files_only}
-    config = from_json(
-        read_text(find_file(source, ("config.json",), subfolder, {"local_files_only": local_files_only}))
-    )
+    config = read_config(find_file(source, ("config.json",), subfolder, {"local_files_only": local_files_only}))
     version, wanted = version_of(config), translated(config)
     serves = getattr(diffusers, version.serves)
     with _quiet():
