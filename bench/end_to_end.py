@@ -75,8 +75,10 @@ class Variant:
     cuda_graphs: bool = False
 
 
-CONFIGS = {f"ours, {name}": pab.PABConfig.preset(name) for name in ("open-sora-1.2", "pab246", "balanced", "fast")}
-CONFIGS["ours, block 2"] = pab.PABConfig(block=2)
+SUITED = ("open-sora-1.2", "pab246", "pab357", "pab579", "close", "balanced", "fast", "balanced-line")
+"""The presets that are for this model or for any."""
+CONFIGS = {f"ours, {name}": pab.PABConfig.preset(name) for name in SUITED}
+CONFIGS |= {f"ours, block {reach}": pab.PABConfig(block=reach) for reach in (2, 3)}
 COMPILED = (ORIGINAL, "ours", "ours, open-sora-1.2", "ours, pab246", "ours, block 2")
 """Presets that skip the whole model gain from compiled blocks what plain calls gain."""
 VARIANTS = {ORIGINAL: Variant(), "original, published PAB": Variant("published"), "ours": Variant()}
@@ -99,7 +101,7 @@ LADDER = (
     ("  + GELU in the MLP's first product", 2.61, None),
     ("  + every second MLP in the window", 3.09, None),
     ("every second block", 2.71, "ours, block 2"),
-    ("every third block", 2.99, None),
+    ("every third block", 2.99, "ours, block 3"),
     ("published schedule + every third block, GELU as above", 3.48, None),
 )
 """What the rows were modelled to gain over the original at 480p, 2 s, on an H100, and the row that measures it."""

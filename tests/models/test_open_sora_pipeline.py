@@ -17,11 +17,13 @@ pytest.importorskip("transformers")
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
+import pab_kernels as pab
+from pab_kernels import PABConfig
 from pab_kernels.models.open_sora.pipeline import OpenSoraPipeline
 from pab_kernels.models.open_sora.schedule import shift, sigmas
 from pab_kernels.models.stdit3 import STDiT3
 from tests.models.open_sora_oracle import sampled
-from tests.models.tiny_open_sora import CLIP, TinyVAE, noise, prompts, tiny_pipe
+from tests.models.tiny_open_sora import CLIP, TinyVAE, noise, prompts, tiny_pipe, tiny_stdit3
 
 STEPS = 4
 
@@ -253,6 +255,24 @@ def test_models_that_are_offloaded_give_the_same_frames() -> None:
     pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
         assert torch.equal(pipe(output_type="pt", **call).frames, plain)
+
+
+@torch.no_grad()
+def test_a_transformer_whose_modules_are_offloaded_one_by_one_gives_the_same_also_under_pab() -> None:
+    offload = pytest.importorskip("accelerate").cpu_offload
+    plain, offloaded = tiny_stdit3(), tiny_stdit3()
+    offload(offloaded, torch.device("cpu"))
+    embeds, mask = prompts((5,)).values()
+    sizes = {"fps": torch.tensor([24.0]), "height": torch.tensor([32.0]), "width": torch.tensor([40.0])}
+    given = {"y": embeds[:, None], "mask": mask} | sizes
+    for config in (PABConfig(), PABConfig.preset("pab246")):
+        outputs = []
+        for model in (plain, offloaded):
+            pab.enable(model, config, num_steps=8)
+            calls = [model(noise(1, seed=i), torch.tensor([900.0 - 100 * i]), **given) for i in range(8)]
+            outputs.append(torch.stack(calls))
+        assert torch.equal(*outputs)
+    assert next(iter(pab.summary(offloaded).contexts.values()))["spatial"].reused > 0
 
 
 # Callbacks
