@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,9 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor
 
 from ..extras import require
-from ..files import path_of, read_text
-from ..messages import first_line, shown
-from ..strict_json import from_json
+from ..files import path_of
+from ..messages import shown
+from .weights_file import read_config, read_weights
 
 WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
@@ -127,44 +126,15 @@ def find_file(source: str, names: Sequence[str], subfolder: str | None, hub: Map
     raise FileNotFoundError(f"{where} has no {' or '.join(names)}{unreached}")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A config.json.
-
-    Raises:
-        ValueError: it is no JSON, or holds something else than a config.
-    """
-    try:
-        config = from_json(read_text(path))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {first_line(error)}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} does not hold a config, but {shown(config)}")
-    return config
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file of weights by name.
 
     Of a training's checkpoint the averaged weights are read if it has them, and nothing of its loss.
 
     Raises:
-        ValueError: the file is damaged, or a pickled one holds other objects than tensors.
+        ValueError: see `read_weights`.
     """
-    safetensors = require("safetensors", "reading weights")
-    try:
-        if path.suffix == ".safetensors":
-            tensors = require("safetensors.torch", "reading weights").load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds other objects than tensors and is not read ({first_line(error)}); save the tensors of "
-            "a checkpoint that you trust by torch.save or as safetensors"
-        ) from None
-    except (OSError, EOFError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} holds no weights that can be read: {first_line(error)}") from error
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path} holds {type(tensors).__name__} in place of tensors by name")
+    tensors = read_weights(path)
     averaged = tensors.get("ema_state_dict")
     if averaged:
         return {name.removeprefix("module."): tensor for name, tensor in averaged.items()}

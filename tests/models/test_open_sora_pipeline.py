@@ -23,7 +23,7 @@ from pab_kernels.models.open_sora.pipeline import OpenSoraPipeline
 from pab_kernels.models.open_sora.schedule import shift, sigmas
 from pab_kernels.models.stdit3 import STDiT3
 from tests.models.open_sora_oracle import sampled
-from tests.models.tiny_open_sora import CLIP, TinyVAE, noise, prompts, tiny_pipe, tiny_stdit3
+from tests.models.tiny_open_sora import CLIP, TinyVAE, noise, one_layer, prompts, tiny_pipe
 
 STEPS = 4
 
@@ -260,7 +260,7 @@ def test_models_that_are_offloaded_give_the_same_frames() -> None:
 @torch.no_grad()
 def test_a_transformer_whose_modules_are_offloaded_one_by_one_gives_the_same_also_under_pab() -> None:
     offload = pytest.importorskip("accelerate").cpu_offload
-    plain, offloaded = tiny_stdit3(), tiny_stdit3()
+    plain, offloaded = one_layer(), one_layer()
     offload(offloaded, torch.device("cpu"))
     embeds, mask = prompts((5,)).values()
     sizes = {"fps": torch.tensor([24.0]), "height": torch.tensor([32.0]), "width": torch.tensor([40.0])}

@@ -13,7 +13,7 @@ from pab_kernels.models.open_sora.vae import OpenSoraVAE
 from pab_kernels.models.open_sora_plan.causal_vae import CausalVAE
 from pab_kernels.models.open_sora_plan.transformers import build
 from tests.models.open_sora_plan_oracle import CHANNELS, LATTE, PLAN_12
-from tests.models.tiny_open_sora import TEXT, tiny_stdit3
+from tests.models.tiny_open_sora import TEXT, one_layer
 from tests.tiny_pipelines import text_encoder, tokenizer
 
 FOLDERS = {
@@ -30,7 +30,7 @@ def save(model: str, folder: Path) -> Path:
         torch.manual_seed(0)
         place = folder / FOLDERS[model]
         if model == "open-sora-1.2":
-            tiny_stdit3().save_pretrained(place)
+            one_layer().save_pretrained(place)
             OpenSoraVAE((8, 8, 8, 8), 1, (8, 8, 8, 8), 1, norm_num_groups=4).save_pretrained(folder / "vae")
             encoder = text_encoder(TEXT)
         else:

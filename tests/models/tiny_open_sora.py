@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pab_kernels.models.open_sora.pipeline import OpenSoraPipeline
 from pab_kernels.models.stdit3 import STDiT3
+from tests.adapters.tiny_stdit3 import tiny_stdit3
 from tests.tiny_pipelines import text_encoder, tokenizer
 
 TEXT, TOKENS = 24, 7
@@ -20,16 +21,9 @@ CLIP = {"num_frames": 17, "height": 32, "width": 40}
 """A clip of 5 latent frames of 4 x 5."""
 
 
-def tiny_stdit3(**config: Any) -> STDiT3:
-    """A model with random weights; the terms in the velocity are as large as those of a trained one."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        sizes = {"hidden_size": 64, "num_heads": 2, "depth": 1, "caption_channels": TEXT, "model_max_length": TOKENS}
-        model = STDiT3(**sizes | config)
-        for name, p in model.named_parameters():
-            if "norm" in name:
-                nn.init.normal_(p, 1, 0.3)
-    return model.eval().requires_grad_(False)
+def one_layer(**config: Any) -> STDiT3:
+    """A transformer of one spatial and one temporal block; `config` overrides this."""
+    return tiny_stdit3(seed=1, **{"depth": 1, "caption_channels": TEXT, "model_max_length": TOKENS} | config)
 
 
 class TinyVAE(ModelMixin, ConfigMixin):
@@ -71,7 +65,7 @@ def tiny_pipe(**config: Any) -> OpenSoraPipeline:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         encoder = text_encoder(TEXT).requires_grad_(False)
-    pipe = OpenSoraPipeline(tiny_stdit3(**config), vae=TinyVAE(), text_encoder=encoder, tokenizer=tokenizer())
+    pipe = OpenSoraPipeline(one_layer(**config), vae=TinyVAE(), text_encoder=encoder, tokenizer=tokenizer())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

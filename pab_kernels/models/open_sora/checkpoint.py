@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,16 @@ import torch
 from torch import Tensor
 
 from ...extras import require
-from ...files import path_of, read_text, replacing, write_text
+from ...files import path_of, replacing, write_text
 from ...messages import first_line, shortened
 from ...strict_json import from_json, to_json
+from ..weights_file import read_config, read_weights
 
 PUBLISHED = "hpcai-tech/OpenSora-STDiT-v3"
 """The checkpoint of Open-Sora 1.2 on the hub."""
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 """Names of files with weights in a folder, in the order in which they are looked for."""
-SAFETENSORS, PICKLED = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
 
 Shapes = Mapping[str, Sequence[int]]
 """The shape of every tensor, by name."""
@@ -92,11 +91,8 @@ def _downloaded(name: str, subfolder: str | None, hub: Mapping[str, Any]) -> Pat
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = from_json(read_text(path))
-    except ValueError as error:
-        raise ValueError(f"{path} is no config: {first_line(error)}") from None
-    kind = config.get("model_type", config.get("_class_name", "STDiT3")) if isinstance(config, dict) else "list"
+    config = read_config(path)
+    kind = config.get("model_type", config.get("_class_name", "STDiT3"))
     if kind != "STDiT3":
         raise ValueError(f"{path} is the config of a {kind}; only STDiT3 is supported")
     return config
@@ -113,21 +109,8 @@ def read(path: Path, device: torch.device | str | None, dtype: torch.dtype | Non
     Raises:
         ValueError: the file holds something else.
     """
-    device = torch.device(device or "cpu")
-    if path.suffix in SAFETENSORS:
-        safetensors = require("safetensors", "reading safetensors")
-        try:
-            with safetensors.safe_open(str(path), framework="pt", device=str(device)) as file:
-                return {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118  not a dict
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
-    if path.suffix not in PICKLED:
-        raise ValueError(f"{path} has an unknown ending; supported are {', '.join(SAFETENSORS + PICKLED)}")
-    try:
-        found = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} holds no weights that torch loads with weights_only: {first_line(error)}") from error
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+    found = read_weights(path, device or "cpu")
+    if not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise ValueError(f"{path} holds something else than tensors by name; give the state_dict of the model")
     return {name: tensor.to(dtype) for name, tensor in found.items()}
 

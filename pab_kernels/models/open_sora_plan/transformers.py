@@ -25,6 +25,7 @@ from torch import nn
 from ...extras import require
 from ...files import path_of
 from ...messages import shown
+from ..weights_file import read_config
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def load_transformer(
         ModuleNotFoundError: diffusers is not installed.
     """
     diffusers = require("diffusers", "Open-Sora-Plan")
-    from ..published import find_file, read_config
+    from ..published import find_file
 
     source = str(path_of(checkpoint).expanduser())
     where = {"subfolder": subfolder, "local_files_only": local_files_only}
