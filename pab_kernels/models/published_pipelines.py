@@ -50,7 +50,7 @@ def _open_sora() -> tuple[Callable[..., Any], dict[str, Part]]:
 
 
 def _open_sora_plan(
-    version: str, text: str, encoder: str, make: Callable[[Any], Callable[..., Any]]
+    version: str, text: str, encoder: str, make: str
 ) -> Callable[[str], tuple[Callable[..., Any], dict[str, Part]]]:
     def parts(variant: str) -> tuple[Callable[..., Any], dict[str, Part]]:
         transformers = require("transformers", "Open-Sora-Plan")
@@ -60,7 +60,7 @@ def _open_sora_plan(
         from .open_sora_plan.transformers import load_transformer
 
         hub_id = f"LanguageBind/Open-Sora-Plan-v{version}"
-        return make(pipelines), {
+        return getattr(pipelines, make), {
             "transformer": Part(load_transformer, hub_id, variant),
             "vae": Part(CausalVAE.from_pretrained, hub_id, "vae"),
             "text_encoder": Part(getattr(transformers, encoder).from_pretrained, text),
@@ -90,11 +90,11 @@ PUBLISHED = {
     "open-sora-1.2": Published((), lambda variant: _open_sora()),
     "open-sora-plan-1.1": Published(
         ("65x512x512", "221x512x512"),
-        _open_sora_plan("1.1.0", _T5, "T5EncoderModel", lambda pipelines: pipelines.version_11),
+        _open_sora_plan("1.1.0", _T5, "T5EncoderModel", "version_11"),
     ),
     "open-sora-plan-1.2": Published(
         ("93x480p", "29x480p", "29x720p", "93x720p"),
-        _open_sora_plan("1.2.0", "google/mt5-xxl", "MT5EncoderModel", lambda pipelines: pipelines.version_12),
+        _open_sora_plan("1.2.0", "google/mt5-xxl", "MT5EncoderModel", "version_12"),
     ),
 }
 """By name."""
