@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .analysis.calibration.calibrate import calibrate
     from .analysis.calibration.fitting import fit
     from .api import context, disable, enable, generation, release, sublayers, summary
+    from .parallel.parallelize import parallelize, unparallelize
     from .patch import patch_diffusers, unpatch_diffusers
     from .rules.config import Broadcast, PABConfig
     from .rules.plan import Plan, plan
@@ -31,6 +32,8 @@ _HOMES = {
     "context": "api",
     "sublayers": "api",
     "summary": "api",
+    "parallelize": "parallel.parallelize",
+    "unparallelize": "parallel.parallelize",
     "plan": "rules.plan",
     "Plan": "rules.plan",
     "Broadcast": "rules.config",
@@ -49,11 +52,13 @@ __all__ = [
     "enable",
     "fit",
     "generation",
+    "parallelize",
     "patch_diffusers",
     "plan",
     "release",
     "sublayers",
     "summary",
+    "unparallelize",
     "unpatch_diffusers",
 ]
 

@@ -43,6 +43,8 @@ PUBLIC = {
 } | {
     "patch_diffusers",
     "unpatch_diffusers",
+    "parallelize",
+    "unparallelize",
 }
 
 OPTIONAL = (
@@ -80,8 +82,8 @@ ROOMS = (
     "broadcast",
     "nn",
     "models",
-    "parallel",
     "adapters",
+    "parallel",
     "api",
     "patch",
     "analysis",

@@ -19,6 +19,8 @@ PREFIX = "_pab_"
 """Prefix of the attributes that this package sets on objects; copies of an object do not get them."""
 _RECORDS = f"{PREFIX}attached"
 """Attribute with the `Attached` of each replaced method that the object has from its class, by method name."""
+_OF_OBJECT, _BENEATH = "{} of the object", "{} beneath"
+"""Keys of an `Attached` that replaces a method in the object's own `__dict__`, and of one beneath all others."""
 _ABSENT = object()
 
 
@@ -38,6 +40,7 @@ class Attached:
         replacement: called instead of the method.
         module: the module whose `forward` the attribute holds, if the holder is a hook around it or may become one.
         role: distinguishes objects of one class: `torch.compile` keeps separate graphs for each role.
+        beneath: whether other stand-ins of the method, attached before or after, call this one as their original.
 
     Raises:
         TypeError: the holder has no `__dict__`.
@@ -50,6 +53,8 @@ class Attached:
         "owner",
         "method",
         "role",
+        "beneath",
+        "inner",
         "original",
         "replacement",
         "_stand_in",
@@ -58,7 +63,13 @@ class Attached:
     )
 
     def __init__(
-        self, holder: Any, name: str, replacement: Callable[..., Any], module: nn.Module | None = None, role: str = ""
+        self,
+        holder: Any,
+        name: str,
+        replacement: Callable[..., Any],
+        module: nn.Module | None = None,
+        role: str = "",
+        beneath: bool = False,
     ) -> None:
         if not hasattr(holder, "__dict__"):
             raise TypeError(
@@ -69,6 +80,9 @@ class Attached:
         self.owner: Any = holder if module is None else module
         self.method = name if module is None else "forward"
         self.role = role
+        self.beneath = beneath
+        self.inner = False
+        """Whether another stand-in, or that of the class, calls this one's replacement."""
         self.replacement = replacement
         self.original: Callable[..., Any] = getattr(holder, name, _nothing)
         self._stand_in: MethodType | None = None
@@ -77,24 +91,53 @@ class Attached:
 
     def attach(self) -> Attached:
         """Install the stand-in."""
+        records: dict[str, Attached] = vars(self.owner).setdefault(_RECORDS, {})
+        beneath = _BENEATH.format(self.method)
+        if self.beneath:
+            records[beneath] = self
+            self.inner = self.method in records or _OF_OBJECT.format(self.method) in records
+            if not self.inner:
+                self._install()
+            return self
+        if beneath in records:
+            records[beneath]._remove()
+        self._install()
+        if beneath in records:
+            records[beneath].inner = True
+        return self
+
+    def _install(self) -> None:
         self._before = vars(self.holder).get(self.name, _ABSENT)
         self.original = getattr(self.holder, self.name, _nothing)
         of_class = getattr(type(self.owner), self.method, None)
         self._of_class = None
         if isinstance(of_class, FunctionType) and self.original == MethodType(of_class, self.owner):
             self._of_class = of_class
-            vars(self.owner).setdefault(_RECORDS, {})[self.method] = self
+            self.inner = self.beneath
             self._stand_in = MethodType(_of_class(of_class, self.method, self.role), self.owner)
         else:
             self._stand_in = MethodType(_of_object(self), self.owner)
         for copied in (self.holder, self.owner):
             leave_out_of_copies(copied)
         vars(self.holder)[self.name] = self._stand_in
-        return self
+        if not self.beneath:
+            key = self.method if self._of_class is not None else _OF_OBJECT.format(self.method)
+            vars(self.owner).setdefault(_RECORDS, {})[key] = self
 
     def detach(self) -> None:
         """Restore the original, even if hooks added or removed since have moved the stand-in on the module."""
         self.replacement = _call
+        self._remove()
+        records: dict[str, Attached] = vars(self.owner).get(_RECORDS, {})
+        for key in [key for key, record in records.items() if record is self]:
+            del records[key]
+            under = records.get(_BENEATH.format(self.method))
+            if under is not None:
+                under.attach()
+        for copied in (self.holder, self.owner):
+            take_off(copied)
+
+    def _remove(self) -> None:
         for holder, name in self._places():
             at_home = holder is self.holder and name == self.name
             of_class = getattr(self.original, "__func__", None) is getattr(type(holder), name, _ABSENT)
@@ -103,11 +146,6 @@ class Attached:
                 del vars(holder)[name]
             else:
                 vars(holder)[name] = before
-        records: dict[str, Attached] = vars(self.owner).get(_RECORDS, {})
-        if records.get(self.method) is self:
-            del records[self.method]
-        for copied in (self.holder, self.owner):
-            take_off(copied)
 
     def attach_again(self) -> bool:
         """Install the stand-in again if the method or its class was patched since; return whether that was needed.
@@ -136,9 +174,11 @@ class Attached:
                     yield holder, name
 
 
-def attach_forward(module: nn.Module, replacement: Callable[..., Any], role: str = "") -> Attached:
+def attach_forward(
+    module: nn.Module, replacement: Callable[..., Any], role: str = "", beneath: bool = False
+) -> Attached:
     """A stand-in for a module's `forward`, inside the hooks of diffusers and accelerate (such as offloading)."""
-    return Attached(*innermost(module), replacement, module, role)
+    return Attached(*innermost(module), replacement, module, role, beneath)
 
 
 def innermost(module: nn.Module) -> tuple[Any, str]:
@@ -158,12 +198,17 @@ _CODES: weakref.WeakSet[CodeType] = weakref.WeakSet()
 def _of_class(function: FunctionType, method: str, role: str) -> Any:
     """The stand-in for a method of a class, shared by all objects in a role."""
 
+    beneath = _BENEATH.format(method)
+
     @functools.wraps(function)
     def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Dynamo cannot trace the lookup for classes that torch handles specially; `attach_again` handles patched ones.
         compiling = torch.compiler.is_dynamo_compiling()
         original = functools.partial(function, self) if compiling else MethodType(getattr(type(self), method), self)
-        attached = self.__dict__.get(_RECORDS, {}).get(method)
+        records = self.__dict__.get(_RECORDS, {})
+        attached, under = records.get(method), records.get(beneath)
+        if under is not None and under.inner:
+            original = functools.partial(under.replacement, original)
         return original(*args, **kwargs) if attached is None else attached.replacement(original, *args, **kwargs)
 
     # torch.compile keys its graphs, their limit and its dynamic shapes by code object.
@@ -172,14 +217,16 @@ def _of_class(function: FunctionType, method: str, role: str) -> Any:
 
 def _of_object(attached: Attached) -> Any:
     """The stand-in for a method in the object's own `__dict__`."""
-    original = attached.original
+    original, beneath = attached.original, _BENEATH.format(attached.method)
 
     @functools.wraps(original)
     def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not attached.owner:
             own = getattr(type(self), attached.method, None)
             return original(*args, **kwargs) if own is None else own(self, *args, **kwargs)
-        return attached.replacement(original, *args, **kwargs)
+        under = self.__dict__.get(_RECORDS, {}).get(beneath)
+        inner = original if under is None or not under.inner else functools.partial(under.replacement, original)
+        return attached.replacement(inner, *args, **kwargs)
 
     function = _named(stand_in, attached.method, "stand_in")
     try:
@@ -210,9 +257,10 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def is_of_class(forward: Any, module: nn.Module) -> bool:
-    """Whether `forward` is the one of the module's class, or its stand-in."""
+    """Whether `forward` is the one of the module's class, or its stand-in with nothing beneath."""
     if is_stand_in(forward):
-        return forward.__self__ is module and "attached" not in forward.__func__.__code__.co_freevars
+        changed = _BENEATH.format("forward") in vars(module).get(_RECORDS, {})
+        return forward.__self__ is module and not changed and "attached" not in forward.__func__.__code__.co_freevars
     return bool(forward == MethodType(type(module).forward, module))
 
 
@@ -226,8 +274,8 @@ def _attached_by(stand_in: MethodType) -> Attached | None:
     if "attached" in function.__code__.co_freevars:
         attached: Attached = function.__closure__[function.__code__.co_freevars.index("attached")].cell_contents
         return attached
-    found: Attached | None = vars(stand_in.__self__).get(_RECORDS, {}).get(function.__name__)
-    return found
+    records: dict[str, Attached] = vars(stand_in.__self__).get(_RECORDS, {})
+    return records.get(function.__name__, records.get(_BENEATH.format(function.__name__)))
 
 
 def _living(value: Any) -> Any:

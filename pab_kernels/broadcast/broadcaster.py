@@ -29,7 +29,7 @@ from .scheduler import entered_at
 from .stopwatch import REST
 from .summary import Summary, summarise
 from .turn import NO_TURNS, CurrentCall, CurrentTurn
-from .verdict import NOT_BEGUN, NOT_CALLED, NOT_ENTERED, NOT_FOLLOWED, nothing_reused
+from .verdict import NOT_BEGUN, NOT_CALLED, NOT_ENTERED, NOT_FOLLOWED, in_a_line, nothing_reused
 from .whole import broadcast_model
 
 logger = logging.getLogger("pab_kernels")
@@ -243,6 +243,11 @@ class Broadcaster:
             generation.end()
         self._graphs = GraphPool()
 
+    def renew(self) -> None:
+        """Look at modules again after others changed them; generations end if they hold outputs."""
+        if any(generation.meter.now for generation in self._runs.all()) or not self.adapter.sublayers:
+            self.release()
+
     def scheduler_begins(self, scheduler: Any) -> None:
         """Handle a call of `set_timesteps`."""
         self._attach_again()
@@ -372,7 +377,7 @@ class Broadcaster:
             return out
 
         try:
-            return broadcast_model(call, next(iter(inputs.tensors), None), compute)
+            return broadcast_model(self._model(), call, next(iter(inputs.tensors), None), compute)
         except BaseException:
             call.count()
             generation.failed = True
@@ -430,11 +435,7 @@ class Broadcaster:
             self._once(f"{self._name}: PAB leaves it alone: {generation.left_alone}")
             return
         if logger.isEnabledFor(logging.INFO):
-            reused = ", ".join(
-                f"{kind} reused {c.reused} of {len(plan.steps)}" for kind, c in plan.step_counts().items()
-            )
-            steps = generation.schedule.num_steps
-            logger.info("%s: a generation of %d steps, %d patterns; %s", self._name, steps, plan.patterns, reused)
+            logger.info("%s: %s", self._name, in_a_line(plan))
         for line in plan.notes:
             self._once(line, logging.WARNING if self.chosen else logging.INFO)
 

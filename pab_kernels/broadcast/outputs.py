@@ -14,6 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..ops.cached_outputs import extrapolate
+from ..ops.dequantize import dequantize
 from ..ops.quantized import Quantized
 from ..rules.plan import Sublayer
 from .fusing import autocasts
@@ -56,7 +57,11 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
         out = read(slot, turn.reads_last)
     else:
         out = compute(*args, **kwargs)
-        if turn.stores:
+        if isinstance(out, Quantized):  # by another rank, as it is kept
+            if turn.stores:
+                turn.put((out, [first.dtype]))
+            out = dequantize(out, first.dtype)
+        elif turn.stores:
             turn.put(kept(out, None if turn.dtype is None else _cloned_unless_quantised))
     if around is not None:
         call.mark(around)

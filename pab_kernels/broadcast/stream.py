@@ -79,8 +79,18 @@ class ResidualStream:
         self._flush()
         self._projection = (a, linear, gate, store, self.call.measured)
 
-    def add(self, out: torch.Tensor, gate: torch.Tensor | None = None, store: Turn | None = None) -> None:
-        """Add `gate * out` for an output computed elsewhere, and keep it in the slot of the turn `store`, if given."""
+    def add(self, out: torch.Tensor | Quantized, gate: torch.Tensor | None = None, store: Turn | None = None) -> None:
+        """Add `gate * out` for an output computed elsewhere, and keep it in the slot of the turn `store`, if given.
+
+        Another rank may have quantised it already, as it is kept.
+        """
+        if isinstance(out, Quantized):
+            if store is None or gate is None or not store.gated:
+                if store is not None:
+                    store.put(out)
+                self._hold(out, gate)
+                return
+            out = term_value(out, self._x.dtype)
         if store is not None and store.gated and gate is not None:
             out, gate = gate * out, None
         out = _dense(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..rules.plan import Plan
 from .generation import Generation
 
 
@@ -68,3 +69,9 @@ NOT_ENTERED = (
     "call scheduler.set_begin_index"
 )
 """For a run whose first step is assumed to be 0."""
+
+
+def in_a_line(plan: Plan) -> str:
+    """How often a plan reuses what."""
+    reused = [f"{kind} reused {counts.reused} of {len(plan.steps)}" for kind, counts in plan.step_counts().items()]
+    return f"a generation of {plan.schedule.num_steps} steps, {plan.patterns} patterns; {', '.join(reused)}"

@@ -7,22 +7,31 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..rules.plan import Action
+from .attach import PREFIX
 from .call import Call
 from .outputs import kept, read
 from .signature import tensors_of
 from .slots import Key
 
+AGREE = f"{PREFIX}agree"
+"""Name of an attribute of a model: called with each call under PAB, before anything of it is decided or run."""
 
-def broadcast_model(call: Call, x: torch.Tensor | None, compute: Callable[[], Any]) -> Any:
+
+def broadcast_model(model: nn.Module | None, call: Call, x: torch.Tensor | None, compute: Callable[[], Any]) -> Any:
     """The output of a call of the model, computed or returned again as the plan says.
 
     Args:
+        model: that is called.
         call: that is open.
         x: the first tensor among its inputs, by which a slot is known; without one the model is computed.
         compute: runs the model and finishes the call.
     """
+    agree = vars(model).get(AGREE)
+    if agree is not None:
+        agree(call)
     name, generation = call.plan.whole, call.generation
     if name is None or x is None:
         return compute()

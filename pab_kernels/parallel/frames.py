@@ -1,0 +1,198 @@
+"""Sequence parallelism for models with spatial and temporal attention (DSP): each rank has some of the frames.
+
+The residual stream `[B, T, S, C]` lies split in T. Temporal attention needs all frames of a place, so its input is sent
+from [T / n, S] to [T, S / n] and its output back: two messages of M / n elements each, M = B T S C. Everything else is
+local, and so are kept outputs: a reused attention sends nothing. Temporal attention is what switches because it has the
+longer range of the two.
+
+Source: Dynamic Sequence Parallelism (arXiv 2403.10266), section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..broadcast.attach import Attached, attach_forward
+from ..broadcast.turn import CurrentTurn
+from ..ops.quantized import Quantized
+from .exchange import Sender, switched, switched_quantised
+from .layout import part, whole_output
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where frames are in a family of models.
+
+    Args:
+        name: of the class, or of one that it inherits from.
+        latents: name of the argument `[B, C, T, H, W]`.
+        per_frame: names of further arguments `[B, T]`.
+        blocks: the list of its temporal blocks.
+        attention: name of the temporal attention in a block.
+        places, frames: dimensions of that attention's input.
+        least: frames that a rank must have if there are several.
+        positions: name of a buffer `[1, T, C]` that the model adds; None if it has none.
+        rope: name of a module that is called with the number of frames; None if it has none.
+    """
+
+    name: str
+    latents: str
+    per_frame: tuple[str, ...]
+    blocks: str
+    attention: str
+    places: int
+    frames: int
+    least: int = 1
+    positions: str | None = None
+    rope: str | None = None
+
+
+FAMILIES = (
+    Family("STDiT3", "x", ("x_mask",), "temporal_blocks", "attn", places=2, frames=1, rope="rope"),
+    Family(
+        # It adds positions only where a call has several frames.
+        "LatteTransformer3DModel",
+        "hidden_states",
+        (),
+        "temporal_transformer_blocks",
+        "attn1",
+        places=0,
+        frames=1,
+        least=2,
+        positions="temp_pos_embed",
+    ),
+)
+
+FRAMES = 2
+"""The dimension of frames in latents."""
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The family of a model with temporal attention that is known here; None if it is none of them."""
+    names = {c.__name__ for c in type(model).__mro__}
+    return next((family for family in FAMILIES if family.name in names), None)
+
+
+class Frames:
+    """The layout in frames.
+
+    Args:
+        model: of the family.
+        family: of the model.
+        group: of the ranks.
+        current: gives the turn of a sublayer by its name.
+        input_dtype: an 8-bit dtype in which the input of temporal attention is sent; default its own.
+
+    Raises:
+        ValueError: patches of the model hold several frames.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        group: Any,
+        current: Callable[[str], CurrentTurn | None],
+        input_dtype: torch.dtype | None = None,
+    ) -> None:
+        in_a_patch = getattr(model, "patch_size", 1)
+        if not isinstance(in_a_patch, int) and in_a_patch[0] != 1:
+            raise ValueError(
+                f"got a model whose patches hold {in_a_patch[0]} frames; patches of one frame are supported"
+            )
+        self._model, self._family, self._group, self._current = model, family, group, current
+        self._input_dtype = input_dtype
+        self.frames = 1
+        """T of the current call, over all ranks."""
+        self._output = Sender(group, "output", "output")
+        blocks = getattr(model, family.blocks)
+        self._switches = {
+            f"{family.blocks}.{i}.{family.attention}": getattr(block, family.attention)
+            for i, block in enumerate(blocks)
+        }
+        self._senders = {name: Sender(group, "temporal", name) for name in self._switches}
+
+    @property
+    def senders(self) -> Sequence[Sender]:
+        """See `Layout.senders`."""
+        return [*self._senders.values(), self._output]
+
+    def attach(self) -> Iterator[Attached]:
+        """See `Layout.attach`."""
+        self._stand_ins = {name: Switch(self, self._senders[name], self._family) for name in self._switches}
+        for name, module in self._switches.items():
+            yield attach_forward(module, self._stand_ins[name], beneath=True)
+        if self._family.rope is not None:
+            yield attach_forward(getattr(self._model, self._family.rope), self._all_positions, beneath=True)
+
+    def run(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """See `Layout.run`."""
+        family, model = self._family, self._model
+        self.frames = frames = arguments[family.latents].shape[FRAMES]
+        least = family.least if frames > 1 else 1
+        for name, dim in ((family.latents, FRAMES), *((name, 1) for name in family.per_frame)):
+            if arguments.get(name) is not None:
+                arguments = arguments | {name: part(arguments[name], dim, self._group, least)}
+        for name, stand_in in self._stand_ins.items():
+            stand_in.look(self._current(name), self._input_dtype)
+        if family.positions is None:
+            return whole_output(self._output, forward(arguments), FRAMES, frames)
+        positions = getattr(model, family.positions)
+        try:
+            setattr(model, family.positions, part(positions, 1, self._group, least))
+            out = forward(arguments)
+        finally:
+            setattr(model, family.positions, positions)
+        return whole_output(self._output, out, FRAMES, frames)
+
+    def _all_positions(self, original: Callable[..., Any], frames: int) -> Any:
+        """Replaces the `forward` of the rotary embedding, which is that of all frames."""
+        return original(self.frames)
+
+
+@dataclass(eq=False)
+class Switch:
+    """Replaces the `forward` of temporal attention: all frames of some places, instead of all places of some frames.
+
+    Args:
+        layout: with the frames of the call.
+        sender: of this attention.
+        family: where places and frames are.
+    """
+
+    layout: Frames
+    sender: Sender
+    family: Family
+    input_dtype: torch.dtype | None = None
+    """The 8-bit dtype of its input on the way; None for its own."""
+    output_dtype: torch.dtype | None = None
+    """The 8-bit dtype of its output on the way, if PAB keeps it in that; None for its own."""
+
+    def look(self, current: CurrentTurn | None, input_dtype: torch.dtype | None) -> None:
+        """Read what holds for the whole call, before it runs."""
+        turn = None if current is None else current.turn
+        self.input_dtype = input_dtype
+        self.output_dtype = None if turn is None or turn.call is None else turn.dtype
+
+    def __call__(self, original: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor | Quantized:
+        places, frames = self.family.places, self.family.frames
+        count, number = x.shape[places], self.layout.frames
+        x, there = switched(self.sender, x, places, frames, self.input_dtype)
+        padded = x.shape[frames]
+        out = original(x.narrow(frames, 0, number), *args, **kwargs)
+        if padded > number:
+            out = F.pad(out, [0, 0] * (out.ndim - 1 - frames) + [0, padded - number])
+        if self.output_dtype is None:
+            back, cost = switched(self.sender, out, frames, places)
+            self.sender.count(there + cost)
+            return back.narrow(places, 0, count)
+        kept, cost = switched_quantised(self.sender, out, frames, places, self.output_dtype)
+        self.sender.count(there + cost)
+        data, scale = (t.narrow(places, 0, count) for t in (kept.data, kept.scale))
+        return Quantized(data.contiguous(), scale.contiguous(), kept.group)

@@ -1,0 +1,238 @@
+"""`pab.parallelize`: one model on several ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..broadcast.attach import PREFIX, Attached, attach_forward, leave_out_of_copies, take_off
+from ..broadcast.broadcaster import broadcaster_of
+from ..broadcast.call import Call
+from ..broadcast.pipeline import denoisers
+from ..broadcast.turn import CurrentTurn
+from ..broadcast.whole import AGREE
+from ..compat import uncompiled
+from .agreement import Agreement, facts_of
+from .exchange import Sender
+from .frames import Frames, family_of
+from .layout import Guidance, Layout
+from .ranks import Ranks, join
+from .sent import Sent, Traffic
+
+T = TypeVar("T")
+ATTRIBUTE = f"{PREFIX}parallel"
+"""Name of the attribute that holds a model's `Parallel`."""
+TIMEOUT = 600.0
+
+
+def parallelize(
+    model_or_pipe: T,
+    mesh: DeviceMesh | None = None,
+    *,
+    cfg: int = 1,
+    sequence: int | None = None,
+    timeout: float = TIMEOUT,
+    input_dtype: torch.dtype | None = None,
+) -> T:
+    """Split the work of a model over ranks, before or after `enable`. All ranks call it, and the model, alike.
+
+    Each rank holds the whole model, gets the whole inputs and returns the whole output. In between it has a part of the
+    sequence, and of kept outputs:
+
+    - models with spatial and temporal attention (STDiT3, Latte) have some of the frames, and only temporal attention
+      sends: its input and its output;
+    - others have some of the tokens, and self attention has some of the heads (Ulysses).
+
+    Where PAB reuses an attention it sends nothing. With an 8-bit `cache_dtype` outputs of temporal attention are sent
+    as they are kept. Requires `torch.distributed.init_process_group`, with NCCL on GPUs or gloo on CPUs.
+
+    Args:
+        model_or_pipe: a diffusers pipeline, or a DiT.
+        mesh: a mesh with dimensions named "cfg" and "sequence", or one of them; default all ranks.
+        cfg: 2 gives each half of the ranks one of the branches of guidance, where they are in one batch.
+        sequence: ranks over which the sequence is split; default all, over `cfg`.
+        timeout: seconds after which a rank that waits for the others raises.
+        input_dtype: `torch.int8` or `torch.float8_e4m3fn` to send inputs of attention in 8 bits too, which is an
+            approximation of its own; default their own.
+
+    Returns:
+        `model_or_pipe`.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised, or the model is parallel already.
+        TypeError: it is neither a module nor a pipeline.
+        ValueError: the ranks do not suit the model.
+
+    Source: Dynamic Sequence Parallelism (arXiv 2403.10266); Ulysses (arXiv 2309.14509); PAB (arXiv 2408.12588),
+    section 3.4.
+    """
+    models = _models(model_or_pipe)
+    for model in models:
+        if ATTRIBUTE in vars(model):
+            raise RuntimeError(f"this {type(model).__name__} is parallel already; call pab.unparallelize first")
+    ranks = join(mesh, cfg, sequence, timeout)
+    with contextlib.ExitStack() as undo:
+        undo.callback(ranks.leave)
+        for model in models:
+            parallel = Parallel(model, ranks, input_dtype)
+            undo.callback(parallel.detach)
+            parallel.attach()
+        undo.pop_all()
+    return model_or_pipe
+
+
+def unparallelize(model_or_pipe: Any) -> None:
+    """Undo `parallelize`: the model runs on each rank alone. Does nothing if it is not parallel."""
+    found = [parallel for model in _models(model_or_pipe) if (parallel := parallel_of(model)) is not None]
+    for parallel in found:
+        parallel.detach()
+    for ranks in {id(parallel.ranks): parallel.ranks for parallel in found}.values():
+        ranks.leave()
+
+
+def parallel_of(model: nn.Module) -> Parallel | None:
+    """What `parallelize` made of a model; None if it is not parallel."""
+    return vars(model).get(ATTRIBUTE)
+
+
+def _models(model_or_pipe: Any) -> list[nn.Module]:
+    if isinstance(model_or_pipe, nn.Module):
+        return [uncompiled(model_or_pipe)]
+    models = list(denoisers(model_or_pipe).values())
+    if not models:
+        raise TypeError(
+            f"got {type(model_or_pipe).__name__}; supported are a torch.nn.Module and a pipeline with a `transformer`: "
+            "pass the denoiser itself"
+        )
+    return models
+
+
+class Parallel:
+    """One model on several ranks, from `attach` to `detach`.
+
+    Args:
+        model: the DiT.
+        ranks: that share it.
+        input_dtype: as in `parallelize`.
+
+    Raises:
+        ValueError: the ranks do not suit the model.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks, input_dtype: torch.dtype | None) -> None:
+        self.ranks = ranks
+        self._model = weakref.ref(model)
+        self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
+        self.layout = None if ranks.sequence is None else layout_of(model, ranks, self._current, input_dtype)
+        self._guidance = None if ranks.cfg is None else Guidance(ranks.cfg, self._arguments[0])
+        self._agreement = Agreement(ranks.control)
+        self._attached: list[Attached] = []
+        self._generation: Any = _nothing
+        self._sent = Sent()
+        self._step = 0
+
+    def attach(self) -> None:
+        """Install the stand-ins."""
+        model = self._model()
+        assert model is not None, "it was just given"
+        setattr(model, ATTRIBUTE, self)
+        setattr(model, AGREE, self._agree)
+        leave_out_of_copies(model)
+        for attached in self._stand_ins(model):
+            self._attached.append(attached)
+            attached.attach()
+        self._renew()
+
+    def _stand_ins(self, model: nn.Module) -> Iterator[Attached]:
+        if self.layout is not None:
+            yield from self.layout.attach()
+        yield attach_forward(model, self._called, beneath=True)
+
+    def detach(self) -> None:
+        """Restore the model."""
+        model = self._model()
+        if model is None:
+            return
+        while self._attached:
+            self._attached[-1].detach()
+            self._attached.pop()
+        self._renew()
+        for name in (AGREE, ATTRIBUTE):
+            take_off(model, name)
+
+    @property
+    def senders(self) -> list[Sender]:
+        """All places that send."""
+        return [sender for part in (self.layout, self._guidance) if part is not None for sender in part.senders]
+
+    def traffic(self) -> Traffic:
+        """What this rank sent in the latest generation; without PAB, since the model is parallel."""
+        self._sent.collect(self.senders, self._step)
+        return self._sent.traffic()
+
+    def _renew(self) -> None:
+        """End generations of PAB if outputs are kept, which have the shapes of another layout."""
+        model = self._model()
+        broadcaster = None if model is None else broadcaster_of(model)
+        if broadcaster is not None:
+            broadcaster.renew()
+
+    def _current(self, name: str) -> CurrentTurn | None:
+        model = self._model()
+        broadcaster = None if model is None else broadcaster_of(model)
+        return None if broadcaster is None else broadcaster.current(name)
+
+    def _begin(self, generation: Any, step: int) -> None:
+        """Count what the last call sent, and get ready for the next."""
+        self._sent.collect(self.senders, self._step)
+        if self._generation() is not generation:
+            self._generation, self._sent = weakref.ref(generation), Sent()
+        self._step = step
+        self._sent.calls += 1
+
+    def _agree(self, call: Call) -> None:
+        """Called before every call under PAB, which may run nothing."""
+        self._begin(call.generation, call.step)
+        self._agreement.on(facts_of(call))
+
+    def _called(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Replaces the model's `forward`, beneath that of PAB."""
+        model = self._model()
+        assert model is not None, "its forward was called"
+        broadcaster = broadcaster_of(model)
+        if not torch.compiler.is_compiling() and (broadcaster is None or broadcaster.call is None):
+            self._begin(self, self._sent.calls)
+            shapes = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+            self._agreement.on(f"without PAB, tensors of {shapes}")
+        arguments = dict(zip(self._arguments, args, strict=False)) | kwargs
+
+        def local(given: dict[str, Any]) -> Any:
+            return original(**given)
+
+        def split(given: dict[str, Any]) -> Any:
+            return local(given) if self.layout is None else self.layout.run(local, given)
+
+        return split(arguments) if self._guidance is None else self._guidance.run(split, arguments)
+
+
+def layout_of(model: nn.Module, ranks: Ranks, current: Any, input_dtype: torch.dtype | None) -> Layout:
+    """How the sequence of a model is split.
+
+    Raises:
+        ValueError: no way is known for it.
+    """
+    family = family_of(model)
+    if family is not None:
+        return Frames(model, family, ranks.sequence, current, input_dtype)
+    raise ValueError(f"got a {type(model).__name__}; supported are ...")
+
+
+def _nothing() -> None:
+    """The generation before the first."""
