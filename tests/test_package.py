@@ -160,7 +160,6 @@ def test_every_public_name_needs_torch_alone(imported: dict[str, list[str]]) -> 
     unneeded = (
         "pab_kernels.models",
         "pab_kernels.analysis",
-        "pab_kernels.parallel",
         "pab_kernels.cli",
         "pab_kernels.demo",
         "pab_kernels.doctor",
