@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,29 +9,11 @@ from torch import Tensor
 from ..ops.dequantize import dequantize
 from ..ops.quantize import quantize
 from ..ops.quantized import GROUP, Quantized
+from ..rules.traffic import Sent
 from .ranks import rank_in, size_of
 
 _collectives = torch.ops._c10d_functional
 """The functional collectives, which `torch.compile` traces."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What this rank sends to others.
-
-    Args:
-        nbytes: bytes, without the part that it keeps.
-        messages: collective calls.
-    """
-
-    nbytes: int = 0
-    messages: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.nbytes + other.nbytes, self.messages + other.messages)
-
-    def __mul__(self, times: int) -> Cost:
-        return Cost(self.nbytes * times, self.messages * times)
 
 
 class Sender:
@@ -48,29 +28,29 @@ class Sender:
     def __init__(self, group: dist.ProcessGroup | None, kind: str, name: str) -> None:
         self.group, self.kind, self.name = group, kind, name
         self.size, self.rank = size_of(group), rank_in(group)
-        self.sent = Cost()
+        self.sent = Sent()
         """What was sent since it was last read. A compiled graph sets it, and reads nothing of it."""
         self._group_name = "" if group is None else group.group_name
 
-    def count(self, costs: Cost) -> None:
+    def count(self, costs: Sent) -> None:
         """Count what one run of the module sends."""
         self.sent = costs if torch.compiler.is_compiling() else self.sent + costs
 
-    def all_to_all(self, x: Tensor) -> tuple[Tensor, Cost]:
+    def all_to_all(self, x: Tensor) -> tuple[Tensor, Sent]:
         """Send part i of `[n, ...]`, contiguous, to rank i; part i of the result is from rank i."""
         parts = [x[0].numel()] * self.size
         out = _collectives.all_to_all_single(x.flatten(), parts, parts, self._group_name)
-        return _collectives.wait_tensor(out).view(x.shape), Cost(x.nbytes // self.size * (self.size - 1), 1)
+        return _collectives.wait_tensor(out).view(x.shape), Sent(x.nbytes // self.size * (self.size - 1), 1)
 
-    def all_gather(self, x: Tensor) -> tuple[Tensor, Cost]:
+    def all_gather(self, x: Tensor) -> tuple[Tensor, Sent]:
         """The tensors of all ranks, `[n, ...]`, from each rank's own, which is contiguous."""
         out = _collectives.all_gather_into_tensor(x.flatten(), self.size, self._group_name)
-        return _collectives.wait_tensor(out).view(self.size, *x.shape), Cost(x.nbytes * (self.size - 1), 1)
+        return _collectives.wait_tensor(out).view(self.size, *x.shape), Sent(x.nbytes * (self.size - 1), 1)
 
 
 def switched(
     sender: Sender, x: Tensor, split: int, gather: int, fewer: torch.dtype | None = None
-) -> tuple[Tensor, Cost]:
+) -> tuple[Tensor, Sent]:
     """A tensor of which each rank has a part along `gather` as one of which it has a part along `split`.
 
     Args:
@@ -94,14 +74,14 @@ def switched(
 
 def switched_quantised(
     sender: Sender, x: Tensor, split: int, gather: int, dtype: torch.dtype
-) -> tuple[Quantized, Cost]:
+) -> tuple[Quantized, Sent]:
     """As `switched`, quantised before it is sent, and as it is kept in a slot: with float32 scales."""
     received, cost = _sent(sender, quantize(_parts(x, split, sender.size), dtype, GROUP), torch.float32)
     data, scale = (_joined(t, split, gather) for t in (received.data, received.scale))
     return Quantized(data, scale, GROUP), cost
 
 
-def gathered(sender: Sender, x: Tensor, dim: int) -> tuple[Tensor, Cost]:
+def gathered(sender: Sender, x: Tensor, dim: int) -> tuple[Tensor, Sent]:
     """The tensors of all ranks, one after another along `dim`."""
     out, cost = sender.all_gather(x.contiguous())
     return torch.cat(out.unbind(0), dim), cost
@@ -120,7 +100,7 @@ def _joined(parts: Tensor, split: int, gather: int) -> Tensor:
     return parts.movedim(0, gather).flatten(gather, gather + 1)
 
 
-def _sent(sender: Sender, x: Quantized, scales: torch.dtype) -> tuple[Quantized, Cost]:
+def _sent(sender: Sender, x: Quantized, scales: torch.dtype) -> tuple[Quantized, Sent]:
     """An 8-bit tensor, with its scales behind it in one message."""
     n, data, scale = sender.size, x.data, x.scale
     behind = scale.to(scales).contiguous()

@@ -19,12 +19,13 @@ from ..broadcast.pipeline import denoisers
 from ..broadcast.turn import CurrentTurn
 from ..broadcast.whole import AGREE
 from ..compat import uncompiled
+from ..rules.traffic import Traffic
 from .agreement import Agreement, facts_of
+from .counts import Counts
 from .exchange import Sender
 from .frames import Frames, family_of
 from .layout import Guidance, Layout
 from .ranks import Ranks, join
-from .sent import Sent, Traffic
 
 T = TypeVar("T")
 ATTRIBUTE = f"{PREFIX}parallel"
@@ -135,7 +136,7 @@ class Parallel:
         self._agreement = Agreement(ranks.control)
         self._attached: list[Attached] = []
         self._generation: Any = _nothing
-        self._sent = Sent()
+        self._counts = Counts()
         self._step = 0
 
     def attach(self) -> None:
@@ -174,8 +175,8 @@ class Parallel:
 
     def traffic(self) -> Traffic:
         """What this rank sent in the latest generation; without PAB, since the model is parallel."""
-        self._sent.collect(self.senders, self._step)
-        return self._sent.traffic()
+        self._counts.collect(self.senders, self._step)
+        return self._counts.traffic()
 
     def _renew(self) -> None:
         """End generations of PAB if outputs are kept, which have the shapes of another layout."""
@@ -191,11 +192,11 @@ class Parallel:
 
     def _begin(self, generation: Any, step: int) -> None:
         """Count what the last call sent, and get ready for the next."""
-        self._sent.collect(self.senders, self._step)
+        self._counts.collect(self.senders, self._step)
         if self._generation() is not generation:
-            self._generation, self._sent = weakref.ref(generation), Sent()
+            self._generation, self._counts = weakref.ref(generation), Counts()
         self._step = step
-        self._sent.calls += 1
+        self._counts.calls += 1
 
     def _agree(self, call: Call) -> None:
         """Called before every call under PAB, which may run nothing."""
@@ -208,7 +209,7 @@ class Parallel:
         assert model is not None, "its forward was called"
         broadcaster = broadcaster_of(model)
         if not torch.compiler.is_compiling() and (broadcaster is None or broadcaster.call is None):
-            self._begin(self, self._sent.calls)
+            self._begin(self, self._counts.calls)
             shapes = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
             self._agreement.on(f"without PAB, tensors of {shapes}")
         arguments = dict(zip(self._arguments, args, strict=False)) | kwargs
