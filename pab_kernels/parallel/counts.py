@@ -15,11 +15,13 @@ class Counts:
     def __init__(self) -> None:
         self.calls = 0
         """Calls of the model, also those that ran nothing."""
+        self._last = -1
         self._steps: defaultdict[int, defaultdict[str, Sent]] = defaultdict(lambda: defaultdict(Sent))
         self._full: dict[str, tuple[str, Sent]] = {}  # kind, and what one run sends, by name of the sender
 
     def collect(self, senders: Iterable[Sender], step: int) -> None:
         """Count what was sent in a call, once it has ended."""
+        self._last = max(self._last, step)
         for sender in senders:
             if sender.sent.messages:
                 self._steps[step][sender.kind] += sender.sent
@@ -29,6 +31,6 @@ class Counts:
     def traffic(self) -> Traffic:
         """The counts now, by kind and step."""
         kinds = list(dict.fromkeys(kind for kind, _ in self._full.values()))
-        steps = range(max(self._steps, default=-1) + 1)
+        steps = range(self._last + 1)
         full = {kind: sum((run for k, run in self._full.values() if k == kind), Sent()) * self.calls for kind in kinds}
         return Traffic({kind: tuple(self._steps[i][kind] for i in steps) for kind in kinds}, full)

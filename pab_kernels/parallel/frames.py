@@ -87,7 +87,7 @@ class Frames:
         family: of the model.
         group: of the ranks.
         current: gives the turn of a sublayer by its name.
-        input_dtype: an 8-bit dtype in which the input of temporal attention is sent; default its own.
+        input_dtype, exact: as in `parallelize`.
 
     Raises:
         ValueError: patches of the model hold several frames.
@@ -100,14 +100,13 @@ class Frames:
         group: Any,
         current: Callable[[str], CurrentTurn | None],
         input_dtype: torch.dtype | None = None,
+        exact: bool = False,
     ) -> None:
-        in_a_patch = getattr(model, "patch_size", 1)
-        if not isinstance(in_a_patch, int) and in_a_patch[0] != 1:
-            raise ValueError(
-                f"got a model whose patches hold {in_a_patch[0]} frames; patches of one frame are supported"
-            )
+        in_a_patch = vars(model).get("patch_size", (1,))[0]
+        if in_a_patch != 1:
+            raise ValueError(f"got a model whose patches hold {in_a_patch} frames; patches of one frame are supported")
         self._model, self._family, self._group, self._current = model, family, group, current
-        self._input_dtype = input_dtype
+        self._input_dtype, self._exact = input_dtype, exact
         self.frames = 1
         """T of the current call, over all ranks."""
         self._output = Sender(group, "output", "output")
@@ -140,7 +139,7 @@ class Frames:
             if arguments.get(name) is not None:
                 arguments = arguments | {name: part(arguments[name], dim, self._group, least)}
         for name, stand_in in self._stand_ins.items():
-            stand_in.look(self._current(name), self._input_dtype)
+            stand_in.look(None if self._exact else self._current(name), self._input_dtype)
         if family.positions is None:
             return whole_output(self._output, forward(arguments), FRAMES, frames)
         positions = getattr(model, family.positions)

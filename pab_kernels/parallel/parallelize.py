@@ -41,6 +41,7 @@ def parallelize(
     sequence: int | None = None,
     timeout: float = TIMEOUT,
     input_dtype: torch.dtype | None = None,
+    exact: bool = False,
 ) -> T:
     """Split the work of a model over ranks, before or after `enable`. All ranks call it, and the model, alike.
 
@@ -62,6 +63,8 @@ def parallelize(
         timeout: seconds after which a rank that waits for the others raises.
         input_dtype: `torch.int8` or `torch.float8_e4m3fn` to send inputs of attention in 8 bits too, which is an
             approximation of its own; default their own.
+        exact: whether outputs of attention are sent in their own dtype even if PAB keeps them in 8 bits. Otherwise a
+            step that computes such an output uses it as it is kept, where one process would use it unrounded.
 
     Returns:
         `model_or_pipe`.
@@ -82,7 +85,7 @@ def parallelize(
     with contextlib.ExitStack() as undo:
         undo.callback(ranks.leave)
         for model in models:
-            parallel = Parallel(model, ranks, input_dtype)
+            parallel = Parallel(model, ranks, input_dtype, exact)
             undo.callback(parallel.detach)
             parallel.attach()
         undo.pop_all()
@@ -121,17 +124,17 @@ class Parallel:
     Args:
         model: the DiT.
         ranks: that share it.
-        input_dtype: as in `parallelize`.
+        input_dtype, exact: as in `parallelize`.
 
     Raises:
         ValueError: the ranks do not suit the model.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks, input_dtype: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks, input_dtype: torch.dtype | None, exact: bool) -> None:
         self.ranks = ranks
         self._model = weakref.ref(model)
         self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
-        self.layout = None if ranks.sequence is None else layout_of(model, ranks, self._current, input_dtype)
+        self.layout = None if ranks.sequence is None else layout_of(model, ranks, self._current, input_dtype, exact)
         self._guidance = None if ranks.cfg is None else Guidance(ranks.cfg, self._arguments[0])
         self._agreement = Agreement(ranks.control)
         self._attached: list[Attached] = []
@@ -175,7 +178,8 @@ class Parallel:
 
     def traffic(self) -> Traffic:
         """What this rank sent in the latest generation; without PAB, since the model is parallel."""
-        self._counts.collect(self.senders, self._step)
+        if self._counts.calls:
+            self._counts.collect(self.senders, self._step)
         return self._counts.traffic()
 
     def _renew(self) -> None:
@@ -192,7 +196,7 @@ class Parallel:
 
     def _begin(self, generation: Any, step: int) -> None:
         """Count what the last call sent, and get ready for the next."""
-        self._counts.collect(self.senders, self._step)
+        self.traffic()
         if self._generation() is not generation:
             self._generation, self._counts = weakref.ref(generation), Counts()
         self._step = step
@@ -223,7 +227,7 @@ class Parallel:
         return split(arguments) if self._guidance is None else self._guidance.run(split, arguments)
 
 
-def layout_of(model: nn.Module, ranks: Ranks, current: Any, input_dtype: torch.dtype | None) -> Layout:
+def layout_of(model: nn.Module, ranks: Ranks, current: Any, input_dtype: torch.dtype | None, exact: bool) -> Layout:
     """How the sequence of a model is split.
 
     Raises:
@@ -231,7 +235,7 @@ def layout_of(model: nn.Module, ranks: Ranks, current: Any, input_dtype: torch.d
     """
     family = family_of(model)
     if family is not None:
-        return Frames(model, family, ranks.sequence, current, input_dtype)
+        return Frames(model, family, ranks.sequence, current, input_dtype, exact)
     raise ValueError(f"got a {type(model).__name__}; supported are ...")
 
 

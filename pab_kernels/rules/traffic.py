@@ -36,8 +36,10 @@ SENDER = {"frames": "temporal", "tokens": "spatial"}
 """The kind of sublayer that sends, by method."""
 OUTPUT = "output"
 """The name of the model's output beside the kinds of sublayers."""
-GROUP, SCALE = 128, 2
-"""Channels that share a scale in 8 bits, and its bytes: bfloat16, packed behind the values of its token."""
+GROUP = 128
+"""Channels that share a scale in 8 bits, packed behind the values."""
+INPUT_SCALE, RETURN_SCALE = 2, 4
+"""Bytes of such a scale: bfloat16 for inputs, float32 for outputs, as slots keep it."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class Shapes:
         text: tokens of text L that take part in self attention.
         text_split: whether they are split like the others, instead of held by every rank.
         calls: of the model in a step.
+        least: frames that a rank has at least, if there are several.
+        joined: whether rows of the batch and tokens of a frame are split as one dimension (Latte).
     """
 
     batch: int
@@ -124,6 +128,12 @@ class Shapes:
     text: int = 0
     text_split: bool = False
     calls: int = 1
+    least: int = 1
+    joined: bool = False
+
+    def frames_of(self, ranks: int) -> int:
+        """Of each rank."""
+        return max(part(self.frames, ranks), self.least if self.frames > 1 else 1)
 
 
 @dataclass(frozen=True)
@@ -199,13 +209,13 @@ def part(size: int, ranks: int) -> int:
     return -(-size // ranks)
 
 
-def width(channels: int, itemsize: int, dtype: CacheDtype | None) -> int:
+def width(channels: int, itemsize: int, dtype: CacheDtype | None, scale: int) -> int:
     """Bytes of one token on its way: in the model's dtype, or 8 bits with a scale for every 128 channels.
 
-    >>> width(1152, 2, None), width(1152, 2, "int8")
-    (2304, 1170)
+    >>> width(1152, 2, None, RETURN_SCALE), width(1152, 2, "int8", RETURN_SCALE)
+    (2304, 1188)
     """
-    return channels * itemsize if dtype is None else channels + SCALE * part(channels, GROUP)
+    return channels * itemsize if dtype is None else channels + scale * part(channels, GROUP)
 
 
 def attention(layout: Layout, method: Method, shapes: Shapes) -> Sent:
@@ -219,9 +229,11 @@ def attention(layout: Layout, method: Method, shapes: Shapes) -> Sent:
     if n == 1:
         return Sent()
     channels = shapes.channels if method == "frames" else shapes.channels // n
-    there, back = (width(channels, shapes.itemsize, dtype) for dtype in (layout.input_dtype, layout.return_dtype))
+    there = width(channels, shapes.itemsize, layout.input_dtype, INPUT_SCALE)
+    back = width(channels, shapes.itemsize, layout.return_dtype, RETURN_SCALE)
     if method == "frames":
-        return Sent((n - 1) * batch * part(shapes.frames, n) * part(shapes.tokens, n) * (there + back), 2)
+        places = part(batch * shapes.tokens, n) if shapes.joined else batch * part(shapes.tokens, n)
+        return Sent((n - 1) * shapes.frames_of(n) * places * (there + back), 2)
     tokens = part(shapes.tokens, n) + (part(shapes.text, n) if shapes.text_split else 0)
     sent = Sent((n - 1) * batch * tokens * (3 * there + back), 4)
     if shapes.text and not shapes.text_split:
@@ -232,8 +244,8 @@ def attention(layout: Layout, method: Method, shapes: Shapes) -> Sent:
 def output(layout: Layout, method: Method, shapes: Shapes) -> Sent:
     """What a rank sends of the model's output in one call."""
     n, batch = layout.sequence, shapes.batch // layout.cfg
-    size = shapes.frames if method == "frames" else shapes.tokens
-    gathered = Sent((n - 1) * batch * part(size, n) * shapes.output_width, 1) if n > 1 else Sent()
+    size, own = (shapes.frames, shapes.frames_of(n)) if method == "frames" else (shapes.tokens, part(shapes.tokens, n))
+    gathered = Sent((n - 1) * batch * own * shapes.output_width, 1) if n > 1 else Sent()
     exchanged = Sent((layout.cfg - 1) * batch * size * shapes.output_width, 1) if layout.cfg > 1 else Sent()
     return gathered + exchanged
 

@@ -104,13 +104,13 @@ def test_eight_bits_are_a_byte_a_channel_and_a_scale_for_each_group() -> None:
     shapes, plan = Shapes(1, 2, 2, 130, 2, 0), alone("temporal")
     assert traffic(Layout(1, 2), "frames", shapes, plan).by_kind["temporal"].bytes == 2 * 2 * 130
     returned = traffic(Layout(1, 2, None, "int8"), "frames", shapes, plan).by_kind["temporal"].bytes
-    assert returned == 2 * 130 + (130 + 2 * 2)
+    assert returned == 2 * 130 + (130 + 2 * 4)
     both = traffic(Layout(1, 2, "float8_e4m3fn", "int8"), "frames", shapes, plan).by_kind["temporal"].bytes
-    assert both == 2 * (130 + 2 * 2)
+    assert both == (130 + 2 * 2) + (130 + 2 * 4)
     assert GROUP == GROUP_OF_SLOTS
     heads = Shapes(1, 1, 2, 256, 2, 0, heads=4)  # 64 channels for each of four ranks
     assert traffic(Layout(1, 4, "int8", "int8"), "tokens", heads, alone("spatial")).by_kind["spatial"].bytes == (
-        3 * 4 * (64 + 2)
+        3 * (3 * (64 + 2) + 64 + 4)
     )
 
 
@@ -184,8 +184,8 @@ def test_with_pab_only_the_computed_temporal_steps_send(size: tuple[int, int, in
 LAYOUTS = {
     "sp 8": (Layout(1, 8), 1.0),
     "cfg 2 x sp 4": (Layout(2, 4), 3 / 4 / (7 / 8)),
-    "8-bit return": (Layout(2, 4, None, "int8"), 3 / 4 / (7 / 8) * (1 + 1170 / 2304) / 2),
-    "8-bit input too": (Layout(2, 4, "int8", "int8"), 3 / 4 / (7 / 8) * 1170 / 2304),
+    "8-bit return": (Layout(2, 4, None, "int8"), 3 / 4 / (7 / 8) * (1 + 1188 / 2304) / 2),
+    "8-bit input too": (Layout(2, 4, "int8", "int8"), 3 / 4 / (7 / 8) * (1170 + 1188) / 2 / 2304),
 }
 """With their factors, where the frames are padded alike."""
 

@@ -1,0 +1,117 @@
+"""Sampling runs of tiny STDiT3 and Latte, on one rank and on several, that tests of several processes compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pab_kernels as pab
+from pab_kernels import Broadcast, PABConfig
+from pab_kernels.parallel.parallelize import parallel_of
+from pab_kernels.rules.plan import Plan
+from pab_kernels.rules.schedule import Schedule
+from pab_kernels.rules.traffic import Layout, Shapes, Traffic, traffic
+from tests.adapters import tiny_latte, tiny_stdit3
+
+STEPS = 6
+PLANS = {
+    "without PAB": None,
+    "hold": PABConfig(spatial=2, temporal=3, cross=4),
+    "linear": PABConfig(temporal=Broadcast(2, reuse="linear"), mlp=2),
+    "int8": PABConfig(spatial=2, temporal=3, cache_dtype="int8"),
+    "after the gate": PABConfig(temporal=2, cache_point="post_gate"),
+    "blocks": PABConfig(block=2),
+    "the model": PABConfig(model=2, temporal=2),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sampling run.
+
+    Args:
+        model: "stdit3" or "latte".
+        plan: a name in `PLANS`.
+        frames, size, batch: of the latents.
+        given: frames that STDiT3 gets given.
+        options: of `pab.parallelize`.
+    """
+
+    model: str
+    plan: str
+    frames: int
+    size: tuple[int, int] = (5, 7)
+    batch: int = 2
+    given: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The model, in float64."""
+        if self.model == "stdit3":
+            return tiny_stdit3.tiny_stdit3(torch.float64)
+        return tiny_latte.tiny_latte(torch.float64, video_length=self.frames)
+
+    def sample(self, model: nn.Module, seed: int = 0) -> Tensor:
+        """The latents after `STEPS` steps."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(self.batch, 4, self.frames, *self.size, generator=generator, dtype=torch.float64)
+        for step in range(STEPS):
+            x = x - 0.1 * self.call(model, x, 900 - 100 * step)
+        return x
+
+    def call(self, model: nn.Module, x: Tensor, timestep: int) -> Tensor:
+        """The model's output at a step."""
+        if self.model == "stdit3":
+            conditions = tiny_stdit3.conditions(batch=self.batch, dtype=torch.float64)
+            mask = tiny_stdit3.given_frames(self.frames, batch=self.batch) if self.given else None
+            text = tiny_stdit3.text(batch=self.batch, dtype=torch.float64)
+            t = torch.full((self.batch,), float(timestep), dtype=torch.float64)
+            return model(x, t, text, x_mask=mask, **conditions)[:, :4].double()
+        text = torch.cat([tiny_latte.prompt(i, torch.float64) for i in range(self.batch)])
+        t = torch.full((self.batch,), timestep)
+        return model(x, timestep=t, encoder_hidden_states=text, return_dict=False)[0][:, :4]
+
+    @property
+    def tokens(self) -> int:
+        """S: tokens of a frame."""
+        patch = 2 if self.model == "stdit3" else 4
+        return -(-self.size[0] // patch) * -(-self.size[1] // patch)
+
+    def expected(self, sublayers: Any, config: PABConfig | None, cfg: int, ranks: int) -> Traffic:
+        """What the formula says that a rank sends."""
+        eight = config is not None and config.cache_dtype is not None and not self.options.get("exact")
+        layout = Layout.of(ranks, cfg, None, "int8" if eight else None)
+        itemsize = 4 if self.model == "stdit3" else 8  # its output has float32
+        shapes = Shapes(self.batch, self.frames, self.tokens, 64, 8, 8 * self.size[0] * self.size[1] * itemsize)
+        if self.model == "latte":
+            shapes = replace(shapes, least=2, joined=True)
+        made = Plan(config or PABConfig(), Schedule(STEPS), tuple(sublayers))
+        return traffic(layout, "frames", shapes, made)
+
+
+def compare(rank: int, cases: list[Case], cfg: int, ranks: int) -> list[tuple[Case, float, Traffic, Traffic]]:
+    """For each case the largest difference between one rank and several, what was sent, and what the formula says."""
+    found = []
+    for case in cases:
+        model, config = case.build(), PLANS[case.plan]
+        alone = _run(model, config, lambda m=model, c=case: c.sample(m))
+        pab.parallelize(model, cfg=cfg, **case.options)
+        together = _run(model, config, lambda m=model, c=case: c.sample(m))
+        parallel = parallel_of(model)
+        assert parallel is not None
+        expected = case.expected(pab.sublayers(model), config, cfg, ranks)
+        found.append((case, float((alone - together).abs().max()), parallel.traffic(), expected))
+        pab.unparallelize(model)
+        pab.disable(model)
+        assert not [name for module in model.modules() for name in vars(module) if "pab" in name]
+    return found
+
+
+def _run(model: nn.Module, config: PABConfig | None, run: Callable[[], Tensor]) -> Tensor:
+    if config is not None:
+        pab.enable(model, config, num_steps=STEPS)
+    return run()
