@@ -11,9 +11,11 @@ from torch import nn
 
 from ..rules.config import KINDS
 from ..rules.plan import WHOLE, Plan
+from ..rules.traffic import Traffic
 from .context import Tally
 from .costs import CallCosts
 from .generation import Generation
+from .whole import shared
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Summary:
         graphs: number of CUDA graphs now, including those captured by earlier generations; None without CUDA graphs.
         graph_bytes: device memory of the graphs in bytes: places of slots, inputs, and the memory pool of the captured
             work; None without CUDA graphs.
+        traffic: what this rank sent to others, if the model is parallel; without PAB, what the same calls would have
+            sent. Calls that were replayed from CUDA graphs are counted as sending nothing.
         models: for a pipeline with several models, the summary of each by its name in the pipeline. The other fields
             are then sums (also of the peaks, although these may be reached at different times), contexts are named
             "model: context", and `plan` is None.
@@ -48,6 +52,7 @@ class Summary:
     rest_seconds: float | None = None
     graphs: int | None = None
     graph_bytes: int | None = None
+    traffic: Traffic | None = None
     models: dict[str, Summary] = field(default_factory=dict)
 
     @property
@@ -69,6 +74,7 @@ class Summary:
         }
         plans = [s.plan for s in self.models.values()] or [self.plan]
         notes = list(dict.fromkeys(note for plan in plans if plan for note in plan.notes))
+        counted["traffic"] = self.traffic and self.traffic.to_dict()
         return {**counted, "flops_share": round(self.share, 4), "notes": notes, "contexts": contexts}
 
     def __str__(self) -> str:
@@ -88,6 +94,8 @@ class Summary:
             lines.append(f"{self.rest_seconds:.3f} s outside of the sublayers")
         if self.graphs is not None and self.graph_bytes is not None:
             lines.append(f"{self.graphs} CUDA graphs, {self.graph_bytes / 2**20:.1f} MiB")
+        if self.traffic is not None:
+            lines.append(f"sent by this rank: {self.traffic}")
         if self.plain_calls:
             lines.append(
                 f"{self.plain_calls} calls ran plainly: gradients were recorded, or they belonged to no sampling run"
@@ -113,7 +121,7 @@ def together(models: Mapping[str, Summary]) -> Summary:
     if len(models) == 1:
         return next(iter(models.values()))
     sums: dict[str, Any] = {}
-    for name in (f.name for f in fields(Summary) if f.name not in ("plan", "contexts", "models")):
+    for name in (f.name for f in fields(Summary) if f.name not in ("plan", "contexts", "traffic", "models")):
         known = [value for s in models.values() if (value := getattr(s, name)) is not None]
         sums[name] = sum(known) if known else None
     # A model was called and its FLOPs are not known: the sum is not known either.
@@ -194,6 +202,7 @@ def summarise(generation: Generation | None, model: nn.Module) -> Summary:
         tallies[c.name] = {
             kind: found.of(tally, kind) for kind, tally in (*here.items(), *((kind, Tally()) for kind in within))
         }
+    between_ranks = shared(model)
     rest = [seconds for c in contexts if (seconds := c.rest_seconds()) is not None]
     return Summary(
         generation.plan,
@@ -206,4 +215,5 @@ def summarise(generation: Generation | None, model: nn.Module) -> Summary:
         sum(rest) if rest else None,
         None if generation.graphs is None else len(generation.graphs),
         None if generation.graphs is None else generation.graphs.nbytes,
+        None if between_ranks is None else between_ranks.traffic(generation),
     )

@@ -4,20 +4,36 @@ runs."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..rules.plan import Action
+from ..rules.traffic import Traffic
 from .attach import PREFIX
 from .call import Call
 from .outputs import kept, read
 from .signature import tensors_of
 from .slots import Key
 
-AGREE = f"{PREFIX}agree"
-"""Name of an attribute of a model: called with each call under PAB, before anything of it is decided or run."""
+PARALLEL = f"{PREFIX}parallel"
+"""Name of the attribute that holds the `Shared` of a model."""
+
+
+class Shared(Protocol):
+    """A model that several ranks share; see `pab_kernels.parallel`."""
+
+    def agree(self, call: Call) -> None:
+        """Handle a call under PAB, before anything of it runs; every rank must be about to do the same."""
+
+    def traffic(self, generation: Any) -> Traffic | None:
+        """What this rank sent in a generation; None if a later one has begun."""
+
+
+def shared(model: nn.Module) -> Shared | None:
+    """What shares a model between ranks; None if it is not shared."""
+    return vars(model).get(PARALLEL)
 
 
 def broadcast_model(model: nn.Module | None, call: Call, x: torch.Tensor | None, compute: Callable[[], Any]) -> Any:
@@ -29,9 +45,9 @@ def broadcast_model(model: nn.Module | None, call: Call, x: torch.Tensor | None,
         x: the first tensor among its inputs, by which a slot is known; without one the model is computed.
         compute: runs the model and finishes the call.
     """
-    agree = vars(model).get(AGREE)
-    if agree is not None:
-        agree(call)
+    between_ranks = None if model is None else shared(model)
+    if between_ranks is not None:
+        between_ranks.agree(call)
     name, generation = call.plan.whole, call.generation
     if name is None or x is None:
         return compute()

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..broadcast.attach import PREFIX, Attached, attach_forward, leave_out_of_copies, take_off
+from ..broadcast.attach import Attached, attach_forward, leave_out_of_copies, take_off
 from ..broadcast.broadcaster import broadcaster_of
 from ..broadcast.call import Call
 from ..broadcast.pipeline import denoisers
 from ..broadcast.turn import CurrentTurn
-from ..broadcast.whole import AGREE
+from ..broadcast.whole import PARALLEL
 from ..compat import uncompiled
 from ..rules.traffic import Traffic
 from .agreement import Agreement, facts_of
@@ -28,8 +28,6 @@ from .layout import Guidance, Layout
 from .ranks import Ranks, join
 
 T = TypeVar("T")
-ATTRIBUTE = f"{PREFIX}parallel"
-"""Name of the attribute that holds a model's `Parallel`."""
 TIMEOUT = 600.0
 
 
@@ -79,7 +77,7 @@ def parallelize(
     """
     models = _models(model_or_pipe)
     for model in models:
-        if ATTRIBUTE in vars(model):
+        if PARALLEL in vars(model):
             raise RuntimeError(f"this {type(model).__name__} is parallel already; call pab.unparallelize first")
     ranks = join(mesh, cfg, sequence, timeout)
     with contextlib.ExitStack() as undo:
@@ -103,7 +101,7 @@ def unparallelize(model_or_pipe: Any) -> None:
 
 def parallel_of(model: nn.Module) -> Parallel | None:
     """What `parallelize` made of a model; None if it is not parallel."""
-    return vars(model).get(ATTRIBUTE)
+    return vars(model).get(PARALLEL)
 
 
 def _models(model_or_pipe: Any) -> list[nn.Module]:
@@ -146,8 +144,7 @@ class Parallel:
         """Install the stand-ins."""
         model = self._model()
         assert model is not None, "it was just given"
-        setattr(model, ATTRIBUTE, self)
-        setattr(model, AGREE, self._agree)
+        setattr(model, PARALLEL, self)
         leave_out_of_copies(model)
         for attached in self._stand_ins(model):
             self._attached.append(attached)
@@ -168,19 +165,26 @@ class Parallel:
             self._attached[-1].detach()
             self._attached.pop()
         self._renew()
-        for name in (AGREE, ATTRIBUTE):
-            take_off(model, name)
+        take_off(model, PARALLEL)
 
     @property
     def senders(self) -> list[Sender]:
         """All places that send."""
         return [sender for part in (self.layout, self._guidance) if part is not None for sender in part.senders]
 
-    def traffic(self) -> Traffic:
-        """What this rank sent in the latest generation; without PAB, since the model is parallel."""
+    def traffic(self, generation: Any = None) -> Traffic | None:
+        """What this rank sent in a generation of PAB, or of calls without it; None if another has begun since.
+
+        Args:
+            generation: default the latest.
+        """
+        self._collect()
+        latest = generation is None or self._generation() is generation
+        return self._counts.traffic() if latest else None
+
+    def _collect(self) -> None:
         if self._counts.calls:
             self._counts.collect(self.senders, self._step)
-        return self._counts.traffic()
 
     def _renew(self) -> None:
         """End generations of PAB if outputs are kept, which have the shapes of another layout."""
@@ -196,14 +200,14 @@ class Parallel:
 
     def _begin(self, generation: Any, step: int) -> None:
         """Count what the last call sent, and get ready for the next."""
-        self.traffic()
+        self._collect()
         if self._generation() is not generation:
             self._generation, self._counts = weakref.ref(generation), Counts()
         self._step = step
         self._counts.calls += 1
 
-    def _agree(self, call: Call) -> None:
-        """Called before every call under PAB, which may run nothing."""
+    def agree(self, call: Call) -> None:
+        """See `Shared.agree`."""
         self._begin(call.generation, call.step)
         self._agreement.on(facts_of(call))
 

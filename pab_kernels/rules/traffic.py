@@ -187,6 +187,11 @@ class Traffic:
         """Bytes as a share of those without PAB; 1 if none are sent."""
         return self.total.bytes / self.without_pab.bytes if self.without_pab.bytes else 1.0
 
+    def __str__(self) -> str:
+        kinds = [f"{kind} {_in_words(sent)}" for kind, sent in self.by_kind.items() if sent.messages]
+        of = f"{_in_words(self.total)}, {self.share:.1%} of {self.without_pab.bytes / 2**20:.1f} MiB without PAB"
+        return f"{of} ({', '.join(kinds)})" if kinds else of
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         without = self.full
@@ -202,6 +207,10 @@ class Traffic:
             "bytes_by_step": [sent.bytes for sent in self.by_step],
             "messages_by_step": [sent.messages for sent in self.by_step],
         }
+
+
+def _in_words(sent: Sent) -> str:
+    return f"{sent.bytes / 2**20:.1f} MiB in {sent.messages} messages"
 
 
 def part(size: int, ranks: int) -> int:

@@ -47,7 +47,7 @@ class Case:
     size: tuple[int, int] = (5, 7)
     batch: int = 2
     given: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def build(self) -> nn.Module:
         """The model, in float64."""

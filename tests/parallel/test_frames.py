@@ -1,4 +1,4 @@
-"""Models with spatial and temporal attention on several ranks: the same numbers as on one, and the bytes of the formula."""
+"""Models with spatial and temporal attention on several ranks: the numbers of one, and the bytes of the formula."""
 
 from __future__ import annotations
 
