@@ -1,7 +1,8 @@
-"""`pab plan`: its options and its table."""
+"""`pab plan`: its options and its tables."""
 
 # No `from __future__ import annotations` here: typer reads the command's annotations at run time.
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from ..rules.config import PABConfig
 from ..rules.formats import named_config
 from ..rules.plan import plan
 from ..rules.schedule import check_steps
+from ..rules.traffic import Layout
 from ..strict_json import to_json
 from .arguments import AsJson, numbers
 from .display import output, table
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..analysis.forecasts.forecasting import ModelForecast
+    from ..analysis.forecasts.ranks import RanksForecast
 
 WIDE = 110
 """Columns of the table if it is not printed to a terminal."""
@@ -67,6 +70,30 @@ def _lines(found: "ModelForecast") -> list[str]:
     ]
 
 
+def traffic_table(found: "RanksForecast") -> "Table":
+    """A row for each kind that sends, one for the model's output, and the total."""
+    traffic = found.traffic
+    names = [*traffic.sent, "total"]
+    sent, full = [*traffic.by_kind.values(), traffic.total], [*traffic.full.values(), traffic.without_pab]
+    rows = []
+    for name, one, without in zip(names, sent, full, strict=True):
+        share = f"{one.bytes / without.bytes:.1%}" if without.bytes else ""
+        sizes = [f"{s.bytes / 1e9:,.3f}" for s in (one, without)]
+        rows.append([name, *sizes, share, f"{one.messages:,}", f"{without.messages:,}"])
+    headings = ("kind", "sent, GB", "without PAB", "share", "messages", "without PAB")
+    wires = (("inputs", found.layout.input_dtype), ("outputs of attention", found.layout.return_dtype))
+    eight = "".join(f"; {what} travel in {dtype}" for what, dtype in wires if dtype is not None)
+    caption = f"{found}. What each sends to others over the generation, padding included{eight}."
+    return table(headings, rows, caption=caption)
+
+
+def _rank_lines(found: "RanksForecast", cache: str | None) -> list[str]:
+    megabytes = [f"{sent.bytes / 1e6:,.1f}" for sent in found.traffic.by_step]
+    runs = [(size, len(list(steps))) for size, steps in itertools.groupby(megabytes)]
+    by_step = ", ".join(f"{size} x {n}" if n > 1 else size for size, n in runs)
+    return [f"sent by step   {by_step} MB", f"cache a rank   {_gib(found.peak_cache_bytes[cache or 'model'])} GiB"]
+
+
 def _print_families(as_json: bool) -> None:
     from ..analysis.forecasts.families import FAMILIES
 
@@ -108,6 +135,12 @@ def command(
     text: Annotated[
         int | None, typer.Option(help="Tokens of the prompt, including padding. Default: the model's pipeline's.")
     ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(metavar="N", help="Count what each of N ranks that share the model sends and keeps.")
+    ] = None,
+    cfg: Annotated[
+        int | None, typer.Option(help="Of these, ranks that share the branches of guidance: 1 or 2. Default: 1.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the schedule: .png, .pdf or .svg.")] = None,
     list_models: Annotated[
         bool, typer.Option("--list", help="List the known models and their published sizes.")
@@ -118,6 +151,7 @@ def command(
 
     The model is created on the meta device, where tensors have shapes but no values. Bytes moved are those that reuses
     read and write. Device memory is the weights, the peak activations of one call in eager torch, and the peak cache.
+    With --ranks, also the bytes and messages that each rank sends.
     """
     if list_models:
         _print_families(as_json)
@@ -126,11 +160,14 @@ def command(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_steps(steps or 1, "--steps")
+    if cfg is not None and ranks is None:
+        raise ValueError("--cfg tells how many of the ranks share the branches of guidance; give --ranks too")
     if plot is not None:
         check_plot_path(plot)
     if model is None:
-        if size is not None:
-            raise ValueError("--size is the size of a model's clip; give --model too")
+        for option, given in (("--size is the size of a model's clip", size), ("--ranks share a model", ranks)):
+            if given is not None:
+                raise ValueError(f"{option}; give --model too")
         if config is None or steps is None:
             raise ValueError(
                 "pab plan needs --model, or --config and --steps to draw a schedule alone; --list shows the models"
@@ -143,6 +180,9 @@ def command(
         from ..analysis.forecasts.forecasting import forecast
 
         rules: PABConfig | None = None if config is None else named_config(config)
+        layout = None
+        if ranks is not None:
+            layout = Layout.of(ranks, 1 if cfg is None else cfg, return_dtype=rules.cache_dtype if rules else None)
         takes = "--size takes frames x height x width such as 51x480x854, or 1x1024x1024 of an image"
         found = forecast(
             model,
@@ -152,6 +192,7 @@ def command(
             dtype=dtype,
             batch=batch,
             text=text,
+            layout=layout,
         )
         made = found.plan
         if as_json:
@@ -161,5 +202,8 @@ def command(
             print(f"{found.model}, {found.clip}, {found.dtype}, {found.batch} clip(s)", made, sep="\n")
             output(WIDE).print(forecast_table(found))
             print(*_lines(found), sep="\n")
+            if found.ranks is not None:
+                output(WIDE).print(traffic_table(found.ranks))
+                print(*_rank_lines(found.ranks, made.config.cache_dtype), sep="\n")
     if plot is not None:
         made.plot(str(plot))

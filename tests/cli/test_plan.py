@@ -56,6 +56,48 @@ def test_fitted_weights_are_shown_and_those_of_another_model_are_refused(tmp_pat
     assert refused.exit_code and "'blocks.0.attn', which is no sublayer of this LatteTransformer3D" in refused.output
 
 
+RANKS = (
+    "plan",
+    "--model",
+    "open-sora-1.2",
+    "--size",
+    "17x64x64",
+    "--config",
+    "open-sora-1.2",
+    "--ranks",
+    8,
+    "--cfg",
+    2,
+)
+
+
+def test_what_a_rank_sends_is_printed_by_kind_and_step() -> None:
+    result, data = pab(*RANKS), json.loads(pab(*RANKS, "--json").stdout)["ranks"]
+    assert result.exit_code == 0, result.output
+    assert "8 rank(s): 2 branches of guidance x 4 part(s) of the frames" in result.output
+    assert "sent by step" in result.output and "cache a rank" in result.output
+    assert (data["ranks"], data["cfg"], data["sequence"], data["method"]) == (8, 2, 4, "frames")
+    assert data["bytes"] == sum(data["bytes_by_step"]) == sum(kind["bytes"] for kind in data["kinds"].values())
+    temporal = data["kinds"]["temporal"]
+    assert 0 < temporal["messages"] < temporal["messages_without"] == 28 * 30 * 2
+    assert data["peak_cache_bytes"]["int8"] < data["peak_cache_bytes"]["model"]
+    assert json.loads(pab("plan", "--model", "latte", "--steps", 14, "--json").stdout)["ranks"] is None
+
+
+def test_with_slots_of_eight_bits_outputs_travel_in_eight_bits(tmp_path: Path) -> None:
+    for name, dtype in (("plain", None), ("eight", "int8")):
+        rules = {"temporal": 4} | ({"cache_dtype": dtype} if dtype else {})
+        (tmp_path / f"{name}.json").write_text(json.dumps(rules))
+    arguments = ("plan", "--model", "latte", "--steps", 14, "--ranks", 4, "--config")
+    plain, eight = (
+        json.loads(pab(*arguments, tmp_path / f"{name}.json", "--json").stdout)["ranks"] for name in ("plain", "eight")
+    )
+    assert (plain["return_dtype"], eight["return_dtype"]) == (None, "int8") and plain["input_dtype"] is None
+    assert eight["kinds"]["temporal"]["bytes"] * 2 * 2304 == plain["kinds"]["temporal"]["bytes"] * (2304 + 1188)
+    assert eight["kinds"]["output"] == plain["kinds"]["output"]
+    assert "outputs of attention travel in int8" in " ".join(pab(*arguments, tmp_path / "eight.json").output.split())
+
+
 def test_below_twelve_steps_the_default_leaves_the_model_alone() -> None:
     for steps, reused in ((11, False), (12, True)):
         data = json.loads(pab("plan", "--model", "latte", "--steps", steps, "--json").stdout)
@@ -94,6 +136,20 @@ def test_known_models_are_listed() -> None:
         (["--model", "latte", "--config", "none.yaml"], "pab: there is no file none.yaml"),
         (["--model", "latte", "--config", "pab247"], "pab: there is no preset 'pab247'; did you mean 'pab246'?"),
         ([], "pab: pab plan needs --model, or --config and --steps"),
+        (["--config", "pab246", "--steps", "9", "--ranks", "2"], "pab: --ranks share a model; give --model too"),
+        (["--model", "latte", "--cfg", "2"], "pab: --cfg tells how many of the ranks share the branches of guidance; "),
+        (["--model", "latte", "--ranks", "0"], "pab: ranks must be a whole number from 1, got 0"),
+        (["--model", "latte", "--ranks", "8", "--cfg", "4"], "pab: cfg must be 1 or 2, as guidance has two branches; "),
+        (["--model", "latte", "--ranks", "5", "--cfg", "2"], "pab: 5 ranks do not divide into 2 branches of guidance"),
+        (["--model", "x", "--ranks", "2"], "pab: there is no model 'x'. Supported are latte, "),
+        (
+            ["--model", "cogvideox-2b", "--size", "5x32x48", "--ranks", "8"],
+            "pab: 30 heads do not divide among 8 sequence ranks (all ranks / cfg); supported are 1, 2, 3, 5, 6, 10, 15",
+        ),
+        (
+            ["--model", "flux.1-dev", "--size", "1x64x64", "--ranks", "8", "--cfg", "2"],
+            "pab: cfg=2 splits the branches of guidance that share a call, but this model's call has a batch of 1; ",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments: list[str], message: str) -> None:

@@ -16,9 +16,11 @@ from ...rules.forecast import flops_at
 from ...rules.plan import Counts, Plan
 from ...rules.presets import FEWEST_STEPS, default_preset
 from ...rules.schedule import Schedule, check_steps
+from ...rules.traffic import Layout
 from ..pipelines import DTYPES
 from .measure import measure
 from .model_calls import MODEL_CALLS, Size
+from .ranks import RanksForecast, on_ranks, shapes_of
 from .transformers import build, find_config
 
 LARGEST_FORECAST = 1_000_000
@@ -59,6 +61,7 @@ class ModelForecast:
         peak_cache_bytes: peak size of all slots, and of what sublayers keep for a generation, by cache dtype.
         weight_bytes: of parameters and buffers.
         activation_bytes: peak size of one call's other tensors; see `measure`.
+        ranks: one of several ranks, if a layout was given.
     """
 
     model: str
@@ -73,6 +76,7 @@ class ModelForecast:
     peak_cache_bytes: Mapping[str, int]
     weight_bytes: int
     activation_bytes: int
+    ranks: RanksForecast | None = None
 
     @property
     def device_bytes(self) -> int:
@@ -112,6 +116,7 @@ class ModelForecast:
             "weight_bytes": self.weight_bytes,
             "activation_bytes": self.activation_bytes,
             "device_bytes": self.device_bytes,
+            "ranks": self.ranks and self.ranks.to_dict(),
         }
 
 
@@ -124,6 +129,7 @@ def forecast(
     dtype: str = "bfloat16",
     batch: int = 1,
     text: int | None = None,
+    layout: Layout | None = None,
 ) -> ModelForecast:
     """FLOPs, cache bytes, bytes moved and device memory of a generation with PAB, from shapes alone.
 
@@ -142,12 +148,14 @@ def forecast(
         dtype: of the model: "bfloat16", "float16" or "float32".
         batch: clips in a batch, not counting classifier-free guidance.
         text: tokens of the prompt, including padding; default the number of the family's pipeline.
+        layout: of several ranks that share the model, for what one of them sends and keeps.
 
     Returns:
         The plan and its costs.
 
     Raises:
-        ValueError: the model is unknown, or the size or another value is not supported.
+        ValueError: the model is unknown, the size or another value is not supported, or the ranks do not divide the
+            model.
         FileNotFoundError: there is no such file.
         ModuleNotFoundError: diffusers is not installed, or huggingface_hub for a hub id.
 
@@ -187,6 +195,10 @@ def forecast(
     found = {
         str(kept or "model"): plan.forecast(*measured.costs(kept), how.contexts, latents_bytes) for kept in CACHE_DTYPES
     }
+    ranks = None
+    if layout is not None:
+        shapes = shapes_of(how, plan, measured, transformer, batch, text or how.text)
+        ranks = on_ranks(layout, how, plan, measured, shapes, latents_bytes)
     costs, rest = measured.costs()
     calls = how.contexts * len(plan.steps)
     run = {kind: [s.name for s in plan.sublayers if s.kind == kind] for kind in plan.kinds()}
@@ -213,6 +225,7 @@ def forecast(
         {kept: forecast.peak_cache_bytes for kept, forecast in found.items()},
         measured.weight_bytes,
         measured.activation_bytes,
+        ranks,
     )
 
 

@@ -32,6 +32,7 @@ class Measured:
         activation_bytes: peak size of the call's tensors, inputs included, with attention that keeps no scores.
         weight_bytes: of parameters and buffers.
         kept: by sublayer, the modules whose output it `keeps`: FLOPs and bytes.
+        output_bytes: of the first tensor that the model returns.
     """
 
     flops: int
@@ -39,6 +40,7 @@ class Measured:
     activation_bytes: int
     weight_bytes: int
     kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    output_bytes: int = 0
 
     def costs(self, cache_dtype: str | None = None) -> tuple[dict[str, Cost], int]:
         """The cost of each sublayer in one call and the FLOPs of the rest: the arguments of `Plan.forecast`.
@@ -84,10 +86,10 @@ def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sub
         for tensor in tensors_of(inputs):
             live.add(tensor)
         with watched(model, sublayers, counter) as runs, _watched_kept(model, sublayers, counter) as kept:
-            model(**inputs)
+            out = tensors_of(model(**inputs))
     if missing := [s.name for s in sublayers if s.name not in runs]:
         raise RuntimeError(f"{type(model).__name__}: {missing[0]} did not run in a call of the model")
-    return Measured(counter.get_total_flops(), runs, live.peak, sum(weights.values()), kept)
+    return Measured(counter.get_total_flops(), runs, live.peak, sum(weights.values()), kept, out[0].nbytes)
 
 
 @contextlib.contextmanager
