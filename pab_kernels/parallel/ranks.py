@@ -113,5 +113,7 @@ def _of_mesh(mesh: DeviceMesh, timeout: timedelta) -> Ranks:
 def _control(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup | None:
     if dist.get_backend() == "fake":
         return None
-    group: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout, backend="gloo", group_desc="pab control")
+    group: dist.ProcessGroup = dist.new_group(
+        ranks, timeout=timeout, backend="gloo", use_local_synchronization=True, group_desc="pab control"
+    )
     return group

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
@@ -49,11 +50,12 @@ class Case:
     given: bool = False
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
-    def build(self) -> nn.Module:
+    def build(self, layers: int = 2) -> nn.Module:
         """The model, in float64."""
         if self.model == "stdit3":
-            return tiny_stdit3.tiny_stdit3(torch.float64)
-        return tiny_latte.tiny_latte(torch.float64, video_length=self.frames)
+            return tiny_stdit3.tiny_stdit3(torch.float64, depth=layers)
+        model: nn.Module = tiny_latte.tiny_latte(torch.float64, video_length=self.frames, num_layers=layers)
+        return model
 
     def sample(self, model: nn.Module, seed: int = 0) -> Tensor:
         """The latents after `STEPS` steps."""
@@ -93,22 +95,32 @@ class Case:
         return traffic(layout, "frames", shapes, made)
 
 
-def compare(rank: int, cases: list[Case], cfg: int, ranks: int) -> list[tuple[Case, float, Traffic, Traffic]]:
+Found = list[tuple[Case, float, Traffic, Traffic]]
+
+
+def compare(rank: int, cases: list[Case], cfg: int, ranks: int, mesh: Any = None) -> Found:
     """For each case the largest difference between one rank and several, what was sent, and what the formula says."""
     found = []
     for case in cases:
         model, config = case.build(), PLANS[case.plan]
         alone = _run(model, config, lambda m=model, c=case: c.sample(m))
-        pab.parallelize(model, cfg=cfg, **case.options)
+        pab.parallelize(model, mesh, **case.options | ({} if mesh else {"cfg": cfg}))
         together = _run(model, config, lambda m=model, c=case: c.sample(m))
         parallel = parallel_of(model)
         assert parallel is not None
-        expected = case.expected(pab.sublayers(model), config, cfg, ranks)
-        found.append((case, float((alone - together).abs().max()), parallel.traffic(), expected))
+        sent, expected = parallel.traffic(), case.expected(pab.sublayers(model), config, cfg, ranks)
+        assert sent is not None
+        found.append((case, float((alone - together).abs().max()), sent, expected))
         pab.unparallelize(model)
         pab.disable(model)
         assert not [name for module in model.modules() for name in vars(module) if "pab" in name]
     return found
+
+
+def compare_in_fours(rank: int, cases: list[Case]) -> Found:
+    """`compare` on each half of eight ranks, by a mesh that belongs to the caller."""
+    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("copies", "cfg", "sequence"))
+    return compare(rank, cases, 2, 4, mesh["cfg", "sequence"])
 
 
 def _run(model: nn.Module, config: PABConfig | None, run: Callable[[], Tensor]) -> Tensor:
