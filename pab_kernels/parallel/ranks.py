@@ -113,7 +113,9 @@ def _of_mesh(mesh: DeviceMesh, timeout: timedelta) -> Ranks:
 def _control(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup | None:
     if dist.get_backend() == "fake":
         return None
-    group: dist.ProcessGroup = dist.new_group(
-        ranks, timeout=timeout, backend="gloo", use_local_synchronization=True, group_desc="pab control"
-    )
-    return group
+    all_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_ranks, ranks)  # other ranks may share another copy of the model
+    copies = [list(copy) for copy in sorted(set(map(tuple, all_ranks)))]
+    own: dist.ProcessGroup
+    own, _ = dist.new_subgroups_by_enumeration(copies, timeout=timeout, backend="gloo", group_desc="pab control")
+    return own
