@@ -235,7 +235,8 @@ def _figure(value: float | None, width: int, digits: int, unit: float = 1) -> st
     return f"{'-' if value is None else format(value / unit, f'.{digits}f'):>{width}}"
 
 
-def _setup(text: str) -> Setup:
+def setup_of(text: str) -> Setup:
+    """The model and clip of an argument `--size`."""
     try:
         frames, height, width = map(int, text.split("x")) if text != "small" else SMALL.size
         latent_size(frames, height, width), shift(frames, height, width)
@@ -248,7 +249,7 @@ def _setup(text: str) -> Setup:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = "51x480x854 and the like for the published model, or small; default: 51x480x854 on a GPU, small on a CPU"
-    parser.add_argument("--size", type=_setup, metavar="SIZE", help=sizes)
+    parser.add_argument("--size", type=setup_of, metavar="SIZE", help=sizes)
     parser.add_argument("--rows", help=f"separated by semicolons; default: all that run here. {'; '.join(VARIANTS)}")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3)
@@ -272,7 +273,7 @@ def main() -> None:
         return time.perf_counter() if cuda else time.thread_time()
 
     names = [ORIGINAL, *(name for name in served if name in chosen and name != ORIGINAL)]
-    setup = args.size or (_setup("x".join(map(str, PUBLISHED))) if cuda else SMALL)
+    setup = args.size or (setup_of("x".join(map(str, PUBLISHED))) if cuda else SMALL)
     dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
     rows: list[Row] = []
     runs = len(names) * (1 + cuda + args.repeats)

@@ -8,7 +8,7 @@
 #
 #   OUT=bench/results  where JSON lines and gpu.log go        PYTHON=python3     the interpreter that has torch
 #   LIMIT=580          seconds that a part may take           TOTAL=0            seconds for all parts, 0 for any; those left are skipped
-#   PYTEST_ARGS=, BENCH_ARGS=, DENOISER_ARGS=, END_TO_END_ARGS=  further arguments
+#   PYTEST_ARGS=, BENCH_ARGS=, DENOISER_ARGS=, END_TO_END_ARGS=, RANKS_ARGS=  further arguments
 #   BENCH_COMMIT=      the commit, where the tree has no history
 #
 # A part that fails or takes too long does not stop the others; the exit status says so at the end. No setting of the GPU is changed.
@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 TESTS=(tests_ops tests_kernels tests_csrc tests_graphs ctest fuzz)
 SANITIZER=(memcheck racecheck initcheck synccheck)
 BENCH=(broadcast_residual project_residual attention short_attention quantize dequantize)
-ALL=(build "${TESTS[@]}" determinism "${SANITIZER[@]}" "${BENCH[@]}" denoiser end_to_end tables)
+ALL=(build "${TESTS[@]}" determinism "${SANITIZER[@]}" "${BENCH[@]}" denoiser end_to_end ranks tables)
 
 OUT=${OUT:-bench/results}
 PYTHON=${PYTHON:-python3}
@@ -145,6 +145,17 @@ part() {
       rm -f "$json"
       # shellcheck disable=SC2086
       limited "$PYTHON" -m bench.end_to_end --device cuda --size 51x480x854 --repeats 2 --out "$json" ${END_TO_END_ARGS:-}
+      ;;
+    ranks)
+      local gpus
+      gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+      if ((gpus < 2)); then
+        echo "there is one GPU: runs on several ranks were not measured"
+        return 77
+      fi
+      rm -f "$json"
+      # shellcheck disable=SC2086
+      limited "$PYTHON" -m torch.distributed.run --nproc-per-node "$gpus" -m bench.ranks --out "$json" ${RANKS_ARGS:-}
       ;;
     tables)
       local files=() op

@@ -64,6 +64,7 @@ def test_parts_are_listed_and_groups_expanded():
         "determinism",
         "denoiser",
         "end_to_end",
+        "ranks",
         *OPS,
     }
     assert len(set(parts)) == len(parts)
