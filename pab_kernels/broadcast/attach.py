@@ -129,10 +129,10 @@ class Attached:
         self.replacement = _call
         self._remove()
         records: dict[str, Attached] = vars(self.owner).get(_RECORDS, {})
-        for key in [key for key, record in records.items() if record is self]:
+        key = next((key for key, record in records.items() if record is self), None)
+        if key is not None:
             del records[key]
-            under = records.get(_BENEATH.format(self.method))
-            if under is not None:
+            if not self.beneath and (under := records.get(_BENEATH.format(self.method))) is not None:
                 under.attach()
         for copied in (self.holder, self.owner):
             take_off(copied)
@@ -146,6 +146,7 @@ class Attached:
                 del vars(holder)[name]
             else:
                 vars(holder)[name] = before
+        self._stand_in = None
 
     def attach_again(self) -> bool:
         """Install the stand-in again if the method or its class was patched since; return whether that was needed.

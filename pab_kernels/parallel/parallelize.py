@@ -19,6 +19,7 @@ from ..broadcast.pipeline import denoisers
 from ..broadcast.turn import CurrentTurn
 from ..broadcast.whole import PARALLEL
 from ..compat import uncompiled
+from ..ops.quantized import EIGHT_BITS
 from ..rules.traffic import Traffic
 from .agreement import Agreement, facts_of
 from .counts import Counts
@@ -69,12 +70,14 @@ def parallelize(
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or the model is parallel already.
-        TypeError: it is neither a module nor a pipeline.
+        TypeError: it is neither a module nor a pipeline, or `input_dtype` is not supported.
         ValueError: the ranks do not suit the model.
 
     Source: Dynamic Sequence Parallelism (arXiv 2403.10266); Ulysses (arXiv 2309.14509); PAB (arXiv 2408.12588),
     section 3.4.
     """
+    if input_dtype not in (None, *EIGHT_BITS):
+        raise TypeError(f"got input_dtype={input_dtype}; supported are None and {', '.join(map(str, EIGHT_BITS))}")
     models = _models(model_or_pipe)
     for model in models:
         if PARALLEL in vars(model):

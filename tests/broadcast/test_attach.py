@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pab_kernels.broadcast.attach import Attached, attach_forward, is_stand_in
+from pab_kernels.broadcast.attach import Attached, attach_forward, is_of_class, is_stand_in
 from tests.broadcast.owners import (
     Counter,
     Inc,
@@ -378,3 +378,45 @@ def test_put_around_something_that_calls_it_unseen_it_counts_once() -> None:
     assert out(module) == 20
     attached.detach()
     assert out(module) == 10
+
+
+def tripled_plus(original, value):
+    return 3 * original(value) + 1
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["of the class", "of the object"])
+@pytest.mark.parametrize("first", ["beneath", "above"])
+@pytest.mark.parametrize("last", ["beneath", "above"])
+def test_a_stand_in_beneath_runs_inside_the_other_in_any_order(own: bool, first: str, last: str) -> None:
+    module = nn.Identity()
+    if own:
+        module.forward = lambda value: value  # type: ignore[method-assign]
+    before = dict(vars(module))
+    made = {
+        "above": Attached(module, "forward", lambda original, value: 10 * original(value)),
+        "beneath": Attached(module, "forward", tripled_plus, beneath=True),
+    }
+    other = {"beneath": "above", "above": "beneath"}
+    made[first].attach()
+    assert module(1) == (4 if first == "beneath" else 10)
+    made[other[first]].attach()
+    assert module(1) == 40
+    assert made["above"].attach_again() is False
+    made[other[last]].detach()
+    assert module(1) == (4 if last == "beneath" else 10)
+    made[last].detach()
+    assert module(1) == 1
+    assert vars(module) == before
+
+
+def test_a_module_with_something_beneath_is_not_of_its_class() -> None:
+    module = nn.Identity()
+    above = Attached(module, "forward", lambda original, value: original(value)).attach()
+    assert is_of_class(module.forward, module)
+    beneath = Attached(module, "forward", tripled_plus, beneath=True).attach()
+    assert not is_of_class(module.forward, module)
+    above.detach()
+    assert not is_of_class(module.forward, module)
+    assert copy.deepcopy(module)(1) == 1
+    beneath.detach()
+    assert is_of_class(module.forward, module)

@@ -1,0 +1,79 @@
+"""What `parallelize` accepts: ranks, meshes and models; here on eight ranks that are simulated in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import pab_kernels as pab
+from tests.adapters.tiny_stdit3 import tiny_stdit3
+
+
+@pytest.fixture
+def eight_fake_ranks() -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return tiny_stdit3()
+
+
+def test_without_torch_distributed_it_says_how_to_start(model: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match="start the program with torchrun"):
+        pab.parallelize(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"cfg": 3}, ValueError, "got cfg=3; supported are 1, and 2"),
+        ({"sequence": 3}, ValueError, "got cfg=1 and sequence=3, 3 ranks, but 8 are running"),
+        ({"cfg": 2, "sequence": 8}, ValueError, "16 ranks, but 8 are running"),
+        ({"timeout": 0}, ValueError, "got timeout=0; seconds above 0"),
+        ({"input_dtype": torch.int16}, TypeError, "int16"),
+    ],
+)
+def test_numbers_that_do_not_fit(
+    model: nn.Module, eight_fake_ranks: None, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        pab.parallelize(model, **options)
+    assert not [name for name in vars(model) if "pab" in name]
+
+
+def test_meshes(model: nn.Module, eight_fake_ranks: None) -> None:
+    for shape, names, message in (
+        ((2, 4), ("cfg", "rows"), "got a mesh with dimensions"),
+        ((8,), None, "got a mesh with dimensions"),
+        ((8,), ("cfg",), "got a mesh of 8 ranks along 'cfg'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pab.parallelize(model, init_device_mesh("cpu", shape, mesh_dim_names=names))
+    pab.parallelize(model, init_device_mesh("cpu", (2, 4), mesh_dim_names=("cfg", "sequence")))
+    with pytest.raises(RuntimeError, match="is parallel already; call pab.unparallelize first"):
+        pab.parallelize(model)
+    pab.unparallelize(model)
+    pab.unparallelize(model)
+    assert not [name for module in model.modules() for name in vars(module) if "pab" in name]
+
+
+def test_what_is_no_model(eight_fake_ranks: None) -> None:
+    with pytest.raises(TypeError, match="got object; supported are"):
+        pab.parallelize(object())
+    with pytest.raises(ValueError, match="got a Linear; "):
+        pab.parallelize(nn.Linear(3, 3))
+
+
+def test_patches_of_several_frames_are_refused(eight_fake_ranks: None) -> None:
+    with pytest.raises(ValueError, match="patches hold 2 frames"):
+        pab.parallelize(tiny_stdit3(patch_size=(2, 2, 2)))
