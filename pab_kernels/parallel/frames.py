@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..broadcast.attach import Attached, attach_forward
-from ..broadcast.turn import CurrentTurn
+from ..broadcast.call import Call
+from ..broadcast.slots import CACHE_DTYPES
 from ..ops.quantized import Quantized
 from .exchange import Sender, switched, switched_quantised
 from .layout import part, whole_output
@@ -86,7 +87,6 @@ class Frames:
         model: of the family.
         family: of the model.
         group: of the ranks.
-        current: gives the turn of a sublayer by its name.
         input_dtype, exact: as in `parallelize`.
 
     Raises:
@@ -98,15 +98,14 @@ class Frames:
         model: nn.Module,
         family: Family,
         group: Any,
-        current: Callable[[str], CurrentTurn | None],
         input_dtype: torch.dtype | None = None,
         exact: bool = False,
     ) -> None:
         in_a_patch = vars(model).get("patch_size", (1,))[0]
         if in_a_patch != 1:
             raise ValueError(f"got a model whose patches hold {in_a_patch} frames; patches of one frame are supported")
-        self._model, self._family, self._group, self._current = model, family, group, current
-        self._input_dtype, self._exact = input_dtype, exact
+        self._model, self._family, self._group = model, family, group
+        self._exact = exact
         self.frames = 1
         """T of the current call, over all ranks."""
         self._output = Sender(group, "output", "output")
@@ -115,20 +114,29 @@ class Frames:
             f"{family.blocks}.{i}.{family.attention}": getattr(block, family.attention)
             for i, block in enumerate(blocks)
         }
-        self._senders = {name: Sender(group, "temporal", name) for name in self._switches}
+        self._stand_ins = {
+            name: Switch(self, Sender(group, "temporal", name), family, input_dtype) for name in self._switches
+        }
 
     @property
     def senders(self) -> Sequence[Sender]:
         """See `Layout.senders`."""
-        return [*self._senders.values(), self._output]
+        return [*(stand_in.sender for stand_in in self._stand_ins.values()), self._output]
 
     def attach(self) -> Iterator[Attached]:
         """See `Layout.attach`."""
-        self._stand_ins = {name: Switch(self, self._senders[name], self._family) for name in self._switches}
         for name, module in self._switches.items():
             yield attach_forward(module, self._stand_ins[name], beneath=True)
         if self._family.rope is not None:
             yield attach_forward(getattr(self._model, self._family.rope), self._all_positions, beneath=True)
+
+    def begin(self, call: Call | None) -> None:
+        """See `Layout.begin`."""
+        for name, stand_in in self._stand_ins.items():
+            kept = None
+            if call is not None and name in call.plan.decided and not self._exact:
+                kept = CACHE_DTYPES[call.generation.config.cache_dtype]
+            stand_in.output_dtype = kept
 
     def run(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """See `Layout.run`."""
@@ -138,8 +146,6 @@ class Frames:
         for name, dim in ((family.latents, FRAMES), *((name, 1) for name in family.per_frame)):
             if arguments.get(name) is not None:
                 arguments = arguments | {name: part(arguments[name], dim, self._group, least)}
-        for name, stand_in in self._stand_ins.items():
-            stand_in.look(None if self._exact else self._current(name), self._input_dtype)
         if family.positions is None:
             return whole_output(self._output, forward(arguments), FRAMES, frames)
         positions = getattr(model, family.positions)
@@ -163,21 +169,15 @@ class Switch:
         layout: with the frames of the call.
         sender: of this attention.
         family: where places and frames are.
+        input_dtype: the 8-bit dtype of its input on the way; None for its own.
     """
 
     layout: Frames
     sender: Sender
     family: Family
     input_dtype: torch.dtype | None = None
-    """The 8-bit dtype of its input on the way; None for its own."""
     output_dtype: torch.dtype | None = None
     """The 8-bit dtype of its output on the way, if PAB keeps it in that; None for its own."""
-
-    def look(self, current: CurrentTurn | None, input_dtype: torch.dtype | None) -> None:
-        """Read what holds for the whole call, before it runs."""
-        turn = None if current is None else current.turn
-        self.input_dtype = input_dtype
-        self.output_dtype = None if turn is None or turn.call is None else turn.dtype
 
     def __call__(self, original: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor | Quantized:
         places, frames = self.family.places, self.family.frames

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..broadcast.attach import Attached
+from ..broadcast.call import Call
 from .exchange import Sender, gathered
 from .ranks import rank_in, size_of
 
@@ -23,6 +24,13 @@ class Layout(Protocol):
 
     def attach(self) -> Iterable[Attached]:
         """Stand-ins beneath those of PAB, not yet attached."""
+
+    def begin(self, call: Call | None) -> None:
+        """Get ready for a call of the model, outside of compiled graphs.
+
+        Args:
+            call: under PAB, or None without it.
+        """
 
     def run(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """The output of the model, whole on every rank.

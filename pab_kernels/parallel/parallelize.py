@@ -16,7 +16,6 @@ from ..broadcast.attach import Attached, attach_forward, leave_out_of_copies, ta
 from ..broadcast.broadcaster import broadcaster_of
 from ..broadcast.call import Call
 from ..broadcast.pipeline import denoisers
-from ..broadcast.turn import CurrentTurn
 from ..broadcast.whole import PARALLEL
 from ..compat import uncompiled
 from ..ops.quantized import EIGHT_BITS
@@ -135,7 +134,7 @@ class Parallel:
         self.ranks = ranks
         self._model = weakref.ref(model)
         self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
-        self.layout = None if ranks.sequence is None else layout_of(model, ranks, self._current, input_dtype, exact)
+        self.layout = None if ranks.sequence is None else layout_of(model, ranks, input_dtype, exact)
         self._guidance = None if ranks.cfg is None else Guidance(ranks.cfg, self._arguments[0])
         self._agreement = Agreement(ranks.control)
         self._attached: list[Attached] = []
@@ -196,13 +195,10 @@ class Parallel:
         if broadcaster is not None:
             broadcaster.renew()
 
-    def _current(self, name: str) -> CurrentTurn | None:
-        model = self._model()
-        broadcaster = None if model is None else broadcaster_of(model)
-        return None if broadcaster is None else broadcaster.current(name)
-
-    def _begin(self, generation: Any, step: int) -> None:
+    def _begin(self, generation: Any, step: int, call: Call | None = None) -> None:
         """Count what the last call sent, and get ready for the next."""
+        if self.layout is not None:
+            self.layout.begin(call)
         self._collect()
         if self._generation() is not generation:
             self._generation, self._counts = weakref.ref(generation), Counts()
@@ -211,7 +207,7 @@ class Parallel:
 
     def agree(self, call: Call) -> None:
         """See `Shared.agree`."""
-        self._begin(call.generation, call.step)
+        self._begin(call.generation, call.step, call)
         self._agreement.on(facts_of(call))
 
     def _called(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -219,7 +215,10 @@ class Parallel:
         model = self._model()
         assert model is not None, "its forward was called"
         broadcaster = broadcaster_of(model)
-        if not torch.compiler.is_compiling() and (broadcaster is None or broadcaster.call is None):
+        if torch.compiler.is_compiling():
+            if broadcaster is None and self.layout is not None:
+                self.layout.begin(None)
+        elif broadcaster is None or broadcaster.call is None:
             self._begin(self, self._counts.calls)
             shapes = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
             self._agreement.on(f"without PAB, tensors of {shapes}")
@@ -234,7 +233,7 @@ class Parallel:
         return split(arguments) if self._guidance is None else self._guidance.run(split, arguments)
 
 
-def layout_of(model: nn.Module, ranks: Ranks, current: Any, input_dtype: torch.dtype | None, exact: bool) -> Layout:
+def layout_of(model: nn.Module, ranks: Ranks, input_dtype: torch.dtype | None, exact: bool) -> Layout:
     """How the sequence of a model is split.
 
     Raises:
@@ -242,7 +241,7 @@ def layout_of(model: nn.Module, ranks: Ranks, current: Any, input_dtype: torch.d
     """
     family = family_of(model)
     if family is not None:
-        return Frames(model, family, ranks.sequence, current, input_dtype, exact)
+        return Frames(model, family, ranks.sequence, input_dtype, exact)
     raise ValueError(f"got a {type(model).__name__}; supported are ...")
 
 
