@@ -142,7 +142,7 @@ def _qwen_block(
     tokens: Tokens, original: Callable[..., Any], *args: Any, modulate_index: Tensor | None = None, **kwargs: Any
 ) -> Any:
     """A block; `modulate_index` `[B, N]` is the whole stream's."""
-    if modulate_index is not None and tokens.running:
+    if modulate_index is not None:
         modulate_index = tokens.cut(modulate_index, 1)
     return original(*args, modulate_index=modulate_index, **kwargs)
 
@@ -151,7 +151,7 @@ _FULL, _TEXT_FIRST, _TEXT_LAST = (STREAM,), (TEXT, STREAM), (STREAM, TEXT)
 
 TOKEN_FAMILIES = (
     TokenFamily(
-        ("WanTransformer3DModel",),
+        ("WanTransformer3DModel", "ChronoEditTransformer3DModel"),
         _FULL,
         {"timestep": _along(1, ndim=2)},
         {"rope": _output(1), "patch_embedding": _wan_patches, "proj_out": _gathered},

@@ -106,8 +106,10 @@ class Tokens:
         self._lengths = dict.fromkeys(family.order, 0)
         self._output = Sender(group, "output", "output")
         refusal = family.refusal(model)
+        if getattr(model, "_parallel_config", None) is not None:
+            refusal = "enable_parallelism of diffusers, which splits it already"
         if refusal is not None:
-            raise ValueError(f"got a {type(model).__name__} with {refusal}, which cannot be split over ranks")
+            raise ValueError(f"got a {type(model).__name__} with {refusal}; supported are models without it")
         self._attentions = {s.name: s.kind for s in find(model) if s.kind in _SELF_ATTENTION}
         n = self._output.size
         for name in self._attentions:
@@ -131,7 +133,7 @@ class Tokens:
             yield attach_forward(self._model.get_submodule(name), HeadsForTokens(self, sender), beneath=True)
         for name, replacement in self._family.modules.items():
             for module in _named(self._model, name):
-                yield attach_forward(module, functools.partial(replacement, self), beneath=True)
+                yield attach_forward(module, functools.partial(self._in_call, replacement), beneath=True)
 
     def run(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """See `Layout.run`."""
@@ -146,6 +148,10 @@ class Tokens:
             return forward(arguments | cut)
         finally:
             self.running, self.whole, self.mask = False, {}, None
+
+    def _in_call(self, replacement: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a replacement of the family; the original outside of calls of the model."""
+        return replacement(self, original, *args, **kwargs) if self.running else original(*args, **kwargs)
 
     def cut(self, value: Any, dim: int, of: str | None = None) -> Any:
         """This rank's part of a tensor, or of all in a pytree.
@@ -284,8 +290,9 @@ class _Intercepted(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.calls += 1
             return self.attend(*args, **kwargs)
-        if torch.compiler.is_dynamo_compiling() and getattr(Tensor, getattr(func, "__name__", ""), None) is func:
-            return getattr(args[0], func.__name__)(*args[1:], **kwargs)  # it cannot trace methods that are not in C
+        name: str = getattr(func, "__name__", "")
+        if torch.compiler.is_dynamo_compiling() and getattr(Tensor, name, None) is func:
+            return getattr(args[0], name)(*args[1:], **kwargs)  # it cannot trace methods that are written in Python
         return func(*args, **kwargs)
 
 

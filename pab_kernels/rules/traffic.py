@@ -8,7 +8,8 @@ take a part of the stream. With n sequence ranks, b rows of the batch on each, a
                  (n - 1) b T/n S/n (width(C) + width(C))
              Spatial and cross attention and MLPs send nothing. (Dynamic sequence parallelism, arXiv 2403.10266.)
     tokens   The stream [b, N, C] lies split in its tokens, padded to a multiple of n. Attention over all of them
-             switches to a split in heads and back: q, k, v and its output, N/n tokens of C/n channels to every rank:
+             switches to a split in heads and back: q, k, v in one message and its output in another, N/n tokens of C/n
+             channels to every rank:
                  (n - 1) b N/n (3 width(C/n) + width(C/n))
              Cross attention and MLPs send nothing. (DeepSpeed Ulysses, arXiv 2309.14509.) L tokens of text that take
              part in this attention are either split like the others, N/n + L/n, or held by every rank: each then
@@ -244,7 +245,7 @@ def attention(layout: Layout, method: Method, shapes: Shapes) -> Sent:
         places = part(batch * shapes.tokens, n) if shapes.joined else batch * part(shapes.tokens, n)
         return Sent((n - 1) * shapes.frames_of(n) * places * (there + back), 2)
     tokens = part(shapes.tokens, n) + (part(shapes.text, n) if shapes.text_split else 0)
-    sent = Sent((n - 1) * batch * tokens * (3 * there + back), 4)
+    sent = Sent((n - 1) * batch * tokens * (3 * there + back), 2)
     if shapes.text and not shapes.text_split:
         sent += Sent((n - 1) * batch * shapes.text * back, 1)
     return sent

@@ -83,7 +83,7 @@ def test_tokens_switch_to_heads_and_back(ranks: int, tokens: int, text: int, spl
         if not split:  # every rank needs all outputs of the text, and has those of its heads
             own = sum(in_heads(e) == rank for e in itertools.product(range(text), range(channels)))
             expected += own * (ranks - 1)
-        assert found == Sent(4 * expected, 4 if split else 5)
+        assert found == Sent(4 * expected, 2 if split else 3)
 
 
 def test_the_output_goes_to_the_rest_of_the_sequence_and_then_to_the_other_branch() -> None:
@@ -144,9 +144,9 @@ def test_calls_of_a_step_and_sums() -> None:
     assert data["bytes"] == once.total.bytes == sum(data["bytes_by_step"])
     assert data["kinds"]["spatial"] == {
         "bytes": once.by_kind["spatial"].bytes,
-        "messages": 2 * 2 * 4,
+        "messages": 2 * 2 * 2,
         "bytes_without": 2 * once.by_kind["spatial"].bytes,
-        "messages_without": 2 * 4 * 4,
+        "messages_without": 2 * 4 * 2,
     }
 
 
