@@ -12,7 +12,7 @@ from pab_kernels.parallel.tokens import Segments
 from pab_kernels.rules.traffic import OUTPUT, Layout, Sent, Shapes, attention
 from tests.parallel.processes import run_on
 from tests.parallel.token_models import HEADS, JOINT, STREAM, TEXT
-from tests.parallel.token_runs import RUNS, STEPS, Run, others, runs
+from tests.parallel.token_runs import RUNS, STEPS, Run, compiled, others, runs
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
@@ -61,6 +61,20 @@ def test_compiled_blocks_have_as_many_graphs_as_on_one_rank(other: dict[str, Any
     for rule in ("plain", "hold"):
         assert graphs["all", rule] == graphs["one", rule] > 0
     assert other["compiled"]["difference"] == 0
+
+
+def test_eight_ranks_have_as_many_graphs_as_one() -> None:
+    """Simulated ones, which receive anything."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
+    try:
+        with torch.no_grad():
+            graphs = compiled(heads=8)["graphs"]
+    finally:
+        dist.destroy_process_group()
+        torch._dynamo.reset()
+    assert all(graphs["all", rule] == graphs["one", rule] > 0 for rule in ("plain", "hold"))
 
 
 def test_unparallelize_leaves_no_trace(other: dict[str, Any]) -> None:

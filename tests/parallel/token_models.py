@@ -117,6 +117,12 @@ def _samples(inputs: Callable[[Randn], dict[str, Any]]) -> Callable[[Randn], dic
 MODELS = {
     "Wan": tiny("WanTransformer3D", _wan),
     "Wan, timesteps of tokens": tiny("WanTransformer3D", _per_token(_wan)),
+    "Wan, image": tiny(
+        "WanTransformer3D",
+        lambda r: _wan(r) | {"encoder_hidden_states": r(2, 512, 6), "encoder_hidden_states_image": r(2, 3, 6)},
+        image_dim=6,
+        added_kv_proj_dim=24,
+    ),
     "ChronoEdit": tiny("ChronoEditTransformer3D", _wan),
     "Allegro": tiny("AllegroTransformer3D", _allegro, attention_head_dim=24, cross_attention_dim=48),
     "LTX": tiny("LTXVideoTransformer3D", _ltx),

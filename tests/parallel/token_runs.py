@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -107,12 +107,16 @@ def others(rank: int) -> dict[str, Any]:
     return {function.__name__: function() for function in done}
 
 
-def compiled() -> dict[str, Any]:
+def compiled(heads: int = HEADS) -> dict[str, Any]:
     """Graphs of compiled blocks without and with PAB, on one rank and on all; how far the outputs are from eager."""
     name, graphs, differences = "Qwen-Image", {}, []
+    tiny = MODELS[name]
     for ranks in ("one", "all"):
         torch._dynamo.reset()
-        model, counter = build(name), CompileCounter()
+        model, counter = (
+            replace(tiny, config=tiny.config | {"num_attention_heads": heads}).build().double(),
+            CompileCounter(),
+        )
         while len(model.transformer_blocks) < 3:
             model.transformer_blocks.append(copy.deepcopy(model.transformer_blocks[0]))
         if ranks == "all":
