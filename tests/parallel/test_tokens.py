@@ -47,7 +47,7 @@ def test_attention_sends_what_is_forecast_and_nothing_where_it_is_reused(
     for found in of_all_ranks:
         run = found[name, rule]
         text = TEXT if name.split(",")[0] in JOINT else 0
-        shapes = Shapes(run.batch, 1, STREAM, run.channels, 8, 0, HEADS, text, text_split=True)
+        shapes = Shapes(run.batch, 1, STREAM, run.channels, 8, 0, HEADS, text)
         each = attention(Layout(1, RANKS), "tokens", shapes) * run.attentions
         assert run.traffic.sent["spatial"] == tuple(
             each if i % 2 == 0 or rule == "plain" else Sent() for i in range(STEPS)
