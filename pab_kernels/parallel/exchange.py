@@ -62,14 +62,16 @@ def switched(
     Returns:
         The tensor, with `split` over n and n times `gather`, and what was sent.
     """
-    parts = _parts(x, split, sender.size)
-    if fewer is None:
-        out, cost = sender.all_to_all(parts.contiguous())
-    else:
-        quantised = quantize(parts, fewer, GROUP)
-        received, cost = _sent(sender, quantised, torch.bfloat16)
-        out = dequantize(received, x.dtype)
+    out, cost = exchanged(sender, _parts(x, split, sender.size), fewer)
     return _joined(out, split, gather), cost
+
+
+def exchanged(sender: Sender, parts: Tensor, fewer: torch.dtype | None = None) -> tuple[Tensor, Sent]:
+    """Send part i of `[n, ...]` to rank i; part i of the result is from rank i. `fewer` as in `switched`."""
+    if fewer is None:
+        return sender.all_to_all(parts.contiguous())
+    received, cost = _sent(sender, quantize(parts, fewer, GROUP), torch.bfloat16)
+    return dequantize(received, parts.dtype), cost
 
 
 def switched_quantised(

@@ -23,9 +23,11 @@ from ..rules.traffic import Traffic
 from .agreement import Agreement, facts_of
 from .counts import Counts
 from .exchange import Sender
-from .frames import Frames, family_of
+from .frames import FAMILIES, Frames, family_of
 from .layout import Guidance, Layout
 from .ranks import Ranks, join
+from .token_families import TOKEN_FAMILIES, token_family_of
+from .tokens import Tokens
 
 T = TypeVar("T")
 TIMEOUT = 600.0
@@ -242,7 +244,14 @@ def layout_of(model: nn.Module, ranks: Ranks, input_dtype: torch.dtype | None, e
     family = family_of(model)
     if family is not None:
         return Frames(model, family, ranks.sequence, input_dtype, exact)
-    raise ValueError(f"got a {type(model).__name__}; supported are ...")
+    of_tokens = token_family_of(model)
+    if of_tokens is not None:
+        return Tokens(model, of_tokens, ranks.sequence, input_dtype)
+    supported = [family.name for family in FAMILIES] + [name for family in TOKEN_FAMILIES for name in family.names]
+    raise ValueError(
+        f"got a {type(model).__name__}; supported are {', '.join(supported)}, and classes that inherit from them, as "
+        "it is known where their tokens can be split; others can have cfg=2 on two ranks"
+    )
 
 
 def _nothing() -> None:

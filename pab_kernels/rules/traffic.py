@@ -8,11 +8,11 @@ take a part of the stream. With n sequence ranks, b rows of the batch on each, a
                  (n - 1) b T/n S/n (width(C) + width(C))
              Spatial and cross attention and MLPs send nothing. (Dynamic sequence parallelism, arXiv 2403.10266.)
     tokens   The stream [b, N, C] lies split in its tokens, padded to a multiple of n. Attention over all of them
-             switches to a split in heads and back: q, k, v and its output, N/n tokens of C/n channels to every rank:
+             switches to a split in heads and back: q, k, v in one message and its output in another, N/n tokens of C/n
+             channels to every rank:
                  (n - 1) b N/n (3 width(C/n) + width(C/n))
              Cross attention and MLPs send nothing. (DeepSpeed Ulysses, arXiv 2309.14509.) L tokens of text that take
-             part in this attention are either split like the others, N/n + L/n, or held by every rank: each then
-             computes C/n channels of their outputs, and sends these to the others: (n - 1) b L width(C/n).
+             part in this attention are split like the others: N/n + L/n.
     output   Once a call: each rank sends its part of the model's output to the other sequence ranks, and the output of
              its rows of the batch to the other cfg ranks, in its own dtype.
 
@@ -112,7 +112,6 @@ class Shapes:
         output_width: bytes of the model's output for a frame ("frames") or a token ("tokens"), of one row.
         heads: of attention; they bound the sequence ranks where the method is "tokens".
         text: tokens of text L that take part in self attention.
-        text_split: whether they are split like the others, instead of held by every rank.
         calls: of the model in a step.
         least: frames that a rank has at least, if there are several.
         joined: whether rows of the batch and tokens of a frame are split as one dimension (Latte).
@@ -126,7 +125,6 @@ class Shapes:
     output_width: int
     heads: int = 1
     text: int = 0
-    text_split: bool = False
     calls: int = 1
     least: int = 1
     joined: bool = False
@@ -243,11 +241,8 @@ def attention(layout: Layout, method: Method, shapes: Shapes) -> Sent:
     if method == "frames":
         places = part(batch * shapes.tokens, n) if shapes.joined else batch * part(shapes.tokens, n)
         return Sent((n - 1) * shapes.frames_of(n) * places * (there + back), 2)
-    tokens = part(shapes.tokens, n) + (part(shapes.text, n) if shapes.text_split else 0)
-    sent = Sent((n - 1) * batch * tokens * (3 * there + back), 4)
-    if shapes.text and not shapes.text_split:
-        sent += Sent((n - 1) * batch * shapes.text * back, 1)
-    return sent
+    tokens = part(shapes.tokens, n) + part(shapes.text, n)
+    return Sent((n - 1) * batch * tokens * (3 * there + back), 2)
 
 
 def output(layout: Layout, method: Method, shapes: Shapes) -> Sent:

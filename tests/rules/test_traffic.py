@@ -65,25 +65,21 @@ def test_frames_switch_to_places_and_back(ranks: int, frames: int, places: int) 
         assert found.by_kind["temporal"] == Sent(2 * (there + back), 2)
 
 
-@pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize(("ranks", "tokens", "text"), [(2, 6, 3), (3, 7, 4), (6, 5, 1)])
-def test_tokens_switch_to_heads_and_back(ranks: int, tokens: int, text: int, split: bool) -> None:
+def test_tokens_switch_to_heads_and_back(ranks: int, tokens: int, text: int) -> None:
     n, heads, head_dim = part(tokens, ranks), 6, 2
     channels = heads * head_dim
     elements = list(itertools.product(range(n * ranks), range(channels)))
     words = list(itertools.product(range(part(text, ranks) * ranks), range(channels)))
     in_heads = lambda e: e[1] // (channels // ranks)  # noqa: E731
-    shapes = Shapes(1, 1, tokens, channels, 4, 0, heads, text, split)
+    shapes = Shapes(1, 1, tokens, channels, 4, 0, heads, text)
     found = traffic(Layout(1, ranks), "tokens", shapes, alone("spatial")).by_kind["spatial"]
     for rank in range(ranks):
         expected = 0
-        for of, each in ((elements, n), (words, part(text, ranks))) if split else ((elements, n),):
+        for of, each in ((elements, n), (words, part(text, ranks))):
             in_tokens = lambda e, each=each: e[0] // each  # noqa: E731
             expected += 3 * moved(in_tokens, in_heads, of, rank) + moved(in_heads, in_tokens, of, rank)
-        if not split:  # every rank needs all outputs of the text, and has those of its heads
-            own = sum(in_heads(e) == rank for e in itertools.product(range(text), range(channels)))
-            expected += own * (ranks - 1)
-        assert found == Sent(4 * expected, 4 if split else 5)
+        assert found == Sent(4 * expected, 2)
 
 
 def test_the_output_goes_to_the_rest_of_the_sequence_and_then_to_the_other_branch() -> None:
@@ -144,9 +140,9 @@ def test_calls_of_a_step_and_sums() -> None:
     assert data["bytes"] == once.total.bytes == sum(data["bytes_by_step"])
     assert data["kinds"]["spatial"] == {
         "bytes": once.by_kind["spatial"].bytes,
-        "messages": 2 * 2 * 4,
+        "messages": 2 * 2 * 2,
         "bytes_without": 2 * once.by_kind["spatial"].bytes,
-        "messages_without": 2 * 4 * 4,
+        "messages_without": 2 * 4 * 2,
     }
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,7 +44,7 @@ class ModelCall:
         batch: batch of a call for each clip: 2 with batched classifier-free guidance.
         contexts: calls in a step: 2 if each branch of the guidance has its own.
         split: what several ranks split the stream in; see `rules/traffic.py`.
-        joint_text: if text takes part in self attention, whether several ranks "hold" all of it or "split" it.
+        joint_text: whether text takes part in self attention.
     """
 
     latents: Callable[[Config, Size], Size]
@@ -54,7 +54,7 @@ class ModelCall:
     batch: int = 1
     contexts: int = 1
     split: Method = "tokens"
-    joint_text: Literal["hold", "split"] | None = None
+    joint_text: bool = False
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -303,18 +303,18 @@ MODEL_CALLS = {
         _latte_latents, _video("caption_channels"), leading, text=120, batch=2, split="frames"
     ),
     "CogVideoXTransformer3DModel": ModelCall(
-        compressed(4, 8), _cogvideox, trailing, text=226, batch=2, joint_text="hold"
+        compressed(4, 8), _cogvideox, trailing, text=226, batch=2, joint_text=True
     ),
     "WanTransformer3DModel": ModelCall(compressed(4, 8), _video("text_dim"), _unipc, text=512, contexts=2),
     "HunyuanVideoTransformer3DModel": ModelCall(
-        compressed(4, 8), _hunyuan, _hunyuan_timesteps, text=256, joint_text="hold"
+        compressed(4, 8), _hunyuan, _hunyuan_timesteps, text=256, joint_text=True
     ),
     "LTXVideoTransformer3DModel": ModelCall(compressed(8, 32), _ltx, _ltx_timesteps, text=128, batch=2),
-    "FluxTransformer2DModel": ModelCall(_flux_latents, _flux, _flux_timesteps, text=512, joint_text="split"),
+    "FluxTransformer2DModel": ModelCall(_flux_latents, _flux, _flux_timesteps, text=512, joint_text=True),
     "STDiT3": ModelCall(_open_sora_latents, _stdit3, _open_sora_timesteps, text=300, batch=2, split="frames"),
     "LatteT2V": ModelCall(_latte_t2v_latents, _video("caption_channels"), pndm, text=300, batch=2, split="frames"),
     "OpenSoraT2V": ModelCall(compressed(4, 8), _open_sora_plan, _ancestral, text=512, batch=2),
 }
 """By class. Text, guidance and timesteps are the defaults of the classes' text-to-video pipelines in diffusers, for
 STDiT3 those of Open-Sora 1.2's `configs/opensora-v1-2/inference/sample.py`, and for the classes of Open-Sora-Plan those
-of `models/open_sora_plan`. Flux's text is split as in diffusers' own plan for context parallelism."""
+of `models/open_sora_plan`."""

@@ -73,8 +73,7 @@ def shapes_of(how: ModelCall, plan: Plan, measured: Measured, model: Any, batch:
     joint = text if how.joint_text else 0
     tokens = sum(shape[1] for shape, _ in outputs) - joint
     width, heads = measured.output_bytes // (rows * tokens), model.config["num_attention_heads"]
-    split = how.joint_text == "split"
-    return Shapes(rows, 1, tokens, channels, dtype.itemsize, width, heads, joint, split, how.contexts)
+    return Shapes(rows, 1, tokens, channels, dtype.itemsize, width, heads, joint, how.contexts)
 
 
 def on_ranks(
@@ -93,6 +92,8 @@ def on_ranks(
     Raises:
         ValueError: the ranks do not divide the model.
     """
+    if how.split == "tokens":  # their outputs are sent before the projection, and kept behind it
+        layout = dataclasses.replace(layout, return_dtype=None)
     sent = traffic(layout, how.split, shapes, plan)
     runs = {
         place: run if run.name == WHOLE.name else dataclasses.replace(run, outputs=_part(run, layout, how, shapes))
@@ -113,7 +114,7 @@ def _part(run: SublayerRun, layout: Layout, how: ModelCall, shapes: Shapes) -> t
     if how.split == "frames":
         part_of_frames = rows * shapes.frames_of(n) * shapes.tokens
         return tuple(((part_of_frames, shape[-1]), dtype) for shape, dtype in run.outputs)
-    text = part(shapes.text, n) if shapes.text_split else shapes.text
+    text = part(shapes.text, n)
     tokens = {shapes.text: text, shapes.tokens + shapes.text: part(shapes.tokens, n) + text}
     tokens[shapes.tokens] = part(shapes.tokens, n)
     return tuple(((rows, tokens[shape[1]], shape[-1]), dtype) for shape, dtype in run.outputs)
