@@ -17,7 +17,7 @@ from ..compat import execution_device
 from ..rules.traffic import Sent
 from .agreement import RanksDiffer
 from .ranks import Ranks
-from .together import by_first, shared
+from .together import by_first, from_all
 from .vae import Decoding
 
 ATTRIBUTE = f"{PREFIX}parallel_pipeline"
@@ -104,7 +104,7 @@ class ParallelPipeline:
         if self._active() and self.ranks.control is not None:
             given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Generator)]
             states = _states(given, execution_device(self._pipe()))
-            every = shared(self.ranks.control, "the noise", [get() for get, _ in states])
+            every = from_all(self.ranks.control, "the noise", [get() for get, _ in states])
             if len({len(found) for found in every}) > 1:
                 counts = ", ".join(str(len(found)) for found in every)
                 raise RanksDiffer(f"got {counts} generators on the ranks; give all ranks as many, or none")

@@ -72,7 +72,7 @@ def by_all(group: dist.ProcessGroup | None, what: str, run: Callable[[], T]) -> 
         found = run()
     except BaseException as raised:  # Ctrl-C too: the others are waiting
         error = raised
-    failures = shared(group, what, None if error is None else _in_words(error))
+    failures = from_all(group, what, None if error is None else _in_words(error))
     if error is not None:
         raise error
     for rank, failure in enumerate(failures):
@@ -81,7 +81,7 @@ def by_all(group: dist.ProcessGroup | None, what: str, run: Callable[[], T]) -> 
     return found
 
 
-def shared(group: dist.ProcessGroup, what: str, value: Any) -> list[Any]:
+def from_all(group: dist.ProcessGroup, what: str, value: Any) -> list[Any]:
     """The values of all ranks.
 
     Raises:
