@@ -97,7 +97,7 @@ def check(settings: DemoSettings, ranks: int) -> None:
     """Raise a ValueError if the demo cannot run on a number of ranks."""
     if not 2 <= ranks <= MOST_RANKS:
         raise ValueError(
-            f"ranks must be from 2 to {MOST_RANKS}, which share the {FRAMES} frames of a clip, at least 2 for each; got "
+            f"ranks must be from 2 to {MOST_RANKS}, as each has at least 2 of the {FRAMES} frames of a clip; got "
             f"{shown(ranks)}"
         )
     if sys.platform == "win32":

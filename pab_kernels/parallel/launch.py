@@ -75,7 +75,7 @@ def joined(parallel: str, device: str | None) -> Iterator[str | None]:
         ValueError: torchrun did not start this process, or there is no device for this rank.
     """
     if parallel == NONE:
-        if dist.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
                 f"torchrun started {os.environ['WORLD_SIZE']} processes, which would all do the same; share the work "
                 "with --parallel auto, or start pab without torchrun"
@@ -108,8 +108,8 @@ def _device_of(device: str | None, local_rank: int) -> str:
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ValueError(
-            f"local rank {local_rank} has no GPU: this machine has {count}; use torchrun --nproc-per-node "
-            f"{max(count, 1)}, or --device cpu"
+            f"local rank {local_rank} has no GPU: this machine has {count}; start one process for each "
+            "(torchrun --nproc-per-node), or use --device cpu"
         )
     torch.cuda.set_device(local_rank)
     return f"cuda:{local_rank}"
