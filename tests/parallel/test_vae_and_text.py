@@ -179,3 +179,26 @@ def test_frames_of_latte_are_decoded_over_the_ranks_with_slicing_alone(ranks: li
         assert torch.equal(found["latte whole"], found["latte whole alone"])
         assert found["latte frames"] == [1, 1] and found["latte frames whole"] == [4]
         assert torch.equal(found["three"], found["three alone"]) and torch.equal(found["one"], found["three"][:1])
+
+
+def decoded_on_four(rank: int) -> list[bool]:
+    """Whether clips have the same bits as on one process, with two ranks for guidance and two for the sequence."""
+    video, frames = open_sora(), latte()
+    frames.vae.enable_slicing()
+    noise = torch.randn(5, 4, 6, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    calls = (
+        lambda: video.vae.decode(noise[:2], num_frames=20).sample,
+        lambda: video.vae.decode(noise[:1, :, :1], num_frames=1).sample,  # for one rank of them
+        lambda: frames.vae.decode(noise[:, :, 0].float()).sample,
+    )
+    expected = [call() for call in calls]
+    found = []
+    for pipe, own in ((video, calls[:2]), (frames, calls[2:])):
+        pab.parallelize(pipe, cfg=2)
+        found += [call() for call in own]
+        pab.unparallelize(pipe)
+    return [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
+
+
+def test_four_ranks_decode_in_the_order_of_the_mesh() -> None:
+    assert run_on(4, decoded_on_four) == [[True] * 3] * 4
