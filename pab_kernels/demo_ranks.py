@@ -127,14 +127,14 @@ def run_demo_on_ranks(settings: DemoSettings, ranks: int, progress: RunProgress 
     """
     check(settings, ranks)
     with tempfile.TemporaryDirectory() as folder:
-        messages: Any = get_context("spawn").SimpleQueue()
-        running: Any = spawn(_rank, (ranks, folder, settings, messages), nprocs=ranks, join=False)
+        reports, reporter = get_context("spawn").Pipe(duplex=False)
+        running: Any = spawn(_rank, (ranks, folder, settings, reporter), nprocs=ranks, join=False)
         try:
             ended = False
             while not ended:
                 ended = running.join(timeout=_POLL)
-                while not messages.empty():
-                    report = messages.get()
+                while reports.poll():
+                    report = reports.recv()
                     if progress is not None:
                         progress(*report)
         finally:
@@ -145,19 +145,19 @@ def run_demo_on_ranks(settings: DemoSettings, ranks: int, progress: RunProgress 
     return RanksResult(settings, ranks, tuple(runs))
 
 
-def _rank(rank: int, ranks: int, folder: str, settings: DemoSettings, messages: Any) -> None:
+def _rank(rank: int, ranks: int, folder: str, settings: DemoSettings, reporter: Any) -> None:
     """One of the processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the one that started them, and it ends them
     torch.set_num_threads(max((os.cpu_count() or 1) // ranks, 1))
     at, patient = Path(folder, "store").as_uri(), timedelta(days=1)
     dist.init_process_group("gloo", init_method=at, rank=rank, world_size=ranks, timeout=patient)
-    runs = _runs(settings, messages if rank == 0 else None)
+    runs = _runs(settings, reporter if rank == 0 else None)
     if rank == 0:
         torch.save(runs, f"{folder}/runs.pt")
     dist.destroy_process_group()
 
 
-def _runs(settings: DemoSettings, messages: Any) -> list[RanksRun]:
+def _runs(settings: DemoSettings, reporter: Any) -> list[RanksRun]:
     """The runs on this rank; the first one samples alone before, and reports."""
     demo = load(settings.scheduler, "cpu")
     todo = on_ranks(settings)
@@ -168,8 +168,8 @@ def _runs(settings: DemoSettings, messages: Any) -> list[RanksRun]:
         def step(*_: Any) -> dict[str, Any]:
             nonlocal done
             done += 1
-            if messages is not None:
-                messages.put((title, done, calls))
+            if reporter is not None:
+                reporter.send((title, done, calls))
             return {}
 
         return demo.generate(settings.captions, settings.seeds, settings.steps, settings.guidance, step)
@@ -181,7 +181,7 @@ def _runs(settings: DemoSettings, messages: Any) -> list[RanksRun]:
         return clips(f"{variant.title}, {place}")
 
     alone: Sequence[torch.Tensor | None] = [None] * len(todo)
-    if messages is not None:
+    if reporter is not None:
         alone = [sampled(variant, "one process") for variant in todo]
     api.disable(demo.pipe)
     dist.barrier()
