@@ -23,6 +23,8 @@ from .extras import require
 from .files import path_of, write_text
 from .messages import shown
 from .models.published_pipelines import PUBLISHED, is_published
+from .parallel.launch import NONE, chosen, is_first, joined, shape_of
+from .parallel.parallelize import parallelize, unparallelize
 from .progress import RunProgress
 from .rules.config import PABConfig
 from .rules.formats import named_config
@@ -50,6 +52,8 @@ class Settings:
         local_files_only: fetch nothing.
         cuda_graphs: whether to replay the transformer's calls under PAB as CUDA graphs, captured in a previous run.
         weights: folder of the parts of a published model, as for `load_pipeline`.
+        parallel: how the processes that torchrun started share the work: "none", "auto", or branches of guidance x
+            parts of the sequence such as "2x4".
 
     Raises:
         FileNotFoundError: there is no such config file.
@@ -68,8 +72,10 @@ class Settings:
     local_files_only: bool = False
     cuda_graphs: bool = False
     weights: str | Path | None = None
+    parallel: str = NONE
 
     def __post_init__(self) -> None:
+        shape_of(self.parallel)
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype {self.dtype!r} is not supported; supported are {', '.join(DTYPES)}")
         if not 0.001 <= self.fps <= 1000:
@@ -95,7 +101,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        how = {name: getattr(self, name) for name in ("pab", "offload", "fps", "cuda_graphs")}
+        how = {name: getattr(self, name) for name in ("pab", "offload", "fps", "cuda_graphs", "parallel")}
         where = {} if self.weights is None else {"weights": str(self.weights)}
         return {"model": self.model} | where | vars(self.wish) | how
 
@@ -153,10 +159,11 @@ class Result:
         pipeline, transformer: names of their classes.
         device: its name.
         dtype: of the transformer.
-        runs: the finished runs, without PAB first.
+        runs: the finished runs, without PAB first; none on other ranks than the first.
         planned: number of runs planned.
         files: the files written.
         interrupted: whether Ctrl-C stopped it.
+        ranks: over the branches of guidance, and over the sequence; None for one process.
     """
 
     settings: Settings
@@ -168,6 +175,7 @@ class Result:
     planned: int
     files: tuple[Path, ...]
     interrupted: bool = False
+    ranks: tuple[int, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -177,6 +185,7 @@ class Result:
             "transformer": self.transformer,
             "device": self.device,
             "dtype": self.dtype,
+            "ranks": None if self.ranks is None else dict(zip(("cfg", "sequence"), self.ranks, strict=True)),
             "torch": torch.__version__,
             "diffusers": require("diffusers", "generating").__version__,
             "interrupted": self.interrupted,
@@ -204,6 +213,8 @@ def generate(settings: Settings, out: str | Path, progress: RunProgress | None =
     or image are written to `out`, so Ctrl-C or a later error keeps the finished runs. A file is written whole or not at
     all.
 
+    With `settings.parallel`, all ranks call it alike, and the first alone writes.
+
     Args:
         settings: what to generate.
         out: folder, created if missing.
@@ -220,20 +231,35 @@ def generate(settings: Settings, out: str | Path, progress: RunProgress | None =
         ModuleNotFoundError: a package is not installed.
     """
     out = path_of(out)
-    with ctrl_c() as stop:
+    with ctrl_c() as stop, joined(settings.parallel, settings.device) as device:
         with stop.interruptible():
-            pipe, config = _loaded(settings)
-        return _generate(settings, pipe, config, out, stop, progress)
+            pipe, config = _loaded(replace(settings, device=device))
+        ranks = None
+        if settings.parallel != NONE:
+            ranks = chosen(settings.parallel, pipe, arguments(pipe, settings.wish))
+            parallelize(pipe, cfg=ranks[0], sequence=ranks[1])
+        try:
+            return _generate(settings, pipe, config, ranks, out, stop, progress)
+        finally:
+            unparallelize(pipe)
 
 
 def _generate(
-    settings: Settings, pipe: Any, config: PABConfig | None, out: Path, stop: CtrlC, progress: RunProgress | None
+    settings: Settings,
+    pipe: Any,
+    config: PABConfig | None,
+    ranks: tuple[int, int] | None,
+    out: Path,
+    stop: CtrlC,
+    progress: RunProgress | None,
 ) -> Result:
     ways: list[PABConfig | None] = [
         *([None] if settings.compare or config is None else []),
         *([config] if config else []),
     ]
-    out.mkdir(parents=True, exist_ok=True)
+    writes = is_first(settings.parallel)
+    if writes:
+        out.mkdir(parents=True, exist_ok=True)
     runs: list[Run] = []
     pictures: list[Path] = []
     pipeline, transformer = type(pipe).__name__, type(pipe.transformer).__name__
@@ -241,9 +267,11 @@ def _generate(
 
     def result(interrupted: bool, *further: Path) -> Result:
         files = (*(run.file for run in runs if run.file), *pictures, *further)
-        return Result(settings, pipeline, transformer, device, dtype, tuple(runs), len(ways), files, interrupted)
+        return Result(settings, pipeline, transformer, device, dtype, tuple(runs), len(ways), files, interrupted, ranks)
 
     def save(interrupted: bool = False) -> Result:
+        if not writes:
+            return result(interrupted)
         made = result(interrupted, out / "results.json")
         write_text(made.files[-1], to_json(made.to_dict()) + "\n")
         return made
@@ -259,6 +287,8 @@ def _generate(
             key, title = ("pab", "PAB") if rules else ("off", "no PAB")
             sample_once = partial(run, title, settings.wish)
             sampled = sample(pipe, sample_once, rules, timed=settings.timed, cuda_graphs=settings.cuda_graphs)
+            if not writes:
+                continue
             quality = compare(sampled.output, runs[0].sampled.output, lpips=False) if runs else None
             runs.append(Run(key, rules, sampled, quality))
             save()

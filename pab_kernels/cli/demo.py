@@ -18,7 +18,8 @@ from .display import output, progress_bar, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..demo import DemoResult, DemoRun
+    from ..demo import DemoResult, DemoRun, DemoSettings
+    from ..demo_ranks import RanksResult, RanksRun
 
 
 def _measured(spread: tuple[float, float], digits: int, clips: int) -> str:
@@ -82,6 +83,44 @@ def results_table(result: "DemoResult", width: int = WIDE) -> "Table":
     )
 
 
+def ranks_table(result: "RanksResult") -> "Table":
+    """A row for each run on several ranks: what a rank sent, and how far clips are from those of one process."""
+    settings, full = result.settings, result.runs[0].traffic
+    kinds = list(full.by_kind)
+
+    def row(run: "RanksRun") -> list[str]:
+        by_kind, total = run.traffic.by_kind, run.traffic.total
+        sent = [*(by_kind[kind] for kind in kinds), total]
+        cells = [f"{one.bytes / 2**20:.2f}" for one in sent]
+        same = "same" if run.difference == 0 else f"{run.difference:.2g}"
+        return [run.variant.title, *cells, f"{total.bytes / full.total.bytes:.1%}", str(total.messages), same]
+
+    return table(
+        ["run", *(f"{kind}, MiB" for kind in kinds), "all, MiB", "of no PAB", "messages", "difference"],
+        map(row, result.runs),
+        title=f"{len(settings.prompts)} clip(s), {settings.scheduler}, {settings.steps} steps, {result.ranks} ranks",
+        caption="Sent by a rank to the others: input and output of temporal attention, and its part of the model's "
+        "output. Difference: the largest one between a clip of any rank and that of one process.",
+    )
+
+
+def _demo_on_ranks(settings: "DemoSettings", ranks: int, out: Path, as_json: bool) -> None:
+    from ..demo_ranks import run_demo_on_ranks, write
+
+    with progress_bar("loading", "steps", width=28) as show:
+        result = run_demo_on_ranks(settings, ranks, show)
+    try:
+        written = write(result, out)
+    finally:  # print the results even if a file cannot be written
+        if as_json:
+            print(to_json(result.to_dict()))
+        else:
+            output(100).print(ranks_table(result))
+    print(written, file=sys.stderr if as_json else sys.stdout)
+    if not result.equal:
+        raise ValueError("a rank's clips differ from those of one process; the column `difference` shows by how much")
+
+
 def command(
     prompt: Annotated[
         list[str] | None,
@@ -104,6 +143,13 @@ def command(
         ),
     ] = None,
     scheduler: Annotated[str, typer.Option(help="ddim, dpm++, pndm, heun, euler or unipc.")] = "ddim",
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            help="Run on this many processes of this machine's CPU instead, with one clip by default: whether it is "
+            "that of one process, and the bytes that each sends with and without PAB."
+        ),
+    ] = None,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="Folder of the clips, schedules and results.json.")] = Path("pab-demo"),
     as_json: AsJson = False,
@@ -114,13 +160,16 @@ def command(
     steps of ddim; else with the preset fast), with the preset balanced, with the paper's ranges 2/4/6, with diffusers'
     PAB, and with fewer sampling steps at the FLOPs of the plans. It takes about a minute on two cores. Ctrl-C stops it
     and reports the finished runs.
+
+    With --ranks, several processes share the frames of one clip: without PAB, with the plan, and with 2/4/6. Each clip
+    must be that of one process, bit for bit. This takes about a minute, too.
     """
     require_all("pab demo", "rich", "diffusers", "transformers", "skimage", "imageio", "imageio_ffmpeg", "matplotlib")
     require_all("pab demo", "safetensors", "PIL", "yaml")
     from ..analysis.ctrl_c import ctrl_c
     from ..demo import PROMPTS, DemoSettings, run_demo, write
 
-    texts = prompt or PROMPTS
+    texts = prompt or (PROMPTS if ranks is None else PROMPTS[:1])
     count = len(texts) if clips is None else clips
     if count < 1:
         raise ValueError(f"--clips must be at least 1, got {clips}")
@@ -129,6 +178,9 @@ def command(
     prompts = tuple(texts[i % len(texts)] for i in range(count))
     reaches = numbers(ranges, "--ranges takes spatial,temporal,cross[,mlp] as whole numbers such as 2,4,6", ",", int)
     settings = DemoSettings(prompts, seed, steps, reaches, scheduler, device=device)
+    if ranks is not None:
+        _demo_on_ranks(settings, ranks, out, as_json)
+        return
     out.mkdir(parents=True, exist_ok=True)
     with ctrl_c():
         with progress_bar("loading", "steps", width=28) as show:

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: typer reads the command's annotations at run time.
 
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -41,10 +42,11 @@ def _row(run: "Run", reference: "Run") -> list[str]:
 def results_table(result: "Result") -> "Table":
     """A row for each run."""
     what = result.runs[0].sampled.memory.what
+    shared = [] if result.ranks is None else [f"{math.prod(result.ranks)} ranks ({'x'.join(map(str, result.ranks))})"]
     return table(
         HEADINGS,
         [_row(run, result.runs[0]) for run in result.runs],
-        title=f"{result.pipeline}, {result.dtype}, {result.device}",
+        title=", ".join([result.pipeline, result.dtype, result.device, *shared]),
         caption=f"Memory: {what}, including weights. FLOPs: of the transformer, as a share of those without PAB. Kept: "
         "outputs, at the peak. PSNR and SSIM: against the run without PAB.",
     )
@@ -88,6 +90,14 @@ def command(
     offload: Annotated[str, typer.Option(help="none, model or sequential: keep unused weights on the host.")] = "none",
     local_files_only: LocalFilesOnly = False,
     weights: Weights = None,
+    parallel: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|none|CxS",
+            help="Share the work of the processes that torchrun started: auto, or C branches of guidance x S parts of "
+            "the sequence such as 2x4: torchrun --nproc-per-node 8 -m pab_kernels generate ... --parallel auto",
+        ),
+    ] = "none",
     fps: Annotated[float, typer.Option(help="Frames a second of the video.")] = 8,
     out: Annotated[Path, typer.Option(help="Folder of the outputs and results.json.")] = Path("pab-generate"),
     as_json: AsJson = False,
@@ -100,19 +110,23 @@ def command(
     require_all("pab generate", "matplotlib")
     from ..analysis.pipeline_call import Wish
     from ..generate import NotWritten, Settings, generate
+    from ..parallel.launch import is_first
 
     quiet("diffusers", "transformers")
     takes = "--size takes frames x height x width such as 49x480x720, or height x width of an image"
     shape = numbers(size, takes, "x", int, counts=(2, 3))
     wish = Wish(prompt, negative_prompt, steps, guidance, shape, seed, named_arguments(argument))
     settings = Settings(
-        model, wish, pab, compare, dtype, device, offload, fps, timed, local_files_only, cuda_graphs, weights
+        model, wish, pab, compare, dtype, device, offload, fps, timed, local_files_only, cuda_graphs, weights, parallel
     )
-    with progress_bar("loading", "steps", width=10) as show:
+    first = is_first(parallel)
+    with progress_bar("loading", "steps", width=10) if first else contextlib.nullcontext() as show:
         try:
             result, failed = generate(settings, out, show), None
         except NotWritten as error:
             result, failed = error.result, error
+    if not first:
+        raise SystemExit(130 if result.interrupted else 0)
     if as_json:
         print(to_json(result.to_dict()))
     elif result.runs:

@@ -25,6 +25,8 @@ from .counts import Counts
 from .exchange import Sender
 from .frames import FAMILIES, Frames, family_of
 from .layout import Guidance, Layout
+from .pipeline import ATTRIBUTE as PIPELINE
+from .pipeline import ParallelPipeline
 from .ranks import Ranks, join
 from .token_families import TOKEN_FAMILIES, token_family_of
 from .tokens import Tokens
@@ -51,6 +53,11 @@ def parallelize(
     - models with spatial and temporal attention (STDiT3, Latte) have some of the frames, and only temporal attention
       sends: its input and its output;
     - others have some of the tokens, and self attention has some of the heads (Ulysses).
+
+    A pipeline also encodes its text on the first rank alone, draws the same noise on all ranks, and decodes the
+    independent parts of its VAE over the ranks: chunks of Open-Sora's, and the batch of a VAE of diffusers with
+    `enable_slicing` (the frames of a video, for an `AutoencoderKL`). A bare module needs the same inputs on all ranks:
+    give the noise of all of them the same seed.
 
     Where PAB reuses an attention it sends nothing. With an 8-bit `cache_dtype` outputs of temporal attention are sent
     as they are kept. Requires `torch.distributed.init_process_group`, with NCCL on GPUs or gloo on CPUs.
@@ -90,6 +97,10 @@ def parallelize(
             parallel = Parallel(model, ranks, input_dtype, exact)
             undo.callback(parallel.detach)
             parallel.attach()
+        if not isinstance(model_or_pipe, nn.Module):
+            around = ParallelPipeline(model_or_pipe, ranks, _shared_by)
+            undo.callback(around.detach)
+            around.attach()
         undo.pop_all()
     return model_or_pipe
 
@@ -97,6 +108,9 @@ def parallelize(
 def unparallelize(model_or_pipe: Any) -> None:
     """Undo `parallelize`: the model runs on each rank alone. Does nothing if it is not parallel."""
     found = [parallel for model in _models(model_or_pipe) if (parallel := parallel_of(model)) is not None]
+    around = pipeline_of(model_or_pipe)
+    if around is not None:
+        around.detach()
     for parallel in found:
         parallel.detach()
     for ranks in {id(parallel.ranks): parallel.ranks for parallel in found}.values():
@@ -106,6 +120,17 @@ def unparallelize(model_or_pipe: Any) -> None:
 def parallel_of(model: nn.Module) -> Parallel | None:
     """What `parallelize` made of a model; None if it is not parallel."""
     return vars(model).get(PARALLEL)
+
+
+def pipeline_of(pipe: Any) -> ParallelPipeline | None:
+    """What `parallelize` made of a pipeline; None if it is not parallel."""
+    found = vars(pipe).get(PIPELINE)
+    return found if isinstance(found, ParallelPipeline) else None
+
+
+def _shared_by(pipe: Any, ranks: Ranks) -> bool:
+    """Whether one of a pipeline's models is on these ranks."""
+    return any(p.ranks is ranks for model in denoisers(pipe).values() if (p := parallel_of(model)) is not None)
 
 
 def _models(model_or_pipe: Any) -> list[nn.Module]:

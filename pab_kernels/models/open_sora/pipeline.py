@@ -286,14 +286,16 @@ class OpenSoraPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != len(told.text):
             raise ValueError(f"got {len(generator)} generators for {len(told.text)} clips; one, or one for each")
         shape = (len(told.text), self.transformer.config["in_channels"], *size)
-        given = self._encoded(frames, size.height, size.width, generator) if frames is not None else frame_latents
+        given = frame_latents
+        if frames is not None:
+            given = self.prepare_frames(frames, size.height, size.width, generator)
         clips: list[Tensor] = []
         for clip in range(num_clips):
             if self.interrupt:
                 break
             if clip > 0:
                 given, frames_at, frame_mask, latents = clips[-1][:, :, -CHUNK_LATENTS:], 0, None, None
-            noise = self._noise(shape, generator, device, latents)
+            noise = self.prepare_latents(shape, generator, device, latents)
             mask = None
             if given is not None:
                 noise, mask = place(noise, given, frames_at, frame_mask)
@@ -346,7 +348,7 @@ class OpenSoraPipeline(DiffusionPipeline):
                     continue
                 self._current_timestep = t
                 if step is not None and step.noised is not None:
-                    noise = self._noise(latents.shape, generator, device)
+                    noise = self.prepare_latents(latents.shape, generator, device)
                     latents = torch.where(step.noised, level * noise + (1 - level) * latents, latents)
                 free = None if step is None else step.free
                 v = velocity(self.transformer, latents, t, told, self.guidance_scale, cfg, free)
@@ -360,18 +362,34 @@ class OpenSoraPipeline(DiffusionPipeline):
         self._current_timestep = None
         return latents
 
-    def _noise(
-        self, shape: Sequence[int], generator: Generators, device: torch.device, given: Tensor | None = None
+    def prepare_latents(
+        self, shape: Sequence[int], generator: Generators, device: torch.device, latents: Tensor | None = None
     ) -> Tensor:
-        """Noise in the dtype of the transformer, as float32, which every step returns."""
-        if given is None:
-            given = randn_tensor(tuple(shape), generator=generator, device=device, dtype=self.transformer.dtype)
-        elif given.shape != tuple(shape):
-            raise ValueError(f"latents have shape {list(given.shape)}; for this size it must be {list(shape)}")
-        return given.to(device, torch.float32)
+        """Noise in the dtype of the transformer, as float32, which every step returns.
 
-    def _encoded(self, frames: Any, height: int, width: int, generator: Generators) -> Tensor:
-        """Latents of given frames; each clip of a batch has its own generator, if there are several."""
+        Args:
+            shape: `[B, 4, T, h, w]`.
+            generator: of the noise, one or one for each clip of the batch.
+            device: of the noise.
+            latents: noise to take instead.
+
+        Raises:
+            ValueError: `latents` has another shape.
+        """
+        if latents is None:
+            latents = randn_tensor(tuple(shape), generator=generator, device=device, dtype=self.transformer.dtype)
+        elif latents.shape != tuple(shape):
+            raise ValueError(f"latents have shape {list(latents.shape)}; for this size it must be {list(shape)}")
+        return latents.to(device, torch.float32)
+
+    def prepare_frames(self, frames: Any, height: int, width: int, generator: Generators) -> Tensor:
+        """Latents `[B, 4, t, height, width]` of given frames.
+
+        Args:
+            frames: as in a call.
+            height, width: of the latents.
+            generator: of the VAE's noise; each clip of a batch has its own, if there are several.
+        """
         cropped = {"resize_mode": "crop"} if _has_pictures(frames) else {}
         video = self.video_processor.preprocess_video(
             frames if not hasattr(frames, "convert") else [frames], height * PATCH_EDGE, width * PATCH_EDGE, **cropped

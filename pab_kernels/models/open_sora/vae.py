@@ -6,6 +6,7 @@ checkpoint was not loaded here: names and shapes come from the sources.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -222,7 +223,7 @@ class OpenSoraVAE(PublishedModel, ModelMixin):  # loading a pipeline, diffusers 
         Raises:
             ValueError: num_frames frames do not have T latent frames.
         """
-        batch, _, time, height, width = latents.shape
+        time = latents.shape[2]
         if num_frames is None:
             num_frames = self.frames(time)
         if self.latent_frames(num_frames) != time:
@@ -232,16 +233,41 @@ class OpenSoraVAE(PublishedModel, ModelMixin):  # loading a pipeline, diffusers 
             )
         latents = latents.to(self.dtype)
         z = latents * self.scale.to(latents) + self.shift.to(latents)
-        video = z.new_empty(batch, num_frames, 3, height * self.pixels, width * self.pixels)
-        chunk, at_once = self.config.chunk_frames, self.config.frames_at_once
-        for i, part in enumerate(z.split(self.latent_frames(chunk), 2)):
-            clip = video[:, i * chunk : (i + 1) * chunk]  # [B, n, 3, H, W]
-            x = self.temporal_vae.decode(part, clip.shape[1]).transpose(1, 2) / self.config.scaling_factor
-            for b in range(batch):
-                for j in range(0, clip.shape[1], at_once):
-                    clip[b, j : j + at_once] = self._run(self._pixels, x[b, j : j + at_once], 1, self.pixels)
-        video = video.transpose(1, 2)
+        video = self.decode_groups(z, num_frames, self.groups(num_frames)).transpose(1, 2)
         return DecoderOutput(sample=video) if return_dict else (video,)
+
+    def groups(self, num_frames: int) -> list[range]:
+        """The frames of a clip that are decoded together: `frames_at_once` of a chunk, or fewer at its end."""
+        chunk, at_once = self.config.chunk_frames, self.config.frames_at_once
+        return [
+            range(first, min(first + at_once, start + chunk, num_frames))
+            for start in range(0, num_frames, chunk)
+            for first in range(start, min(start + chunk, num_frames), at_once)
+        ]
+
+    def decode_groups(self, z: Tensor, num_frames: int, groups: Sequence[range]) -> Tensor:
+        """Frames of some groups. A group sees nothing of others, and has the same bits whichever come with it.
+
+        Args:
+            z: of the whole clip `[B, C, T, h, w]`, not normed.
+            num_frames: of the whole clip.
+            groups: some of `groups(num_frames)`, in their order.
+
+        Returns:
+            `[B, frames of the groups, 3, 8 h, 8 w]`.
+        """
+        chunk, batch = self.config.chunk_frames, len(z)
+        video = z.new_empty(batch, sum(map(len, groups)), 3, z.shape[3] * self.pixels, z.shape[4] * self.pixels)
+        parts, written = z.split(self.latent_frames(chunk), 2), 0
+        for i, inside in itertools.groupby(groups, lambda group: group.start // chunk):
+            frames = min(chunk, num_frames - i * chunk)
+            x = self.temporal_vae.decode(parts[i], frames).transpose(1, 2) / self.config.scaling_factor
+            for group in inside:
+                own = slice(group.start - i * chunk, group.stop - i * chunk)
+                for b in range(batch):
+                    video[b, written : written + len(group)] = self._run(self._pixels, x[b, own], 1, self.pixels)
+                written += len(group)
+        return video
 
     def _run(self, network: Any, x: Tensor, read: int, written: int) -> Tensor:
         return network(x) if self._tiles is None else self._tiles.run(network, x, read, written)
