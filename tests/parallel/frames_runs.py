@@ -50,11 +50,11 @@ class Case:
     given: bool = False
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
-    def build(self, layers: int = 2) -> nn.Module:
+    def build(self) -> nn.Module:
         """The model, in float64."""
         if self.model == "stdit3":
-            return tiny_stdit3.tiny_stdit3(torch.float64, depth=layers)
-        model: nn.Module = tiny_latte.tiny_latte(torch.float64, video_length=self.frames, num_layers=layers)
+            return tiny_stdit3.tiny_stdit3(torch.float64)
+        model: nn.Module = tiny_latte.tiny_latte(torch.float64, video_length=self.frames)
         return model
 
     def sample(self, model: nn.Module, seed: int = 0) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from pab_kernels.rules.plan import Action
 from tests.adapters.tiny_latte import sample, tiny_latte, tiny_pipe
 from tests.parallel.frames_runs import STEPS, Case
 
+SOON = 5.0
+"""Seconds after which a rank that waits for another one raises; beside it, each only runs a tiny model."""
 CONFIG = PABConfig(spatial=2, temporal=3, cross=4)
 
 
@@ -86,7 +87,7 @@ def branches_apart(rank: int) -> None:
 def loses_an_output(rank: int) -> None:
     """One rank has lost an output that the others reuse."""
     case = Case("stdit3", "hold", 3)
-    model = pab.parallelize(pab.enable(case.build(), CONFIG, num_steps=STEPS), timeout=20)
+    model = pab.parallelize(pab.enable(case.build(), CONFIG, num_steps=STEPS))
     x = torch.randn(2, 4, 3, 5, 7, dtype=torch.float64)
     case.call(model, x, 900)
     broadcaster = broadcaster_of(model)
@@ -99,11 +100,12 @@ def loses_an_output(rank: int) -> None:
 def fails(rank: int) -> None:
     """A module of one rank raises in the middle of a call."""
     case = Case("stdit3", "hold", 3)
-    model = pab.parallelize(case.build(), timeout=5)
+    model = pab.parallelize(case.build(), timeout=SOON)
 
     def broken(*_: Any) -> None:
         raise ArithmeticError("rank 1 is broken")
 
+    dist.barrier()
     if rank == 1:
         model.temporal_blocks[1].mlp.register_forward_pre_hook(broken)
     case.sample(model)
@@ -113,11 +115,12 @@ def stays_away(rank: int, path: str) -> None:
     """One rank does not come to a call, as if it were too slow."""
     store = dist.FileStore(path, 2)
     case = Case("stdit3", "hold", 3)
-    model = pab.parallelize(case.build(), timeout=3)
+    model = pab.parallelize(case.build(), timeout=SOON)
     x = torch.randn(2, 4, 3, 5, 7, dtype=torch.float64)
     case.call(model, x, 900)
+    dist.barrier()
     if rank == 1:
-        store.wait(["rank 0 has ended"], timedelta(seconds=100))
+        store.wait(["rank 0 has ended"])
         return
     try:
         case.call(model, x, 800)
