@@ -131,7 +131,16 @@ class Frames:
             yield attach_forward(getattr(self._model, self._family.rope), self._all_positions, beneath=True)
 
     def begin(self, call: Call | None) -> None:
-        """See `Layout.begin`."""
+        """See `Layout.begin`.
+
+        Raises:
+            ValueError: attention is kept before its projection, where places are split.
+        """
+        if call is not None and call.generation.config.cache_point == "unprojected":
+            raise ValueError(
+                "got cache_point='unprojected' for a model whose frames are split over ranks; supported are 'pre_gate' "
+                "and 'post_gate', whose outputs lie as the frames do"
+            )
         for name, stand_in in self._stand_ins.items():
             kept = None
             if call is not None and name in call.plan.decided and not self._exact:

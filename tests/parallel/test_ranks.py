@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import pab_kernels as pab
-from tests.adapters.tiny_stdit3 import tiny_stdit3
+from tests.adapters.tiny_stdit3 import conditions, noise, text, tiny_stdit3
 
 
 @pytest.fixture
@@ -77,3 +77,13 @@ def test_what_is_no_model(eight_fake_ranks: None) -> None:
 def test_patches_of_several_frames_are_refused(eight_fake_ranks: None) -> None:
     with pytest.raises(ValueError, match="patches hold 2 frames"):
         pab.parallelize(tiny_stdit3(patch_size=(2, 2, 2)))
+
+
+@torch.no_grad()
+def test_outputs_before_the_projection_are_not_kept_where_frames_are_split(
+    model: nn.Module, eight_fake_ranks: None
+) -> None:
+    config = pab.PABConfig(temporal=2, cache_point="unprojected")
+    pab.parallelize(pab.enable(model, config, num_steps=4))
+    with pytest.raises(ValueError, match="got cache_point='unprojected' for a model whose frames are split"):
+        model(noise(), torch.full((2,), 900.0), text(), **conditions())
