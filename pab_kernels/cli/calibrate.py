@@ -26,12 +26,12 @@ def command(
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to draw; repeatable. Three are searched with, the others verify; seven are a good number."
+            help="What to draw; repeatable. Three are searched with, the others verify: seven, or nine for a floor."
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps, at least 12.")] = 30,
     floor: Annotated[
-        float | None, typer.Option(help=f"PSNR in dB that every verified clip keeps. Default: {FLOOR:g}.")
+        float | None, typer.Option(help=f"PSNR in dB that 95 % of unseen clips keep. Default: {FLOOR:g}.")
     ] = None,
     flops: Annotated[float | None, typer.Option(help="Share of the model's FLOPs, such as 0.6.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Seconds of a call.")] = None,
@@ -82,7 +82,7 @@ def command(
         for text in texts:
             parse(text)  # refuses words that the model does not know
     if not texts:
-        raise ValueError("--prompt is needed, at least once; seven prompts are a good number")
+        raise ValueError("--prompt is needed, at least once; seven prompts are a good number, nine for a floor")
     further = named_arguments(argument)
     wishes = [Wish(text, negative_prompt, steps, guidance, shape, seed, further) for text in texts]
     quiet("diffusers", "transformers")

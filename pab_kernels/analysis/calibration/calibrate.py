@@ -28,7 +28,7 @@ from .gains import PARTS, PARTS_OF_MODULES
 from .generations import Generations
 from .sampler import PipelineSampler, Sampler, in_words
 from .store import Store
-from .targets import Target, budget, check_sampling, clips_of
+from .targets import VERIFIED, VERIFIED_OF_FLOOR, Target, budget, check_sampling, clips_of
 
 logger = logging.getLogger("pab_kernels")
 
@@ -55,7 +55,8 @@ def calibrate(
     2. Gains are measured: how far an error at some steps moves the final sample (`gains.py`).
     3. A dynamic programme finds the best steps for every number of them (`search.py`). It, samplings of fewer steps
        with and without skipped ones, a uniform plan and plans with more steps whose sublayers or blocks are reused run
-       on these clips. The closest is kept (`choice.py`).
+       on these clips. The closest is kept (`choice.py`). For a floor, every second one of the late steps is skipped
+       instead, and the clips of step 4 decide how many are computed.
     4. The plan is run on clips that no search has seen, and compared with fewer steps, a uniform plan and PAB 2/4/6.
 
     Clip i has prompt i and seed `seed + i`. Exactly one of `floor`, `flops`, `seconds` and `speed` is given.
@@ -63,9 +64,9 @@ def calibrate(
     Args:
         model_or_pipe: a diffusers pipeline on which PAB is not enabled, or a bare DiT with `call`.
         prompts: texts, `Wish`es (`analysis/pipeline_call.py`) or whatever `call` takes. The first three are searched
-            with; if fewer than seven are given, further seeds of them verify.
+            with; if fewer than seven are given, or nine for a floor, further seeds of them verify.
         num_steps: sampling steps, at least 12.
-        floor: PSNR in dB that every verified clip keeps, and an unseen one with a probability of 95 %.
+        floor: PSNR in dB that every verified clip keeps, and 95 % of unseen ones with a confidence of 95 %.
         flops: share of the model's FLOPs, at most.
         seconds: of a call, at most, as measured.
         speed: times faster than a full call, at least, as measured.
@@ -91,7 +92,7 @@ def calibrate(
     """
     target = Target.of(floor=floor, flops=flops, seconds=seconds, speed=speed)
     check_sampling(num_steps, seed, values, most_generations)
-    searched, verified, notes = clips_of(prompts, seed)
+    searched, verified, notes = clips_of(prompts, seed, VERIFIED if floor is None else VERIFIED_OF_FLOOR)
     sampler = _sampler(model_or_pipe, num_steps, call)
     bare = isinstance(model_or_pipe, nn.Module)
     parts = PARTS_OF_MODULES if bare else PARTS

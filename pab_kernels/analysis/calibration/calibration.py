@@ -21,11 +21,13 @@ from ...strict_json import to_json
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-USUAL_DEVIATION = 8.0
-"""The deviation, in dB, that is taken for the PSNR of clips before any is measured: about that of 40 clips in
-bench/results/calibrate-floor.jsonl."""
-USUAL_CLIPS = 20
+USUAL_DEVIATION = 15.0
+"""The deviation of the PSNR of clips, in dB, that is taken before any is measured, for each part of the FLOPs that is
+skipped: clips differ more, the earlier the first skipped step."""
+USUAL_CLIPS = 10
 """Clips as many as which that deviation counts."""
+_NORMAL = 1.645
+"""The 95 % quantile of the normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -61,26 +63,29 @@ class Row:
 
     @property
     def expected(self) -> float:
-        """The PSNR, in dB, that an unseen clip keeps with a probability of 95 %, if clips are normal in dB.
+        """The PSNR, in dB, that 95 % of unseen clips keep, with a confidence of 95 %, if clips are normal in dB.
 
-        With n clips of mean m and deviation s, and a usual deviation s0 that counts as n0 clips:
+        It is the one-sided bound of tolerance. With n clips of mean m and deviation s, and a usual deviation s0 that
+        counts as n0 clips:
 
-            m - t s' sqrt(1 + 1 / n),    s'^2 = (n0 s0^2 + (n - 1) s^2) / (n0 + n - 1)
+            m - k s',    s'^2 = (n0 s0^2 + (n - 1) s^2) / f,    f = n0 + n - 1,    s0 = 15 dB * (1 - share)
 
-        t is the quantile of Student's distribution with n0 + n - 1 degrees of freedom. Few clips may all be easy: their
-        own deviation alone would promise too much.
+            k = z (1 + sqrt(1 - a (1 - 1 / n))) / a,    a = 1 - z^2 / (2 f),    z = 1.645
+
+        k is that of Natrella 1963, Experimental Statistics, 2-5.2. Few clips may all be easy: their own deviation alone
+        would promise too much.
         """
         return self.expected_of(len(self.psnr))
 
     def expected_of(self, n: int) -> float:
         """What `expected` would be if n clips had this mean and deviation, in dB."""
-        freedom = USUAL_CLIPS + n - 1
-        deviation = math.sqrt((USUAL_CLIPS * USUAL_DEVIATION**2 + (n - 1) * self.deviation**2) / freedom)
-        student = 1.645 + 1.52 / freedom + 1.42 / freedom**2  # Abramowitz and Stegun 1964, 26.7.5
-        return self.mean - student * deviation * math.sqrt(1 + 1 / n)
+        usual, freedom = USUAL_DEVIATION * max(1 - self.share, 0.0), USUAL_CLIPS + n - 1
+        deviation = math.sqrt((USUAL_CLIPS * usual**2 + (n - 1) * self.deviation**2) / freedom)
+        a = 1 - _NORMAL**2 / (2 * freedom)
+        return self.mean - _NORMAL * (1 + math.sqrt(1 - a * (1 - 1 / n))) / a * deviation
 
     def keeps(self, floor: float) -> bool:
-        """Whether every clip is at or above a floor, and an unseen one is with a probability of 95 %."""
+        """Whether every clip is at or above a floor, and 95 % of unseen ones are, with a confidence of 95 %."""
         return self.worst >= floor and self.expected >= floor
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,7 +153,7 @@ class Calibration:
         begin: the step at which runs enter it.
         verified: the config on clips that no search has seen; for a floor, the config of the last number of steps that
             kept it on them.
-        everywhere: on these and on the clips of the search.
+        everywhere: on these and on the clips of the search; for a floor on the former alone.
         searched: what was measured on the clips of the search.
         others: what the config is compared with, on the first of the verified clips.
         curve: the share of the FLOPs, and the PSNR in dB that the search expects of the best schedule with it.
@@ -249,6 +254,6 @@ class Calibration:
             rows.append([row.title, *cells])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-        said = f"19 of 20 unseen clips are expected above {self.everywhere.expected:.1f} dB"
+        said = f"19 of 20 unseen clips are expected above {self.everywhere.expected:.1f} dB, with a confidence of 95 %"
         cost = f"{self.generations:.1f} generations; {said}"
         return "\n".join([str(self.plan), "", *table, cost, *(f"note: {note}" for note in self.notes)])

@@ -16,14 +16,16 @@ from .generations import Full, Generations, Measured, Way
 from .recording import Recording, check_seeds, rms
 from .sampler import Clip, in_words
 from .schedules import SEARCHED, Schedules
-from .targets import COMPARED, Budget, Target
+from .targets import COMPARED, FEWEST, Budget, Target
 
 WORST = 3
 """Clips that the report shows."""
 _CLEARLY = 1.0
 """dB by which a plan with further tiers must be closer on the clips of the search: they are few."""
-_PER_DECADE = 50.0
-"""dB that ten times as many computed steps are taken to bring before two numbers of them were measured."""
+_FIRST = 0.6
+"""The part of the steps that is computed in the first attempt at a floor."""
+_PER_DECADE = 80.0
+"""dB that ten times as many computed steps are taken to add to what clips are expected to keep."""
 _SPARE = 2.0
 """dB above a floor at which the next number of computed steps aims: another attempt costs more than a step."""
 _OF_TIME = 1.05
@@ -37,7 +39,7 @@ class Found:
     Args:
         way: its rules and its number of steps.
         row: of the clips that verify.
-        everywhere: of these and those of the search.
+        everywhere: of these and those of the search; for a floor of these alone.
         begin: the step at which runs enter the schedule.
         num_steps: of the schedule.
         full_seconds: of a full run, the median.
@@ -146,10 +148,13 @@ class Choice:
     def _full_seconds(self) -> float:
         return statistics.median(full.seconds for full in self._full.values())
 
-    def _affords(self, generations: float) -> bool:
-        """Whether this leaves enough for full runs."""
-        owed = len(self.verified) - len(self._full)
-        return self._run.spent + generations + owed <= self._most + 1e-6
+    def _affordable(self, share: float, spare: float) -> int:
+        """Of the clips that verify, those on which a plan with this share of the FLOPs can be run."""
+
+        def cost(clips: int) -> float:
+            return self._run.spent + spare + clips * share + max(clips - len(self._full), 0)
+
+        return max((n for n in range(len(self.verified) + 1) if cost(n) <= self._most + 1e-6), default=0)
 
     # Targets
 
@@ -210,7 +215,7 @@ class Choice:
             left = left[: 3 if index == 0 else 2]
         rows = {way: row_of(way.title, found) for way, found in runs.items()}
         self.measured += rows.values()
-        return max(left, key=lambda way: rows[way].expected - _CLEARLY * (way in tiers))
+        return max(left, key=lambda way: _rank(rows[way]) - _CLEARLY * (way in tiers))
 
     def _fitted(self, tiers: Sequence[Way]) -> list[Way]:
         """Plans with further tiers whose weights are fitted to one clip, as far as generations are left over."""
@@ -223,38 +228,36 @@ class Choice:
         return found
 
     def _for_floor(self, floor: float) -> Way:
-        """The plan of fewest computed steps that keeps a floor, among those that were tried."""
-        least, most = min(self._schedules.best), self._schedules.num_steps
-        below, above, number = least - 1, most, max(round(0.5 * most), least)
-        kind: str | None = None
+        """The plan of fewest computed steps that keeps a floor on the clips that verify, among those that were tried.
+
+        The clips of the search only guess the first number of steps: those that choose must not judge.
+        """
+        schedules = self._schedules
+        least, most = schedules.fewest_late, schedules.num_steps
+        first = max(round(_FIRST * most), min(schedules.best))
+        guess = self._search_row(schedules.late(first)).expected_of(len(self.verified))
+        below, above, number = least - 1, most, self._next(first, floor - guess)
         found: Way | None = None
         closest: Row | None = None
-        points: list[tuple[int, float]] = []
         while below < number < above:
-            more = 0.0 if found is None else self._plan.compared * COMPARED
-            if not self._affords(self._clips * number / most + more):
+            clips = self._affordable(number / most, 0.0 if found is None else self._plan.compared * COMPARED)
+            if clips < (min(FEWEST, len(self.verified)) if found is None else len(self.verified)):
                 break
-            ways = self._schedules.leading(number)
-            rows = {name: self._search_row(way) for name, way in ways.items() if kind in (name, None)}
-            kind = max(rows, key=lambda name: rows[name].expected)
-            way, row, level = ways[kind], rows[kind], rows[kind].expected_of(self._clips)
-            if level >= floor:
-                row = self._verified_until(floor, way)
-                level = row.expected if len(row.psnr) == self._clips else min(row.expected, row.worst)
-            if len(row.psnr) == self._clips and row.keeps(floor):
-                found, above = way, number
+            way = schedules.late(number)
+            row = row_of(way.title, [self._on_verified(way, i) for i in range(clips)])
+            wanted = self._next(number, floor - row.expected)
+            if row.keeps(floor):
+                found, above, number = way, number, wanted
+                self.verified = self.verified[:clips]
             else:
-                below = number
-                closest = row if closest is None or row.worst > closest.worst else closest
-            points.append((number, level))
-            further = math.ceil(number * 10 ** ((floor + _SPARE - level) / _slope(points)))
-            number = further if found else min(max(further, below + 1), above - 1)
+                below, number = number, min(max(wanted, number + 1), above - 1)
+                closest = row if closest is None or row.expected > closest.expected else closest
         if found is None:
             best_of = "none was measured"
             if closest is not None:
                 best_of = f"the closest has {closest.worst:.1f} dB on its worst clip"
                 if closest.worst >= floor:
-                    best_of += f", and an unseen one is only expected above {closest.expected:.1f} dB"
+                    best_of += f", and 95 % of unseen ones are only expected above {closest.expected:.1f} dB"
             raise NoPlan(
                 f"no plan was found that keeps floor={floor:g} dB; {best_of}. Lower the floor, use more steps, or "
                 "raise most_generations",
@@ -262,28 +265,25 @@ class Choice:
             )
         return found
 
-    @property
-    def _clips(self) -> int:
-        return len(self.searched) + len(self.verified)
-
-    def _verified_until(self, floor: float, way: Way) -> Row:
-        """The row of all clips, which ends with the first one below a floor."""
-        runs = [self._on_search(way, i) for i in range(len(self.searched))]
-        for index in range(len(self.verified)):
-            runs.append(self._on_verified(way, index))
-            if runs[-1].psnr < floor:
-                break
-        return row_of(way.title, runs)
+    def _next(self, number: int, missing: float) -> int:
+        """The number of computed steps that brings what is missing in dB, at most half of the way to all of them."""
+        most = self._schedules.num_steps
+        wanted = math.ceil(number * 10 ** ((missing + _SPARE) / _PER_DECADE))
+        return max(min(wanted, (number + most) // 2), self._schedules.fewest_late)
 
     # The report
 
     def _reported(self, way: Way) -> Found:
         ours = [self._on_verified(way, i) for i in range(len(self.verified))]
-        known = [self._on_search(way, i) for i in range(len(self.searched))]
+        known = [] if self._target.name == "floor" else [self._on_search(way, i) for i in range(len(self.searched))]
         row, everywhere = row_of(way.title, ours), row_of(way.title, [*known, *ours])
         recording, asked = self._recordings[0], self._schedules.asked
         steps = recording.begin + recording.num_steps if way.num_steps == asked else way.num_steps
         found = Found(way, row, everywhere, recording.begin, steps, self._full_seconds())
+        if len(ours) < self._plan.verified:
+            found.notes.append(
+                f"{len(ours)} of {self._plan.verified} clips verify; raise most_generations for the others"
+            )
         if way.config is None:
             found.notes.append(
                 f"no plan that was tried is closer than {way.title} without PAB: sample with num_steps={way.num_steps}"
@@ -334,10 +334,12 @@ class Choice:
         return others
 
 
-def _slope(points: Sequence[tuple[int, float]]) -> float:
-    """dB for ten times as many computed steps, by the two numbers of them that are furthest apart."""
-    (few, low), (many, high) = min(points), max(points)
-    return max((high - low) / math.log10(many / few), _PER_DECADE / 2) if few < many else _PER_DECADE
+def _rank(row: Row) -> float:
+    """By what ways to sample are compared on the same few clips, in dB: the mean, less twice a deviation.
+
+    Few clips tell little of it: that of the two degrees of freedom of three clips counts beside 8 dB with twenty.
+    """
+    return row.mean - 2 * math.sqrt((20 * 8.0**2 + 2 * row.deviation**2) / 22)
 
 
 def row_of(title: str, runs: Sequence[Measured]) -> Row:

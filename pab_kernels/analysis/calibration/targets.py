@@ -18,6 +18,10 @@ SEARCHED = 3
 """Clips that the search measures on."""
 VERIFIED = 4
 """Clips that verify, where no more prompts are given."""
+VERIFIED_OF_FLOOR = 6
+"""Those of a floor, which they decide."""
+FEWEST = 3
+"""Clips that verify, at least."""
 COMPARED = 2.15
 """Generations that comparing with three other ways to sample costs on one clip."""
 TARGETS = ("floor", "flops", "seconds", "speed")
@@ -81,19 +85,20 @@ def check_sampling(num_steps: Any, seed: Any, values: Any = (0.0, 1.0), most_gen
     check_seed(seed, 1000)
 
 
-def clips_of(prompts: Sequence[Any], seed: int) -> tuple[list[Clip], list[Clip], list[str]]:
+def clips_of(prompts: Sequence[Any], seed: int, verified: int = VERIFIED) -> tuple[list[Clip], list[Clip], list[str]]:
     """The clips of the search, those that verify, and notes.
 
     Args:
         prompts: at least one.
         seed: of the first clip; the next ones have the next seeds.
+        verified: clips that verify, at least.
 
     Raises:
         ValueError: there is no prompt.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
         raise ValueError(f"prompts is a list of at least one prompt, got {shown(prompts)}")
-    wanted = SEARCHED + max(len(prompts) - SEARCHED, VERIFIED)
+    wanted = SEARCHED + max(len(prompts) - SEARCHED, verified)
     clips = [Clip(prompts[i % len(prompts)], seed + i) for i in range(wanted)]
     notes = []
     if len(prompts) < wanted:
@@ -152,12 +157,13 @@ def budget(most: float, target: Target, clips: int, gain_cost: float) -> Budget:
     """
     share = target.value if target.name == "flops" else 1 / target.value if target.name == "speed" else 0.65
     least = math.inf
-    for verified in range(clips, min(clips, 3) - 1, -1):
+    for verified in range(clips, min(clips, FEWEST) - 1, -1):
         for gains, compared, ways, tiers in _POSSIBLE:
-            total = SEARCHED + gains * gain_cost + verified * (1 + share) + compared * (2 * share + 0.85)
-            if target.name == "floor":
-                total += SEARCHED * (2 * 0.5 + share)  # two ways with half of the steps, and one with more
+            total = SEARCHED + gains * gain_cost + verified * (1 + share)
+            if target.name == "floor":  # a guess, and a second attempt with more steps; what is left compares
+                total += SEARCHED * 0.6 + verified * 0.75
             else:
+                total += compared * (2 * share + 0.85)
                 total += share * (ways + tiers + min(ways + tiers, 3) + 2 * (SEARCHED - 2))
             if target.name in ("seconds", "speed"):
                 total += 2 * share

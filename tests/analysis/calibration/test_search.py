@@ -122,6 +122,23 @@ def test_late_steps_are_skipped_in_turn_but_not_the_last_two() -> None:
     assert late(16, 13) == (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 15)
     assert late(7, 4) is None and late(6, 4) == (0, 2, 4, 5)
     assert late(12, 12) is None, "nothing is skipped"
+    assert late(16, 13, 4) == (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 14, 15) and late(7, 5, 4) is None
+
+
+def test_for_a_floor_late_steps_are_skipped_or_those_of_the_search_if_that_is_not_possible() -> None:
+    pipe = pipe_of("unipc")
+    recording = record(pipe, run_of(pipe), lambda: None)
+    given = ([recording], np.ones(STEPS), "forecast")
+    way, few = Schedules(*given, STEPS).late(10), Schedules(*given, STEPS).late(5)
+    assert way.title == "late" and way.config is not None and way.config.model is not None
+    assert way.config.model.at == late(STEPS, 10) and way.share == pytest.approx(10 / STEPS)
+    assert few.title == "searched", "more than every second step is skipped"
+    assert Schedules(*given, STEPS).fewest_late == 10 and late(STEPS, 10)[:6] == (0, 1, 2, 3, 4, 6)
+    twice = Schedules(*given, STEPS // 2)
+    assert twice.late(10).title == "searched", "two steps of the schedule for one of the call"
+    assert twice.fewest_late == min(twice.best)
+    two = replace(recording, influence=replace(recording.influence, handover=9))
+    assert Schedules([two], *given[1:], STEPS).late(10).title == "searched", "the second model's first step is skipped"
 
 
 def test_no_two_steps_in_a_row_are_skipped_in_the_first_half() -> None:

@@ -52,6 +52,16 @@ def test_few_prompts_verify_with_other_seeds_and_a_note_says_so() -> None:
             clips_of(prompts, 0)
 
 
+def test_a_floor_is_verified_by_more_clips_and_leaves_generations_for_a_second_attempt() -> None:
+    searched, verified, notes = clips_of(list("abcdefg"), 7, 6)
+    assert [c.prompt for c in verified] == list("defgab") and [c.seed for c in verified] == [10, 11, 12, 13, 14, 15]
+    assert "7 prompt(s) for 9 clips" in notes[0]
+    plan = budget(20, Target("floor", 40), 6, 1.5)
+    assert plan.verified == 6 and plan.total == 20
+    first, second = len(searched) * 1.6 + 6 * 1.65, 6 * 0.75
+    assert first + second + plan.gains * 1.5 <= 20
+
+
 @pytest.mark.parametrize(
     "target", [Target("flops", 0.5), Target("flops", 0.8), Target("speed", 1.5), Target("floor", 35)]
 )
