@@ -30,7 +30,7 @@ from .record import write
 PROMPTS = 7
 """Captions that `calibrate` gets, with the seeds from 0 on."""
 SEED = 1000
-"""Of the first unseen clip."""
+"""Of the first unseen clip, where no other is given."""
 TARGETS = "floor=35,floor=40,floor=45,flops=.35,flops=.45,flops=.55,flops=.65,flops=.8"
 
 
@@ -41,7 +41,13 @@ def target(text: str) -> dict[str, float]:
 
 
 def of_target(
-    model: PackagedPipeline, steps: int, asked: dict[str, float], prompts: list[str], full: torch.Tensor, bar: Any
+    model: PackagedPipeline,
+    steps: int,
+    asked: dict[str, float],
+    prompts: list[str],
+    seed: int,
+    full: torch.Tensor,
+    bar: Any,
 ) -> dict[str, Any]:
     """A row: the plan that is found for a target, on unseen clips."""
 
@@ -50,7 +56,7 @@ def of_target(
         return model.generate([prompt], [seed], num_steps)[0]
 
     def clips(num_steps: int) -> torch.Tensor:
-        return torch.stack([call(model.pipe, prompt, SEED + i, num_steps) for i, prompt in enumerate(prompts)])
+        return torch.stack([call(model.pipe, prompt, seed + i, num_steps) for i, prompt in enumerate(prompts)])
 
     row: dict[str, Any] = {"target": asked}
     known = [str(caption) for caption in held_out()[:PROMPTS]]
@@ -100,6 +106,7 @@ def main() -> None:
     parser.add_argument("--targets", default=TARGETS, help="of pab.calibrate")
     parser.add_argument("--schedulers", default="dpm++:30", help="names with their steps")
     parser.add_argument("--clips", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of the first unseen clip, default {SEED}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", help="a file for the rows, as JSON lines")
     args = parser.parse_args()
@@ -112,10 +119,17 @@ def main() -> None:
         for sampling in args.schedulers.split(","):
             name, _, steps = sampling.partition(":")
             model, count = demo.load(name, args.device), int(steps or 50)
-            run = {"bench": "calibrate", "model": "demo", "scheduler": name, "steps": count, "clips": args.clips}
-            full = torch.cat([model.generate([prompt], [SEED + i], count) for i, prompt in enumerate(prompts)])
+            run = {
+                "bench": "calibrate",
+                "model": "demo",
+                "scheduler": name,
+                "steps": count,
+                "clips": args.clips,
+                "seed": args.seed,
+            }
+            full = torch.cat([model.generate([prompt], [args.seed + i], count) for i, prompt in enumerate(prompts)])
             for text in args.targets.split(","):
-                rows.append(run | of_target(model, count, target(text), prompts, full, bar))
+                rows.append(run | of_target(model, count, target(text), prompts, args.seed, full, bar))
                 tqdm.write(_line(rows[-1]))
                 if args.out:
                     write(args.out, rows, args.device)
