@@ -80,3 +80,21 @@ def test_two_ranks_compiled() -> None:
         assert difference < 1e-6
         assert eager == compiled_
         assert eager.share < 1
+
+
+def whole_on_two_ranks(rank: int, case: Case) -> tuple[float, Any]:
+    """The difference of the whole model compiled on two ranks from one rank, and what was sent."""
+    model = case.build()
+    alone = case.sample(pab.enable(model, PLANS[case.plan], num_steps=STEPS))
+    pab.parallelize(model)
+    torch._dynamo.reset()
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    pab.enable(whole, PLANS[case.plan], num_steps=STEPS)
+    return float((alone - case.sample(whole)).abs().max()), pab.summary(model).traffic
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.model for case in CASES])
+def test_the_whole_model_compiled_on_two_ranks(case: Case) -> None:
+    for difference, sent in run_on(2, whole_on_two_ranks, case):
+        assert difference < 1e-12
+        assert [step.messages > 0 for step in sent.sent["temporal"]] == [True, False, False, True, False, False]
