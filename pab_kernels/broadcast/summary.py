@@ -36,7 +36,7 @@ class Summary:
         graph_bytes: device memory of the graphs in bytes: places of slots, inputs, and the memory pool of the captured
             work; None without CUDA graphs.
         traffic: what this rank sent to others, if the model is parallel; without PAB, what the same calls would have
-            sent. Calls that were replayed from CUDA graphs are counted as sending nothing.
+            sent.
         models: for a pipeline with several models, the summary of each by its name in the pipeline. The other fields
             are then sums (also of the peaks, although these may be reached at different times), contexts are named
             "model: context", and `plan` is None.

@@ -3,14 +3,14 @@ runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..rules.plan import Action
-from ..rules.traffic import Traffic
+from ..rules.traffic import Sent, Traffic
 from .attach import PREFIX
 from .call import Call
 from .outputs import kept, read
@@ -26,6 +26,12 @@ class Shared(Protocol):
 
     def agree(self, call: Call) -> None:
         """Handle a call under PAB, before anything of it runs; every rank must be about to do the same."""
+
+    def taken(self) -> Sequence[Sent]:
+        """What was sent by each place that sends, and is not counted yet."""
+
+    def give(self, sent: Sequence[Sent]) -> None:
+        """Count what was sent by each place."""
 
     def traffic(self, generation: Any) -> Traffic | None:
         """What this rank sent in a generation; None if a later one has begun."""

@@ -15,16 +15,20 @@ class Counts:
     def __init__(self) -> None:
         self.calls = 0
         """Calls of the model, also those that ran nothing."""
-        self._last = -1
+        self._step = self._last = -1
         self._steps: defaultdict[int, defaultdict[str, Sent]] = defaultdict(lambda: defaultdict(Sent))
         self._full: dict[str, tuple[str, Sent]] = {}  # kind, and what one run sends, by name of the sender
 
-    def collect(self, senders: Iterable[Sender], step: int) -> None:
+    def begin(self, step: int) -> None:
+        """Begin a call."""
+        self.calls += 1
+        self._step, self._last = step, max(self._last, step)
+
+    def collect(self, senders: Iterable[Sender]) -> None:
         """Count what was sent in a call, once it has ended."""
-        self._last = max(self._last, step)
         for sender in senders:
             if sender.sent.messages:
-                self._steps[step][sender.kind] += sender.sent
+                self._steps[self._step][sender.kind] += sender.sent
                 self._full[sender.name] = sender.kind, sender.sent
             sender.sent = Sent()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from ..broadcast.pipeline import denoisers
 from ..broadcast.whole import PARALLEL
 from ..compat import uncompiled
 from ..ops.quantized import EIGHT_BITS
-from ..rules.traffic import Traffic
+from ..rules.traffic import Sent, Traffic
 from .agreement import Agreement, facts_of
 from .counts import Counts
 from .exchange import Sender
@@ -167,7 +167,6 @@ class Parallel:
         self._attached: list[Attached] = []
         self._generation: Any = _nothing
         self._counts = Counts()
-        self._step = 0
 
     def attach(self) -> None:
         """Install the stand-ins."""
@@ -211,9 +210,21 @@ class Parallel:
         latest = generation is None or self._generation() is generation
         return self._counts.traffic() if latest else None
 
+    def taken(self) -> Sequence[Sent]:
+        """See `Shared.taken`."""
+        found = [sender.sent for sender in self.senders]
+        for sender in self.senders:
+            sender.sent = Sent()
+        return found
+
+    def give(self, sent: Sequence[Sent]) -> None:
+        """See `Shared.give`."""
+        for sender, more in zip(self.senders, sent, strict=True):
+            sender.sent += more
+
     def _collect(self) -> None:
         if self._counts.calls:
-            self._counts.collect(self.senders, self._step)
+            self._counts.collect(self.senders)
 
     def _renew(self) -> None:
         """End generations of PAB if outputs are kept, which have the shapes of another layout."""
@@ -229,8 +240,7 @@ class Parallel:
         self._collect()
         if self._generation() is not generation:
             self._generation, self._counts = weakref.ref(generation), Counts()
-        self._step = step
-        self._counts.calls += 1
+        self._counts.begin(step)
 
     def agree(self, call: Call) -> None:
         """See `Shared.agree`."""

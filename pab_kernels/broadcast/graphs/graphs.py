@@ -27,12 +27,14 @@ from ...compat import hooks_in_words
 from ...messages import first_line
 from ...rules.config import PABConfig
 from ...rules.plan import Action
+from ...rules.traffic import Sent
 from ..call import Call
 from ..context import Context
 from ..costs import place
 from ..generation import Generation
 from ..signature import copy_into, like, signature, tensors_of
 from ..slots import Arena, Meter
+from ..whole import shared
 from .capture import Capture, CudaCapture, line_of
 from .fixed_arena import Change, FixedArena, Places
 from .host_state import State, difference, host_state
@@ -51,6 +53,7 @@ class Graph:
         weights: the weights of all outputs that it reads together, in one tensor.
         changes: the changes to the arena.
         counts: a context with the counts of one call.
+        sent: what a rank sends in one call, as `Shared.taken` gives it.
     """
 
     replay: Callable[[], None]
@@ -58,6 +61,7 @@ class Graph:
     weights: torch.Tensor
     changes: Sequence[Change]
     counts: Context
+    sent: Sequence[Sent] = ()
 
 
 class Graphs:
@@ -167,9 +171,11 @@ class Graphs:
             numbers = iter(weights)
             arena.weights = {place: tuple(itertools.islice(numbers, len(of_place))) for place, of_place in read.items()}
             graph, out = self._first(call, arena, model, lambda call: compute(call, *inputs), weights)
+            self._count_sent(model, graph)
             self._graphs[key] = graph
             return _copied(out)
         graph.replay()
+        self._count_sent(model, graph)
         call.context.add(graph.counts)
         arena.repeat(graph.changes, call.step, lambda name: call.plan.decision(name, call.step).held)
         return _copied(graph.out)
@@ -187,6 +193,8 @@ class Graphs:
             call.prepare()
             out = self._capture.warm_up(lambda: run(call))
             changes = tuple(arena.changes)
+            ranks = shared(model)
+            sent = () if ranks is None else ranks.taken()
             signature(out, f"the output of {self._name}")
             after = host_state(model)
             if difference(before, after) is not None:  # lazy initialisation, or a change at every call
@@ -211,9 +219,16 @@ class Graphs:
                 if failed and isinstance(failed[0], torch.OutOfMemoryError):
                     raise failed[0] from None
                 raise self._refused(_reason((*failed, error)[0])) from error
+        if ranks is not None:
+            ranks.taken()  # nothing was sent while it was captured
         if tuple(again.changes) != changes:
             raise self._refused("a second call with the same inputs did something else")
-        return Graph(replay, captured_out, weights, changes, repeated.context), out
+        return Graph(replay, captured_out, weights, changes, repeated.context, sent), out
+
+    def _count_sent(self, model: nn.Module, graph: Graph) -> None:
+        ranks = shared(model)
+        if ranks is not None:
+            ranks.give(graph.sent)
 
     def _refused(self, reason: str) -> RuntimeError:
         return RuntimeError(
