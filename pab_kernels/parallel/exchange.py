@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops.dequantize import dequantize
 from ..ops.quantize import quantize
-from ..ops.quantized import GROUP, Quantized
+from ..ops.quantized import EIGHT_BITS, GROUP, Quantized
 from ..rules.traffic import Sent
 from .ranks import rank_in, size_of
 
@@ -57,7 +57,7 @@ def switched(
         sender: of the group.
         x: `[...]`, with all of `split`, which is padded with zeros to a multiple of the ranks.
         split, gather: dimensions, none of them the last.
-        fewer: an 8-bit dtype in which it is sent, with a bfloat16 scale for each 128 channels; default its own.
+        fewer: the dtype in which it is sent, in 8 bits with a bfloat16 scale for each 128 channels; default its own.
 
     Returns:
         The tensor, with `split` over n and n times `gather`, and what was sent.
@@ -68,8 +68,9 @@ def switched(
 
 def exchanged(sender: Sender, parts: Tensor, fewer: torch.dtype | None = None) -> tuple[Tensor, Sent]:
     """Send part i of `[n, ...]` to rank i; part i of the result is from rank i. `fewer` as in `switched`."""
-    if fewer is None:
-        return sender.all_to_all(parts.contiguous())
+    if fewer not in EIGHT_BITS:
+        out, cost = sender.all_to_all(parts.to(fewer or parts.dtype).contiguous())
+        return out.to(parts.dtype), cost
     received, cost = _sent(sender, quantize(parts, fewer, GROUP), torch.bfloat16)
     return dequantize(received, parts.dtype), cost
 

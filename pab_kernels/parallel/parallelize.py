@@ -33,6 +33,8 @@ from .tokens import Tokens
 
 T = TypeVar("T")
 TIMEOUT = 600.0
+SENT_IN = (torch.bfloat16, torch.float16, *EIGHT_BITS)
+"""The dtypes in which inputs of attention may be sent."""
 
 
 def parallelize(
@@ -68,8 +70,8 @@ def parallelize(
         cfg: 2 gives each half of the ranks one of the branches of guidance, where they are in one batch.
         sequence: ranks over which the sequence is split; default all, over `cfg`.
         timeout: seconds after which a rank that waits for the others raises.
-        input_dtype: `torch.int8` or `torch.float8_e4m3fn` to send inputs of attention in 8 bits too, which is an
-            approximation of its own; default their own.
+        input_dtype: `torch.int8` or `torch.float8_e4m3fn` to send inputs of attention in 8 bits too, or
+            `torch.bfloat16` where they have more, which is an approximation of its own; default their own.
         exact: whether outputs of attention are sent in their own dtype even if PAB keeps them in 8 bits. Otherwise a
             step that computes such an output uses it as it is kept, where one process would use it unrounded.
 
@@ -84,8 +86,8 @@ def parallelize(
     Source: Dynamic Sequence Parallelism (arXiv 2403.10266); Ulysses (arXiv 2309.14509); PAB (arXiv 2408.12588),
     section 3.4.
     """
-    if input_dtype not in (None, *EIGHT_BITS):
-        raise TypeError(f"got input_dtype={input_dtype}; supported are None and {', '.join(map(str, EIGHT_BITS))}")
+    if input_dtype not in (None, *SENT_IN):
+        raise TypeError(f"got input_dtype={input_dtype}; supported are None and {', '.join(map(str, SENT_IN))}")
     models = _models(model_or_pipe)
     for model in models:
         if PARALLEL in vars(model):

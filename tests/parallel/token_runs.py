@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import init_device_mesh
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
@@ -96,6 +97,21 @@ def _run(name: str, rules: PABConfig | None) -> Run:
         latents.shape[0],
         sum(s.kind == "spatial" for s in pab.sublayers(model)),
     )
+
+
+def on_eight(rank: int) -> dict[str, tuple[float, Traffic]]:
+    """Models with four heads, on four ranks for each half of the batch, or for each of two copies where it is one."""
+    mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("copies", "sequence"))["sequence"]
+    found = {}
+    for name in ("Wan", "Flux", "Qwen-Image"):
+        model = replace(MODELS[name], config=MODELS[name].config | {"num_attention_heads": 4}).build().double()
+        wanted, _ = _generation(model, name, RULES["hold"])
+        halves = arguments(name, 0)["hidden_states"].shape[0] == 2
+        pab.parallelize(model, cfg=2) if halves else pab.parallelize(model, mesh)
+        outputs, traffic = _generation(model, name, RULES["hold"])
+        assert traffic is not None
+        found[name] = _difference(outputs, wanted), traffic
+    return found
 
 
 # Other things
