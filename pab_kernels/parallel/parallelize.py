@@ -167,6 +167,7 @@ class Parallel:
         self._guidance = None if ranks.cfg is None else Guidance(ranks.cfg, self._arguments[0])
         self._agreement = Agreement(ranks.control)
         self._attached: list[Attached] = []
+        self._placed: list[tuple[str, nn.Module]] = []
         self._generation: Any = _nothing
         self._counts = Counts()
 
@@ -176,9 +177,11 @@ class Parallel:
         assert model is not None, "it was just given"
         setattr(model, PARALLEL, self)
         leave_out_of_copies(model)
+        names = {module: name for name, module in model.named_modules()}
         for attached in self._stand_ins(model):
             self._attached.append(attached)
             attached.attach()
+            self._placed.append((names[attached.owner], attached.owner))
         self._renew()
 
     def _stand_ins(self, model: nn.Module) -> Iterator[Attached]:
@@ -194,6 +197,7 @@ class Parallel:
         while self._attached:
             self._attached[-1].detach()
             self._attached.pop()
+        self._placed.clear()
         self._renew()
         take_off(model, PARALLEL)
 
@@ -240,9 +244,21 @@ class Parallel:
         if self.layout is not None:
             self.layout.begin(call)
         self._collect()
+        self._check_placed()
         if self._generation() is not generation:
             self._generation, self._counts = weakref.ref(generation), Counts()
         self._counts.begin(step)
+
+    def _check_placed(self) -> None:
+        """Raise an error if a module that takes part was replaced: its successor would work on one part alone."""
+        model = self._model()
+        assert model is not None, "it is called"
+        for name, module in self._placed:
+            if model.get_submodule(name) is not module:
+                raise RuntimeError(
+                    f"{name or type(model).__name__} was replaced since pab.parallelize; call pab.unparallelize and "
+                    "pab.parallelize again, on all ranks"
+                )
 
     def agree(self, call: Call) -> None:
         """See `Shared.agree`."""

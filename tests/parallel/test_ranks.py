@@ -87,3 +87,14 @@ def test_outputs_before_the_projection_are_not_kept_where_frames_are_split(
     pab.parallelize(pab.enable(model, config, num_steps=4))
     with pytest.raises(ValueError, match="got cache_point='unprojected' for a model whose frames are split"):
         model(noise(), torch.full((2,), 900.0), text(), **conditions())
+
+
+@torch.no_grad()
+def test_a_module_that_was_replaced_since_is_an_error(model: nn.Module, eight_fake_ranks: None) -> None:
+    pab.parallelize(model)
+    blocks = model.get_submodule("temporal_blocks")
+    blocks[1] = tiny_stdit3(seed=1).temporal_blocks[1]
+    with pytest.raises(RuntimeError, match="temporal_blocks.1.attn was replaced since pab.parallelize"):
+        model(noise(), torch.full((2,), 900.0), text(), **conditions())
+    pab.unparallelize(model)
+    model(noise(), torch.full((2,), 900.0), text(), **conditions())
