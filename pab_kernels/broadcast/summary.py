@@ -111,7 +111,7 @@ class Summary:
             rows.append([f"  {kind}", str(t.computed), str(t.stored), str(t.reused), str(t.forced)])
             rows[-1] += [f"{nbytes / 2**20:.1f}" for nbytes in (t.cache_bytes, t.peak_cache_bytes)]
             rows[-1] += [f"{t.flops_saved:.2e}" if t.flops_saved else "0"] if self.flops_without else []
-            rows[-1] += [f"{t.seconds:.3f}"] if t.seconds is not None else []
+            rows[-1] += ["" if t.seconds is None else f"{t.seconds:.3f}"] if self.rest_seconds is not None else []
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 

@@ -52,7 +52,7 @@ class Agreement:
         except RuntimeError as error:
             raise RanksDiffer(
                 f"rank {dist.get_rank()}: another rank did not come to {facts}: it failed, or takes longer than the "
-                f"timeout of pab.parallelize ({error})"
+                f"timeout of pab.parallelize; call pab.unparallelize and pab.parallelize on all ranks ({error})"
             ) from error
         other = next(i for i, text in enumerate(said) if text != facts)
         raise RanksDiffer(

@@ -40,12 +40,17 @@ class Sender:
         """Send part i of `[n, ...]`, contiguous, to rank i; part i of the result is from rank i."""
         parts = [x[0].numel()] * self.size
         out = _collectives.all_to_all_single(x.flatten(), parts, parts, self._group_name)
-        return _collectives.wait_tensor(out).view(x.shape), Sent(x.nbytes // self.size * (self.size - 1), 1)
+        return _collectives.wait_tensor(out).view(x.shape), Sent(_nbytes(x) // self.size * (self.size - 1), 1)
 
     def all_gather(self, x: Tensor) -> tuple[Tensor, Sent]:
         """The tensors of all ranks, `[n, ...]`, from each rank's own, which is contiguous."""
         out = _collectives.all_gather_into_tensor(x.flatten(), self.size, self._group_name)
-        return _collectives.wait_tensor(out).view(self.size, *x.shape), Sent(x.nbytes * (self.size - 1), 1)
+        return _collectives.wait_tensor(out).view(self.size, *x.shape), Sent(_nbytes(x) * (self.size - 1), 1)
+
+
+def _nbytes(x: Tensor) -> int:
+    """Also where sizes are symbols of a compiled graph."""
+    return x.numel() * x.element_size()
 
 
 def switched(

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..broadcast.attach import Attached, attach_forward
+from ..broadcast.attach import Attached, attach_forward, innermost
 from ..broadcast.call import Call
+from ..broadcast.fusing import has_hooks
 from ..broadcast.slots import CACHE_DTYPES
 from ..ops.quantized import Quantized
 from .exchange import Sender, switched, switched_quantised
@@ -106,6 +107,8 @@ class Frames:
             raise ValueError(f"got a model whose patches hold {in_a_patch} frames; patches of one frame are supported")
         self._model, self._family, self._group = model, family, group
         self._exact = exact
+        self.running = False
+        """Whether a call of the model is running."""
         self.frames = 1
         """T of the current call, over all ranks."""
         self._output = Sender(group, "output", "output")
@@ -142,8 +145,9 @@ class Frames:
                 "and 'post_gate', whose outputs lie as the frames do"
             )
         for name, stand_in in self._stand_ins.items():
-            kept = None
-            if call is not None and name in call.plan.decided and not self._exact:
+            kept, module = None, self._switches[name]
+            inside = has_hooks(module) or innermost(module) != (module, "forward")  # others would see what it returns
+            if call is not None and name in call.plan.decided and not (self._exact or inside):
                 kept = CACHE_DTYPES[call.generation.config.cache_dtype]
             stand_in.output_dtype = kept
 
@@ -152,22 +156,25 @@ class Frames:
         family, model = self._family, self._model
         self.frames = frames = arguments[family.latents].shape[FRAMES]
         least = family.least if frames > 1 else 1
-        for name, dim in ((family.latents, FRAMES), *((name, 1) for name in family.per_frame)):
-            if arguments.get(name) is not None:
-                arguments = arguments | {name: part(arguments[name], dim, self._group, least)}
-        if family.positions is None:
-            return whole_output(self._output, forward(arguments), FRAMES, frames)
-        positions = getattr(model, family.positions)
+        for argument, dim in ((family.latents, FRAMES), *((each, 1) for each in family.per_frame)):
+            if arguments.get(argument) is not None:
+                arguments = arguments | {argument: part(arguments[argument], dim, self._group, least)}
+        name = family.positions or ""
+        positions = getattr(model, name) if name else None
+        self.running = True
         try:
-            setattr(model, family.positions, part(positions, 1, self._group, least))
+            if positions is not None:
+                setattr(model, name, part(positions, 1, self._group, least))
             out = forward(arguments)
         finally:
-            setattr(model, family.positions, positions)
+            self.running = False
+            if positions is not None:
+                setattr(model, name, positions)
         return whole_output(self._output, out, FRAMES, frames)
 
     def _all_positions(self, original: Callable[..., Any], frames: int) -> Any:
         """Replaces the `forward` of the rotary embedding, which is that of all frames."""
-        return original(self.frames)
+        return original(self.frames if self.running else frames)
 
 
 @dataclass(eq=False)
@@ -189,6 +196,9 @@ class Switch:
     """The 8-bit dtype of its output on the way, if PAB keeps it in that; None for its own."""
 
     def __call__(self, original: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor | Quantized:
+        if not self.layout.running:
+            out: Tensor = original(x, *args, **kwargs)
+            return out
         places, frames = self.family.places, self.family.frames
         count, number = x.shape[places], self.layout.frames
         x, there = switched(self.sender, x, places, frames, self.input_dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,9 @@ from ..broadcast.attach import Attached
 from ..broadcast.call import Call
 from .exchange import Sender, gathered
 from .ranks import rank_in, size_of
+
+POSITIONS = ("image_rotary_emb", "img_ids", "txt_ids")
+"""Arguments whose tensors of two dimensions begin with the tokens, not with the batch."""
 
 
 class Layout(Protocol):
@@ -63,16 +67,20 @@ class Guidance:
         n, batch = self._output.size, arguments[self._latents].shape[0]
         if batch % n:
             raise ValueError(
-                f"got a batch of {batch} with cfg={n}; supported are batches that hold both branches of guidance. This "
-                "pipeline calls the model for one branch at a time: use pab.parallelize(..., cfg=1)"
+                f"got a batch of {batch} with cfg={n}; supported are batches that hold both branches of guidance. If "
+                "the model is called for one branch at a time, use pab.parallelize(..., cfg=1)"
             )
         first, rows = self._output.rank * (batch // n), batch // n
 
-        def half(value: Any) -> Any:
-            whole = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
+        def half(value: Any, least: int) -> Any:
+            whole = isinstance(value, Tensor) and value.ndim >= least and value.shape[0] == batch
             return value.narrow(0, first, rows) if whole else value
 
-        out = forward({name: pytree.tree_map(half, value) for name, value in arguments.items()})
+        halves = {
+            name: pytree.tree_map(partial(half, least=3 if name in POSITIONS else 1), value)
+            for name, value in arguments.items()
+        }
+        out = forward(halves)
         return whole_output(self._output, out, 0)
 
 

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..broadcast.attach import Attached, attach_forward, leave_out_of_copies, take_off
 from ..broadcast.broadcaster import broadcaster_of
 from ..broadcast.call import Call
+from ..broadcast.inputs import records_gradients
 from ..broadcast.pipeline import denoisers
 from ..broadcast.whole import PARALLEL
 from ..compat import uncompiled
@@ -89,6 +90,8 @@ def parallelize(
     if input_dtype not in (None, *SENT_IN):
         raise TypeError(f"got input_dtype={input_dtype}; supported are None and {', '.join(map(str, SENT_IN))}")
     models = _models(model_or_pipe)
+    if not isinstance(model_or_pipe, nn.Module) and pipeline_of(model_or_pipe) is not None:
+        raise RuntimeError(f"this {type(model_or_pipe).__name__} is parallel already; call pab.unparallelize first")
     for model in models:
         if PARALLEL in vars(model):
             raise RuntimeError(f"this {type(model).__name__} is parallel already; call pab.unparallelize first")
@@ -162,7 +165,7 @@ class Parallel:
     def __init__(self, model: nn.Module, ranks: Ranks, input_dtype: torch.dtype | None, exact: bool) -> None:
         self.ranks = ranks
         self._model = weakref.ref(model)
-        self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._arguments = _arguments(model)
         self.layout = None if ranks.sequence is None else layout_of(model, ranks, input_dtype, exact)
         self._guidance = None if ranks.cfg is None else Guidance(ranks.cfg, self._arguments[0])
         self._agreement = Agreement(ranks.control)
@@ -270,13 +273,18 @@ class Parallel:
         model = self._model()
         assert model is not None, "its forward was called"
         broadcaster = broadcaster_of(model)
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        if torch.is_grad_enabled() and records_gradients(model, tensors):
+            raise RuntimeError(
+                f"{type(model).__name__}: gradients are recorded, and what ranks send has none; call it under "
+                "torch.no_grad(), or pab.unparallelize"
+            )
         if torch.compiler.is_compiling():
             if broadcaster is None and self.layout is not None:
                 self.layout.begin(None)
         elif broadcaster is None or broadcaster.call is None:
             self._begin(self, self._counts.calls)
-            shapes = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-            self._agreement.on(f"without PAB, tensors of {shapes}")
+            self._agreement.on(f"without PAB, tensors of {[tuple(v.shape) for v in tensors]}")
         arguments = dict(zip(self._arguments, args, strict=False)) | kwargs
 
         def local(given: dict[str, Any]) -> Any:
@@ -305,6 +313,16 @@ def layout_of(model: nn.Module, ranks: Ranks, input_dtype: torch.dtype | None, e
         f"got a {type(model).__name__}; supported are {', '.join(supported)}, and classes that inherit from them, as "
         "it is known where their tokens can be split; others can have cfg=2 on two ranks"
     )
+
+
+def _arguments(model: nn.Module) -> list[str]:
+    """The names of a model's arguments: those of the first class that takes no others."""
+    for kind in type(model).__mro__:
+        if "forward" in vars(kind):
+            parameters = inspect.signature(vars(kind)["forward"]).parameters.values()
+            if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+                return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD][1:]
+    return []
 
 
 def _nothing() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from datetime import timedelta
+from types import NoneType
 from typing import Any
 
 import torch.distributed as dist
@@ -35,7 +37,8 @@ class Ranks:
         """Destroy the groups that were made here."""
         for group in self.made:
             if dist.is_initialized():
-                dist.destroy_process_group(group)
+                with contextlib.suppress(ValueError):  # it was destroyed with all others
+                    dist.destroy_process_group(group)
 
 
 def size_of(group: dist.ProcessGroup | None) -> int:
@@ -66,10 +69,15 @@ def join(mesh: DeviceMesh | None, cfg: int, sequence: int | None, timeout: float
             "torch.distributed is not initialised; start the program with torchrun and call "
             "torch.distributed.init_process_group() first"
         )
-    if not 0 < timeout < 1e6:
+    if not isinstance(timeout, (int, float)) or not 0 < timeout < 1e6:
         raise ValueError(f"got timeout={timeout!r}; seconds above 0 are supported")
+    for name, value in ((CFG, cfg), (SEQUENCE, sequence)):
+        if isinstance(value, bool) or not isinstance(value, (int, NoneType)):
+            raise TypeError(f"got {name}={value!r}; a number of ranks is supported")
     after = timedelta(seconds=timeout)
     if mesh is not None:
+        if cfg != 1 or sequence is not None:
+            raise ValueError(f"got a mesh with cfg={cfg} and sequence={sequence}; the mesh has both: leave them out")
         return _of_mesh(mesh, after)
     world = dist.get_world_size()
     if cfg not in (1, BRANCHES):

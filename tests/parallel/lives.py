@@ -131,3 +131,15 @@ def stays_away(rank: int, path: str) -> None:
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest."""
     return float((a - b).abs().max())
+
+
+def hooked(rank: int) -> float:
+    """The difference from one rank, where a hook sees what temporal attention returns, in 8-bit slots."""
+    case = Case("stdit3", "int8", 3)
+    model = case.build()
+    for block in model.get_submodule("temporal_blocks"):
+        block.attn.register_forward_hook(lambda module, args, out: 1.5 * out)
+    config = PABConfig(temporal=3, cache_dtype="int8")
+    alone = case.sample(pab.enable(model, config, num_steps=STEPS))
+    pab.parallelize(model)
+    return difference(alone, case.sample(pab.enable(model, config, num_steps=STEPS)))

@@ -98,3 +98,19 @@ def test_the_whole_model_compiled_on_two_ranks(case: Case) -> None:
     for difference, sent in run_on(2, whole_on_two_ranks, case):
         assert difference < 1e-12
         assert [step.messages > 0 for step in sent.sent["temporal"]] == [True, False, False, True, False, False]
+
+
+def on_two_ranks_in_sizes(rank: int) -> list[float]:
+    """The difference of compiled blocks on two ranks from eager ones on one, for clips of several lengths in a row."""
+    found = []
+    model = compiled(pab.parallelize(Case("stdit3", "hold", 3).build()), CASES[0], "eager")
+    config = pab.PABConfig(temporal=2)
+    for frames in (3, 4, 5):
+        case = Case("stdit3", "hold", frames)
+        alone = case.sample(pab.enable(case.build(), config, num_steps=STEPS))
+        found.append(float((alone - case.sample(pab.enable(model, config, num_steps=STEPS))).abs().max()))
+    return found
+
+
+def test_compiled_blocks_serve_clips_of_other_lengths() -> None:
+    assert all(max(found) < 1e-6 for found in run_on(2, on_two_ranks_in_sizes))

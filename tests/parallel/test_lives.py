@@ -52,3 +52,7 @@ def test_a_rank_that_stays_away_is_an_error_on_the_others(tmp_path: Path) -> Non
         run_on(2, lives.stays_away, str(tmp_path / "store"))
     assert "rank 0: Traceback" in str(error.value)
     assert "another rank did not come to call 2" in str(error.value)
+
+
+def test_hooks_see_tensors_with_eight_bit_slots_too() -> None:
+    assert run_on(2, lives.hooked) == [0, 0]

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import pab_kernels as pab
+from pab_kernels.models.stdit3 import STDiT3
 from tests.adapters.tiny_stdit3 import conditions, noise, text, tiny_stdit3
 
 
@@ -39,6 +40,8 @@ def test_without_torch_distributed_it_says_how_to_start(model: nn.Module) -> Non
         ({"cfg": 3}, ValueError, "got cfg=3; supported are 1, and 2"),
         ({"sequence": 3}, ValueError, "got cfg=1 and sequence=3, 3 ranks, but 8 are running"),
         ({"cfg": 2, "sequence": 8}, ValueError, "16 ranks, but 8 are running"),
+        ({"cfg": 2.0}, TypeError, "got cfg=2.0; a number of ranks"),
+        ({"timeout": "5"}, ValueError, "got timeout='5'"),
         ({"timeout": 0}, ValueError, "got timeout=0; seconds above 0"),
         ({"input_dtype": torch.int16}, TypeError, "int16"),
     ],
@@ -98,3 +101,32 @@ def test_a_module_that_was_replaced_since_is_an_error(model: nn.Module, eight_fa
         model(noise(), torch.full((2,), 900.0), text(), **conditions())
     pab.unparallelize(model)
     model(noise(), torch.full((2,), 900.0), text(), **conditions())
+
+
+def test_gradients_and_fits_are_refused(model: nn.Module, eight_fake_ranks: None) -> None:
+    pab.parallelize(model)
+    with pytest.raises(RuntimeError, match="gradients are recorded"):
+        model(noise().requires_grad_(), torch.full((2,), 900.0), text(), **conditions())
+    with pytest.raises(ValueError, match="is parallel"):
+        pab.fit(model, ["a"], pab.PABConfig(temporal=pab.Broadcast(2, reuse="linear")), num_steps=4, call=print)
+
+
+@torch.no_grad()
+def test_modules_are_split_only_in_calls_of_the_model(model: nn.Module, eight_fake_ranks: None) -> None:
+    attention = model.get_submodule("temporal_blocks.0.attn")
+    x = torch.randn(1, 3, 5, 64, generator=torch.Generator().manual_seed(0))
+    alone = attention(x)
+    pab.parallelize(model)
+    assert torch.equal(attention(x), alone)
+
+
+class Around(STDiT3):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_a_subclass_that_passes_its_arguments_on(model: nn.Module, eight_fake_ranks: None) -> None:
+    model.__class__ = Around
+    pab.parallelize(model, cfg=2)
+    assert model(noise(), torch.full((2,), 900.0), text(), **conditions()).shape == (2, 8, 3, 5, 7)

@@ -28,6 +28,7 @@ from ...broadcast.broadcaster import broadcaster_of
 from ...broadcast.call import Call
 from ...broadcast.generation import Generation
 from ...broadcast.pipeline import denoisers
+from ...broadcast.whole import shared
 from ...compat import uncompiled
 from ...messages import shown
 from ...progress import Progress
@@ -232,6 +233,11 @@ def sums_of(
     for model in models:
         if broadcaster_of(model) is not None:
             raise ValueError(f"PAB is enabled on this {type(model).__name__}; call pab.disable before fitting it")
+        if shared(model) is not None:
+            raise ValueError(
+                f"this {type(model).__name__} is parallel, and a fit sees the part of one rank; call pab.unparallelize "
+                "first"
+            )
     fits = [_Fit(model, adapter_for(model, kinds), config, progress) for model in models]
     # Observers are Python: compiled blocks run eagerly.
     with contextlib.ExitStack() as stack, torch.no_grad(), torch.compiler.set_stance("force_eager"):

@@ -16,6 +16,7 @@ from ...broadcast.broadcaster import broadcaster_of
 from ...broadcast.coordinates import solver
 from ...broadcast.pipeline import denoisers, other_schedulers
 from ...broadcast.summary import Summary
+from ...broadcast.whole import shared
 from ...messages import shown
 from ...rules.config import PABConfig
 from ..pipeline_call import Wish, call
@@ -210,9 +211,14 @@ def share_of(summary: Summary, config: PABConfig) -> float:
 
 
 def check_plain(model: torch.nn.Module) -> None:
-    """Raise a ValueError if PAB is enabled on a model."""
+    """Raise a ValueError if PAB is enabled on a model, or ranks share it."""
     if broadcaster_of(model) is not None:
         raise ValueError(f"PAB is enabled on this {type(model).__name__}; call pab.disable before calibrating it")
+    if shared(model) is not None:
+        raise ValueError(
+            f"this {type(model).__name__} is parallel; call pab.unparallelize first, as a config is for any number of "
+            "ranks"
+        )
 
 
 def kinds_of(model: torch.nn.Module) -> frozenset[str]:
