@@ -126,4 +126,5 @@ def _control(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup | None:
     copies = [list(copy) for copy in sorted(set(map(tuple, all_ranks)))]
     own: dist.ProcessGroup
     own, _ = dist.new_subgroups_by_enumeration(copies, timeout=timeout, backend="gloo", group_desc="pab control")
+    dist.barrier(own)  # none leaves the groups, as after an error, while others still connect to it
     return own
