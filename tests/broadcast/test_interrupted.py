@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,12 +37,15 @@ def _interrupted_at(moments: set[int], lines: list[str]) -> Iterator[None]:
                 raise _Interrupted
         return trace
 
-    before = sys.gettrace()
+    before, collects = sys.gettrace(), gc.isenabled()
+    gc.disable()  # what other tests have left would be finalised within, and be interrupted
     sys.settrace(trace)
     try:
         yield
     finally:
         sys.settrace(before)
+        if collects:
+            gc.enable()
 
 
 def _run(action: Callable[[], Any], moments: set[int]) -> list[str]:
