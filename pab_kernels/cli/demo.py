@@ -5,7 +5,7 @@
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,8 @@ from .arguments import AsJson, Device, numbers
 from .display import output, progress_bar, table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
     from rich.table import Table
 
     from ..demo import DemoResult, DemoRun, DemoSettings
@@ -104,19 +106,30 @@ def ranks_table(result: "RanksResult") -> "Table":
     )
 
 
+def _report(
+    write: "Callable[[], Iterable[Path]]", figures: "Mapping[str, Any] | None", show: "Callable[[], None]"
+) -> None:
+    """Write the files; print the results, as JSON or as a table, even if a file cannot be written."""
+    try:
+        written = write()
+    finally:
+        if figures is not None:
+            print(to_json(figures))
+        else:
+            show()
+    for path in written:
+        print(path, file=sys.stdout if figures is None else sys.stderr)
+
+
 def _demo_on_ranks(settings: "DemoSettings", ranks: int, out: Path, as_json: bool) -> None:
     from ..demo_ranks import run_demo_on_ranks, write
 
     with progress_bar("loading", "steps", width=28) as show:
         result = run_demo_on_ranks(settings, ranks, show)
-    try:
-        written = write(result, out)
-    finally:  # print the results even if a file cannot be written
-        if as_json:
-            print(to_json(result.to_dict()))
-        else:
-            output(100).print(ranks_table(result))
-    print(written, file=sys.stderr if as_json else sys.stdout)
+    console = output(100)
+    _report(
+        lambda: [write(result, out)], result.to_dict() if as_json else None, lambda: console.print(ranks_table(result))
+    )
     if not result.equal:
         raise ValueError("a rank's clips differ from those of one process; the column `difference` shows by how much")
 
@@ -189,15 +202,8 @@ def command(
             nothing = "" if result.runs else ", nothing to report"
             print(f"interrupted: {len(result.runs)} of the runs are finished{nothing}", file=sys.stderr)
         if result.runs:
-            try:
-                written = write(result, out)
-            finally:  # print the results even if a file cannot be written
-                if as_json:
-                    print(to_json(result.to_dict()))
-                else:
-                    console = output(WIDE)
-                    console.print(results_table(result, console.width))
-            for path in written:
-                print(path, file=sys.stderr if as_json else sys.stdout)
+            console = output(WIDE)
+            figures = result.to_dict() if as_json else None
+            _report(lambda: write(result, out), figures, lambda: console.print(results_table(result, console.width)))
     if result.interrupted:
         raise SystemExit(130)

@@ -7,13 +7,16 @@ device does not wait.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..broadcast.call import Call
+from ..messages import first_line
 
 
 class RanksDiffer(RuntimeError):
@@ -42,23 +45,36 @@ class Agreement:
             return
         facts = f"call {self.calls}: {facts}"
         own = torch.tensor([zlib.crc32(facts.encode())])
-        try:
+        with answered(self._group, facts):
             found = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
             dist.all_gather(found, own, self._group)
-            if all(bool((other == own).all()) for other in found):
+            if all(torch.equal(other, own) for other in found):
                 return
             said: list[Any] = [None] * len(found)
             dist.all_gather_object(said, facts, self._group)
-        except RuntimeError as error:
-            raise RanksDiffer(
-                f"rank {dist.get_rank()}: another rank did not come to {facts}: it failed, or takes longer than the "
-                f"timeout of pab.parallelize; call pab.unparallelize and pab.parallelize on all ranks ({error})"
-            ) from error
         other = next(i for i, text in enumerate(said) if text != facts)
         raise RanksDiffer(
             f"ranks would not run the same. Rank {dist.get_rank(self._group)}: {facts}. Rank {other}: {said[other]}. "
             "Give all ranks the same arguments and interrupt them together; pab.release on all ranks starts afresh"
         )
+
+
+@contextlib.contextmanager
+def answered(group: dist.ProcessGroup, what: str) -> Iterator[None]:
+    """Raise `RanksDiffer` where a rank does not answer in time.
+
+    Args:
+        group: on the host.
+        what: the ranks do together.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise RanksDiffer(
+            f"rank {dist.get_rank(group)}: another rank did not come to {what}: it failed, or takes longer than the "
+            "timeout of pab.parallelize; call pab.unparallelize and pab.parallelize on all ranks "
+            f"({first_line(error)})"
+        ) from error
 
 
 def facts_of(call: Call) -> str:

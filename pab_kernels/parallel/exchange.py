@@ -76,7 +76,7 @@ def exchanged(sender: Sender, parts: Tensor, fewer: torch.dtype | None = None) -
     if fewer not in EIGHT_BITS:
         out, cost = sender.all_to_all(parts.to(fewer or parts.dtype).contiguous())
         return out.to(parts.dtype), cost
-    received, cost = _sent(sender, quantize(parts, fewer, GROUP), torch.bfloat16)
+    received, cost = _in_one_message(sender, quantize(parts, fewer, GROUP), torch.bfloat16)
     return dequantize(received, parts.dtype), cost
 
 
@@ -84,7 +84,7 @@ def switched_quantised(
     sender: Sender, x: Tensor, split: int, gather: int, dtype: torch.dtype
 ) -> tuple[Quantized, Sent]:
     """As `switched`, quantised before it is sent, and as it is kept in a slot: with float32 scales."""
-    received, cost = _sent(sender, quantize(_parts(x, split, sender.size), dtype, GROUP), torch.float32)
+    received, cost = _in_one_message(sender, quantize(_parts(x, split, sender.size), dtype, GROUP), torch.float32)
     data, scale = (_joined(t, split, gather) for t in (received.data, received.scale))
     return Quantized(data, scale, GROUP), cost
 
@@ -108,7 +108,7 @@ def _joined(parts: Tensor, split: int, gather: int) -> Tensor:
     return parts.movedim(0, gather).flatten(gather, gather + 1)
 
 
-def _sent(sender: Sender, x: Quantized, scales: torch.dtype) -> tuple[Quantized, Sent]:
+def _in_one_message(sender: Sender, x: Quantized, scales: torch.dtype) -> tuple[Quantized, Sent]:
     """An 8-bit tensor, with its scales behind it in one message."""
     n, data, scale = sender.size, x.data, x.scale
     behind = scale.to(scales).contiguous()

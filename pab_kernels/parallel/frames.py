@@ -28,7 +28,7 @@ from .layout import part, whole_output
 
 
 @dataclass(frozen=True)
-class Family:
+class FrameFamily:
     """Where frames are in a family of models.
 
     Args:
@@ -55,9 +55,9 @@ class Family:
     rope: str | None = None
 
 
-FAMILIES = (
-    Family("STDiT3", "x", ("x_mask",), "temporal_blocks", "attn", places=2, frames=1, rope="rope"),
-    Family(
+FRAME_FAMILIES = (
+    FrameFamily("STDiT3", "x", ("x_mask",), "temporal_blocks", "attn", places=2, frames=1, rope="rope"),
+    FrameFamily(
         # It adds positions only where a call has several frames.
         "LatteTransformer3DModel",
         "hidden_states",
@@ -75,10 +75,10 @@ FRAMES = 2
 """The dimension of frames in latents."""
 
 
-def family_of(model: nn.Module) -> Family | None:
+def frame_family_of(model: nn.Module) -> FrameFamily | None:
     """The family of a model with temporal attention that is known here; None if it is none of them."""
     names = {c.__name__ for c in type(model).__mro__}
-    return next((family for family in FAMILIES if family.name in names), None)
+    return next((family for family in FRAME_FAMILIES if family.name in names), None)
 
 
 class Frames:
@@ -97,7 +97,7 @@ class Frames:
     def __init__(
         self,
         model: nn.Module,
-        family: Family,
+        family: FrameFamily,
         group: Any,
         input_dtype: torch.dtype | None = None,
         exact: bool = False,
@@ -185,12 +185,12 @@ class Switch:
         layout: with the frames of the call.
         sender: of this attention.
         family: where places and frames are.
-        input_dtype: the 8-bit dtype of its input on the way; None for its own.
+        input_dtype: that of its input on the way; None for its own.
     """
 
     layout: Frames
     sender: Sender
-    family: Family
+    family: FrameFamily
     input_dtype: torch.dtype | None = None
     output_dtype: torch.dtype | None = None
     """The 8-bit dtype of its output on the way, if PAB keeps it in that; None for its own."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..broadcast.pipeline import denoisers
 from ..messages import shown
-from .frames import family_of
+from .frames import frame_family_of
 from .ranks import BRANCHES
 
 NONE, AUTO = "none", "auto"
@@ -161,4 +161,4 @@ def in_one_batch(pipe: Any, arguments: Mapping[str, Any]) -> bool:
 def _divides(model: nn.Module, sequence: int) -> bool:
     """Whether a model can be split over a number of ranks: in frames always, else if they share its heads evenly."""
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
-    return family_of(model) is not None or not isinstance(heads, int) or heads % sequence == 0
+    return frame_family_of(model) is not None or not isinstance(heads, int) or heads % sequence == 0

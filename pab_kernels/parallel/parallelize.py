@@ -24,7 +24,7 @@ from ..rules.traffic import Sent, Traffic
 from .agreement import Agreement, facts_of
 from .counts import Counts
 from .exchange import Sender
-from .frames import FAMILIES, Frames, family_of
+from .frames import FRAME_FAMILIES, Frames, frame_family_of
 from .layout import Guidance, Layout
 from .pipeline import ATTRIBUTE as PIPELINE
 from .pipeline import ParallelPipeline
@@ -34,6 +34,7 @@ from .tokens import Tokens
 
 T = TypeVar("T")
 TIMEOUT = 600.0
+"""Seconds."""
 SENT_IN = (torch.bfloat16, torch.float16, *EIGHT_BITS)
 """The dtypes in which inputs of attention may be sent."""
 
@@ -302,13 +303,13 @@ def layout_of(model: nn.Module, ranks: Ranks, input_dtype: torch.dtype | None, e
     Raises:
         ValueError: no way is known for it.
     """
-    family = family_of(model)
+    family = frame_family_of(model)
     if family is not None:
         return Frames(model, family, ranks.sequence, input_dtype, exact)
     of_tokens = token_family_of(model)
     if of_tokens is not None:
         return Tokens(model, of_tokens, ranks.sequence, input_dtype)
-    supported = [family.name for family in FAMILIES] + [name for family in TOKEN_FAMILIES for name in family.names]
+    supported = [f.name for f in FRAME_FAMILIES] + [name for f in TOKEN_FAMILIES for name in f.names]
     raise ValueError(
         f"got a {type(model).__name__}; supported are {', '.join(supported)}, and classes that inherit from them, as "
         "it is known where their tokens can be split; others can have cfg=2 on two ranks"

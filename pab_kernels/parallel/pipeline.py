@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 
 from ..broadcast.attach import PREFIX, Attached, leave_out_of_copies, take_off
 from ..compat import execution_device
-from ..rules.traffic import Sent
 from .agreement import RanksDiffer
 from .ranks import Ranks
 from .together import by_first, from_all
@@ -76,13 +75,6 @@ class ParallelPipeline:
         for holder in self._holders():
             if vars(holder).get(ATTRIBUTE) is self:
                 take_off(holder, ATTRIBUTE)
-
-    def sent(self) -> Sent:
-        """What this rank has sent of decoded frames since this was last asked."""
-        total = Sent()
-        for sender in () if self._decoding is None else self._decoding.senders:
-            total, sender.sent = total + sender.sent, Sent()
-        return total
 
     def _holders(self) -> list[Any]:
         held = (self._pipe(), None if self._vae is None else self._vae())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..messages import first_line
-from .agreement import RanksDiffer
+from .agreement import RanksDiffer, answered
 
 T = TypeVar("T")
 
@@ -42,7 +41,7 @@ def by_first(group: dist.ProcessGroup | None, what: str, run: Callable[[], T], d
             message = [(pickle.dumps(pytree.tree_map(_on_host, found)), "")]
         except BaseException as raised:  # Ctrl-C too: the others are waiting
             error, message = raised, [(b"", _in_words(raised))]
-    with _answered(group, what):
+    with answered(group, what):
         dist.broadcast_object_list(message, group=group, group_src=0)
     if error is not None:
         raise error
@@ -88,20 +87,9 @@ def from_all(group: dist.ProcessGroup, what: str, value: Any) -> list[Any]:
         RanksDiffer: a rank does not answer in time.
     """
     values: list[Any] = [None] * dist.get_world_size(group)
-    with _answered(group, what):
+    with answered(group, what):
         dist.all_gather_object(values, value, group)
     return values
-
-
-@contextlib.contextmanager
-def _answered(group: dist.ProcessGroup, what: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise RanksDiffer(
-            f"rank {dist.get_rank(group)}: another rank did not come to {what}: it failed, or takes longer than the "
-            f"timeout of pab.parallelize ({first_line(error)})"
-        ) from error
 
 
 def _in_words(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...broadcast.costs import SublayerRun
 from ...broadcast.slots import CACHE_DTYPES
-from ...parallel.frames import family_of
+from ...parallel.frames import frame_family_of
 from ...rules.plan import WHOLE, Plan
 from ...rules.traffic import SENDER, Layout, Method, Shapes, Traffic, part, traffic
 from .measure import Measured
@@ -64,7 +64,7 @@ def shapes_of(how: ModelCall, plan: Plan, measured: Measured, model: Any, batch:
     rows, channels = how.batch * batch, first[-1]
     if how.split == "frames":
         joined = len(first) == 3  # [B S, T, C] instead of [B, T, S, C]
-        frames, family = first[1], family_of(model)
+        frames, family = first[1], frame_family_of(model)
         tokens, width = math.prod(first) // (rows * frames * channels), measured.output_bytes // (rows * frames)
         least = 1 if family is None else family.least
         return Shapes(
