@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -73,6 +74,7 @@ def enable(
     timed: bool | None = None,
     cuda_graphs: bool | None = None,
     kinds: Mapping[str, str | None] | None = None,
+    budget: int | float | str | None = None,
 ) -> T:
     """Enable PAB on a pipeline or a model.
 
@@ -103,6 +105,10 @@ def enable(
         kinds: corrects modules that `sublayers` shows as misclassified: maps a pattern of module names to their kind,
             or to None to leave them alone. In a pattern, `*` matches within one component of a name, `**` matches
             anything.
+        budget: the most bytes that a generation keeps, in place of that of the config: a number, "8GiB", or a share of
+            the memory that is free at the model's first call, 0.5 or "50%". What does not fit is kept in 8 bits or
+            computed, which is logged and shown by `summary`; see docs/memory.md. Default unchanged, initially no
+            limit.
 
     Returns:
         `model_or_pipe`.
@@ -126,7 +132,7 @@ def enable(
     with contextlib.ExitStack() as undo:
         for name, model in models.items():
             given: Any = model_or_pipe if pipe is None else getattr(pipe, name)
-            enable_model(undo, model, pipe, config, num_steps, timesteps, timed, cuda_graphs, kinds, given)
+            enable_model(undo, model, pipe, config, num_steps, timesteps, timed, cuda_graphs, kinds, given, budget)
         undo.pop_all()
     return model_or_pipe
 
@@ -142,6 +148,7 @@ def enable_model(
     cuda_graphs: bool | None = None,
     kinds: Mapping[str, str | None] | None = None,
     given: nn.Module | None = None,
+    budget: int | float | str | None = None,
 ) -> None:
     """Enable PAB on one model; see `enable`.
 
@@ -151,6 +158,7 @@ def enable_model(
         pipe: the pipeline that holds it, or None.
         config, num_steps, timesteps, timed, cuda_graphs, kinds: as in `enable`.
         given: the compiled module around the model, if there is one; default the model.
+        budget: as in `enable`.
 
     Raises:
         TypeError, ValueError: as in `enable`.
@@ -171,8 +179,12 @@ def enable_model(
     elif broadcaster is not None and not broadcaster.default:
         chosen, own = broadcaster.config, broadcaster.chosen
     else:
-        followed = broadcaster is not None and broadcaster.config == default_preset(follows_scheduler=True)
+        unlimited = broadcaster is not None and replace(broadcaster.config, budget=None)
+        followed = unlimited == default_preset(follows_scheduler=True)
         chosen, own = default_preset(followed if pipe is None else not other_schedulers(pipe)), False
+    if budget is None and config is None and broadcaster is not None:
+        budget = broadcaster.config.budget
+    chosen = chosen if budget is None else replace(chosen, budget=budget)
     default = config is None and (broadcaster is None or broadcaster.default)
     whole = chosen.rule("model", 0)
     if pipe is not None and whole is not None and whole.reuse == "forecast" and (others := other_schedulers(pipe)):

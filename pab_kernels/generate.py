@@ -54,6 +54,7 @@ class Settings:
         weights: folder of the parts of a published model, as for `load_pipeline`.
         parallel: how the processes that torchrun started share the work: "none", "auto", or branches of guidance x
             parts of the sequence such as "2x4".
+        budget: the most bytes that a run under PAB keeps, as in `pab.enable`.
 
     Raises:
         FileNotFoundError: there is no such config file.
@@ -73,6 +74,7 @@ class Settings:
     cuda_graphs: bool = False
     weights: str | Path | None = None
     parallel: str = NONE
+    budget: str | None = None
 
     def __post_init__(self) -> None:
         shape_of(self.parallel)
@@ -81,8 +83,8 @@ class Settings:
         if not 0.001 <= self.fps <= 1000:
             raise ValueError(f"fps must be from 0.001 to 1000, got {self.fps}")
         if self.pab == "off":
-            if self.compare or self.timed or self.cuda_graphs:
-                raise ValueError("compare, timed and cuda_graphs need PAB; choose auto, a preset or a config file")
+            if self.compare or self.timed or self.cuda_graphs or self.budget:
+                raise ValueError("compare, timed, cuda_graphs and budget need PAB; choose auto, a preset or a file")
         elif self.timed and self.cuda_graphs:
             raise ValueError("seconds by kind cannot be measured inside a CUDA graph; leave out timed or cuda_graphs")
         elif self.pab == "published" and not is_published(self.model):
@@ -101,7 +103,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        how = {name: getattr(self, name) for name in ("pab", "offload", "fps", "cuda_graphs", "parallel")}
+        how = {name: getattr(self, name) for name in ("pab", "offload", "fps", "cuda_graphs", "parallel", "budget")}
         where = {} if self.weights is None else {"weights": str(self.weights)}
         return {"model": self.model} | where | vars(self.wish) | how
 
@@ -286,7 +288,14 @@ def _generate(
         for rules in ways:
             key, title = ("pab", "PAB") if rules else ("off", "no PAB")
             sample_once = partial(run, title, settings.wish)
-            sampled = sample(pipe, sample_once, rules, timed=settings.timed, cuda_graphs=settings.cuda_graphs)
+            sampled = sample(
+                pipe,
+                sample_once,
+                rules,
+                timed=settings.timed,
+                cuda_graphs=settings.cuda_graphs,
+                budget=settings.budget,
+            )
             if not writes:
                 continue
             quality = compare(sampled.output, runs[0].sampled.output, lpips=False) if runs else None
@@ -343,7 +352,7 @@ def _loaded(settings: Settings) -> tuple[Any, PABConfig | None]:
     arguments(pipe, settings.wish)
     if config is not None:
         try:
-            api.enable(pipe, config)
+            api.enable(pipe, config, budget=settings.budget)
         except TypeError as error:
             raise ValueError(str(error)) from error
         api.disable(pipe)

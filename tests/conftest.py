@@ -82,8 +82,8 @@ def _forgotten_graphs() -> Iterator[None]:
 
 @pytest.fixture
 def no_flops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A summary's FLOPs are not known, but in tests with the marker `flops`: measuring them takes a call on the meta
-    device, longer than all steps of a tiny model."""
+    """FLOPs of a summary, and bytes for a budget, are not known, but in tests with the marker `flops`: measuring them
+    takes a call on the meta device, longer than all steps of a tiny model."""
     if request.node.get_closest_marker("flops") is None:
         monkeypatch.setattr("pab_kernels.broadcast.generation.call_costs", lambda *_: None)
 

@@ -57,7 +57,13 @@ class Sampled(Generic[T]):
 
 
 def sample(
-    pipe: Any, call: Callable[[], T], config: PABConfig | None = None, *, timed: bool = False, cuda_graphs: bool = False
+    pipe: Any,
+    call: Callable[[], T],
+    config: PABConfig | None = None,
+    *,
+    timed: bool = False,
+    cuda_graphs: bool = False,
+    budget: int | float | str | None = None,
 ) -> Sampled[T]:
     """Run a pipeline with PAB enabled during the run, or as it is.
 
@@ -67,13 +73,14 @@ def sample(
         config: PAB's rules, or None to leave PAB alone.
         timed: whether PAB's summary has seconds.
         cuda_graphs: whether calls of the model under PAB are replayed; a previous run of `call` captures them.
+        budget: the most bytes that the run keeps.
 
     Returns:
         Output, time and memory of the run.
     """
     device = execution_device(pipe)
     if config is not None:
-        api.enable(pipe, config, timed=timed, cuda_graphs=cuda_graphs)
+        api.enable(pipe, config, timed=timed, cuda_graphs=cuda_graphs, budget=budget)
     try:
         if config is not None and cuda_graphs:
             call()

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from ..rules.config import PABConfig
+from ..rules.plan import Plan
 from ..rules.presets import default_preset
 from .adapter import Adapter, Detachable
 from .attach import PREFIX, Attached, attach_forward, is_stand_in
+from .budgeting import Budgeting
 from .call import Call
 from .following import Following
 from .generation import Generation
@@ -198,20 +200,21 @@ class Broadcaster:
         """Make a generation; on the bare model its plan is made at once."""
         if not self.cuda_graphs:
             self._graphs = GraphPool()
-        unfollowed = self.default and schedule.get("scheduler") is None  # perhaps a request on a pipeline's model
-        config = default_preset(follows_scheduler=False) if unfollowed else self.config
+        config = self.config
+        if self.default and schedule.get("scheduler") is None:  # perhaps a request on a pipeline's model
+            config = replace(default_preset(follows_scheduler=False), budget=config.budget)
         generation = Generation(
             config,
             self.adapter.sublayers,
             timed=self.timed,
             cuda_graphs=self.cuda_graphs,
             preset=not self.chosen,
+            budgeting=None if config.budget is None else Budgeting(self.latest, self._once),
             **schedule,
         )
         generation.at_end = self._judge
         if generation.scheduler is None:
-            generation.start()
-            self._log_plan(generation)
+            self._log_plan(generation, generation.start())
         return generation
 
     def begin(self, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Request:
@@ -391,8 +394,7 @@ class Broadcaster:
         begin: int | None = 0
         if generation.scheduler is not None:
             begin = entered_at(generation.scheduler, generation.timesteps, inputs.timestep)
-        generation.start(begin or 0)
-        self._log_plan(generation)
+        self._log_plan(generation, generation.start(begin or 0))
         if begin is None and not (isinstance(inputs.timestep, torch.Tensor) and inputs.timestep.is_meta):
             self._once(f"{self._name}: {NOT_ENTERED}")
 
@@ -427,10 +429,7 @@ class Broadcaster:
         finally:
             graphs.running = False
 
-    def _log_plan(self, generation: Generation) -> None:
-        plan = generation.plan
-        if plan is None:
-            return
+    def _log_plan(self, generation: Generation, plan: Plan) -> None:
         if generation.left_alone is not None:
             self._once(f"{self._name}: PAB leaves it alone: {generation.left_alone}")
             return

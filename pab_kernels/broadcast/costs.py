@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import compat
 from ..ops.flops import flop_counter
+from ..rules.costs import Cost
 from ..rules.plan import WHOLE, Sublayer
 from .signature import PLAIN, tensors_of
 from .slots import Key, slot_bytes
@@ -107,10 +108,32 @@ class CallCosts:
     Args:
         flops: FLOPs of the whole call.
         runs: the runs by `place`, in the order in which they end.
+        kept: by sublayer, the modules whose output it `keeps`: FLOPs and bytes.
     """
 
     flops: int
     runs: Mapping[str, SublayerRun]
+    kept: Mapping[str, tuple[int, int]]
+
+    def costs(self, cache_dtype: str | None = None) -> tuple[dict[str, Cost], int]:
+        """The cost of each sublayer in one call and the FLOPs of the rest: the arguments of `Plan.forecast`.
+
+        A block's FLOPs, and the whole model's, are those outside of its sublayers. A sublayer that runs several times
+        in a call has a slot for each run.
+        """
+        runs: dict[str, list[SublayerRun]] = {}
+        for run in self.runs.values():
+            runs.setdefault(run.name, []).append(run)
+        costs = {
+            name: Cost(
+                sum(r.own[name] for r in each),
+                sum(r.nbytes(None if name == WHOLE.name else cache_dtype) for r in each),
+                sum(r.nbytes() for r in each),
+                *self.kept.get(name, (0, 0)),
+            )
+            for name, each in runs.items()
+        }
+        return costs, self.flops - sum(cost.flops for cost in costs.values())
 
 
 def place(name: str, time: int) -> str:
@@ -143,7 +166,7 @@ def watched(
         name, before, own = entered.pop()
         flops = counter.get_total_flops() - before
         own[name] += flops - own.total()
-        run = SublayerRun(name, flops, own, tuple((tuple(t.shape), t.dtype) for t in tensors_of(out)))
+        run = SublayerRun(name, flops, own, _looks(out))
         where = place(name, 0 if sublayer.how == "fused" else times[name])
         runs[where] = runs[where] + run if where in runs else run
         times[name] += 1
@@ -168,6 +191,28 @@ def watched(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def watched_kept(
+    model: nn.Module, sublayers: Sequence[Sublayer], counter: FlopCounterMode
+) -> Iterator[dict[str, tuple[int, int]]]:
+    """Record FLOPs and bytes of what sublayers keep for a generation, by sublayer, inside `with`."""
+    kept: dict[str, tuple[int, int]] = {}
+
+    def enter(name: str) -> None:
+        kept[name] = (counter.get_total_flops(), 0)
+
+    def leave(name: str, out: Any) -> None:
+        kept[name] = (counter.get_total_flops() - kept[name][0], sum(t.nbytes for t in tensors_of(out)))
+
+    with contextlib.ExitStack() as stack:
+        for sublayer in sublayers:
+            if sublayer.keeps is not None:
+                module, name = model.get_submodule(sublayer.keeps), sublayer.name
+                stack.callback(module.register_forward_pre_hook(lambda m, args, name=name: enter(name)).remove)
+                stack.callback(module.register_forward_hook(lambda m, args, out, name=name: leave(name, out)).remove)
+        yield kept
 
 
 def call_costs(
@@ -195,8 +240,9 @@ def call_costs(
             torch.no_grad(),
             flop_counter() as counter,
             watched(plain, sublayers, counter, unprojected) as runs,
+            watched_kept(plain, sublayers, counter) as kept,
         ):
-            torch.compiler.disable(plain.forward)(*args, **kwargs)
+            out = torch.compiler.disable(plain.forward)(*args, **kwargs)
     except Exception as error:  # a model's own code may raise anything on tensors without values
         logger.info(
             "%s: FLOPs are not known, as it does not run on the meta device: %s: %s", name, type(error).__name__, error
@@ -206,7 +252,11 @@ def call_costs(
     for run in runs.values():
         inside[run.name] += run.own[run.name]
     inside[WHOLE.name] = total - inside.total()
-    return CallCosts(total, runs | {WHOLE.name: SublayerRun(WHOLE.name, total, inside, ())})
+    return CallCosts(total, runs | {WHOLE.name: SublayerRun(WHOLE.name, total, inside, _looks(out))}, kept)
+
+
+def _looks(out: Any) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    return tuple((tuple(t.shape), t.dtype) for t in tensors_of(out))
 
 
 def on_meta(model: nn.Module) -> nn.Module:

@@ -25,6 +25,7 @@ from .slots import Meter
 from .timesteps import Moment, Timesteps
 
 if TYPE_CHECKING:
+    from .budgeting import Budgeting
     from .graphs.graphs import Graphs
 
 MOST_ALIKE = 16
@@ -44,6 +45,7 @@ class Generation:
         cuda_graphs: whether the model's calls are captured and replayed.
         end: the step at which another model takes over, or None.
         preset: whether the rules are a preset: where it does not suit the schedule, the model is left alone.
+        budgeting: keeps the plan within the budget of the rules, if they have one.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Generation:
         cuda_graphs: bool = False,
         end: int | None = None,
         preset: bool = False,
+        budgeting: Budgeting | None = None,
     ) -> None:
         self.config = config
         self.preset = preset
@@ -94,6 +97,7 @@ class Generation:
         self.lock = threading.RLock()
         self.forecaster = self._forecaster()
         """What predicts the outputs of steps at which the model does not run, where a rule asks for it."""
+        self.budgeting = budgeting
         self.several_outputs = False
         """Whether the model returned several floating-point tensors, of which a scheduler's `step` is given one."""
         self.skips: bool | None = None

@@ -201,9 +201,22 @@ class Arena:
         self._meter.now -= freed
         self.meters[self._kinds[name]].now -= freed
 
+    def places_held(self) -> list[str]:
+        """The names under which slots are kept."""
+        return list(self._slots)
+
+    def shrink(self, name: str, dtype: torch.dtype | None) -> None:
+        """Quantise the slots of `name` to `dtype`, unless they are or it is None."""
+        for slot in self.held(name):
+            before = slot.nbytes
+            slot.value = pack(slot.value, dtype)
+            slot.nbytes = nbytes(slot.value)
+            for meter in (self._meter, self.meters[self._kinds[name]]):
+                meter.add(slot.nbytes - before)
+
     def clear(self) -> None:
         """Release every slot."""
-        for name in list(self._slots):
+        for name in self.places_held():
             self.release(name)
 
     def close(self) -> None:

@@ -161,7 +161,7 @@ class Turn:
     @property
     def dtype(self) -> torch.dtype | None:
         """The 8-bit dtype that outputs are kept in, or None for their own."""
-        return CACHE_DTYPES[self.call.generation.config.cache_dtype]
+        return CACHE_DTYPES[self.call.plan.cache_dtype(self.sublayer.name)]
 
     @property
     def store(self) -> Turn | None:

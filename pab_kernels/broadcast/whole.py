@@ -13,6 +13,7 @@ from ..rules.plan import Action
 from ..rules.traffic import Sent, Traffic
 from .attach import PREFIX
 from .call import Call
+from .costs import CallCosts
 from .outputs import kept, read
 from .signature import tensors_of
 from .slots import Key
@@ -26,6 +27,12 @@ class Shared(Protocol):
 
     def agree(self, call: Call) -> None:
         """Handle a call under PAB, before anything of it runs; every rank must be about to do the same."""
+
+    def least(self, number: int) -> int:
+        """The least of the numbers that the ranks give."""
+
+    def part_of(self, costs: CallCosts, latents: Sequence[int]) -> CallCosts:
+        """What one rank keeps of a call, from the costs of the whole call and the shape of its latents."""
 
     def taken(self) -> Sequence[Sent]:
         """What was sent by each place that sends, and is not counted yet."""
@@ -51,6 +58,8 @@ def broadcast_model(model: nn.Module | None, call: Call, x: torch.Tensor | None,
         x: the first tensor among its inputs, by which a slot is known; without one the model is computed.
         compute: runs the model and finishes the call.
     """
+    if call.generation.budgeting is not None and model is not None and x is not None:
+        call.generation.budgeting.enter(call, model, x)
     between_ranks = None if model is None else shared(model)
     if between_ranks is not None:
         between_ranks.agree(call)

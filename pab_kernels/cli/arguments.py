@@ -12,6 +12,13 @@ import typer
 from ..messages import shown
 from ..strict_json import from_json
 
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="The most that PAB keeps, such as 8GiB; the rest is kept in 8 bits or computed. Default: no limit.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")]
 Dtype = Annotated[

@@ -12,7 +12,7 @@ import typer
 
 from ..extras import require_all
 from ..strict_json import to_json
-from .arguments import AsJson, Device, Dtype, Further, LocalFilesOnly, Weights, named_arguments, numbers
+from .arguments import AsJson, Budget, Device, Dtype, Further, LocalFilesOnly, Weights, named_arguments, numbers
 from .display import output, progress_bar, quiet, table
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def command(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Replay CUDA graphs, captured in a previous run.")
     ] = False,
+    budget: Budget = None,
     dtype: Dtype = None,
     device: Device = None,
     offload: Annotated[str, typer.Option(help="none, model or sequential: keep unused weights on the host.")] = "none",
@@ -117,7 +118,20 @@ def command(
     shape = numbers(size, takes, "x", int, counts=(2, 3))
     wish = Wish(prompt, negative_prompt, steps, guidance, shape, seed, named_arguments(argument))
     settings = Settings(
-        model, wish, pab, compare, dtype, device, offload, fps, timed, local_files_only, cuda_graphs, weights, parallel
+        model,
+        wish,
+        pab,
+        compare,
+        dtype,
+        device,
+        offload,
+        fps,
+        timed,
+        local_files_only,
+        cuda_graphs,
+        weights,
+        parallel,
+        budget,
     )
     first = is_first(parallel)
     with progress_bar("loading", "steps", width=10) if first else contextlib.nullcontext() as show:

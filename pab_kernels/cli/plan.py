@@ -16,7 +16,7 @@ from ..rules.plan import plan
 from ..rules.schedule import check_steps
 from ..rules.traffic import Layout
 from ..strict_json import to_json
-from .arguments import AsJson, numbers
+from .arguments import AsJson, Budget, numbers
 from .display import output, table
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..analysis.forecasts.forecasting import ModelForecast
     from ..analysis.forecasts.ranks import RanksForecast
 
-WIDE = 110
+WIDE = 126
 """Columns of the table if it is not printed to a terminal."""
 
 
@@ -48,7 +48,7 @@ def forecast_table(found: "ModelForecast") -> "Table":
     rows.append(["rest", "", "", "", *2 * [_gigaflops(found.rest_flops)], *("" for _ in bytes_of)])
     flops = [_gigaflops(found.total.flops), _gigaflops(found.total.flops_without)]
     rows.append(["total", "", "", "", *flops, *map(_gib, found.peak_cache_bytes.values())])
-    names = {"model": found.dtype, "float8_e4m3fn": "fp8"}
+    names = {"model": found.dtype, "float8_e4m3fn": "fp8", "budget": "in the budget"}
     caches = [f"{names.get(d, d)}, GiB" for d in bytes_of]
     headings = ("kind", "computed", "stored", "reused", "GFLOPs", "without PAB", *caches)
     caption = (
@@ -61,7 +61,7 @@ def forecast_table(found: "ModelForecast") -> "Table":
 
 def _lines(found: "ModelForecast") -> list[str]:
     total = found.total
-    cache = found.plan.config.cache_dtype or found.dtype
+    cache = "in the budget" if found.plan.given_up else found.plan.config.cache_dtype or found.dtype
     return [
         f"FLOPs          {total.flops:.4e} of {total.flops_without:.4e} ({total.share:.1%})",
         f"bytes moved    {_gib(total.moved_bytes)} GiB by reuses",
@@ -87,11 +87,11 @@ def traffic_table(found: "RanksForecast") -> "Table":
     return table(headings, rows, caption=caption)
 
 
-def _rank_lines(found: "RanksForecast", cache: str | None) -> list[str]:
+def _rank_lines(found: "RanksForecast", kept: str) -> list[str]:
     megabytes = [f"{sent.bytes / 1e6:,.1f}" for sent in found.traffic.by_step]
     runs = [(size, len(list(steps))) for size, steps in itertools.groupby(megabytes)]
     by_step = ", ".join(f"{size} x {n}" if n > 1 else size for size, n in runs)
-    return [f"sent by step   {by_step} MB", f"cache a rank   {_gib(found.peak_cache_bytes[cache or 'model'])} GiB"]
+    return [f"sent by step   {by_step} MB", f"cache a rank   {_gib(found.peak_cache_bytes[kept])} GiB"]
 
 
 def _print_families(as_json: bool) -> None:
@@ -135,6 +135,7 @@ def command(
     text: Annotated[
         int | None, typer.Option(help="Tokens of the prompt, including padding. Default: the model's pipeline's.")
     ] = None,
+    budget: Budget = None,
     ranks: Annotated[
         int | None, typer.Option(metavar="N", help="Count what each of N ranks that share the model sends and keeps.")
     ] = None,
@@ -165,14 +166,18 @@ def command(
     if plot is not None:
         check_plot_path(plot)
     if model is None:
-        for option, given in (("--size is the size of a model's clip", size), ("--ranks share a model", ranks)):
+        for option, given in (
+            ("--size is the size of a model's clip", size),
+            ("--ranks share a model", ranks),
+            ("--budget is for the outputs of a model", budget),
+        ):
             if given is not None:
                 raise ValueError(f"{option}; give --model too")
         if config is None or steps is None:
             raise ValueError(
                 "pab plan needs --model, or --config and --steps to draw a schedule alone; --list shows the models"
             )
-        made = plan(named_config(config), num_steps=steps)
+        made, cost = plan(named_config(config), num_steps=steps), None
         masks = {label: "".join(d.action.value for d in row) for label, row in made.grouped()}
         data = {"steps": made.schedule.num_steps, "config": made.config.to_dict(), "schedule": masks}
         print(to_json(data | {"notes": list(made.notes)}) if as_json else made)
@@ -193,8 +198,9 @@ def command(
             batch=batch,
             text=text,
             layout=layout,
+            budget=budget,
         )
-        made = found.plan
+        made, cost = found.plan, found.total
         if as_json:
             print(to_json(found.to_dict()))
         else:
@@ -204,6 +210,7 @@ def command(
             print(*_lines(found), sep="\n")
             if found.ranks is not None:
                 output(WIDE).print(traffic_table(found.ranks))
-                print(*_rank_lines(found.ranks, made.config.cache_dtype), sep="\n")
+                kept = "budget" if made.given_up else made.config.cache_dtype or "model"
+                print(*_rank_lines(found.ranks, kept), sep="\n")
     if plot is not None:
-        made.plot(str(plot))
+        made.plot(str(plot), cost)

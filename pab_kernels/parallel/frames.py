@@ -10,6 +10,7 @@ Source: Dynamic Sequence Parallelism (arXiv 2403.10266), section 4.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,10 @@ from ..broadcast.call import Call
 from ..broadcast.fusing import has_hooks
 from ..broadcast.slots import CACHE_DTYPES
 from ..ops.quantized import Quantized
+from ..rules import traffic
 from .exchange import Sender, switched, switched_quantised
 from .layout import part, whole_output
+from .ranks import size_of
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,14 @@ class Frames:
             kept, module = None, self._switches[name]
             inside = has_hooks(module) or innermost(module) != (module, "forward")  # others would see what it returns
             if call is not None and name in call.plan.decided and not (self._exact or inside):
-                kept = CACHE_DTYPES[call.generation.config.cache_dtype]
+                kept = CACHE_DTYPES[call.plan.cache_dtype(name)]
             stand_in.output_dtype = kept
+
+    def part_of(self, shape: Sequence[int], latents: Sequence[int]) -> tuple[int, ...]:
+        """See `Layout.part_of`."""
+        frames = latents[FRAMES]
+        length = max(traffic.part(frames, size_of(self._group)), self._family.least if frames > 1 else 1)
+        return math.prod(shape[:-1]) // frames * length, shape[-1]
 
     def run(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """See `Layout.run`."""

@@ -36,6 +36,14 @@ class Layout(Protocol):
             call: under PAB, or None without it.
         """
 
+    def part_of(self, shape: Sequence[int], latents: Sequence[int]) -> tuple[int, ...]:
+        """The shape of a rank's part of a sublayer's output, or of a larger one.
+
+        Args:
+            shape: `[..., C]`, of all ranks.
+            latents: shape of the latents of the call.
+        """
+
     def run(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """The output of the model, whole on every rank.
 

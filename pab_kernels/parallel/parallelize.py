@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,11 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..broadcast.attach import Attached, attach_forward, leave_out_of_copies, take_off
 from ..broadcast.broadcaster import broadcaster_of
 from ..broadcast.call import Call
+from ..broadcast.costs import CallCosts
 from ..broadcast.inputs import records_gradients
 from ..broadcast.pipeline import denoisers
 from ..broadcast.whole import PARALLEL
 from ..compat import uncompiled
 from ..ops.quantized import EIGHT_BITS
+from ..rules.plan import WHOLE
 from ..rules.traffic import Sent, Traffic
 from .agreement import Agreement, facts_of
 from .counts import Counts
@@ -28,7 +31,8 @@ from .frames import FRAME_FAMILIES, Frames, frame_family_of
 from .layout import Guidance, Layout
 from .pipeline import ATTRIBUTE as PIPELINE
 from .pipeline import ParallelPipeline
-from .ranks import Ranks, join
+from .ranks import Ranks, join, size_of
+from .together import from_all
 from .token_families import TOKEN_FAMILIES, token_family_of
 from .tokens import Tokens
 
@@ -219,6 +223,28 @@ class Parallel:
         self._collect()
         latest = generation is None or self._generation() is generation
         return self._counts.traffic() if latest else None
+
+    def least(self, number: int) -> int:
+        """See `Shared.least`."""
+        control = self.ranks.control
+        return number if control is None else min(from_all(control, "the budget for kept outputs", number))
+
+    def part_of(self, costs: CallCosts, latents: Sequence[int]) -> CallCosts:
+        """See `Shared.part_of`."""
+        cfg, layout = size_of(self.ranks.cfg), self.layout
+
+        def part(shape: tuple[int, ...]) -> tuple[int, ...]:
+            shape = (shape[0] // cfg, *shape[1:])
+            return shape if layout is None else layout.part_of(shape, latents)
+
+        runs = {
+            place: run
+            if run.name == WHOLE.name
+            else replace(run, outputs=tuple((part(shape), dtype) for shape, dtype in run.outputs))
+            for place, run in costs.runs.items()
+        }
+        kept = {name: (flops, size // cfg) for name, (flops, size) in costs.kept.items()}
+        return replace(costs, runs=runs, kept=kept)
 
     def taken(self) -> Sequence[Sent]:
         """See `Shared.taken`."""

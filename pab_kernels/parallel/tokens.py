@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from ..adapters.finder import find
 from ..broadcast.attach import Attached, attach_forward
 from ..broadcast.call import Call
+from ..rules import traffic
 from ..rules.traffic import Sent
 from .exchange import Sender, exchanged
 from .layout import part, whole_output
@@ -138,6 +139,11 @@ class Tokens:
 
     def begin(self, call: Call | None) -> None:
         """See `Layout.begin`."""
+
+    def part_of(self, shape: Sequence[int], latents: Sequence[int]) -> tuple[int, ...]:
+        """See `Layout.part_of`; one token more, as text and stream may be padded each."""
+        *rows, tokens, channels = shape
+        return *rows, min(tokens, traffic.part(tokens, self._output.size) + 1), channels
 
     def run(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """See `Layout.run`."""

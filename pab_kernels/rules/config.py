@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, Literal, get_args
 
 from ..messages import shown
+from .budget import parsed
 from .fields import known_fields
 from .fitted import FittedWeights
 from .reuse import REUSES
@@ -255,6 +256,9 @@ class PABConfig:
             channels.
         cache_point: "pre_gate" (projected, gate applied at reuse), "post_gate" (gated) or "unprojected".
         fitted: weights of linear reuses by sublayer and step, in place of those of the line: see `pab.fit`.
+        budget: the most bytes that a generation keeps: a number, "8GiB", or a share of the memory that is free at the
+            model's first call, 0.5 or "50%". The plan gives up what does not fit: see `rules/within_budget.py`. None
+            for no limit.
 
     Raises:
         ValueError: a value is not supported.
@@ -273,8 +277,11 @@ class PABConfig:
     cache_dtype: CacheDtype | None = None
     cache_point: CachePoint = "pre_gate"
     fitted: FittedWeights | None = None
+    budget: int | float | str | None = None
 
     def __post_init__(self) -> None:
+        if self.budget is not None:
+            object.__setattr__(self, "budget", parsed(self.budget))
         for kind in KINDS:
             value = getattr(self, kind)
             if _whole(value):
@@ -333,6 +340,7 @@ class PABConfig:
         if self.rules:
             data["rules"] = [[kind, broadcast.to_dict()] for kind, broadcast in self.rules]
         data |= {"cache_dtype": self.cache_dtype, "cache_point": self.cache_point}
+        data |= {} if self.budget is None else {"budget": self.budget}
         return data if self.fitted is None else data | {"fitted": self.fitted.to_dict()}
 
     @classmethod

@@ -36,6 +36,8 @@ class Forecast:
         cache_bytes: bytes held after each step: slots, and what sublayers keep for the generation (`Sublayer.keeps`).
         peak_cache_bytes: peak of these, also within a step, when a sublayer stores before another releases.
         peak_by_kind: peak of each kind's slots; the kinds need not peak at the same time.
+        cache_bytes_by_kind: the same after each step, by kind; "text" is what sublayers keep, and "predictions" what
+            outputs of skipped steps are predicted from.
         moved_bytes: bytes that reuses read and write in device memory; see `rules/forecast.py`.
     """
 
@@ -45,6 +47,7 @@ class Forecast:
     cache_bytes: tuple[int, ...]
     peak_cache_bytes: int
     peak_by_kind: Mapping[str, int]
+    cache_bytes_by_kind: Mapping[str, tuple[int, ...]]
     moved_bytes: int
 
     @property

@@ -19,6 +19,8 @@ from ..limits import MOST_ADDED
 from .costs import Cost, Forecast
 from .plan import Action, Plan
 
+TEXT, PREDICTIONS = "text", "predictions"
+"""What is kept beside the slots of each kind: by sublayers for a generation, and to predict the model's output."""
 _RUN = (Action.COMPUTE, Action.STORE)
 
 
@@ -34,29 +36,64 @@ def forecast(
         for step, names, skips in zip(plan.steps, run, skipped, strict=True)
     ]
     full = contexts * len(columns) * (rest_flops + sum(costs[name].flops for name in plan.rows))
+    held, peak = _held(plan, costs, contexts, latents_bytes)
+    by_kind = {kind: peak[kind] for kind in plan.kinds()}
+    over_steps = {kind: tuple(after[kind] for after in held) for kind in (*by_kind, TEXT, PREDICTIONS) if peak[kind]}
+    cache = [after["all"] for after in held]
+    moved = contexts * sum(_moved(plan, i, costs) for i in columns)
+    return Forecast(sum(flops), full, tuple(flops), tuple(cache), peak["all"], by_kind, over_steps, moved)
+
+
+def peak_bytes(
+    plan: Plan,
+    costs: Mapping[str | None, Mapping[str, Cost]],
+    contexts: int = 1,
+    latents_bytes: int = 0,
+    fixed: bool = False,
+) -> int:
+    """The most bytes held at once.
+
+    Args:
+        plan: of the generation.
+        costs: of each sublayer in one call, by cache dtype.
+        contexts, latents_bytes: see `Plan.forecast`.
+        fixed: whether the memory of slots is kept for the whole generation, as in CUDA graphs.
+    """
+    own = plan.costs(costs)
+    peak = _held(plan, own, contexts, latents_bytes)[1]
+    if not fixed:
+        return peak["all"]
+    places = sum(plan.outputs(name) * own[name].slot_bytes for name in plan.decided)
+    return contexts * places + _held(plan, {name: Cost(0, 0) for name in own}, contexts, latents_bytes)[1]["all"]
+
+
+def _held(
+    plan: Plan, costs: Mapping[str, Cost], contexts: int, latents_bytes: int
+) -> tuple[list[Counter[str]], Counter[str]]:
+    """The bytes held after each step, and the most held at once, of each kind and of all."""
     kinds = {s.name: s.kind for s in plan.sublayers}
     held: Counter[str] = Counter()
     peak: Counter[str] = Counter()
-    cache = []
+    after = []
+
+    def add(kind: str, change: int) -> None:
+        for meter in (kind, "all"):
+            held[meter] += change
+            peak[meter] = max(peak[meter], held[meter])
+
     for step in plan.steps:
         for name in contexts * list(plan.rows):  # in the order in which they run
-            change = plan.decision(name, step).held - (
-                plan.decision(name, step - 1).held if step > plan.steps.start else 0
-            )
-            for meter in (kinds[name], "all") if change else ():
-                held[meter] += change * costs[name].slot_bytes
-                peak[meter] = max(peak[meter], held[meter])
+            before = plan.decision(name, step - 1).held if step > plan.steps.start else 0
+            change = plan.decision(name, step).held - before
+            if change:
+                add(kinds[name], change * costs[name].slot_bytes)
             if name in plan.keeping:
                 runs = plan.runs[name]
-                held["all"] += costs[name].kept_bytes * ((step == runs[0]) - (step == runs[-1]))
-                peak["all"] = max(peak["all"], held["all"])
+                add(TEXT, costs[name].kept_bytes * ((step == runs[0]) - (step == runs[-1])))
         if plan.whole is not None:  # the scheduler's step comes after the model
-            held["all"] += 2 * latents_bytes * (_predicts_from(plan, step) - _predicts_from(plan, step - 1))
-            peak["all"] = max(peak["all"], held["all"])
-        cache.append(held["all"])
-    by_kind = {kind: peak[kind] for kind in plan.kinds()}
-    moved = contexts * sum(_moved(plan, i, costs) for i in columns)
-    return Forecast(sum(flops), full, tuple(flops), tuple(cache), peak["all"], by_kind, moved)
+            add(PREDICTIONS, 2 * latents_bytes * (_predicts_from(plan, step) - _predicts_from(plan, step - 1)))
+        after.append(Counter(held))
+    return after, peak
 
 
 def flops_at(plan: Plan, costs: Mapping[str, Cost], name: str, step: int) -> int:

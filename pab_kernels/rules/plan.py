@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from .budget import FEWER_BITS, GivenUp, in_words
 from .config import KINDS, Broadcast, PABConfig
 from .costs import Cost, Forecast
 from .fitted import FittedWeights, fitted_notes
@@ -141,6 +142,7 @@ class Plan:
         schedule: the steps.
         sublayers: the model's sublayers in the order in which they run, a block after those in it; blocks without a
             rule are left out, and the whole model is added where it has one. Default: one for each kind of `config`.
+        given_up: what it gives up for a budget; None without one.
 
     `str(plan)` is a drawing in text; `plan.plot()` draws a picture.
     """
@@ -148,6 +150,7 @@ class Plan:
     config: PABConfig
     schedule: Schedule
     sublayers: tuple[Sublayer, ...] = field(default=())
+    given_up: GivenUp | None = None
 
     def __post_init__(self) -> None:
         if not self.sublayers:
@@ -169,7 +172,7 @@ class Plan:
         rows: dict[str, tuple[Decision, ...]] = {}
         running: Sequence[int] = self.steps
         for sublayer in sorted(self.sublayers, key=lambda s: (s.kind != "model", s.kind != "block")):
-            rule = self.config.rule(sublayer.kind, sublayer.layer)
+            rule = self._rule(sublayer)
             block = rows.get(sublayer.block) if sublayer.block else None
             key = rule, block, len(running)
             if key not in made:
@@ -179,6 +182,17 @@ class Plan:
                 pairs = zip(self.steps, rows[sublayer.name], strict=True)
                 running = [i for i, decision in pairs if decision.action is not Action.REUSE]
         return {s.name: rows[s.name] for s in self.sublayers}
+
+    def _rule(self, sublayer: Sublayer) -> Broadcast | None:
+        return None if sublayer.name in self._computed else self.config.rule(sublayer.kind, sublayer.layer)
+
+    @cached_property
+    def _computed(self) -> frozenset[str]:
+        return frozenset(() if self.given_up is None else self.given_up.computed)
+
+    @cached_property
+    def _fewer_bits(self) -> frozenset[str]:
+        return frozenset(() if self.given_up is None else self.given_up.fewer_bits)
 
     @cached_property
     def whole(self) -> str | None:
@@ -305,6 +319,14 @@ class Plan:
         own = None if self.fitted is None else self.fitted.weight(name, step, sources)
         return self._reuses[name].weights(step, sources, self.schedule) if own is None else (own,)
 
+    def cache_dtype(self, name: str) -> str | None:
+        """The dtype of the slots of sublayer `name`; None for that of its outputs."""
+        return FEWER_BITS if name in self._fewer_bits else self.config.cache_dtype
+
+    def costs(self, by_dtype: Mapping[str | None, Mapping[str, Cost]]) -> dict[str, Cost]:
+        """The cost of each sublayer in one call with its cache dtype, from those with every cache dtype."""
+        return {name: by_dtype[self.cache_dtype(name)][name] for name in self.rows}
+
     @cached_property
     def fitted(self) -> FittedWeights | None:
         """The fitted weights of the config, if they are for this schedule."""
@@ -313,7 +335,7 @@ class Plan:
 
     @cached_property
     def _reuses(self) -> dict[str, Reuse]:
-        rules = {s.name: self.config.rule(s.kind, s.layer) for s in self.sublayers}
+        rules = {s.name: self._rule(s) for s in self.sublayers}
         return {name: REUSES["hold" if rule is None else rule.reuse] for name, rule in rules.items()}
 
     @cached_property
@@ -370,13 +392,15 @@ class Plan:
             lines.append(f"{label:<{width}} {marks}  {c.computed} computed, {c.reused} reused{skipped}")
         if self.fitted is not None:
             lines.append(str(self.fitted))
+        if self.given_up is not None:
+            lines.append(in_words(self))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
-    def plot(self, path: str | None = None) -> Figure:
-        """Draw the plan as a pyramid, steps by kind, with matplotlib, and save it to `path` if given."""
+    def plot(self, path: str | None = None, cost: Forecast | None = None) -> Figure:
+        """Draw the plan as a pyramid, steps by kind, and save it to `path` if given: see `plot_plan`."""
         from .plot import plot_plan
 
-        return plot_plan(self, path)
+        return plot_plan(self, path, cost)
 
 
 def _spans(layers: Sequence[int]) -> str:

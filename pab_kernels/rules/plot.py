@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..extras import require
 from ..figures import new_figure, saved, whole_numbers
+from .costs import Forecast
 from .plan import Action, Decision, Plan
 
 if TYPE_CHECKING:
@@ -22,6 +23,18 @@ NAMES = {
     Action.SKIP: "inside a reused block or model",
 }
 _WINDOW, _INK, _FAINT = "#d5e6f2", "#1c1e22", "#6e727a"
+KIND_COLOURS = {
+    "model": "#1c1e22",
+    "block": "#56606b",
+    "spatial": "#0072b2",
+    "temporal": "#56b4e9",
+    "cross": "#e69f00",
+    "mlp": "#009e73",
+    "text": "#cc79a7",
+    "predictions": "#a7b0ba",
+}
+"""Fill of the bytes kept, by kind."""
+_NOTE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "color": _INK}
 _HEAD = "-|>,head_width=0.16,head_length=0.28"
 _ARROW = {"arrowstyle": _HEAD, "color": "#6b4100", "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
 _ORDER = ("model", "cross", "temporal", "spatial", "mlp", "block")
@@ -50,12 +63,31 @@ def _draw_row(ax: Axes, y: float, label: str, row: tuple[Decision, ...], begin: 
         ax.annotate("", (end + 0.36, y), (source + 0.5, y), arrowprops=_ARROW)
 
 
-def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:
+def _draw_bytes(ax: Axes, plan: Plan, cost: Forecast) -> None:
+    """The bytes held after each step, by kind, and the budget."""
+    scale = 2**30 if cost.peak_cache_bytes >= 2**29 else 2**20
+    below = [0.0] * len(plan.steps)
+    for kind, held in cost.cache_bytes_by_kind.items():
+        values = [n / scale for n in held]
+        ax.bar(list(plan.steps), values, 1.0, below, label=kind, color=KIND_COLOURS[kind], gid=f"bytes of {kind}")
+        below = [a + b for a, b in zip(below, values, strict=True)]
+    if plan.given_up is not None:
+        ax.axhline(plan.given_up.budget / scale, color=_INK, linewidth=1, linestyle="--", gid="budget")
+        ax.annotate("budget", (plan.steps.stop - 0.5, plan.given_up.budget / scale), (8, -3), **_NOTE)
+    ax.set_ylabel(f"kept, {'GiB' if scale == 2**30 else 'MiB'}", fontsize=9, color=_FAINT)
+    ax.tick_params(length=0, labelsize=8.5, labelcolor=_FAINT)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[:].set_color("#c4c8ce")
+    ax.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 0.9), handlelength=1.1)
+
+
+def plot_plan(plan: Plan, path: str | Path | None = None, cost: Forecast | None = None) -> Figure:
     """Draw a plan as a pyramid with a row for each kind and a column for each step.
 
     Args:
         plan: the plan.
         path: where to save the picture, in the format of its ending.
+        cost: its forecast, for a second panel with the bytes held after each step.
 
     Returns:
         The figure, which pyplot does not know. Each cell is a rectangle with the fill `COLOURS[action]`, and an arrow
@@ -68,8 +100,14 @@ def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:
     groups = sorted(plan.grouped(), key=lambda g: _ORDER.index(g[0].split()[0]))
     steps = plan.steps
     width = min(18.0, max(6.5, 2.6 + 0.2 * len(steps)))
-    figure = new_figure("drawing a plan", (width, 1.35 + 0.42 * len(groups)), dpi=160)
-    ax = figure.add_subplot()
+    rows_high = 1.35 + 0.42 * len(groups)
+    if cost is None:
+        figure = new_figure("drawing a plan", (width, rows_high), dpi=160)
+        ax = lowest = figure.add_subplot()
+    else:
+        figure = new_figure("drawing a plan", (width, rows_high + 1.9), dpi=160)
+        ax, lowest = figure.subplots(2, 1, sharex=True, height_ratios=(rows_high, 1.9))
+        _draw_bytes(lowest, plan, cost)
     for index, (label, row) in enumerate(groups):
         y = (len(groups) - 1 - index) * _ROW
         window = _window(plan, label, row)
@@ -81,12 +119,12 @@ def plot_plan(plan: Plan, path: str | Path | None = None) -> Figure:
         computed = sum(d.action in (Action.COMPUTE, Action.STORE) for d in row)
         reused = sum(d.action is Action.REUSE for d in row)
         counts, right = f"{computed} computed, {reused} reused", (steps.stop - 0.5, y)
-        ax.annotate(counts, right, (8, 0), textcoords="offset points", va="center", fontsize=8.5, color=_INK)
+        ax.annotate(counts, right, (8, 0), va="center", **_NOTE)
     rows = [(len(groups) - 1 - i) * _ROW for i in range(len(groups))]
     ax.set_yticks(rows, [label for label, _ in groups], fontsize=10, color=_INK)
     ax.set_xlim(steps.start - 0.7, steps.stop - 0.5)
     ax.set_ylim(-0.55, len(groups) - 0.45)
-    ax.set_xlabel("sampling step", fontsize=9, color=_FAINT)
+    lowest.set_xlabel("sampling step", fontsize=9, color=_FAINT)
     ax.tick_params(length=0, labelcolor=_INK)
     ax.tick_params(axis="x", labelsize=8.5, labelcolor=_FAINT)
     whole_numbers(ax)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from ...rules.plan import Counts, Plan
 from ...rules.presets import FEWEST_STEPS, default_preset
 from ...rules.schedule import Schedule, check_steps
 from ...rules.traffic import Layout
+from ...rules.within_budget import within
 from ..pipelines import DTYPES
-from .measure import measure
+from .measure import Measured, measure
 from .model_calls import MODEL_CALLS, Size
-from .ranks import RanksForecast, on_ranks, shapes_of
+from .ranks import RanksForecast, on_ranks, one_of, shapes_of
 from .transformers import build, find_config
 
+BUDGET = "budget"
+"""Name of the forecast within a budget, among those by cache dtype."""
 LARGEST_FORECAST = 1_000_000
 """The most frames, rows, columns, clips and tokens: the sizes of larger tensors overflow."""
 
@@ -35,7 +38,8 @@ class KindForecast:
         counts: how often its sublayers are computed, stored and reused.
         flops: of its sublayers with the plan.
         flops_without: with every sublayer computed at every step.
-        cache_bytes: peak size of its slots, by cache dtype; "model" is the model's dtype.
+        cache_bytes: peak size of its slots, by cache dtype; "model" is the model's dtype, and "budget" the dtypes with
+            which the plan keeps its budget.
     """
 
     counts: Counts
@@ -57,8 +61,9 @@ class ModelForecast:
         plan: of the generation.
         kinds: by kind.
         rest_flops: FLOPs outside of the plan's sublayers, over the generation.
-        total: with slots in the config's cache dtype.
-        peak_cache_bytes: peak size of all slots, and of what sublayers keep for a generation, by cache dtype.
+        total: with slots in the config's cache dtype, or in those of its budget.
+        peak_cache_bytes: peak size of all slots, and of what sublayers keep for a generation, by cache dtype, without
+            the budget and, as "budget", within it.
         weight_bytes: of parameters and buffers.
         activation_bytes: peak size of one call's other tensors; see `measure`.
         ranks: one of several ranks, if a layout was given.
@@ -111,7 +116,9 @@ class ModelForecast:
             "flops_without": self.total.flops_without,
             "flops_by_step": list(self.total.flops_by_step),
             "cache_bytes_by_step": list(self.total.cache_bytes),
+            "cache_bytes_by_kind": {kind: list(held) for kind, held in self.total.cache_bytes_by_kind.items()},
             "peak_cache_bytes": dict(self.peak_cache_bytes),
+            "given_up": self.plan.given_up and asdict(self.plan.given_up),
             "moved_bytes": self.total.moved_bytes,
             "weight_bytes": self.weight_bytes,
             "activation_bytes": self.activation_bytes,
@@ -130,6 +137,7 @@ def forecast(
     batch: int = 1,
     text: int | None = None,
     layout: Layout | None = None,
+    budget: int | str | None = None,
 ) -> ModelForecast:
     """FLOPs, cache bytes, bytes moved and device memory of a generation with PAB, from shapes alone.
 
@@ -149,13 +157,14 @@ def forecast(
         batch: clips in a batch, not counting classifier-free guidance.
         text: tokens of the prompt, including padding; default the number of the family's pipeline.
         layout: of several ranks that share the model, for what one of them sends and keeps.
+        budget: the most bytes that a generation keeps, on each rank, in place of that of the config.
 
     Returns:
         The plan and its costs.
 
     Raises:
-        ValueError: the model is unknown, the size or another value is not supported, or the ranks do not divide the
-            model.
+        ValueError: the model is unknown, the size or another value is not supported, the ranks do not divide the
+            model, or no plan fits the budget.
         FileNotFoundError: there is no such file.
         ModuleNotFoundError: diffusers is not installed, or huggingface_hub for a hub id.
 
@@ -182,6 +191,7 @@ def forecast(
     latents = how.latents(transformer.config, clip)
     if config is None:  # below that number, `enable` leaves the model alone
         config = default_preset(follows_scheduler=True) if steps >= FEWEST_STEPS else PABConfig()
+    config = config if budget is None else replace(config, budget=budget)
     sublayers = tuple(adapter_for(transformer).sublayers)
     if config.fitted is not None:
         config.fitted.check_names(sublayers, type(transformer).__name__)
@@ -192,13 +202,27 @@ def forecast(
     except (RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{source.name} does not run on a clip of {clip}: {first_line(error)}") from error
     latents_bytes = next(iter(inputs.values())).nbytes // how.batch
-    found = {
-        str(kept or "model"): plan.forecast(*measured.costs(kept), how.contexts, latents_bytes) for kept in CACHE_DTYPES
-    }
-    ranks = None
-    if layout is not None:
-        shapes = shapes_of(how, plan, measured, transformer, batch, text or how.text)
-        ranks = on_ranks(layout, how, plan, measured, shapes, latents_bytes)
+    shapes = None if layout is None else shapes_of(how, plan, measured, transformer, batch, text or how.text)
+    kept_by = measured if layout is None or shapes is None else one_of(layout, how, measured, shapes)
+    unlimited, by_dtype = plan, {kept: kept_by.costs(kept)[0] for kept in CACHE_DTYPES}
+    if config.budget is not None:
+        plan = within(plan, by_dtype, _bytes(config.budget), how.contexts, latents_bytes)
+
+    def forecasts(measured: Measured) -> dict[str, Forecast]:
+        """By cache dtype, without the budget, and then within it."""
+        found = {
+            str(kept or "model"): unlimited.forecast(*measured.costs(kept), how.contexts, latents_bytes)
+            for kept in CACHE_DTYPES
+        }
+        if config.budget is not None:
+            costs = plan.costs({kept: measured.costs(kept)[0] for kept in CACHE_DTYPES})
+            found[BUDGET] = plan.forecast(costs, measured.costs()[1], how.contexts, latents_bytes)
+        return found
+
+    found, ranks = forecasts(measured), None
+    if layout is not None and shapes is not None:
+        peaks = {kept: forecast.peak_cache_bytes for kept, forecast in forecasts(kept_by).items()}
+        ranks = on_ranks(layout, how, plan, shapes, peaks)
     costs, rest = measured.costs()
     calls = how.contexts * len(plan.steps)
     run = {kind: [s.name for s in plan.sublayers if s.kind == kind] for kind in plan.kinds()}
@@ -221,11 +245,20 @@ def forecast(
         plan,
         kinds,
         calls * rest,
-        found[str(config.cache_dtype or "model")],
+        found[str(config.cache_dtype or "model") if config.budget is None else BUDGET],
         {kept: forecast.peak_cache_bytes for kept, forecast in found.items()},
         measured.weight_bytes,
         measured.activation_bytes,
         ranks,
+    )
+
+
+def _bytes(budget: Any) -> int:
+    if isinstance(budget, int):
+        return budget
+    raise ValueError(
+        f"got {budget:.0%} of the free memory as budget, and a forecast has no device; give a number of bytes, such as "
+        "'8GiB'"
     )
 
 

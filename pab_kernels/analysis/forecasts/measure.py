@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,54 +12,26 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from ...broadcast.costs import SublayerRun, watched
+from ...broadcast.costs import CallCosts, watched, watched_kept
 from ...broadcast.signature import tensors_of
 from ...ops.flops import flop_counter
-from ...rules.costs import Cost
-from ...rules.plan import WHOLE, Sublayer
+from ...rules.plan import Sublayer
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(CallCosts):
     """One call of a model.
 
     Args:
-        flops: of the whole call.
-        runs: see `watched`.
         activation_bytes: peak size of the call's tensors, inputs included, with attention that keeps no scores.
         weight_bytes: of parameters and buffers.
-        kept: by sublayer, the modules whose output it `keeps`: FLOPs and bytes.
         output_bytes: of the first tensor that the model returns.
     """
 
-    flops: int
-    runs: Mapping[str, SublayerRun]
     activation_bytes: int
     weight_bytes: int
-    kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    output_bytes: int = 0
-
-    def costs(self, cache_dtype: str | None = None) -> tuple[dict[str, Cost], int]:
-        """The cost of each sublayer in one call and the FLOPs of the rest: the arguments of `Plan.forecast`.
-
-        A block's FLOPs, and the whole model's, are those outside of its sublayers. A sublayer that runs several times
-        in a call has a slot for each run.
-        """
-        runs: dict[str, list[SublayerRun]] = {}
-        for run in self.runs.values():
-            runs.setdefault(run.name, []).append(run)
-        costs = {
-            name: Cost(
-                sum(r.own[name] for r in each),
-                sum(r.nbytes(None if name == WHOLE.name else cache_dtype) for r in each),
-                sum(r.nbytes() for r in each),
-                *self.kept.get(name, (0, 0)),
-            )
-            for name, each in runs.items()
-        }
-        return costs, self.flops - sum(cost.flops for cost in costs.values())
+    output_bytes: int
 
 
 def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> Measured:
@@ -85,33 +56,11 @@ def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sub
     with torch.no_grad(), flop_counter() as counter, LiveBytes(weights) as live, AttentionWithoutScores(live):
         for tensor in tensors_of(inputs):
             live.add(tensor)
-        with watched(model, sublayers, counter) as runs, _watched_kept(model, sublayers, counter) as kept:
+        with watched(model, sublayers, counter) as runs, watched_kept(model, sublayers, counter) as kept:
             out = tensors_of(model(**inputs))
     if missing := [s.name for s in sublayers if s.name not in runs]:
         raise RuntimeError(f"{type(model).__name__}: {missing[0]} did not run in a call of the model")
-    return Measured(counter.get_total_flops(), runs, live.peak, sum(weights.values()), kept, out[0].nbytes)
-
-
-@contextlib.contextmanager
-def _watched_kept(
-    model: nn.Module, sublayers: Sequence[Sublayer], counter: FlopCounterMode
-) -> Iterator[dict[str, tuple[int, int]]]:
-    """FLOPs and bytes of what sublayers keep for a generation, from their runs inside `with`."""
-    kept: dict[str, tuple[int, int]] = {}
-
-    def enter(name: str) -> None:
-        kept[name] = (counter.get_total_flops(), 0)
-
-    def leave(name: str, out: Any) -> None:
-        kept[name] = (counter.get_total_flops() - kept[name][0], sum(t.nbytes for t in tensors_of(out)))
-
-    with contextlib.ExitStack() as stack:
-        for sublayer in sublayers:
-            if sublayer.keeps is not None:
-                module, name = model.get_submodule(sublayer.keeps), sublayer.name
-                stack.callback(module.register_forward_pre_hook(lambda m, args, name=name: enter(name)).remove)
-                stack.callback(module.register_forward_hook(lambda m, args, out, name=name: leave(name, out)).remove)
-        yield kept
+    return Measured(counter.get_total_flops(), runs, kept, live.peak, sum(weights.values()), out[0].nbytes)
 
 
 class LiveBytes(TorchDispatchMode):

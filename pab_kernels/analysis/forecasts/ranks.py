@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...broadcast.costs import SublayerRun
-from ...broadcast.slots import CACHE_DTYPES
 from ...parallel.frames import frame_family_of
 from ...rules.plan import WHOLE, Plan
 from ...rules.traffic import SENDER, Layout, Method, Shapes, Traffic, part, traffic
@@ -76,8 +75,25 @@ def shapes_of(how: ModelCall, plan: Plan, measured: Measured, model: Any, batch:
     return Shapes(rows, 1, tokens, channels, dtype.itemsize, width, heads, joint, how.contexts)
 
 
+def one_of(layout: Layout, how: ModelCall, measured: Measured, shapes: Shapes) -> Measured:
+    """What one rank runs of a call.
+
+    Args:
+        layout: of the ranks.
+        how: the model is called.
+        measured: the call on one rank alone.
+        shapes: of that call.
+    """
+    runs = {
+        place: run if run.name == WHOLE.name else dataclasses.replace(run, outputs=_part(run, layout, how, shapes))
+        for place, run in measured.runs.items()
+    }
+    kept = {name: (flops, size // layout.cfg) for name, (flops, size) in measured.kept.items()}
+    return dataclasses.replace(measured, runs=runs, kept=kept)
+
+
 def on_ranks(
-    layout: Layout, how: ModelCall, plan: Plan, measured: Measured, shapes: Shapes, latents_bytes: int
+    layout: Layout, how: ModelCall, plan: Plan, shapes: Shapes, peak_cache_bytes: Mapping[str, int]
 ) -> RanksForecast:
     """The forecast of one rank.
 
@@ -85,27 +101,15 @@ def on_ranks(
         layout: of the ranks.
         how: the model is called.
         plan: of the generation.
-        measured: a call of the model on one rank alone.
-        shapes: of that call.
-        latents_bytes: see `Plan.forecast`.
+        shapes: of a call on one rank alone.
+        peak_cache_bytes: see `RanksForecast`.
 
     Raises:
         ValueError: the ranks do not divide the model.
     """
     if how.split == "tokens":  # their outputs are sent before the projection, and kept behind it
         layout = dataclasses.replace(layout, return_dtype=None)
-    sent = traffic(layout, how.split, shapes, plan)
-    runs = {
-        place: run if run.name == WHOLE.name else dataclasses.replace(run, outputs=_part(run, layout, how, shapes))
-        for place, run in measured.runs.items()
-    }
-    kept = {name: (flops, size // layout.cfg) for name, (flops, size) in measured.kept.items()}
-    own = dataclasses.replace(measured, runs=runs, kept=kept)
-    peaks = {
-        str(dtype or "model"): plan.forecast(*own.costs(dtype), how.contexts, latents_bytes).peak_cache_bytes
-        for dtype in CACHE_DTYPES
-    }
-    return RanksForecast(layout, how.split, sent, peaks)
+    return RanksForecast(layout, how.split, traffic(layout, how.split, shapes, plan), peak_cache_bytes)
 
 
 def _part(run: SublayerRun, layout: Layout, how: ModelCall, shapes: Shapes) -> tuple[Any, ...]:

@@ -78,9 +78,10 @@ class Graphs:
         self.running = False
         """Whether a call uses them."""
         self._user: weakref.ref[Generation] | None = None
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Drop all graphs and their memory."""
         self._graphs: dict[Hashable, Graph] = {}
         self._inputs: dict[Hashable, Any] = {}
         self._places: dict[str, Places] = {}
@@ -110,9 +111,15 @@ class Graphs:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory held: places of slots, inputs, weights, and the pool that the graphs share."""
+        kept = [list(self._inputs.values()), [graph.weights for graph in self._graphs.values()]]
+        captured = self._capture.nbytes if self._capture else 0
+        return self.place_bytes + sum(t.nbytes for t in tensors_of(kept)) + captured
+
+    @property
+    def place_bytes(self) -> int:
+        """Bytes of the places of slots."""
         places = [p.values for of_context in self._places.values() for p in of_context.values()]
-        kept = [places, list(self._inputs.values()), [graph.weights for graph in self._graphs.values()]]
-        return sum(t.nbytes for t in tensors_of(kept)) + (self._capture.nbytes if self._capture else 0)
+        return sum(t.nbytes for t in tensors_of(places))
 
     def run(
         self,
@@ -153,7 +160,7 @@ class Graphs:
         arena = self._arena(call)
         turns, read = _turns(call)
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        key = (call.context.name, looks, turns, autocast)
+        key = (call.context.name, looks, turns, autocast, call.plan.given_up)
         graph = self._graphs.get(key)
         if looks not in self._inputs:
             self._inputs[looks] = like(given)
@@ -250,7 +257,7 @@ class Graphs:
             if p.device != device:
                 raise self._refused(f"{name} is on {p.device} and the inputs on {device} (as with offloading)")
         if self._state is not None and difference(self._state, host_state(model)) is not None:
-            self._clear()
+            self.clear()
 
     def _arena(self, call: Call) -> FixedArena:
         arena = call.arena

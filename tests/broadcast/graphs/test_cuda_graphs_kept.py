@@ -279,3 +279,18 @@ def test_what_is_compiled_is_captured_and_not_compiled_again(
         assert counted(graphed) == counted(eager)
         plan = pab.summary(graphed).plan
         assert plan is not None and len(recorders[0].recordings) == counter.frame_count == plan.patterns > 2
+
+
+@pytest.mark.flops
+def test_a_budget_holds_for_the_places_of_slots(recorders: list[Recorder]) -> None:
+    budget = 30_000
+    eager, graphed = pair(config(budget=budget))
+    for seed in range(2):
+        with pab.generation(eager, num_steps=STEPS), pab.generation(graphed, num_steps=STEPS):
+            generated(eager, seed), generated(graphed, seed)
+        plan = pab.summary(graphed).plan
+        assert plan is not None and plan.given_up is not None and plan.given_up.computed
+        assert graphs_of(graphed).place_bytes == plan.given_up.peak <= budget
+    captured = len(graphs_of(graphed))
+    generated(graphed, 2)
+    assert len(graphs_of(graphed)) == captured == 2 * plan.patterns

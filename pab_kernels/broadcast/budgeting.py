@@ -1,0 +1,128 @@
+"""A generation's plan under a budget of bytes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..rules.budget import FEWER_BITS, in_words
+from ..rules.costs import Cost
+from ..rules.within_budget import within
+from .slots import CACHE_DTYPES
+from .whole import shared
+
+if TYPE_CHECKING:
+    from .call import Call
+    from .generation import Generation
+
+
+class Budgeting:
+    """Keeps the plan of one generation within the budget of its config.
+
+    The first call of the model shows the shapes; the number of contexts is that of the generation before, or 1. A
+    further context, or another shape, makes a plan that keeps less: what is held already is made smaller or released.
+
+    Args:
+        before: the generation before it, or None.
+        log: reports what a plan gives up.
+    """
+
+    def __init__(self, before: Generation | None, log: Callable[[str], None]) -> None:
+        self._contexts = 1 if before is None else len(before.contexts)
+        self._log = log
+        self._seen: set[Any] = set()
+        self._costs: dict[str | None, dict[str, Cost]] = {}
+        self._latents_bytes = 0
+        self._budget: int | None = None
+
+    def enter(self, call: Call, model: nn.Module, x: torch.Tensor) -> None:
+        """Handle a call before anything of it runs.
+
+        Args:
+            call: that is open; it gets the new plan.
+            model: that is called.
+            x: the first tensor among its inputs.
+
+        Raises:
+            BudgetTooSmall: no plan that reuses an output fits.
+            RuntimeError: the sizes of outputs are not known.
+        """
+        looks = (call.context.name, call.arguments)
+        generation, before = call.generation, call.plan
+        if looks in self._seen or not (before.decided or before.whole):
+            return
+        found = generation.costs(model, {call.arguments})
+        if found is None:
+            raise RuntimeError(
+                f"a budget needs the sizes of outputs, and {type(model).__name__} does not run on the meta device, as "
+                "the log shows at level INFO; leave out the budget, or call the model with tensors and plain values"
+            )
+        self._seen.add(looks)
+        (one,) = found.values()
+        between_ranks = shared(model)
+        if between_ranks is not None:
+            one = between_ranks.part_of(one, call.shape)
+        for dtype in {before.config.cache_dtype, FEWER_BITS}:
+            costs, known = one.costs(dtype)[0], self._costs.setdefault(dtype, {})
+            for name, cost in costs.items():
+                known[name] = max(cost, known.get(name, cost), key=lambda c: (c.slot_bytes, c.kept_bytes))
+        if generation.forecaster is not None:  # the sample may be in float32
+            self._latents_bytes = max(self._latents_bytes, math.prod(call.shape) * max(4, x.itemsize))
+        self._contexts = max(self._contexts, len(generation.contexts))
+        if self._budget is None:
+            self._budget = _bytes_of(before.config.budget, x.device, between_ranks)
+        plan = within(
+            replace(before, given_up=None),
+            self._costs,
+            self._budget,
+            self._contexts,
+            self._latents_bytes,
+            generation.cuda_graphs,
+        )
+        if plan == before:
+            return
+        generation.plan = call.plan = plan
+        if plan.given_up is not None and (plan.given_up.computed or plan.given_up.fewer_bits):
+            self._log(f"{type(model).__name__}: {in_words(plan)}")
+        if generation.graphs is not None and before.given_up is not None:  # captured for the plan before
+            generation.release()
+            generation.graphs.clear()
+            generation.graphs.take(generation)
+        for context in generation.contexts.values():
+            for place in context.arena.places_held():
+                name = place.partition("#")[0]
+                if name not in plan.decided:
+                    context.arena.release(place)
+                else:
+                    context.arena.shrink(place, CACHE_DTYPES[plan.cache_dtype(name)])
+
+
+def _bytes_of(budget: Any, device: torch.device, between_ranks: Any) -> int:
+    """A budget in bytes, the same on all ranks that share the model."""
+    if isinstance(budget, int):
+        return budget
+    found = int(budget * free_bytes(device))
+    return found if between_ranks is None else between_ranks.least(found)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that is free, in bytes; on CUDA devices also what torch has reserved and does not use.
+
+    Raises:
+        ValueError: it is not known for this kind of device.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    raise ValueError(
+        f"got a share of the free memory as budget, which is not known on {device.type} here; give a number of bytes, "
+        "such as '8GiB'"
+    )

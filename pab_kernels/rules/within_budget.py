@@ -1,0 +1,88 @@
+"""Plans that fit a budget of bytes for kept outputs."""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from .budget import BudgetTooSmall, GivenUp
+from .costs import Cost
+from .forecast import peak_bytes
+from .plan import Plan
+
+
+def within(
+    plan: Plan,
+    costs: Mapping[str | None, Mapping[str, Cost]],
+    budget: int,
+    contexts: int = 1,
+    latents_bytes: int = 0,
+    fixed: bool = False,
+) -> Plan:
+    """The plan, or one that keeps less of it, whose slots fit a budget.
+
+    It is a function of its arguments alone. A sublayer is worth the FLOPs that its reuses save over the generation,
+    divided by the bytes that it holds:
+
+        1. If all slots fit as they are, the plan stays as it is.
+        2. Else the slots of the sublayers worth least are kept in 8 bits, of as few as are needed.
+        3. If all slots in 8 bits are too many, the sublayers worth least are computed at every step, as few as are
+           needed; in what is then left free, the slots of those worth most are kept in their own dtype again.
+
+    With a block, those in it are computed too. The whole model's own outputs and predictions are always kept.
+
+    Args:
+        plan: without a budget.
+        costs: of each sublayer in one call, by cache dtype: that of the plan's config, and 8 bits if that is None.
+        budget: the most bytes held at once, over all contexts.
+        contexts: calls of the model in a step.
+        latents_bytes: see `Plan.forecast`.
+        fixed: whether a slot's memory is kept for the whole generation, as in CUDA graphs.
+
+    Raises:
+        BudgetTooSmall: no plan that reuses an output fits.
+    """
+    order = _least_worth_first(plan, costs)
+    smaller = order if plan.config.cache_dtype is None else []
+
+    def given_up(fewer_bits: Sequence[str], computed: Sequence[str], peak: int = 0) -> GivenUp:
+        inside = [s.name for s in plan.sublayers if s.block in computed and s.name not in computed]
+        return GivenUp(budget, peak, (*computed, *inside), tuple(fewer_bits))
+
+    def peak(fewer_bits: Sequence[str], computed: Sequence[str]) -> int:
+        tried = replace(plan, given_up=given_up(fewer_bits, computed))
+        return peak_bytes(tried, costs, contexts, latents_bytes, fixed)
+
+    def fewest(peak_of: Callable[[int], int], most: int) -> int:
+        """The smallest n that fits; `most` if no smaller one does."""
+        return bisect.bisect_left(range(most), True, key=lambda n: peak_of(n) <= budget)
+
+    computed: list[str] = []
+    if peak(smaller, []) > budget:
+        computed = order[: fewest(lambda n: peak(smaller, order[:n]), len(order))]
+        whole = plan.whole is not None and any(decision.reads for decision in plan.rows[plan.whole])
+        if len(computed) == len(order) and (not whole or peak([], order) > budget):
+            least = [peak([], order)] if whole else [peak(smaller, order[:n]) for n in range(len(order))]
+            raise BudgetTooSmall(budget, min(filter(None, least)), contexts)
+    kept = [name for name in order if name not in computed] if smaller else []
+    fewer_bits = kept[: fewest(lambda n: peak(kept[:n], computed), len(kept))]
+    return replace(plan, given_up=given_up(fewer_bits, computed, peak(fewer_bits, computed)))
+
+
+def _least_worth_first(plan: Plan, costs: Mapping[str | None, Mapping[str, Cost]]) -> list[str]:
+    """The sublayers that are reused, by FLOPs saved over bytes held."""
+    own = costs[plan.config.cache_dtype]
+    inside: Counter[str] = Counter()
+    for s in plan.sublayers:
+        if s.block is not None:
+            inside[s.block] += own[s.name].flops
+    worth = {}
+    for s in plan.sublayers:
+        row = plan.rows[s.name]
+        reused = sum(bool(decision.reads) for decision in row)
+        held = max(decision.held for decision in row) * own[s.name].slot_bytes
+        if reused and s.kind != "model":
+            worth[s.name] = reused * (own[s.name].flops + inside[s.name]) / max(1, held)
+    return sorted(worth, key=lambda name: worth[name])

@@ -1,0 +1,162 @@
+"""Plans within a budget, against what they have to keep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pab_kernels.rules.budget import FEWER_BITS, BudgetTooSmall, parsed
+from pab_kernels.rules.config import Broadcast, PABConfig
+from pab_kernels.rules.costs import Cost
+from pab_kernels.rules.forecast import peak_bytes
+from pab_kernels.rules.plan import Plan, Sublayer
+from pab_kernels.rules.schedule import Schedule
+from pab_kernels.rules.within_budget import within
+from tests.rules.random_plans import plans
+
+Costs = dict[str | None, dict[str, Cost]]
+
+
+def costs_of(plan: Plan, sizes: dict[str, int], flops: dict[str, int]) -> Costs:
+    """Slots of `sizes`, and of half of it in 8 bits."""
+    own = {s.name: Cost(flops[s.name], 2 * sizes[s.name]) for s in plan.sublayers}
+    eight = {name: replace(cost, slot_bytes=cost.slot_bytes // 2) for name, cost in own.items()}
+    return {None: own, "int8": eight, "float8_e4m3fn": eight}
+
+
+@st.composite
+def costed(draw: st.DrawFn) -> tuple[Plan, Costs]:
+    plan = draw(plans())
+    names = [s.name for s in plan.sublayers]
+    sizes, flops = ({name: draw(st.integers(1, most)) for name in names} for most in (9, 99))
+    cache_dtype = draw(st.sampled_from([None, "int8"]))
+    plan = replace(plan, config=replace(plan.config, cache_dtype=cache_dtype))
+    return plan, costs_of(plan, sizes, flops)
+
+
+@settings(max_examples=150, deadline=None)
+@given(costed(), st.integers(1, 3), st.integers(0, 5), st.floats(0.001, 1.2), st.booleans())
+def test_a_plan_fits_its_budget_or_the_error_has_the_smallest(
+    case: tuple[Plan, Costs], contexts: int, latents: int, share: float, fixed: bool
+) -> None:
+    plan, costs = case
+    options = {"contexts": contexts, "latents_bytes": latents, "fixed": fixed}
+    whole = peak_bytes(plan, costs, **options)
+    budget = max(1, int(share * whole))
+    try:
+        found = within(plan, costs, budget, **options)
+    except BudgetTooSmall as error:
+        assert budget < error.smallest <= whole
+        found = within(plan, costs, error.smallest, **options)
+        assert found.given_up is not None and found.given_up.peak == error.smallest
+        with pytest.raises(BudgetTooSmall, match=f"{error.smallest} bytes"):
+            within(plan, costs, error.smallest - 1, **options)
+        return
+    given_up = found.given_up
+    assert given_up is not None and given_up.peak == peak_bytes(found, costs, **options) <= budget
+    assert found == within(plan, costs, budget, **options)
+    reused = {name for name, row in found.rows.items() if any(d.reads for d in row)}
+    assert not reused & set(given_up.computed) and set(given_up.fewer_bits) <= reused
+    if whole <= budget:
+        assert not given_up.computed and not given_up.fewer_bits
+    elif whole:
+        assert reused and (given_up.computed or given_up.fewer_bits)
+    for name, row in found.rows.items():  # the rest is as it was
+        inside = next(s.block for s in plan.sublayers if s.name == name) in given_up.computed
+        assert row == plan.rows[name] or name in given_up.computed or inside
+
+
+SUBLAYERS = tuple(
+    Sublayer(f"blocks.{layer}.{kind}", kind, layer) for layer in range(3) for kind in ("spatial", "cross", "mlp")
+)
+EVERY_SECOND = Broadcast(2, (0, 1))
+PLAN = Plan(PABConfig(EVERY_SECOND, cross=Broadcast(4, (0, 1)), mlp=EVERY_SECOND), Schedule(8), SUBLAYERS)
+SIZES = {s.name: 100 for s in SUBLAYERS}
+FLOPS = {s.name: {"spatial": 50, "cross": 1, "mlp": 100}[s.kind] for s in SUBLAYERS}
+COSTS = costs_of(PLAN, SIZES, FLOPS)
+
+
+def kinds(plan: Plan, names: tuple[str, ...]) -> list[str]:
+    return sorted(next(s.kind for s in plan.sublayers if s.name == name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("budget", "fewer_bits", "computed"),
+    [
+        (1800, [], []),
+        (1799, ["cross"], []),
+        (1300, ["cross"] * 3 + ["spatial"] * 2, []),
+        (900, ["cross"] * 3 + ["mlp"] * 3 + ["spatial"] * 3, []),
+        (899, ["cross"] * 2 + ["mlp"] * 3 + ["spatial"] * 3, ["cross"]),
+        (600, ["mlp"] * 3 + ["spatial"] * 3, ["cross"] * 3),
+        (550, ["mlp"] * 3 + ["spatial"] * 2, ["cross"] * 3 + ["spatial"]),
+        (100, ["mlp"], ["cross"] * 3 + ["mlp"] * 2 + ["spatial"] * 3),
+    ],
+)
+def test_what_saves_least_for_its_bytes_goes_first(budget: int, fewer_bits: list[str], computed: list[str]) -> None:
+    found = within(PLAN, COSTS, budget).given_up
+    assert found is not None
+    assert (kinds(PLAN, found.fewer_bits), kinds(PLAN, found.computed)) == (fewer_bits, computed)
+
+
+def test_what_is_left_free_makes_slots_whole_again() -> None:
+    plan = replace(PLAN, config=PABConfig(EVERY_SECOND, cross=Broadcast(4, (0, 1))))
+    costs = costs_of(plan, SIZES | {f"blocks.{i}.cross": 1000 for i in range(3)}, FLOPS)
+    found = within(plan, costs, 999).given_up  # of 6,600 and, in 8 bits, 3,300
+    assert found is not None and (found.fewer_bits, found.peak) == ((), 600)
+    assert kinds(plan, found.computed) == ["cross"] * 3
+
+
+def test_slots_that_have_8_bits_are_computed_instead() -> None:
+    plan = replace(PLAN, config=replace(PLAN.config, cache_dtype="float8_e4m3fn"))
+    found = within(plan, COSTS, 899).given_up
+    assert found is not None and not found.fewer_bits and kinds(plan, found.computed) == ["cross"]
+
+
+def test_with_a_block_its_sublayers_are_computed() -> None:
+    sublayers = [replace(s, block=f"blocks.{s.layer}") for s in SUBLAYERS]
+    blocks = [Sublayer(f"blocks.{i}", "block", i) for i in range(3)]
+    plan = Plan(PABConfig(spatial=EVERY_SECOND, block=Broadcast(3, (0, 1))), Schedule(8), (*sublayers, *blocks))
+    costs = costs_of(plan, SIZES | {s.name: 100 for s in blocks}, FLOPS | {s.name: 1 for s in blocks})
+    found = within(plan, costs, 100)
+    assert found.given_up is not None and found.given_up.peak == 100
+    assert sum(any(d.reads for d in row) for row in found.rows.values()) == 1
+
+
+def test_what_was_given_up_is_printed_and_a_kept_rule_is_not_a_note() -> None:
+    text = str(within(PLAN, COSTS, 600))
+    assert "budget 600 B, 600 B at the peak: 3 of 3 spatial, 3 of 3 mlp kept in int8; 3 of 3 cross computed" in text
+    assert "budget 1.95 KiB, 1.76 KiB at the peak: nothing is given up" in str(within(PLAN, COSTS, 2000))
+    assert FEWER_BITS == "int8"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (1, 1),
+        (2.0, 2),
+        (0.5, 0.5),
+        ("50%", 0.5),
+        ("12.5 %", 0.125),
+        ("8GiB", 2**33),
+        ("1.5 mib", 3 * 2**19),
+        ("800MB", 800 * 10**6),
+        ("3 b", 3),
+        ("2TB", 2 * 10**12),
+    ],
+)
+def test_a_budget_is_bytes_or_a_share(given: int | float | str, found: int | float) -> None:
+    assert parsed(given) == found and type(parsed(given)) is type(found)
+    config = PABConfig(spatial=2, budget=given)
+    assert config.budget == found and PABConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "given", [0, -1, 1.5, "0GiB", "100%", "8", "GiB", "8 GiBs", True, "1e3MB", float("nan"), float("inf"), 10**400]
+)
+def test_other_budgets_are_refused(given: object) -> None:
+    with pytest.raises(ValueError, match="supported are a number of bytes"):
+        PABConfig(budget=given)  # type: ignore[arg-type]
