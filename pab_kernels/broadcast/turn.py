@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..ops.quantized import Quantized
-from ..rules.plan import Action, Decision, Sublayer
+from ..rules.plan import Action, Decision, Plan, Sublayer
 from .costs import place as place_of
 from .slots import CACHE_DTYPES, Extrapolation, Key, Slot, pack
 
@@ -100,6 +100,8 @@ class Turn:
         self.slot: Slot | Extrapolation | None = None
         """The output to reuse, or the `Extrapolation` of several; None if the sublayer computes."""
         self.stores = False
+        self.dtype: torch.dtype | None = None
+        """The 8-bit dtype that outputs are kept in, or None for their own."""
         self.reads_last = False
         """Whether nothing else reads the result of `take`; always False in a graph, which serves other steps too."""
         self.runs = self.reused = self.stored = 0
@@ -109,10 +111,13 @@ class Turn:
         """Shape, dtype and device of the input, if the turn was taken in a compiled graph."""
         self._kept: Any = None
         self._own_dtype: torch.dtype | None = None
+        self._plan: Plan | None = None
 
     def decide(self, call: Call, decision: Decision, slot: Slot | Extrapolation | None) -> None:
         """Set what it does in a call."""
         self.call, self.decision, self.slot = call, decision, slot
+        if self._plan is not call.plan:
+            self._plan, self.dtype = call.plan, CACHE_DTYPES[call.plan.cache_dtype(self.sublayer.name)]
         self.stores = _stores(decision, slot)
 
     def end(self) -> None:
@@ -157,11 +162,6 @@ class Turn:
     def unprojected(self) -> bool:
         """Whether attention is kept before its output projection, if the module can be split there."""
         return self.call.generation.config.cache_point == "unprojected"
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The 8-bit dtype that outputs are kept in, or None for their own."""
-        return CACHE_DTYPES[self.call.plan.cache_dtype(self.sublayer.name)]
 
     @property
     def store(self) -> Turn | None:

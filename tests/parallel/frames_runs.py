@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.parallel.parallelize import parallel_of
+from pab_kernels.rules.budget import GivenUp
 from pab_kernels.rules.config import CacheDtype
 from pab_kernels.rules.plan import Plan
 from pab_kernels.rules.schedule import Schedule
@@ -128,6 +130,27 @@ def compare_in_fours(rank: int, cases: list[Case]) -> Found:
     """`compare` on each half of eight ranks, by a mesh that belongs to the caller."""
     mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("copies", "cfg", "sequence"))
     return compare(rank, cases, 2, 4, mesh["cfg", "sequence"])
+
+
+def within_budgets(rank: int) -> list[tuple[int, int, GivenUp, int]]:
+    """The most bytes held, the budget, what was given up for it and forced runs; the last budget is a share."""
+    found = []
+    for case, budget in ((Case("stdit3", "hold", 5), 40_000), (Case("latte", "hold", 5, (12, 12)), 30_000)):
+        model = pab.parallelize(case.build())
+        pab.enable(model, PLANS["hold"], num_steps=STEPS, budget=budget)
+        found.append(_within_budget(case, model, budget))
+        with mock.patch("pab_kernels.broadcast.budgeting.free_bytes", return_value=(2 + rank) * budget):
+            pab.enable(model, num_steps=STEPS, budget=0.5)
+            found.append(_within_budget(case, model, budget))
+        pab.unparallelize(model)
+    return found
+
+
+def _within_budget(case: Case, model: nn.Module, budget: int) -> tuple[int, int, GivenUp, int]:
+    case.sample(model)
+    summary = pab.summary(model)
+    assert summary.plan is not None and summary.plan.given_up is not None
+    return summary.peak_cache_bytes, budget, summary.plan.given_up, summary.forced
 
 
 def check(found_on_ranks: list[Found]) -> None:

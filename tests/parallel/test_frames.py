@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.parallel.frames_runs import FP8, PLANS, Case, check, compare
+from tests.parallel.frames_runs import FP8, PLANS, Case, check, compare, within_budgets
 from tests.parallel.processes import run_on
 
 STDIT3 = [Case("stdit3", plan, frames=3, given=plan == "hold") for plan in PLANS]
@@ -27,3 +27,11 @@ def test_inputs_may_be_sent_in_fewer_bits() -> None:
             assert sent.sent == expected.sent
     whole, half = (steps["temporal"][0].bytes for steps in (found[-1][3].sent, found[-1][2].sent))
     assert half == whole * (2 + 8) / (8 + 8)  # bfloat16 there, float64 back
+
+
+def test_a_budget_is_that_of_a_ranks_part_and_all_ranks_give_up_the_same() -> None:
+    found = run_on(2, within_budgets)
+    assert found[0] == found[1]
+    for peak, budget, given_up, forced in found[0]:
+        assert peak == given_up.peak <= budget == given_up.budget and not forced
+        assert given_up.computed or given_up.fewer_bits

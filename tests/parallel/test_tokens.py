@@ -137,3 +137,8 @@ def test_padding_lies_behind_the_last_tokens_and_never_among_all(lengths: tuple[
     for start, local, length in zip(starts, segments.local, lengths, strict=True):
         in_order = parts[:, 0, start : start + local, 0].flatten()
         assert bool((in_order[:length] > 0).all()) and not in_order[length:].any()
+
+
+def test_a_budget_holds_for_a_ranks_tokens(other: dict[str, Any]) -> None:
+    for peak, bound, budget in other["budgets"].values():
+        assert 0.8 * bound < peak <= bound <= budget  # the bound has a token more

@@ -119,8 +119,23 @@ def on_eight(rank: int) -> dict[str, tuple[float, Traffic]]:
 
 def others(rank: int) -> dict[str, Any]:
     """Results by what was done."""
-    done: tuple[Callable[[], Any], ...] = (compiled, undone, refusals, failures, grouped, in_eight_bits)
+    done: tuple[Callable[[], Any], ...] = (compiled, undone, refusals, failures, grouped, in_eight_bits, budgets)
     return {function.__name__: function() for function in done}
+
+
+def budgets() -> dict[str, tuple[int, int, int]]:
+    """The most bytes held, the most that the plan may hold, and the budget, by model."""
+    found = {}
+    for name in ("Wan", "Flux"):
+        model = pab.parallelize(build(name))
+        pab.enable(model, RULES["hold"], num_steps=STEPS)
+        _outputs(model, name)
+        pab.enable(model, num_steps=STEPS, budget=int(0.6 * pab.summary(model).peak_cache_bytes))
+        _outputs(model, name)
+        summary = pab.summary(model)
+        assert summary.plan is not None and summary.plan.given_up is not None
+        found[name] = summary.peak_cache_bytes, summary.plan.given_up.peak, summary.plan.given_up.budget
+    return found
 
 
 def compiled(heads: int = HEADS) -> dict[str, Any]:
