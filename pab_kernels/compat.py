@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 REGISTRY = "_diffusers_hook"
 """Attribute of a module with the registry of its diffusers hooks."""
@@ -114,3 +116,8 @@ def cleaned_caption(caption: str) -> str:
     from diffusers import LattePipeline
 
     return LattePipeline._clean_caption(LattePipeline, caption)
+
+
+def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
+    """Run without the dispatch modes of the caller, such as its FLOP counters."""
+    return _disable_current_modes()

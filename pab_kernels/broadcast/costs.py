@@ -237,6 +237,7 @@ def call_costs(
         args, kwargs = arguments.on_meta()
         with (
             COUNTING,
+            compat.without_dispatch_modes(),  # a counter of the caller counts its own calls
             torch.no_grad(),
             flop_counter() as counter,
             watched(plain, sublayers, counter, unprojected) as runs,

@@ -61,9 +61,11 @@ def test_the_table_the_summary_and_the_files_are_printed(asked: list[object], tm
         "a",
         "--guidance",
         2,
+        "--budget",
+        "1GiB",
     )
     assert result.exit_code == 0, result.output
-    assert result.stderr == ""
+    assert result.stderr == "" and "budget 1.00 GiB, " in result.stdout
     lines = result.stdout.splitlines()
     assert lines[0].startswith("PixArtSigmaPipeline, float32, ") and [line.split()[:2] for line in lines[4:6]][0] == [
         "no",
@@ -101,7 +103,8 @@ def test_json_is_printed_alone(asked: list[object], tmp_path: Path) -> None:
         (["--pab", "missing.yaml"], "pab: there is no file missing.yaml"),
         (["--pab", "pab999"], "pab: there is no preset 'pab999'"),
         (["--pab", "bad.json"], "pab: bad.json: "),
-        (["--pab", "off", "--compare"], "pab: compare, timed and cuda_graphs need PAB"),
+        (["--pab", "off", "--compare"], "pab: compare, timed, cuda_graphs and budget need PAB"),
+        (["--budget", "much"], "pab: got budget='much'; supported are a number of bytes"),
         (["--size", "large"], "pab: --size takes frames x height x width such as 49x480x720"),
         (["--size", "8"], "pab: --size takes frames x height x width"),
         (["--size", "4x64x64"], "pab: PixArtSigmaPipeline takes no num_frames; leave it out"),

@@ -56,6 +56,21 @@ def test_fitted_weights_are_shown_and_those_of_another_model_are_refused(tmp_pat
     assert refused.exit_code and "'blocks.0.attn', which is no sublayer of this LatteTransformer3D" in refused.output
 
 
+def test_a_budget_is_kept_printed_and_drawn(tmp_path: Path) -> None:
+    options = ("plan", "--model", "latte", "--config", "pab246", "--steps", 10, "--budget", "2.5GiB")
+    result = pab(*options, "--plot", tmp_path / "plan.svg")
+    assert result.exit_code == 0, result.output
+    for printed in ("budget 2.50 GiB, 2.", "kept in int8", "(in the budget)"):
+        assert printed in result.output
+    assert '<g id="budget">' in (tmp_path / "plan.svg").read_text()
+    data = json.loads(pab(*options, "--json").stdout)
+    assert data["peak_cache_bytes"]["budget"] == data["given_up"]["peak"] <= 2.5 * 2**30 == data["given_up"]["budget"]
+    assert data["peak_cache_bytes"]["model"] > 2.5 * 2**30 and data["given_up"]["fewer_bits"]
+    for refused, message in (("1KiB", "the smallest that a plan"), ("50%", "a forecast has no device")):
+        assert message in pab(*options[:-1], refused).stderr
+    assert "give --model too" in pab("plan", "--config", "pab246", "--steps", 10, "--budget", "1GiB").stderr
+
+
 RANKS = (
     "plan",
     "--model",

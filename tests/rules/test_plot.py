@@ -7,6 +7,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.colors import to_hex
 
 from pab_kernels.rules.config import Broadcast, PABConfig
+from pab_kernels.rules.costs import Cost
 from pab_kernels.rules.plan import Action, Plan, Sublayer, plan
 from pab_kernels.rules.plot import COLOURS, NAMES, plot_plan
 from pab_kernels.rules.schedule import Schedule
@@ -108,6 +109,16 @@ def test_the_legend_names_what_is_there():
         "reused",
         "window",
     ]
+
+
+def test_bytes_kept_are_drawn_below_by_kind():
+    drawn = plan(PABConfig(spatial=2, cross=4), num_steps=12)
+    costs = {"spatial": Cost(1, 3 * 2**30), "cross": Cost(1, 2**30)}
+    cost = drawn.forecast(costs)
+    pyramid, kept = plot_plan(drawn, cost=cost).axes
+    heights = {kind: [bar.get_height() for bar in bars] for kind, bars in zip(costs, kept.containers, strict=True)}
+    assert heights == {kind: [n / 2**30 for n in cost.cache_bytes_by_kind[kind]] for kind in costs}
+    assert kept.get_ylabel() == "kept, GiB" and pyramid.get_xlim() == kept.get_xlim()
 
 
 def test_it_is_saved_and_stays_out_of_pyplot(tmp_path):

@@ -69,6 +69,9 @@ def all_steps(range: int, **options: Any) -> Broadcast:
 @pytest.mark.parametrize(
     ("name", "rules", "cache_dtype"),
     [
+        ("latte", dataclasses.replace(RULES, budget="80 KiB"), None),
+        ("wan", dataclasses.replace(RULES, budget=5_000), "int8"),
+        ("stdit3", dataclasses.replace(RULES, budget="60 KiB"), None),
         ("latte", RULES, None),
         ("cogvideox", RULES, "int8"),
         ("wan", RULES, None),
@@ -101,9 +104,11 @@ def test_the_forecast_is_what_a_generation_on_the_meta_device_counts(
     summary = pab.summary(model)
     assert counter.get_total_flops() == found.total.flops
     assert steps * how.contexts * plain.get_total_flops() == found.total.flops_without > found.total.flops
-    assert (
-        summary.peak_cache_bytes == found.total.peak_cache_bytes == found.peak_cache_bytes[cache_dtype or "model"] > 0
-    )
+    kept = cache_dtype or "model" if rules.budget is None else "budget"
+    assert summary.peak_cache_bytes == found.total.peak_cache_bytes == found.peak_cache_bytes[kept] > 0
+    assert summary.plan is not None and summary.plan.given_up == found.plan.given_up
+    held = found.total.cache_bytes_by_kind
+    assert found.total.cache_bytes == tuple(map(sum, zip(*held.values(), strict=True)))
     for kind, one in found.kinds.items():
         ran = [tallies[kind] for tallies in summary.contexts.values()]
         expected = (sum(t.computed for t in ran), sum(t.stored for t in ran), sum(t.reused for t in ran))
