@@ -70,7 +70,7 @@ def all_steps(range: int, **options: Any) -> Broadcast:
     ("name", "rules", "cache_dtype"),
     [
         ("latte", dataclasses.replace(RULES, budget="80 KiB"), None),
-        ("wan", dataclasses.replace(RULES, budget=5_000), "int8"),
+        ("cogvideox", dataclasses.replace(RULES, budget=20_000), "int8"),
         ("stdit3", dataclasses.replace(RULES, budget="60 KiB"), None),
         ("latte", RULES, None),
         ("cogvideox", RULES, "int8"),
