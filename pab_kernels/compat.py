@@ -91,6 +91,11 @@ def forget_parallelism(module: nn.Module) -> None:
 # Models and pipelines
 
 
+def runs_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled by its `compile`, or wraps a compiled one."""
+    return module._compiled_call_impl is not None or uncompiled(module) is not module
+
+
 def uncompiled(model: Any) -> Any:
     """The model inside the result of `torch.compile`; any other model itself."""
     return getattr(model, "_orig_mod", model)

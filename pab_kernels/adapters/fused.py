@@ -124,15 +124,26 @@ class FusedForward(abc.ABC):
         """The block's output: its sublayers run on the stream, or the change that the block made is added to x."""
         slot, store = taken(self.whole, x)
         stream = ResidualStream(x, call)
-        if slot is not None:
-            stream.reuse(slot)
-        else:
+        if slot is None:
             self.run(stream, x, *args)
+        elif self.whole.turn is None or self.whole.turn.adds:
+            stream.reuse(slot)
         out = stream.read()
         if store is not None:
-            store.put(out - x)
+            self.keep(store, x, out)
         call.mark(REST)
         return out
+
+    def keep(self, store: Turn, x: Tensor, out: Tensor) -> None:
+        """Keep the change that the block made, or in a span the last one what all made."""
+        span = store.span
+        begin = x if span is None or span.before is None else span.begin(x)
+        if begin is None:
+            store.call.generation.split_spans()
+            return
+        if span is not None:
+            span.hand_on([(out, begin)])
+        store.put(out - begin if span is None or span.last else ())
 
     def run(self, stream: ResidualStream, x: Tensor, *args: Any) -> None:
         """Run the sublayers. Of x, the block's input, only shape, dtype and device are used."""

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .. import compat
 from ..rules.budget import FEWER_BITS, in_words
 from ..rules.costs import Cost
 from ..rules.within_budget import within
+from .fusing import has_hooks
 from .slots import CACHE_DTYPES
 from .whole import shared
 
@@ -38,8 +40,14 @@ class Budgeting:
         self._log = log
         self._seen: set[Any] = set()
         self._costs: dict[str | None, dict[str, Cost]] = {}
+        self._follows: dict[str, str] | None = None
         self._latents_bytes = 0
         self._budget: int | None = None
+
+    def split_spans(self) -> None:
+        """See `Generation.split_spans`."""
+        self._follows = {}
+        self._seen.clear()
 
     def enter(self, call: Call, model: nn.Module, x: torch.Tensor) -> None:
         """Handle a call before anything of it runs.
@@ -72,6 +80,12 @@ class Budgeting:
             costs, known = one.costs(dtype)[0], self._costs.setdefault(dtype, {})
             for name, cost in costs.items():
                 known[name] = max(cost, known.get(name, cost), key=lambda c: (c.slot_bytes, c.kept_bytes))
+        follows = one.follows if self._follows is None else self._follows
+        self._follows = {
+            name: following
+            for name, following in one.follows.items()
+            if follows.get(name) == following and _is_plain(model, name) and _is_plain(model, following)
+        }
         if generation.forecaster is not None:  # the sample may be in float32
             self._latents_bytes = max(self._latents_bytes, math.prod(call.shape) * max(4, x.itemsize))
         self._contexts = max(self._contexts, len(generation.contexts))
@@ -84,6 +98,7 @@ class Budgeting:
             self._contexts,
             self._latents_bytes,
             generation.cuda_graphs,
+            self._follows,
         )
         if plan == before:
             return
@@ -97,10 +112,16 @@ class Budgeting:
         for context in generation.contexts.values():
             for place in context.arena.places_held():
                 name = place.partition("#")[0]
-                if name not in plan.decided:
+                if name not in plan.decided or plan.spans.get(name) != before.spans.get(name):
                     context.arena.release(place)
                 else:
                     context.arena.shrink(place, CACHE_DTYPES[plan.cache_dtype(name)])
+
+
+def _is_plain(model: nn.Module, name: str) -> bool:
+    """Whether nothing runs around a block, and it is not compiled: its graphs would be more than one for all blocks."""
+    module = model.get_submodule(name)
+    return not has_hooks(module) and not compat.runs_compiled(module)
 
 
 def _bytes_of(budget: Any, device: torch.device, between_ranks: Any) -> int:

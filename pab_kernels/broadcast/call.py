@@ -46,6 +46,7 @@ class Call:
         """During the call, the tensors that the model makes the text from, if keys and values of it may be kept."""
         self.spared: Counter[str] = Counter()
         """FLOPs saved inside sublayers that did run, by kind."""
+        self._spans: dict[tuple[str, ...], bool] = {}
         self.turns = NO_TURNS
         """One turn for each sublayer of the plan, after `prepare`."""
         self.over = False
@@ -80,6 +81,8 @@ class Call:
 
         Empty unless all of them are there, each written at its planned step or later.
         """
+        if place in self.plan.spans and not self._complete(self.plan.spans[place]):
+            return ()
         held, reads, later = self.arena_of(place).held(place), decision.reads, self.step
         if not reads or len(held) < len(reads):
             return ()
@@ -88,6 +91,14 @@ class Call:
                 return ()
             later = slot.source
         return held[: len(reads)]
+
+    def _complete(self, span: tuple[str, ...]) -> bool:
+        """Whether all blocks of a span were stored at the same steps."""
+        found = self._spans.get(span)
+        if found is None:
+            first, *others = ([slot.source for slot in self.arena.held(name)] for name in span)
+            found = self._spans[span] = all(sources == first for sources in others)
+        return found
 
     def weights(self, name: str, slots: Sequence[Slot]) -> tuple[float, ...]:
         """The weights of these slots of sublayer `name` at this step."""
@@ -102,6 +113,8 @@ class Call:
             place: key in the arena; default that of the sublayer's first run in a call.
         """
         place = place or name
+        if place in self.plan.spans and not self._complete(self.plan.spans[place]):
+            return None
         if len(decision.reads) == 1:  # the common case
             newest = self.arena_of(place).get(place)
             return newest if newest is not None and decision.reads[0] <= newest.source < self.step else None

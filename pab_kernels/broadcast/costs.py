@@ -21,6 +21,7 @@ from .. import compat
 from ..ops.flops import flop_counter
 from ..rules.costs import Cost
 from ..rules.plan import WHOLE, Sublayer
+from .between_blocks import Between
 from .signature import PLAIN, tensors_of
 from .slots import Key, slot_bytes
 
@@ -109,11 +110,13 @@ class CallCosts:
         flops: FLOPs of the whole call.
         runs: the runs by `place`, in the order in which they end.
         kept: by sublayer, the modules whose output it `keeps`: FLOPs and bytes.
+        follows: for blocks, the block that gets their output unchanged and unseen by anything else.
     """
 
     flops: int
     runs: Mapping[str, SublayerRun]
     kept: Mapping[str, tuple[int, int]]
+    follows: Mapping[str, str]
 
     def costs(self, cache_dtype: str | None = None) -> tuple[dict[str, Cost], int]:
         """The cost of each sublayer in one call and the FLOPs of the rest: the arguments of `Plan.forecast`.
@@ -242,8 +245,10 @@ def call_costs(
             flop_counter() as counter,
             watched(plain, sublayers, counter, unprojected) as runs,
             watched_kept(plain, sublayers, counter) as kept,
+            Between(plain, sublayers) as between,
         ):
             out = torch.compiler.disable(plain.forward)(*args, **kwargs)
+            between.returned(out)
     except Exception as error:  # a model's own code may raise anything on tensors without values
         logger.info(
             "%s: FLOPs are not known, as it does not run on the meta device: %s: %s", name, type(error).__name__, error
@@ -253,7 +258,9 @@ def call_costs(
     for run in runs.values():
         inside[run.name] += run.own[run.name]
     inside[WHOLE.name] = total - inside.total()
-    return CallCosts(total, runs | {WHOLE.name: SublayerRun(WHOLE.name, total, inside, _looks(out))}, kept)
+    return CallCosts(
+        total, runs | {WHOLE.name: SublayerRun(WHOLE.name, total, inside, _looks(out))}, kept, between.follows
+    )
 
 
 def _looks(out: Any) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:

@@ -344,6 +344,11 @@ class Generation:
         self.failed = True
         self.end()
 
+    def split_spans(self) -> None:
+        """Give each block a slot of its own from the next call on: something came between blocks that share one."""
+        if self.budgeting is not None:
+            self.budgeting.split_spans()
+
     def _finish(self) -> None:
         self.release()
         at_end, self.at_end = self.at_end, None

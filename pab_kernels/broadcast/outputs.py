@@ -107,6 +107,8 @@ def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
         1. computed: out_j = block(...); for each tensor out_j that continues the input in_k, change_j = out_j - in_k
         2. reused:   out_j = in_k + change_j; an output that is no tensor is returned unchanged
 
+    In a span, the change of the last block is from the input of the first one, and the others return in_k.
+
     An output continues the only input of its shape. If the block has one output and several inputs have its shape, it
     continues the first input, which must be among them.
 
@@ -120,20 +122,41 @@ def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
         pairs, changed = _read(slot, _as_it_is)  # no copy, as the additions make new tensors
         leaves, nest = pytree.tree_flatten(changed)
         out = pytree.tree_unflatten(
-            [c if k is None else inputs[k] + c for k, c in zip(pairs, leaves, strict=True)], nest
+            [c if k is None else inputs[k] if c is None else inputs[k] + c for k, c in zip(pairs, leaves, strict=True)],
+            nest,
         )
     else:
-        # Copies, as a block may write to its stream in place.
-        before = [x.clone() if x.is_floating_point() else x for x in inputs] if turn.stores else inputs
+        before = _before(turn, inputs) if turn.stores else inputs
         out = compute(*args, **kwargs)
         if turn.stores:
             leaves, nest = pytree.tree_flatten(out)
             pairs = _continued(turn.sublayer, inputs, leaves)
-            changes = [leaf if k is None else leaf - before[k] for k, leaf in zip(pairs, leaves, strict=True)]
-            turn.put(kept((pairs, pytree.tree_unflatten(changes, nest)), _as_it_is))  # no copy: nothing else has them
+            changes = _changes(turn, leaves, [None if k is None else before[k] for k in pairs], pairs)
+            if changes is not None:  # no copy: nothing else has them
+                turn.put(kept((pairs, pytree.tree_unflatten(changes, nest)), _as_it_is))
     if around is not None:
         turn.call.mark(around)
     return out
+
+
+def _before(turn: Turn, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
+    """What a change is from, for each input of a block; None if that is not known."""
+    if turn.span is not None and turn.span.before is not None:
+        return [turn.span.begin(x) for x in inputs]
+    return [x.clone() if x.is_floating_point() else x for x in inputs]  # a block may write to its stream in place
+
+
+def _changes(
+    turn: Turn, leaves: Sequence[Any], begins: Sequence[torch.Tensor | None], pairs: Sequence[int | None]
+) -> list[Any] | None:
+    """The changes that a block keeps of its outputs, from what they are from; None if that is not known."""
+    if any(k is not None and begin is None for k, begin in zip(pairs, begins, strict=True)):
+        turn.call.generation.split_spans()
+        return None
+    both = list(zip(leaves, begins, strict=True))
+    if turn.span is not None:
+        turn.span.hand_on([(leaf, begin) for leaf, begin in both if begin is not None])
+    return [leaf if begin is None else leaf - begin if turn.adds else None for leaf, begin in both]
 
 
 def _first_tensor(sublayer: Sublayer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:

@@ -82,6 +82,41 @@ NO_TURNS = Turns(())
 """The turns of a model that runs plainly."""
 
 
+class Span:
+    """Where a block is among blocks in a row that share a slot: the last one's, of the change that all of them make.
+
+    Args:
+        before: that of the block before it; None for the first.
+        last: whether it is the last one.
+    """
+
+    def __init__(self, before: Turn | None, last: bool) -> None:
+        self.before = before
+        self.last = last
+        self.passed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+        """Each output of the block that goes on to the next one, and the stream where the span begins."""
+
+    @staticmethod
+    def of(plan: Plan, name: str, turns: Mapping[str, Turn]) -> Span | None:
+        """That of a sublayer; None if it has a slot of its own."""
+        names = plan.spans.get(name)
+        if names is None:
+            return None
+        at = names.index(name)
+        return Span(turns[names[at - 1]] if at else None, name == names[-1])
+
+    def begin(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The stream where the span begins, for the input x of a block; None if x is no output of the block before."""
+        before = None if self.before is None else self.before.span
+        return None if before is None else next((begin for out, begin in before.passed if out is x), None)
+
+    def hand_on(self, passed: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Set what goes on to the next block."""
+        if self.before is not None and self.before.span is not None:
+            self.before.span.passed = ()
+        self.passed = () if self.last else passed
+
+
 class Turn:
     """One sublayer in one call: it reads `slot` instead of computing, or computes and, if `stores`, keeps the output.
 
@@ -111,6 +146,8 @@ class Turn:
         """Shape, dtype and device of the input, if the turn was taken in a compiled graph."""
         self._kept: Any = None
         self._own_dtype: torch.dtype | None = None
+        self.span: Span | None = None
+        """Where the block is in a span, if it shares a slot with others."""
         self._plan: Plan | None = None
 
     def decide(self, call: Call, decision: Decision, slot: Slot | Extrapolation | None) -> None:
@@ -118,6 +155,7 @@ class Turn:
         self.call, self.decision, self.slot = call, decision, slot
         if self._plan is not call.plan:
             self._plan, self.dtype = call.plan, CACHE_DTYPES[call.plan.cache_dtype(self.sublayer.name)]
+            self.span = Span.of(call.plan, self.sublayer.name, call.turns.by_name)
         self.stores = _stores(decision, slot)
 
     def end(self) -> None:
@@ -125,6 +163,8 @@ class Turn:
         self.call, self.decision, self.slot, self.stores = None, _COMPUTE, None, False
         self.runs = self.reused = self.stored = 0
         self.reads_last, self._place, self._kept = False, self.sublayer.name, None
+        if self.span is not None:
+            self.span.passed = ()
 
     def take(self, x: torch.Tensor) -> Slot | Extrapolation | None:
         """The output to reuse instead of computing on input `x`, of which only shape, dtype and device are used.
@@ -152,6 +192,11 @@ class Turn:
         if self.stores:
             self._key = Key.of(x)
         return None
+
+    @property
+    def adds(self) -> bool:
+        """Whether a reuse adds to the stream; in a span only the last block does."""
+        return self.span is None or self.span.last
 
     @property
     def gated(self) -> bool:

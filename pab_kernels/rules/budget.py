@@ -66,12 +66,14 @@ class GivenUp:
         peak: the most bytes held at once.
         computed: names of sublayers that are computed at every step instead of reused.
         fewer_bits: names of sublayers whose slots are in `FEWER_BITS`.
+        spans: names of blocks in a row that share one slot: the last one's, with what all of them add to the stream.
     """
 
     budget: int
     peak: int
     computed: tuple[str, ...] = ()
     fewer_bits: tuple[str, ...] = ()
+    spans: tuple[tuple[str, ...], ...] = ()
 
 
 class BudgetTooSmall(ValueError):
@@ -96,7 +98,8 @@ def in_words(plan: Plan) -> str:
     """What a plan gives up for its budget, in a line."""
     given_up = plan.given_up
     assert given_up is not None
-    found = []
+    shared = sum(map(len, given_up.spans))
+    found = [f"{shared} blocks share {len(given_up.spans)} slot(s)"] if shared else []
     for names, what in (
         (given_up.fewer_bits, f"kept in {FEWER_BITS}"),
         (given_up.computed, "computed at every step"),

@@ -63,7 +63,7 @@ def peak_bytes(
     peak = _held(plan, own, contexts, latents_bytes)[1]
     if not fixed:
         return peak["all"]
-    places = sum(plan.outputs(name) * own[name].slot_bytes for name in plan.decided)
+    places = sum(plan.outputs(name) * own[name].slot_bytes for name in plan.decided if plan.has_slot(name))
     return contexts * places + _held(plan, {name: Cost(0, 0) for name in own}, contexts, latents_bytes)[1]["all"]
 
 
@@ -85,7 +85,7 @@ def _held(
         for name in contexts * list(plan.rows):  # in the order in which they run
             before = plan.decision(name, step - 1).held if step > plan.steps.start else 0
             change = plan.decision(name, step).held - before
-            if change:
+            if change and plan.has_slot(name):
                 add(kinds[name], change * costs[name].slot_bytes)
             if name in plan.keeping:
                 runs = plan.runs[name]
@@ -124,7 +124,7 @@ def _moved(plan: Plan, column: int, costs: Mapping[str, Cost]) -> int:
         owner = sublayer.block or sublayer.name.rpartition(".")[0]
         if decision.action in _RUN or owner != block:
             added, block = 0, owner
-        if decision.action is not Action.REUSE:
+        if decision.action is not Action.REUSE or not plan.has_slot(sublayer.name):
             continue
         total += len(decision.reads) * cost.slot_bytes
         if sublayer.how != "fused":

@@ -319,6 +319,17 @@ class Plan:
         own = None if self.fitted is None else self.fitted.weight(name, step, sources)
         return self._reuses[name].weights(step, sources, self.schedule) if own is None else (own,)
 
+    @cached_property
+    def spans(self) -> Mapping[str, tuple[str, ...]]:
+        """The blocks that share a slot, by the name of each of them."""
+        spans = () if self.given_up is None else self.given_up.spans
+        return {name: span for span in spans for name in span}
+
+    def has_slot(self, name: str) -> bool:
+        """Whether the outputs of a sublayer have a slot; that of a span is the last block's."""
+        span = self.spans.get(name)
+        return span is None or span[-1] == name
+
     def cache_dtype(self, name: str) -> str | None:
         """The dtype of the slots of sublayer `name`; None for that of its outputs."""
         return FEWER_BITS if name in self._fewer_bits else self.config.cache_dtype

@@ -20,6 +20,7 @@ def within(
     contexts: int = 1,
     latents_bytes: int = 0,
     fixed: bool = False,
+    follows: Mapping[str, str] | None = None,
 ) -> Plan:
     """The plan, or one that keeps less of it, whose slots fit a budget.
 
@@ -27,8 +28,9 @@ def within(
     divided by the bytes that it holds:
 
         1. If all slots fit as they are, the plan stays as it is.
-        2. Else the slots of the sublayers worth least are kept in 8 bits, of as few as are needed.
-        3. If all slots in 8 bits are too many, the sublayers worth least are computed at every step, as few as are
+        2. Else blocks in a row that are reused at the same steps share a slot.
+        3. If that is too much, the slots of the sublayers worth least are kept in 8 bits, of as few as are needed.
+        4. If all slots in 8 bits are too many, the sublayers worth least are computed at every step, as few as are
            needed; in what is then left free, the slots of those worth most are kept in their own dtype again.
 
     With a block, those in it are computed too. The whole model's own outputs and predictions are always kept.
@@ -40,16 +42,20 @@ def within(
         contexts: calls of the model in a step.
         latents_bytes: see `Plan.forecast`.
         fixed: whether a slot's memory is kept for the whole generation, as in CUDA graphs.
+        follows: for blocks, the block that gets their output unchanged and unseen by anything else.
 
     Raises:
         BudgetTooSmall: no plan that reuses an output fits.
     """
-    order = _least_worth_first(plan, costs)
+    order = _least_worth_first(plan, costs, _spans(plan, follows or {}, ()))
     smaller = order if plan.config.cache_dtype is None else []
 
     def given_up(fewer_bits: Sequence[str], computed: Sequence[str], peak: int = 0) -> GivenUp:
         inside = [s.name for s in plan.sublayers if s.block in computed and s.name not in computed]
-        return GivenUp(budget, peak, (*computed, *inside), tuple(fewer_bits))
+        spans = _spans(plan, follows or {}, computed) if shares else ()
+        without_slot = {name for span in spans for name in span[:-1]}
+        smaller = tuple(name for name in fewer_bits if name not in without_slot)
+        return GivenUp(budget, peak, (*computed, *inside), smaller, spans)
 
     def peak(fewer_bits: Sequence[str], computed: Sequence[str]) -> int:
         tried = replace(plan, given_up=given_up(fewer_bits, computed))
@@ -60,6 +66,8 @@ def within(
         return bisect.bisect_left(range(most), True, key=lambda n: peak_of(n) <= budget)
 
     computed: list[str] = []
+    shares = False  # read by `peak`
+    shares = peak([], []) > budget
     if peak(smaller, []) > budget:
         computed = order[: fewest(lambda n: peak(smaller, order[:n]), len(order))]
         whole = plan.whole is not None and any(decision.reads for decision in plan.rows[plan.whole])
@@ -71,8 +79,28 @@ def within(
     return replace(plan, given_up=given_up(fewer_bits, computed, peak(fewer_bits, computed)))
 
 
-def _least_worth_first(plan: Plan, costs: Mapping[str | None, Mapping[str, Cost]]) -> list[str]:
-    """The sublayers that are reused, by FLOPs saved over bytes held."""
+def _spans(plan: Plan, follows: Mapping[str, str], computed: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """The longest rows of blocks that may share a slot."""
+    if plan.fitted is not None:  # each block may have weights of its own
+        return ()
+    blocks = {s.name: s for s in plan.sublayers if s.kind == "block" and s.name in plan.decided}
+    rules = {name: plan.config.rule("block", s.layer) for name, s in blocks.items() if name not in computed}
+    alike = {name: (plan.rows[name], rule.reuse) for name, rule in rules.items() if rule is not None}
+    then = {name: follows[name] for name in alike if name in follows and alike.get(follows[name]) == alike[name]}
+    found = []
+    for first in (name for name in then if name not in then.values()):
+        span = [first]
+        while span[-1] in then:
+            span.append(then[span[-1]])
+        found.append(tuple(span))
+    return tuple(found)
+
+
+def _least_worth_first(
+    plan: Plan, costs: Mapping[str | None, Mapping[str, Cost]], spans: Sequence[tuple[str, ...]]
+) -> list[str]:
+    """The sublayers that are reused, by FLOPs saved over bytes held: of a slot that blocks share, a part each."""
+    sharing = {name: len(span) for span in spans for name in span}
     own = costs[plan.config.cache_dtype]
     inside: Counter[str] = Counter()
     for s in plan.sublayers:
@@ -82,7 +110,7 @@ def _least_worth_first(plan: Plan, costs: Mapping[str | None, Mapping[str, Cost]
     for s in plan.sublayers:
         row = plan.rows[s.name]
         reused = sum(bool(decision.reads) for decision in row)
-        held = max(decision.held for decision in row) * own[s.name].slot_bytes
+        held = max(decision.held for decision in row) * own[s.name].slot_bytes / sharing.get(s.name, 1)
         if reused and s.kind != "model":
             worth[s.name] = reused * (own[s.name].flops + inside[s.name]) / max(1, held)
     return sorted(worth, key=lambda name: worth[name])

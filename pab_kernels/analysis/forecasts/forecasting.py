@@ -206,7 +206,8 @@ def forecast(
     kept_by = measured if layout is None or shapes is None else one_of(layout, how, measured, shapes)
     unlimited, by_dtype = plan, {kept: kept_by.costs(kept)[0] for kept in CACHE_DTYPES}
     if config.budget is not None:
-        plan = within(plan, by_dtype, _bytes(config.budget), how.contexts, latents_bytes)
+        limit, follows = _bytes(config.budget), measured.follows
+        plan = within(plan, by_dtype, limit, how.contexts, latents_bytes, follows=follows)
 
     def forecasts(measured: Measured) -> dict[str, Forecast]:
         """By cache dtype, without the budget, and then within it."""

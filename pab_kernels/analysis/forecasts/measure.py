@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...broadcast.between_blocks import Between
 from ...broadcast.costs import CallCosts, watched, watched_kept
 from ...broadcast.signature import tensors_of
 from ...ops.flops import flop_counter
@@ -56,11 +57,19 @@ def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sub
     with torch.no_grad(), flop_counter() as counter, LiveBytes(weights) as live, AttentionWithoutScores(live):
         for tensor in tensors_of(inputs):
             live.add(tensor)
-        with watched(model, sublayers, counter) as runs, watched_kept(model, sublayers, counter) as kept:
+        watching = (
+            watched(model, sublayers, counter),
+            watched_kept(model, sublayers, counter),
+            Between(model, sublayers),
+        )
+        with watching[0] as runs, watching[1] as kept, watching[2] as between:
             out = tensors_of(model(**inputs))
+            between.returned(out)
     if missing := [s.name for s in sublayers if s.name not in runs]:
         raise RuntimeError(f"{type(model).__name__}: {missing[0]} did not run in a call of the model")
-    return Measured(counter.get_total_flops(), runs, kept, live.peak, sum(weights.values()), out[0].nbytes)
+    return Measured(
+        counter.get_total_flops(), runs, kept, between.follows, live.peak, sum(weights.values()), out[0].nbytes
+    )
 
 
 class LiveBytes(TorchDispatchMode):

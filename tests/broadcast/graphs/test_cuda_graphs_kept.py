@@ -19,6 +19,7 @@ from pab_kernels.nn import BroadcastModule, PABCrossAttention
 from tests.adapters.outputs import outputs, same
 from tests.adapters.tiny_latte import noise, prompt
 from tests.adapters.tiny_models import FAMILIES
+from tests.broadcast.chained import Model, X, directly
 from tests.broadcast.graphs.graph_recorder import Recorder
 from tests.broadcast.graphs.graphed import (
     CONTEXTS,
@@ -294,3 +295,19 @@ def test_a_budget_holds_for_the_places_of_slots(recorders: list[Recorder]) -> No
     captured = len(graphs_of(graphed))
     generated(graphed, 2)
     assert len(graphs_of(graphed)) == captured == 2 * plan.patterns
+
+
+@pytest.mark.flops
+def test_blocks_that_share_a_slot_have_one_place(recorders: list[Recorder]) -> None:
+    eager, graphed = Model(directly), Model(directly)
+    pab.enable(eager, PABConfig(block=EVERY_THIRD), num_steps=STEPS, budget=3 * X.nbytes)
+    pab.enable(graphed, PABConfig(block=EVERY_THIRD), num_steps=STEPS, budget=3 * X.nbytes, cuda_graphs=True)
+    for seed in range(2):
+        with pab.generation(eager, num_steps=STEPS), pab.generation(graphed, num_steps=STEPS):
+            for step in range(STEPS):
+                outs = graphed(X + seed + step), eager(X + seed + step)
+                torch.testing.assert_close(*outs, rtol=0, atol=1e-12)
+        plan = pab.summary(graphed).plan
+        assert plan is not None and plan.given_up is not None and [len(s) for s in plan.given_up.spans] == [4]
+        assert graphs_of(graphed).place_bytes == plan.given_up.peak == 2 * X.nbytes
+        assert pab.summary(graphed).forced == 0
