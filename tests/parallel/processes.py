@@ -116,5 +116,6 @@ def _work(rank: int, ranks: int, connection: Any, stack: Path) -> None:
                 found: Any = (None, function(rank, *args))
         except BaseException:
             found = (traceback.format_exc(), None)
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         connection.send(found)
