@@ -88,6 +88,14 @@ def no_flops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("pab_kernels.broadcast.generation.call_costs", lambda *_: None)
 
 
+@pytest.fixture
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forecasts of the same call of a model share its run on the meta device."""
+    from tests.measured_once import measured_once
+
+    monkeypatch.setattr("pab_kernels.analysis.forecasts.forecasting.measure", measured_once)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)

@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 
 from pab_kernels import cli
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 96, "num_layers": 1}
 GIVEN = ("--size", "5x32x48", "--steps", 14, "--text", 7)
 
