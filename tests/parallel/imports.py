@@ -7,6 +7,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has looked for GPUs ca
 import importlib
 
 for name in (
+    "pab_kernels.demo_ranks",
     "tests.models.tiny_checkpoints",
     "tests.parallel.decoding",
     "tests.parallel.lives",

@@ -8,6 +8,7 @@ import functools
 import multiprocessing as mp
 import os
 import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -85,17 +86,23 @@ def _answers(ranks: list[Rank], function: Callable[..., Any], args: tuple[Any, .
     return [found[rank.connection] for rank in ranks]
 
 
+def forking() -> Any:
+    """The context of processes that are forked from one, which has imported what they need."""
+    context = mp.get_context("forkserver")
+    if sys.platform == "linux":  # on others a process with torch in it may not outlive a fork
+        context.set_forkserver_preload(["tests.parallel.imports"])
+    return context
+
+
 @functools.cache
 def _processes(ranks: int) -> list[Rank]:
-    """Forked from one process, which has imported what they need."""
-    server = mp.get_context("forkserver")
-    server.set_forkserver_preload(["tests.parallel.imports"])
+    context = forking()
     folder = tempfile.TemporaryDirectory()
     started = []
     for rank in range(ranks):
-        ours, theirs = server.Pipe()
+        ours, theirs = context.Pipe()
         stack = Path(folder.name, f"{rank}")
-        process = server.Process(target=_work, args=(rank, ranks, theirs, stack), daemon=True)
+        process = context.Process(target=_work, args=(rank, ranks, theirs, stack), daemon=True)
         process.start()
         theirs.close()
         atexit.register(process.kill)
