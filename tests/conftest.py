@@ -90,10 +90,11 @@ def no_flops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forecasts of the same call of a model share its run on the meta device."""
-    from tests.measured_once import measured_once
+    """Calls of equal models with equal arguments share their run on the meta device."""
+    from tests import measured_once
 
-    monkeypatch.setattr("pab_kernels.analysis.forecasts.forecasting.measure", measured_once)
+    monkeypatch.setattr("pab_kernels.analysis.forecasts.forecasting.measure", measured_once.measure_once)
+    monkeypatch.setattr("pab_kernels.broadcast.generation.call_costs", measured_once.call_costs_once)
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +111,9 @@ LONGEST = (
     "works_with/test_compile.py",
     "works_with/test_shared_graphs.py",
     "works_with/test_context_parallel.py",
+    "parallel/test_compiled.py",
+    "parallel/test_tokens.py",
+    "parallel/test_launch.py",
     "csrc/test_wheel.py",
     "csrc/test_compiled.py",
     "test_docs.py",

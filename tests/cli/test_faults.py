@@ -30,6 +30,7 @@ from pab_kernels.analysis.differences.study import Analysis
 from pab_kernels.analysis.quality.clips import read_clip
 
 pytestmark = [
+    pytest.mark.usefixtures("measured_once"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings(
         "ignore::pytest.PytestUnraisableExceptionWarning"

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from tests.hang import HANG
 
 MOST_SECONDS = 300.0
-"""Without an answer of any rank, after which those that still run count as hanging."""
+"""Without any answer; ranks that still run after it count as hanging."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,20 +31,16 @@ class Rank:
     """A process.
 
     Args:
+        number: of the rank.
         process: which runs the functions.
         connection: to it.
-        stack: a file, to which the process writes where it is when it is asked to end.
+        stack: the file to which the process writes its stack when it is stopped.
     """
 
+    number: int
     process: Any
     connection: Any
     stack: Path
-
-    def ended(self) -> str:
-        """End the process, and return the stack that it had."""
-        os.kill(self.process.pid, signal.SIGUSR1)
-        self.process.join(HANG)
-        return self.stack.read_text()
 
 
 def run_on(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -56,8 +52,7 @@ def run_on(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         args: that can be pickled.
 
     Raises:
-        AssertionError: a rank raised; the traceback of each is in the message. Or ranks do not answer; their stacks
-            are in the message.
+        AssertionError: a rank raised, or does not answer; the traceback or stack of each is in the message.
     """
     started = _processes(ranks)
     try:
@@ -80,10 +75,18 @@ def _answers(ranks: list[Rank], function: Callable[..., Any], args: tuple[Any, .
             rank.connection.send((f"{folder}/store", function, args))
         while running := [rank for rank in ranks if rank.connection not in found]:
             answered = wait([rank.connection for rank in running], MOST_SECONDS)
-            stacks = [] if answered else [f"rank {ranks.index(rank)}: {rank.ended()}" for rank in running]
-            assert answered, "\n".join([f"ranks still run after {MOST_SECONDS:.0f} seconds", *stacks])
+            assert answered, f"ranks still run after {MOST_SECONDS:.0f} seconds\n{_stopped(running)}"
             found |= {connection: connection.recv() for connection in answered}
     return [found[rank.connection] for rank in ranks]
+
+
+def _stopped(ranks: list[Rank]) -> str:
+    """The stacks of ranks, which end. All are asked first, as one that ends is an error in the others."""
+    for rank in ranks:
+        os.kill(rank.process.pid, signal.SIGUSR1)
+    for rank in ranks:
+        rank.process.join(HANG)
+    return "\n".join(f"rank {rank.number}: {rank.stack.read_text()}" for rank in ranks)
 
 
 def forking() -> Any:
@@ -106,7 +109,7 @@ def _processes(ranks: int) -> list[Rank]:
         process.start()
         theirs.close()
         atexit.register(process.kill)
-        started.append(Rank(process, ours, stack))
+        started.append(Rank(rank, process, ours, stack))
     atexit.register(folder.cleanup)
     return started
 
