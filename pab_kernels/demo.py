@@ -268,12 +268,18 @@ def _costs(transformer: Any, batch: int) -> tuple[dict[str, Cost], int]:
 
 
 def _run(
-    demo: DemoPipeline, settings: DemoSettings, variant: Variant, steps: int, on_step: Callable[[], None], stop: CtrlC
+    demo: DemoPipeline,
+    settings: DemoSettings,
+    variant: Variant,
+    steps: int,
+    costs_of_a_call: tuple[dict[str, Cost], int],
+    on_step: Callable[[], None],
+    stop: CtrlC,
 ) -> DemoRun:
     """Sample all clips with one variant."""
     pipe, schedule = demo.pipe, demo.schedule(steps)
     calls = schedule.num_steps
-    costs, rest = _costs(pipe.transformer, 2 * len(settings.prompts))
+    costs, rest = costs_of_a_call
     flops, cache_bytes = calls * (rest + sum(cost.flops for cost in costs.values())), 0
     counts = {kind: Counts(computed=calls) for kind in COUNTED_KINDS}
     kinds = {sublayer.name: sublayer.kind for sublayer in LatteAdapter(pipe.transformer).sublayers}
@@ -332,7 +338,7 @@ def _finished(
     demo: DemoPipeline, settings: DemoSettings, stop: CtrlC, progress: RunProgress | None
 ) -> tuple[list[DemoRun], bool]:
     """The finished runs, and whether Ctrl-C stopped the demo."""
-    calls = demo.schedule(settings.steps).num_steps
+    calls, costs = demo.schedule(settings.steps).num_steps, _costs(demo.pipe.transformer, 2 * len(settings.prompts))
     todo = {variant.key: calls for variant in variants(settings)}
     runs: dict[str, DemoRun] = {}
     steps_done = 0
@@ -355,7 +361,7 @@ def _finished(
                     report(title, 0)
                     continue
                 todo[variant.key] = demo.schedule(steps).num_steps
-            run = _run(demo, settings, variant, steps, partial(report, title, 1), stop)
+            run = _run(demo, settings, variant, steps, costs, partial(report, title, 1), stop)
             pairs = zip(run.sampled.output, runs["full"].sampled.output if runs else (), strict=False)
             quality = tuple(compare(clip, other, lpips=False) for clip, other in pairs)
             runs[variant.key] = replace(run, quality=quality)

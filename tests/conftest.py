@@ -88,6 +88,15 @@ def no_flops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("pab_kernels.broadcast.generation.call_costs", lambda *_: None)
 
 
+@pytest.fixture
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of equal models with equal arguments share their run on the meta device."""
+    from tests import measured_once
+
+    monkeypatch.setattr("pab_kernels.analysis.forecasts.forecasting.measure", measured_once.measure_once)
+    monkeypatch.setattr("pab_kernels.broadcast.generation.call_costs", measured_once.call_costs_once)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)
@@ -102,6 +111,9 @@ LONGEST = (
     "works_with/test_compile.py",
     "works_with/test_shared_graphs.py",
     "works_with/test_context_parallel.py",
+    "parallel/test_compiled.py",
+    "parallel/test_tokens.py",
+    "parallel/test_launch.py",
     "csrc/test_wheel.py",
     "csrc/test_compiled.py",
     "test_docs.py",

@@ -23,7 +23,10 @@ from pab_kernels.models.demo import calibrated, shapes
 from pab_kernels.rules.config import PABConfig
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy 2.4 says is deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.usefixtures("measured_once"),
+]
 
 ONE = ("a red circle moves right at night",)
 

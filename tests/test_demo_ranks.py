@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ pytest.importorskip("skimage")
 pytest.importorskip("imageio_ffmpeg")
 pytest.importorskip("matplotlib")
 
+from torch.multiprocessing.spawn import start_processes
 from typer.testing import CliRunner
 
 from pab_kernels import cli
+from tests.parallel.processes import forking
 
 
 def pab(*arguments: object) -> Any:
@@ -26,6 +29,14 @@ def pab(*arguments: object) -> Any:
     return CliRunner().invoke(cli.build_app(), ["demo", *map(str, arguments)], env=environment)
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are forked, as their imports take longer than their runs; docs/commands.md starts some as users do."""
+    start_method = forking().get_start_method()
+    monkeypatch.setattr("pab_kernels.demo_ranks.spawn", partial(start_processes, start_method=start_method))
+
+
+@pytest.mark.usefixtures("forked")
 def test_two_ranks_have_the_clip_of_one_process_and_pab_sends_less(tmp_path: Path) -> None:
     done = pab("--ranks", 2, "--steps", 12, "--out", tmp_path)
     assert done.exit_code == 0, done.stderr

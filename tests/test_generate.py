@@ -31,6 +31,7 @@ from tests.tiny_pipelines import PIPELINES, save
 # diffusers' schedulers hand tensors to numpy in a way that numpy deprecates; imageio's reader leaves a pipe to the
 # collector
 pytestmark = [
+    pytest.mark.usefixtures("measured_once"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

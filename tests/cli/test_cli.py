@@ -22,7 +22,10 @@ from pab_kernels.models.demo.pipeline import SCHEDULERS
 from pab_kernels.models.demo.shapes import VOCABULARY
 
 # diffusers' schedulers hand tensors to numpy in a way that numpy 2.4 says is deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.usefixtures("measured_once"),
+]
 
 
 def pab(*arguments: str):

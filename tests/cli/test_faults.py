@@ -25,10 +25,12 @@ pytest.importorskip("yaml")
 from typer.testing import CliRunner
 
 from pab_kernels import cli, demo
+from pab_kernels.analysis import load_pipeline, study
 from pab_kernels.analysis.differences.study import Analysis
 from pab_kernels.analysis.quality.clips import read_clip
 
 pytestmark = [
+    pytest.mark.usefixtures("measured_once"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings(
         "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -185,6 +187,7 @@ def _failed(result: Any, path: Path) -> None:
     assert result.exit_code == 1 and result.stderr == f"pab: {path}: No space left on device\n"
 
 
+@pytest.mark.usefixtures("no_flops")
 @pytest.mark.parametrize(
     ("files", "kept"),
     [
@@ -236,7 +239,7 @@ def test_generate_keeps_the_runs_and_every_file_is_whole(
 
 @pytest.fixture(scope="module")
 def sampled() -> demo.DemoResult:
-    return demo.run_demo(demo.DemoSettings(demo.PROMPTS[:1], steps=12, device="cpu"))
+    return demo.run_demo(demo.DemoSettings(demo.PROMPTS[:1], steps=2, device="cpu"))
 
 
 @pytest.mark.parametrize("files", [0, 1, 3])
@@ -251,6 +254,21 @@ def test_demo_prints_what_it_cannot_write(
     assert [path.name for path in tmp_path.glob("*.json")] == ["results.json"] * bool(files)
 
 
+@pytest.fixture(scope="module")
+def analysis() -> Analysis:
+    pipe = load_pipeline("demo", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    clip = {"video_length": 8, "height": 32, "width": 32, "num_inference_steps": 8, "output_type": "latent"}
+    return study.analyze(pipe, lambda: pipe("a red circle moves right at night", **clip))
+
+
+@pytest.fixture
+def analysed(analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pab analyze` has measured already."""
+    monkeypatch.setattr(study, "analyze", lambda *_, **__: analysis)
+
+
+@pytest.mark.usefixtures("analysed")
 @pytest.mark.parametrize(
     ("files", "name"), [(0, "analysis.json"), (1, "start.yaml"), (2, "curves.png"), (3, "layers.png")]
 )
@@ -275,6 +293,7 @@ def test_compare_and_plan_print_what_they_cannot_draw(full: Any, tmp_path: Path)
     )
 
 
+@pytest.mark.usefixtures("analysed")
 def test_ctrl_c_while_analyze_writes_keeps_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     whole = Analysis.save
@@ -292,8 +311,6 @@ def test_ctrl_c_while_analyze_writes_keeps_every_file(tmp_path: Path, monkeypatc
 
 
 def test_ctrl_c_before_anything_is_measured_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pab_kernels.analysis import study
-
     def interrupted(*_: object, **__: object) -> None:
         raise study.Interrupted(Analysis("Model", 0, None, False, ()))
 

@@ -26,7 +26,7 @@ from tests.models.tiny_checkpoints import save
 from tests.parallel.processes import run_on
 from tests.tiny_pipelines import save as save_pipeline
 
-ASKED = ("--prompt", "a red circle", "--steps", "12", "--device", "cpu", "--pab", "pab246")
+ASKED = ("--prompt", "a red circle", "--steps", "6", "--device", "cpu", "--pab", "pab246")
 
 
 def pab(*arguments: object) -> Any:
@@ -35,7 +35,7 @@ def pab(*arguments: object) -> Any:
 
 
 def on_rank(rank: int, model: str, weights: str, folder: str) -> dict[str, Any]:
-    wish = Wish("a red circle", steps=12, size=(17, 32, 48), further={"clean_prompt": False})
+    wish = Wish("a red circle", steps=6, size=(17, 32, 48), further={"clean_prompt": False})
     found = {}
     for parallel in ("none", "1x2", "2x1"):
         settings = Settings(model, wish, "pab246", device="cpu", weights=weights, parallel=parallel)

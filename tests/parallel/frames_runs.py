@@ -26,6 +26,7 @@ FP8 = torch.float8_e4m3fn
 PLANS = {
     "without PAB": None,
     "hold": PABConfig(spatial=2, temporal=3, cross=4),
+    "in step": PABConfig(spatial=3, temporal=3, cross=3),
     "linear": PABConfig(temporal=Broadcast(2, reuse="linear"), mlp=2),
     "int8": PABConfig(spatial=2, temporal=3, cache_dtype="int8"),
     "after the gate": PABConfig(temporal=2, cache_point="post_gate"),
@@ -43,6 +44,7 @@ class Case:
         plan: a name in `PLANS`.
         frames, size, batch: of the latents.
         given: frames that STDiT3 gets given.
+        layers: of the model.
         options: of `pab.parallelize`.
     """
 
@@ -52,13 +54,14 @@ class Case:
     size: tuple[int, int] = (5, 7)
     batch: int = 2
     given: bool = False
+    layers: int = 2
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def build(self) -> nn.Module:
         """The model, in float64."""
         if self.model == "stdit3":
-            return tiny_stdit3.tiny_stdit3(torch.float64)
-        model: nn.Module = tiny_latte.tiny_latte(torch.float64, video_length=self.frames)
+            return tiny_stdit3.tiny_stdit3(torch.float64, depth=self.layers)
+        model: nn.Module = tiny_latte.tiny_latte(torch.float64, video_length=self.frames, num_layers=self.layers)
         return model
 
     def sample(self, model: nn.Module, seed: int = 0) -> Tensor:

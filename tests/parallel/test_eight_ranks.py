@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pab_kernels.rules.traffic import OUTPUT
+from tests.parallel.decoding import decoded
 from tests.parallel.frames_runs import Case, check, compare, compare_in_fours
 from tests.parallel.processes import run_on
 from tests.parallel.token_runs import STEPS, on_eight
@@ -24,3 +25,7 @@ def test_branches_and_tokens() -> None:
             messages = [sent.messages for sent in traffic.sent["spatial"]]
             assert messages == [messages[0], 0] * (STEPS // 2) and messages[0] > 0
             assert {sent.messages for sent in traffic.sent[OUTPUT]} <= {1, 2}
+
+
+def test_ranks_decode_in_the_order_of_the_mesh() -> None:
+    assert run_on(8, decoded) == [[True] * 6] * 8

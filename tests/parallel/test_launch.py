@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -23,13 +26,16 @@ pytest.importorskip("matplotlib")
 
 import diffusers
 import torch
+import torch.distributed as dist
 
 from pab_kernels.models.open_sora_plan.pipelines import OpenSoraPlan11Pipeline, OpenSoraPlan12Pipeline
 from pab_kernels.parallel.launch import ONE_BATCH, in_one_batch, is_first, joined, shape_of, ways_for
 from tests.models.tiny_open_sora import tiny_pipe
+from tests.parallel.processes import run_on
 from tests.tiny_pipelines import cogvideox, latte, pixart, wan
 
 ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "two_ranks.py"
 
 
 @pytest.mark.parametrize(("text", "shape"), [("none", None), ("auto", None), ("1x8", (1, 8)), ("2x4", (2, 4))])
@@ -108,29 +114,40 @@ def test_a_rank_without_a_gpu_is_refused(device: str, gpus: int, message: str, m
         joins("auto", device)
 
 
-def torchrun(*arguments: object, folder: Path) -> Any:
+def test_torchrun_starts_pab_and_the_first_rank_alone_reports_and_writes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    return subprocess.run(
-        [*command, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-def test_torchrun_starts_pab_and_the_first_rank_alone_reports_and_writes(tmp_path: Path) -> None:
     asked = ["--model", "demo", "--prompt", "a red circle moves right", "--size", "8x32x32", "--steps", 2]
     options = ["--pab", "off", "--device", "cpu", "--parallel", "auto", "--out", "out", "--json"]
-    done = torchrun("-m", "pab_kernels", "generate", *asked, *options, folder=tmp_path)
+    command += ["-m", "pab_kernels", "generate", *map(str, asked), *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["ranks"] == {"cfg": 2, "sequence": 1} and found["parallel"] == "auto"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["off.mp4", "results.json"]
 
 
+def example(rank: int, port: int, folder: str) -> str:
+    """What the example prints on a rank, which finds the others as torchrun's processes do."""
+    dist.destroy_process_group()
+    set_by_torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}
+    set_by_torchrun |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    printed, before = io.StringIO(), Path.cwd()
+    with (
+        mock.patch.dict(os.environ, {name: str(value) for name, value in set_by_torchrun.items()}),
+        mock.patch.object(sys, "argv", [str(EXAMPLE), "2"]),
+        contextlib.redirect_stdout(printed),
+    ):
+        os.chdir(folder)
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+        os.chdir(before)
+    return printed.getvalue()
+
+
 def test_the_example_for_a_users_own_script_runs(tmp_path: Path) -> None:
-    script = ROOT / "examples" / "two_ranks.py"
-    if not script.is_file():
+    if not EXAMPLE.is_file():
         pytest.skip("the examples are not here")
-    done = torchrun(script, 2, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("sent by this rank: ") == 1 and done.stdout.endswith("two_ranks.gif\n")
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    first, second = run_on(2, example, store.port, str(tmp_path))
+    assert first.count("sent by this rank: ") == 1 and first.endswith("two_ranks.gif\n") and second == ""
     assert (tmp_path / "two_ranks.gif").stat().st_size > 100

@@ -13,23 +13,13 @@ import torch
 import torch.distributed as dist
 
 import pab_kernels as pab
-from pab_kernels.models.open_sora.pipeline import OpenSoraPipeline
-from pab_kernels.models.open_sora.vae import OpenSoraVAE
-from tests.models.tiny_open_sora import TEXT, one_layer
+from tests.parallel.decoding import open_sora
 from tests.parallel.processes import run_on
-from tests.tiny_pipelines import latte, text_encoder, tokenizer
+from tests.tiny_pipelines import latte
 
 CLIP = {"num_frames": 20, "height": 16, "width": 24, "num_inference_steps": 2, "output_type": "pt"}
 GROUPS = 5 + 1
 """Calls of the 2-D network for 20 frames: five for a chunk of 17, one for the three that remain."""
-
-
-def open_sora() -> Any:
-    torch.manual_seed(0)
-    vae = OpenSoraVAE((8, 8, 8, 8), 1, (8, 8, 8, 8), 1, norm_num_groups=4)
-    pipe = OpenSoraPipeline(one_layer(), vae=vae, text_encoder=text_encoder(TEXT), tokenizer=tokenizer())
-    pipe.to(torch.float64).set_progress_bar_config(disable=True)
-    return pipe
 
 
 def sample(pipe: Any, seed: int | None = 0, **options: Any) -> torch.Tensor:
@@ -172,26 +162,3 @@ def test_frames_of_latte_are_decoded_over_the_ranks_with_slicing_alone(ranks: li
         assert torch.equal(found["latte whole"], found["latte whole alone"])
         assert found["latte frames"] == [1, 1] and found["latte frames whole"] == [4]
         assert torch.equal(found["three"], found["three alone"]) and torch.equal(found["one"], found["three"][:1])
-
-
-def decoded_on_four(rank: int) -> list[bool]:
-    """Whether clips have the same bits as on one process, with two ranks for guidance and two for the sequence."""
-    video, frames = open_sora(), latte()
-    frames.vae.enable_slicing()
-    noise = torch.randn(5, 4, 6, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    calls = (
-        lambda: video.vae.decode(noise[:2], num_frames=20).sample,
-        lambda: video.vae.decode(noise[:1, :, :1], num_frames=1).sample,  # for one rank of them
-        lambda: frames.vae.decode(noise[:, :, 0].float()).sample,
-    )
-    expected = [call() for call in calls]
-    found = []
-    for pipe, own in ((video, calls[:2]), (frames, calls[2:])):
-        pab.parallelize(pipe, cfg=2)
-        found += [call() for call in own]
-        pab.unparallelize(pipe)
-    return [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
-
-
-def test_four_ranks_decode_in_the_order_of_the_mesh() -> None:
-    assert run_on(4, decoded_on_four) == [[True] * 3] * 4
