@@ -68,8 +68,8 @@ class Budgeting:
         found = generation.costs(model, {call.arguments})
         if found is None:
             raise RuntimeError(
-                f"a budget needs the sizes of outputs, and {type(model).__name__} does not run on the meta device, as "
-                "the log shows at level INFO; leave out the budget, or call the model with tensors and plain values"
+                f"a budget needs the sizes of outputs, and those of {type(model).__name__} are not known, as "
+                f"{generation.not_counted}; leave out the budget, or call the model with tensors and plain values"
             )
         self._seen.add(looks)
         (one,) = found.values()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +17,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import compat
+from ..messages import first_line
 from ..ops.flops import flop_counter
 from ..rules.costs import Cost
 from ..rules.plan import WHOLE, Sublayer
 from .between_blocks import Between
 from .signature import PLAIN, tensors_of
 from .slots import Key, slot_bytes
-
-logger = logging.getLogger("pab_kernels")
 
 
 @dataclass(frozen=True)
@@ -218,10 +216,14 @@ def watched_kept(
         yield kept
 
 
+class NotCounted(RuntimeError):
+    """The costs of a call are not known."""
+
+
 def call_costs(
     model: nn.Module, sublayers: Sequence[Sublayer], arguments: Arguments | None, unprojected: bool = False
-) -> CallCosts | None:
-    """The costs of a call of `model` without PAB; None, with a log message, if it cannot run on the meta device.
+) -> CallCosts:
+    """The costs of a call of `model` without PAB.
 
     A copy of the model runs, without the hooks of offloading, step caches and parallelism.
 
@@ -230,11 +232,12 @@ def call_costs(
         sublayers: its sublayers.
         arguments: the arguments of the call; None if they are not known.
         unprojected: whether attention is kept before its projection.
+
+    Raises:
+        NotCounted: it cannot run on the meta device.
     """
-    name = type(model).__name__
     if arguments is None:
-        logger.info("%s: FLOPs are not known, as some arguments are neither tensors nor plain values", name)
-        return None
+        raise NotCounted("some arguments are neither tensors nor plain values")
     try:
         plain = on_meta(model)
         args, kwargs = arguments.on_meta()
@@ -250,10 +253,7 @@ def call_costs(
             out = torch.compiler.disable(plain.forward)(*args, **kwargs)
             between.returned(out)
     except Exception as error:  # a model's own code may raise anything on tensors without values
-        logger.info(
-            "%s: FLOPs are not known, as it does not run on the meta device: %s: %s", name, type(error).__name__, error
-        )
-        return None
+        raise NotCounted(f"it does not run on the meta device: {type(error).__name__}: {first_line(error)}") from error
     total, inside = counter.get_total_flops(), Counter[str]()
     for run in runs.values():
         inside[run.name] += run.own[run.name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence, Set
@@ -18,7 +19,7 @@ from ..rules.schedule import Schedule
 from . import fusing
 from .call import Call
 from .context import Context
-from .costs import Arguments, CallCosts, call_costs
+from .costs import Arguments, CallCosts, NotCounted, call_costs
 from .forecaster import Forecaster, refusal
 from .inputs import NO_INPUTS, Inputs
 from .slots import Meter
@@ -27,6 +28,8 @@ from .timesteps import Moment, Timesteps
 if TYPE_CHECKING:
     from .budgeting import Budgeting
     from .graphs.graphs import Graphs
+
+logger = logging.getLogger("pab_kernels")
 
 MOST_ALIKE = 16
 """The most calls in one step that may share a name or have none; they are distinguished by their order."""
@@ -107,6 +110,8 @@ class Generation:
         self._timestep: tuple[Any, Moment | None] = (None, None)  # of the last call
         self._in_schedule = False
         self._branches: int | None = None
+        self.not_counted = ""
+        """Why the costs of a call are not known."""
         self._costs: dict[Arguments | None, CallCosts | None] = {}
         self._fuses: dict[tuple[nn.Module, int, torch.dtype, torch.device], bool] = {}
         self._decided: dict[Hashable, bool] = {}
@@ -374,9 +379,12 @@ class Generation:
         """The costs of calls with these arguments, without PAB; None if those of any are not known."""
         for arguments in calls:
             if arguments not in self._costs:
-                self._costs[arguments] = call_costs(
-                    model, self.sublayers, arguments, self.config.cache_point == "unprojected"
-                )
+                unprojected = self.config.cache_point == "unprojected"
+                try:
+                    self._costs[arguments] = call_costs(model, self.sublayers, arguments, unprojected)
+                except NotCounted as error:
+                    self._costs[arguments], self.not_counted = None, str(error)
+                    logger.info("%s: FLOPs are not known, as %s", type(model).__name__, error)
         known = {arguments: costs for arguments in calls if (costs := self._costs[arguments]) is not None}
         return known if len(known) == len(calls) else None
 
