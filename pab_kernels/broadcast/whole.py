@@ -59,7 +59,8 @@ def broadcast_model(model: nn.Module | None, call: Call, x: torch.Tensor | None,
         compute: runs the model and finishes the call.
     """
     if call.generation.budgeting is not None and model is not None and x is not None:
-        call.generation.budgeting.enter(call, model, x)
+        with call.generation.lock:
+            call.generation.budgeting.enter(call, model, x)
     between_ranks = None if model is None else shared(model)
     if between_ranks is not None:
         between_ranks.agree(call)

@@ -133,6 +133,10 @@ def test_a_budget_that_nothing_fits_is_an_error_before_anything_runs_and_says_wh
     with pytest.raises(BudgetTooSmall, match=r"100 B for kept outputs; the smallest .* KiB \(\d+ bytes") as raised:
         run(model)
     assert not pab.summary(model).contexts["cond"]
+    with torch.no_grad(), pab.generation(model, num_steps=STEPS):
+        for _ in range(2):
+            with pytest.raises(BudgetTooSmall):
+                model(noise(), timestep=torch.tensor([0]), encoder_hidden_states=prompt())
     pab.enable(model, budget=raised.value.smallest)
     run(model)
     assert peak(model) == raised.value.smallest
