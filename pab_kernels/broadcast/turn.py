@@ -160,7 +160,7 @@ class Turn:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The 8-bit dtype that outputs are kept in, or None for their own."""
+        """The dtype of 8 or 4 bits that outputs are kept in, or None for their own."""
         return CACHE_DTYPES[self.call.generation.config.cache_dtype]
 
     @property

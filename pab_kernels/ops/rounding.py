@@ -7,11 +7,17 @@ instruction.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from .quantized import FORMATS
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in Triton's interpreter, read when they are defined, as Triton does."""
+
+
+GROUP_OF_FOUR_BITS = tl.constexpr(FORMATS[torch.int4].group)
 
 
 @triton.jit
@@ -51,9 +57,62 @@ def scale_of(magnitude, dtype: tl.constexpr):
 def quantized(x, scale, dtype: tl.constexpr):
     """float32 `x` in 8 bits, `round(x / scale)` and 0 where scale is 0, as in `quantize`; `scale` broadcasts to `x`."""
     limit: tl.constexpr = 448.0 if dtype == tl.float8e4nv else 127.0
-    ratio = tl.div_rn(x, tl.where(scale == 0, 1.0, scale))
-    ratio = tl.maximum(ratio, -limit, tl.PropagateNan.ALL)  # x / subnormal can exceed it
-    ratio = tl.minimum(ratio, limit, tl.PropagateNan.ALL)
+    ratio = _clamped_ratio(x, scale, -limit, limit)
     if dtype == tl.float8e4nv:
         return narrow(ratio, dtype)
-    return (ratio + 12582912.0 - 12582912.0).to(dtype)  # 1.5 * 2**23: a sum has no fraction
+    return _rounded(ratio).to(dtype)
+
+
+@triton.jit
+def four_bits(x, GROUP: tl.constexpr):
+    """float32 `x` `[ROWS, W]` in 4 bits, as in `quantize`.
+
+    Returns bytes `[ROWS, W / 2]` and the scales of groups of GROUP channels, `[ROWS, W / GROUP]` in float32.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1]
+    grouped = tl.reshape(x, [ROWS, W // GROUP, GROUP])
+    bits = grouped.to(tl.uint32, bitcast=True)
+    # With the sign last, bits have the order of magnitudes, with NaN the largest and, of two alike, the negative one.
+    most = tl.max((bits << 1) | (bits >> 31), 2)
+    extreme = ((most >> 1) | (most << 31)).to(tl.float32, bitcast=True)
+    scale = narrow(extreme * -0.125, tl.bfloat16).to(tl.float32)
+    whole = _rounded(_clamped_ratio(grouped, scale[:, :, None], -8.0, 7.0)).to(tl.int8)
+    low, high = tl.split(tl.reshape(whole, [ROWS, W // 2, 2]))
+    return (low.to(tl.uint8, bitcast=True) & 15) | (high.to(tl.uint8, bitcast=True) << 4), scale
+
+
+@triton.jit
+def store_four_bits(ptrs, scale_ptrs, x, live, FIRST: tl.constexpr, D: tl.constexpr):
+    """Store channels FIRST to FIRST + W of heads of D channels, float32 `x` `[ROWS, W]`, 0 beyond D, in 4 bits.
+
+    Pointers to the bytes and scales of each row are `[ROWS, 1]`; only the `live` rows are stored.
+    """
+    W: tl.constexpr = x.shape[1]
+    group: tl.constexpr = min(W, GROUP_OF_FOUR_BITS)
+    pairs, scale = four_bits(x, group)
+    at = FIRST // 2 + tl.arange(0, W // 2)
+    tl.store(ptrs + at[None, :], pairs, mask=live[:, None] & (at < D // 2)[None, :])
+    at = FIRST // GROUP_OF_FOUR_BITS + tl.arange(0, W // group)
+    tl.store(scale_ptrs + at[None, :], narrow(scale, scale_ptrs.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def from_four_bits(pairs):
+    """The numbers in bytes `[ROWS, W / 2]`, `[ROWS, W]` in float32; a value is one times its scale."""
+    flipped = pairs ^ 0x88  # the sign is now 8 too much or nothing
+    both = tl.join(flipped & 15, flipped >> 4).to(tl.float32) - 8.0  # [ROWS, W / 2, 2]
+    return tl.reshape(both, [pairs.shape[0], 2 * pairs.shape[1]])
+
+
+@triton.jit
+def _clamped_ratio(x, scale, least: tl.constexpr, most: tl.constexpr):
+    """`x / scale`, 0 where scale is 0, within limits that the quotient by a subnormal can exceed."""
+    ratio = tl.div_rn(x, tl.where(scale == 0, 1.0, scale))
+    return tl.minimum(tl.maximum(ratio, least, tl.PropagateNan.ALL), most, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _rounded(x):
+    """float32 `x`, which is small, rounded to a whole number."""
+    return x + 12582912.0 - 12582912.0  # 1.5 * 2**23: a sum has no fraction

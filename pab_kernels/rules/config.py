@@ -19,7 +19,7 @@ from .schedule import MOST_STEPS, Schedule
 Kind = Literal["spatial", "temporal", "cross", "mlp", "block", "model"]
 Unit = Literal["fraction", "step", "timestep"]
 CachePoint = Literal["pre_gate", "post_gate", "unprojected"]
-CacheDtype = Literal["float8_e4m3fn", "int8"]
+CacheDtype = Literal["float8_e4m3fn", "int8", "int4"]
 
 KINDS: tuple[str, ...] = get_args(Kind)
 MODULE_KINDS = tuple(kind for kind in KINDS if kind != "model")
