@@ -115,7 +115,7 @@ def nbytes(value: Any) -> int:
     )
 
 
-def slot_bytes(shape: tuple[int, ...], dtype: torch.dtype, cache_dtype: CacheDtype | None) -> int:
+def slot_bytes(shape: tuple[int, ...], dtype: torch.dtype, cache_dtype: str | None) -> int:
     """Bytes of a slot of an output of `shape` `[..., C]`, without making it."""
     rows = 1
     for n in shape[:-1]:

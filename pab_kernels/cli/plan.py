@@ -14,7 +14,7 @@ from ..rules.config import PABConfig
 from ..rules.formats import named_config
 from ..rules.plan import plan
 from ..rules.schedule import check_steps
-from ..rules.traffic import Layout
+from ..rules.traffic import Layout, returned
 from ..strict_json import to_json
 from .arguments import AsJson, numbers
 from .display import output, table
@@ -182,7 +182,8 @@ def command(
         rules: PABConfig | None = None if config is None else named_config(config)
         layout = None
         if ranks is not None:
-            layout = Layout.of(ranks, 1 if cfg is None else cfg, return_dtype=rules.cache_dtype if rules else None)
+            dtype_back = returned(rules.cache_dtype) if rules else None
+            layout = Layout.of(ranks, 1 if cfg is None else cfg, return_dtype=dtype_back)
         takes = "--size takes frames x height x width such as 51x480x854, or 1x1024x1024 of an image"
         found = forecast(
             model,

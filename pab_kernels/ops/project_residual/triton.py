@@ -125,18 +125,19 @@ def _load_cached(
     They are within a group of GROUP channels, or are a group if it has 4 bits.
     """
     ptr = ptrs[SLOT]
-    if ptr.dtype.element_ty == tl.uint8:
+    packed: tl.constexpr = ptr.dtype.element_ty == tl.uint8
+    if packed:
         pairs = first // 2 + tl.arange(0, WIDTH // 2)
         mask = _mask(live, pairs, (C + 1) // 2, GROUP // 2)
-        ptrs_of_pairs = _pointers(ptr, index, strides[SLOT], pairs, UNIT)
-        slot, group, there = from_four_bits(tl.load(ptrs_of_pairs, mask=mask, other=0)), first // WIDTH, first < C
+        slot = from_four_bits(tl.load(_pointers(ptr, index, strides[SLOT], pairs, UNIT), mask=mask, other=0))
     else:
         channels = first + tl.arange(0, WIDTH)
         slot = _load(ptr, index, strides[SLOT], channels, _mask(live, channels, C, GROUP), UNIT)
-        group, there = first // GROUP, True
     if scale_ptrs[SLOT] is not None:
-        at = scale_ptrs[SLOT] + offset_of(index, scale_strides[SLOT]) + group
-        slot *= tl.load(at, mask=live & there, other=0.0).to(tl.float32)[:, None]
+        group: tl.constexpr = WIDTH if packed else GROUP
+        number = first // group + tl.arange(0, 1)
+        mask = _mask(live, number, (C + group - 1) // group, GROUP // group)
+        slot *= _load(scale_ptrs[SLOT], index, scale_strides[SLOT], number, mask, 1)  # [ROWS, 1]
     return slot
 
 
@@ -229,9 +230,10 @@ def _project_residual_kernel(
                     pairs = first // 2 + tl.arange(0, WIDTH // 2)
                     mask = _mask(live, pairs, (C + 1) // 2, COLUMNS // 2)
                     _store(stored_ptr, index, stored_strides, pairs, mask, value, UNIT)
-                    at = stored_scale_ptr + offset_of(index, stored_scale_strides) + first // WIDTH
+                    number = first // WIDTH + tl.arange(0, 1)
+                    mask = _mask(live, number, (C + WIDTH - 1) // WIDTH, COLUMNS // WIDTH)
                     scale = narrow(scale, stored_scale_ptr.dtype.element_ty)
-                    tl.store(at[:, None], scale, mask=(live & (first < C))[:, None])
+                    _store(stored_scale_ptr, index, stored_scale_strides, number, mask, scale, 1)
                 else:
                     kept += (stored,)
                     bits = stored.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
