@@ -7,9 +7,9 @@ Every plan samples the same clips from the same noise. `psnr` is that against th
 the same plan with slots in the model's own dtype. Three parts:
 
     slots      each cache dtype: peak bytes, dB and seconds
-    outputs    the outputs that a plan keeps, by kind of sublayer: their signal to error ratio in dB under each rounding
-               of `ROUNDINGS`, and how far channels differ
-    roundings  the final clip under each of these roundings, of slots that stay in the model's dtype
+    outputs    the outputs that a plan keeps, by kind of sublayer: their signal to error ratio in dB under these
+               roundings and others, and how far channels differ
+    roundings  the final clip under each of the others, of slots that stay in the model's dtype
 """
 
 from __future__ import annotations
@@ -113,11 +113,17 @@ def without_outliers(x: Tensor) -> Tensor:
     return torch.where(apart, x, quantised(torch.int4, 32)(x.masked_fill(apart, 0)))
 
 
-ROUNDINGS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
+Roundings = dict[str, tuple[float, Callable[[Tensor], Tensor]]]
+"""By name, with channels of a group: bits a value, in 16-bit models, with scales; and the rounding."""
+SLOTS: Roundings = {
     "int8, 128": (8.25, quantised(torch.int8, 128)),
     "e4m3, 128": (8.25, quantised(torch.float8_e4m3fn, 128)),
     "int4, 32": (4.5, quantised(torch.int4, 32)),
+}
+"""Those of the package's slots."""
+OTHERS: Roundings = {
     "int4, 64": (4.25, quantised(torch.int4, 64)),
+    "int4, 16": (5.0, quantised(torch.int4, 16)),
     "-7 to 7, 32": (4.5, symmetric),
     "-7 to 7 searched, 32": (4.5, lambda x: symmetric(x, (1.0, 0.94, 0.88, 0.82))),
     "offset, 64": (4.5, with_offset(64)),
@@ -125,7 +131,6 @@ ROUNDINGS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
     "channel means apart, 32": (4.5, without_means),
     "1 in 32 channels apart, 32": (5.0, without_outliers),
 }
-"""By name, with channels of a group: bits a value, in 16-bit models, with scales; and the rounding."""
 
 
 def decibels(signal: Tensor, error: Tensor) -> float:
@@ -148,7 +153,7 @@ def of_outputs(kind: str, outputs: list[Tensor]) -> dict[str, Any]:
     by_group = torch.stack([part.sum() for part in error.split(32)])
     values_by_group = torch.stack([part.sum() for part in mean_square.split(32)])
     worst = int(by_group.argmax())
-    rounded = {name: decibels(x, rounding(x) - x) for name, (_, rounding) in ROUNDINGS.items()}
+    rounded = {name: decibels(x, rounding(x) - x) for name, (_, rounding) in (SLOTS | OTHERS).items()}
     return {
         "kind": kind,
         "channels": x.shape[1],
@@ -174,15 +179,16 @@ class Bench:
         self.model, self.steps = demo.load(scheduler, args.device), int(steps or 20)
         self.prompts = [PROMPTS["demo"][i % len(PROMPTS["demo"])] for i in range(args.clips)]
         self.run = {"bench": "memory", "scheduler": scheduler, "steps": self.steps, "clips": args.clips}
+        self.clock = time.process_time if args.device == "cpu" else time.perf_counter
         self.bar = tqdm(unit="run", disable=None)
         self.full = self.sample()[0]
 
     def sample(self) -> tuple[Tensor, float]:
-        """The clips, and the seconds that they took."""
-        began = time.perf_counter()
+        """The clips, and the seconds that they took: of the processor on a CPU, which others may share."""
+        began = self.clock()
         clips = self.model.generate(self.prompts, list(range(1000, 1000 + len(self.prompts))), self.steps)
         self.bar.update()
-        return clips, time.perf_counter() - began  # the clips are on the host: the device is done
+        return clips, self.clock() - began  # the clips are on the host: the device is done
 
     def under(self, config: PABConfig, pack: Callable[..., Any] | None = None) -> tuple[Tensor, float, Any]:
         """The clips, the seconds and the summary under a plan, whose outputs are perhaps kept by another function."""
@@ -220,7 +226,7 @@ class Bench:
             for kind, outputs in kept.items():
                 yield run | {"part": "outputs"} | of_outputs(kind, outputs)
         if "roundings" in parts:
-            for name, (bits, rounding) in ROUNDINGS.items():
+            for name, (bits, rounding) in OTHERS.items():
 
                 def pack(value: Any, dtype: Any, rounding: Any = rounding) -> Any:
                     def rounded(v: Any) -> Any:

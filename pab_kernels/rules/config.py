@@ -252,7 +252,7 @@ class PABConfig:
             steps at which it runs.
         rules: further `(kind, Broadcast)` pairs for some layers; later ones override earlier ones and the six fields.
         cache_dtype: None keeps the model's dtype; "float8_e4m3fn" or "int8" keep 8 bits with a scale per 1 x 128
-            channels.
+            channels, "int4" 4 bits with one per 1 x 32.
         cache_point: "pre_gate" (projected, gate applied at reuse), "post_gate" (gated) or "unprojected".
         fitted: weights of linear reuses by sublayer and step, in place of those of the line: see `pab.fit`.
 

@@ -60,7 +60,7 @@ class Layout:
         sequence: ranks that share the stream, in each branch.
         input_dtype: of the inputs of attention on their way ("int8" or "float8_e4m3fn"), an approximation of its own;
             None: the model's dtype.
-        return_dtype: of its outputs on their way back, which costs nothing more where slots have 8 bits; see `returned`.
+        return_dtype: of its outputs on their way back, which costs nothing more where slots have 8 bits: `returned`.
 
     Raises:
         ValueError: a value is not supported.

@@ -45,6 +45,7 @@ class _Chain:
         return y if shift is None else y + shift
 
 
+KEPT = {"int8": torch.int8, "float8": torch.float8_e4m3fn, "int4": torch.int4}
 _SHAPES = ((2, 3, 8), (5, 129), (2, 1, 2, 3), (1, 1, 1))
 _GATES = ("none", "channels", "batch", "full", "float32", "one number", "strided", "of one channel")
 

@@ -75,7 +75,8 @@ def test_a_held_attention_projected_again_is_the_held_output(model: nn.Module, r
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("reuse", "cache_dtype"), [("linear", None), ("hold", "int8"), ("linear", "int8"), ("hold", "float8_e4m3fn"), ("hold", "int4")]
+    ("reuse", "cache_dtype"),
+    [("linear", None), ("hold", "int8"), ("linear", "int8"), ("hold", "float8_e4m3fn"), ("hold", "int4")],
 )
 def test_it_is_the_projected_one_but_for_roundings(model: nn.Module, reuse: str, cache_dtype: Any) -> None:
     projected = sampled(copy.deepcopy(model), config("pre_gate", None, reuse))

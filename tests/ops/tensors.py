@@ -65,8 +65,10 @@ def assert_accurate(actual: Tensor, torch_result: Tensor, exact: Tensor) -> None
 
 
 class Guarded:
-    """An output inside a larger buffer, all of it poisoned: NaN, for int8 -128, which no quantisation yields, or for two
-    4-bit values a byte that may be right too: compare these with an output elsewhere."""
+    """An output inside a larger buffer, all of it poisoned: NaN, or for int8 -128, which no quantisation yields.
+
+    Every byte may be two right values of 4 bits: compare these with an output elsewhere.
+    """
 
     def __init__(self, *sizes: int, dtype: torch.dtype, device: str = "cpu") -> None:
         poison = {torch.int8: -128.0, torch.uint8: 0x88}.get(dtype, float("nan"))

@@ -269,7 +269,9 @@ def test_channels_that_do_not_rotate_keep_even_what_is_not_finite():
 @pytest.mark.parametrize("dim", [40, 64, 72, 112])
 def test_the_stored_copy_is_quantised_from_the_rounded_output(dim, store_dtype):
     out, stored = check(*qkv(2, queries=5, dim=dim), store_dtype=store_dtype)
-    assert_same(stored, out if store_dtype == torch.bfloat16 else quantize(out, store_dtype, head_group(store_dtype, dim)))
+    assert_same(
+        stored, out if store_dtype == torch.bfloat16 else quantize(out, store_dtype, head_group(store_dtype, dim))
+    )
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, in the interpreter
@@ -296,7 +298,9 @@ def test_it_writes_its_outputs_and_nothing_else(store_dtype):
         guards.append(Guarded(*sizes, dtype=store_dtype, device=KERNEL_DEVICE))
         stored_out = guards[1].tensor
     elif store_dtype is not None:
-        stored_out, more = guarded_quantized(*sizes, dtype=store_dtype, group=head_group(store_dtype, 72), device=KERNEL_DEVICE)
+        stored_out, more = guarded_quantized(
+            *sizes, dtype=store_dtype, group=head_group(store_dtype, 72), device=KERNEL_DEVICE
+        )
         guards += more
     call = Attention(*inputs, **options, store_dtype=store_dtype)
     launch("attention", "triton", call, guards[0].tensor, stored_out)

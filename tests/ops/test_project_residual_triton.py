@@ -254,7 +254,9 @@ def test_outputs_are_written_whole_and_nothing_around_them(dtype: torch.dtype, s
     args, options = call((2, 7, 136), "mi", dtype)
     place, stored, guards = Guarded(2, 7, 136, dtype=dtype, device=KERNEL_DEVICE), None, []
     if store_dtype is not None:
-        stored, guards = guarded_quantized(2, 7, 136, dtype=store_dtype, group=FORMATS[store_dtype].group, device=KERNEL_DEVICE)
+        stored, guards = guarded_quantized(
+            2, 7, 136, dtype=store_dtype, group=FORMATS[store_dtype].group, device=KERNEL_DEVICE
+        )
     elif store is not None:
         guards = [Guarded(2, 7, 136, dtype=dtype, device=KERNEL_DEVICE)]
         stored = guards[0].tensor

@@ -31,7 +31,9 @@ def test_the_error_stays_within_half_a_step_of_the_groups_own_scale(dtype, chann
         error = (dequantize(q, x.dtype)[..., start : start + width] - group).abs()
         if dtype == torch.int4:  # there is a -8, and no 8: what lies beyond 7.5 steps on the other side becomes 7
             steps = (group / scale).nan_to_num()
-            assert (error <= (0.5001 * scale.abs()).maximum((steps - 7) * scale.abs() * 1.0001) + 2**-9 * group.abs()).all()
+            assert (
+                error <= (0.5001 * scale.abs()).maximum((steps - 7) * scale.abs() * 1.0001) + 2**-9 * group.abs()
+            ).all()
             continue
         step = scale if dtype == torch.int8 else torch.maximum(group.abs() / 8, scale / 512)
         assert (error <= 0.5001 * step).all()

@@ -167,7 +167,9 @@ def test_it_writes_its_outputs_and_nothing_else(frames, dim, store_dtype):
         guards = [Guarded(*shape, dtype=torch.bfloat16, device=KERNEL_DEVICE)]
         stored_out = guards[0].tensor
     elif store_dtype is not None:
-        stored_out, guards = guarded_quantized(*shape, dtype=store_dtype, group=head_group(store_dtype, dim), device=KERNEL_DEVICE)
+        stored_out, guards = guarded_quantized(
+            *shape, dtype=store_dtype, group=head_group(store_dtype, dim), device=KERNEL_DEVICE
+        )
     given = ShortAttention(*inputs, **options, store_dtype=store_dtype)
     launch("short_attention", "triton", given, out.tensor, stored_out)
     for guard in (out, *guards):

@@ -100,7 +100,7 @@ def attention(
 
         1. q = rope(q_norm(q)); k = rope(k_norm(k)), k rotated only where M = N
         2. out = softmax(softmax_scale q k^T) v per head, over the first key_lengths keys; 0 where there are none
-        3. stored = out, quantised with a scale a head if store_dtype has 8 bits, or one per 32 channels of it if it has 4
+        3. stored = out, quantised with a scale a head if store_dtype has 8 bits, or for 32 of its channels if it has 4
 
     Norms and rotary embedding compute in float32, and each rounds to q's dtype; softmax and products are those of
     `F.scaled_dot_product_attention`; the stored copy is quantised from the rounded output. Keys beyond the length are

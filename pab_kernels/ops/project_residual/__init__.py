@@ -118,7 +118,8 @@ def project_residual(
         backend: "auto", or the name of one.
 
     Returns:
-        x (new, contiguous) and the slot: a contiguous tensor `[..., C]`, a `Quantized` in groups of 128 (32 for int4), or None.
+        x (new, contiguous) and the slot: a contiguous tensor `[..., C]`, a `Quantized` in groups of 128 (32 for int4),
+        or None.
 
     Raises:
         TypeError, ValueError: an argument is not supported.

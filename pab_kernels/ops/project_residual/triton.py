@@ -5,16 +5,17 @@
     3. stored = p or gate * p, quantised with a scale for its 128 channels if it has 8 bits, or for 32 if it has 4
 
 A program computes tiles of tokens and 128 channels one after the other: 128 channels are one group of an 8-bit slot and
-four of a 4-bit one, and C = 1152 is 9 of them. Where it compiles without spills, the loops over tiles and over K are one pipeline: the first
-loads of a tile are in flight during the epilogue of the previous one. Tiles go down a band of rows before they go on to
-the next 128 channels, so that tiles that run at the same time share rows of `a` and of the weight in the L2 cache.
+four of a 4-bit one, and C = 1152 is 9 tiles. Where it compiles without spills, the loops over tiles and over K are one
+pipeline: the first loads of a tile are in flight during the epilogue of the previous one. Tiles go down a band of rows
+before they go on to the next 128 channels, so that tiles that run at the same time share rows of `a` and of the weight
+in the L2 cache.
 
 Operands are read through pointers, not tensor descriptors, which allows any strides of any leading dimensions and any
 K. Operands that are aligned to 16 bytes, with strides in multiples of 8, still go to shared memory asynchronously;
 others are read element by element.
 
-The epilogue takes 32 channels of a tile at a time, a group of a 4-bit slot, because the registers do not hold all operands of a whole tile. A
-gate is loaded like any operand, with stride 0 where it is broadcast.
+The epilogue takes 32 channels of a tile at a time, a group of a 4-bit slot, because the registers do not hold all
+operands of a whole tile. A gate is loaded like any operand, with stride 0 where it is broadcast.
 
 Everything is float32, except for these roundings:
     1. p rounds to x's dtype: a slot in that dtype, when reused, adds exactly what was added here

@@ -50,8 +50,9 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int | None = None, *, backend
            (of two alike, the negative one) / -8
         2. data = round(x / scale), 0 where scale is 0, up to 7 in int4, of which two share a byte: see `Quantized`
 
-    Computes in float32; a scale of int4 rounds to bfloat16 before it divides, and data once, to nearest even. A group that holds an infinity or NaN dequantises to NaN. In a
-    compiled graph "auto" is plain torch, which the compiler fuses with the code around it.
+    Computes in float32 and rounds once, to nearest even; a scale of int4 rounds to bfloat16 before it divides. A group
+    that holds an infinity or NaN dequantises to NaN. In a compiled graph "auto" is plain torch, which the compiler
+    fuses with the code around it.
 
     Args:
         x: `[..., C]`, float, any strides.

@@ -191,9 +191,9 @@ def _short_attention_kernel(
 ):  # fmt: skip
     """A program: a tile.
 
-    Strides are (first batch dimension, second, token, head): inputs' in UNITs of elements, the output's in OUT_UNITs, those
-    of the stored copy in STORED_UNITs, of scales and roots in elements. `batch` is the size of the second. PARTS are first channel, width and number of
-    channels of the parts of v and out, QK_PARTS those of q and k.
+    Strides are (first batch dimension, second, token, head): inputs' in UNITs of elements, the output's in OUT_UNITs,
+    those of the stored copy in STORED_UNITs, of scales and roots in elements. `batch` is the size of the second. PARTS
+    are first channel, width and number of channels of the parts of v and out, QK_PARTS those of q and k.
     """
     PACKED: tl.constexpr = ROWS // N
     rows = tl.arange(0, ROWS)
