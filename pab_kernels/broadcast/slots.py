@@ -11,9 +11,9 @@ from torch.utils import _pytree as pytree
 
 from ..ops.dequantize import dequantize
 from ..ops.quantize import quantize
-from ..ops.quantized import FORMATS, Quantized, width_of
+from ..ops.quantized import FORMATS, INT4, Quantized, width_of
 
-CACHE_DTYPES = {None: None, "int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn, "int4": torch.int4}
+CACHE_DTYPES = {None: None, "int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn, "int4": INT4}
 """Dtypes of slots by their names in a config; None is the model's own dtype."""
 
 

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from .checks import check_operand, check_tensor, none_of
 
+INT4 = torch.int4  # type: ignore[attr-defined]  # which torch's stubs lack
+"""The dtype that stands for 4 bits; no tensor has it."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -41,7 +44,7 @@ class Format:
 FORMATS = {
     torch.int8: Format(-127.0, 127.0, 128, torch.float32, torch.int8),
     torch.float8_e4m3fn: Format(-448.0, 448.0, 128, torch.float32, torch.float8_e4m3fn),
-    torch.int4: Format(-8.0, 7.0, 32, torch.bfloat16, torch.uint8),
+    INT4: Format(-8.0, 7.0, 32, torch.bfloat16, torch.uint8),
 }
 
 QUANTISED = tuple(FORMATS)
@@ -75,7 +78,7 @@ class Quantized:
     @property
     def dtype(self) -> torch.dtype:
         """What it is quantised to: torch.int8, torch.float8_e4m3fn or torch.int4."""
-        return torch.int4 if self.data.dtype == PACKED else self.data.dtype
+        return INT4 if self.data.dtype == PACKED else self.data.dtype
 
     @property
     def shape(self) -> torch.Size:
@@ -107,13 +110,13 @@ def stored_of(
     """The slot of these tensors, by default in the groups of the residual stream: the inverse of `data_and_scale`."""
     if data is None or scale is None:
         return data
-    dtype = torch.int4 if data.dtype == PACKED else data.dtype
+    dtype = INT4 if data.dtype == PACKED else data.dtype
     return Quantized(data, scale, group or FORMATS[dtype].group, channels)
 
 
 def head_group(dtype: torch.dtype, head_dim: int) -> int:
     """Channels to a scale in a slot of attention, whose groups end with a head: all of them in 8 bits."""
-    return FORMATS[dtype].group if dtype == torch.int4 else head_dim
+    return FORMATS[dtype].group if dtype == INT4 else head_dim
 
 
 def check_store_dtype(op: str, dtype: Any, own: torch.dtype) -> None:
@@ -130,12 +133,12 @@ def check_quantized_dtype(op: str, name: str, dtype: Any) -> None:
 
 def refuse_four_bits(name: str, dtype: torch.dtype | None) -> str | None:
     """Why a CUDA kernel cannot access a slot of this name and dtype; None where it can."""
-    return f"{name} is torch.int4; torch.int8 and torch.float8_e4m3fn are supported" if dtype == torch.int4 else None
+    return f"{name} is torch.int4; torch.int8 and torch.float8_e4m3fn are supported" if dtype == INT4 else None
 
 
 def width_of(dtype: torch.dtype, channels: int) -> int:
     """Elements of `data` for this many channels."""
-    return -(-channels // 2) if dtype == torch.int4 else channels
+    return -(-channels // 2) if dtype == INT4 else channels
 
 
 def packed(values: Tensor) -> Tensor:

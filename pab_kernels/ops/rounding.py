@@ -7,17 +7,16 @@ instruction.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from .quantized import FORMATS
+from .quantized import FORMATS, INT4
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in Triton's interpreter, read when they are defined, as Triton does."""
 
 
-GROUP_OF_FOUR_BITS = tl.constexpr(FORMATS[torch.int4].group)
+GROUP_OF_FOUR_BITS = tl.constexpr(FORMATS[INT4].group)
 
 
 @triton.jit

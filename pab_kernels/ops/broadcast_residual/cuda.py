@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ...limits import MOST_ADDED
 from ..backend import refuse_stream
 from ..cached_outputs import CachedOutput, Line, holds
 from ..cuda_library import kernel, refuse
 from ..dispatch import Outputs
-from ..quantized import PACKED, Quantized, data_and_scale, refuse_four_bits
+from ..quantized import INT4, PACKED, Quantized, data_and_scale, refuse_four_bits
 from . import BroadcastResidual
 
 MAX_CHANNELS = 8192
@@ -48,7 +46,7 @@ def refusal(call: BroadcastResidual) -> str | None:
     if x.ndim > MAX_DIMS:
         return f"x has {x.ndim} dimensions; up to {MAX_DIMS} are supported"
     if holds(call.cached, PACKED):
-        return refuse_four_bits("a slot", torch.int4)
+        return refuse_four_bits("a slot", INT4)
     return refuse_stream(x, MAX_TOKENS, MAX_CHANNELS) or refuse(x)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import Outputs
-from ..quantized import FORMATS, Quantized, by_channel, group_width, packed
+from ..quantized import FORMATS, INT4, Quantized, by_channel, group_width, packed
 
 if TYPE_CHECKING:
     from . import Quantize
@@ -22,7 +22,7 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int) -> Quantized:
     x = x.float().contiguous()
     padded = F.pad(x, (0, groups * width - channels)) if ragged else x
     grouped = padded.unflatten(-1, (groups, width))  # [..., groups, width]
-    if dtype == torch.int4:
+    if dtype == INT4:
         low, high = torch.aminmax(grouped, dim=-1)
         scale = (torch.where(high > -low, high, low) / used.least).to(used.scale)
     else:
@@ -36,7 +36,7 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int) -> Quantized:
         data = data.round()
     # Where the scale is subnormal, the quotient can exceed the limit, and a cast to int8 wraps around.
     data = data.clamp(used.least, used.most)[..., :channels]
-    if dtype == torch.int4:
+    if dtype == INT4:
         return Quantized(packed(data.to(torch.int8)), scale, group, channels)
     return Quantized(data.to(dtype).contiguous(), scale, group, channels)
 
