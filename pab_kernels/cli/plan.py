@@ -49,12 +49,12 @@ def forecast_table(found: "ModelForecast") -> "Table":
     flops = [_gigaflops(found.total.flops), _gigaflops(found.total.flops_without)]
     rows.append(["total", "", "", "", *flops, *map(_gib, found.peak_cache_bytes.values())])
     names = {"model": found.dtype, "float8_e4m3fn": "fp8"}
-    caches = [f"{names.get(d, d)}, GiB" for d in bytes_of]
+    caches = [names.get(d, d) for d in bytes_of]
     headings = ("kind", "computed", "stored", "reused", "GFLOPs", "without PAB", *caches)
     caption = (
-        f"Over {len(found.plan.steps)} step(s) with {found.calls} call(s) each; computed includes stored. Cache: the "
-        "peak of each kind's slots by dtype; the total is the peak of all slots together, and of the text's keys and "
-        "values where they are kept."
+        f"Over {len(found.plan.steps)} step(s) with {found.calls} call(s) each; computed includes stored. The cache, "
+        "by dtype in GiB: the peak of each kind's slots; the total is the peak of all slots together, and of the text's "
+        "keys and values where they are kept."
     )
     return table(headings, rows, caption=caption)
 
