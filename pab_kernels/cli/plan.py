@@ -53,8 +53,8 @@ def forecast_table(found: "ModelForecast") -> "Table":
     headings = ("kind", "computed", "stored", "reused", "GFLOPs", "without PAB", *caches)
     caption = (
         f"Over {len(found.plan.steps)} step(s) with {found.calls} call(s) each; computed includes stored. The cache, "
-        "by dtype in GiB: the peak of each kind's slots; the total is the peak of all slots together, and of the text's "
-        "keys and values where they are kept."
+        "by dtype in GiB: the peak of each kind's slots; the total is the peak of all slots together, and of the "
+        "text's keys and values where they are kept."
     )
     return table(headings, rows, caption=caption)
 

@@ -118,28 +118,32 @@ def _mask(live, channels, C: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _load_cached(
-    ptrs, scale_ptrs, index, strides, scale_strides, first, live, SLOT: tl.constexpr, WIDTH: tl.constexpr,
-    C: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
+    ptrs, scale_ptrs, index, strides, scale_strides, group, part, channels, live, mask, SLOT: tl.constexpr,
+    WIDTH: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """WIDTH channels from `first` on of one of the slots in float32, dequantised where it has scales.
+    """These channels, a `part` of a group of COLUMNS, of one of the slots in float32, dequantised where it has scales.
 
-    They are within a group of GROUP channels, or are a group if it has 4 bits.
+    The scale is that of the group, or of the part if the slot has 4 bits.
     """
     ptr = ptrs[SLOT]
-    packed: tl.constexpr = ptr.dtype.element_ty == tl.uint8
-    if packed:
-        pairs = first // 2 + tl.arange(0, WIDTH // 2)
-        mask = _mask(live, pairs, (C + 1) // 2, GROUP // 2)
-        slot = from_four_bits(tl.load(_pointers(ptr, index, strides[SLOT], pairs, UNIT), mask=mask, other=0))
-    else:
-        channels = first + tl.arange(0, WIDTH)
-        slot = _load(ptr, index, strides[SLOT], channels, _mask(live, channels, C, GROUP), UNIT)
+    if ptr.dtype.element_ty == tl.uint8:
+        pairs, pairs_mask, number, scale_mask = _pairs(live, group, part, WIDTH, C, COLUMNS)
+        there = tl.load(_pointers(ptr, index, strides[SLOT], pairs, UNIT), mask=pairs_mask, other=0)
+        scale = _load(scale_ptrs[SLOT], index, scale_strides[SLOT], number, scale_mask, 1)  # [ROWS, 1]
+        return from_four_bits(there) * scale
+    slot = _load(ptr, index, strides[SLOT], channels, mask, UNIT)
     if scale_ptrs[SLOT] is not None:
-        group: tl.constexpr = WIDTH if packed else GROUP
-        number = first // group + tl.arange(0, 1)
-        mask = _mask(live, number, (C + group - 1) // group, GROUP // group)
-        slot *= _load(scale_ptrs[SLOT], index, scale_strides[SLOT], number, mask, 1)  # [ROWS, 1]
+        slot *= tl.load(scale_ptrs[SLOT] + offset_of(index, scale_strides[SLOT]) + group, mask=live, other=0.0)[:, None]
     return slot
+
+
+@triton.jit
+def _pairs(live, group, part, WIDTH: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of the WIDTH channels of a part: their bytes of 4 bits and the scale, each with the mask of what there is."""
+    number = group * (COLUMNS // WIDTH) + part
+    pairs, scale = number * (WIDTH // 2) + tl.arange(0, WIDTH // 2), number + tl.arange(0, 1)
+    pairs_mask = _mask(live, pairs, (C + 1) // 2, COLUMNS // 2)
+    return pairs, pairs_mask, scale, _mask(live, scale, (C + WIDTH - 1) // WIDTH, COLUMNS // WIDTH)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -195,8 +199,7 @@ def _project_residual_kernel(
         kept: tl.tuple = ()
         magnitude = tl.zeros([ROWS], dtype=tl.int32)  # as integers, magnitudes have their order, NaN the largest
         for part in tl.static_range(4):
-            first = group * COLUMNS + part * WIDTH
-            channels = first + tl.arange(0, WIDTH)
+            channels = group * COLUMNS + part * WIDTH + tl.arange(0, WIDTH)
             mask = _mask(live, channels, C, COLUMNS)  # [ROWS, WIDTH]
             p = parts[part]
             if bias_ptr is not None:
@@ -208,13 +211,13 @@ def _project_residual_kernel(
             new = gated + _load(x_ptr, index, x_strides, channels, mask, UNIT)
             for i in tl.static_range(len(slot_gate_ptrs)):
                 slot = _load_cached(
-                    slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, first, live, i, WIDTH, C, UNIT,
-                    COLUMNS,
+                    slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, group, part, channels, live,
+                    mask, i, WIDTH, C, UNIT, COLUMNS,
                 )  # fmt: skip
                 if slot_weight_ptrs[i] is not None:
                     before = _load_cached(
-                        slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, first, live,
-                        len(slot_gate_ptrs) + i, WIDTH, C, UNIT, COLUMNS,
+                        slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, group, part, channels,
+                        live, mask, len(slot_gate_ptrs) + i, WIDTH, C, UNIT, COLUMNS,
                     )  # fmt: skip
                     slot += slot_weights[i] * (slot - before)
                 if slot_gate_ptrs[i] is not None:
@@ -228,13 +231,10 @@ def _project_residual_kernel(
                     _store(stored_ptr, index, stored_strides, channels, mask, stored, UNIT)
                 elif stored_dtype == tl.uint8:
                     value, scale = four_bits(tl.where(mask, stored.to(tl.float32), 0.0), WIDTH)
-                    pairs = first // 2 + tl.arange(0, WIDTH // 2)
-                    mask = _mask(live, pairs, (C + 1) // 2, COLUMNS // 2)
-                    _store(stored_ptr, index, stored_strides, pairs, mask, value, UNIT)
-                    number = first // WIDTH + tl.arange(0, 1)
-                    mask = _mask(live, number, (C + WIDTH - 1) // WIDTH, COLUMNS // WIDTH)
+                    pairs, pairs_mask, number, scale_mask = _pairs(live, group, part, WIDTH, C, COLUMNS)
+                    _store(stored_ptr, index, stored_strides, pairs, pairs_mask, value, UNIT)
                     scale = narrow(scale, stored_scale_ptr.dtype.element_ty)
-                    _store(stored_scale_ptr, index, stored_scale_strides, number, mask, scale, 1)
+                    _store(stored_scale_ptr, index, stored_scale_strides, number, scale_mask, scale, 1)
                 else:
                     kept += (stored,)
                     bits = stored.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
