@@ -66,7 +66,7 @@ def rounded_to_4_bits(x: Tensor) -> Tensor:
     pieces = []
     for piece in x.float().split(32, dim=-1):
         step = (piece.gather(-1, piece.abs().argmax(-1, keepdim=True)) / -8).bfloat16().float()
-        whole = torch.where(step == 0, 0, piece / step).round().clamp(-8, 7)
+        whole = torch.where(step == 0, 0, piece * (1 / step)).round().clamp(-8, 7)
         pieces.append(whole * step)
     return torch.cat(pieces, -1).to(x.dtype)
 

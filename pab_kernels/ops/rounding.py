@@ -16,6 +16,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in Triton's interpreter, read when they are defined, as Triton does."""
 
 
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 GROUP_OF_FOUR_BITS = tl.constexpr(FORMATS[INT4].group)
 
 
@@ -56,7 +57,7 @@ def scale_of(magnitude, dtype: tl.constexpr):
 def quantized(x, scale, dtype: tl.constexpr):
     """float32 `x` in 8 bits, `round(x / scale)` and 0 where scale is 0, as in `quantize`; `scale` broadcasts to `x`."""
     limit: tl.constexpr = 448.0 if dtype == tl.float8e4nv else 127.0
-    ratio = _clamped_ratio(x, scale, -limit, limit)
+    ratio = _clamped(tl.div_rn(x, tl.where(scale == 0, 1.0, scale)), -limit, limit)  # x / subnormal can exceed it
     if dtype == tl.float8e4nv:
         return narrow(ratio, dtype)
     return _rounded(ratio).to(dtype)
@@ -76,7 +77,9 @@ def four_bits(x, GROUP: tl.constexpr):
     most = tl.max((bits << 1) | (bits >> 31), 2)
     extreme = ((most >> 1) | (most << 31)).to(tl.float32, bitcast=True)
     scale = narrow(extreme * -0.125, tl.bfloat16).to(tl.float32)
-    whole = _rounded(_clamped_ratio(grouped, scale[:, :, None], -8.0, 7.0)).to(tl.int8)
+    small = tl.abs(scale) < SMALLEST_NORMAL  # not of NaN
+    inverse = tl.where(small, 0.0, tl.div_rn(1.0, tl.where(small, 1.0, scale)))
+    whole = _rounded(_clamped(grouped * inverse[:, :, None], -8.0, 7.0)).to(tl.int8)
     low, high = tl.split(tl.reshape(whole, [ROWS, W // 2, 2]))
     return (low.to(tl.uint8, bitcast=True) & 15) | (high.to(tl.uint8, bitcast=True) << 4), scale
 
@@ -106,10 +109,9 @@ def from_four_bits(pairs):
 
 
 @triton.jit
-def _clamped_ratio(x, scale, least: tl.constexpr, most: tl.constexpr):
-    """`x / scale`, 0 where scale is 0, within limits that the quotient by a subnormal can exceed."""
-    ratio = tl.div_rn(x, tl.where(scale == 0, 1.0, scale))
-    return tl.minimum(tl.maximum(ratio, least, tl.PropagateNan.ALL), most, tl.PropagateNan.ALL)
+def _clamped(x, least: tl.constexpr, most: tl.constexpr):
+    """`x` within these limits; NaN stays."""
+    return tl.minimum(tl.maximum(x, least, tl.PropagateNan.ALL), most, tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -48,7 +48,8 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int | None = None, *, backend
 
         1. scale = max |x| / 127 (int8) or / 448 (float8_e4m3fn), over the group; in int4 the value of largest magnitude
            (of two alike, the negative one) / -8
-        2. data = round(x / scale), 0 where scale is 0, up to 7 in int4, of which two share a byte: see `Quantized`
+        2. data = round(x / scale), 0 where scale is 0; in int4 round(x (1 / scale)) up to 7, 0 where |scale| < 2^-126;
+           two share a byte: see `Quantized`
 
     Computes in float32 and rounds once, to nearest even; a scale of int4 rounds to bfloat16 before it divides. A group
     that holds an infinity or NaN dequantises to NaN. In a compiled graph "auto" is plain torch, which the compiler

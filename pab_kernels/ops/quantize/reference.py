@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,13 +26,15 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int) -> Quantized:
     if dtype == INT4:
         low, high = torch.aminmax(grouped, dim=-1)
         scale = (torch.where(high > -low, high, low) / used.least).to(used.scale)
+        factor = (1 / scale.float()).masked_fill(scale.float().abs() < torch.finfo(torch.float32).tiny, 0)
+        apply: Callable[..., Tensor] = torch.mul
     else:
         scale = grouped.abs().amax(-1) / used.most
-    divisor = scale.masked_fill(scale == 0, 1).float()
+        factor, apply = scale.masked_fill(scale == 0, 1), torch.div
     if ragged and torch.compiler.is_compiling():  # see by_channel
-        data = x / by_channel(divisor, channels, width)
+        data = apply(x, by_channel(factor, channels, width))
     else:
-        data = (grouped / divisor.unsqueeze(-1)).flatten(-2)
+        data = apply(grouped, factor.unsqueeze(-1)).flatten(-2)
     if not dtype.is_floating_point:
         data = data.round()
     # Where the scale is subnormal, the quotient can exceed the limit, and a cast to int8 wraps around.

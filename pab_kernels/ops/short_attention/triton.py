@@ -249,20 +249,19 @@ def _short_attention_kernel(
         tl.store(out_ptr + at[:, None] + (PARTS[i][0] + channels)[None, :], out[i], mask=mask)
     if stored_ptr is not None:
         stored_dtype: tl.constexpr = stored_ptr.dtype.element_ty
-        at = offset_of(index, stored_strides) * STORED_UNIT
-        if stored_scale_ptr is not None:
-            stored_scale_ptr += offset_of(index, stored_scale_strides)
         if stored_scale_ptr is not None and stored_dtype != tl.uint8:
             magnitude = tl.zeros([ROWS], dtype=tl.int32)
             for i in tl.static_range(len(PARTS)):  # as integers, magnitudes have their order, and NaN is the largest
                 bits = out[i].to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
                 magnitude = tl.maximum(magnitude, tl.max(bits, 1))
             group_scale = scale_of(magnitude.to(tl.float32, bitcast=True), stored_dtype)
-            tl.store(stored_scale_ptr, group_scale, mask=valid)
+            tl.store(stored_scale_ptr + offset_of(index, stored_scale_strides), group_scale, mask=valid)
+        at = offset_of(index, stored_strides) * STORED_UNIT
         for i in tl.static_range(len(PARTS)):
             if stored_dtype == tl.uint8:
+                scale_ptrs = stored_scale_ptr + offset_of(index, stored_scale_strides)
                 store_four_bits(
-                    stored_ptr + at[:, None], stored_scale_ptr[:, None], out[i].to(tl.float32), valid, PARTS[i][0], D
+                    stored_ptr + at[:, None], scale_ptrs[:, None], out[i].to(tl.float32), valid, PARTS[i][0], D
                 )
             else:
                 kept = out[i]
