@@ -23,3 +23,4 @@ def cases(name: str, geometry: Geometry, dtype: torch.dtype) -> Iterator[Case]:
         yield case(name, f"{title}, store int8", Attention(OP, "spatial", geometry, torch.int8), dtype)
     if geometry.small:
         yield case(name, f"{title}, store fp8", Attention(OP, "spatial", geometry, torch.float8_e4m3fn), dtype)
+        yield case(name, f"{title}, store int4", Attention(OP, "spatial", geometry, torch.int4), dtype)

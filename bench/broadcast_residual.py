@@ -1,5 +1,5 @@
 """Cases of `broadcast_residual`: the plain norm-modulate, and one to three slots, or lines, in the model's dtype or 8
-bits."""
+or 4 bits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Options:
     modulated: bool = True
 
 
-INT8, FP8 = torch.int8, torch.float8_e4m3fn
+INT8, FP8, INT4 = torch.int8, torch.float8_e4m3fn, torch.int4
 
 TIMED = {
     "norm": Options(),
@@ -44,7 +44,9 @@ TIMED = {
     "3 slots": Options((None,) * 3),
     "1 int8 slot": Options((INT8,)),
     "1 fp8 slot": Options((FP8,)),
+    "1 int4 slot": Options((INT4,)),
     "3 int8 slots": Options((INT8,) * 3),
+    "3 int4 slots": Options((INT4,) * 3),
     "1 line": Options((None,), lines=True),
     "1 int8 line": Options((INT8,), lines=True),
 }
@@ -52,6 +54,7 @@ TIMED = {
 FURTHER = {
     "2 mixed lines, affine rms": Options((None, FP8), lines=True, norm="rms", affine=True, modulated=False),
     "1 ungated slot, affine layer": Options((None,), gated=False, affine=True),
+    "2 int4 lines": Options((INT4, INT4), lines=True),
     "2 int8 slots, no norm": Options((INT8, INT8), norm=None, modulated=False),
 }
 """Only at small shapes, for checks."""

@@ -1,4 +1,4 @@
-"""Cases of `dequantize`: an int8 or fp8 slot into the activations' dtype."""
+"""Cases of `dequantize`: a slot of 8 or 4 bits into the activations' dtype."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 TESTS=(tests_ops tests_kernels tests_csrc tests_graphs ctest fuzz)
 SANITIZER=(memcheck racecheck initcheck synccheck)
 BENCH=(broadcast_residual project_residual attention short_attention quantize dequantize)
-ALL=(build "${TESTS[@]}" determinism "${SANITIZER[@]}" "${BENCH[@]}" denoiser end_to_end ranks tables)
+ALL=(build "${TESTS[@]}" determinism "${SANITIZER[@]}" "${BENCH[@]}" denoiser end_to_end memory ranks tables)
 
 OUT=${OUT:-bench/results}
 PYTHON=${PYTHON:-python3}
@@ -145,6 +145,14 @@ part() {
       rm -f "$json"
       # shellcheck disable=SC2086
       limited "$PYTHON" -m bench.end_to_end --device cuda --size 51x480x854 --repeats 2 --out "$json" ${END_TO_END_ARGS:-}
+      ;;
+    memory)
+      if ! "$PYTHON" -c 'import diffusers' 2> /dev/null; then
+        echo "diffusers is not installed: slots of fewer bits were not measured"
+        return 77
+      fi
+      rm -f "$json"
+      limited "$PYTHON" -m bench.memory --device cuda --parts slots --clips 16 --out "$json"
       ;;
     ranks)
       local gpus

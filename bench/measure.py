@@ -19,8 +19,8 @@ from .case import Candidate, Case, Draw, Inputs, Outputs, Unavailable, nbytes, p
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """The largest relative error that torch's own result may have: beyond it the case itself is wrong."""
 
-EIGHT_BITS = 6e-2
-"""The same, for what is stored in 8 bits."""
+QUANTISED = {torch.int8: 6e-2, torch.float8_e4m3fn: 6e-2, torch.int4: 12e-2}
+"""The same, for what is stored in fewer bits."""
 
 NO_KERNEL = ("No available kernel", "No viable backend")
 """What `F.scaled_dot_product_attention` says where the kernels it may choose from cannot serve.
@@ -113,7 +113,7 @@ def _allowed(case: Case, plain: Outputs, exact: tuple[Tensor, ...]) -> list[dict
     errors = _errors(case.looked_at(plain), exact)
     allowed = []
     for error, out, truth in zip(errors, (out for out in plain if out is not None), exact, strict=True):
-        bound = ROUNDING[case.dtype] if isinstance(out, Tensor) else EIGHT_BITS
+        bound = ROUNDING[case.dtype] if isinstance(out, Tensor) else QUANTISED[out.dtype]
         if not error["relative"] <= bound:
             raise ValueError(
                 f"torch's own result has a relative error of {error['relative']:.2e}; up to {bound:.0e} is rounding"

@@ -34,19 +34,21 @@ class Options:
     bias: bool = True
 
 
-INT8, FP8 = torch.int8, torch.float8_e4m3fn
+INT8, FP8, INT4 = torch.int8, torch.float8_e4m3fn, torch.int4
 
 TIMED = {
     "gate": Options(),
     "gate, store": Options("pre_gate"),
     "gate, store int8": Options("pre_gate", INT8),
     "gate, store fp8": Options("pre_gate", FP8),
+    "gate, store int4": Options("pre_gate", INT4),
     "gate, 1 slot": Options(slots=(None,)),
     "gate, 1 line": Options(slots=(None,), lines=True),
 }
 
 FURTHER = {
     "post-gate store fp8, 2 mixed slots": Options("post_gate", FP8, (None, INT8)),
+    "post-gate store int4, 1 int4 slot": Options("post_gate", INT4, (INT4,)),
     "no gate, no bias, store": Options("pre_gate", gated=False, bias=False),
 }
 """Only at small shapes, for checks."""

@@ -20,3 +20,4 @@ def cases(name: str, geometry: Geometry, dtype: torch.dtype) -> Iterator[Case]:
     yield case(name, "temporal", Attention(OP, "temporal", geometry), dtype)
     if geometry.small:
         yield case(name, "temporal, store int8", Attention(OP, "temporal", geometry, torch.int8), dtype)
+        yield case(name, "temporal, store int4", Attention(OP, "temporal", geometry, torch.int4), dtype)

@@ -1,4 +1,4 @@
-"""A case of an operation on 8-bit slots of a model's activations."""
+"""A case of an operation on quantised slots of a model's activations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .case import Case, Draw, Inputs, Outputs
 from .geometries import Geometry
 
 Cases = Callable[[str, Geometry, torch.dtype], Iterator[Case]]
-DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int4}
 
 
 def slot_cases(
@@ -24,12 +24,12 @@ def slot_cases(
     exact: Callable[[Inputs], tuple[Tensor, ...]],
     looked_at: Callable[[Outputs], tuple[Tensor, ...]],
 ) -> Cases:
-    """What makes the cases of `op`, one for each 8-bit dtype.
+    """What makes the cases of `op`, one for each dtype of slots.
 
     Args:
         op: its name.
-        draw: the inputs, of activations `[batch, tokens, channels]` and the 8-bit dtype.
-        plain: as in `Case`, with the activations' dtype and the 8-bit one.
+        draw: the inputs, of activations `[batch, tokens, channels]` and the dtype of the slot.
+        plain: as in `Case`, with the activations' dtype and the slot's.
         call: the same with a backend, by its name, which comes first.
         exact, looked_at: as in `Case`.
     """

@@ -287,7 +287,7 @@ def _sample_calls(device: str, dtype: Any) -> dict[str, Any]:
         "project_residual": ProjectResidual(x, weight, None, x, shift),
         "attention": Attention(q, k, v),
         "short_attention": ShortAttention(q, k, v),
-        "quantize": Quantize(x, torch.int8),
+        "quantize": Quantize(x, torch.int8, 128),
         "dequantize": Dequantize(Quantized(x.to(torch.int8), x[..., :1].float()), dtype),
     }
 

@@ -47,15 +47,27 @@ class Rule:
         return lo < int(timesteps[step]) < hi
 
 
-def rounded_to_8_bits(x: Tensor, dtype: torch.dtype, group: int = 128) -> Tensor:
-    """x as 8 bits and a scale for each `group` channels would give it back."""
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as 8 bits and a scale for each 128 channels would give it back, or 4 bits and one for each 32."""
+    if dtype == torch.int4:
+        return rounded_to_4_bits(x)
     largest = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}[dtype]
     pieces = []
-    for piece in x.float().split(group, dim=-1):
+    for piece in x.float().split(128, dim=-1):
         scale = piece.abs().amax(-1, keepdim=True) / largest
         q = piece / torch.where(scale == 0, torch.ones_like(scale), scale)
         q = q.round() if dtype == torch.int8 else q
         pieces.append(q.clamp(-largest, largest).to(dtype).float() * scale)
+    return torch.cat(pieces, -1).to(x.dtype)
+
+
+def rounded_to_4_bits(x: Tensor) -> Tensor:
+    """x in whole numbers of a step, of which the largest number of 32 channels is -8."""
+    pieces = []
+    for piece in x.float().split(32, dim=-1):
+        step = (piece.gather(-1, piece.abs().argmax(-1, keepdim=True)) / -8).bfloat16().float()
+        whole = torch.where(step == 0, 0, piece * (1 / step)).round().clamp(-8, 7)
+        pieces.append(whole * step)
     return torch.cat(pieces, -1).to(x.dtype)
 
 
@@ -68,7 +80,7 @@ class Oracle:
         timesteps: of the full schedule.
         first: the step that is called first.
         post_gate: whether outputs are written down after the gate.
-        dtype: the 8-bit dtype that outputs are written down in, or None.
+        dtype: the dtype of 8 or 4 bits that outputs are written down in, or None.
         weights: by sublayer, step, s and p, what stands for the weight of the line.
     """
 
@@ -115,7 +127,7 @@ class Oracle:
         written = self.written.get((context, name), [])
         if not rules or not rules[-1].reuses(step, self.first, self.timesteps) or not written:
             return None
-        kept = [(at, out if self.dtype is None else rounded_to_8_bits(out, self.dtype)) for at, out in written[-2:]]
+        kept = [(at, out if self.dtype is None else rounded(out, self.dtype)) for at, out in written[-2:]]
         if rules[-1].reuse == "hold" or len(kept) == 1:
             return kept[-1][1]
         (p, c_prev), (s, c) = kept

@@ -89,9 +89,9 @@ class SublayerRun:
 
     def nbytes(self, cache_dtype: str | None = None) -> int:
         """Bytes of the slot: floating-point tensors `[..., C]` in `cache_dtype`, all others unchanged."""
-        eight = [cache_dtype if dtype.is_floating_point and shape else None for shape, dtype in self.outputs]
+        fewer = [cache_dtype if dtype.is_floating_point and shape else None for shape, dtype in self.outputs]
         return sum(
-            slot_bytes(shape or (1,), dtype, kept) for (shape, dtype), kept in zip(self.outputs, eight, strict=True)
+            slot_bytes(shape or (1,), dtype, kept) for (shape, dtype), kept in zip(self.outputs, fewer, strict=True)
         )
 
     def __add__(self, other: SublayerRun) -> SublayerRun:

@@ -16,7 +16,7 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dty
 
 
 def tensors_of(nest: Any) -> list[torch.Tensor]:
-    """The tensors in a pytree in order, with an 8-bit tensor as its data and scale."""
+    """The tensors in a pytree in order, with a `Quantized` as its data and scale."""
     found: list[torch.Tensor] = []
     for leaf in pytree.tree_leaves(nest):
         if isinstance(leaf, Quantized):
@@ -31,7 +31,7 @@ def like(nest: Any) -> Any:
 
     def made(leaf: Any) -> Any:
         if isinstance(leaf, Quantized):
-            return Quantized(torch.empty_like(leaf.data), torch.empty_like(leaf.scale), leaf.group)
+            return Quantized(torch.empty_like(leaf.data), torch.empty_like(leaf.scale), leaf.group, leaf.channels)
         return torch.empty_like(leaf, requires_grad=False) if isinstance(leaf, torch.Tensor) else leaf
 
     with torch.inference_mode(False), torch.no_grad():
@@ -64,7 +64,7 @@ def _of_leaf(leaf: Any, what: str) -> Hashable:
         strides = tuple(s for n, s in zip(leaf.shape, leaf.stride(), strict=True) if n > 1)
         return type(leaf), tuple(leaf.shape), strides, leaf.dtype, leaf.device
     if isinstance(leaf, Quantized):
-        return _of_leaf(leaf.data, what), _of_leaf(leaf.scale, what), leaf.group
+        return _of_leaf(leaf.data, what), _of_leaf(leaf.scale, what), leaf.group, leaf.channels
     if isinstance(leaf, PLAIN):
         return type(leaf), leaf  # with the type, as True == 1
     raise TypeError(

@@ -11,9 +11,9 @@ from torch.utils import _pytree as pytree
 
 from ..ops.dequantize import dequantize
 from ..ops.quantize import quantize
-from ..ops.quantized import GROUP, Quantized
+from ..ops.quantized import FORMATS, INT4, Quantized, width_of
 
-CACHE_DTYPES = {None: None, "int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
+CACHE_DTYPES = {None: None, "int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn, "int4": INT4}
 """Dtypes of slots by their names in a config; None is the model's own dtype."""
 
 
@@ -78,7 +78,7 @@ def _is_leaf(value: Any) -> bool:
 
 
 def is_quantised(t: torch.Tensor) -> bool:
-    """Whether an 8-bit slot quantises `t`: a floating-point tensor `[..., C]`."""
+    """Whether a slot of 8 or 4 bits quantises `t`: a floating-point tensor `[..., C]`."""
     return t.is_floating_point() and t.ndim > 0
 
 
@@ -87,7 +87,7 @@ def pack(value: Any, dtype: torch.dtype | None) -> Any:
     if dtype is None:
         return value
     return pytree.tree_map(
-        lambda v: quantize(v, dtype, GROUP) if isinstance(v, torch.Tensor) and is_quantised(v) else v,
+        lambda v: quantize(v, dtype) if isinstance(v, torch.Tensor) and is_quantised(v) else v,
         value,
         is_leaf=_is_leaf,
     )
@@ -120,9 +120,11 @@ def slot_bytes(shape: tuple[int, ...], dtype: torch.dtype, cache_dtype: str | No
     rows = 1
     for n in shape[:-1]:
         rows *= n
-    if cache_dtype is None:
-        return rows * shape[-1] * dtype.itemsize
-    return rows * (shape[-1] + 4 * -(-shape[-1] // GROUP))
+    kept, channels = CACHE_DTYPES[cache_dtype], shape[-1]
+    if kept is None:
+        return rows * channels * dtype.itemsize
+    used = FORMATS[kept]
+    return rows * (width_of(kept, channels) * used.data.itemsize + -(-channels // used.group) * used.scale.itemsize)
 
 
 class Meter:

@@ -14,7 +14,7 @@ from ..ops.cached_outputs import CachedOutput, extrapolate, term_value
 from ..ops.checks import broadcasts
 from ..ops.dispatch import run_checked
 from ..ops.project_residual import ProjectResidual
-from ..ops.quantized import GROUP, Quantized
+from ..ops.quantized import FORMATS, Quantized
 from .call import Call
 from .fusing import norm_of
 from .slots import Extrapolation, Slot
@@ -172,7 +172,9 @@ def _is_term(value: Any, x: torch.Tensor) -> bool:
         return _is_term(value.newest, x) and _is_term(value.before, x)
     if value.shape != x.shape or value.device != x.device:
         return False
-    return value.group == GROUP if isinstance(value, Quantized) else value.dtype == x.dtype and value.stride(-1) == 1
+    if isinstance(value, Quantized):
+        return value.group == FORMATS[value.dtype].group
+    return value.dtype == x.dtype and value.stride(-1) == 1
 
 
 def _fits(t: torch.Tensor | None, x: torch.Tensor) -> bool:

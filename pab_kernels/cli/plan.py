@@ -14,7 +14,7 @@ from ..rules.config import PABConfig
 from ..rules.formats import named_config
 from ..rules.plan import plan
 from ..rules.schedule import check_steps
-from ..rules.traffic import Layout
+from ..rules.traffic import Layout, returned
 from ..strict_json import to_json
 from .arguments import AsJson, Budget, numbers
 from .display import output, table
@@ -49,12 +49,12 @@ def forecast_table(found: "ModelForecast") -> "Table":
     flops = [_gigaflops(found.total.flops), _gigaflops(found.total.flops_without)]
     rows.append(["total", "", "", "", *flops, *map(_gib, found.peak_cache_bytes.values())])
     names = {"model": found.dtype, "float8_e4m3fn": "fp8", "budget": "in the budget"}
-    caches = [f"{names.get(d, d)}, GiB" for d in bytes_of]
+    caches = [names.get(d, d) for d in bytes_of]
     headings = ("kind", "computed", "stored", "reused", "GFLOPs", "without PAB", *caches)
     caption = (
-        f"Over {len(found.plan.steps)} step(s) with {found.calls} call(s) each; computed includes stored. Cache: the "
-        "peak of each kind's slots by dtype; the total is the peak of all slots together, and of the text's keys and "
-        "values where they are kept."
+        f"Over {len(found.plan.steps)} step(s) with {found.calls} call(s) each; computed includes stored. The cache, "
+        "by dtype in GiB: the peak of each kind's slots; the total is the peak of all slots together, and of the "
+        "text's keys and values where they are kept."
     )
     return table(headings, rows, caption=caption)
 
@@ -187,7 +187,8 @@ def command(
         rules: PABConfig | None = None if config is None else named_config(config)
         layout = None
         if ranks is not None:
-            layout = Layout.of(ranks, 1 if cfg is None else cfg, return_dtype=rules.cache_dtype if rules else None)
+            dtype_back = returned(rules.cache_dtype) if rules else None
+            layout = Layout.of(ranks, 1 if cfg is None else cfg, return_dtype=dtype_back)
         takes = "--size takes frames x height x width such as 51x480x854, or 1x1024x1024 of an image"
         found = forecast(
             model,

@@ -1,4 +1,4 @@
-"""The four fused operations of pyramid attention broadcast, and the two that make and read 8-bit slots.
+"""The four fused operations of pyramid attention broadcast, and the two that make and read slots of 8 and 4 bits.
 
 Each operation is a folder: `__init__.py` (the call object with its checks, the public function, schema and FLOP
 formula), `reference.py` (the definition, in plain torch) and a module for each other backend. It returns new tensors.

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..limits import MOST_ADDED
 from .checks import check_broadcasts, check_kind, check_operand, not_a
 from .dequantize.reference import dequantize
-from .quantized import GROUP, Quantized, check_quantized, data_and_scale
+from .quantized import Quantized, check_quantized, data_and_scale, stored_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ def check_cached(op: str, x: Tensor, cached: Sequence[CachedOutput]) -> None:
 
 def _check_slot(op: str, name: str, slot: Any, x: Tensor) -> None:
     if isinstance(slot, Quantized):
-        check_quantized(op, name, slot, x.shape, GROUP, x.device)
+        check_quantized(op, name, slot, x.shape, None, x.device)
     else:
         check_operand(op, name, slot, x.shape, x.dtype, x.device)
 
@@ -113,17 +113,18 @@ def flatten_cached(cached: Sequence[CachedOutput]) -> tuple[tuple[Any, ...], ...
 
 
 def unflatten_cached(
-    slots: Sequence[Any], scales: Sequence[Any], gates: Sequence[Any], weights: Sequence[Any]
+    x: Tensor, slots: Sequence[Any], scales: Sequence[Any], gates: Sequence[Any], weights: Sequence[Any]
 ) -> tuple[CachedOutput, ...]:
-    joined = [slot if scale is None else Quantized(slot, scale) for slot, scale in zip(slots, scales, strict=True)]
+    """The terms that are added to x: the inverse of `flatten_cached`."""
+    joined: list[Any] = [stored_of(*tensors, channels=x.shape[-1]) for tensors in zip(slots, scales, strict=True)]
     before = joined[len(gates) :] or [None] * len(gates)
     terms = zip(joined, before, weights, gates, strict=False)
     return tuple((slot if weight is None else Line(slot, last, weight), gate) for slot, last, weight, gate in terms)
 
 
-def holds_float8(cached: Sequence[CachedOutput]) -> bool:
-    """Whether any slot is float8."""
-    return any(slot is not None and slot.dtype == torch.float8_e4m3fn for slot in flatten_cached(cached)[0])
+def holds(cached: Sequence[CachedOutput], data: torch.dtype) -> bool:
+    """Whether the data of any slot has this dtype."""
+    return any(slot is not None and slot.dtype == data for slot in flatten_cached(cached)[0])
 
 
 def extrapolate(

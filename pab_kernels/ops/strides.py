@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 UNIT = 8
@@ -15,6 +16,11 @@ alignment of 16-byte accesses.
 def unit_of(*tensors: Tensor) -> int:
     """`UNIT` where all strides of the tensors but their last are multiples of it, else 1."""
     return 1 if any(stride % UNIT for t in tensors for stride in _strides(t)) else UNIT
+
+
+def stored_unit(stored: Tensor | None) -> int:
+    """In which strides of a slot of heads in multiples of 8 channels are counted: two values of 4 bits share a byte."""
+    return UNIT // 2 if stored is not None and stored.dtype == torch.uint8 else UNIT
 
 
 def aligned(t: Tensor) -> bool:

@@ -23,7 +23,7 @@ from ..broadcast.attach import Attached, attach_forward, innermost
 from ..broadcast.call import Call
 from ..broadcast.fusing import has_hooks
 from ..broadcast.slots import CACHE_DTYPES
-from ..ops.quantized import Quantized
+from ..ops.quantized import EIGHT_BITS, Quantized
 from ..rules import traffic
 from .exchange import Sender, switched, switched_quantised
 from .layout import part, whole_output
@@ -152,7 +152,7 @@ class Frames:
             inside = has_hooks(module) or innermost(module) != (module, "forward")  # others would see what it returns
             if call is not None and name in call.plan.decided and not (self._exact or inside):
                 kept = CACHE_DTYPES[call.plan.cache_dtype(name)]
-            stand_in.output_dtype = kept
+            stand_in.output_dtype = kept if kept in EIGHT_BITS else None
 
     def part_of(self, shape: Sequence[int], latents: Sequence[int]) -> tuple[int, ...]:
         """See `Layout.part_of`."""

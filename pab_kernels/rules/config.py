@@ -20,7 +20,7 @@ from .schedule import MOST_STEPS, Schedule
 Kind = Literal["spatial", "temporal", "cross", "mlp", "block", "model"]
 Unit = Literal["fraction", "step", "timestep"]
 CachePoint = Literal["pre_gate", "post_gate", "unprojected"]
-CacheDtype = Literal["float8_e4m3fn", "int8"]
+CacheDtype = Literal["float8_e4m3fn", "int8", "int4"]
 
 KINDS: tuple[str, ...] = get_args(Kind)
 MODULE_KINDS = tuple(kind for kind in KINDS if kind != "model")
@@ -253,7 +253,7 @@ class PABConfig:
             steps at which it runs.
         rules: further `(kind, Broadcast)` pairs for some layers; later ones override earlier ones and the six fields.
         cache_dtype: None keeps the model's dtype; "float8_e4m3fn" or "int8" keep 8 bits with a scale per 1 x 128
-            channels.
+            channels, "int4" 4 bits with one per 1 x 32.
         cache_point: "pre_gate" (projected, gate applied at reuse), "post_gate" (gated) or "unprojected".
         fitted: weights of linear reuses by sublayer and step, in place of those of the line: see `pab.fit`.
         budget: the most bytes that a generation keeps: a number, "8GiB", or a share of the memory that is free at the

@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..messages import shown
-from .config import CacheDtype
 from .plan import Action, Plan
 
+EightBits = Literal["float8_e4m3fn", "int8"]
+"""Dtypes of 8 bits, in which ranks may send."""
 Method = Literal["frames", "tokens"]
 """What the stream is split in; see above."""
 SENDER = {"frames": "temporal", "tokens": "spatial"}
@@ -42,6 +43,14 @@ INPUT_SCALE, RETURN_SCALE = 2, 4
 """Bytes of such a scale: bfloat16 for inputs, float32 for outputs, as slots keep it."""
 
 
+def returned(cache_dtype: str | None) -> EightBits | None:
+    """In which dtype outputs travel that are kept in this one: 8 bits as they are kept, all others in the model's.
+
+    4 bits would change what the step that computes an output uses of it, at every such step.
+    """
+    return next((dtype for dtype in get_args(EightBits) if dtype == cache_dtype), None)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How ranks share a model, and in which dtypes they send.
@@ -51,7 +60,7 @@ class Layout:
         sequence: ranks that share the stream, in each branch.
         input_dtype: of the inputs of attention on their way ("int8" or "float8_e4m3fn"), an approximation of its own;
             None: the model's dtype.
-        return_dtype: of its outputs on their way back, which costs nothing more where slots have 8 bits.
+        return_dtype: of its outputs on their way back, which costs nothing more where slots have 8 bits: `returned`.
 
     Raises:
         ValueError: a value is not supported.
@@ -59,8 +68,8 @@ class Layout:
 
     cfg: int = 1
     sequence: int = 1
-    input_dtype: CacheDtype | None = None
-    return_dtype: CacheDtype | None = None
+    input_dtype: EightBits | None = None
+    return_dtype: EightBits | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("cfg", self.cfg), ("sequence", self.sequence)):
@@ -69,8 +78,8 @@ class Layout:
         if self.cfg > 2:
             raise ValueError(f"cfg must be 1 or 2, as guidance has two branches; got {self.cfg}")
         for name, dtype in (("input_dtype", self.input_dtype), ("return_dtype", self.return_dtype)):
-            if dtype not in (None, *get_args(CacheDtype)):
-                supported = ", ".join(map(repr, get_args(CacheDtype)))
+            if dtype not in (None, *get_args(EightBits)):
+                supported = ", ".join(map(repr, get_args(EightBits)))
                 raise ValueError(f"{name} must be None (the model's dtype) or {supported}; got {shown(dtype)}")
 
     @property
@@ -83,8 +92,8 @@ class Layout:
         cls,
         ranks: int,
         cfg: int = 1,
-        input_dtype: CacheDtype | None = None,
-        return_dtype: CacheDtype | None = None,
+        input_dtype: EightBits | None = None,
+        return_dtype: EightBits | None = None,
     ) -> Layout:
         """The layout of a number of ranks; a ValueError if `cfg` does not divide it.
 
@@ -216,7 +225,7 @@ def part(size: int, ranks: int) -> int:
     return -(-size // ranks)
 
 
-def width(channels: int, itemsize: int, dtype: CacheDtype | None, scale: int) -> int:
+def width(channels: int, itemsize: int, dtype: EightBits | None, scale: int) -> int:
     """Bytes of one token on its way: in the model's dtype, or 8 bits with a scale for every 128 channels.
 
     >>> width(1152, 2, None, RETURN_SCALE), width(1152, 2, "int8", RETURN_SCALE)

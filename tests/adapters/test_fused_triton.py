@@ -64,7 +64,7 @@ def outputs(name: str, config: PABConfig, dtype: torch.dtype) -> list[Tensor]:
         ("Latte", "hold", None, "pre_gate"),
         ("Latte", "linear", "int8", "pre_gate"),
         ("STDiT3", "hold", None, "post_gate"),
-        ("STDiT3", "linear", "int8", "pre_gate"),
+        ("STDiT3", "linear", "int4", "pre_gate"),
     ],
 )  # tests/ops has every kernel with all of these
 def test_it_agrees_with_the_reference(

@@ -111,7 +111,7 @@ def test_an_mlp_in_chunks_costs_what_all_chunks_do() -> None:
     ("rules", "cache_dtype", "cache_point", "dtype"),
     pairs(
         [EVERYTHING, LINEAR],
-        [None, "int8", "float8_e4m3fn"],
+        [None, "int8", "float8_e4m3fn", "int4"],
         ["pre_gate", "post_gate"],
         [torch.float32, torch.bfloat16],
     ),
@@ -142,7 +142,7 @@ def configs(draw: st.DrawFn) -> PABConfig:
         layers = draw(st.sampled_from([None, (0,), (1,)]))
         reuse = draw(st.sampled_from(["hold", "linear"]))
         rules.append((kind, Broadcast(draw(st.integers(2, 6)), (lo, hi), "step", reuse, layers)))
-    return PABConfig(rules=tuple(rules), cache_dtype=draw(st.sampled_from([None, "int8"])))
+    return PABConfig(rules=tuple(rules), cache_dtype=draw(st.sampled_from([None, "int8", "int4"])))
 
 
 @settings(max_examples=15)
@@ -160,7 +160,7 @@ def test_the_forecast_holds_for_any_rules(config: PABConfig) -> None:
 
 @pytest.mark.parametrize(
     ("rules", "cache_dtype", "cache_point"),
-    pairs([EVERYTHING, LINEAR], [None, "int8", "float8_e4m3fn"], ["pre_gate", "post_gate"]),
+    pairs([EVERYTHING, LINEAR], [None, "int8", "float8_e4m3fn", "int4"], ["pre_gate", "post_gate"]),
 )
 def test_a_generation_runs_on_the_meta_device(rules: Any, cache_dtype: Any, cache_point: Any) -> None:
     model = tiny_latte().to("meta")

@@ -173,7 +173,7 @@ def test_batched_and_separate_guidance_give_the_same(cache_point: str, reuse: st
     ).norm() < 1e-4 * separate.norm()  # a GEMM of two rows may add up in another order than two of one
 
 
-BOUNDS = {"int8": 0.01, "float8_e4m3fn": 0.04}
+BOUNDS = {"int8": 0.01, "float8_e4m3fn": 0.04, "int4": 0.2}
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ BOUNDS = {"int8": 0.01, "float8_e4m3fn": 0.04}
         ["everything", "block", "sublayers of blocks that are reused"], ["hold", "linear"], list(BOUNDS), [False, True]
     ),
 )
-def test_8_bit_slots_round_as_the_oracle_does_and_change_little(
+def test_quantised_slots_round_as_the_oracle_does_and_change_little(
     case: str, reuse: str, dtype: str, post_gate: bool
 ) -> None:
     rules = reusing(reuse, CASES[case])
@@ -219,7 +219,7 @@ def test_8_bit_slots_round_as_the_oracle_does_and_change_little(
         "odd numbers",
     ],
 )
-@pytest.mark.parametrize(("dtype", "reuse"), [(None, "hold"), ("int8", "hold"), (None, "linear")])
+@pytest.mark.parametrize(("dtype", "reuse"), [(None, "hold"), ("int8", "hold"), ("int4", "hold"), (None, "linear")])
 def test_other_models_and_shapes_are_as_the_oracle_has_them(
     model: dict[str, Any], frames: int, height: int, width: int, dtype: str | None, reuse: str
 ) -> None:

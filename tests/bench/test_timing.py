@@ -59,7 +59,7 @@ def test_calls_go_round_all_sets_and_the_result_is_of_a_poisoned_run():
     [
         torch.ones(3),
         torch.ones(2, 5).bfloat16(),
-        *(quantize(torch.ones(2, 5), d) for d in (torch.int8, torch.float8_e4m3fn)),
+        *(quantize(torch.ones(2, 5), d) for d in (torch.int8, torch.float8_e4m3fn, torch.int4)),
     ],
 )
 def test_poison_is_found_in_every_dtype(value):

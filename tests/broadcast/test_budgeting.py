@@ -200,7 +200,11 @@ def test_a_share_is_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sizes_that_are_not_known_are_an_error() -> None:
     model = toy()
     pab.enable(model, PABConfig(spatial=Broadcast(2, (0, 1))), budget="1MiB")
-    with torch.no_grad(), pab.generation(model, num_steps=2), pytest.raises(RuntimeError, match="are not known, as some arguments are neither"):
+    with (
+        torch.no_grad(),
+        pab.generation(model, num_steps=2),
+        pytest.raises(RuntimeError, match="are not known, as some arguments are neither"),
+    ):
         model(toy_noise(0), 1.0, toy_noise(1, 3), guidance=object())
 
 

@@ -275,7 +275,7 @@ def test_whatever_calls_are_missing_only_own_earlier_outputs_are_read(
 # On the residual stream
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "float8_e4m3fn", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_stream_extends_outputs_that_lie_on_a_line(dtype: torch.dtype, cache_dtype: Any) -> None:
     """Against float64: what is on a straight line over the steps is hit, but for the roundings of slots, line and
@@ -285,7 +285,7 @@ def test_a_stream_extends_outputs_that_lie_on_a_line(dtype: torch.dtype, cache_d
         torch.randn(s, dtype=torch.float64) for s in ((2, 3, 130), (2, 3, 130), (2, 3, 130), (2, 1, 130))
     )
     generation = begin(Broadcast(4, (3, 99), "step", "linear"), 12, cache_dtype=cache_dtype)
-    rounding = torch.finfo(dtype).eps + {None: 0, "int8": 1 / 127, "float8_e4m3fn": 1 / 16}[cache_dtype]
+    rounding = torch.finfo(dtype).eps + {None: 0, "int8": 1 / 127, "float8_e4m3fn": 1 / 16, "int4": 1 / 8}[cache_dtype]
     with torch.no_grad():
         for step in range(12):
             call = generation.open()

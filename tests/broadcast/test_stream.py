@@ -45,6 +45,7 @@ class _Chain:
         return y if shift is None else y + shift
 
 
+KEPT = {"int8": torch.int8, "float8": torch.float8_e4m3fn, "int4": torch.int4}
 _SHAPES = ((2, 3, 8), (5, 129), (2, 1, 2, 3), (1, 1, 1))
 _GATES = ("none", "channels", "batch", "full", "float32", "one number", "strided", "of one channel")
 
@@ -85,9 +86,9 @@ _STEPS = st.one_of(
         st.sampled_from([1, 5]),
     ),
     st.tuples(st.just("add"), st.sampled_from(["own", "float32", "channels outermost"]), _gates, st.booleans()),
-    st.tuples(st.just("reuse"), st.sampled_from(["own", "float32", "int8", "float8"]), _gates),
+    st.tuples(st.just("reuse"), st.sampled_from(["own", "float32", *KEPT]), _gates),
     st.tuples(st.just("reuse"), st.just("own"), st.just("none")),
-    st.tuples(st.just("line"), st.sampled_from(["own", "float32", "int8", "float8"]), _gates),
+    st.tuples(st.just("line"), st.sampled_from(["own", "float32", *KEPT]), _gates),
     st.tuples(st.just("norm"), st.sampled_from(sorted(NORMS)), _gates, _gates),
     st.tuples(st.just("read")),
 )
@@ -98,7 +99,7 @@ _STEPS = st.one_of(
     shape=st.sampled_from(_SHAPES),
     layout=st.sampled_from(["dense", "padded", "channels outermost", "expanded"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    cache_dtype=st.sampled_from([None, "int8", "float8_e4m3fn"]),
+    cache_dtype=st.sampled_from([None, "int8", "float8_e4m3fn", "int4"]),
     cache_point=st.sampled_from(["pre_gate", "post_gate"]),
 )
 @settings(max_examples=400)
@@ -131,8 +132,8 @@ def test_any_program_gives_what_the_plain_chain_gives(
             slots, own = [], torch.float32 if rest[0] == "float32" else dtype
             for _ in range(1 if step == "reuse" else 2):
                 value: Any = torch.randn(shape).to(own)
-                if rest[0] in ("int8", "float8"):
-                    value = quantize(value, torch.int8 if rest[0] == "int8" else torch.float8_e4m3fn)
+                if rest[0] in KEPT:
+                    value = quantize(value, KEPT[rest[0]])
                 slots.append(slot_of(value))
             reads = [
                 dequantize(s.value, torch.float32) if isinstance(s.value, Quantized) else s.value.float() for s in slots

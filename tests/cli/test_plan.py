@@ -102,13 +102,15 @@ def test_what_a_rank_sends_is_printed_by_kind_and_step() -> None:
 
 
 def test_with_slots_of_eight_bits_outputs_travel_in_eight_bits(tmp_path: Path) -> None:
-    for name, dtype in (("plain", None), ("eight", "int8")):
+    for name, dtype in (("plain", None), ("eight", "int8"), ("four", "int4")):
         rules = {"temporal": 4} | ({"cache_dtype": dtype} if dtype else {})
         (tmp_path / f"{name}.json").write_text(json.dumps(rules))
     arguments = ("plan", "--model", "latte", "--steps", 14, "--ranks", 4, "--config")
-    plain, eight = (
-        json.loads(pab(*arguments, tmp_path / f"{name}.json", "--json").stdout)["ranks"] for name in ("plain", "eight")
+    plain, eight, four = (
+        json.loads(pab(*arguments, tmp_path / f"{name}.json", "--json").stdout)["ranks"]
+        for name in ("plain", "eight", "four")
     )
+    assert four == plain  # 4 bits travel in the model's dtype
     assert (plain["return_dtype"], eight["return_dtype"]) == (None, "int8") and plain["input_dtype"] is None
     assert eight["kinds"]["temporal"]["bytes"] * 2 * 2304 == plain["kinds"]["temporal"]["bytes"] * (2304 + 1188)
     assert eight["kinds"]["output"] == plain["kinds"]["output"]

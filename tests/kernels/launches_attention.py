@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pab_kernels.ops import QKNorm, Quantized, Rope
+from pab_kernels.ops import QKNorm, Rope
 from pab_kernels.ops.attention import Attention
 from pab_kernels.ops.attention.prepare import prepare
 from pab_kernels.ops.attention.triton import attend_in_tiles, tiles
@@ -26,11 +26,11 @@ def _packed(*sizes: int) -> list[Tensor]:
 
 
 def _attend(
-    arch: int, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, stored: Quantized | None = None
+    arch: int, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, store: torch.dtype | None = None
 ) -> None:
     chosen = tiles(q.shape[-3], q.shape[-1], divmod(arch, 10))
-    out = torch.empty(q.shape, dtype=q.dtype, device="meta")
-    attend_in_tiles(Attention(q, k, v, key_lengths=lengths), (out, stored), chosen)
+    call = Attention(q, k, v, key_lengths=lengths, store_dtype=store)
+    attend_in_tiles(call, call.empty(), chosen)
 
 
 def _prepare(x: Tensor, interleaved: bool) -> None:
@@ -40,11 +40,9 @@ def _prepare(x: Tensor, interleaved: bool) -> None:
     prepare(x, QKNorm(weight=_meta(head_dim)), Rope(*tables, interleaved))
 
 
-def _attend_and_store(arch: int, *sizes: int) -> None:
-    """Packed attention that keeps an int8 copy."""
-    q, k, v = _packed(*sizes)
-    stored = Quantized(_meta(*q.shape, dtype=torch.int8), _meta(*q.shape[:-1], 1, dtype=torch.float32), q.shape[-1])
-    _attend(arch, q, k, v, stored=stored)
+def _attend_and_store(arch: int, *sizes: int, dtype: torch.dtype = torch.int8) -> None:
+    """Packed attention that keeps a quantised copy."""
+    _attend(arch, *_packed(*sizes), store=dtype)
 
 
 # By name: narrowest access in bytes, and the call. The last 16 channels of a tile of 64 keys are 8 bytes a lane, of 32
@@ -59,6 +57,7 @@ CALLS: dict[str, tuple[int, Callable[[int], None]]] = {
     ),
     "latte": (8, lambda arch: _attend(arch, *(_meta(32, 1024, 16, 72, dtype=torch.float16) for _ in range(3)))),
     "open_sora_plan_int8": (4, lambda arch: _attend_and_store(arch, 1, 28 * 900, 3, 24, 96)),
+    "open_sora_480p_int4": (2, lambda arch: _attend_and_store(arch, 2, 15, 1590, 3, 16, 72, dtype=torch.int4)),
     "cogvideox": (16, lambda arch: _attend(arch, *(_meta(2, 17776, 48, 64) for _ in range(3)))),
     "flux": (16, lambda arch: _attend(arch, *_packed(1, 4608, 3, 24, 128))),
     "head_40": (8, lambda arch: _attend(arch, *_packed(2, 4096, 3, 8, 40))),

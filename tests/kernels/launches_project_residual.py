@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pab_kernels.ops import Quantized
+from pab_kernels.ops import Quantized, empty_quantized
 from pab_kernels.ops.cached_outputs import Line
 from pab_kernels.ops.project_residual import ProjectResidual
 from pab_kernels.ops.project_residual.triton import project_in_tiles, tile
@@ -17,6 +17,7 @@ from tests.kernels.compilation import Launch
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 BF16, FP16, FP32, INT8, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn
+INT4 = torch.int4
 
 
 def _meta(*sizes: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -24,9 +25,8 @@ def _meta(*sizes: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def _kept(*sizes: int, dtype: torch.dtype, own: torch.dtype) -> Tensor | Quantized:
-    """A slot in the activations' own dtype, or in 8 bits."""
-    data = _meta(*sizes, dtype=dtype)
-    return data if dtype == own else Quantized(data, _meta(*sizes[:-1], -(-sizes[-1] // 128), dtype=FP32))
+    """A slot in the activations' own dtype, or quantised."""
+    return _meta(*sizes, dtype=dtype) if dtype == own else empty_quantized(sizes, dtype, device="meta")
 
 
 def _project(
@@ -64,6 +64,10 @@ CALLS: dict[str, Callable[[int], None]] = {
     "open_sora_store_int8_int8_line": partial(
         _project, **OPEN_SORA, store="pre_gate", store_dtype=INT8, slots=(INT8,), lines=True
     ),
+    "open_sora_store_int4": partial(_project, **OPEN_SORA, store="pre_gate", store_dtype=INT4),
+    "open_sora_post_gate_int4_int4_line": partial(
+        _project, **OPEN_SORA, store="post_gate", store_dtype=INT4, slots=(INT4,), lines=True
+    ),
     "open_sora_few_tokens": partial(_project, channels=1152, tokens=300, store="pre_gate"),
     "cogvideox_3072_store": partial(_project, channels=3072, tokens=17776, store="pre_gate", gate="token"),
     "wan_5120_post_gate_int8": partial(_project, channels=5120, tokens=32760, store="post_gate", store_dtype=INT8),
@@ -86,7 +90,7 @@ LAUNCHES = {
         partial(call, arch),
         dots=name not in FP32_CALLS,
         pipelined=True,
-        wide=16 if "no_bias" in name else 4,
+        wide=16 if "no_bias" in name else 2 if "int4" in name else 4,  # scales of int4 are 2 bytes
         archs=(arch,),
     )
     for name, call in {**CALLS, **FP8_CALLS, **FP32_CALLS}.items()

@@ -49,6 +49,7 @@ CALLS: dict[str, tuple[int, tuple[int, ...], dict[str, Any]]] = {  # by name: th
     "plain_72": (16, (2, 15, 1590, 16, 72), {}),
     "latte_fp16": (16, (2, 16, 1024, 16, 72), {"dtype": torch.float16}),
     "int8": (4, (2, 15, 1590, 16, 72), {"store": torch.int8}),  # a scale a head is 4 bytes
+    "int4": (2, (2, 15, 1590, 16, 72), {"store": torch.int4}),  # and of 32 channels 2
     "head_40": (16, (2, 16, 1024, 8, 40), {}),
     "head_64_one_sequence": (16, (2, 64, 1590, 16, 64), {"norm": "rms", "rope": "half-split"}),
     "head_96_layer_norm": (

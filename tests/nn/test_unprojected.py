@@ -75,17 +75,18 @@ def test_a_held_attention_projected_again_is_the_held_output(model: nn.Module, r
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("reuse", "cache_dtype"), [("linear", None), ("hold", "int8"), ("linear", "int8"), ("hold", "float8_e4m3fn")]
+    ("reuse", "cache_dtype"),
+    [("linear", None), ("hold", "int8"), ("linear", "int8"), ("hold", "float8_e4m3fn"), ("hold", "int4")],
 )
 def test_it_is_the_projected_one_but_for_roundings(model: nn.Module, reuse: str, cache_dtype: Any) -> None:
     projected = sampled(copy.deepcopy(model), config("pre_gate", None, reuse))
     unprojected = sampled(copy.deepcopy(model), config("unprojected", cache_dtype, reuse))
-    bound = {None: 1e-5, "int8": 0.02, "float8_e4m3fn": 0.1}[cache_dtype]
+    bound = {None: 1e-5, "int8": 0.02, "float8_e4m3fn": 0.1, "int4": 0.2}[cache_dtype]
     for a, b in zip(projected, unprojected, strict=True):
         assert (a - b).norm() <= bound * a.norm()
     if cache_dtype is not None:
         assert any(not torch.equal(a, b) for a, b in zip(projected, unprojected, strict=True)), (
-            "the slots are 8-bit ones"
+            "the slots are quantised"
         )
 
 

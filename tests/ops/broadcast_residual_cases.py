@@ -4,6 +4,8 @@ reference says."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +20,15 @@ from tests.ops.tensors import KERNEL_DEVICE, assert_accurate, draws
 NORMS = (None, "layer", "rms")
 
 
-LINES = ("M", "F", "mI", "MiF", "XMI")
+LINES = ("M", "F", "mI", "MiF", "XMI", "qQ")
 """Terms of which some are lines, as `draw_slots` has them."""
 
 
 def draw_slots(draw: Any, shape: tuple[int, ...], kinds: str, weight: float = 0.7) -> list[Any]:
-    """One term a letter: `m` a slot in the model's dtype, `i` in int8, `f` in float8; `M`, `I`, `F` a line through two
-    such; `X` a line through an int8 slot and one in the model's dtype."""
-    made = {"m": lambda t: t, "i": lambda t: quantize(t, torch.int8), "f": lambda t: quantize(t, torch.float8_e4m3fn)}
+    """One term a letter: `m` a slot in the model's dtype, `i` in int8, `f` in float8, `q` in 4 bits; `M`, `I`, `F`, `Q`
+    a line through two such; `X` a line through an int8 slot and one in the model's dtype."""
+    quantised = {"i": torch.int8, "f": torch.float8_e4m3fn, "q": torch.int4}
+    made = {"m": lambda t: t} | {kind: partial(quantize, dtype=dtype) for kind, dtype in quantised.items()}
     slots: list[Any] = []
     for kind in kinds:
         newest = draw(*shape)
@@ -42,7 +45,7 @@ def move_slot(slot: Any, move: Callable[[Tensor], Tensor]) -> Any:
     """A slot or a line, each tensor moved; scales and weights stay."""
     if isinstance(slot, Line):
         return Line(move_slot(slot.newest, move), move_slot(slot.before, move), slot.weight)
-    return Quantized(move(slot.data), slot.scale, slot.group) if isinstance(slot, Quantized) else move(slot)
+    return replace(slot, data=move(slot.data)) if isinstance(slot, Quantized) else move(slot)
 
 
 def slot_in_float64(slot: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from pab_kernels.ops import Line, Quantized
 from pab_kernels.ops.backend import load
+from pab_kernels.ops.quantized import FORMATS, width_of
 
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the tests run Triton kernels: compiled on a GPU, else in Triton's interpreter."""
@@ -22,6 +23,7 @@ several programs."""
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
+QUANTISED = (*EIGHT_BITS, torch.int4)
 
 
 def draws(dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> Callable[..., Tensor]:
@@ -63,28 +65,32 @@ def assert_accurate(actual: Tensor, torch_result: Tensor, exact: Tensor) -> None
 
 
 class Guarded:
-    """An output inside a larger buffer, all of it poisoned: NaN, or for int8 -128, which no quantisation yields."""
+    """An output inside a larger buffer, all of it poisoned: NaN, or for int8 -128, which no quantisation yields.
+
+    Every byte may be two right values of 4 bits: compare these with an output elsewhere.
+    """
 
     def __init__(self, *sizes: int, dtype: torch.dtype, device: str = "cpu") -> None:
-        poison = -128.0 if dtype == torch.int8 else float("nan")
+        poison = {torch.int8: -128.0, torch.uint8: 0x88}.get(dtype, float("nan"))
         self.buffer = torch.full((sizes[0] + 2, *sizes[1:-1], sizes[-1] + 16), poison).to(dtype).to(device)
         self.inside = torch.zeros_like(self.buffer, dtype=torch.bool)
         self.inside[1:-1, ..., 8:-8] = True
         self.tensor = self.buffer[1:-1, ..., 8:-8]
 
     def assert_written(self) -> None:
-        values = self.buffer.float()
-        poisoned = values == -128 if self.buffer.dtype == torch.int8 else values.isnan()
-        assert not poisoned[self.inside].any(), "an element was not written"
+        values, dtype = self.buffer.float(), self.buffer.dtype
+        poisoned = values.isnan() if dtype.is_floating_point else values == (-128 if dtype == torch.int8 else 0x88)
+        assert dtype == torch.uint8 or not poisoned[self.inside].any(), "an element was not written"
         assert poisoned[~self.inside].all(), "an element outside was written"
 
 
 def guarded_quantized(
     *sizes: int, dtype: torch.dtype, group: int, device: str = "cpu"
 ) -> tuple[Quantized, list[Guarded]]:
-    data = Guarded(*sizes, dtype=dtype, device=device)
-    scale = Guarded(*sizes[:-1], -(-sizes[-1] // group), dtype=torch.float32, device=device)
-    return Quantized(data.tensor, scale.tensor, group), [data, scale]
+    used = FORMATS[dtype]
+    data = Guarded(*sizes[:-1], width_of(dtype, sizes[-1]), dtype=used.data, device=device)
+    scale = Guarded(*sizes[:-1], -(-sizes[-1] // group), dtype=used.scale, device=device)
+    return Quantized(data.tensor, scale.tensor, group, sizes[-1]), [data, scale]
 
 
 def launch(op: str, backend: str, call: Any, *outputs: Any) -> None:

@@ -12,10 +12,11 @@ from pab_kernels.ops import BackendError, QKNorm, Quantized, Rope, attention, qu
 from pab_kernels.ops.attention import Attention, reference
 from pab_kernels.ops.attention.options import normalise, rotate
 from pab_kernels.ops.backend import choose
+from pab_kernels.ops.quantized import head_group
 from tests.ops.tensors import (
-    EIGHT_BITS,
     HALF,
     KERNEL_DEVICE,
+    QUANTISED,
     Guarded,
     assert_accurate,
     assert_refuses,
@@ -264,27 +265,29 @@ def test_channels_that_do_not_rotate_keep_even_what_is_not_finite():
         assert (y[..., 16] == torch.inf).all() and y[..., 39].isnan().all() and y[..., :16].isfinite().all()
 
 
-@pytest.mark.parametrize("store_dtype", [torch.bfloat16, *EIGHT_BITS])
-@pytest.mark.parametrize("dim", [64, 72, 112])
+@pytest.mark.parametrize("store_dtype", [torch.bfloat16, *QUANTISED])
+@pytest.mark.parametrize("dim", [40, 64, 72, 112])
 def test_the_stored_copy_is_quantised_from_the_rounded_output(dim, store_dtype):
     out, stored = check(*qkv(2, queries=5, dim=dim), store_dtype=store_dtype)
-    assert_same(stored, out if store_dtype == torch.bfloat16 else quantize(out, store_dtype, group=dim))
+    assert_same(
+        stored, out if store_dtype == torch.bfloat16 else quantize(out, store_dtype, head_group(store_dtype, dim))
+    )
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, in the interpreter
-@pytest.mark.parametrize("store_dtype", EIGHT_BITS)
+@pytest.mark.parametrize("store_dtype", QUANTISED)
 def test_a_nan_in_the_values_reaches_what_is_stored(store_dtype):
     q, k, v = qkv(1, queries=3, dim=72)
     v[0, 1, 0, 70] = torch.nan
     out, stored = attention(q, k, v, store_dtype=store_dtype, backend="triton")
     assert (
-        stored.scale[:, :, 0].isnan().all()
+        stored.scale[:, :, 0, -1].isnan().all()
         and stored.scale[:, :, 1].isfinite().all()
         and out[:, :, 0, 70].isnan().all()
     )
 
 
-@pytest.mark.parametrize("store_dtype", [None, torch.bfloat16, *EIGHT_BITS])
+@pytest.mark.parametrize("store_dtype", [None, torch.bfloat16, *QUANTISED])
 def test_it_writes_its_outputs_and_nothing_else(store_dtype):
     inputs, options = qkv(2, queries=5, dim=72), everything(5, 72)
     expected = attention(*inputs, store_dtype=store_dtype, backend="triton", **options)
@@ -295,7 +298,9 @@ def test_it_writes_its_outputs_and_nothing_else(store_dtype):
         guards.append(Guarded(*sizes, dtype=store_dtype, device=KERNEL_DEVICE))
         stored_out = guards[1].tensor
     elif store_dtype is not None:
-        stored_out, more = guarded_quantized(*sizes, dtype=store_dtype, group=72, device=KERNEL_DEVICE)
+        stored_out, more = guarded_quantized(
+            *sizes, dtype=store_dtype, group=head_group(store_dtype, 72), device=KERNEL_DEVICE
+        )
         guards += more
     call = Attention(*inputs, **options, store_dtype=store_dtype)
     launch("attention", "triton", call, guards[0].tensor, stored_out)

@@ -10,12 +10,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pab_kernels import ops
-from pab_kernels.ops import BackendError, Quantized
+from pab_kernels.ops import BackendError, Line, Quantized
 from pab_kernels.ops import backend as backends
 from pab_kernels.ops.attention import Attention
 from pab_kernels.ops.backend import BACKENDS, IMPLEMENTATIONS, choose, is_traced, load
 from pab_kernels.ops.broadcast_residual import BroadcastResidual
+from pab_kernels.ops.dequantize import Dequantize
 from pab_kernels.ops.project_residual import ProjectResidual
+from pab_kernels.ops.quantize import Quantize
 from pab_kernels.ops.short_attention import ShortAttention
 from tests.ops.tensors import assert_refuses
 
@@ -150,6 +152,20 @@ def test_float8_is_left_to_the_reference_on_a_gpu_that_lacks_it(case: str, monke
         capability[0] = (8, 9)
         backends.capability.cache_clear()
         assert choose(op, "auto", call) == "triton"
+
+
+@pytest.mark.parametrize("case", ["broadcast_residual", "short_attention", "quantize", "dequantize"])
+def test_4_bits_are_not_for_cuda_kernels(case: str) -> None:
+    four, q = ops.quantize(X, torch.int4), torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16)
+    call = {
+        "broadcast_residual": BroadcastResidual(X, ((Line(X, four, torch.ones(())), None),)),
+        "short_attention": ShortAttention(q, q, q, store_dtype=torch.int4),
+        "quantize": Quantize(X, torch.int4, 32),
+        "dequantize": Dequantize(four, torch.float32),
+    }[case]
+    with pytest.raises(BackendError, match="is torch.int4; torch.int8 and torch.float8_e4m3fn are supported"):
+        choose(case, "cuda", call)
+    assert choose(case, "auto", call) == "reference"
 
 
 @pytest.mark.parametrize("op", ["attention", "short_attention", "broadcast_residual", "project_residual"])

@@ -16,9 +16,9 @@ from tests.ops.broadcast_residual_cases import LINES, NORMS, call, call_of, pois
 from tests.ops.broadcast_residual_cases import check as check_backend
 from tests.ops.tensors import (
     DTYPES,
-    EIGHT_BITS,
     KERNEL_DEVICE,
     MANY,
+    QUANTISED,
     Guarded,
     assert_refuses,
     assert_same,
@@ -57,7 +57,7 @@ def test_any_number_of_tokens(tokens: int) -> None:
     check(*call((1, tokens, 136 if tokens > 100 else 1152), "f", "layer", torch.bfloat16, affine=False))
 
 
-@pytest.mark.parametrize("kind", EIGHT_BITS)
+@pytest.mark.parametrize("kind", QUANTISED)
 def test_a_ragged_last_group_and_a_group_of_zeros(kind: torch.dtype) -> None:
     (x, _), options = call((2, 5, 200), "i", None, torch.float16)
     values = draws(torch.float16, 5, KERNEL_DEVICE)(2, 5, 200)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pab_kernels.broadcast.outputs import extrapolated
 from pab_kernels.broadcast.slots import Extrapolation, Key, Slot
 from pab_kernels.ops import Line, Norm, broadcast_residual, dequantize, project_residual, quantize
-from pab_kernels.ops.cached_outputs import holds_float8
+from pab_kernels.ops.cached_outputs import holds
 from tests.ops.tensors import DTYPES, KERNEL_DEVICE, draws
 
 WEIGHTS = (1 / 2, 3 / 4, 5 / 6, 5.0)
@@ -51,7 +51,7 @@ def test_a_difference_that_float16_does_not_hold_is_extended(backend: str) -> No
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("kept", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("kept", [None, torch.int8, torch.float8_e4m3fn, torch.int4], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_constant_is_what_a_slot_gives(backend: str, dtype: torch.dtype, kept: Any, weight: float) -> None:
     draw = draws(dtype, device=KERNEL_DEVICE)
@@ -96,6 +96,6 @@ def test_a_line_rounds_once() -> None:
 @pytest.mark.parametrize("which", ["newest", "before"])
 def test_either_output_of_a_line_may_be_what_a_device_has_no_float8_for(which: str) -> None:
     slots = {"newest": torch.ones(1, 8), "before": torch.ones(1, 8)}
-    assert not holds_float8([(Line(slots["newest"], slots["before"], torch.tensor(1.0)), None)])
+    assert not holds([(Line(slots["newest"], slots["before"], torch.tensor(1.0)), None)], torch.float8_e4m3fn)
     slots |= {which: quantize(torch.ones(1, 8), torch.float8_e4m3fn)}
-    assert holds_float8([(Line(slots["newest"], slots["before"], torch.tensor(1.0)), None)])
+    assert holds([(Line(slots["newest"], slots["before"], torch.tensor(1.0)), None)], torch.float8_e4m3fn)

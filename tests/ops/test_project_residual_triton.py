@@ -13,13 +13,14 @@ from pab_kernels.ops import BackendError, Quantized, dequantize, project_residua
 from pab_kernels.ops.backend import choose
 from pab_kernels.ops.cached_outputs import cached_outputs
 from pab_kernels.ops.project_residual import ProjectResidual, reference
+from pab_kernels.ops.quantized import FORMATS
 from tests.ops.broadcast_residual_cases import draw_slots, slot_in_float64
 from tests.ops.tensors import (
     DTYPES,
-    EIGHT_BITS,
     HALF,
     KERNEL_DEVICE,
     MANY,
+    QUANTISED,
     Guarded,
     assert_accurate,
     assert_refuses,
@@ -43,6 +44,7 @@ STORES = [
     ("post_gate", None),
     ("pre_gate", torch.int8),
     ("post_gate", torch.float8_e4m3fn),
+    ("post_gate", torch.int4),
 ]
 
 
@@ -109,7 +111,7 @@ def check(args: list[Any], options: dict[str, Any], identical: bool = False) -> 
         assert a.dtype == torch.float32 or (a.float() != b.float()).sum() <= max(1, 0.02 * a.numel())
 
 
-@pytest.mark.parametrize(("dtype", "kinds", "stored"), pairs(DTYPES, ["", "m", "if", "M", "XF"], STORES))
+@pytest.mark.parametrize(("dtype", "kinds", "stored"), pairs(DTYPES, ["", "m", "if", "M", "XF", "qQ"], STORES))
 def test_it_is_accurate(dtype: torch.dtype, kinds: str, stored: tuple[Any, Any]) -> None:
     store, store_dtype = stored
     check(*call(kinds=kinds, dtype=dtype, store=store, store_dtype=store_dtype))
@@ -159,7 +161,7 @@ def test_tiles_of_several_bands() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, in the interpreter
-@pytest.mark.parametrize("kind", EIGHT_BITS)
+@pytest.mark.parametrize("kind", QUANTISED)
 def test_a_ragged_last_group_a_group_of_zeros_and_one_of_infinity(kind: torch.dtype) -> None:
     args, options = call((2, 5, 200), store="pre_gate", store_dtype=kind)
     args[1][:128] = 0
@@ -172,12 +174,12 @@ def test_a_ragged_last_group_a_group_of_zeros_and_one_of_infinity(kind: torch.dt
     )  # the last channel is small with its bias alone
     check(args, options)
     stored = project_residual(*args, **options, backend="triton")[1]
-    assert (stored.scale[..., 0] == 0).all() and (stored.data[..., :128].float() == 0).all()
+    assert (stored.scale[..., : 128 // stored.group] == 0).all() and (value(stored)[..., :128] == 0).all()
     args[2][130] = torch.inf
     assert value(project_residual(*args, **options, backend="triton")[1])[..., 128:].isnan().any(-1).all()
 
 
-@pytest.mark.parametrize("kind", EIGHT_BITS)
+@pytest.mark.parametrize("kind", QUANTISED)
 def test_what_is_added_is_the_same_whatever_is_stored(kind: torch.dtype) -> None:
     args, options = call(kinds="m")
     plain = project_residual(*args, **options, backend="triton")[0]
@@ -252,7 +254,9 @@ def test_outputs_are_written_whole_and_nothing_around_them(dtype: torch.dtype, s
     args, options = call((2, 7, 136), "mi", dtype)
     place, stored, guards = Guarded(2, 7, 136, dtype=dtype, device=KERNEL_DEVICE), None, []
     if store_dtype is not None:
-        stored, guards = guarded_quantized(2, 7, 136, dtype=store_dtype, group=128, device=KERNEL_DEVICE)
+        stored, guards = guarded_quantized(
+            2, 7, 136, dtype=store_dtype, group=FORMATS[store_dtype].group, device=KERNEL_DEVICE
+        )
     elif store is not None:
         guards = [Guarded(2, 7, 136, dtype=dtype, device=KERNEL_DEVICE)]
         stored = guards[0].tensor

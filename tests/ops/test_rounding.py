@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from pab_kernels.ops import quantize
+from pab_kernels.ops.quantized import unpacked
 from tests.ops.tensors import KERNEL_DEVICE, draws
 
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from pab_kernels.ops.rounding import narrow, operand, quantized, scale_of  # noqa: E402
+from pab_kernels.ops.rounding import four_bits, from_four_bits, narrow, operand, quantized, scale_of  # noqa: E402
 
 
 @triton.jit
@@ -28,6 +29,17 @@ def _quantize(x_ptr, data_ptr, scale_ptr, N: tl.constexpr):
     scale = scale_of(tl.max(tl.abs(x)), data_ptr.dtype.element_ty)
     tl.store(data_ptr + i, quantized(x, scale, data_ptr.dtype.element_ty))
     tl.store(scale_ptr, scale)
+
+
+@triton.jit
+def _four_bits(x_ptr, data_ptr, scale_ptr, back_ptr, ROWS: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr):
+    rows, channels = tl.arange(0, ROWS)[:, None], tl.arange(0, W)[None, :]
+    data, scale = four_bits(tl.load(x_ptr + rows * W + channels), GROUP)
+    tl.store(data_ptr + rows * (W // 2) + tl.arange(0, W // 2)[None, :], data)
+    tl.store(
+        scale_ptr + rows * (W // GROUP) + tl.arange(0, W // GROUP)[None, :], narrow(scale, scale_ptr.dtype.element_ty)
+    )
+    tl.store(back_ptr + rows * W + channels, from_four_bits(data))
 
 
 @triton.jit
@@ -69,6 +81,22 @@ def test_quantising_is_that_of_the_slots_bit_for_bit(dtype, size):
     data, scale = torch.empty_like(expected.data), torch.empty_like(expected.scale)
     _quantize[(1,)](x, data, scale, 128)
     assert torch.equal(scale, expected.scale) and torch.equal(data.float(), expected.data.float())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, in the interpreter
+@pytest.mark.parametrize("size", [1e-3, 1, 1e4, 0, 1e-41, 1e37])
+def test_4_bits_are_those_of_the_slots_bit_for_bit(size):
+    x = draws(seed=3, device=KERNEL_DEVICE)(4, 128) * size
+    x[1, 40:42] = torch.tensor([5.0, -5.0]) * size  # two alike: the negative one is -8
+    expected = quantize(x, torch.int4)
+    data, scale, back = torch.empty_like(expected.data), torch.empty_like(expected.scale), torch.empty_like(x)
+    _four_bits[(1,)](x, data, scale, back, 4, 128, 32)
+    assert torch.equal(scale, expected.scale) and torch.equal(data, expected.data)
+    assert torch.equal(back, unpacked(expected.data, 128))
+    x[2, 64], x[3, 5] = torch.nan, -torch.inf
+    _four_bits[(1,)](x, data, scale, back, 4, 128, 32)
+    finite = quantize(x, torch.int4).scale.isfinite()
+    assert torch.equal(scale.isfinite(), finite) and (~finite).sum() == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,13 +12,14 @@ import torch
 
 from pab_kernels.ops import BackendError, QKNorm, Quantized, Rope, quantize, short_attention
 from pab_kernels.ops.backend import choose
+from pab_kernels.ops.quantized import head_group
 from pab_kernels.ops.short_attention import ShortAttention
 from tests.ops.short_attention_cases import across, affine, everything, plain, tables, temporal
 from tests.ops.short_attention_cases import check as checked
 from tests.ops.tensors import (
-    EIGHT_BITS,
     HALF,
     KERNEL_DEVICE,
+    QUANTISED,
     Guarded,
     assert_refuses,
     assert_same,
@@ -155,7 +156,7 @@ def test_operands_lie_anywhere(layout):
     check(inputs)
 
 
-@pytest.mark.parametrize("store_dtype", [None, torch.bfloat16, *EIGHT_BITS])
+@pytest.mark.parametrize("store_dtype", [None, torch.bfloat16, *QUANTISED])
 @pytest.mark.parametrize(("frames", "dim"), [(1, 72), (17, 40)])
 def test_it_writes_its_outputs_and_nothing_else(frames, dim, store_dtype):
     inputs, options = temporal(frames, dim=dim), everything(frames, dim)
@@ -166,7 +167,9 @@ def test_it_writes_its_outputs_and_nothing_else(frames, dim, store_dtype):
         guards = [Guarded(*shape, dtype=torch.bfloat16, device=KERNEL_DEVICE)]
         stored_out = guards[0].tensor
     elif store_dtype is not None:
-        stored_out, guards = guarded_quantized(*shape, dtype=store_dtype, group=dim, device=KERNEL_DEVICE)
+        stored_out, guards = guarded_quantized(
+            *shape, dtype=store_dtype, group=head_group(store_dtype, dim), device=KERNEL_DEVICE
+        )
     given = ShortAttention(*inputs, **options, store_dtype=store_dtype)
     launch("short_attention", "triton", given, out.tensor, stored_out)
     for guard in (out, *guards):
@@ -185,15 +188,17 @@ def test_outputs_in_any_order_of_dimensions():
     assert_same((out, data, scale), (expected[0], expected[1].data, expected[1].scale), strides=False)
 
 
-@pytest.mark.parametrize("store_dtype", [torch.float16, *EIGHT_BITS])
+@pytest.mark.parametrize("store_dtype", [torch.float16, *QUANTISED])
 @pytest.mark.parametrize("dim", [40, 72, 128])
 def test_what_is_stored_is_the_rounded_output_quantised(dim, store_dtype):
     inputs = temporal(17, dim=dim, dtype=torch.float16)
     inputs[2][0, 0] = 0  # scales of 0
     out, stored = short_attention(*inputs, store_dtype=store_dtype, backend="triton")
-    expected = out if store_dtype == torch.float16 else quantize(out, store_dtype, group=dim)
+    expected = out if store_dtype == torch.float16 else quantize(out, store_dtype, head_group(store_dtype, dim))
     assert_same(stored, expected, strides=False)
-    assert parts(stored)[0].stride() == out.stride() and parts(stored)[0].data_ptr() != out.data_ptr()
+    kept = parts(stored)[0]
+    in_one = dim // kept.shape[-1]  # channels in an element
+    assert [n * in_one for n in kept.stride()[:-1]] == list(out.stride()[:-1]) and kept.data_ptr() != out.data_ptr()
 
 
 @pytest.mark.parametrize("bad", [-torch.inf, torch.nan])

@@ -15,10 +15,9 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.parallel.parallelize import parallel_of
 from pab_kernels.rules.budget import GivenUp
-from pab_kernels.rules.config import CacheDtype
 from pab_kernels.rules.plan import Plan
 from pab_kernels.rules.schedule import Schedule
-from pab_kernels.rules.traffic import Layout, Shapes, Traffic, traffic
+from pab_kernels.rules.traffic import EightBits, Layout, Shapes, Traffic, returned, traffic
 from tests.adapters import tiny_latte, tiny_stdit3
 
 STEPS = 6
@@ -29,6 +28,7 @@ PLANS = {
     "in step": PABConfig(spatial=3, temporal=3, cross=3),
     "linear": PABConfig(temporal=Broadcast(2, reuse="linear"), mlp=2),
     "int8": PABConfig(spatial=2, temporal=3, cache_dtype="int8"),
+    "int4": PABConfig(spatial=2, temporal=3, cache_dtype="int4"),
     "after the gate": PABConfig(temporal=2, cache_point="post_gate"),
     "blocks": PABConfig(block=2),
     "the model": PABConfig(model=2, temporal=2),
@@ -92,10 +92,10 @@ class Case:
 
     def expected(self, sublayers: Any, config: PABConfig | None, cfg: int, ranks: int) -> Traffic:
         """What the formula says that a rank sends."""
-        eight = config is not None and config.cache_dtype is not None and not self.options.get("exact")
+        kept = None if config is None or self.options.get("exact") else config.cache_dtype
         given = self.options.get("input_dtype")
-        input_dtype = cast(CacheDtype, str(given).removeprefix("torch.")) if given in (torch.int8, FP8) else None
-        layout = Layout.of(ranks, cfg, input_dtype, "int8" if eight else None)
+        input_dtype = cast(EightBits, str(given).removeprefix("torch.")) if given in (torch.int8, FP8) else None
+        layout = Layout.of(ranks, cfg, input_dtype, returned(kept))
         itemsize = 4 if self.model == "stdit3" else 8  # its output has float32
         shapes = Shapes(self.batch, self.frames, self.tokens, 64, 8, 8 * self.size[0] * self.size[1] * itemsize)
         if self.model == "latte":

@@ -58,7 +58,7 @@ _CONFIGS = st.builds(
         st.tuples(st.sampled_from(MODULE_KINDS), broadcasts()) | st.tuples(st.just("model"), broadcasts().map(whole)),
         max_size=3,
     ),
-    cache_dtype=st.sampled_from([None, "float8_e4m3fn", "int8"]),
+    cache_dtype=st.sampled_from([None, "float8_e4m3fn", "int8", "int4"]),
     cache_point=st.sampled_from(["pre_gate", "post_gate", "unprojected"]),
 )
 
@@ -285,7 +285,10 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"cross": 2.0}, "cross must be a Broadcast, a range or None, got 2.0"),
     ({"mlp": True}, "mlp must be a Broadcast, a range or None, got True"),
     ({"block": {"range": 2}}, "block must be a Broadcast, a range or None, got {"),
-    ({"cache_dtype": "bfloat16"}, "cache_dtype 'bfloat16' is not known; supported are None, 'float8_e4m3fn', 'int8'"),
+    (
+        {"cache_dtype": "bfloat16"},
+        "cache_dtype 'bfloat16' is not known; supported are None, 'float8_e4m3fn', 'int8', 'int4'",
+    ),
     (
         {"cache_point": "gated"},
         "cache_point 'gated' is not known; supported are 'pre_gate', 'post_gate', 'unprojected'",

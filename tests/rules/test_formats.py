@@ -48,7 +48,7 @@ _CONFIGS = st.builds(
     **{kind: st.none() | _RANGES | _rules() for kind in MODULE_KINDS},
     model=st.none() | _RANGES | _rules().map(lambda rule: dataclasses.replace(rule, layers=None, reuse="forecast")),
     rules=st.lists(st.tuples(st.sampled_from(MODULE_KINDS), _rules()), max_size=3),
-    cache_dtype=st.sampled_from([None, "float8_e4m3fn", "int8"]),
+    cache_dtype=st.sampled_from([None, "float8_e4m3fn", "int8", "int4"]),
     cache_point=st.sampled_from(["pre_gate", "post_gate", "unprojected"]),
 )
 

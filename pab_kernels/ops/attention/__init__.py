@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import check_number
 from ..dispatch import Outputs, run
 from ..flops import attention_flops
-from ..quantized import Quantized, check_store_dtype, stored_of
+from ..quantized import FORMATS, Quantized, check_store_dtype, head_group, stored_of, width_of
 from ..registration import register
 from . import options, reference
 from .layout import empty_output
@@ -69,12 +69,18 @@ class Attention(NamedTuple):
 
     def empty(self) -> Outputs:
         q, dtype = self.q, self.store_dtype
-        stored = None if dtype is None else empty_output(q, dtype)
-        scale = None if dtype in (None, q.dtype) else empty_output(q, torch.float32, 1)
-        return empty_output(q, q.dtype), stored_of(stored, scale, group=q.shape[-1])
+        out, head_dim = empty_output(q, q.dtype), q.shape[-1]
+        if dtype is None or dtype == q.dtype:
+            return out, None if dtype is None else empty_output(q, dtype)
+        used, group = FORMATS[dtype], head_group(dtype, head_dim)
+        data = empty_output(q, used.data, width_of(dtype, head_dim))
+        scale = empty_output(q, used.scale, -(-head_dim // group))
+        return out, Quantized(data, scale, group, head_dim)
 
     def pack(self, tensors: Sequence[Tensor]) -> Outputs:
-        return tensors[0], stored_of(*tensors[1:], group=self.q.shape[-1])
+        channels, dtype = self.q.shape[-1], self.store_dtype
+        group = None if dtype in (None, self.q.dtype) else head_group(dtype, channels)
+        return tensors[0], stored_of(*tensors[1:], channels=channels, group=group)
 
 
 def attention(
@@ -94,7 +100,7 @@ def attention(
 
         1. q = rope(q_norm(q)); k = rope(k_norm(k)), k rotated only where M = N
         2. out = softmax(softmax_scale q k^T) v per head, over the first key_lengths keys; 0 where there are none
-        3. stored = out, quantised with a scale a head if store_dtype has 8 bits
+        3. stored = out, quantised with a scale a head if store_dtype has 8 bits, or for 32 of its channels if it has 4
 
     Norms and rotary embedding compute in float32, and each rounds to q's dtype; softmax and products are those of
     `F.scaled_dot_product_attention`; the stored copy is quantised from the rounded output. Keys beyond the length are
@@ -109,13 +115,13 @@ def attention(
         key_lengths: int32 or int64 `[*batch]` or `[first batch dimension]`, or None for all keys. Not read on the host:
             a length below 0 counts as 0, one beyond M as M.
         q_norm, k_norm, rope: see `QKNorm` and `Rope`.
-        store_dtype: None to store nothing, q's dtype, torch.int8 or torch.float8_e4m3fn.
+        store_dtype: None to store nothing, q's dtype, torch.int8, torch.float8_e4m3fn or torch.int4.
         backend: "auto", or the name of one.
 
     Returns:
         out `[*batch, N, H, D]`, its dimensions in q's order in memory (for temporal order,
         `out.transpose(1, 2).flatten(-2)` is a view), and the stored copy in the same order and separate memory: a
-        tensor, a `Quantized` with group D, or None.
+        tensor, a `Quantized` with group D (32 for int4), or None.
 
     Raises:
         TypeError, ValueError: an argument is not supported.

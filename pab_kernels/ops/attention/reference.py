@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..dispatch import Outputs
 from ..quantize.reference import quantize
-from ..quantized import Quantized
+from ..quantized import Quantized, head_group
 from .layout import inverse, memory_order
 from .options import normalise, rotate
 
@@ -61,8 +61,8 @@ def finished(call: Attention, out: Tensor) -> Outputs:
         return ordered.permute(back), None
     if store_dtype == out.dtype:
         return ordered.permute(back), ordered.clone().permute(back)
-    eight = quantize(ordered, store_dtype, group=out.shape[-1])
-    return ordered.permute(back), Quantized(eight.data.permute(back), eight.scale.permute(back), eight.group)
+    q = quantize(ordered, store_dtype, head_group(store_dtype, out.shape[-1]))
+    return ordered.permute(back), Quantized(q.data.permute(back), q.scale.permute(back), q.group, q.channels)
 
 
 def in_parts(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:

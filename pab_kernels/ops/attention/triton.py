@@ -6,7 +6,7 @@
     2. for each tile of keys:  s = softmax_scale log2(e) q' k'^T;  m' = max(m, max s);  p = 2^(s - m')
                                l = 2^(m - m') l + sum p;  o = 2^(m - m') o + p v;  m = m'
     3. out = o / l, 0 where there are no keys or all scores are -inf
-    4. stored = out, quantised with a scale a head if it has 8 bits
+    4. stored = out, quantised with a scale a head if it has 8 bits, or one per 32 channels if it has 4
 
 A head is never padded to a power of two: D = 72 is 64 + 16 channels, two products a tile, of which 8 channels are
 masked.
@@ -15,7 +15,7 @@ Everything is float32, except for these roundings:
     1. a norm rounds to q's dtype, then the rotary embedding does
     2. p rounds to q's dtype for the product with v; l sums it unrounded
     3. out rounds once
-    4. the stored copy is quantised from the rounded out: a scale rounds to float32, a quotient to 8 bits
+    4. the stored copy is quantised from the rounded out: a scale rounds to its dtype, a quotient to 8 or 4 bits
 `reference.online_attention` rounds in the same places.
 """
 
@@ -32,8 +32,8 @@ import triton.language as tl
 from ..backend import capability, refuse_device, refuse_float8
 from ..dispatch import Outputs
 from ..quantized import data_and_scale
-from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
-from ..strides import UNIT, aligned, head_strides
+from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of, store_four_bits
+from ..strides import UNIT, aligned, head_strides, stored_unit
 from . import Attention
 from .options import refuse_heads
 from .prepare import prepare
@@ -148,13 +148,13 @@ def _attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, stored_ptr, stored_scale_ptr, lengths_ptr,
     q_strides, k_strides, v_strides, out_strides, stored_strides, stored_scale_strides, lengths_strides,
     scale, queries, keys, heads, batch,
-    D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, STORED_UNIT: tl.constexpr, WIDE: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """A program: QUERIES queries of one head of one batch row.
 
-    Strides are (first batch dimension, second, token, head) in UNITs of elements, those of scales in elements; `batch`
-    is the size of the second.
+    Strides are (first batch dimension, second, token, head) in UNITs of elements, those of the stored copy in
+    STORED_UNITs, those of scales in elements; `batch` is the size of the second.
     """
     tile, row = tl.program_id(0) % tl.cdiv(queries, QUERIES), tl.program_id(0) // tl.cdiv(queries, QUERIES)
     head = (row % heads).to(tl.int64)
@@ -203,21 +203,29 @@ def _attention_kernel(
         bits = tl.max(result[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
         magnitude = tl.maximum(magnitude, bits.to(tl.float32, bitcast=True), tl.PropagateNan.ALL)
     if stored_ptr is not None:
-        stored_ptr += _head(first, second, head, stored_strides) * UNIT
-        stored_rows = rows.to(tl.int64)[:, None] * _stride(stored_strides[2], UNIT, WIDE)
+        stored_ptr += _head(first, second, head, stored_strides) * STORED_UNIT
+        stored_rows = rows.to(tl.int64)[:, None] * _stride(stored_strides[2], STORED_UNIT, WIDE)
         dtype: tl.constexpr = stored_ptr.dtype.element_ty
         if stored_scale_ptr is not None:
-            group_scale = scale_of(magnitude, dtype)
             stored_scale_ptr += _head(first, second, head, stored_scale_strides)
-            tl.store(stored_scale_ptr + rows.to(tl.int64) * stored_scale_strides[2], group_scale, mask=rows < queries)
+            scale_rows = rows.to(tl.int64) * stored_scale_strides[2]
+            if dtype != tl.uint8:
+                group_scale = scale_of(magnitude, dtype)
+                tl.store(stored_scale_ptr + scale_rows, group_scale, mask=rows < queries)
         for i in tl.static_range(len(PARTS)):
             channels = PARTS[i][0] + tl.arange(0, PARTS[i][1])
             mask = (rows < queries)[:, None] & (channels < D)[None, :]
-            if stored_scale_ptr is not None:
+            if dtype == tl.uint8:
+                store_four_bits(
+                    stored_ptr + stored_rows, stored_scale_ptr + scale_rows[:, None], result[i], rows < queries,
+                    PARTS[i][0], D,
+                )  # fmt: skip
+            elif stored_scale_ptr is not None:
                 kept = quantized(result[i], group_scale[:, None], dtype)
+                tl.store(stored_ptr + stored_rows + channels[None, :], kept, mask=mask)
             else:
                 kept = narrow(result[i], dtype)
-            tl.store(stored_ptr + stored_rows + channels[None, :], kept, mask=mask)
+                tl.store(stored_ptr + stored_rows + channels[None, :], kept, mask=mask)
 
 
 def refusal(call: Attention) -> str | None:
@@ -258,6 +266,7 @@ def attend_in_tiles(call: Attention, outputs: Outputs, chosen: Tiles) -> None:
     if not aligned(v):
         v = prepare(v, None, None)
     stored, stored_scale = data_and_scale(stored_out)
+    unit = stored_unit(stored)
     wide = any(t is not None and t.stride(-3) >= 2**31 for t in (q, k, v, out, stored))
     lengths_strides: tuple[int, ...] = (0, 0)
     if key_lengths is not None:
@@ -266,8 +275,9 @@ def attend_in_tiles(call: Attention, outputs: Outputs, chosen: Tiles) -> None:
     _attention_kernel[(programs,)](
         q, k, v, out, stored, stored_scale, key_lengths,
         head_strides(q, UNIT), head_strides(k, UNIT), head_strides(v, UNIT),
-        head_strides(out, UNIT), head_strides(stored, UNIT), head_strides(stored_scale), lengths_strides,
+        head_strides(out, UNIT), head_strides(stored, unit), head_strides(stored_scale), lengths_strides,
         call.log2_scale, queries, keys, heads, batch[-1],
-        D=head_dim, PARTS=parts(head_dim), UNIT=UNIT, WIDE=wide, QUERIES=chosen.queries, KEYS=chosen.keys,
+        D=head_dim, PARTS=parts(head_dim), UNIT=UNIT, STORED_UNIT=unit, WIDE=wide,
+        QUERIES=chosen.queries, KEYS=chosen.keys,
         num_warps=chosen.warps, num_stages=chosen.stages, maxnreg=chosen.registers, enable_fp_fusion=True,
     )  # fmt: skip

@@ -62,7 +62,7 @@ class BroadcastResidual(NamedTuple):
 
     @classmethod
     def unflatten(cls, *flat: Any) -> BroadcastResidual:
-        return cls(flat[0], unflatten_cached(*flat[1:5]), unflatten_norm(*flat[5:9]), *flat[9:])
+        return cls(flat[0], unflatten_cached(flat[0], *flat[1:5]), unflatten_norm(*flat[5:9]), *flat[9:])
 
     def empty(self) -> Outputs:
         x, contiguous = self.x, torch.contiguous_format
@@ -89,13 +89,14 @@ def broadcast_residual(
         2. y = norm(x); y = y * (1 + scale); y = y + shift
 
     Every assignment rounds to x's dtype; a norm computes in float32. An absent gate, scale or shift is skipped. Memory
-    traffic: (6 + 2n) bytes a channel for n bf16 slots, (6 + n) for 8-bit ones, 4 for none; a line reads two slots. The
-    reference is plain torch and differentiable, in eager mode and in graphs compiled for a device without kernels, such
-    as a CPU; other graphs are for inference.
+    traffic: (6 + 2n) bytes a channel for n bf16 slots, (6 + n) for 8-bit ones, (6 + 0.56 n) for 4-bit ones, 4 for none;
+    a line reads two slots. The reference is plain torch and differentiable, in eager mode and in graphs compiled for a
+    device without kernels, such as a CPU; other graphs are for inference.
 
     Args:
         x: `[..., C]`, float, last dimension contiguous.
-        slots: up to three, each x's shape and dtype, a `Quantized` in groups of 128, or a `Line` through two such.
+        slots: up to three, each x's shape and dtype, a `Quantized` in groups of 128 (32 for int4), or a `Line` through
+            two such.
         gates: one entry per slot: None or x's dtype, broadcasting to x with all C channels (per batch row, frame or
             token).
         norm: None for no y.

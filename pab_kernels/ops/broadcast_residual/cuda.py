@@ -7,10 +7,10 @@ from typing import Any
 
 from ...limits import MOST_ADDED
 from ..backend import refuse_stream
-from ..cached_outputs import CachedOutput, Line
+from ..cached_outputs import CachedOutput, Line, holds
 from ..cuda_library import kernel, refuse
 from ..dispatch import Outputs
-from ..quantized import Quantized, data_and_scale
+from ..quantized import INT4, PACKED, Quantized, data_and_scale, refuse_four_bits
 from . import BroadcastResidual
 
 MAX_CHANNELS = 8192
@@ -45,6 +45,8 @@ def refusal(call: BroadcastResidual) -> str | None:
     x = call.x
     if x.ndim > MAX_DIMS:
         return f"x has {x.ndim} dimensions; up to {MAX_DIMS} are supported"
+    if holds(call.cached, PACKED):
+        return refuse_four_bits("a slot", INT4)
     return refuse_stream(x, MAX_TOKENS, MAX_CHANNELS) or refuse(x)
 
 

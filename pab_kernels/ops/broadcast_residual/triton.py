@@ -1,7 +1,7 @@
 """`broadcast_residual` in Triton: one kernel, one pass over memory, a token's channels in the registers of its warps.
 
     1. x' = x + sum_i gate_i * c_i;  c_i = slot_i or, on a line, slot_i + weight_i * (slot_i - before_i);
-        a slot of 8 bits is data * scale
+        a slot of 8 or 4 bits is data * scale
     2. layer: z = (x' - m) / sqrt(mean (x' - m)^2 + eps), m = mean x';  rms: z = x' / sqrt(mean x'^2 + eps)
     3. y = (norm_weight * z + norm_bias) * (1 + scale) + shift
 
@@ -25,11 +25,11 @@ import triton.language as tl
 
 from ..addresses import addresses, index_of, layout, offset_of
 from ..backend import refuse_device, refuse_float8, refuse_stream
-from ..cached_outputs import flatten_cached, holds_float8
+from ..cached_outputs import flatten_cached, holds
 from ..dispatch import Outputs
 from ..norm import flatten_norm
 from ..quantized import GROUP
-from ..rounding import INTERPRETED, narrow
+from ..rounding import GROUP_OF_FOUR_BITS, INTERPRETED, from_four_bits, narrow
 from . import BroadcastResidual
 
 MAX_CHANNELS = 8192
@@ -38,7 +38,7 @@ MAX_CHANNELS = 8192
 MAX_TOKENS = 2**31 - 2**10
 """Tokens are counted in 32 bits, with the rows of the last program."""
 
-SLOT_GROUP = tl.constexpr(GROUP)
+EIGHT_BIT_GROUP = tl.constexpr(GROUP)
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,14 @@ def _store(ptr, index, strides, live, value, FIRST: tl.constexpr, W: tl.constexp
 
 @triton.jit
 def _load_slot_scale(
-    ptr, index, strides, live, FIRST: tl.constexpr, W: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
-):
-    """The scale of each of these channels, `[ROWS, W]`; a group's is loaded once, not 128 times."""
-    groups: tl.constexpr = W // SLOT_GROUP
-    all_groups: tl.constexpr = (C + SLOT_GROUP - 1) // SLOT_GROUP
-    scales = _load(ptr, index, strides, live, FIRST // SLOT_GROUP, groups, all_groups, 1)  # [ROWS, W / 128]
-    return tl.reshape(tl.broadcast_to(scales[:, :, None], [ROWS, groups, SLOT_GROUP]), [ROWS, W])
+    ptr, index, strides, live, FIRST: tl.constexpr, W: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The scale of each of these channels, `[ROWS, W]`; that of a group of WIDTH is loaded once."""
+    groups: tl.constexpr = W // WIDTH
+    all_groups: tl.constexpr = (C + WIDTH - 1) // WIDTH
+    scales = _load(ptr, index, strides, live, FIRST // WIDTH, groups, all_groups, 1).to(tl.float32)  # [ROWS, groups]
+    return tl.reshape(tl.broadcast_to(scales[:, :, None], [ROWS, groups, WIDTH]), [ROWS, W])
 
 
 @triton.jit
@@ -99,9 +100,15 @@ def _load_cached(
     SLOT: tl.constexpr, FIRST: tl.constexpr, W: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """These channels of one of the slots in float32, dequantised where it has scales."""
-    slot = _load(ptrs[SLOT], index, strides[SLOT], live, FIRST, W, C, UNIT).to(tl.float32)
+    ptr, strides = ptrs[SLOT], strides[SLOT]
+    packed: tl.constexpr = ptr.dtype.element_ty == tl.uint8
+    if packed:
+        slot = from_four_bits(_load(ptr, index, strides, live, FIRST // 2, W // 2, (C + 1) // 2, UNIT))
+    else:
+        slot = _load(ptr, index, strides, live, FIRST, W, C, UNIT).to(tl.float32)
     if scale_ptrs[SLOT] is not None:
-        slot *= _load_slot_scale(scale_ptrs[SLOT], index, scale_strides[SLOT], live, FIRST, W, C, ROWS)
+        group: tl.constexpr = GROUP_OF_FOUR_BITS if packed else EIGHT_BIT_GROUP
+        slot *= _load_slot_scale(scale_ptrs[SLOT], index, scale_strides[SLOT], live, FIRST, W, C, ROWS, group)
     return slot
 
 
@@ -196,7 +203,7 @@ def refusal(call: BroadcastResidual) -> str | None:
     """Why this kernel cannot serve; None where it can."""
     x = call.x
     unsupported = refuse_device(x, bool(INTERPRETED.value)) or refuse_stream(x, MAX_TOKENS, MAX_CHANNELS)
-    return unsupported or (refuse_float8(x, "a slot") if holds_float8(call.cached) else None)
+    return unsupported or (refuse_float8(x, "a slot") if holds(call.cached, torch.float8_e4m3fn) else None)
 
 
 def launch(call: BroadcastResidual, outputs: Outputs) -> None:

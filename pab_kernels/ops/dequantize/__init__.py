@@ -1,4 +1,4 @@
-"""`dequantize`: the values of an 8-bit tensor."""
+"""`dequantize`: the values of a tensor of 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ class Dequantize(NamedTuple):
             check_tensor(op, "q.data", q.data)
             raise ValueError(f"{op}: q.data has no dimensions; [..., channels] is supported: reshape it")
         check_group(op, q.group)
-        check_quantized(op, "q", q, q.data.shape, q.group, q.data.device)
+        check_quantized(op, "q", q, q.shape, q.group, q.data.device)
 
     def flatten(self) -> tuple[Any, ...]:
-        return self.q.data, self.q.scale, group_width(self.q.group, self.q.shape[-1]), self.dtype
+        channels = self.q.shape[-1]
+        return self.q.data, self.q.scale, group_width(self.q.group, channels), channels, self.dtype
 
     @classmethod
     def unflatten(cls, *flat: Any) -> Dequantize:
-        return cls(Quantized(*flat[:3]), flat[3])
+        return cls(Quantized(*flat[:4]), flat[4])
 
     def empty(self) -> Outputs:
         return (torch.empty(self.q.shape, dtype=self.dtype, device=self.q.device),)
@@ -55,7 +56,7 @@ def dequantize(q: Quantized, dtype: torch.dtype, *, backend: str = "auto") -> Te
     In a compiled graph "auto" is plain torch, which the compiler fuses with the code around it.
 
     Args:
-        q: data and scales `[..., C]`.
+        q: `[..., C]`.
         dtype: a float dtype.
         backend: "auto", or the name of one.
 
@@ -72,6 +73,6 @@ def dequantize(q: Quantized, dtype: torch.dtype, *, backend: str = "auto") -> Te
 register(
     OP,
     Dequantize,
-    "Tensor data, Tensor scale, int group, ScalarType dtype",
+    "Tensor data, Tensor scale, int group, SymInt channels, ScalarType dtype",
     reference.compute,
 )

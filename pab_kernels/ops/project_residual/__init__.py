@@ -22,7 +22,7 @@ from ..cached_outputs import (
 from ..checks import check_activation, check_broadcasts, check_operand, none_of
 from ..dispatch import Outputs, run
 from ..flops import linear_flops
-from ..quantized import GROUP, Quantized, check_store_dtype, empty_quantized, stored_of
+from ..quantized import Quantized, check_store_dtype, empty_quantized, stored_of
 from ..registration import register
 from . import reference
 
@@ -42,7 +42,7 @@ class ProjectResidual(NamedTuple):
     cached: tuple[CachedOutput, ...] = ()
 
     @property
-    def eight_bits(self) -> torch.dtype | None:
+    def quantised(self) -> torch.dtype | None:
         """The dtype of the slot, if it is quantised."""
         return None if self.store is None or self.store_dtype in (None, self.x.dtype) else self.store_dtype
 
@@ -70,17 +70,17 @@ class ProjectResidual(NamedTuple):
     @classmethod
     def unflatten(cls, *flat: Any) -> ProjectResidual:
         a, weight, bias, x, gate, store, store_dtype, *cached = flat
-        return cls(a, weight, bias, x, gate, store, store_dtype, unflatten_cached(*cached))
+        return cls(a, weight, bias, x, gate, store, store_dtype, unflatten_cached(x, *cached))
 
     def empty(self) -> Outputs:
         x = self.x
         x_out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        if self.eight_bits is not None:
-            return x_out, empty_quantized(x.shape, self.eight_bits, GROUP, x.device)
+        if self.quantised is not None:
+            return x_out, empty_quantized(x.shape, self.quantised, device=x.device)
         return x_out, None if self.store is None else torch.empty_like(x_out)
 
     def pack(self, tensors: Sequence[Tensor]) -> Outputs:
-        return tensors[0], stored_of(*tensors[1:], group=GROUP)
+        return tensors[0], stored_of(*tensors[1:], channels=self.x.shape[-1])
 
 
 def project_residual(
@@ -101,9 +101,9 @@ def project_residual(
         1. p = a weight^T + bias
         2. g = gate * p; x = g + x
         3. for each slot: as in `broadcast_residual`
-        4. stored = p ("pre_gate") or g ("post_gate"), quantised if store_dtype has 8 bits
+        4. stored = p ("pre_gate") or g ("post_gate"), quantised if store_dtype has 8 or 4 bits
 
-    Every assignment rounds to x's dtype; the product accumulates as in `F.linear`. An 8-bit slot is quantised from the
+    Every assignment rounds to x's dtype; the product accumulates as in `F.linear`. A quantised slot is made from the
     rounded p or g, and x gets p unquantised. For autograd and compiled graphs see `broadcast_residual`.
 
     Args:
@@ -113,12 +113,13 @@ def project_residual(
         x: `[..., C]`, float, last dimension contiguous; never written.
         gate: None or x's dtype, broadcasting to x with all C channels.
         store: which of the two to store, or None.
-        store_dtype: x's dtype (also None), torch.int8 or torch.float8_e4m3fn.
+        store_dtype: x's dtype (also None), torch.int8, torch.float8_e4m3fn or torch.int4.
         slots, gates: as in `broadcast_residual`, up to two.
         backend: "auto", or the name of one.
 
     Returns:
-        x (new, contiguous) and the slot: a contiguous tensor `[..., C]`, a `Quantized` in groups of 128, or None.
+        x (new, contiguous) and the slot: a contiguous tensor `[..., C]`, a `Quantized` in groups of 128 (32 for int4),
+        or None.
 
     Raises:
         TypeError, ValueError: an argument is not supported.

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..cached_outputs import add_cached_outputs, add_in_float32
 from ..dispatch import Outputs
 from ..quantize.reference import quantize
-from ..quantized import GROUP, Quantized
+from ..quantized import FORMATS, Quantized
 
 if TYPE_CHECKING:
     from . import ProjectResidual
@@ -36,4 +36,5 @@ def _stored(call: ProjectResidual, p: Tensor, gated: Tensor) -> Tensor | Quantiz
     if call.store is None:
         return None
     stored = p if call.store == "pre_gate" else gated
-    return stored.contiguous() if call.eight_bits is None else quantize(stored, call.eight_bits, GROUP)
+    dtype = call.quantised
+    return stored.contiguous() if dtype is None else quantize(stored, dtype, FORMATS[dtype].group)

@@ -2,25 +2,26 @@
 
     1. p = a weight^T + bias
     2. x' = x + gate * p + sum_i gate_i * c_i;  c_i as in `broadcast_residual`
-    3. stored = p or gate * p, quantised with a scale for its 128 channels if it has 8 bits
+    3. stored = p or gate * p, quantised with a scale for its 128 channels if it has 8 bits, or for 32 if it has 4
 
-A program computes tiles of tokens and 128 channels one after the other: 128 channels are one group of an 8-bit slot,
-and C = 1152 is 9 of them. Where it compiles without spills, the loops over tiles and over K are one pipeline: the first
-loads of a tile are in flight during the epilogue of the previous one. Tiles go down a band of rows before they go on to
-the next 128 channels, so that tiles that run at the same time share rows of `a` and of the weight in the L2 cache.
+A program computes tiles of tokens and 128 channels one after the other: 128 channels are one group of an 8-bit slot and
+four of a 4-bit one, and C = 1152 is 9 tiles. Where it compiles without spills, the loops over tiles and over K are one
+pipeline: the first loads of a tile are in flight during the epilogue of the previous one. Tiles go down a band of rows
+before they go on to the next 128 channels, so that tiles that run at the same time share rows of `a` and of the weight
+in the L2 cache.
 
 Operands are read through pointers, not tensor descriptors, which allows any strides of any leading dimensions and any
 K. Operands that are aligned to 16 bytes, with strides in multiples of 8, still go to shared memory asynchronously;
 others are read element by element.
 
-The epilogue takes 32 channels of a tile at a time, because the registers do not hold all operands of a whole tile. A
-gate is loaded like any operand, with stride 0 where it is broadcast.
+The epilogue takes 32 channels of a tile at a time, a group of a 4-bit slot, because the registers do not hold all
+operands of a whole tile. A gate is loaded like any operand, with stride 0 where it is broadcast.
 
 Everything is float32, except for these roundings:
     1. p rounds to x's dtype: a slot in that dtype, when reused, adds exactly what was added here
     2. x' is computed from the rounded p and rounds once, to x's dtype, whether p is stored or not
     3. gate * p, from the rounded p, rounds to x's dtype where it is stored
-    4. an 8-bit slot is quantised from the rounded values: a scale rounds to float32, a quotient to 8 bits
+    4. a slot is quantised from the rounded values: a scale rounds to its dtype, a quotient to 8 or 4 bits
 `reference.rounded_once` rounds in the same places. Products of float32 are exact float32, without tensor cores.
 """
 
@@ -35,10 +36,10 @@ import triton.language as tl
 
 from ..addresses import addresses, index_of, layout, offset_of
 from ..backend import refuse_device, refuse_float8, refuse_stream
-from ..cached_outputs import flatten_cached, holds_float8
+from ..cached_outputs import flatten_cached, holds
 from ..dispatch import Outputs
 from ..quantized import GROUP, data_and_scale
-from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
+from ..rounding import INTERPRETED, four_bits, from_four_bits, narrow, operand, quantized, scale_of
 from ..strides import UNIT
 from . import ProjectResidual
 
@@ -117,14 +118,32 @@ def _mask(live, channels, C: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _load_cached(
-    ptrs, scale_ptrs, index, strides, scale_strides, group, channels, live, mask, SLOT: tl.constexpr,
-    UNIT: tl.constexpr,
+    ptrs, scale_ptrs, index, strides, scale_strides, group, part, channels, live, mask, SLOT: tl.constexpr,
+    WIDTH: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """These channels of one of the slots in float32, dequantised where it has scales, with that of their group."""
-    slot = _load(ptrs[SLOT], index, strides[SLOT], channels, mask, UNIT)
+    """These channels, a `part` of a group of COLUMNS, of one of the slots in float32, dequantised where it has scales.
+
+    The scale is that of the group, or of the part if the slot has 4 bits.
+    """
+    ptr = ptrs[SLOT]
+    if ptr.dtype.element_ty == tl.uint8:
+        pairs, pairs_mask, number, scale_mask = _pairs(live, group, part, WIDTH, C, COLUMNS)
+        there = tl.load(_pointers(ptr, index, strides[SLOT], pairs, UNIT), mask=pairs_mask, other=0)
+        scale = _load(scale_ptrs[SLOT], index, scale_strides[SLOT], number, scale_mask, 1)  # [ROWS, 1]
+        return from_four_bits(there) * scale
+    slot = _load(ptr, index, strides[SLOT], channels, mask, UNIT)
     if scale_ptrs[SLOT] is not None:
         slot *= tl.load(scale_ptrs[SLOT] + offset_of(index, scale_strides[SLOT]) + group, mask=live, other=0.0)[:, None]
     return slot
+
+
+@triton.jit
+def _pairs(live, group, part, WIDTH: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of the WIDTH channels of a part: their bytes of 4 bits and the scale, each with the mask of what there is."""
+    number = group * (COLUMNS // WIDTH) + part
+    pairs, scale = number * (WIDTH // 2) + tl.arange(0, WIDTH // 2), number + tl.arange(0, 1)
+    pairs_mask = _mask(live, pairs, (C + 1) // 2, COLUMNS // 2)
+    return pairs, pairs_mask, scale, _mask(live, scale, (C + WIDTH - 1) // WIDTH, COLUMNS // WIDTH)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -192,13 +211,13 @@ def _project_residual_kernel(
             new = gated + _load(x_ptr, index, x_strides, channels, mask, UNIT)
             for i in tl.static_range(len(slot_gate_ptrs)):
                 slot = _load_cached(
-                    slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, group, channels, live, mask,
-                    i, UNIT,
+                    slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, group, part, channels, live,
+                    mask, i, WIDTH, C, UNIT, COLUMNS,
                 )  # fmt: skip
                 if slot_weight_ptrs[i] is not None:
                     before = _load_cached(
-                        slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, group, channels, live,
-                        mask, len(slot_gate_ptrs) + i, UNIT,
+                        slot_ptrs, slot_scale_ptrs, index, slot_strides, slot_scale_strides, group, part, channels,
+                        live, mask, len(slot_gate_ptrs) + i, WIDTH, C, UNIT, COLUMNS,
                     )  # fmt: skip
                     slot += slot_weights[i] * (slot - before)
                 if slot_gate_ptrs[i] is not None:
@@ -210,11 +229,17 @@ def _project_residual_kernel(
                     stored = narrow(gated, dtype)
                 if stored_scale_ptr is None:
                     _store(stored_ptr, index, stored_strides, channels, mask, stored, UNIT)
+                elif stored_dtype == tl.uint8:
+                    value, scale = four_bits(tl.where(mask, stored.to(tl.float32), 0.0), WIDTH)
+                    pairs, pairs_mask, number, scale_mask = _pairs(live, group, part, WIDTH, C, COLUMNS)
+                    _store(stored_ptr, index, stored_strides, pairs, pairs_mask, value, UNIT)
+                    scale = narrow(scale, stored_scale_ptr.dtype.element_ty)
+                    _store(stored_scale_ptr, index, stored_scale_strides, number, scale_mask, scale, 1)
                 else:
                     kept += (stored,)
                     bits = stored.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
                     magnitude = tl.maximum(magnitude, tl.max(tl.where(mask, bits, 0), 1))
-        if stored_scale_ptr is not None:
+        if len(kept) != 0:
             scale = scale_of(magnitude.to(tl.float32, bitcast=True), stored_dtype)
             tl.store(stored_scale_ptr + offset_of(index, stored_scale_strides) + group, scale, mask=live)
             for part in tl.static_range(4):
@@ -231,9 +256,9 @@ def refusal(call: ProjectResidual) -> str | None:
         return unsupported
     if call.a.shape[-1] == 0:
         return "a has no channels; one or more are supported"
-    if holds_float8(call.cached):
+    if holds(call.cached, torch.float8_e4m3fn):
         return refuse_float8(x, "a slot")
-    return refuse_float8(x, "store_dtype", call.eight_bits)
+    return refuse_float8(x, "store_dtype", call.quantised)
 
 
 def launch(call: ProjectResidual, outputs: Outputs) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from ..cuda_library import kernel, refuse, rows
 from ..dispatch import Outputs
-from ..quantized import group_width
+from ..quantized import group_width, refuse_four_bits
 from . import Quantize
 
 MAX_GROUP = 128
@@ -21,7 +21,7 @@ def refusal(call: Quantize) -> str | None:
         return "x is torch.float64; float16, bfloat16 and float32 are supported"
     if (width := group_width(call.group, call.x.shape[-1])) > MAX_GROUP:
         return f"a group has {width} channels; up to {MAX_GROUP} are supported"
-    return refuse(call.x)
+    return refuse_four_bits("dtype", call.dtype) or refuse(call.x)
 
 
 def launch(call: Quantize, outputs: Outputs) -> None:

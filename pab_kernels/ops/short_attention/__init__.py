@@ -49,7 +49,7 @@ def short_attention(
 
         1. q = rope(q_norm(q)); k = rope(k_norm(k))
         2. out = softmax(softmax_scale q k^T) v per head
-        3. stored = out, quantised with a scale a head if store_dtype has 8 bits
+        3. stored = out, quantised as in `attention`
 
     Memory traffic: 8 bytes a channel and token in bf16. For rounding, memory order and autograd see `attention`.
 

@@ -15,7 +15,7 @@ from ..attention import Attention
 from ..attention.options import QKNorm
 from ..cuda_library import kernel, refuse
 from ..dispatch import Outputs
-from ..quantized import data_and_scale
+from ..quantized import data_and_scale, refuse_four_bits
 from ..strides import aligned
 
 HEAD_DIMS = (64, 72, 96, 128)
@@ -42,7 +42,7 @@ def refusal(call: Attention) -> str | None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not aligned(t):
             return f"heads of {name} do not all begin at a multiple of 16 bytes; those of a packed projection do"
-    return refuse(q)
+    return refuse_four_bits("store_dtype", call.store_dtype) or refuse(q)
 
 
 def launch(call: Attention, outputs: Outputs) -> None:

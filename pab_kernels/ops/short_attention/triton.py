@@ -7,7 +7,7 @@ heads are masked: that wastes FLOPs, but no memory bandwidth, which limits this 
 
     1. q' = rope(q_norm(q));  k' = rope(k_norm(k)), in registers
     2. s = softmax_scale log2(e) q' k'^T, -inf between two heads;  p = 2^(s - max s);  l = sum p
-    3. out = p v / l;  stored = out, quantised with a scale a head if it has 8 bits
+    3. out = p v / l;  stored = out, quantised with a scale a head if it has 8 bits, or one per 32 channels if it has 4
 
 A head is never padded to a power of two: D = 72 is parts of 64 + 16 channels, two products a tile, of which 8 channels
 are masked. The order of channels does not matter to q' k'^T: where a rotary embedding turns channel i with i + R / 2,
@@ -17,7 +17,7 @@ Everything is float32, except for these roundings:
     1. a norm rounds to q's dtype, then the rotary embedding does
     2. p rounds to q's dtype for the product with v; l sums it unrounded
     3. out rounds once
-    4. the stored copy is quantised from the rounded out: a scale rounds to float32, a quotient to 8 bits
+    4. the stored copy is quantised from the rounded out: a scale rounds to its dtype, a quotient to 8 or 4 bits
 `attention.reference.online_attention`, with all keys in one step, rounds in the same places.
 
 Heads of sequences do not mix. An infinity or NaN in v makes its head of its sequence NaN, in all channels if N <= 32
@@ -41,8 +41,8 @@ from ..attention.triton import parts
 from ..backend import refuse_device, refuse_float8
 from ..dispatch import Outputs
 from ..quantized import data_and_scale
-from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of
-from ..strides import UNIT, head_strides, unit_of
+from ..rounding import INTERPRETED, narrow, operand, quantized, scale_of, store_four_bits
+from ..strides import UNIT, head_strides, stored_unit, unit_of
 
 MAX_HEADS = 2**31 - 64
 """Heads of sequences are counted in 32 bits, and a tile may begin with the last; the grid's first axis ends there."""
@@ -187,13 +187,13 @@ def _short_attention_kernel(
     cos_ptr, sin_ptr, scale, sequences, batch, heads,
     N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     INTERLEAVED: tl.constexpr, PARTS: tl.constexpr, QK_PARTS: tl.constexpr, TURNING: tl.constexpr,
-    UNIT: tl.constexpr, ROWS: tl.constexpr,
+    UNIT: tl.constexpr, STORED_UNIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile.
 
-    Strides are (first batch dimension, second, token, head): inputs' in UNITs of elements, outputs' in OUT_UNITs, those
-    of scales and roots in elements. `batch` is the size of the second. PARTS are first channel, width and number of
-    channels of the parts of v and out, QK_PARTS those of q and k.
+    Strides are (first batch dimension, second, token, head): inputs' in UNITs of elements, the output's in OUT_UNITs,
+    those of the stored copy in STORED_UNITs, of scales and roots in elements. `batch` is the size of the second. PARTS
+    are first channel, width and number of channels of the parts of v and out, QK_PARTS those of q and k.
     """
     PACKED: tl.constexpr = ROWS // N
     rows = tl.arange(0, ROWS)
@@ -249,21 +249,27 @@ def _short_attention_kernel(
         tl.store(out_ptr + at[:, None] + (PARTS[i][0] + channels)[None, :], out[i], mask=mask)
     if stored_ptr is not None:
         stored_dtype: tl.constexpr = stored_ptr.dtype.element_ty
-        if stored_scale_ptr is not None:
+        if stored_scale_ptr is not None and stored_dtype != tl.uint8:
             magnitude = tl.zeros([ROWS], dtype=tl.int32)
             for i in tl.static_range(len(PARTS)):  # as integers, magnitudes have their order, and NaN is the largest
                 bits = out[i].to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
                 magnitude = tl.maximum(magnitude, tl.max(bits, 1))
             group_scale = scale_of(magnitude.to(tl.float32, bitcast=True), stored_dtype)
             tl.store(stored_scale_ptr + offset_of(index, stored_scale_strides), group_scale, mask=valid)
-        at = offset_of(index, stored_strides) * OUT_UNIT
+        at = offset_of(index, stored_strides) * STORED_UNIT
         for i in tl.static_range(len(PARTS)):
-            kept = out[i]
-            if stored_scale_ptr is not None:
-                kept = quantized(kept.to(tl.float32), group_scale[:, None], stored_dtype)
-            channels = tl.arange(0, PARTS[i][1])
-            mask = valid[:, None] & (channels < PARTS[i][2])[None, :]
-            tl.store(stored_ptr + at[:, None] + (PARTS[i][0] + channels)[None, :], kept, mask=mask)
+            if stored_dtype == tl.uint8:
+                scale_ptrs = stored_scale_ptr + offset_of(index, stored_scale_strides)
+                store_four_bits(
+                    stored_ptr + at[:, None], scale_ptrs[:, None], out[i].to(tl.float32), valid, PARTS[i][0], D
+                )
+            else:
+                kept = out[i]
+                if stored_scale_ptr is not None:
+                    kept = quantized(kept.to(tl.float32), group_scale[:, None], stored_dtype)
+                channels = tl.arange(0, PARTS[i][1])
+                mask = valid[:, None] & (channels < PARTS[i][2])[None, :]
+                tl.store(stored_ptr + at[:, None] + (PARTS[i][0] + channels)[None, :], kept, mask=mask)
 
 
 def refusal(call: Attention) -> str | None:
@@ -285,7 +291,7 @@ def launch(call: Attention, outputs: Outputs) -> None:
     if sequences * tokens * heads == 0:
         return
     stored, stored_scale = data_and_scale(stored_out)
-    unit = unit_of(q, k, v)
+    unit, unit_of_stored = unit_of(q, k, v), stored_unit(stored)
     rotary, cos, sin = rope_arguments(rope)
     (q_kind, *q_norm_arguments), (k_kind, *k_norm_arguments) = norm_arguments(q_norm), norm_arguments(k_norm)
     interleaved = rope is None or rope.interleaved
@@ -295,10 +301,11 @@ def launch(call: Attention, outputs: Outputs) -> None:
         _short_attention_kernel[(programs,)](
             q, k, v, out, stored, stored_scale,
             head_strides(q, unit), head_strides(k, unit), head_strides(v, unit),
-            head_strides(out, UNIT), head_strides(stored, UNIT), head_strides(stored_scale),
+            head_strides(out, UNIT), head_strides(stored, unit_of_stored), head_strides(stored_scale),
             *q_norm_arguments, *k_norm_arguments,
             cos, sin, call.log2_scale, sequences, batch[-1], heads,
             N=tokens, D=head_dim, R=rotary, Q_NORM=q_kind, K_NORM=k_kind, INTERLEAVED=interleaved,
-            PARTS=sections(head_dim, 0, True)[0], QK_PARTS=qk_parts, TURNING=turning, UNIT=unit, ROWS=ROWS,
+            PARTS=sections(head_dim, 0, True)[0], QK_PARTS=qk_parts, TURNING=turning, UNIT=unit,
+            STORED_UNIT=unit_of_stored, ROWS=ROWS,
             num_warps=warps(head_dim), num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip

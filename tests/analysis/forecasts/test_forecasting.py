@@ -75,10 +75,10 @@ def all_steps(range: int, **options: Any) -> Broadcast:
         ("latte", RULES, None),
         ("cogvideox", RULES, "int8"),
         ("wan", RULES, None),
-        ("stdit3", RULES, "int8"),
+        ("stdit3", RULES, "int4"),
         ("open-sora-plan-1.1", RULES, None),
         ("open-sora-plan-1.2", PABConfig(spatial=2, cross=Broadcast(4, reuse="linear"), mlp=2), "int8"),
-        ("wan", BLOCKS, "int8"),
+        ("wan", BLOCKS, "int4"),
         ("cogvideox", BLOCKS, None),
     ],
 )

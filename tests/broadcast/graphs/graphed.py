@@ -40,6 +40,7 @@ CONFIGS = {
     "linear": config("linear"),
     "fitted": with_random_weights(config("linear"), pab.sublayers(tiny_latte(num_layers=1)), Schedule(STEPS)),
     "linear int8": config("linear", cache_dtype="int8"),
+    "int4": config(cache_dtype="int4"),
     "fp8": config(cache_dtype="float8_e4m3fn"),
     "blocks": config(block=Broadcast(2, (0.5, 0.95))),
     "linear blocks": PABConfig(spatial=EVERY_SECOND, block=EVERY_THIRD),
