@@ -71,7 +71,6 @@ class Budgeting:
                 f"a budget needs the sizes of outputs, and those of {type(model).__name__} are not known, as "
                 f"{generation.not_counted}; leave out the budget, or call the model with tensors and plain values"
             )
-        self._seen.add(looks)
         (one,) = found.values()
         between_ranks = shared(model)
         if between_ranks is not None:
@@ -100,6 +99,7 @@ class Budgeting:
             generation.cuda_graphs,
             self._follows,
         )
+        self._seen.add(looks)  # last, so that a call after an error is refused too
         if plan == before:
             return
         generation.plan = call.plan = plan

@@ -138,6 +138,15 @@ def test_a_budget_that_nothing_fits_is_an_error_before_anything_runs_and_says_wh
     assert peak(model) == raised.value.smallest
 
 
+def test_a_call_after_the_error_is_refused_too() -> None:
+    model = tiny_latte()
+    pab.enable(model, RULES, budget=100)
+    with torch.no_grad(), pab.generation(model, num_steps=STEPS):
+        for step in range(STEPS):
+            with pytest.raises(BudgetTooSmall):
+                model(noise(step), timestep=torch.tensor([step]), encoder_hidden_states=prompt())
+
+
 def test_a_pipeline_with_the_default_rules() -> None:
     pipe = named("LattePipeline").build()
     with pytest.raises(BudgetTooSmall):
@@ -196,7 +205,11 @@ def test_a_share_is_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sizes_that_are_not_known_are_an_error() -> None:
     model = toy()
     pab.enable(model, PABConfig(spatial=Broadcast(2, (0, 1))), budget="1MiB")
-    with torch.no_grad(), pab.generation(model, num_steps=2), pytest.raises(RuntimeError, match="are not known, as some arguments are neither"):
+    with (
+        torch.no_grad(),
+        pab.generation(model, num_steps=2),
+        pytest.raises(RuntimeError, match="are not known, as some arguments are neither"),
+    ):
         model(toy_noise(0), 1.0, toy_noise(1, 3), guidance=object())
 
 
