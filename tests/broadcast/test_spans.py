@@ -14,7 +14,7 @@ from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.between_blocks import Between
 from tests.adapters import tiny_stdit3
 from tests.adapters.tiny_pipes import named
-from tests.broadcast.chained import SUBLAYERS, Model, X, directly
+from tests.broadcast.chained import SUBLAYERS, Block, Model, X, directly
 
 pytestmark = [
     pytest.mark.flops,
@@ -182,6 +182,25 @@ def test_something_that_comes_between_later_makes_blocks_compute_and_have_slots_
     assert summary.peak_cache_bytes <= 3 * X.nbytes
     for step in (0, 4, 5):  # stored as a span in vain at 4, so that 5 computes
         torch.testing.assert_close(found[step], plain(X + step), rtol=0, atol=1e-12)
+
+
+class Promoting(Block):
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        return super().forward(x.double())
+
+
+@pytest.mark.parametrize("rules", [HOLD, LINEAR])
+def test_a_block_that_changes_the_dtype_of_the_stream_shares_nothing(rules: PABConfig) -> None:
+    model, plain = Model(directly), Model(directly)
+    for each in (model, plain):
+        each.blocks[0] = Promoting().double().eval().requires_grad_(False)
+        each.blocks[0].load_state_dict(model.blocks[0].state_dict())
+    pab.enable(model, rules, budget=3 * X.nbytes)
+    found = outputs(model, lambda step: model(X.float() + step))
+    computed = plain(X.float() + 1)  # at step 1, as what step 0 stored was not shared
+    plan = pab.summary(model).plan
+    assert plan is not None and plan.given_up is not None and not plan.given_up.spans
+    assert difference(found[1:2], [computed]) < 1e-12
 
 
 def test_blocks_with_hooks_and_compiled_ones_share_nothing() -> None:
