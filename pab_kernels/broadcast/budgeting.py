@@ -63,6 +63,8 @@ class Budgeting:
         """
         looks = (call.context.name, call.arguments)
         generation, before = call.generation, call.plan
+        if not all(_is_plain(model, name) for name in before.spans):  # a hook came, or a block was compiled
+            self.split_spans()
         if looks in self._seen or not (before.decided or before.whole):
             return
         found = generation.costs(model, {call.arguments})
