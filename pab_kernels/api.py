@@ -169,10 +169,10 @@ def enable_model(
             f"PAB is enabled on this {type(model).__name__} already, with its kinds; call pab.disable first to change "
             "them"
         )
-    if broadcaster is not None and broadcaster.clock is not None and (config is not None or cuda_graphs):
+    if broadcaster is not None and broadcaster.clock is not None and (config is not None or cuda_graphs or budget):
         raise ValueError(
             f"PAB is enabled on this {type(model).__name__} by enable_cache, which sets its rules and excludes CUDA "
-            "graphs; call disable_cache first"
+            "graphs and budgets; call disable_cache first"
         )
     if config is not None:
         chosen, own = config, all(config is not named for named in presets().values())

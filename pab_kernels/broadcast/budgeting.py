@@ -63,6 +63,8 @@ class Budgeting:
         """
         looks = (call.context.name, call.arguments)
         generation, before = call.generation, call.plan
+        if not all(_is_plain(model, name) for name in before.spans):  # a hook came, or a block was compiled
+            self.split_spans()
         if looks in self._seen or not (before.decided or before.whole):
             return
         found = generation.costs(model, {call.arguments})
@@ -78,7 +80,12 @@ class Budgeting:
         for dtype in {before.config.cache_dtype, FEWER_BITS}:
             costs, known = one.costs(dtype)[0], self._costs.setdefault(dtype, {})
             for name, cost in costs.items():
-                known[name] = max(cost, known.get(name, cost), key=lambda c: (c.slot_bytes, c.kept_bytes))
+                other = known.get(name, cost)
+                known[name] = replace(
+                    cost,
+                    slot_bytes=max(cost.slot_bytes, other.slot_bytes),
+                    kept_bytes=max(cost.kept_bytes, other.kept_bytes),
+                )
         follows = one.follows if self._follows is None else self._follows
         self._follows = {
             name: following
@@ -99,7 +106,7 @@ class Budgeting:
             generation.cuda_graphs,
             self._follows,
         )
-        self._seen.add(looks)
+        self._seen.add(looks)  # last, so that a call after an error is refused too
         if plan == before:
             return
         generation.plan = call.plan = plan

@@ -185,8 +185,13 @@ def watched(
                     module.register_forward_hook(lambda module, args, out, sublayer=sublayer: leave(sublayer, out))
                 )
             else:
+                channels = getattr(module, "head_dim", None)
                 handles.append(
-                    projection.register_forward_pre_hook(lambda module, args, sublayer=sublayer: leave(sublayer, args))
+                    projection.register_forward_pre_hook(
+                        lambda module, args, sublayer=sublayer, channels=channels: leave(
+                            sublayer, args if channels is None else args[0].unflatten(-1, (-1, channels))
+                        )
+                    )
                 )
         yield runs
     finally:

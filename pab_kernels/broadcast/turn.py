@@ -94,7 +94,7 @@ class Span:
         self.before = before
         self.last = last
         self.passed: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
-        """Each output of the block that goes on to the next one, and the stream where the span begins."""
+        """Each output of the block that goes on to the next one, and the stream where the span begins, of its dtype."""
 
     @staticmethod
     def of(plan: Plan, name: str, turns: Mapping[str, Turn]) -> Span | None:
@@ -114,7 +114,8 @@ class Span:
         """Set what goes on to the next block."""
         if self.before is not None and self.before.span is not None:
             self.before.span.passed = ()
-        self.passed = () if self.last else passed
+        # Reused, a block returns its input, which the next one would not know in another dtype.
+        self.passed = () if self.last else [(out, begin) for out, begin in passed if out.dtype == begin.dtype]
 
 
 class Turn:

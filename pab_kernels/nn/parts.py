@@ -184,6 +184,11 @@ class PartsModule(nn.Module):
         """The first module of the output projection."""
         return self.get_submodule(self.parts.out[0]) if self.parts.out else None
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head, which share a scale where attention before its projection is kept in 8 bits."""
+        return self.parts.head_dim
+
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         """Attention projected to `[..., C]`, in the order of x's tokens."""
         y = self.arrange(out, x).flatten(-2)

@@ -83,5 +83,5 @@ def facts_of(call: Call) -> str:
     planned = [*whole, *call.plan.program(call.step)]
     missing = [name for name, decision in planned if decision.reads and call.read(name, decision) is None]
     lacking = f"without the outputs of {', '.join(missing)}" if missing else "with all outputs to reuse"
-    config = zlib.crc32(repr((call.generation.config, call.plan.schedule)).encode())
+    config = zlib.crc32(repr((call.generation.config, call.plan.schedule, call.plan.given_up)).encode())
     return f"step {call.step}, context {call.context.name!r}, {lacking}, latents {tuple(call.shape)}, plan {config:08x}"

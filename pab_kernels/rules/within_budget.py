@@ -72,8 +72,13 @@ def within(
         computed = order[: fewest(lambda n: peak(smaller, order[:n]), len(order))]
         whole = plan.whole is not None and any(decision.reads for decision in plan.rows[plan.whole])
         if len(computed) == len(order) and (not whole or peak([], order) > budget):
-            least = [peak([], order)] if whole else [peak(smaller, order[:n]) for n in range(len(order))]
-            raise BudgetTooSmall(budget, min(filter(None, least)), contexts)
+            peaks = [peak([], order)] if whole else [peak(smaller, order[:n]) for n in range(len(order))]
+            least = min(filter(None, peaks))
+            if least > budget:
+                raise BudgetTooSmall(budget, least, contexts)
+            computed = order[
+                : peaks.index(least)
+            ]  # missed, as a block computed in the middle of a span makes two of it
     kept = [name for name in order if name not in computed] if smaller else []
     fewer_bits = kept[: fewest(lambda n: peak(kept[:n], computed), len(kept))]
     return replace(plan, given_up=given_up(fewer_bits, computed, peak(fewer_bits, computed)))

@@ -15,6 +15,7 @@ from pab_kernels.broadcast.budgeting import free_bytes
 from pab_kernels.rules.budget import BudgetTooSmall
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.adapters.tiny_pipes import named
+from tests.adapters.tiny_stdit3 import conditions, text, tiny_stdit3
 from tests.broadcast.toy import Pipe, toy
 from tests.broadcast.toy import noise as toy_noise
 
@@ -115,6 +116,17 @@ def test_slots_held_when_a_context_comes_are_made_smaller() -> None:
     assert not any(t.forced for tallies in pab.summary(model).contexts.values() for t in tallies.values())
 
 
+def test_slots_before_the_projection_have_a_scale_a_head() -> None:
+    model = tiny_stdit3()
+    rules = {"spatial": Broadcast(2, (0, 1)), "cross": Broadcast(3, (0, 1))}
+    pab.enable(model, PABConfig(**rules, cache_point="unprojected"), budget=40_000)
+    with torch.no_grad(), pab.generation(model, num_steps=STEPS):
+        for step in range(STEPS):
+            x = torch.full((1, 4, 3, 6, 6), 0.1 * step)
+            model(x, torch.full((1,), 900.0 - step), text(batch=1), **conditions(batch=1))
+    assert given_up(model).fewer_bits and peak(model) == given_up(model).peak
+
+
 def test_a_call_of_another_shape_gets_a_plan_of_its_own() -> None:
     model = tiny_latte()
     pab.enable(model, RULES, budget=150_000)
@@ -140,6 +152,15 @@ def test_a_budget_that_nothing_fits_is_an_error_before_anything_runs_and_says_wh
     pab.enable(model, budget=raised.value.smallest)
     run(model)
     assert peak(model) == raised.value.smallest
+
+
+def test_a_call_after_the_error_is_refused_too() -> None:
+    model = tiny_latte()
+    pab.enable(model, RULES, budget=100)
+    with torch.no_grad(), pab.generation(model, num_steps=STEPS):
+        for step in range(STEPS):
+            with pytest.raises(BudgetTooSmall):
+                model(noise(step), timestep=torch.tensor([step]), encoder_hidden_states=prompt())
 
 
 def test_a_pipeline_with_the_default_rules() -> None:

@@ -14,7 +14,7 @@ from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.between_blocks import Between
 from tests.adapters import tiny_stdit3
 from tests.adapters.tiny_pipes import named
-from tests.broadcast.chained import SUBLAYERS, Model, X, directly
+from tests.broadcast.chained import SUBLAYERS, Block, Model, X, directly
 
 pytestmark = [
     pytest.mark.flops,
@@ -169,19 +169,53 @@ def test_in_8_bits() -> None:
 def test_something_that_comes_between_later_makes_blocks_compute_and_have_slots_of_their_own() -> None:
     model, plain = Model(directly), Model(directly)
     pab.enable(model, PABConfig(block=Broadcast(4, (0, 1))), budget=3 * X.nbytes)
-    handles: list[Any] = []
 
     def call(step: int) -> Tensor:
         if step == 2:
-            handles.extend(m.blocks[1].register_forward_hook(lambda m, args, out: out + 0) for m in (model, plain))
+            model.run = changed
         return model(X + step)
 
     found = outputs(model, call, 12)
     summary = pab.summary(model)
     assert summary.forced > 0 and summary.contexts["#0"]["block"].reused > 0
     assert summary.peak_cache_bytes <= 3 * X.nbytes
-    for step in (0, 4, 5):  # stored as a span in vain at 4, so that 5 computes
+    assert difference(found[:1], [plain(X)]) < 1e-12
+    plain.run = changed
+    for step in (4, 5):  # stored as a span in vain at 4, so that 5 computes
         torch.testing.assert_close(found[step], plain(X + step), rtol=0, atol=1e-12)
+
+
+class Promoting(Block):
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        return super().forward(x.double())
+
+
+@pytest.mark.parametrize("rules", [HOLD, LINEAR])
+def test_a_block_that_changes_the_dtype_of_the_stream_shares_nothing(rules: PABConfig) -> None:
+    model, plain = Model(directly), Model(directly)
+    for each in (model, plain):
+        each.blocks[0] = Promoting().double().eval().requires_grad_(False)
+        each.blocks[0].load_state_dict(model.blocks[0].state_dict())
+    pab.enable(model, rules, budget=3 * X.nbytes)
+    found = outputs(model, lambda step: model(X.float() + step))
+    computed = plain(X.float() + 1)  # at step 1, as what step 0 stored was not shared
+    plan = pab.summary(model).plan
+    assert plan is not None and plan.given_up is not None and not plan.given_up.spans
+    assert difference(found[1:2], [computed]) < 1e-12
+
+
+@pytest.mark.parametrize("hook", [lambda *given: 2 * given[2], lambda *given: given[2].mul_(2)])
+def test_a_hook_that_comes_before_a_reuse_ends_the_span_at_once(hook: Callable[..., Tensor]) -> None:
+    model, twin = Model(directly), Model(directly)
+    pab.enable(model, PABConfig(block=Broadcast(4, (0, 1))), budget=3 * X.nbytes)
+    with torch.no_grad(), pab.generation(model, num_steps=8):
+        for step in range(2):
+            model(X + step)
+        for each in (model, twin):
+            each.blocks[1].register_forward_hook(hook)
+        x = X + 2
+        torch.testing.assert_close(model(x), twin(X + 2), rtol=0, atol=1e-12)
+        assert torch.equal(x, X + 2)
 
 
 def test_blocks_with_hooks_and_compiled_ones_share_nothing() -> None:

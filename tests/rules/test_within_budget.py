@@ -126,6 +126,18 @@ def test_with_a_block_its_sublayers_are_computed() -> None:
     assert sum(any(d.reads for d in row) for row in found.rows.values()) == 1
 
 
+def test_the_smallest_budget_of_the_error_fits_where_a_computed_block_splits_a_span() -> None:
+    blocks = tuple(Sublayer(f"blocks.{i}", "block", i) for i in range(4))
+    plan = Plan(PABConfig(block=EVERY_SECOND), Schedule(4), blocks)
+    names = [s.name for s in blocks]
+    costs = costs_of(plan, dict(zip(names, (2, 2, 1, 9), strict=True)), dict(zip(names, (9, 9, 5, 2), strict=True)))
+    follows = dict(zip(names, names[1:], strict=False))
+    with pytest.raises(BudgetTooSmall) as raised:
+        within(plan, costs, 0, follows=follows)
+    found = within(plan, costs, raised.value.smallest, follows=follows).given_up
+    assert found is not None and found.peak == raised.value.smallest
+
+
 def test_what_was_given_up_is_printed_and_a_kept_rule_is_not_a_note() -> None:
     text = str(within(PLAN, COSTS, 600))
     assert "budget 600 B, 600 B at the peak: 3 of 3 spatial, 3 of 3 mlp kept in int8; 3 of 3 cross computed" in text
