@@ -22,6 +22,7 @@ import functools
 import math
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -105,9 +106,12 @@ def perceptual() -> Distance | None:
 
 
 def searched(
-    model: PackagedPipeline, steps: int, prompts: Sequence[str], shares: Sequence[float]
+    model: PackagedPipeline, steps: int, prompts: Sequence[str], shares: Sequence[float], folder: str
 ) -> dict[str, tuple[PABConfig, int]]:
-    """Plans of `pab.calibrate`, and those of its search where the last output is held, each with its steps."""
+    """Plans of `pab.calibrate`, and those of its search where the last output is held, each with its steps.
+
+    The calibrations keep their generations in the folder, and share those that are the same.
+    """
 
     def call(pipe: Any, prompt: str, seed: int, num_steps: int = steps) -> torch.Tensor:
         return model.generate([prompt], [seed], num_steps)[0]
@@ -116,9 +120,10 @@ def searched(
     sampler = PipelineSampler(model.pipe, steps, call)
     recordings = [sampler.record(Clip(prompt, i), lambda: None) for i, prompt in enumerate(prompts[:2])]
     held = Schedules(recordings, np.ones(len(recordings[0].outputs)), "hold", steps)
+    given: dict[str, Any] = {"num_steps": steps, "call": call, "most_generations": 30, "folder": folder}
     for share in shares:
         try:
-            plan = pab.calibrate(model.pipe, prompts, num_steps=steps, flops=share, call=call, most_generations=30)
+            plan = pab.calibrate(model.pipe, prompts, flops=share, **given)
         except NoPlan as error:
             print(f"{share:.0%}: {error}", file=sys.stderr)
             continue
@@ -253,7 +258,8 @@ def main() -> None:
             model, load = room.load(name, args.device), functools.partial(room.load, device=args.device)
             configs = {config: (rules, steps) for config, rules in CONFIGS.items()}
             if shares:
-                configs |= searched(model, steps, known, shares)
+                with tempfile.TemporaryDirectory() as folder:
+                    configs |= searched(model, steps, known, shares, folder)
             if args.fitted:
                 configs |= fitted(model, steps, known[: args.fitted])
             found = measured(model, load, steps, prompts, bar, configs, args.others)

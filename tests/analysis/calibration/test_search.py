@@ -17,6 +17,8 @@ from pab_kernels.analysis.calibration.schedules import Schedules, late
 from pab_kernels.analysis.calibration.search import Costs, best_schedules
 from pab_kernels.broadcast.coordinates import Coordinates
 from pab_kernels.broadcast.forecaster import Forecaster
+from pab_kernels.rules.config import PABConfig
+from pab_kernels.rules.schedule import Schedule
 from tests.analysis.calibration.small_pipe import STEPS, pipe_of, run_of
 from tests.broadcast.forecast_oracle import NOISY, SCHEDULERS
 
@@ -150,15 +152,43 @@ def test_no_two_steps_in_a_row_are_skipped_in_the_first_half() -> None:
         assert all(b - a <= 2 for a, b in itertools.pairwise(steps) if a + 2 < part), steps
 
 
-def test_ways_are_samplings_of_fewer_steps_with_skipped_ones_and_fewer_steps_alone() -> None:
+def test_no_early_step_is_skipped_where_that_costs_little() -> None:
+    pipe = pipe_of("unipc")
+    recording = record(pipe, run_of(pipe), lambda: None)
+    schedules = Schedules([recording], np.ones(STEPS), "forecast", STEPS)
+    early, costs = set(range(4)), schedules.costs
+    apart = best_schedules(costs, early=STEPS // 2)
+    careful = best_schedules(costs, beginning=len(early), early=STEPS // 2)
+    assert any(not early <= {*at} for at in apart.values()) and len(careful) > 2
+    kept = {n for n, at in careful.items() if costs.total(at) <= 10**0.1 * costs.total(apart[n])}
+    assert 0 < len(kept - {STEPS}) < len(careful) - 1
+    assert all(schedules.best[n] == (careful[n] if n in kept else apart[n]) for n in careful)
+
+
+def test_ways_are_late_and_searched_steps_presets_and_fewer_steps_with_and_without_skipped_ones() -> None:
     pipe = pipe_of("unipc")
     recording = record(pipe, run_of(pipe), lambda: None)
     given = ([recording], np.ones(STEPS), "forecast", STEPS)
-    ways = {way.title: way for way in Schedules(*given, takes_steps=True).ways(10)}
-    assert list(ways) == ["14 steps, 10 computed", "searched", "10 steps", "12 steps, 10 computed", "uniform"]
+    schedules = Schedules(*given, takes_steps=True)
+    ways = {way.title: way for way in schedules.ways(10)}
+    assert list(ways) == ["late", "searched", "preset", "10 steps", "12 steps, 10 computed", "uniform"]
     assert all(way.share <= 10 / STEPS for way in ways.values())
     plain, shorter = ways["10 steps"], ways["12 steps, 10 computed"]
     assert plain.config is None and plain.num_steps == 10 and shorter.num_steps == 12
     assert shorter.config is not None and shorter.config.model is not None and shorter.config.model.at == late(12, 10)
+    assert [way.title for way in schedules.ways(7)][:2] == ["12 steps, 7 computed", "searched"], (
+        "too few for late steps"
+    )
     alone = [way.num_steps for way in Schedules(*given).ways(10)]
     assert set(alone) == {STEPS}, "a call that takes no num_steps"
+
+
+@pytest.mark.parametrize(("number", "name"), [(13, "close"), (11, "close"), (10, "balanced"), (8, "fast")])
+def test_the_preset_is_that_of_most_computed_steps_that_fits(number: int, name: str) -> None:
+    pipe = pipe_of("unipc")
+    recording = record(pipe, run_of(pipe), lambda: None)
+    schedules = Schedules([recording], np.ones(STEPS), "forecast", STEPS)
+    way, wanted = schedules.preset(number), PABConfig.preset(name).rule("model", 0)
+    assert way is not None and way.config is not None and way.config.model is not None and wanted is not None
+    assert set(way.config.model.at or ()) == set(range(STEPS)) - wanted.reused(Schedule(STEPS))
+    assert schedules.preset(7) is None
