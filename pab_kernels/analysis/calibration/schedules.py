@@ -63,16 +63,15 @@ class Schedules:
 
     @cached_property
     def best(self) -> dict[int, tuple[int, ...]]:
-        """The best schedule for every number of computed steps; it skips no early step where that costs little."""
-        beginning, early = round(_DECIDED * self.num_steps), round(_EARLY * self.num_steps)
-        found = best_schedules(self.costs, early=round(_EARLY / 2 * self.num_steps))
-        found |= best_schedules(self.costs, early=early)
-        decided = best_schedules(self.costs, beginning=beginning, early=early)
+        """The best schedule for every number of computed steps.
 
-        def lost(number: int) -> float:
-            return decibels(self.costs.total(found[number])) - decibels(self.costs.total(decided[number]))
-
-        return found | {number: at for number, at in decided.items() if lost(number) <= _LITTLE}
+        It skips no early step where every second one of the others, without the last, are enough.
+        """
+        early, last = round(_EARLY * self.num_steps), self.num_steps - 1
+        others = best_schedules(self.costs, early=round(_EARLY / 2 * self.num_steps))
+        careful = best_schedules(self.costs, early=early)
+        decided = best_schedules(self.costs, longest=2, beginning=early)
+        return others | careful | {number: at for number, at in decided.items() if at[-1] == last}
 
     def searched(self, number: int) -> Way:
         """The best schedule for a number of computed steps."""
@@ -192,13 +191,12 @@ def late(num_steps: int, computed: int, ending: int = 2) -> tuple[int, ...] | No
 
 
 _EARLY = 0.5
-"""The part of the schedule in which no two steps in a row are skipped; half of it where that leaves none. An
-error there decides what is drawn, on some clips and not on others, and few recordings do not tell on which."""
+"""The part of the schedule in which no step is skipped where few are, and else no two in a row; half of it where that
+leaves none. An error there decides what is drawn, on some clips and not on others, and few recordings do not tell on
+which."""
 _DECIDED = 0.3
-"""The part of the schedule of which plans for a floor skip no step, nor others where that costs little. With some
-skipped, a few clips of a hundred are far off, too few to show among those that choose or verify."""
-_LITTLE = 1.0
-"""dB of the expected error that a searched schedule may lose by skipping no step of that part."""
+"""The part of the schedule of which plans for a floor skip no step. With some skipped, a few clips of a hundred are far
+off, too few to show among those that verify."""
 _SKIPPED = (1.0, 0.25)
 """Skipped steps for each computed one, in samplings of fewer steps."""
 _PART_OF_MODEL = 0.97
