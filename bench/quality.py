@@ -5,12 +5,14 @@
     python -m bench.quality --model video
     python -m bench.quality --schedulers dpm++:30 --clips 4 --others --searched .35,.5,.65
     python -m bench.quality --schedulers ddim:50,dpm++:30 --clips 6 --fitted
+    python -m bench.quality --schedulers unipc:30 --searched .8,.9 --plans-only
 
 Every config samples the same clips from the same noise. PSNR and SSIM are those against the run without PAB on the same
 schedule, over whole clips; `won` counts the clips that are closer to it than the run with fewer steps, which computes
 at least as many FLOPs. `--others` adds other caches (`bench/peers.py`), other schedulers with fewer steps, and, as the
 scale of what a dB means, noise of 1 % added after the first step. `--searched` adds plans of `pab.calibrate` for shares
-of the FLOPs, and the same search where the last output is held (as LeMiCa and DPCache do), both made on other clips.
+of the FLOPs, and the same search where the last output is held (as LeMiCa and DPCache do), both made on other clips;
+`--plans-only` leaves the fixed configs out.
 `--fitted` adds every config with linear reuses once more with weights of `pab.fit`, fitted to two other clips, or to
 as many as are given.
 """
@@ -234,6 +236,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--others", action="store_true", help="other caches and schedulers too")
     parser.add_argument("--searched", metavar="SHARES", help="plans of pab.calibrate for shares of the FLOPs: .35,.5")
+    parser.add_argument("--plans-only", action="store_true", help="without the configs that are measured otherwise")
     parser.add_argument(
         "--fitted",
         metavar="CLIPS",
@@ -256,7 +259,7 @@ def main() -> None:
         for name, steps in wanted:
             run = {"bench": "quality", "model": args.model, "scheduler": name, "steps": steps, "clips": args.clips}
             model, load = room.load(name, args.device), functools.partial(room.load, device=args.device)
-            configs = {config: (rules, steps) for config, rules in CONFIGS.items()}
+            configs = {} if args.plans_only else {config: (rules, steps) for config, rules in CONFIGS.items()}
             if shares:
                 with tempfile.TemporaryDirectory() as folder:
                     configs |= searched(model, steps, known, shares, folder)
