@@ -2,17 +2,21 @@
 
     python -m bench.calibrate --out bench/results/calibrate-demo.jsonl
     python -m bench.calibrate --targets floor=40,flops=.45 --schedulers ddim:50 --clips 16
+    python -m bench.calibrate --model video --targets floor=35,floor=40,floor=45 --schedulers flow:30
 
 For each target it calibrates with the default settings, and samples the unseen clips in full and under the plan. Of a
 floor, `kept` counts the clips at or above it. Plans for a share of the FLOPs are also compared with as many steps
-without PAB: `most_lost` is the most dB by which a clip is further from the full run.
+without PAB: `most_lost` is the most dB by which a clip is further from the full run. The unseen clips of the demo model
+have captions of their own; the video model has twelve captions, and its unseen clips are other seeds of all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
+import tempfile
 from typing import Any
 
 import torch
@@ -20,11 +24,11 @@ from tqdm import tqdm
 
 import pab_kernels as pab
 from pab_kernels.analysis.calibration.calibration import Calibration, NoPlan
-from pab_kernels.models import demo
 from pab_kernels.models.demo.shapes import held_out
 from pab_kernels.models.packaged import PackagedPipeline
+from pab_kernels.models.video.captions import VOCABULARY, Caption
 
-from .quality import closeness
+from .quality import MODELS, closeness
 from .record import write
 
 PROMPTS = 7
@@ -40,16 +44,28 @@ def target(text: str) -> dict[str, float]:
     return {name: float(value)}
 
 
+def captions(model: str, clips: int) -> tuple[list[str], list[str]]:
+    """Captions that `calibrate` gets, and those of the unseen clips, of which the demo model has a limited number."""
+    if model == "demo":
+        known = [str(caption) for caption in held_out()]
+        return known[:PROMPTS], known[PROMPTS:][:clips]
+    words = itertools.product(*reversed(VOCABULARY.values()))
+    known = [str(Caption(**dict(zip(reversed(VOCABULARY), word, strict=True)))) for word in words]
+    return known[:PROMPTS], list(itertools.islice(itertools.cycle(known), clips))
+
+
 def of_target(
     model: PackagedPipeline,
     steps: int,
     asked: dict[str, float],
+    known: list[str],
     prompts: list[str],
     seed: int,
     full: torch.Tensor,
+    folder: str,
     bar: Any,
 ) -> dict[str, Any]:
-    """A row: the plan that is found for a target, on unseen clips."""
+    """A row: the plan that is found for a target, on unseen clips; generations of other targets are in the folder."""
 
     def call(pipe: Any, prompt: str, seed: int, num_steps: int = steps) -> torch.Tensor:
         bar.update()
@@ -59,9 +75,8 @@ def of_target(
         return torch.stack([call(model.pipe, prompt, seed + i, num_steps) for i, prompt in enumerate(prompts)])
 
     row: dict[str, Any] = {"target": asked}
-    known = [str(caption) for caption in held_out()[:PROMPTS]]
     try:
-        found: Calibration = pab.calibrate(model.pipe, known, num_steps=steps, call=call, **asked)
+        found: Calibration = pab.calibrate(model.pipe, known, num_steps=steps, call=call, folder=folder, **asked)
     except NoPlan as error:
         return row | {"config": None, "why": str(error), "best": error.best and error.best.to_dict()}
     pab.enable(model.pipe, found.config)
@@ -103,6 +118,7 @@ def _computed(found: Calibration) -> list[int]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="demo")
     parser.add_argument("--targets", default=TARGETS, help="of pab.calibrate")
     parser.add_argument("--schedulers", default="dpm++:30", help="names with their steps")
     parser.add_argument("--clips", type=int, default=40)
@@ -110,29 +126,30 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", help="a file for the rows, as JSON lines")
     args = parser.parse_args()
-    unseen = held_out()[PROMPTS:]
-    if args.clips > len(unseen):
-        parser.error(f"got {args.clips} clips; supported are up to {len(unseen)}, each with its own caption")
-    prompts = [str(caption) for caption in unseen[: args.clips]]
+    known, prompts = captions(args.model, args.clips)
+    if len(prompts) < args.clips:
+        parser.error(f"got {args.clips} clips; supported are up to {len(prompts)}, each with its own caption")
     rows: list[dict[str, Any]] = []
     with tqdm(unit="run", disable=None) as bar:
         for sampling in args.schedulers.split(","):
             name, _, steps = sampling.partition(":")
-            model, count = demo.load(name, args.device), int(steps or 50)
+            model, count = MODELS[args.model].load(name, args.device), int(steps or 50)
             run = {
                 "bench": "calibrate",
-                "model": "demo",
+                "model": args.model,
                 "scheduler": name,
                 "steps": count,
                 "clips": args.clips,
                 "seed": args.seed,
             }
             full = torch.cat([model.generate([prompt], [args.seed + i], count) for i, prompt in enumerate(prompts)])
-            for text in args.targets.split(","):
-                rows.append(run | of_target(model, count, target(text), prompts, args.seed, full, bar))
-                tqdm.write(_line(rows[-1]))
-                if args.out:
-                    write(args.out, rows, args.device)
+            with tempfile.TemporaryDirectory() as folder:
+                for text in args.targets.split(","):
+                    asked = target(text)
+                    rows.append(run | of_target(model, count, asked, known, prompts, args.seed, full, folder, bar))
+                    tqdm.write(_line(rows[-1]))
+                    if args.out:
+                        write(args.out, rows, args.device)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -5,12 +5,14 @@
     python -m bench.quality --model video
     python -m bench.quality --schedulers dpm++:30 --clips 4 --others --searched .35,.5,.65
     python -m bench.quality --schedulers ddim:50,dpm++:30 --clips 6 --fitted
+    python -m bench.quality --schedulers unipc:30 --searched .8,.9 --plans-only
 
 Every config samples the same clips from the same noise. PSNR and SSIM are those against the run without PAB on the same
 schedule, over whole clips; `won` counts the clips that are closer to it than the run with fewer steps, which computes
 at least as many FLOPs. `--others` adds other caches (`bench/peers.py`), other schedulers with fewer steps, and, as the
 scale of what a dB means, noise of 1 % added after the first step. `--searched` adds plans of `pab.calibrate` for shares
-of the FLOPs, and the same search where the last output is held (as LeMiCa and DPCache do), both made on other clips.
+of the FLOPs, and the same search where the last output is held (as LeMiCa and DPCache do), both made on other clips;
+`--plans-only` leaves the fixed configs out.
 `--fitted` adds every config with linear reuses once more with weights of `pab.fit`, fitted to two other clips, or to
 as many as are given.
 """
@@ -22,6 +24,7 @@ import functools
 import math
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -105,9 +108,12 @@ def perceptual() -> Distance | None:
 
 
 def searched(
-    model: PackagedPipeline, steps: int, prompts: Sequence[str], shares: Sequence[float]
+    model: PackagedPipeline, steps: int, prompts: Sequence[str], shares: Sequence[float], folder: str
 ) -> dict[str, tuple[PABConfig, int]]:
-    """Plans of `pab.calibrate`, and those of its search where the last output is held, each with its steps."""
+    """Plans of `pab.calibrate`, and those of its search where the last output is held, each with its steps.
+
+    The calibrations keep their generations in the folder, and share those that are the same.
+    """
 
     def call(pipe: Any, prompt: str, seed: int, num_steps: int = steps) -> torch.Tensor:
         return model.generate([prompt], [seed], num_steps)[0]
@@ -116,9 +122,10 @@ def searched(
     sampler = PipelineSampler(model.pipe, steps, call)
     recordings = [sampler.record(Clip(prompt, i), lambda: None) for i, prompt in enumerate(prompts[:2])]
     held = Schedules(recordings, np.ones(len(recordings[0].outputs)), "hold", steps)
+    given: dict[str, Any] = {"num_steps": steps, "call": call, "most_generations": 30, "folder": folder}
     for share in shares:
         try:
-            plan = pab.calibrate(model.pipe, prompts, num_steps=steps, flops=share, call=call, most_generations=30)
+            plan = pab.calibrate(model.pipe, prompts, flops=share, **given)
         except NoPlan as error:
             print(f"{share:.0%}: {error}", file=sys.stderr)
             continue
@@ -229,6 +236,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--others", action="store_true", help="other caches and schedulers too")
     parser.add_argument("--searched", metavar="SHARES", help="plans of pab.calibrate for shares of the FLOPs: .35,.5")
+    parser.add_argument("--plans-only", action="store_true", help="without the configs that are measured otherwise")
     parser.add_argument(
         "--fitted",
         metavar="CLIPS",
@@ -251,9 +259,10 @@ def main() -> None:
         for name, steps in wanted:
             run = {"bench": "quality", "model": args.model, "scheduler": name, "steps": steps, "clips": args.clips}
             model, load = room.load(name, args.device), functools.partial(room.load, device=args.device)
-            configs = {config: (rules, steps) for config, rules in CONFIGS.items()}
+            configs = {} if args.plans_only else {config: (rules, steps) for config, rules in CONFIGS.items()}
             if shares:
-                configs |= searched(model, steps, known, shares)
+                with tempfile.TemporaryDirectory() as folder:
+                    configs |= searched(model, steps, known, shares, folder)
             if args.fitted:
                 configs |= fitted(model, steps, known[: args.fitted])
             found = measured(model, load, steps, prompts, bar, configs, args.others)

@@ -63,6 +63,8 @@ _PRESETS: dict[str, PABConfig] = {
     "pab579": PABConfig(spatial=5, temporal=7, cross=9),
 }
 
+SKIPPING = ("close", "balanced", "fast")
+"""Presets that skip the model with forecasts, from the most computed steps."""
 FEWEST_STEPS = 12
 """With fewer steps, outputs change too much from one to the next for a preset that skips the model."""
 LEAST_SKIPPED = 0.03

@@ -19,3 +19,11 @@ def test_more_clips_than_there_are_unseen_captions_are_refused(monkeypatch: pyte
         calibrate.main()
     supported = len(held_out()) - calibrate.PROMPTS
     assert f"got 500 clips; supported are up to {supported}, each with its own caption" in capsys.readouterr().err
+
+
+def test_unseen_clips_have_captions_of_their_own_or_all_of_the_video_model_s_in_turn() -> None:
+    known, unseen = calibrate.captions("demo", 40)
+    assert len(known) == calibrate.PROMPTS and len({*known, *unseen}) == calibrate.PROMPTS + 40
+    known, unseen = calibrate.captions("video", 40)
+    assert len(known) == calibrate.PROMPTS and len({*unseen}) == 12 and {*known} < {*unseen}
+    assert unseen[:12] == unseen[12:24] and {word for text in known for word in text.split()} >= {"bunny,", "fast"}

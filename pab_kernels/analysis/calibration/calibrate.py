@@ -53,9 +53,9 @@ def calibrate(
 
     1. Full runs of the first three clips are recorded: what the scheduler's `step` gets, on the host.
     2. Gains are measured: how far an error at some steps moves the final sample (`gains.py`).
-    3. A dynamic programme finds the best steps for every number of them (`search.py`). It, samplings of fewer steps
-       with and without skipped ones, a uniform plan and plans with more steps whose sublayers or blocks are reused run
-       on these clips. The closest is kept (`choice.py`). For a floor, every second one of the late steps is skipped
+    3. A dynamic programme finds the best steps for every number of them (`search.py`). It, late steps, presets, fewer
+       steps with and without skipped ones, uniform plans and plans with more steps whose sublayers or blocks are reused
+       run on these clips. The closest is kept (`choice.py`). For a floor, every second one of the late steps is skipped
        instead, and the clips of step 4 decide how many are computed.
     4. The plan is run on clips that no search has seen, and compared with fewer steps, a uniform plan and PAB 2/4/6.
 

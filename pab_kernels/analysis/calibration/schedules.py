@@ -13,7 +13,7 @@ import numpy as np
 
 from ...rules.config import Broadcast, PABConfig
 from ...rules.plan import Plan
-from ...rules.presets import FEWEST_STEPS
+from ...rules.presets import FEWEST_STEPS, SKIPPING
 from ...rules.schedule import Schedule
 from .gains import monotone
 from .generations import Way, decibels
@@ -22,7 +22,7 @@ from .recording import Recording
 from .search import Costs, best_schedules
 
 SUBLAYERS = ("spatial", "temporal", "cross", "mlp")
-SEARCHED, LATE, UNIFORM = "searched", "late", "uniform"
+SEARCHED, LATE, PRESET, UNIFORM = "searched", "late", "preset", "uniform"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +63,15 @@ class Schedules:
 
     @cached_property
     def best(self) -> dict[int, tuple[int, ...]]:
-        """The best schedule for every number of computed steps."""
-        careful = best_schedules(self.costs, early=round(_EARLY * self.num_steps))
+        """The best schedule for every number of computed steps.
+
+        It skips no early step where every second one of the others, without the last, are enough.
+        """
+        early, last = round(_EARLY * self.num_steps), self.num_steps - 1
         others = best_schedules(self.costs, early=round(_EARLY / 2 * self.num_steps))
-        return others | careful
+        careful = best_schedules(self.costs, early=early)
+        decided = best_schedules(self.costs, longest=2, beginning=early)
+        return others | careful | {number: at for number, at in decided.items() if at[-1] == last}
 
     def searched(self, number: int) -> Way:
         """The best schedule for a number of computed steps."""
@@ -77,9 +82,8 @@ class Schedules:
         found: dict[tuple[int, ...], float] = {}
         windows = product((2, 3, 4, 5, 6), (0.0, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6), (0.8, 0.85, 0.9, 0.95))
         for reach, lo, hi in windows:
-            reused = Broadcast(reach, (lo, hi)).reused(Schedule(self.num_steps)) - {self.influence.handover}
-            steps = tuple(i for i in range(self.num_steps) if i not in reused)
-            if reused and len(steps) <= number and steps not in found:
+            steps = self._computed(Broadcast(reach, (lo, hi)))
+            if len(steps) < self.num_steps and len(steps) <= number and steps not in found:
                 found[steps] = self.costs.total(steps)
         if not found:
             return self._way(UNIFORM, self.best[number])
@@ -91,28 +95,29 @@ class Schedules:
         steps = min(math.floor(number / self.num_steps * self.asked + 1e-6), self.asked - 1)
         return Way(f"{steps} steps", None, steps, steps / self.asked) if self.takes_steps and steps else None
 
-    def shorter(self, number: int) -> list[Way]:
-        """Samplings of fewer steps, of which every second one at the end is skipped; those that skip most first.
+    def shorter(self, number: int, part: float) -> Way | None:
+        """A sampling of fewer steps, of which every second one at the end is skipped, at most a part of those computed.
 
-        Empty where steps of the recordings are not those of the call: their computed steps could not be named.
+        None where steps of the recordings are not those of the call: its computed steps could not be named.
         """
-        if self.num_steps != self.asked or self.recordings[0].begin:
-            return []
-        found = []
-        for part in _SKIPPED:
-            most = min(2 * number - 2, round((1 + part) * number), self.asked)
-            steps = most if self.takes_steps else self.asked
-            at = late(steps, number) if steps >= FEWEST_STEPS else None
-            if at is not None:
-                title = f"{steps} steps, {number} computed"
-                rule = Broadcast(at=at, unit="step", reuse=self.reuse, num_steps=steps)
-                found.append(Way(title, PABConfig(model=rule), steps, number / self.asked))
-        return found
+        steps = min(2 * number - 2, round((1 + part) * number))
+        at = late(steps, number) if self.takes_steps and FEWEST_STEPS <= steps < self.asked else None
+        if at is None or self.num_steps != self.asked or self.recordings[0].begin:
+            return None
+        rule = Broadcast(at=at, unit="step", reuse=self.reuse, num_steps=steps)
+        return Way(f"{steps} steps, {number} computed", PABConfig(model=rule), steps, number / self.asked)
+
+    def preset(self, number: int) -> Way | None:
+        """Of the presets that skip the model, the one with most computed steps, at most `number`; None if none has."""
+        rules = (PABConfig.preset(name).rule("model", 0) for name in SKIPPING)
+        fitting = [at for rule in rules if rule is not None and len(at := self._computed(rule)) <= number]
+        return self._way(PRESET, max(fitting, key=len)) if fitting else None
 
     def ways(self, number: int) -> list[Way]:
         """What is compared at the cost of a number of computed steps, the most promising first; equal ones once."""
-        first, *more = [*self.shorter(number), None]
-        listed = (first, self.searched(number), self.fewer(number), *more, self.uniform(number))
+        most, few = (self.shorter(number, part) for part in _SKIPPED)
+        rules = (self.late(number), most, self.searched(number), self.preset(number))
+        listed = (*rules, self.fewer(number), few, self.uniform(number))
         different = {(str(way.config), way.num_steps): way for way in reversed(listed) if way is not None}
         return list(reversed(different.values()))
 
@@ -134,6 +139,10 @@ class Schedules:
         """The fewest computed steps of a plan for a floor: a late schedule then skips none of the first 30 %."""
         number = math.ceil((1 + _DECIDED) * self.num_steps / 2 + 0.5)
         return number if self.late(number).title == LATE else min(self.best)
+
+    def _computed(self, rule: Broadcast) -> tuple[int, ...]:
+        reused = rule.reused(Schedule(self.num_steps)) - {self.influence.handover}
+        return tuple(i for i in range(self.num_steps) if i not in reused)
 
     def _way(self, title: str, steps: Sequence[int]) -> Way:
         return Way(title, PABConfig(model=self._rule(steps)), self.asked, len(steps) / self.num_steps)
@@ -182,8 +191,9 @@ def late(num_steps: int, computed: int, ending: int = 2) -> tuple[int, ...] | No
 
 
 _EARLY = 0.5
-"""The part of the schedule in which no two steps in a row are skipped; half of it where that leaves none. An
-error there decides what is drawn, on some clips and not on others, and few recordings do not tell on which."""
+"""The part of the schedule in which no step is skipped where few are, and else no two in a row; half of it where that
+leaves none. An error there decides what is drawn, on some clips and not on others, and few recordings do not tell on
+which."""
 _DECIDED = 0.3
 """The part of the schedule of which plans for a floor skip no step. With some skipped, a few clips of a hundred are far
 off, too few to show among those that verify."""

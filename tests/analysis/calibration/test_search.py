@@ -17,6 +17,8 @@ from pab_kernels.analysis.calibration.schedules import Schedules, late
 from pab_kernels.analysis.calibration.search import Costs, best_schedules
 from pab_kernels.broadcast.coordinates import Coordinates
 from pab_kernels.broadcast.forecaster import Forecaster
+from pab_kernels.rules.config import PABConfig
+from pab_kernels.rules.schedule import Schedule
 from tests.analysis.calibration.small_pipe import STEPS, pipe_of, run_of
 from tests.broadcast.forecast_oracle import NOISY, SCHEDULERS
 
@@ -150,15 +152,41 @@ def test_no_two_steps_in_a_row_are_skipped_in_the_first_half() -> None:
         assert all(b - a <= 2 for a, b in itertools.pairwise(steps) if a + 2 < part), steps
 
 
-def test_ways_are_samplings_of_fewer_steps_with_skipped_ones_and_fewer_steps_alone() -> None:
+def test_no_step_of_the_first_half_is_skipped_where_every_second_one_of_the_others_is_enough() -> None:
+    pipe = pipe_of("ddim v")
+    recording = record(pipe, run_of(pipe), lambda: None)
+    schedules = Schedules([recording], np.ones(STEPS), "forecast", STEPS)
+    skipped = {number: set(range(STEPS)) - {*at} for number, at in schedules.best.items()}
+    alone = best_schedules(schedules.costs, early=STEPS // 2)
+    assert all(min(set(range(STEPS)) - {*alone[number]}) < STEPS // 2 for number in range(10, STEPS))
+    assert all(min(skipped[number]) >= STEPS // 2 and STEPS - 1 not in skipped[number] for number in (11, 12, 13))
+    assert schedules.best[10] == alone[10], "the last step would be skipped"
+
+
+def test_ways_are_late_and_searched_steps_presets_and_fewer_steps_with_and_without_skipped_ones() -> None:
     pipe = pipe_of("unipc")
     recording = record(pipe, run_of(pipe), lambda: None)
     given = ([recording], np.ones(STEPS), "forecast", STEPS)
-    ways = {way.title: way for way in Schedules(*given, takes_steps=True).ways(10)}
-    assert list(ways) == ["14 steps, 10 computed", "searched", "10 steps", "12 steps, 10 computed", "uniform"]
+    schedules = Schedules(*given, takes_steps=True)
+    ways = {way.title: way for way in schedules.ways(10)}
+    assert list(ways) == ["late", "searched", "preset", "10 steps", "12 steps, 10 computed", "uniform"]
     assert all(way.share <= 10 / STEPS for way in ways.values())
     plain, shorter = ways["10 steps"], ways["12 steps, 10 computed"]
     assert plain.config is None and plain.num_steps == 10 and shorter.num_steps == 12
     assert shorter.config is not None and shorter.config.model is not None and shorter.config.model.at == late(12, 10)
+    assert [way.title for way in schedules.ways(7)][:2] == ["12 steps, 7 computed", "searched"], (
+        "too few for late steps"
+    )
     alone = [way.num_steps for way in Schedules(*given).ways(10)]
     assert set(alone) == {STEPS}, "a call that takes no num_steps"
+
+
+@pytest.mark.parametrize(("number", "name"), [(13, "close"), (11, "close"), (10, "balanced"), (8, "fast")])
+def test_the_preset_is_that_of_most_computed_steps_that_fits(number: int, name: str) -> None:
+    pipe = pipe_of("unipc")
+    recording = record(pipe, run_of(pipe), lambda: None)
+    schedules = Schedules([recording], np.ones(STEPS), "forecast", STEPS)
+    way, wanted = schedules.preset(number), PABConfig.preset(name).rule("model", 0)
+    assert way is not None and way.config is not None and way.config.model is not None and wanted is not None
+    assert set(way.config.model.at or ()) == set(range(STEPS)) - wanted.reused(Schedule(STEPS))
+    assert schedules.preset(7) is None
