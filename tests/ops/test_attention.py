@@ -24,7 +24,6 @@ from tests.ops.attention_cases import (
 )
 from tests.ops.tensors import (
     DTYPES,
-    EIGHT_BITS,
     assert_accurate,
     assert_refuses,
     assert_same,
@@ -253,15 +252,15 @@ def test_the_stored_copy(dim, dtype):
     q, k, v = qkv(2, 3, dim=dim, dtype=dtype)
     out, stored = attention(q, k, v, store_dtype=dtype)
     assert_same(stored, out)
-    for eight in EIGHT_BITS:
-        again, stored = attention(q, k, v, store_dtype=eight)
+    for fewer, most in ((torch.int8, 0.5001 / 127), (torch.float8_e4m3fn, 1 / 16), (torch.int4, 0.127)):
+        again, stored = attention(q, k, v, store_dtype=fewer)
         assert_same(again, out)
-        assert isinstance(stored, Quantized) and stored.group == dim and stored.scale.shape == (2, 3, 7, 2, 1)
-        assert_same(stored, quantize(out, eight, group=dim))
+        group = 32 if fewer == torch.int4 else dim
+        assert isinstance(stored, Quantized) and stored.group == group and stored.shape == out.shape
+        assert stored.scale.shape == (2, 3, 7, 2, -(-dim // group))
+        assert_same(stored, quantize(out, fewer, group))
         error = (dequantize(stored, torch.float32) - out.float()).abs()
-        assert (
-            error <= out.float().abs().amax(-1, keepdim=True) * (0.5001 / 127 if eight == torch.int8 else 1 / 16)
-        ).all()
+        assert (error <= out.float().abs().amax(-1, keepdim=True) * most).all()
 
 
 def test_it_gives_the_same_twice():
