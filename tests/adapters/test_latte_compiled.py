@@ -47,9 +47,9 @@ def enabled(pab_config: PABConfig) -> Any:
     [
         config("linear"),
         with_random_weights(config("linear"), pab.sublayers(tiny_latte(num_layers=1)), Schedule(STEPS)),
-        replace(THIRDS, cache_dtype="float8_e4m3fn"),
+        replace(THIRDS, cache_dtype="int4"),
     ],
-    ids=["linear", "fitted", "fp8"],
+    ids=["linear", "fitted", "int4"],
 )
 def test_as_many_graphs_as_patterns_and_none_in_a_second_generation_nor_pab_after_disable(
     pab_config: PABConfig,
