@@ -19,8 +19,8 @@ from .case import Candidate, Case, Draw, Inputs, Outputs, Unavailable, nbytes, p
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """The largest relative error that torch's own result may have: beyond it the case itself is wrong."""
 
-QUANTISED = {torch.int8: 6e-2, torch.float8_e4m3fn: 6e-2, torch.int4: 12e-2}
-"""The same, for what is stored in fewer bits."""
+QUANTISED = {torch.int8: 6e-2, torch.float8_e4m3fn: 6e-2, torch.int4: 2e-1}
+"""The same, for what is stored in fewer bits; gated values have long tails, which 4 bits round coarsely."""
 
 NO_KERNEL = ("No available kernel", "No viable backend")
 """What `F.scaled_dot_product_attention` says where the kernels it may choose from cannot serve.
