@@ -215,7 +215,7 @@ def test_what_does_not_suit_the_model_is_refused(
     [
         (
             lambda: Settings("demo", Wish("a"), pab="off", compare=True),
-            "compare, timed and cuda_graphs need PAB; choose auto, a preset or a config file",
+            "compare, timed, cuda_graphs and budget need PAB; choose auto, a preset or a file",
         ),
         (
             lambda: Settings("demo", Wish("a"), pab="off", timed=True),
