@@ -137,13 +137,13 @@ class FusedForward(abc.ABC):
     def keep(self, store: Turn, x: Tensor, out: Tensor) -> None:
         """Keep the change that the block made, or in a span the last one what all made."""
         span = store.span
-        begin = x if span is None or span.before is None else span.begin(x)
+        begin = x if span is None else span.begin(x)
         if begin is None:
             store.call.generation.split_spans()
             return
         if span is not None:
             span.hand_on([(out, begin)])
-        store.put(out - begin if span is None or span.last else ())
+        store.put(out - begin if store.adds else ())
 
     def run(self, stream: ResidualStream, x: Tensor, *args: Any) -> None:
         """Run the sublayers. Of x, the block's input, only shape, dtype and device are used."""

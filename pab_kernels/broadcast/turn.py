@@ -107,7 +107,9 @@ class Span:
 
     def begin(self, x: torch.Tensor) -> torch.Tensor | None:
         """The stream where the span begins, for the input x of a block; None if x is no output of the block before."""
-        before = None if self.before is None else self.before.span
+        if self.before is None:
+            return x
+        before = self.before.span
         return None if before is None else next((begin for out, begin in before.passed if out is x), None)
 
     def hand_on(self, passed: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -137,7 +139,7 @@ class Turn:
         """The output to reuse, or the `Extrapolation` of several; None if the sublayer computes."""
         self.stores = False
         self.dtype: torch.dtype | None = None
-        """The 8-bit dtype that outputs are kept in, or None for their own."""
+        """The dtype of 8 or 4 bits that outputs are kept in, or None for their own."""
         self.reads_last = False
         """Whether nothing else reads the result of `take`; always False in a graph, which serves other steps too."""
         self.runs = self.reused = self.stored = 0

@@ -47,41 +47,40 @@ def within(
     Raises:
         BudgetTooSmall: no plan that reuses an output fits.
     """
-    order = _least_worth_first(plan, costs, _spans(plan, follows or {}, ()))
+    whole_peak = peak_bytes(plan, costs, contexts, latents_bytes, fixed)
+    if whole_peak <= budget:
+        return replace(plan, given_up=GivenUp(budget, whole_peak))
+    follows = follows or {}
+    order = _least_worth_first(plan, costs, _spans(plan, follows, ()))
     smaller = order if plan.config.cache_dtype is None else []
 
-    def given_up(fewer_bits: Sequence[str], computed: Sequence[str], peak: int = 0) -> GivenUp:
+    def given_up(fewer_bits: Sequence[str], computed: Sequence[str]) -> GivenUp:
         inside = [s.name for s in plan.sublayers if s.block in computed and s.name not in computed]
-        spans = _spans(plan, follows or {}, computed) if shares else ()
+        spans = _spans(plan, follows, computed)
         without_slot = {name for span in spans for name in span[:-1]}
-        smaller = tuple(name for name in fewer_bits if name not in without_slot)
-        return GivenUp(budget, peak, (*computed, *inside), smaller, spans)
+        with_slot = tuple(name for name in fewer_bits if name not in without_slot)
+        found = GivenUp(budget, 0, (*computed, *inside), with_slot, spans)
+        peak = peak_bytes(replace(plan, given_up=found), costs, contexts, latents_bytes, fixed)
+        return replace(found, peak=peak)
 
-    def peak(fewer_bits: Sequence[str], computed: Sequence[str]) -> int:
-        tried = replace(plan, given_up=given_up(fewer_bits, computed))
-        return peak_bytes(tried, costs, contexts, latents_bytes, fixed)
-
-    def fewest(peak_of: Callable[[int], int], most: int) -> int:
+    def fewest(given_up_of: Callable[[int], GivenUp], most: int) -> int:
         """The smallest n that fits; `most` if no smaller one does."""
-        return bisect.bisect_left(range(most), True, key=lambda n: peak_of(n) <= budget)
+        return bisect.bisect_left(range(most), True, key=lambda n: given_up_of(n).peak <= budget)
 
     computed: list[str] = []
-    shares = False  # read by `peak`
-    shares = peak([], []) > budget
-    if peak(smaller, []) > budget:
-        computed = order[: fewest(lambda n: peak(smaller, order[:n]), len(order))]
+    if given_up(smaller, []).peak > budget:
+        computed = order[: fewest(lambda n: given_up(smaller, order[:n]), len(order))]
         whole = plan.whole is not None and any(decision.reads for decision in plan.rows[plan.whole])
-        if len(computed) == len(order) and (not whole or peak([], order) > budget):
-            peaks = [peak([], order)] if whole else [peak(smaller, order[:n]) for n in range(len(order))]
+        if len(computed) == len(order) and (not whole or given_up([], order).peak > budget):
+            tried = [order] if whole else [order[:n] for n in range(len(order))]
+            peaks = {given_up(smaller, names).peak: names for names in reversed(tried)}
             least = min(filter(None, peaks))
             if least > budget:
                 raise BudgetTooSmall(budget, least, contexts)
-            computed = order[
-                : peaks.index(least)
-            ]  # missed, as a block computed in the middle of a span makes two of it
+            computed = peaks[least]  # it was missed: a block computed in the middle of a span makes two of it
     kept = [name for name in order if name not in computed] if smaller else []
-    fewer_bits = kept[: fewest(lambda n: peak(kept[:n], computed), len(kept))]
-    return replace(plan, given_up=given_up(fewer_bits, computed, peak(fewer_bits, computed)))
+    fewer_bits = kept[: fewest(lambda n: given_up(kept[:n], computed), len(kept))]
+    return replace(plan, given_up=given_up(fewer_bits, computed))
 
 
 def _spans(plan: Plan, follows: Mapping[str, str], computed: Sequence[str]) -> tuple[tuple[str, ...], ...]:

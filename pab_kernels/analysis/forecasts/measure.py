@@ -57,12 +57,11 @@ def measure(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sub
     with torch.no_grad(), flop_counter() as counter, LiveBytes(weights) as live, AttentionWithoutScores(live):
         for tensor in tensors_of(inputs):
             live.add(tensor)
-        watching = (
-            watched(model, sublayers, counter),
-            watched_kept(model, sublayers, counter),
-            Between(model, sublayers),
-        )
-        with watching[0] as runs, watching[1] as kept, watching[2] as between:
+        with (
+            watched(model, sublayers, counter) as runs,
+            watched_kept(model, sublayers, counter) as kept,
+            Between(model, sublayers) as between,
+        ):
             out = tensors_of(model(**inputs))
             between.returned(out)
     if missing := [s.name for s in sublayers if s.name not in runs]:
