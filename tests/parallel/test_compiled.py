@@ -17,7 +17,7 @@ import pab_kernels as pab
 from tests.parallel.frames_runs import PLANS, STEPS, Case
 from tests.parallel.processes import run_on
 
-CASES = [Case("stdit3", "in step", 5), Case("latte", "in step", 16, (12, 12))]
+CASES = [Case("stdit3", "hold", 5), Case("latte", "in step", 16, (12, 12))]
 ONE_LAYER = [replace(case, layers=1) for case in CASES]
 """As small as it gets: tracing a whole model takes its time."""
 GROUPS = {
