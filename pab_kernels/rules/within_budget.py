@@ -63,6 +63,9 @@ def within(
         peak = peak_bytes(replace(plan, given_up=found), costs, contexts, latents_bytes, fixed)
         return replace(found, peak=peak)
 
+    def nothing_reused(computed: Sequence[str]) -> bool:
+        return set(order) <= set(given_up([], computed).computed)
+
     def fewest(given_up_of: Callable[[int], GivenUp], most: int) -> int:
         """The smallest n that fits; `most` if no smaller one does."""
         return bisect.bisect_left(range(most), True, key=lambda n: given_up_of(n).peak <= budget)
@@ -71,14 +74,16 @@ def within(
     if given_up(smaller, []).peak > budget:
         computed = order[: fewest(lambda n: given_up(smaller, order[:n]), len(order))]
         whole = plan.whole is not None and any(decision.reads for decision in plan.rows[plan.whole])
-        if len(computed) == len(order) and (not whole or given_up([], order).peak > budget):
-            tried = [order] if whole else [order[:n] for n in range(len(order))]
+        if nothing_reused(computed) and (not whole or given_up([], order).peak > budget):
+            tried = [order[:n] for n in range(len(order))]
+            tried = [order] if whole else [names for names in tried if not nothing_reused(names)]
             peaks = {given_up(smaller, names).peak: names for names in reversed(tried)}
-            least = min(filter(None, peaks))
+            least = min(peaks)
             if least > budget:
                 raise BudgetTooSmall(budget, least, contexts)
             computed = peaks[least]  # it was missed: a block computed in the middle of a span makes two of it
-    kept = [name for name in order if name not in computed] if smaller else []
+    gone = given_up([], computed).computed
+    kept = [name for name in order if name not in gone] if smaller else []
     fewer_bits = kept[: fewest(lambda n: given_up(kept[:n], computed), len(kept))]
     return replace(plan, given_up=given_up(fewer_bits, computed))
 

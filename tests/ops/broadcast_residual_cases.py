@@ -20,7 +20,7 @@ from tests.ops.tensors import KERNEL_DEVICE, assert_accurate, draws
 NORMS = (None, "layer", "rms")
 
 
-LINES = ("M", "F", "mI", "MiF", "XMI", "qQ")
+LINES = ("M", "F", "mI", "MiF", "XMI")
 """Terms of which some are lines, as `draw_slots` has them."""
 
 

@@ -41,7 +41,8 @@ def check(args: Any, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "kinds", "norm"),
-    pairs(DTYPES, ["m", "mi", "fim", *LINES], NORMS) + [(dtype, "", norm) for dtype in DTYPES for norm in NORMS[1:]],
+    pairs(DTYPES, ["m", "mi", "fim", "qQ", *LINES], NORMS)
+    + [(dtype, "", norm) for dtype in DTYPES for norm in NORMS[1:]],
 )
 def test_it_is_accurate(dtype: torch.dtype, kinds: str, norm: str | None) -> None:
     check(*call((2, 7, 136), kinds, norm, dtype))

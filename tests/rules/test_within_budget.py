@@ -116,14 +116,28 @@ def test_slots_that_have_8_bits_are_computed_instead() -> None:
     assert found is not None and not found.fewer_bits and kinds(plan, found.computed) == ["cross"]
 
 
-def test_with_a_block_its_sublayers_are_computed() -> None:
-    sublayers = [replace(s, block=f"blocks.{s.layer}") for s in SUBLAYERS]
-    blocks = [Sublayer(f"blocks.{i}", "block", i) for i in range(3)]
+def in_blocks(layers: int, size: int) -> tuple[Plan, Costs]:
+    """Blocks with slots of a size, of sublayers of which the spatial ones are reused too."""
+    sublayers = [replace(s, block=f"blocks.{s.layer}") for s in SUBLAYERS if s.layer < layers]
+    blocks = [Sublayer(f"blocks.{i}", "block", i) for i in range(layers)]
     plan = Plan(PABConfig(spatial=EVERY_SECOND, block=Broadcast(3, (0, 1))), Schedule(8), (*sublayers, *blocks))
-    costs = costs_of(plan, SIZES | {s.name: 100 for s in blocks}, FLOPS | {s.name: 1 for s in blocks})
-    found = within(plan, costs, 100)
+    return plan, costs_of(plan, SIZES | {s.name: size for s in blocks}, FLOPS | {s.name: 1 for s in blocks})
+
+
+def test_with_a_block_its_sublayers_are_computed() -> None:
+    found = within(*in_blocks(3, 100), 100)
     assert found.given_up is not None and found.given_up.peak == 100
     assert sum(any(d.reads for d in row) for row in found.rows.values()) == 1
+
+
+def test_what_is_computed_with_its_block_has_no_slot() -> None:
+    found = within(*in_blocks(2, 3000), 3150).given_up
+    assert found is not None and found.computed and not set(found.fewer_bits) & set(found.computed)
+
+
+def test_a_plan_that_computes_all_blocks_is_none() -> None:
+    with pytest.raises(BudgetTooSmall, match="3100 bytes"):
+        within(*in_blocks(1, 3000), 3099)
 
 
 def test_the_smallest_budget_of_the_error_fits_where_a_computed_block_splits_a_span() -> None:
