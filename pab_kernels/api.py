@@ -18,7 +18,7 @@ from .broadcast.pipeline import PipeWatch, denoisers, other_schedulers
 from .broadcast.request import Request
 from .broadcast.summary import Summary, together
 from .compat import uncompiled
-from .rules.config import PABConfig
+from .rules.config import CacheDevice, PABConfig
 from .rules.plan import Sublayer
 from .rules.presets import default_preset, presets
 
@@ -75,6 +75,7 @@ def enable(
     cuda_graphs: bool | None = None,
     kinds: Mapping[str, str | None] | None = None,
     budget: int | float | str | None = None,
+    cache_device: CacheDevice | None = None,
 ) -> T:
     """Enable PAB on a pipeline or a model.
 
@@ -105,10 +106,13 @@ def enable(
         kinds: corrects modules that `sublayers` shows as misclassified: maps a pattern of module names to their kind,
             or to None to leave them alone. In a pattern, `*` matches within one component of a name, `**` matches
             anything.
-        budget: the most bytes that a generation keeps, in place of that of the config: a number, "8GiB", or a share of
-            the memory that is free at the model's first call, 0.5 or "50%". What does not fit is kept in 8 bits or
-            computed, which is logged and shown by `summary`; see docs/memory.md. Default unchanged, initially no
-            limit.
+        budget: the most bytes that a generation keeps on the device, in place of that of the config: a number, "8GiB",
+            or a share of the memory that is free at the model's first call, 0.5 or "50%". What does not fit is kept in
+            8 bits or computed, which is logged and shown by `summary`; see docs/memory.md. Default unchanged,
+            initially no limit.
+        cache_device: "cpu" keeps outputs in pinned host memory, in place of what the config says; with a budget as few
+            as needed. They are copied there behind the model and back ahead of it. Default unchanged, initially on the
+            model's device.
 
     Returns:
         `model_or_pipe`.
@@ -116,8 +120,8 @@ def enable(
     Raises:
         TypeError: `model_or_pipe` is neither a module nor a supported pipeline, `config` is no PABConfig, or the model
             has no recognisable sublayers.
-        ValueError: the config does not suit the model or the schedule, `kinds` does not suit the model, or `timed` and
-            `cuda_graphs` are both set.
+        ValueError: the config does not suit the model or the schedule, `kinds` does not suit the model, or
+            `cuda_graphs` is set together with `timed` or `cache_device`.
     """
     models, pipe = _resolve(model_or_pipe)
     if pipe is not None and (num_steps is not None or timesteps is not None):
@@ -132,7 +136,8 @@ def enable(
     with contextlib.ExitStack() as undo:
         for name, model in models.items():
             given: Any = model_or_pipe if pipe is None else getattr(pipe, name)
-            enable_model(undo, model, pipe, config, num_steps, timesteps, timed, cuda_graphs, kinds, given, budget)
+            schedule = num_steps, timesteps
+            enable_model(undo, model, pipe, config, *schedule, timed, cuda_graphs, kinds, given, budget, cache_device)
         undo.pop_all()
     return model_or_pipe
 
@@ -149,6 +154,7 @@ def enable_model(
     kinds: Mapping[str, str | None] | None = None,
     given: nn.Module | None = None,
     budget: int | float | str | None = None,
+    cache_device: CacheDevice | None = None,
 ) -> None:
     """Enable PAB on one model; see `enable`.
 
@@ -158,7 +164,7 @@ def enable_model(
         pipe: the pipeline that holds it, or None.
         config, num_steps, timesteps, timed, cuda_graphs, kinds: as in `enable`.
         given: the compiled module around the model, if there is one; default the model.
-        budget: as in `enable`.
+        budget, cache_device: as in `enable`.
 
     Raises:
         TypeError, ValueError: as in `enable`.
@@ -169,22 +175,25 @@ def enable_model(
             f"PAB is enabled on this {type(model).__name__} already, with its kinds; call pab.disable first to change "
             "them"
         )
-    if broadcaster is not None and broadcaster.clock is not None and (config is not None or cuda_graphs or budget):
+    kept: dict[str, Any] = {
+        name: v for name, v in (("budget", budget), ("cache_device", cache_device)) if v is not None
+    }
+    if broadcaster is not None and broadcaster.clock is not None and (config is not None or cuda_graphs or kept):
         raise ValueError(
             f"PAB is enabled on this {type(model).__name__} by enable_cache, which sets its rules and excludes CUDA "
-            "graphs and budgets; call disable_cache first"
+            "graphs, budgets and host memory; call disable_cache first"
         )
     if config is not None:
         chosen, own = config, all(config is not named for named in presets().values())
     elif broadcaster is not None and not broadcaster.default:
         chosen, own = broadcaster.config, broadcaster.chosen
     else:
-        unlimited = broadcaster is not None and replace(broadcaster.config, budget=None)
-        followed = unlimited == default_preset(follows_scheduler=True)
+        preset = default_preset(follows_scheduler=True)
+        followed = broadcaster is not None and preset.storing(broadcaster.config) == preset
         chosen, own = default_preset(followed if pipe is None else not other_schedulers(pipe)), False
-    if budget is None and config is None and broadcaster is not None:
-        budget = broadcaster.config.budget
-    chosen = chosen if budget is None else replace(chosen, budget=budget)
+    if config is None and broadcaster is not None:
+        chosen = broadcaster.config.storing(chosen)
+    chosen = replace(chosen, **kept)
     default = config is None and (broadcaster is None or broadcaster.default)
     whole = chosen.rule("model", 0)
     if pipe is not None and whole is not None and whole.reuse == "forecast" and (others := other_schedulers(pipe)):
@@ -206,6 +215,11 @@ def enable_model(
         raise ValueError(
             "got timed=True and cuda_graphs=True; only one of them is supported, as a CUDA graph runs as a whole and "
             "timed measures between sublayers: leave the other out"
+        )
+    if cuda_graphs and chosen.cache_device is not None:
+        raise ValueError(
+            f"got cuda_graphs=True and cache_device={chosen.cache_device!r}; only one of them is supported, as a CUDA "
+            "graph reads outputs where they were when it was captured: leave the other out, or give a budget"
         )
     if broadcaster is None:
         broadcaster = Broadcaster(model, adapter, chosen)

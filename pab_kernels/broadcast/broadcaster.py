@@ -29,7 +29,7 @@ from .request import Request
 from .runs import Runs
 from .scheduler import entered_at
 from .stopwatch import REST
-from .summary import Summary, summarise
+from .summary import Summary, summarise, with_held
 from .turn import NO_TURNS, CurrentCall, CurrentTurn
 from .verdict import NOT_BEGUN, NOT_CALLED, NOT_ENTERED, NOT_FOLLOWED, in_a_line, nothing_reused
 from .whole import broadcast_model
@@ -102,9 +102,8 @@ class Broadcaster:
 
     def summary(self) -> Summary:
         """The summary of the latest generation, with the bytes that all generations hold."""
-        held = sum(generation.meter.now for generation in self._runs.all())
-        found = self.summary_of(self.latest)
-        return replace(found, cache_bytes=held, plain_calls=found.plain_calls if self.latest else self.plain_calls)
+        found = with_held(self.summary_of(self.latest), self._runs.all())
+        return found if self.latest else replace(found, plain_calls=self.plain_calls)
 
     def summary_of(self, generation: Generation | None) -> Summary:
         """The summary of a generation."""
@@ -202,7 +201,7 @@ class Broadcaster:
             self._graphs = GraphPool()
         config = self.config
         if self.default and schedule.get("scheduler") is None:  # perhaps a request on a pipeline's model
-            config = replace(default_preset(follows_scheduler=False), budget=config.budget)
+            config = config.storing(default_preset(follows_scheduler=False))
         generation = Generation(
             config,
             self.adapter.sublayers,
@@ -248,7 +247,7 @@ class Broadcaster:
 
     def renew(self) -> None:
         """Look at modules again after others changed them; generations end if they hold outputs."""
-        if any(generation.meter.now for generation in self._runs.all()) or not self.adapter.sublayers:
+        if any(generation.meter.everywhere for generation in self._runs.all()) or not self.adapter.sublayers:
             self.release()
 
     def scheduler_begins(self, scheduler: Any) -> None:

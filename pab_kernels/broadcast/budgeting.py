@@ -16,6 +16,7 @@ from ..rules.budget import FEWER_BITS, in_words
 from ..rules.costs import Cost
 from ..rules.within_budget import within
 from .fusing import has_hooks
+from .offload import place_again
 from .slots import CACHE_DTYPES
 from .whole import shared
 
@@ -110,7 +111,8 @@ class Budgeting:
         if plan == before:
             return
         generation.plan = call.plan = plan
-        if plan.given_up is not None and (plan.given_up.computed or plan.given_up.fewer_bits):
+        given_up = plan.given_up
+        if given_up is not None and (given_up.computed or given_up.fewer_bits or given_up.on_host):
             self._log(f"{type(model).__name__}: {in_words(plan)}")
         if generation.graphs is not None and before.given_up is not None:  # captured for the plan before
             generation.release()
@@ -122,7 +124,7 @@ class Budgeting:
                 if name not in plan.decided or plan.spans.get(name) != before.spans.get(name):
                     context.arena.release(place)
                 else:
-                    context.arena.shrink(place, CACHE_DTYPES[plan.cache_dtype(name)])
+                    place_again(context.arena, place, CACHE_DTYPES[plan.cache_dtype(name)], plan.on_host(name))
 
 
 def _is_plain(model: nn.Module, name: str) -> bool:

@@ -17,6 +17,7 @@ from .turn import NO_TURNS, Turns
 
 if TYPE_CHECKING:
     from .generation import Generation
+    from .offload import Offload
 
 
 class Call:
@@ -46,6 +47,8 @@ class Call:
         """During the call, the tensors that the model makes the text from, if keys and values of it may be kept."""
         self.spared: Counter[str] = Counter()
         """FLOPs saved inside sublayers that did run, by kind."""
+        self.offload: Offload | None = None
+        """During the call, what moves slots to host memory and back, if any are there."""
         self._spans: dict[tuple[str, ...], bool] = {}
         self.turns = NO_TURNS
         """One turn for each sublayer of the plan, after `prepare`."""
@@ -75,6 +78,8 @@ class Call:
         for name, decision in zip(by_name, plan.decisions(step), strict=True) if timed else plan.program(step):
             by_name[name].decide(self, decision, self.read(name, decision) if decision.reads else None)
         turns.call = self
+        if self.offload is not None:
+            self.offload.begin()
 
     def sources(self, place: str, decision: Decision) -> tuple[Slot, ...]:
         """The slots that a planned reuse reads, newest first.

@@ -12,7 +12,7 @@ import torch
 
 from .costs import Arguments
 from .inputs import Inputs
-from .slots import Arena, Meter
+from .slots import Arena, Meters
 from .stopwatch import REST, Stopwatch
 
 
@@ -81,7 +81,7 @@ class Tally:
         forced: number of runs that the plan had as a reuse, but whose source was not there.
         flops: FLOPs of the runs; 0 if they are not known.
         flops_without: FLOPs of the same calls without reuse.
-        cache_bytes: bytes of slots held now.
+        cache_bytes: bytes of slots held now, on the device or in host memory.
         peak_cache_bytes: the most bytes held at once.
         seconds: time from a sublayer's turn to the next one or to its block's end, see `pab.enable`; None if it was not
             measured.
@@ -112,7 +112,7 @@ class Context:
         timed: whether seconds are measured.
     """
 
-    def __init__(self, name: str, meter: Meter, *, timed: bool = False) -> None:
+    def __init__(self, name: str, meter: Meters, *, timed: bool = False) -> None:
         self.name = name
         self.arena = Arena(meter)
         self.outputs = Arena(meter)

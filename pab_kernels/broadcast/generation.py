@@ -22,7 +22,7 @@ from .context import Context
 from .costs import Arguments, CallCosts, NotCounted, call_costs
 from .forecaster import Forecaster, refusal
 from .inputs import NO_INPUTS, Inputs
-from .slots import Meter
+from .slots import Meters
 from .timesteps import Moment, Timesteps
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Generation:
         self.plan: Plan | None = None
         self.step = 0
         self.contexts: dict[str, Context] = {}
-        self.meter = Meter()
+        self.meter = Meters()
         self.plain_calls = 0
         self.steps_seen = 0
         """Number of steps of its scheduler."""

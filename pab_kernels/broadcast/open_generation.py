@@ -13,7 +13,7 @@ from ..rules.config import Broadcast, PABConfig
 from ..rules.plan import Action, Decision, Plan, Sublayer
 from ..rules.schedule import MOST_STEPS, Schedule
 from .generation import Generation
-from .slots import Meter
+from .slots import Meters
 
 
 class OpenPlan(Plan):
@@ -117,6 +117,6 @@ class OpenGeneration(Generation):
         super().advance()
         if now > before:
             self.release()
-            self.contexts, self.meter, self.step, self.plain_calls = {}, Meter(), 0, 0
+            self.contexts, self.meter, self.step, self.plain_calls = {}, Meters(), 0, 0
             self._costs, self._fuses, self._decided = {}, {}, {}
         self._plan.at(now)

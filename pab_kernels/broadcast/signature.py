@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,18 @@ def tensors_of(nest: Any) -> list[torch.Tensor]:
         elif isinstance(leaf, torch.Tensor):
             found.append(leaf)
     return found
+
+
+def with_tensors(nest: Any, tensors: Iterable[torch.Tensor]) -> Any:
+    """The same pytree with other tensors, in the order of `tensors_of`."""
+    others = iter(tensors)
+
+    def other(leaf: Any) -> Any:
+        if isinstance(leaf, Quantized):
+            return replace(leaf, data=next(others), scale=next(others))
+        return next(others) if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(other, nest)
 
 
 def like(nest: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ class Slot:
         source: the step that wrote it.
         nbytes: its size in bytes.
         dtype: dtype of the tensor before it was quantised; None if `value` is a pytree.
+        on_host: whether `value` is in host memory, although the sublayer runs on a device.
     """
 
     value: Any
@@ -51,6 +52,7 @@ class Slot:
     source: int
     nbytes: int
     dtype: torch.dtype | None = None
+    on_host: bool = False
 
 
 @dataclass(eq=False)
@@ -141,6 +143,23 @@ class Meter:
             self.peak = self.now
 
 
+class Meters(Meter):
+    """Counts the bytes on the device, and beside them those in host memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = Meter()
+
+    def of(self, slot: Slot) -> Meter:
+        """The meter of the place where a slot is."""
+        return self.host if slot.on_host else self
+
+    @property
+    def everywhere(self) -> int:
+        """The bytes held now in both places."""
+        return self.now + self.host.now
+
+
 class Arena:
     """The slots of one context of one generation: the newest outputs of each sublayer, by its name.
 
@@ -151,7 +170,7 @@ class Arena:
     fixed = False
     """Whether slots keep their addresses from one generation to the next."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meters) -> None:
         self.closed = False
         self.meters: dict[str, Meter] = {}  # bytes of this arena, by kind
         # Weights of the extrapolations by place, if the arena is `fixed`.
@@ -161,24 +180,32 @@ class Arena:
         self._slots: dict[str, tuple[Slot, ...]] = {}  # the newest first
 
     def put(
-        self, name: str, kind: str, value: Any, key: Key, source: int, dtype: torch.dtype | None = None, most: int = 1
+        self,
+        name: str,
+        kind: str,
+        value: Any,
+        key: Key,
+        source: int,
+        dtype: torch.dtype | None = None,
+        most: int = 1,
+        on_host: bool = False,
     ) -> None:
         """Keep `value` as the newest of at most `most` outputs of sublayer `name`; older ones are released first.
 
         Args:
             name: of the sublayer, with a number from its second run in a call on.
             kind: of the sublayer.
-            value, key, source, dtype: of the slot; see `Slot`.
+            value, key, source, dtype, on_host: of the slot; see `Slot`.
             most: the most outputs held after it.
         """
         if self.closed:
             return
         self.release(name, most - 1)
-        slot = Slot(value, key, source, nbytes(value), dtype)
+        slot = Slot(value, key, source, nbytes(value), dtype, on_host)
         self._kinds[name] = kind
         meter = self.meters.setdefault(kind, Meter())  # before the slot, as `release` of the slot needs it
         self._slots[name] = (slot, *self._slots.get(name, ()))
-        self._meter.add(slot.nbytes)
+        self._meter.of(slot).add(slot.nbytes)
         meter.add(slot.nbytes)
 
     def held(self, name: str) -> tuple[Slot, ...]:
@@ -199,22 +226,24 @@ class Arena:
             self._slots[name] = slots[:most]
         else:
             del self._slots[name]
-        freed = slots[0].nbytes if len(slots) == 1 else sum([slot.nbytes for slot in slots[most:]])
-        self._meter.now -= freed
-        self.meters[self._kinds[name]].now -= freed
+        meter = self.meters[self._kinds[name]]
+        for slot in slots[most:]:
+            self._meter.of(slot).now -= slot.nbytes
+            meter.now -= slot.nbytes
 
     def places_held(self) -> list[str]:
         """The names under which slots are kept."""
         return list(self._slots)
 
-    def shrink(self, name: str, dtype: torch.dtype | None) -> None:
-        """Quantise the slots of `name` to `dtype`, unless they are or it is None."""
+    def change(self, name: str, changed: Callable[[Slot], tuple[Any, bool]]) -> None:
+        """Give the slots of `name` other values, each with whether it is in host memory."""
+        meter = self.meters[self._kinds[name]]
         for slot in self.held(name):
-            before = slot.nbytes
-            slot.value = pack(slot.value, dtype)
-            slot.nbytes = nbytes(slot.value)
-            for meter in (self._meter, self.meters[self._kinds[name]]):
-                meter.add(slot.nbytes - before)
+            value, on_host = changed(slot)
+            self._meter.of(slot).add(-slot.nbytes)
+            meter.add(nbytes(value) - slot.nbytes)
+            slot.value, slot.nbytes, slot.on_host = value, nbytes(value), on_host
+            self._meter.of(slot).add(slot.nbytes)
 
     def clear(self) -> None:
         """Release every slot."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -27,8 +27,8 @@ class Summary:
         contexts: counts and costs by context and kind.
         flops: FLOPs of the model with PAB; 0 if they are not known for every model, which is logged.
         flops_without: FLOPs of the same calls without reuse.
-        cache_bytes: bytes of slots held now, by all generations of the model.
-        peak_cache_bytes: the most bytes that the generation held at once.
+        cache_bytes: bytes of slots held now on the device, by all generations of the model.
+        peak_cache_bytes: the most bytes that the generation held at once on the device.
         plain_calls: number of plain calls of the model since the generation began: those that recorded gradients or
             belonged to no run.
         rest_seconds: seconds of the model outside its sublayers; None if seconds were not measured.
@@ -37,6 +37,8 @@ class Summary:
             work; None without CUDA graphs.
         traffic: what this rank sent to others, if the model is parallel; without PAB, what the same calls would have
             sent.
+        host_bytes: bytes of slots held now in host memory, by all generations of the model.
+        peak_host_bytes: the most bytes that the generation held at once in host memory.
         models: for a pipeline with several models, the summary of each by its name in the pipeline. The other fields
             are then sums (also of the peaks, although these may be reached at different times), contexts are named
             "model: context", and `plan` is None.
@@ -53,6 +55,8 @@ class Summary:
     graphs: int | None = None
     graph_bytes: int | None = None
     traffic: Traffic | None = None
+    host_bytes: int = 0
+    peak_host_bytes: int = 0
     models: dict[str, Summary] = field(default_factory=dict)
 
     @property
@@ -87,9 +91,12 @@ class Summary:
             lines.append("the model was not called yet")
         if self.flops_without:
             lines.append(f"FLOPs {self.flops:.3e} of {self.flops_without:.3e} ({self.share:.1%})")
-        lines.append(
-            f"cache {self.cache_bytes / 2**20:.1f} MiB now, {self.peak_cache_bytes / 2**20:.1f} MiB at the peak"
-        )
+        for place, now, peak in (
+            ("cache", self.cache_bytes, self.peak_cache_bytes),
+            ("in host memory", self.host_bytes, self.peak_host_bytes),
+        ):
+            if peak or place == "cache":
+                lines.append(f"{place} {now / 2**20:.1f} MiB now, {peak / 2**20:.1f} MiB at the peak")
         if self.rest_seconds is not None:
             lines.append(f"{self.rest_seconds:.3f} s outside of the sublayers")
         if self.graphs is not None and self.graph_bytes is not None:
@@ -114,6 +121,12 @@ class Summary:
             rows[-1] += ["" if t.seconds is None else f"{t.seconds:.3f}"] if self.rest_seconds is not None else []
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+
+
+def with_held(found: Summary, generations: Iterable[Generation]) -> Summary:
+    """The summary with the bytes that all these generations hold now."""
+    meters = [generation.meter for generation in generations]
+    return replace(found, cache_bytes=sum(m.now for m in meters), host_bytes=sum(m.host.now for m in meters))
 
 
 def together(models: Mapping[str, Summary]) -> Summary:
@@ -216,4 +229,6 @@ def summarise(generation: Generation | None, model: nn.Module) -> Summary:
         None if generation.graphs is None else len(generation.graphs),
         None if generation.graphs is None else generation.graphs.nbytes,
         None if between_ranks is None else between_ranks.traffic(generation),
+        generation.meter.host.now,
+        generation.meter.host.peak,
     )

@@ -188,6 +188,9 @@ class Turn:
             self.slot = None
             if slot.key.matches(x):
                 self._reuse(held)
+                if call.offload is not None:
+                    slot, own = call.offload.take(slot), slot
+                    self.reads_last |= slot is not own
                 return slot
             self.stores = held > 0
         # If the plan skips this sublayer but its block was forced to run, the slots held are still needed later.
@@ -243,7 +246,10 @@ class Turn:
     def _keep(self, value: Any, key: Key, own: torch.dtype | None) -> None:
         self.stored += 1
         own = key.dtype if own is None and isinstance(value, Quantized) else own
-        self.call.arena.put(self._place, self.sublayer.kind, value, key, self.call.step, own, self.decision.held)
+        call, on_host = self.call, False
+        if call.offload is not None:
+            value, on_host = call.offload.send(self, value, key.device)
+        call.arena.put(self._place, self.sublayer.kind, value, key, call.step, own, self.decision.held, on_host)
 
     # In a compiled graph
 

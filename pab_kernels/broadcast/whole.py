@@ -14,6 +14,7 @@ from ..rules.traffic import Sent, Traffic
 from .attach import PREFIX
 from .call import Call
 from .costs import CallCosts
+from .offload import offloading
 from .outputs import kept, read
 from .signature import tensors_of
 from .slots import Key
@@ -64,6 +65,8 @@ def broadcast_model(model: nn.Module | None, call: Call, x: torch.Tensor | None,
     between_ranks = None if model is None else shared(model)
     if between_ranks is not None:
         between_ranks.agree(call)
+    if call.plan.config.cache_device is not None and model is not None and x is not None:
+        compute = offloading(call, model, x.device, compute)
     name, generation = call.plan.whole, call.generation
     if name is None or x is None:
         return compute()

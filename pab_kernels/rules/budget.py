@@ -67,6 +67,7 @@ class GivenUp:
         computed: names of sublayers that are computed at every step instead of reused.
         fewer_bits: names of sublayers whose slots are in `FEWER_BITS`.
         spans: names of blocks in a row that share one slot: the last one's, with what all of them add to the stream.
+        on_host: names of sublayers whose slots are in host memory.
     """
 
     budget: int
@@ -74,6 +75,7 @@ class GivenUp:
     computed: tuple[str, ...] = ()
     fewer_bits: tuple[str, ...] = ()
     spans: tuple[tuple[str, ...], ...] = ()
+    on_host: tuple[str, ...] = ()
 
 
 class BudgetTooSmall(ValueError):
@@ -101,6 +103,7 @@ def in_words(plan: Plan) -> str:
     shared = sum(map(len, given_up.spans))
     found = [f"{shared} blocks share {len(given_up.spans)} slot(s)"] if shared else []
     for names, what in (
+        (given_up.on_host, "in host memory"),
         (given_up.fewer_bits, f"kept in {FEWER_BITS}"),
         (given_up.computed, "computed at every step"),
     ):

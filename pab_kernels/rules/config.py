@@ -21,6 +21,7 @@ Kind = Literal["spatial", "temporal", "cross", "mlp", "block", "model"]
 Unit = Literal["fraction", "step", "timestep"]
 CachePoint = Literal["pre_gate", "post_gate", "unprojected"]
 CacheDtype = Literal["float8_e4m3fn", "int8", "int4"]
+CacheDevice = Literal["cpu"]
 
 KINDS: tuple[str, ...] = get_args(Kind)
 MODULE_KINDS = tuple(kind for kind in KINDS if kind != "model")
@@ -256,9 +257,11 @@ class PABConfig:
             channels, "int4" 4 bits with one per 1 x 32.
         cache_point: "pre_gate" (projected, gate applied at reuse), "post_gate" (gated) or "unprojected".
         fitted: weights of linear reuses by sublayer and step, in place of those of the line: see `pab.fit`.
-        budget: the most bytes that a generation keeps: a number, "8GiB", or a share of the memory that is free at the
-            model's first call, 0.5 or "50%". The plan gives up what does not fit: see `rules/within_budget.py`. None
-            for no limit.
+        budget: the most bytes that a generation keeps on the device: a number, "8GiB", or a share of the memory that
+            is free at the model's first call, 0.5 or "50%". The plan gives up what does not fit: see
+            `rules/within_budget.py`. None for no limit.
+        cache_device: None keeps outputs on the model's device; "cpu" keeps them in host memory, with a budget as few as
+            needed: see `broadcast/offload.py`.
 
     Raises:
         ValueError: a value is not supported.
@@ -278,6 +281,7 @@ class PABConfig:
     cache_point: CachePoint = "pre_gate"
     fitted: FittedWeights | None = None
     budget: int | float | str | None = None
+    cache_device: CacheDevice | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None:
@@ -304,6 +308,7 @@ class PABConfig:
             if broadcast.layers is not None and kind == "model":
                 raise ValueError(f"the model is one whole, got layers {shown(broadcast.layers)}; leave layers out")
         _check_member("cache_dtype", self.cache_dtype, (None, *get_args(CacheDtype)))
+        _check_member("cache_device", self.cache_device, (None, *get_args(CacheDevice)))
         _check_member("cache_point", self.cache_point, get_args(CachePoint))
         if not isinstance(self.fitted, (FittedWeights, type(None))):
             raise ValueError(f"fitted must be FittedWeights or None, got {shown(self.fitted)}; pab.fit makes them")
@@ -312,6 +317,10 @@ class PABConfig:
                 "fitted weights are for outputs before the gate, got cache_point 'post_gate'; supported are 'pre_gate' "
                 "and 'unprojected'"
             )
+
+    def storing(self, rules: PABConfig) -> PABConfig:
+        """Other rules, for outputs that are kept where and within the budget that this config says."""
+        return dataclasses.replace(rules, budget=self.budget, cache_device=self.cache_device)
 
     def rule(self, kind: str, layer: int) -> Broadcast | None:
         """The rule of one sublayer: the last that applies, or None."""
@@ -341,6 +350,7 @@ class PABConfig:
             data["rules"] = [[kind, broadcast.to_dict()] for kind, broadcast in self.rules]
         data |= {"cache_dtype": self.cache_dtype, "cache_point": self.cache_point}
         data |= {} if self.budget is None else {"budget": self.budget}
+        data |= {} if self.cache_device is None else {"cache_device": self.cache_device}
         return data if self.fitted is None else data | {"fitted": self.fitted.to_dict()}
 
     @classmethod

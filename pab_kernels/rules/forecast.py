@@ -13,7 +13,7 @@ an output that it gets. An addition fused into the projection before it is count
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..limits import MOST_ADDED
 from .costs import Cost, Forecast
@@ -21,6 +21,9 @@ from .plan import Action, Plan
 
 TEXT, PREDICTIONS = "text", "predictions"
 """What is kept beside the slots of each kind: by sublayers for a generation, and to predict the model's output."""
+ON_ITS_WAY = "on its way"
+"""Outputs on the device that are copied to host memory, or were copied from there."""
+DEVICE, HOST = "device", "host"
 _RUN = (Action.COMPUTE, Action.STORE)
 
 
@@ -36,12 +39,32 @@ def forecast(
         for step, names, skips in zip(plan.steps, run, skipped, strict=True)
     ]
     full = contexts * len(columns) * (rest_flops + sum(costs[name].flops for name in plan.rows))
-    held, peak = _held(plan, costs, contexts, latents_bytes)
-    by_kind = {kind: peak[kind] for kind in plan.kinds()}
-    over_steps = {kind: tuple(after[kind] for after in held) for kind in (*by_kind, TEXT, PREDICTIONS) if peak[kind]}
-    cache = [after["all"] for after in held]
+    held = _held(plan, costs, contexts, latents_bytes)
+    by_kind = {kind: held.peak[kind] for kind in plan.kinds()}
+    kept = [kind for kind in (*by_kind, TEXT, PREDICTIONS) if held.peak[kind]]
+    on_device, on_host = (
+        {kind: tuple(after[place, kind] for after in held.after) for kind in kept} for place in (DEVICE, HOST)
+    )
     moved = contexts * sum(_moved(plan, i, costs) for i in columns)
-    return Forecast(sum(flops), full, tuple(flops), tuple(cache), peak["all"], by_kind, over_steps, moved)
+    return Forecast(
+        sum(flops),
+        full,
+        tuple(flops),
+        _sums(on_device, columns),
+        held.peak[DEVICE],
+        by_kind,
+        on_device,
+        moved,
+        _sums(on_host, columns),
+        held.peak[HOST],
+        {kind: found for kind, found in on_host.items() if any(found)},
+        tuple(held.fetched),
+        tuple(held.sent),
+    )
+
+
+def _sums(by_kind: Mapping[str, Sequence[int]], columns: range) -> tuple[int, ...]:
+    return tuple(sum(found[i] for found in by_kind.values()) for i in columns)
 
 
 def peak_bytes(
@@ -60,40 +83,92 @@ def peak_bytes(
         fixed: whether the memory of slots is kept for the whole generation, as in CUDA graphs.
     """
     own = plan.costs(costs)
-    peak = _held(plan, own, contexts, latents_bytes)[1]
+    peak = _held(plan, own, contexts, latents_bytes).peak[DEVICE]
     if not fixed:
-        return peak["all"]
+        return peak
     places = sum(plan.outputs(name) * own[name].slot_bytes for name in plan.decided if plan.has_slot(name))
-    return contexts * places + _held(plan, {name: Cost(0, 0) for name in own}, contexts, latents_bytes)[1]["all"]
+    without_slots = _held(plan, {name: Cost(0, 0) for name in own}, contexts, latents_bytes)
+    return contexts * places + without_slots.peak[DEVICE]
 
 
-def _held(
-    plan: Plan, costs: Mapping[str, Cost], contexts: int, latents_bytes: int
-) -> tuple[list[Counter[str]], Counter[str]]:
-    """The bytes held after each step, and the most held at once, of each kind and of all."""
-    kinds = {s.name: s.kind for s in plan.sublayers}
-    held: Counter[str] = Counter()
-    peak: Counter[str] = Counter()
-    after = []
+class _Held:
+    """Bytes held as a generation goes on.
 
-    def add(kind: str, change: int) -> None:
-        for meter in (kind, "all"):
-            held[meter] += change
-            peak[meter] = max(peak[meter], held[meter])
+    Args:
+        plan: of the generation.
+    """
 
+    def __init__(self, plan: Plan) -> None:
+        self.peak: Counter[str] = Counter()
+        """The most at once, by kind and by place."""
+        self.after: list[Counter[tuple[str, str]]] = []
+        """After each step, by place and kind."""
+        self.fetched = [0] * len(plan.steps)
+        self.sent = [0] * len(plan.steps)
+        self._plan = plan
+        self._held: Counter[tuple[str, str]] = Counter()
+        self._now: Counter[str] = Counter()
+
+    def add(self, kind: str, change: int, place: str) -> None:
+        """Add bytes of a kind in a place."""
+        self._held[place, kind] += change
+        for meter in (kind, place):
+            self._now[meter] += change
+            self.peak[meter] = max(self.peak[meter], self._now[meter])
+
+    def end_step(self) -> None:
+        """Note what is held after a step."""
+        self.after.append(Counter(self._held))
+
+    def call(self, step: int, costs: Mapping[str, Cost]) -> None:
+        """Run the model once, sublayer by sublayer; copies to and from host memory as in `broadcast/offload.py`."""
+        plan, column = self._plan, step - self._plan.steps.start
+        fetches: list[tuple[str, int]] = []  # by block, in the order in which they run
+        for s in plan.sublayers:
+            if plan.on_host(s.name) and plan.has_slot(s.name) and (reads := len(plan.rows[s.name][column].reads)):
+                if not fetches or fetches[-1][0] != s.owner:
+                    fetches.append((s.owner, 0))
+                fetches[-1] = s.owner, fetches[-1][1] + reads * costs[s.name].slot_bytes
+        nothing: tuple[str | None, int] = (None, 0)
+        here = iter([*fetches, nothing])
+        coming, present = next(here), nothing
+        self.add(ON_ITS_WAY, coming[1], DEVICE)
+        leaving: list[tuple[str, int]] = []  # of two blocks at most
+        for s in plan.sublayers:
+            decision, cost, on_host = plan.rows[s.name][column], costs[s.name], plan.on_host(s.name)
+            before = plan.rows[s.name][column - 1].held if column else 0
+            has_slot = plan.has_slot(s.name)
+            if on_host and has_slot and decision.reads and s.owner != present[0]:
+                self.add(ON_ITS_WAY, -present[1], DEVICE)
+                present, coming = coming, next(here)
+                self.add(ON_ITS_WAY, coming[1], DEVICE)
+            if has_slot and decision.held != before:
+                self.add(s.kind, (decision.held - before) * cost.slot_bytes, HOST if on_host else DEVICE)
+            if on_host and has_slot and decision.action is Action.STORE:
+                if not leaving or leaving[-1][0] != s.owner:
+                    if len(leaving) == 2:
+                        self.add(ON_ITS_WAY, -leaving.pop(0)[1], DEVICE)
+                    leaving.append((s.owner, 0))
+                self.add(ON_ITS_WAY, cost.slot_bytes, DEVICE)
+                leaving[-1] = s.owner, leaving[-1][1] + cost.slot_bytes
+                self.sent[column] += cost.slot_bytes
+            if s.name in plan.keeping:
+                runs = plan.runs[s.name]
+                self.add(TEXT, cost.kept_bytes * ((step == runs[0]) - (step == runs[-1])), DEVICE)
+        self.fetched[column] += sum(count for _, count in fetches)
+        self.add(ON_ITS_WAY, -self._now[ON_ITS_WAY], DEVICE)
+
+
+def _held(plan: Plan, costs: Mapping[str, Cost], contexts: int, latents_bytes: int) -> _Held:
+    held = _Held(plan)
     for step in plan.steps:
-        for name in contexts * list(plan.rows):  # in the order in which they run
-            before = plan.decision(name, step - 1).held if step > plan.steps.start else 0
-            change = plan.decision(name, step).held - before
-            if change and plan.has_slot(name):
-                add(kinds[name], change * costs[name].slot_bytes)
-            if name in plan.keeping:
-                runs = plan.runs[name]
-                add(TEXT, costs[name].kept_bytes * ((step == runs[0]) - (step == runs[-1])))
+        for _ in range(contexts):
+            held.call(step, costs)
         if plan.whole is not None:  # the scheduler's step comes after the model
-            add(PREDICTIONS, 2 * latents_bytes * (_predicts_from(plan, step) - _predicts_from(plan, step - 1)))
-        after.append(Counter(held))
-    return after, peak
+            change = 2 * latents_bytes * (_predicts_from(plan, step) - _predicts_from(plan, step - 1))
+            held.add(PREDICTIONS, change, DEVICE)
+        held.end_step()
+    return held
 
 
 def flops_at(plan: Plan, costs: Mapping[str, Cost], name: str, step: int) -> int:

@@ -53,6 +53,11 @@ class Sublayer:
     why: str = ""
     keeps: str | None = None
 
+    @property
+    def owner(self) -> str:
+        """Name of the block that it is or lies in, as far as its own name tells."""
+        return self.name if self.kind == "block" else self.block or self.name.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -329,6 +334,16 @@ class Plan:
         """Whether the outputs of a sublayer have a slot; that of a span is the last block's."""
         span = self.spans.get(name)
         return span is None or span[-1] == name
+
+    def on_host(self, name: str) -> bool:
+        """Whether the slots of sublayer `name` are in host memory."""
+        return name in self._on_host
+
+    @cached_property
+    def _on_host(self) -> frozenset[str]:
+        if self.config.cache_device is None:
+            return frozenset()
+        return frozenset(self.rows if self.given_up is None else self.given_up.on_host) - {self.whole}
 
     def cache_dtype(self, name: str) -> str | None:
         """The dtype of the slots of sublayer `name`; None for that of its outputs."""

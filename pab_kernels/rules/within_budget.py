@@ -10,7 +10,7 @@ from dataclasses import replace
 from .budget import BudgetTooSmall, GivenUp
 from .costs import Cost
 from .forecast import peak_bytes
-from .plan import Plan
+from .plan import Action, Plan
 
 
 def within(
@@ -29,9 +29,12 @@ def within(
 
         1. If all slots fit as they are, the plan stays as it is.
         2. Else blocks in a row that are reused at the same steps share a slot.
-        3. If that is too much, the slots of the sublayers worth least are kept in 8 bits, of as few as are needed.
-        4. If all slots in 8 bits are too many, the sublayers worth least are computed at every step, as few as are
-           needed; in what is then left free, the slots of those worth most are kept in their own dtype again.
+        3. If that is too much and `cache_device` is "cpu", slots are moved to host memory, as few as are needed: those
+           that are copied least often first.
+        4. If that is too much, the slots of the sublayers worth least are kept in 8 bits, of as few as are needed.
+        5. If all slots in 8 bits are too many, the sublayers worth least are computed at every step, as few as are
+           needed; in what is then left free, the slots of those worth most are kept in their own dtype again, and on
+           the device.
 
     With a block, those in it are computed too. The whole model's own outputs and predictions are always kept.
 
@@ -47,19 +50,21 @@ def within(
     Raises:
         BudgetTooSmall: no plan that reuses an output fits.
     """
-    whole_peak = peak_bytes(plan, costs, contexts, latents_bytes, fixed)
+    as_it_is = replace(plan, given_up=GivenUp(budget, 0))
+    whole_peak = peak_bytes(as_it_is, costs, contexts, latents_bytes, fixed)
     if whole_peak <= budget:
         return replace(plan, given_up=GivenUp(budget, whole_peak))
     follows = follows or {}
     order = _least_worth_first(plan, costs, _spans(plan, follows, ()))
     smaller = order if plan.config.cache_dtype is None else []
+    movable = [] if plan.config.cache_device is None else _least_copied_first(plan, order)
 
-    def given_up(fewer_bits: Sequence[str], computed: Sequence[str]) -> GivenUp:
+    def given_up(fewer_bits: Sequence[str], computed: Sequence[str], on_host: Sequence[str] = movable) -> GivenUp:
         inside = [s.name for s in plan.sublayers if s.block in computed and s.name not in computed]
         spans = _spans(plan, follows, computed)
-        without_slot = {name for span in spans for name in span[:-1]}
-        with_slot = tuple(name for name in fewer_bits if name not in without_slot)
-        found = GivenUp(budget, 0, (*computed, *inside), with_slot, spans)
+        without_slot = {name for span in spans for name in span[:-1]}.union(computed, inside)
+        fewer, moved = (tuple(name for name in names if name not in without_slot) for names in (fewer_bits, on_host))
+        found = GivenUp(budget, 0, (*computed, *inside), fewer, spans, moved)
         peak = peak_bytes(replace(plan, given_up=found), costs, contexts, latents_bytes, fixed)
         return replace(found, peak=peak)
 
@@ -85,7 +90,8 @@ def within(
     gone = given_up([], computed).computed
     kept = [name for name in order if name not in gone] if smaller else []
     fewer_bits = kept[: fewest(lambda n: given_up(kept[:n], computed), len(kept))]
-    return replace(plan, given_up=given_up(fewer_bits, computed))
+    moved = movable[: fewest(lambda n: given_up(fewer_bits, computed, movable[:n]), len(movable))]
+    return replace(plan, given_up=given_up(fewer_bits, computed, moved))
 
 
 def _spans(plan: Plan, follows: Mapping[str, str], computed: Sequence[str]) -> tuple[tuple[str, ...], ...]:
@@ -123,3 +129,12 @@ def _least_worth_first(
         if reused and s.kind != "model":
             worth[s.name] = reused * (own[s.name].flops + inside[s.name]) / max(1, held)
     return sorted(worth, key=lambda name: worth[name])
+
+
+def _least_copied_first(plan: Plan, names: Sequence[str]) -> list[str]:
+    """Sublayers by the number of outputs that are copied over the generation, to host memory and back."""
+
+    def copies(name: str) -> int:
+        return sum(len(decision.reads) + (decision.action is Action.STORE) for decision in plan.rows[name])
+
+    return sorted(names, key=copies)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..signature import copy_into, like, signature
-from ..slots import Arena, Key, Meter, Slot
+from ..slots import Arena, Key, Meter, Meters, Slot
 
 
 class FixedPlace:
@@ -69,7 +69,7 @@ class FixedArena(Arena):
 
     fixed = True
 
-    def __init__(self, meter: Meter, places: Places, outputs: Callable[[str], int], *, writes: bool = True) -> None:
+    def __init__(self, meter: Meters, places: Places, outputs: Callable[[str], int], *, writes: bool = True) -> None:
         super().__init__(meter)
         self.places = places
         self.changes: list[Change] = []
@@ -83,14 +83,22 @@ class FixedArena(Arena):
         Args:
             writes: whether outputs are written to their places.
         """
-        copy = FixedArena(Meter(), self.places, self._outputs, writes=writes)
+        copy = FixedArena(Meters(), self.places, self._outputs, writes=writes)
         copy.meters = {kind: Meter() for kind in self.meters}
         copy.weights, copy._kinds, copy._slots = self.weights, dict(self._kinds), dict(self._slots)
         copy._rehearsed = True
         return copy
 
     def put(
-        self, name: str, kind: str, value: Any, key: Key, source: int, dtype: torch.dtype | None = None, most: int = 1
+        self,
+        name: str,
+        kind: str,
+        value: Any,
+        key: Key,
+        source: int,
+        dtype: torch.dtype | None = None,
+        most: int = 1,
+        on_host: bool = False,
     ) -> None:
         """See `Arena.put`; `value` is copied to its place.
 
@@ -98,6 +106,7 @@ class FixedArena(Arena):
             TypeError: `value` contains an object that is neither a tensor nor a plain value.
             RuntimeError: in a rehearsal, the output has no place.
         """
+        assert not on_host, "refused with CUDA graphs"
         looks = name, signature(value, f"the output of {name}")
         if looks not in self.places:
             if self._rehearsed:

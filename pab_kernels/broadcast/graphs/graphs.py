@@ -33,7 +33,7 @@ from ..context import Context
 from ..costs import place
 from ..generation import Generation
 from ..signature import copy_into, like, signature, tensors_of
-from ..slots import Arena, Meter
+from ..slots import Arena, Meters
 from ..whole import shared
 from .capture import Capture, CudaCapture, line_of
 from .fixed_arena import Change, FixedArena, Places
@@ -312,7 +312,7 @@ def _turns(call: Call) -> tuple[Hashable, dict[str, tuple[float, ...]]]:
 
 def _repeated(call: Call, arena: FixedArena) -> Call:
     """A copy of the call for repeating it, with new counts and with the slots of `arena`."""
-    context = Context(call.context.name, Meter())
+    context = Context(call.context.name, Meters())
     context.arena = arena
     repeated = Call(call.generation, context, call.step)
     repeated.arguments, repeated.shape = call.arguments, call.shape

@@ -1,0 +1,205 @@
+"""Slots in host memory: an output is copied there behind the sublayer that made it, and back ahead of the one that
+reads it.
+
+A block is what is fetched at once: when the first sublayer of a block takes its output, the copies for the next block
+that reads any are queued, and those for the block before are dropped. What is sent is on the device until two blocks
+later. So a call needs the outputs read by two blocks and those written by two beside the slots on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..compat import runs_compiled
+from .bus import Bus, bus_of
+from .costs import place as place_of
+from .signature import tensors_of, with_tensors
+from .slots import Arena, Extrapolation, Slot, nbytes, pack
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .call import Call
+    from .turn import Turn
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A value that is copied.
+
+    Args:
+        value: that is on the device, and counted there.
+        done: what to wait for.
+        bus: that copies.
+    """
+
+    value: Any
+    done: Any
+    bus: Bus
+
+    def wait(self) -> None:
+        self.bus.wait(self.done)
+
+
+class Offload:
+    """The slots of one call that are in host memory.
+
+    Args:
+        call: the call of the model.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._blocks: list[list[Slot]] = []  # read by each block, in the order in which they run
+        self._block_of: dict[Slot, int] = {}
+        self._present = -1
+        self._coming: dict[int, dict[Slot, _Copy]] = {}  # by block
+        self._counted: dict[int, int] = {}  # bytes by block
+        self._leaving: dict[str, list[_Copy]] = {}  # by block, the one before last first
+
+    def begin(self) -> None:
+        """Fetch the outputs of the first block, after the turns of the call were decided."""
+        owner = None
+        for sublayer in self._call.plan.sublayers:
+            turn = self._call.turns.by_name[sublayer.name]
+            slots = [slot for slot in self._slots_of(turn) if slot.on_host]
+            if slots and sublayer.owner != owner:
+                owner = sublayer.owner
+                self._blocks.append([])
+            for slot in slots:
+                self._blocks[-1].append(slot)
+                self._block_of[slot] = len(self._blocks) - 1
+        self._fetch(0)
+
+    def take(self, found: Slot | Extrapolation) -> Slot | Extrapolation:
+        """What a sublayer reads, on the device, where nothing else reads it."""
+        if isinstance(found, Slot):
+            return self._arrived(found)
+        return replace(found, slots=tuple(map(self._arrived, found.slots)))
+
+    def send(self, turn: Turn, value: Any, device: torch.device) -> tuple[Any, bool]:
+        """An output that a turn keeps, and whether that is a copy of it in host memory."""
+        bus = bus_of(device)
+        if bus is None or not self._call.plan.on_host(turn.sublayer.name) or not _is_on(value, device):
+            return value, False
+        owner = turn.sublayer.owner
+        if owner not in self._leaving and len(self._leaving) == 2:
+            self._leave(next(iter(self._leaving)))
+        copies, done = bus.to_host(tensors_of(value))
+        self._leaving.setdefault(owner, []).append(_Copy(value, done, bus))
+        self._call.generation.meter.add(nbytes(value))
+        return with_tensors(value, copies), True
+
+    def finish(self) -> None:
+        """Let all further work wait for what is on its way, and drop it: the call has ended, or failed."""
+        for block in tuple(self._coming):
+            self._drop(block)
+        for owner in tuple(self._leaving):
+            self._leave(owner)
+
+    def _slots_of(self, turn: Turn) -> list[Slot]:
+        """All slots that the runs of a sublayer read in the call."""
+        if turn.slot is None:
+            return []
+        first = turn.slot.slots if isinstance(turn.slot, Extrapolation) else (turn.slot,)
+        found, run = list(first), 1
+        while again := self._call.arena.held(place_of(turn.sublayer.name, run))[: len(first)]:
+            found += again
+            run += 1
+        return found
+
+    def _arrived(self, slot: Slot) -> Slot:
+        if not slot.on_host:
+            return slot
+        block = self._block_of.get(slot, self._present)  # or what no block was to read
+        if block != self._present:
+            for other in [other for other in self._coming if other != block]:
+                self._drop(other)
+            self._present = block
+            self._fetch(block)
+            self._fetch(block + 1)
+        copy = self._coming.get(block, {}).pop(slot, None) or self._fetched(slot, block)
+        copy.wait()
+        return replace(slot, value=copy.value)
+
+    def _fetch(self, block: int) -> None:
+        if block not in self._coming and 0 <= block < len(self._blocks):
+            self._coming[block] = {}
+            for slot in self._blocks[block]:
+                self._coming[block][slot] = self._fetched(slot, block)
+
+    def _fetched(self, slot: Slot, block: int) -> _Copy:
+        self._call.generation.meter.add(slot.nbytes)
+        self._counted[block] = self._counted.get(block, 0) + slot.nbytes
+        return _to_device(slot)
+
+    def _drop(self, block: int) -> None:
+        for copy in self._coming.pop(block).values():
+            copy.wait()
+        self._call.generation.meter.add(-self._counted.pop(block, 0))
+
+    def _leave(self, owner: str) -> None:
+        for copy in self._leaving.pop(owner):
+            copy.wait()
+            self._call.generation.meter.add(-nbytes(copy.value))
+
+
+def offloading(call: Call, model: nn.Module, device: torch.device, compute: Callable[[], Any]) -> Callable[[], Any]:
+    """`compute`, a call of a model on a device, with slots in host memory.
+
+    Raises:
+        RuntimeError: the model or a block of it is compiled.
+        ValueError: the device is not supported.
+    """
+    if bus_of(device) is None:
+        return compute
+    blocks = {name for s in call.plan.sublayers if (name := s.owner) and s.kind != "model"}
+    if any(runs_compiled(model.get_submodule(name)) for name in ("", *blocks)):
+        raise RuntimeError(
+            f"{type(model).__name__} is compiled, and a compiled graph has its outputs on the device before it runs: "
+            "leave out cache_device, or give a budget, or do not compile the model"
+        )
+
+    def offloaded() -> Any:
+        call.offload = Offload(call)
+        try:
+            return compute()
+        finally:
+            offload, call.offload = call.offload, None
+            offload.finish()
+
+    return offloaded
+
+
+def place_again(arena: Arena, place: str, dtype: torch.dtype | None, on_host: bool) -> None:
+    """Quantise the slots of a place to `dtype`, if it is not None, and move them to host memory or to the device."""
+
+    def changed(slot: Slot) -> tuple[Any, bool]:
+        bus, value = bus_of(slot.key.device), slot.value
+        if slot.on_host:
+            copy = _to_device(slot)
+            copy.wait()
+            value = copy.value
+        value = pack(value, dtype)
+        if bus is None or not on_host or not _is_on(value, slot.key.device):
+            return value, False
+        copies, done = bus.to_host(tensors_of(value))
+        bus.wait(done)
+        return with_tensors(value, copies), True
+
+    arena.change(place, changed)
+
+
+def _to_device(slot: Slot) -> _Copy:
+    bus = bus_of(slot.key.device)
+    assert bus is not None, "it was moved from there"
+    copies, done = bus.to_device(tensors_of(slot.value))
+    return _Copy(with_tensors(slot.value, copies), done, bus)
+
+
+def _is_on(value: Any, device: torch.device) -> bool:
+    return all(tensor.device == device for tensor in tensors_of(value))
