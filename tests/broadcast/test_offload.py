@@ -269,7 +269,7 @@ def test_with_a_budget_as_few_slots_as_needed_are_in_host_memory(bus: BusRecorde
         assert not (given_up.computed or given_up.fewer_bits) and bool(given_up.on_host) == (share < 1)
         assert summary.peak_cache_bytes <= given_up.budget
         assert summary.peak_cache_bytes == given_up.peak or not again
-        assert not again or summary.peak_host_bytes <= (1.3 - share) * whole
+        assert summary.peak_host_bytes < whole or share < 0.3
         assert not (bus.pending or bus.present)
     assert ("in host memory" in str(summary.plan)) == (share < 1)
 
