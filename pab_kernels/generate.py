@@ -54,7 +54,7 @@ class Settings:
         weights: folder of the parts of a published model, as for `load_pipeline`.
         parallel: how the processes that torchrun started share the work: "none", "auto", or branches of guidance x
             parts of the sequence such as "2x4".
-        budget: the most bytes that a run under PAB keeps, as in `pab.enable`.
+        budget, cache_device: the most bytes that a run under PAB keeps, and where, as in `pab.enable`.
 
     Raises:
         FileNotFoundError: there is no such config file.
@@ -75,6 +75,7 @@ class Settings:
     weights: str | Path | None = None
     parallel: str = NONE
     budget: str | None = None
+    cache_device: Any = None
 
     def __post_init__(self) -> None:
         shape_of(self.parallel)
@@ -83,8 +84,10 @@ class Settings:
         if not 0.001 <= self.fps <= 1000:
             raise ValueError(f"fps must be from 0.001 to 1000, got {self.fps}")
         if self.pab == "off":
-            if self.compare or self.timed or self.cuda_graphs or self.budget:
-                raise ValueError("compare, timed, cuda_graphs and budget need PAB; choose auto, a preset or a file")
+            if self.compare or self.timed or self.cuda_graphs or self.budget or self.cache_device:
+                raise ValueError(
+                    "compare, timed, cuda_graphs, budget and cache_device need PAB; choose auto, a preset or a file"
+                )
         elif self.timed and self.cuda_graphs:
             raise ValueError("seconds by kind cannot be measured inside a CUDA graph; leave out timed or cuda_graphs")
         elif self.pab == "published" and not is_published(self.model):
@@ -103,7 +106,8 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        how = {name: getattr(self, name) for name in ("pab", "offload", "fps", "cuda_graphs", "parallel", "budget")}
+        names = ("pab", "offload", "fps", "cuda_graphs", "parallel", "budget", "cache_device")
+        how = {name: getattr(self, name) for name in names}
         where = {} if self.weights is None else {"weights": str(self.weights)}
         return {"model": self.model} | where | vars(self.wish) | how
 
@@ -295,6 +299,7 @@ def _generate(
                 timed=settings.timed,
                 cuda_graphs=settings.cuda_graphs,
                 budget=settings.budget,
+                cache_device=settings.cache_device,
             )
             if not writes:
                 continue
@@ -352,7 +357,8 @@ def _loaded(settings: Settings) -> tuple[Any, PABConfig | None]:
     arguments(pipe, settings.wish)
     if config is not None:
         try:
-            api.enable(pipe, config, budget=settings.budget)
+            options = {"budget": settings.budget, "cache_device": settings.cache_device}
+            api.enable(pipe, config, cuda_graphs=settings.cuda_graphs, **options)
         except TypeError as error:
             raise ValueError(str(error)) from error
         api.disable(pipe)

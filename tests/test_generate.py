@@ -215,13 +215,16 @@ def test_what_does_not_suit_the_model_is_refused(
     [
         (
             lambda: Settings("demo", Wish("a"), pab="off", compare=True),
-            "compare, timed, cuda_graphs and budget need PAB; choose auto, a preset or a file",
+            "compare, timed, cuda_graphs, budget and cache_device need PAB; choose auto, a preset or a file",
         ),
         (
             lambda: Settings("demo", Wish("a"), pab="off", timed=True),
-            "compare, timed, cuda_graphs and budget need PAB",
+            "compare, timed, cuda_graphs, budget and cache_device need PAB",
         ),
-        (lambda: Settings("demo", Wish("a"), pab="off", cuda_graphs=True), "cuda_graphs and budget need PAB"),
+        (
+            lambda: Settings("demo", Wish("a"), pab="off", cuda_graphs=True),
+            "cuda_graphs, budget and cache_device need PAB",
+        ),
         (lambda: Settings("demo", Wish("a"), timed=True, cuda_graphs=True), "leave out timed or cuda_graphs"),
         (
             lambda: generate(Settings("demo", Wish("a"), device="cpu", cuda_graphs=True), "."),

@@ -16,7 +16,7 @@ from .. import api
 from ..broadcast.summary import Summary
 from ..compat import execution_device
 from ..messages import shown
-from ..rules.config import PABConfig
+from ..rules.config import CacheDevice, PABConfig
 
 T = TypeVar("T")
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # proc(5)
@@ -64,6 +64,7 @@ def sample(
     timed: bool = False,
     cuda_graphs: bool = False,
     budget: int | float | str | None = None,
+    cache_device: CacheDevice | None = None,
 ) -> Sampled[T]:
     """Run a pipeline with PAB enabled during the run, or as it is.
 
@@ -73,14 +74,14 @@ def sample(
         config: PAB's rules, or None to leave PAB alone.
         timed: whether PAB's summary has seconds.
         cuda_graphs: whether calls of the model under PAB are replayed; a previous run of `call` captures them.
-        budget: the most bytes that the run keeps.
+        budget, cache_device: the most bytes that the run keeps, and where; as in `pab.enable`.
 
     Returns:
         Output, time and memory of the run.
     """
     device = execution_device(pipe)
     if config is not None:
-        api.enable(pipe, config, timed=timed, cuda_graphs=cuda_graphs, budget=budget)
+        api.enable(pipe, config, timed=timed, cuda_graphs=cuda_graphs, budget=budget, cache_device=cache_device)
     try:
         if config is not None and cuda_graphs:
             call()

@@ -19,6 +19,13 @@ Budget = Annotated[
         help="The most that PAB keeps, such as 8GiB; the rest is kept in 8 bits or computed. Default: no limit.",
     ),
 ]
+CacheDevice = Annotated[
+    str | None,
+    typer.Option(
+        metavar="cpu",
+        help="Keep outputs in host memory, with --budget as few as needed. Default: on the model's device.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")]
 Dtype = Annotated[

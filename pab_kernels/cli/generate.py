@@ -12,7 +12,18 @@ import typer
 
 from ..extras import require_all
 from ..strict_json import to_json
-from .arguments import AsJson, Budget, Device, Dtype, Further, LocalFilesOnly, Weights, named_arguments, numbers
+from .arguments import (
+    AsJson,
+    Budget,
+    CacheDevice,
+    Device,
+    Dtype,
+    Further,
+    LocalFilesOnly,
+    Weights,
+    named_arguments,
+    numbers,
+)
 from .display import output, progress_bar, quiet, table
 
 if TYPE_CHECKING:
@@ -86,6 +97,7 @@ def command(
         bool, typer.Option("--cuda-graphs", help="Replay CUDA graphs, captured in a previous run.")
     ] = False,
     budget: Budget = None,
+    cache_device: CacheDevice = None,
     dtype: Dtype = None,
     device: Device = None,
     offload: Annotated[str, typer.Option(help="none, model or sequential: keep unused weights on the host.")] = "none",
@@ -132,6 +144,7 @@ def command(
         weights,
         parallel,
         budget,
+        cache_device,
     )
     first = is_first(parallel)
     with progress_bar("loading", "steps", width=10) if first else contextlib.nullcontext() as show:

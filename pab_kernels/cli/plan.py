@@ -3,8 +3,9 @@
 # No `from __future__ import annotations` here: typer reads the command's annotations at run time.
 
 import itertools
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +17,7 @@ from ..rules.plan import plan
 from ..rules.schedule import check_steps
 from ..rules.traffic import Layout, returned
 from ..strict_json import to_json
-from .arguments import AsJson, Budget, numbers
+from .arguments import AsJson, Budget, CacheDevice, numbers
 from .display import output, table
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
     from ..analysis.forecasts.forecasting import ModelForecast
     from ..analysis.forecasts.ranks import RanksForecast
+    from ..rules.costs import Forecast
 
+BANDWIDTH = 25.0
+"""Of the bus to host memory, in GB a second each way: about what PCIe 4.0 with 16 lanes carries of its 31.5."""
 WIDE = 126
 """Columns of the table if it is not printed to a terminal."""
 
@@ -47,14 +51,18 @@ def forecast_table(found: "ModelForecast") -> "Table":
         rows.append([kind, *counts, *flops, *(_gib(one.cache_bytes[d]) for d in bytes_of)])
     rows.append(["rest", "", "", "", *2 * [_gigaflops(found.rest_flops)], *("" for _ in bytes_of)])
     flops = [_gigaflops(found.total.flops), _gigaflops(found.total.flops_without)]
-    rows.append(["total", "", "", "", *flops, *map(_gib, found.peak_cache_bytes.values())])
+    on_host = any(found.peak_host_bytes.values())
+    title = "device" if on_host else "total"
+    rows.append([title, "", "", "", *flops, *map(_gib, found.peak_cache_bytes.values())])
+    if on_host:
+        rows.append(["host", "", "", "", "", "", *map(_gib, found.peak_host_bytes.values())])
     names = {"model": found.dtype, "float8_e4m3fn": "fp8", "budget": "in the budget"}
     caches = [names.get(d, d) for d in bytes_of]
     headings = ("kind", "computed", "stored", "reused", "GFLOPs", "without PAB", *caches)
     caption = (
         f"Over {len(found.plan.steps)} step(s) with {found.calls} call(s) each; computed includes stored. The cache, "
         "by dtype in GiB: the peak of each kind's slots; the total is the peak of all slots together, and of the "
-        "text's keys and values where they are kept."
+        "text's keys and values where they are kept" + ("; on the device also what is on its way." if on_host else ".")
     )
     return table(headings, rows, caption=caption)
 
@@ -67,6 +75,26 @@ def _lines(found: "ModelForecast") -> list[str]:
         f"bytes moved    {_gib(total.moved_bytes)} GiB by reuses",
         f"device memory  {_gib(found.device_bytes)} GiB: weights {_gib(found.weight_bytes)}, activations "
         f"{_gib(found.activation_bytes)}, cache {_gib(total.peak_cache_bytes)} ({cache}); without text encoder and VAE",
+    ]
+
+
+def _bus(total: "Forecast", bandwidth: float | None) -> dict[str, Any]:
+    """How long a step without PAB has to take so that no step waits for copies, if any are made."""
+    if not total.peak_host_bytes:
+        return {}
+    bandwidth = BANDWIDTH if bandwidth is None else bandwidth
+    return {"bandwidth": bandwidth * 1e9, "least_step_seconds": total.least_step_seconds(bandwidth * 1e9)}
+
+
+def _bus_lines(total: "Forecast", bandwidth: float | None) -> list[str]:
+    if not total.peak_host_bytes:
+        return []
+    found = _bus(total, bandwidth)
+    return [
+        f"host memory    {_gib(total.peak_host_bytes)} GiB; a step copies up to {_gib(max(total.fetched_bytes))} GiB "
+        f"from it and {_gib(max(total.sent_bytes))} GiB to it",
+        f"bus            no step waits where one without PAB takes {found['least_step_seconds']:.2f} s or more, at "
+        f"{found['bandwidth'] / 1e9:g} GB a second each way",
     ]
 
 
@@ -136,6 +164,11 @@ def command(
         int | None, typer.Option(help="Tokens of the prompt, including padding. Default: the model's pipeline's.")
     ] = None,
     budget: Budget = None,
+    cache_device: CacheDevice = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(help="Of the bus to host memory each way, in GB a second; with --cache-device. Default: 25."),
+    ] = None,
     ranks: Annotated[
         int | None, typer.Option(metavar="N", help="Count what each of N ranks that share the model sends and keeps.")
     ] = None,
@@ -163,6 +196,8 @@ def command(
     check_steps(steps or 1, "--steps")
     if cfg is not None and ranks is None:
         raise ValueError("--cfg tells how many of the ranks share the branches of guidance; give --ranks too")
+    if bandwidth is not None and not (cache_device and 0 < bandwidth < math.inf):
+        raise ValueError(f"--bandwidth is a number above 0 and goes with --cache-device cpu, got {bandwidth}")
     if plot is not None:
         check_plot_path(plot)
     if model is None:
@@ -170,6 +205,7 @@ def command(
             ("--size is the size of a model's clip", size),
             ("--ranks share a model", ranks),
             ("--budget is for the outputs of a model", budget),
+            ("--cache-device is for the outputs of a model", cache_device),
         ):
             if given is not None:
                 raise ValueError(f"{option}; give --model too")
@@ -200,15 +236,16 @@ def command(
             text=text,
             layout=layout,
             budget=budget,
+            cache_device=cache_device,  # type: ignore[arg-type]  # PABConfig checks it
         )
         made, cost = found.plan, found.total
         if as_json:
-            print(to_json(found.to_dict()))
+            print(to_json(found.to_dict() | _bus(cost, bandwidth)))
         else:
             require("rich", "pab plan")
             print(f"{found.model}, {found.clip}, {found.dtype}, {found.batch} clip(s)", made, sep="\n")
             output(WIDE).print(forecast_table(found))
-            print(*_lines(found), sep="\n")
+            print(*_lines(found), *_bus_lines(cost, bandwidth), sep="\n")
             if found.ranks is not None:
                 output(WIDE).print(traffic_table(found.ranks))
                 kept = "budget" if made.given_up else made.config.cache_dtype or "model"

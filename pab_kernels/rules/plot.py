@@ -64,16 +64,24 @@ def _draw_row(ax: Axes, y: float, label: str, row: tuple[Decision, ...], begin: 
 
 
 def _draw_bytes(ax: Axes, plan: Plan, cost: Forecast) -> None:
-    """The bytes held after each step, by kind, and the budget."""
-    scale = 2**30 if cost.peak_cache_bytes >= 2**29 else 2**20
+    """The bytes held after each step, by kind and place, and the budget of the device."""
+    scale = 2**30 if cost.peak_cache_bytes + cost.peak_host_bytes >= 2**29 else 2**20
     below = [0.0] * len(plan.steps)
-    for kind, held in cost.cache_bytes_by_kind.items():
-        values = [n / scale for n in held]
-        ax.bar(list(plan.steps), values, 1.0, below, label=kind, color=KIND_COLOURS[kind], gid=f"bytes of {kind}")
-        below = [a + b for a, b in zip(below, values, strict=True)]
+    hatched: dict[str, Any] = {"hatch": "////", "edgecolor": "white", "linewidth": 0}
+    for where, by_kind in (("", cost.cache_bytes_by_kind), (" in host memory", cost.host_bytes_by_kind)):
+        for kind, held in by_kind.items():
+            values = [n / scale for n in held]
+            style = (hatched if where else {}) | {
+                "color": KIND_COLOURS[kind],
+                "label": kind + where,
+                "gid": f"bytes of {kind}{where}",
+            }
+            if any(values):
+                ax.bar(list(plan.steps), values, 1.0, below, **style)
+            below = [a + b for a, b in zip(below, values, strict=True)]
     if plan.given_up is not None:
         ax.axhline(plan.given_up.budget / scale, color=_INK, linewidth=1, linestyle="--", gid="budget")
-        ax.annotate("budget", (plan.steps.stop - 0.5, plan.given_up.budget / scale), (8, -3), **_NOTE)
+        ax.annotate("budget", (plan.steps.start - 0.5, plan.given_up.budget / scale), (4, 4), **_NOTE)
     ax.set_ylabel(f"kept, {'GiB' if scale == 2**30 else 'MiB'}", fontsize=9, color=_FAINT)
     ax.tick_params(length=0, labelsize=8.5, labelcolor=_FAINT)
     ax.spines[["top", "right"]].set_visible(False)

@@ -63,6 +63,8 @@ def test_the_table_the_summary_and_the_files_are_printed(asked: list[object], tm
         2,
         "--budget",
         "1GiB",
+        "--cache-device",
+        "cpu",
     )
     assert result.exit_code == 0, result.output
     assert result.stderr == "" and "budget 1.00 GiB, " in result.stdout
@@ -103,7 +105,11 @@ def test_json_is_printed_alone(asked: list[object], tmp_path: Path) -> None:
         (["--pab", "missing.yaml"], "pab: there is no file missing.yaml"),
         (["--pab", "pab999"], "pab: there is no preset 'pab999'"),
         (["--pab", "bad.json"], "pab: bad.json: "),
-        (["--pab", "off", "--compare"], "pab: compare, timed, cuda_graphs and budget need PAB"),
+        (["--pab", "off", "--compare"], "pab: compare, timed, cuda_graphs, budget and cache_device need PAB"),
+        (
+            ["--cache-device", "disk"],
+            "pab: cache_device 'disk' is not known",
+        ),
         (["--budget", "much"], "pab: got budget='much'; supported are a number of bytes"),
         (["--size", "large"], "pab: --size takes frames x height x width such as 49x480x720"),
         (["--size", "8"], "pab: --size takes frames x height x width"),

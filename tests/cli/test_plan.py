@@ -73,6 +73,32 @@ def test_a_budget_is_kept_printed_and_drawn(tmp_path: Path) -> None:
     assert "give --model too" in pab("plan", "--config", "pab246", "--steps", 10, "--budget", "1GiB").stderr
 
 
+def test_host_memory_and_the_bus_are_printed_and_drawn(tmp_path: Path) -> None:
+    options = ("plan", "--model", "latte", "--config", "pab246", "--steps", 10, "--cache-device", "cpu")
+    result = pab(*options, "--bandwidth", 50, "--plot", tmp_path / "plan.svg")
+    assert result.exit_code == 0, result.output
+    data = json.loads(pab(*options, "--json").stdout)
+    assert data["config"]["cache_device"] == "cpu" and data["bandwidth"] == 25e9
+    assert data["peak_host_bytes"]["model"] > 8 * data["peak_cache_bytes"]["model"] > 0
+    assert max(data["fetched_bytes_by_step"]) == data["peak_host_bytes"]["model"] == max(data["host_bytes_by_step"])
+    for printed in (
+        "host memory    5.9",
+        "device memory  3.",
+        f"takes {data['least_step_seconds'] / 2:.2f} s or more, at 50 GB a second each way",
+    ):
+        assert printed in result.output
+    assert "spatial in host memory" in (tmp_path / "plan.svg").read_text()
+    with_budget = pab(*options, "--budget", "4GiB").output
+    assert "in host memory" in with_budget and "device memory  6.8" in with_budget
+    for more, message in (
+        (("--bandwidth", 0), "--bandwidth is a number above 0"),
+        (("--cache-device", "disk"), "cache_device 'disk' is not known"),
+    ):
+        assert message in pab(*options, *more).stderr
+    assert "--bandwidth" in pab("plan", "--model", "latte", "--bandwidth", 25).stderr
+    assert "give --model too" in pab("plan", "--config", "pab246", "--steps", 10, "--cache-device", "cpu").stderr
+
+
 RANKS = (
     "plan",
     "--model",

@@ -392,3 +392,21 @@ def test_a_plan_that_ends_early_is_the_beginning_of_the_whole_one_and_keeps_noth
     assert "10 steps, left at 5, " in str(Plan(config, Schedule(10, timesteps, end=5)))
     assert "left at" not in str(Plan(config, Schedule(10, timesteps, end=10)))
     assert Plan(config, Schedule(10, timesteps, begin=3, end=5)).steps == range(3, 5)
+
+
+def test_host_memory_and_what_is_copied_follow_from_the_plan() -> None:
+    """Two blocks of an attention each, reused at every second of four steps, in two branches."""
+    sublayers = tuple(Sublayer(f"blocks.{i}.attn", "spatial", i) for i in range(2))
+    config = PABConfig(Broadcast(2, (0, 1)), cache_device="cpu")
+    costs = {s.name: Cost(30, 8) for s in sublayers}
+    made = Plan(config, Schedule(4), sublayers)
+    assert [made.on_host(s.name) for s in sublayers] == [True, True]
+    found = made.forecast(costs, rest_flops=40, contexts=2)
+    assert found.host_bytes == (32, 0, 32, 0) and found.peak_host_bytes == 32
+    assert found.sent_bytes == (32, 0, 32, 0) and found.fetched_bytes == (0, 32, 0, 32)
+    assert found.cache_bytes == (0, 0, 0, 0) and found.peak_cache_bytes == 16  # of two blocks, one call at a time
+    assert found.host_bytes_by_kind == {"spatial": (32, 0, 32, 0)} and found.peak_by_kind == {"spatial": 32}
+    # a step of 200 FLOPs takes 1 s at 200 a second, one of 80 takes 0.4 s, in which 32 bytes are copied
+    assert found.least_step_seconds(32 / 0.4) == pytest.approx(1.0)
+    on_device = Plan(PABConfig(Broadcast(2, (0, 1))), Schedule(4), sublayers).forecast(costs, 40, contexts=2)
+    assert on_device.peak_host_bytes == 0 == on_device.least_step_seconds(1.0) and not on_device.host_bytes_by_kind

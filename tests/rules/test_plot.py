@@ -121,6 +121,17 @@ def test_bytes_kept_are_drawn_below_by_kind():
     assert kept.get_ylabel() == "kept, GiB" and pyramid.get_xlim() == kept.get_xlim()
 
 
+def test_bytes_in_host_memory_are_drawn_above_those_on_the_device():
+    rules = PABConfig(spatial=2, cross=4, cache_device="cpu")
+    drawn = plan(rules, num_steps=12)
+    cost = drawn.forecast({"spatial": Cost(1, 3 * 2**30), "cross": Cost(1, 2**30)})
+    _, kept = plot_plan(drawn, cost=cost).axes
+    labels = [text.get_text() for text in kept.get_legend().get_texts()]
+    assert labels == ["spatial in host memory", "cross in host memory"]
+    heights = [[bar.get_height() for bar in bars] for bars in kept.containers]
+    assert heights == [[n / 2**30 for n in cost.host_bytes_by_kind[kind]] for kind in ("spatial", "cross")]
+
+
 def test_it_is_saved_and_stays_out_of_pyplot(tmp_path):
     drawn = plan(PABConfig(spatial=2), num_steps=8)
     figure = drawn.plot(str(tmp_path / "plan.png"))

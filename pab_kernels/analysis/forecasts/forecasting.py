@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...adapters import adapter_for
 from ...broadcast.slots import CACHE_DTYPES
 from ...messages import first_line, shown
-from ...rules.config import PABConfig
+from ...rules.config import CacheDevice, PABConfig
 from ...rules.costs import Forecast
 from ...rules.forecast import flops_at
 from ...rules.plan import Counts, Plan
@@ -62,11 +62,12 @@ class ModelForecast:
         kinds: by kind.
         rest_flops: FLOPs outside of the plan's sublayers, over the generation.
         total: with slots in the config's cache dtype, or in those of its budget.
-        peak_cache_bytes: peak size of all slots, and of what sublayers keep for a generation, by cache dtype, without
-            the budget and, as "budget", within it.
+        peak_cache_bytes: peak size on the device of all slots, and of what sublayers keep for a generation, by cache
+            dtype, without the budget and, as "budget", within it.
         weight_bytes: of parameters and buffers.
         activation_bytes: peak size of one call's other tensors; see `measure`.
         ranks: one of several ranks, if a layout was given.
+        peak_host_bytes: peak size of the slots in host memory, as `peak_cache_bytes`.
     """
 
     model: str
@@ -82,6 +83,7 @@ class ModelForecast:
     weight_bytes: int
     activation_bytes: int
     ranks: RanksForecast | None = None
+    peak_host_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def device_bytes(self) -> int:
@@ -118,6 +120,11 @@ class ModelForecast:
             "cache_bytes_by_step": list(self.total.cache_bytes),
             "cache_bytes_by_kind": {kind: list(held) for kind, held in self.total.cache_bytes_by_kind.items()},
             "peak_cache_bytes": dict(self.peak_cache_bytes),
+            "host_bytes_by_step": list(self.total.host_bytes),
+            "host_bytes_by_kind": {kind: list(held) for kind, held in self.total.host_bytes_by_kind.items()},
+            "peak_host_bytes": dict(self.peak_host_bytes),
+            "fetched_bytes_by_step": list(self.total.fetched_bytes),
+            "sent_bytes_by_step": list(self.total.sent_bytes),
             "given_up": self.plan.given_up and asdict(self.plan.given_up),
             "moved_bytes": self.total.moved_bytes,
             "weight_bytes": self.weight_bytes,
@@ -138,6 +145,7 @@ def forecast(
     text: int | None = None,
     layout: Layout | None = None,
     budget: int | str | None = None,
+    cache_device: CacheDevice | None = None,
 ) -> ModelForecast:
     """FLOPs, cache bytes, bytes moved and device memory of a generation with PAB, from shapes alone.
 
@@ -157,7 +165,8 @@ def forecast(
         batch: clips in a batch, not counting classifier-free guidance.
         text: tokens of the prompt, including padding; default the number of the family's pipeline.
         layout: of several ranks that share the model, for what one of them sends and keeps.
-        budget: the most bytes that a generation keeps, on each rank, in place of that of the config.
+        budget: the most bytes that a generation keeps on the device, on each rank, in place of that of the config.
+        cache_device: where outputs are kept, in place of what the config says.
 
     Returns:
         The plan and its costs.
@@ -192,6 +201,7 @@ def forecast(
     if config is None:  # below that number, `enable` leaves the model alone
         config = default_preset(follows_scheduler=True) if steps >= FEWEST_STEPS else PABConfig()
     config = config if budget is None else replace(config, budget=budget)
+    config = config if cache_device is None else replace(config, cache_device=cache_device)
     sublayers = tuple(adapter_for(transformer).sublayers)
     if config.fitted is not None:
         config.fitted.check_names(sublayers, type(transformer).__name__)
@@ -251,6 +261,7 @@ def forecast(
         measured.weight_bytes,
         measured.activation_bytes,
         ranks,
+        {kept: forecast.peak_host_bytes for kept, forecast in found.items()},
     )
 
 
