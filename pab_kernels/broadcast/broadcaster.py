@@ -24,6 +24,7 @@ from .generation import Generation
 from .graphs.pool import GraphPool
 from .inputs import Inputs, Signature, is_transformed, records_gradients
 from .names import Naming, named
+from .offload import around_compiled, refuse_whole
 from .open_generation import OpenGeneration
 from .request import Request
 from .runs import Runs
@@ -31,17 +32,13 @@ from .scheduler import entered_at
 from .stopwatch import REST
 from .summary import Summary, summarise, with_held
 from .turn import NO_TURNS, CurrentCall, CurrentTurn
-from .verdict import NOT_BEGUN, NOT_CALLED, NOT_ENTERED, NOT_FOLLOWED, in_a_line, nothing_reused
+from .verdict import COMPILED_LAST, NOT_BEGUN, NOT_CALLED, NOT_ENTERED, NOT_FOLLOWED, in_a_line, nothing_reused
 from .whole import broadcast_model
 
 logger = logging.getLogger("pab_kernels")
 
 ATTRIBUTE = f"{PREFIX}broadcaster"
 """Name of the attribute that holds the broadcaster while PAB is enabled on a model."""
-_COMPILED_LAST = (
-    "a model under PAB is called from a compiled graph: after compiled = torch.compile(model) call "
-    "pab.enable(compiled) or give it to the pipeline and enable that, or compile it by model.compile()"
-)
 
 RESET = "_reset_stateful_cache"
 """Name of the method that diffusers calls to reset a model's cache."""
@@ -80,7 +77,7 @@ class Broadcaster:
         self._sublayers: set[str] = set()  # those with a stand-in
         self._current: dict[str, CurrentTurn] = {}
         # What a compiled graph does depends on the turns, so calls are opened outside of graphs.
-        self._outside = torch.compiler.disable(Broadcaster._opened, reason=_COMPILED_LAST)
+        self._outside = torch.compiler.disable(Broadcaster._opened, reason=COMPILED_LAST)
 
     @property
     def call(self) -> Call | None:
@@ -151,6 +148,8 @@ class Broadcaster:
             if name not in self._sublayers:
                 self._put(attached)
                 self._sublayers.add(name)
+        for attached in around_compiled(self._model(), config, sublayers, self.current):
+            self._put(attached)
 
     def _put(self, attached: Detachable) -> None:
         self._attached.append(attached)  # first, so that `detach` finds it after an interruption
@@ -327,6 +326,7 @@ class Broadcaster:
 
     def _enclosed(self, compiled: Any, *args: Any, **kwargs: Any) -> Any:
         """Replaces the call of the whole compiled model."""
+        refuse_whole(self._name, self.config)
         self._thread.enclosed = True
         try:
             return self._outside(self, False, compiled, *args, **kwargs)
@@ -341,7 +341,7 @@ class Broadcaster:
 
     def _opened(self, traced: bool, forward: Any, *args: Any, **kwargs: Any) -> Any:
         if traced:
-            raise RuntimeError(_COMPILED_LAST)
+            raise RuntimeError(COMPILED_LAST)
         return self._run(forward, *args, **kwargs)
 
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:

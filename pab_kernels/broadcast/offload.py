@@ -8,13 +8,17 @@ later. So a call needs the outputs read by two blocks and those written by two b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..compat import runs_compiled
+from ..rules.config import PABConfig
+from ..rules.plan import Sublayer
+from .attach import Attached, is_stand_in
 from .bus import Bus, bus_of
 from .costs import place as place_of
 from .signature import tensors_of, with_tensors
@@ -24,7 +28,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .call import Call
-    from .turn import Turn
+    from .turn import CurrentTurn, Turn
+
+_COMPILED = "_compiled_call_impl"
+"""Name of the attribute of a module that was compiled by its `compile`."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ class Offload:
             self._fetch(block + 1)
         copy = self._coming.get(block, {}).pop(slot, None) or self._fetched(slot, block)
         copy.wait()
-        return replace(slot, value=copy.value)
+        return replace(slot, value=copy.value, on_host=False)
 
     def _fetch(self, block: int) -> None:
         if block not in self._coming and 0 <= block < len(self._blocks):
@@ -152,27 +159,76 @@ def offloading(call: Call, model: nn.Module, device: torch.device, compute: Call
     """`compute`, a call of a model on a device, with slots in host memory.
 
     Raises:
-        RuntimeError: the model or a block of it is compiled.
+        RuntimeError: a block was compiled after PAB was enabled.
         ValueError: the device is not supported.
     """
     if bus_of(device) is None:
         return compute
-    blocks = {name for s in call.plan.sublayers if (name := s.owner) and s.kind != "model"}
-    if any(runs_compiled(model.get_submodule(name)) for name in ("", *blocks)):
-        raise RuntimeError(
-            f"{type(model).__name__} is compiled, and a compiled graph has its outputs on the device before it runs: "
-            "leave out cache_device, or give a budget, or do not compile the model"
-        )
+    for name in {s.owner for s in call.plan.sublayers if call.plan.on_host(s.name)}:
+        block = model.get_submodule(name)
+        if runs_compiled(block) and not is_stand_in(vars(block).get(_COMPILED)):
+            raise RuntimeError(
+                f"cache_device: {name or type(model).__name__} is compiled, and PAB does not know when it begins: "
+                "compile blocks by block.compile() before pab.enable, or leave out cache_device"
+            )
 
     def offloaded() -> Any:
-        call.offload = Offload(call)
+        offload = call.offload = Offload(call)
         try:
             return compute()
         finally:
-            offload, call.offload = call.offload, None
+            call.offload = None
             offload.finish()
 
     return offloaded
+
+
+def around_compiled(
+    model: nn.Module | None, config: PABConfig, sublayers: Sequence[Sublayer], current: Callable[[str], CurrentTurn]
+) -> Iterator[Attached]:
+    """Stand-ins around compiled blocks: what a graph reads is there before it runs, and what it keeps is sent after it.
+
+    Args:
+        model: with PAB.
+        config: of its next generations.
+        sublayers: of the model.
+        current: returns the holder of a sublayer's turn, by its name.
+    """
+    if model is None or config.cache_device is None:
+        return
+    by_block: dict[str, list[CurrentTurn]] = {}
+    for sublayer in sublayers:
+        by_block.setdefault(sublayer.owner, []).append(current(sublayer.name))
+    for name, turns in by_block.items():
+        block = model.get_submodule(name)
+        if name and vars(block).get(_COMPILED) is not None and not is_stand_in(vars(block)[_COMPILED]):
+            yield Attached(block, _COMPILED, functools.partial(_around, turns))
+
+
+def _around(current: Sequence[CurrentTurn], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    turns = [holder.turn for holder in current if holder.turn is not None and holder.turn.call is not None]
+    offload: Offload | None = turns[0].call.offload if turns else None
+    if offload is None:
+        return original(*args, **kwargs)
+    for turn in turns:
+        turn.slot = None if turn.slot is None else offload.take(turn.slot)
+    out = original(*args, **kwargs)
+    for turn in turns:
+        turn.collect()
+    return out
+
+
+def refuse_whole(model: str, config: PABConfig) -> None:
+    """Refuse slots in host memory for a model that is compiled as a whole.
+
+    Raises:
+        RuntimeError: the config asks for them.
+    """
+    if config.cache_device is not None:
+        raise RuntimeError(
+            f"{model} is compiled as a whole, and one graph would have all outputs on the device before it runs: "
+            "compile its blocks instead, by block.compile() before pab.enable, or leave out cache_device"
+        )
 
 
 def place_again(arena: Arena, place: str, dtype: torch.dtype | None, on_host: bool) -> None:

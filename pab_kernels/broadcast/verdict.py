@@ -49,6 +49,10 @@ NOT_CALLED = (
     "does not lead to this one; call pab.enable(pipe) again"
 )
 
+COMPILED_LAST = (
+    "a model under PAB is called from a compiled graph: after compiled = torch.compile(model) call "
+    "pab.enable(compiled) or give it to the pipeline and enable that, or compile it by model.compile()"
+)
 NOT_BEGUN = (
     "no generation has begun",
     "call it inside `with pab.generation(model, num_steps=...):`, or give num_steps to pab.enable; on a pipeline pass "

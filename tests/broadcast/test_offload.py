@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils import _pytree as pytree
 
 import pab_kernels as pab
@@ -325,11 +326,55 @@ def test_with_cuda_graphs_it_is_refused() -> None:
         pab.enable(model, RULES["hold"], cache_device="disk")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_compiled_model_is_refused_before_it_runs(bus: BusRecorder, whole: bool) -> None:
+# Compiled
+
+
+@pytest.fixture
+def _forgotten_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_forgotten_graphs")
+def test_compiled_blocks_read_what_has_arrived_in_as_many_graphs(bus: BusRecorder) -> None:
+    rules = PABConfig(spatial=Broadcast(3, ALL, reuse="linear"))
+    graphs, found, peaks = [], [], []
+    for cache_device in (None, "cpu"):
+        torch._dynamo.reset()
+        model, counter = Model(directly), CompileCounter()
+        for block in model.blocks:
+            block.compile(backend=counter, fullgraph=True)
+        pab.enable(model, rules, cache_device=cache_device)
+        pab.enable(model)  # a second time
+        held = []  # the first examples of what enters a graph stay
+        for _ in range(3):
+            with torch.no_grad(), pab.generation(model, num_steps=8):
+                found.append([model(X + step) for step in range(8)])
+            held.append(bus.present)
+        graphs.append(counter.frame_count)
+        summary = pab.summary(model)
+        peaks.append((summary.peak_host_bytes, summary.peak_cache_bytes))
+        assert not (summary.forced or summary.host_bytes or summary.cache_bytes or bus.pending)
+        assert held[0] == held[1] == held[2] <= 3 * X.nbytes
+        pab.disable(model)
+        assert not any("stand_in" in repr(vars(block)["_compiled_call_impl"]) for block in model.blocks)
+    assert graphs[0] == graphs[1]
+    assert all(torch.equal(a, b) for outputs in found for a, b in zip(outputs, found[0], strict=True))
+    (nothing, whole), (host, device) = peaks
+    assert nothing == 0 and host == whole and 0 < device < whole
+
+
+@pytest.mark.usefixtures("_forgotten_graphs")
+def test_a_model_compiled_as_a_whole_and_blocks_compiled_later_are_refused(bus: BusRecorder) -> None:
+    rules = PABConfig(spatial=Broadcast(2, ALL))
     model = Model(directly)
-    for module in [model] if whole else model.blocks:
-        module.compile(backend="eager")
-    pab.enable(model, PABConfig(spatial=Broadcast(2, ALL)), cache_device="cpu", num_steps=4)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="Model is compiled"):
+    compiled = torch.compile(model, backend="eager")
+    pab.enable(compiled, rules, cache_device="cpu", num_steps=4)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Model is compiled as a whole"):
+        compiled(X)
+    model = Model(directly)
+    pab.enable(model, rules, cache_device="cpu", num_steps=4)
+    model.blocks[1].compile(backend="eager")
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"blocks\.1 is compiled"):
         model(X)
