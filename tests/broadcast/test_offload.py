@@ -22,6 +22,7 @@ from tests.adapters.tiny_pipes import named
 from tests.broadcast.bus_recorder import BusRecorder, record
 from tests.broadcast.chained import Model, X, directly
 from tests.broadcast.toy import CONFIG, Pipe, toy
+from tests.works_with.group_offloading import grouped, offloading
 
 pytestmark = [
     pytest.mark.flops,
@@ -251,6 +252,18 @@ def test_requests_in_turn(bus: BusRecorder) -> None:
     for (a, b), x, y in zip(found, *wanted, strict=True):
         assert torch.equal(a, x) and torch.equal(b, y)
     assert not bus.pending and not bus.present
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_with_group_offloading_of_weights(bus: BusRecorder, kind: str) -> None:
+    model, twin = tiny_latte(), tiny_latte()
+    pab.enable(twin, RULES["hold"])
+    wanted = run(twin, on_latte)
+    with offloading() as onloaded:
+        grouped(model, kind, prefetch=True)
+        pab.enable(model, RULES["hold"], cache_device="cpu")
+        assert all(torch.equal(a, b) for a, b in zip(run(model, on_latte), wanted, strict=True))
+        assert onloaded and bus.queued("to device") and not (bus.pending or bus.present)
 
 
 # With a budget
