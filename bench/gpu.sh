@@ -101,11 +101,11 @@ part() {
       ;;
     tests_graphs)
       if ! "$PYTHON" -c 'import diffusers' 2> /dev/null; then
-        echo "diffusers is not installed: CUDA graphs of its models were not tested"
+        echo "diffusers is not installed: CUDA graphs and host memory were not tested with its models"
         return 77
       fi
       # shellcheck disable=SC2086
-      limited "$PYTHON" -m pytest tests/broadcast/graphs/test_cuda_graphs_gpu.py -q ${PYTEST_ARGS:-}
+      limited "$PYTHON" -m pytest tests/broadcast/graphs/test_cuda_graphs_gpu.py tests/broadcast/test_offload_gpu.py -q ${PYTEST_ARGS:-}
       ;;
     tests_kernels)
       # shellcheck disable=SC2086
@@ -152,7 +152,7 @@ part() {
         return 77
       fi
       rm -f "$json"
-      limited "$PYTHON" -m bench.memory --device cuda --parts slots --clips 16 --out "$json"
+      limited "$PYTHON" -m bench.memory --device cuda --parts slots,bus --clips 16 --out "$json"
       ;;
     ranks)
       local gpus

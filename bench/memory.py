@@ -1,26 +1,30 @@
-"""What slots of fewer bits save and change: bytes, dB of the final clip and time side by side, on the demo model.
+"""What slots of fewer bits or in host memory save and change: bytes, dB of the final clip and time side by side, on the
+demo model.
 
     python -m bench.memory --out bench/results/memory-cpu.jsonl
-    python -m bench.memory --device cuda --parts slots --clips 16
+    python -m bench.memory --device cuda --parts slots,bus --clips 16
 
 Every plan samples the same clips from the same noise. `psnr` is that against the run without PAB, `psnr_own` against
-the same plan with slots in the model's own dtype. Three parts:
+the same plan with slots in the model's own dtype on its device. The parts:
 
-    slots      each cache dtype: peak bytes, dB and seconds
+    slots      each cache dtype, and on a CUDA device slots in host memory: peak bytes, dB and seconds
     outputs    the outputs that a plan keeps, by kind of sublayer: their signal to error ratio in dB under these
                roundings and others, and how far channels differ
     roundings  the final clip under each of the others, of slots that stay in the model's dtype
+    bus        GB a second to host memory, back, and both ways at once; on CUDA devices only
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 from unittest import mock
 
@@ -34,6 +38,7 @@ import pab_kernels as pab
 from pab_kernels import PABConfig
 from pab_kernels.analysis.quality.psnr_ssim import psnr
 from pab_kernels.broadcast import turn
+from pab_kernels.broadcast.bus import CudaBus
 from pab_kernels.broadcast.slots import is_quantised
 from pab_kernels.models import demo
 from pab_kernels.ops import dequantize, quantize
@@ -47,7 +52,7 @@ PLANS = {
     "attention 2/4/6 (preset pab246)": CONFIGS["attention 2/4/6 (preset pab246)"],
     "blocks 2": PABConfig(block=2),
 }
-PARTS = ("slots", "outputs", "roundings")
+PARTS = ("slots", "outputs", "roundings", "bus")
 KEPT_OF_A_KIND = 24
 """Outputs of a kind whose errors are measured, spread over the run."""
 OUTLIERS = 32
@@ -167,6 +172,28 @@ def of_outputs(kind: str, outputs: list[Tensor]) -> dict[str, Any]:
     }
 
 
+def bus(device: str, nbytes: int = 2**28, repeats: int = 20) -> dict[str, Any]:
+    """The row of the bus: the rates at which slots move, without anything else to do; medians."""
+    moves, there = CudaBus(torch.device(device)), torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    (here,), _ = moves.to_host([there])
+    to_host, to_device = partial(moves.to_host, [there]), partial(moves.to_device, [here])
+    row: dict[str, Any] = {"bench": "memory", "part": "bus", "copied_bytes": nbytes}
+    for name, ways in (("to_host", [to_host]), ("to_device", [to_device]), ("both", [to_host, to_device])):
+        seconds = []
+        for _ in range(repeats):
+            torch.cuda.synchronize(device)  # so that pinned memory is free to be used again
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            copies = [way() for way in ways]
+            for _, done in copies:
+                moves.wait(done)
+            end.record()
+            torch.cuda.synchronize(device)
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        row[f"{name}_gb_s"] = round(nbytes / statistics.median(seconds) / 1e9, 1)  # each way
+    return row
+
+
 class Bench:
     """Samples the clips of the demo model under plans.
 
@@ -178,6 +205,7 @@ class Bench:
         scheduler, _, steps = args.scheduler.partition(":")
         self.model, self.steps = demo.load(scheduler, args.device), int(steps or 20)
         self.prompts = [PROMPTS["demo"][i % len(PROMPTS["demo"])] for i in range(args.clips)]
+        self.device = args.device
         self.run = {"bench": "memory", "scheduler": scheduler, "steps": self.steps, "clips": args.clips}
         self.clock = time.process_time if args.device == "cpu" else time.perf_counter
         self.bar = tqdm(unit="run", disable=None)
@@ -205,14 +233,16 @@ class Bench:
         names = {s.name: s.kind for s in pab.sublayers(self.model.pipe)}
         own, seconds, summary = self.under(config)
         if "slots" in parts:
-            for dtype in (None, *get_args(CacheDtype)):
+            places = (None,) if self.device == "cpu" else (None, "cpu")
+            for dtype, place in itertools.product((None, *get_args(CacheDtype)), places):
                 clips = own
-                if dtype is not None:
-                    clips, seconds, summary = self.under(replace(config, cache_dtype=dtype))
-                row = {"part": "slots", "slots": dtype or "own", "flops_share": round(summary.share, 4)}
-                row |= {"peak_cache_bytes": summary.peak_cache_bytes, "seconds": round(seconds, 2)}
-                row |= closeness("psnr", clips, self.full)
-                yield run | row | ({} if dtype is None else closeness("psnr_own", clips, own))
+                if dtype or place:
+                    clips, seconds, summary = self.under(replace(config, cache_dtype=dtype, cache_device=place))
+                name = (dtype or "own") + (" in host memory" if place else "")
+                row = {"part": "slots", "slots": name, "flops_share": round(summary.share, 4)}
+                row |= {"peak_cache_bytes": summary.peak_cache_bytes, "peak_host_bytes": summary.peak_host_bytes}
+                row |= {"seconds": round(seconds, 2)} | closeness("psnr", clips, self.full)
+                yield run | row | (closeness("psnr_own", clips, own) if dtype or place else {})
         if "outputs" in parts:
             put = turn.Turn.put
 
@@ -252,7 +282,13 @@ def main() -> None:
     parts = args.parts.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"got part {unknown[0]!r}; supported are {', '.join(PARTS)}")
-    bench, rows = Bench(args), []
+    if "bus" in parts and args.device == "cpu":
+        if args.parts != parser.get_default("parts"):
+            parser.error(
+                "got part 'bus' with --device cpu; it is for CUDA devices: leave it out, or give --device cuda"
+            )
+        parts.remove("bus")
+    bench, rows = Bench(args), [bus(args.device)] if "bus" in parts else []
     for plan, config in PLANS.items():
         for row in bench.rows(plan, config, parts):
             rows.append(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.analysis.forecasts.measure import measure
-from pab_kernels.broadcast.bus import bus_of
+from pab_kernels.broadcast.bus import CudaBus, bus_of
 from pab_kernels.rules.costs import Forecast
 from tests.adapters import tiny_stdit3
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
@@ -391,3 +392,63 @@ def test_a_model_compiled_as_a_whole_and_blocks_compiled_later_are_refused(bus: 
     model.blocks[1].compile(backend="eager")
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"blocks\.1 is compiled"):
         model(X)
+
+
+# The bus of a CUDA device, on streams that only note what they are told
+
+
+class NotedStream:
+    """Notes what is queued on it and what it waits for."""
+
+    def __init__(self, log: list[tuple[str, ...]], name: str) -> None:
+        self.log, self.name = log, name
+
+    def wait_stream(self, other: NotedStream) -> None:
+        self.log.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event: str) -> None:
+        self.log.append((self.name, "waits for", event))
+
+    def record_event(self) -> str:
+        self.log.append((self.name, "is noted"))
+        return f"the end of {self.name}"
+
+
+def test_copies_begin_after_earlier_work_and_end_before_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[tuple[str, ...]] = []
+    names = iter(["down", "up"])
+    current, inside = NotedStream(log, "current"), []
+    empty_like, copy = torch.empty_like, Tensor.copy_
+
+    @contextlib.contextmanager
+    def stream(other: NotedStream) -> Iterator[None]:
+        inside.append(other.name)
+        yield
+        inside.pop()
+
+    def noted_copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        log.append((inside[-1], "copies", str(non_blocking)))
+        return copy(to, source)
+
+    def allocated(t: Tensor, device: Any, pin_memory: bool) -> Tensor:
+        log.append((inside[-1] if inside else "current", "allocates", str(pin_memory)))
+        return empty_like(t)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: NotedStream(log, next(names)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch, "empty_like", allocated)
+    monkeypatch.setattr(Tensor, "copy_", noted_copy)
+    moves, x = CudaBus(torch.device("cuda")), X.clone()
+    for way, name, pinned in ((moves.to_host, "down", "True"), (moves.to_device, "up", "False")):
+        log.clear()
+        (made,), done = way([x])
+        moves.wait(done)
+        assert torch.equal(made, x) and made is not x
+        assert log == [
+            ("current", "allocates", pinned),
+            (name, "waits for", "current"),
+            (name, "copies", "True"),
+            (name, "is noted"),
+            ("current", "waits for", f"the end of {name}"),
+        ]
