@@ -12,8 +12,10 @@ from hypothesis import given, settings
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
+from pab_kernels.rules.config import CacheDevice
 from pab_kernels.rules.schedule import Schedule
 from tests.adapters.tiny_latte import noise, prompt, run_model, tiny_latte
+from tests.broadcast.bus_recorder import recorded
 from tests.oracle import Oracle, Rule
 from tests.pairs import pairs
 from tests.rules.random_weights import with_random_weights
@@ -43,10 +45,12 @@ def both(
     dtype: str | None = None,
     post_gate: bool = False,
     fitted: bool = False,
+    cache_device: CacheDevice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """The adapter's result, the oracle's, and the summary."""
     model = tiny_latte()
-    config = config_of(rules, cache_dtype=dtype, cache_point="post_gate" if post_gate else "pre_gate")
+    where = {"cache_point": "post_gate" if post_gate else "pre_gate", "cache_device": cache_device}
+    config = config_of(rules, cache_dtype=dtype, **where)
     weights: dict[tuple[str, int, int, int], float] = {}
     if fitted:
         config = with_random_weights(config, pab.sublayers(model), Schedule.of(timesteps=TIMESTEPS))
@@ -271,10 +275,15 @@ def rule_sets(draw: st.DrawFn) -> dict[str, list[Rule]]:
     return rules
 
 
-@settings(max_examples=15)
-@given(rules=rule_sets(), post_gate=st.booleans())
-def test_any_rules_are_bit_identical_to_the_oracle(rules: dict[str, list[Rule]], post_gate: bool) -> None:
-    got, expected, summary = both(rules, post_gate=post_gate)
+@settings(max_examples=20)
+@given(rules=rule_sets(), post_gate=st.booleans(), on_host=st.booleans(), early=st.booleans())
+def test_any_rules_are_bit_identical_to_the_oracle_wherever_slots_are(
+    rules: dict[str, list[Rule]], post_gate: bool, on_host: bool, early: bool
+) -> None:
+    with recorded(early) as bus:
+        got, expected, summary = both(rules, post_gate=post_gate, cache_device="cpu" if on_host else None)
     assert torch.equal(got, expected)
+    assert bool(bus.log) == (summary.peak_host_bytes > 0) and not bus.pending and not bus.present
+    assert on_host or not bus.log
     assert summary.forced == 0
     assert summary.cache_bytes == 0

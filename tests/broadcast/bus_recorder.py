@@ -3,12 +3,12 @@ order of all that happens."""
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from unittest import mock
 
-import pytest
 import torch
 
 from pab_kernels.broadcast import offload
@@ -96,9 +96,9 @@ class BusRecorder:
         self.most_present = max(self.most_present, self.present)
 
 
-def record(monkeypatch: pytest.MonkeyPatch, early: bool = False) -> BusRecorder:
+@contextlib.contextmanager
+def recorded(early: bool = False) -> Iterator[BusRecorder]:
     """A recorder between the CPU as a device and the CPU as a host."""
     bus = BusRecorder(early)
-    monkeypatch.setattr(offload, "bus_of", lambda device: bus)
-    gc.collect()
-    return bus
+    with mock.patch.object(offload, "bus_of", lambda device: bus):
+        yield bus

@@ -20,7 +20,7 @@ from pab_kernels.rules.costs import Forecast
 from tests.adapters import tiny_stdit3
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.adapters.tiny_pipes import named
-from tests.broadcast.bus_recorder import BusRecorder, record
+from tests.broadcast.bus_recorder import BusRecorder, recorded
 from tests.broadcast.chained import Model, X, directly
 from tests.broadcast.toy import CONFIG, Pipe, toy
 from tests.works_with.group_offloading import grouped, offloading
@@ -44,8 +44,9 @@ RULES = {
 
 
 @pytest.fixture(params=["early", "late"])
-def bus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BusRecorder:
-    return record(monkeypatch, request.param == "early")
+def bus(request: pytest.FixtureRequest) -> Iterator[BusRecorder]:
+    with recorded(request.param == "early") as bus:
+        yield bus
 
 
 def on_latte(model: Any, step: int, i: int) -> Tensor:
