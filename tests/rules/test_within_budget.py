@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pab_kernels.rules.budget import BudgetTooSmall, parsed
-from pab_kernels.rules.config import Broadcast, CachePoint, PABConfig
+from pab_kernels.rules.config import MODULE_KINDS, Broadcast, CachePoint, PABConfig
 from pab_kernels.rules.costs import Cost
 from pab_kernels.rules.forecast import peak_bytes
 from pab_kernels.rules.plan import Plan, Sublayer
@@ -35,7 +35,11 @@ def costed(draw: st.DrawFn) -> tuple[Plan, Costs]:
     names = [s.name for s in plan.sublayers]
     sizes, flops = ({name: draw(st.integers(1, most)) for name in names} for most in (9, 99))
     cache_dtype, cache_point = draw(st.sampled_from([None, "int8"])), draw(st.sampled_from(get_args(CachePoint)))
-    plan = replace(plan, config=replace(plan.config, cache_dtype=cache_dtype, cache_point=cache_point))
+    config = replace(plan.config, cache_dtype=cache_dtype, cache_point=cache_point)
+    if draw(st.booleans()):  # all kinds are reused at the same steps
+        same = draw(st.sampled_from([Broadcast(2, (0, 1)), Broadcast(3, (0, 1), reuse="linear")]))
+        config = replace(config, **dict.fromkeys(MODULE_KINDS[:-1], same), rules=(), cache_point="post_gate")
+    plan = replace(plan, config=config)
     return plan, costs_of(plan, sizes, flops)
 
 
