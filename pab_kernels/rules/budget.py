@@ -99,11 +99,9 @@ def in_words(plan: Plan) -> str:
     """What a plan gives up for its budget, in a line."""
     given_up = plan.given_up
     assert given_up is not None
-    blocks, found = {s.name for s in plan.sublayers if s.kind == "block"}, []
-    for what, spans in (
-        ("blocks", [span for span in given_up.spans if span[-1] in blocks]),
-        ("sublayers", [span for span in given_up.spans if span[-1] not in blocks]),
-    ):
+    found, blocks = [], {s.name for s in plan.sublayers if s.kind == "block"}
+    for what, of_blocks in (("blocks", True), ("sublayers", False)):
+        spans = [span for span in given_up.spans if (span[-1] in blocks) == of_blocks]
         if spans:
             found.append(f"{sum(map(len, spans))} {what} share {len(spans)} slot(s)")
     for names, what in (
