@@ -135,7 +135,7 @@ class FusedForward(abc.ABC):
         return out
 
     def keep(self, store: Turn, x: Tensor, out: Tensor) -> None:
-        """Keep the change that the block made, or in a span the last one what all made."""
+        """Keep the change that a block or a sublayer made, or in a span the last one what all made."""
         span = store.span
         begin = x if span is None else span.begin(x)
         if begin is None:
@@ -149,31 +149,47 @@ class FusedForward(abc.ABC):
         """Run the sublayers. Of x, the block's input, only shape, dtype and device are used."""
         block = self.block.module
         shift, scale, gate, *of_mlp = self.modulation(x, *args)
-        slot, store = taken(self.attention, x)
-        if slot is not None:
-            self.reuse(stream, slot, gate)
-        else:
+
+        def attend(store: Turn | None) -> None:
             self.attend(stream, stream.norm_modulate(block.norm1, shift, scale), gate, store, *args)
 
+        self.run_sublayer(self.attention, stream, x, attend, gate)
         if self.block.has_cross:
-            slot, store = taken(self.cross, x)
-            if slot is not None:
-                stream.reuse(slot)
-            else:
-                self.attend_text(stream, stream.read(), store, *args)
+            self.run_sublayer(
+                self.cross, stream, x, lambda store: self.attend_text(stream, stream.read(), store, *args)
+            )
         self.run_mlp(stream, x, *of_mlp)
 
     def run_mlp(self, stream: ResidualStream, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> None:
         """Run the last sublayer."""
-        slot, store = taken(self.mlp, x)
-        if slot is not None:
-            self.reuse(stream, slot, gate)
-        else:
+
+        def feed_forward(store: Turn | None) -> None:
             self.feed_forward(stream, stream.norm_modulate(self.block.module.norm2, shift, scale), gate, store)
 
-    def reuse(self, stream: ResidualStream, slot: Slot | Extrapolation, gate: Tensor) -> None:
-        """Add a slot, and its gate unless the slot includes it."""
-        stream.reuse(slot, None if stream.call.generation.config.cache_point == "post_gate" else gate)
+        self.run_sublayer(self.mlp, stream, x, feed_forward, gate)
+
+    def run_sublayer(
+        self,
+        current: CurrentTurn,
+        stream: ResidualStream,
+        x: Tensor,
+        compute: Callable[[Turn | None], None],
+        gate: Tensor | None = None,
+    ) -> None:
+        """Add a slot, with its gate unless the slot includes it, or what `compute` adds and keeps in the turn it gets.
+
+        In a span the change of the stream is kept, as that of blocks is.
+        """
+        slot, store = taken(current, x)
+        if slot is not None:
+            if current.turn is None or current.turn.adds:
+                stream.reuse(slot, None if stream.call.generation.config.cache_point == "post_gate" else gate)
+        elif store is None or store.span is None:
+            compute(store)
+        else:
+            begin = stream.read()
+            compute(None)
+            self.keep(store, begin, stream.read())
 
 
 class FusedAdapter(GenericAdapter):

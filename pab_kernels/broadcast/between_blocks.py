@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,8 +28,8 @@ class Between(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, sublayers: Sequence[Sublayer]) -> None:
         super().__init__()
-        self.follows: dict[str, str] = {}
-        """For blocks, the block that follows directly."""
+        self.follows = _on_streams(sublayers)
+        """For blocks, the block that follows directly; for sublayers on a residual stream, the next one in it."""
         self._model = model
         self._blocks = [s.name for s in sublayers if s.kind == "block"]
         self._handles: list[Any] = []
@@ -89,3 +90,8 @@ class Between(TorchDispatchMode):
         if self._inside == name:
             self._inside, self._last = None, name
             self._returned |= {id(tensor): (name, tensor) for tensor in tensors_of(out)}
+
+
+def _on_streams(sublayers: Sequence[Sublayer]) -> dict[str, str]:
+    fused = [s for s in sublayers if s.how == "fused" and s.kind != "block"]
+    return {one.name: other.name for one, other in itertools.pairwise(fused) if one.block == other.block}

@@ -98,7 +98,7 @@ class Call:
         return held[: len(reads)]
 
     def _complete(self, span: tuple[str, ...]) -> bool:
-        """Whether all blocks of a span were stored at the same steps."""
+        """Whether all members of a span were stored at the same steps."""
         found = self._spans.get(span)
         if found is None:
             first, *others = ([slot.source for slot in self.arena.held(name)] for name in span)

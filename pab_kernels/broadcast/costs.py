@@ -108,7 +108,8 @@ class CallCosts:
         flops: FLOPs of the whole call.
         runs: the runs by `place`, in the order in which they end.
         kept: by sublayer, the modules whose output it `keeps`: FLOPs and bytes.
-        follows: for blocks, the block that gets their output unchanged and unseen by anything else.
+        follows: for blocks, the block that gets their output unchanged and unseen by anything else; for sublayers on a
+            residual stream, the next one in the block.
     """
 
     flops: int

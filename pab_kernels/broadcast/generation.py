@@ -350,7 +350,8 @@ class Generation:
         self.end()
 
     def split_spans(self) -> None:
-        """Give each block a slot of its own from the next call on: something came between blocks that share one."""
+        """Give each block and sublayer a slot of its own from the next call on: something came between those that share
+        one."""
         if self.budgeting is not None:
             self.budgeting.split_spans()
 

@@ -57,6 +57,9 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
         out = read(slot, turn.reads_last)
     else:
         out = compute(*args, **kwargs)
+        if turn.stores and turn.span is not None:  # on the stream of a block, which has changed since the plan was made
+            call.generation.split_spans()
+            turn.stores = False
         if isinstance(out, Quantized):  # by another rank, as it is kept
             if turn.stores:
                 turn.put((out, [first.dtype]))

@@ -85,6 +85,8 @@ NO_TURNS = Turns(())
 class Span:
     """Where a block is among blocks in a row that share a slot: the last one's, of the change that all of them make.
 
+    Sublayers in a row on the stream of one block share a slot in the same way.
+
     Args:
         before: that of the block before it; None for the first.
         last: whether it is the last one.
@@ -150,7 +152,7 @@ class Turn:
         self._kept: Any = None
         self._own_dtype: torch.dtype | None = None
         self.span: Span | None = None
-        """Where the block is in a span, if it shares a slot with others."""
+        """Where the block or sublayer is in a span, if it shares a slot with others."""
         self._plan: Plan | None = None
 
     def decide(self, call: Call, decision: Decision, slot: Slot | Extrapolation | None) -> None:
@@ -201,7 +203,7 @@ class Turn:
 
     @property
     def adds(self) -> bool:
-        """Whether a reuse adds to the stream; in a span only the last block does."""
+        """Whether a reuse adds to the stream; in a span only the last member does."""
         return self.span is None or self.span.last
 
     @property

@@ -66,7 +66,8 @@ class GivenUp:
         peak: the most bytes held at once.
         computed: names of sublayers that are computed at every step instead of reused.
         fewer_bits: names of sublayers whose slots are in `FEWER_BITS`.
-        spans: names of blocks in a row that share one slot: the last one's, with what all of them add to the stream.
+        spans: names of blocks in a row, or of sublayers in a row in a block, that share one slot: the last one's, with
+            what all of them add to the stream.
         on_host: names of sublayers whose slots are in host memory.
     """
 
@@ -100,8 +101,11 @@ def in_words(plan: Plan) -> str:
     """What a plan gives up for its budget, in a line."""
     given_up = plan.given_up
     assert given_up is not None
-    shared = sum(map(len, given_up.spans))
-    found = [f"{shared} blocks share {len(given_up.spans)} slot(s)"] if shared else []
+    found, blocks = [], {s.name for s in plan.sublayers if s.kind == "block"}
+    for what, of_blocks in (("blocks", True), ("sublayers", False)):
+        spans = [span for span in given_up.spans if (span[-1] in blocks) == of_blocks]
+        if spans:
+            found.append(f"{sum(map(len, spans))} {what} share {len(spans)} slot(s)")
     for names, what in (
         (given_up.on_host, "in host memory"),
         (given_up.fewer_bits, f"kept in {FEWER_BITS}"),

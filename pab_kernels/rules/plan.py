@@ -326,12 +326,12 @@ class Plan:
 
     @cached_property
     def spans(self) -> Mapping[str, tuple[str, ...]]:
-        """The blocks that share a slot, by the name of each of them."""
+        """The blocks and the sublayers that share a slot, by the name of each of them."""
         spans = () if self.given_up is None else self.given_up.spans
         return {name: span for span in spans for name in span}
 
     def has_slot(self, name: str) -> bool:
-        """Whether the outputs of a sublayer have a slot; that of a span is the last block's."""
+        """Whether the outputs of a sublayer have a slot; that of a span is the last member's."""
         span = self.spans.get(name)
         return span is None or span[-1] == name
 

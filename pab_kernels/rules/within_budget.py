@@ -28,7 +28,8 @@ def within(
     divided by the bytes that it holds:
 
         1. If all slots fit as they are, the plan stays as it is.
-        2. Else blocks in a row that are reused at the same steps share a slot.
+        2. Else blocks in a row that are reused at the same steps share a slot, and so do sublayers in a row on the
+           stream of a block if slots include the gate: before it, each reuse has another gate.
         3. If that is too much and `cache_device` is "cpu", slots are moved to host memory, as few as are needed: those
            that are copied least often first.
         4. If that is too much, the slots of the sublayers worth least are kept in 8 bits, of as few as are needed.
@@ -45,7 +46,8 @@ def within(
         contexts: calls of the model in a step.
         latents_bytes: see `Plan.forecast`.
         fixed: whether a slot's memory is kept for the whole generation, as in CUDA graphs.
-        follows: for blocks, the block that gets their output unchanged and unseen by anything else.
+        follows: for blocks, the block that gets their output unchanged and unseen by anything else; for sublayers on a
+            residual stream, the next one in the block.
 
     Raises:
         BudgetTooSmall: no plan that reuses an output fits.
@@ -61,7 +63,7 @@ def within(
 
     def given_up(fewer_bits: Sequence[str], computed: Sequence[str], on_host: Sequence[str] = movable) -> GivenUp:
         inside = [s.name for s in plan.sublayers if s.block in computed and s.name not in computed]
-        spans = _spans(plan, follows, computed)
+        spans = _spans(plan, follows, (*computed, *inside))
         without_slot = {name for span in spans for name in span[:-1]}.union(computed, inside)
         fewer, moved = (tuple(name for name in names if name not in without_slot) for names in (fewer_bits, on_host))
         found = GivenUp(budget, 0, (*computed, *inside), fewer, spans, moved)
@@ -95,11 +97,12 @@ def within(
 
 
 def _spans(plan: Plan, follows: Mapping[str, str], computed: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """The longest rows of blocks that may share a slot."""
-    if plan.fitted is not None:  # each block may have weights of its own
+    """The longest rows of blocks, and of sublayers in a block, that may share a slot."""
+    if plan.fitted is not None:  # each may have weights of its own
         return ()
-    blocks = {s.name: s for s in plan.sublayers if s.kind == "block" and s.name in plan.decided}
-    rules = {name: plan.config.rule("block", s.layer) for name, s in blocks.items() if name not in computed}
+    gated = plan.config.cache_point == "post_gate"
+    reused = [s for s in plan.sublayers if s.name in plan.decided and (gated or s.kind == "block")]
+    rules = {s.name: plan.config.rule(s.kind, s.layer) for s in reused if s.name not in computed}
     alike = {name: (plan.rows[name], rule.reuse) for name, rule in rules.items() if rule is not None}
     then = {name: follows[name] for name in alike if name in follows and alike.get(follows[name]) == alike[name]}
     found = []
@@ -114,8 +117,8 @@ def _spans(plan: Plan, follows: Mapping[str, str], computed: Sequence[str]) -> t
 def _least_worth_first(
     plan: Plan, costs: Mapping[str | None, Mapping[str, Cost]], spans: Sequence[tuple[str, ...]]
 ) -> list[str]:
-    """The sublayers that are reused, by FLOPs saved over bytes held: of a slot that blocks share, a part each."""
-    sharing = {name: len(span) for span in spans for name in span}
+    """The sublayers that are reused, by FLOPs saved over bytes held; those that share a slot count together."""
+    sharing = {name: span for span in spans for name in span}
     own = costs[plan.config.cache_dtype]
     inside: Counter[str] = Counter()
     for s in plan.sublayers:
@@ -123,11 +126,11 @@ def _least_worth_first(
             inside[s.block] += own[s.name].flops
     worth = {}
     for s in plan.sublayers:
-        row = plan.rows[s.name]
+        row, together = plan.rows[s.name], sharing.get(s.name, (s.name,))
         reused = sum(bool(decision.reads) for decision in row)
-        held = max(decision.held for decision in row) * own[s.name].slot_bytes / sharing.get(s.name, 1)
+        held = max(decision.held for decision in row) * own[together[-1]].slot_bytes
         if reused and s.kind != "model":
-            worth[s.name] = reused * (own[s.name].flops + inside[s.name]) / max(1, held)
+            worth[s.name] = reused * sum(own[name].flops + inside[name] for name in together) / max(1, held)
     return sorted(worth, key=lambda name: worth[name])
 
 

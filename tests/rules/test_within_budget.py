@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pab_kernels.rules.budget import BudgetTooSmall, GivenUp, parsed
-from pab_kernels.rules.config import Broadcast, PABConfig
+from pab_kernels.rules.config import MODULE_KINDS, Broadcast, CachePoint, PABConfig
 from pab_kernels.rules.costs import Cost
 from pab_kernels.rules.forecast import peak_bytes
 from pab_kernels.rules.plan import Plan, Sublayer
@@ -33,37 +35,57 @@ def costed(draw: st.DrawFn) -> tuple[Plan, Costs]:
     names = [s.name for s in plan.sublayers]
     sizes, flops = ({name: draw(st.integers(1, most)) for name in names} for most in (9, 99))
     cache_dtype, cache_device = draw(st.sampled_from([None, "int8"])), draw(st.sampled_from([None, "cpu"]))
-    plan = replace(plan, config=replace(plan.config, cache_dtype=cache_dtype, cache_device=cache_device))
+    cache_point = draw(st.sampled_from(get_args(CachePoint)))
+    where = {"cache_device": cache_device, "cache_point": cache_point}
+    config = replace(plan.config, cache_dtype=cache_dtype, **where)
+    if draw(st.booleans()):  # all kinds are reused at the same steps
+        same = draw(st.sampled_from([Broadcast(2, (0, 1)), Broadcast(3, (0, 1), reuse="linear")]))
+        config = replace(config, **dict.fromkeys(MODULE_KINDS[:-1], same), rules=(), cache_point="post_gate")
+    plan = replace(plan, config=config)
     return plan, costs_of(plan, sizes, flops)
 
 
+def in_rows(plan: Plan) -> dict[str, str]:
+    """What follows if every block follows the one before it, and so does every sublayer in a block."""
+    around = {s.block for s in plan.sublayers if s.block is not None}
+    chains = [[s.name for s in plan.sublayers if s.block == block] for block in sorted(around)]
+    chains.append([s.name for s in plan.sublayers if s.kind == "block"])
+    return {one: other for chain in chains for one, other in itertools.pairwise(chain)}
+
+
 @settings(max_examples=150, deadline=None)
-@given(costed(), st.integers(1, 3), st.integers(0, 5), st.floats(0.001, 1.2), st.booleans())
+@given(costed(), st.integers(1, 3), st.integers(0, 5), st.floats(0.001, 1.2), st.booleans(), st.booleans())
 def test_a_plan_fits_its_budget_or_the_error_has_the_smallest(
-    case: tuple[Plan, Costs], contexts: int, latents: int, share: float, fixed: bool
+    case: tuple[Plan, Costs], contexts: int, latents: int, share: float, fixed: bool, shares: bool
 ) -> None:
     plan, costs = case
+    follows = in_rows(plan) if shares else {}
     options = {"contexts": contexts, "latents_bytes": latents, "fixed": fixed}
     whole = peak_bytes(replace(plan, given_up=GivenUp(0, 0)), costs, **options)
     budget = max(1, int(share * whole))
     try:
-        found = within(plan, costs, budget, **options)
+        found = within(plan, costs, budget, **options, follows=follows)
     except BudgetTooSmall as error:
         assert budget < error.smallest <= whole
-        found = within(plan, costs, error.smallest, **options)
+        found = within(plan, costs, error.smallest, **options, follows=follows)
         assert found.given_up is not None and found.given_up.peak == error.smallest
         with pytest.raises(BudgetTooSmall, match=f"{error.smallest} bytes"):
-            within(plan, costs, error.smallest - 1, **options)
+            within(plan, costs, error.smallest - 1, **options, follows=follows)
         return
     given_up = found.given_up
     assert given_up is not None and given_up.peak == peak_bytes(found, costs, **options) <= budget
-    assert found == within(plan, costs, budget, **options)
+    assert found == within(plan, costs, budget, **options, follows=follows)
     reused = {name for name, row in found.rows.items() if any(d.reads for d in row)}
     assert not reused & set(given_up.computed) and set(given_up.fewer_bits) <= reused
     if whole <= budget:
-        assert not (given_up.computed or given_up.fewer_bits or given_up.on_host)
+        assert not (given_up.computed or given_up.fewer_bits or given_up.on_host or given_up.spans)
     elif whole:
-        assert reused and (given_up.computed or given_up.fewer_bits or given_up.on_host)
+        assert reused and (given_up.computed or given_up.fewer_bits or given_up.on_host or given_up.spans)
+    kinds_of = {s.name: s.kind for s in plan.sublayers}
+    for span in given_up.spans:
+        assert all(follows[one] == other for one, other in itertools.pairwise(span))
+        assert len({(found.rows[name], found.outputs(name)) for name in span}) == 1 and reused.issuperset(span)
+        assert plan.config.cache_point == "post_gate" or {kinds_of[name] for name in span} == {"block"}
     for name, row in found.rows.items():  # the rest is as it was
         inside = next(s.block for s in plan.sublayers if s.name == name) in given_up.computed
         assert row == plan.rows[name] or name in given_up.computed or inside
@@ -150,6 +172,21 @@ def test_the_smallest_budget_of_the_error_fits_where_a_computed_block_splits_a_s
         within(plan, costs, 0, follows=follows)
     found = within(plan, costs, raised.value.smallest, follows=follows).given_up
     assert found is not None and found.peak == raised.value.smallest
+
+
+def test_sublayers_that_share_a_slot_are_given_up_together() -> None:
+    rules = dict.fromkeys(("spatial", "cross", "mlp"), EVERY_SECOND)
+    sublayers = tuple(replace(s, block=f"blocks.{s.layer}", how="fused") for s in SUBLAYERS)
+    plan = Plan(PABConfig(**rules, cache_point="post_gate"), Schedule(8), sublayers)
+    costs, follows = costs_of(plan, SIZES, FLOPS), in_rows(plan)
+    shared = within(plan, costs, 1799, follows=follows).given_up
+    assert shared is not None and [len(span) for span in shared.spans] == [3, 3, 3]
+    assert (shared.peak, shared.fewer_bits, shared.computed) == (600, (), ())
+    eight = within(plan, costs, 599, follows=follows)
+    assert eight.given_up is not None and eight.given_up.fewer_bits == ("blocks.0.mlp",)
+    fewest = within(plan, costs, 299, follows=follows).given_up
+    assert fewest is not None and fewest.computed == tuple(f"blocks.0.{kind}" for kind in rules)
+    assert "9 sublayers share 3 slot(s); 1 of 3 mlp kept in int8" in str(eight)
 
 
 def test_what_was_given_up_is_printed_and_a_kept_rule_is_not_a_note() -> None:
