@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,13 @@ class Budgeting:
     further context, or another shape, makes a plan that keeps less: what is held already is made smaller or released.
 
     Args:
-        before: the generation before it, or None.
+        before: the generation before it, or None; if its seconds were measured, they say what a sublayer is worth.
         log: reports what a plan gives up.
     """
 
     def __init__(self, before: Generation | None, log: Callable[[str], None]) -> None:
         self._contexts = 1 if before is None else len(before.contexts)
+        self._seconds = {} if before is None else _seconds_of(before)
         self._log = log
         self._seen: set[Any] = set()
         self._costs: dict[str | None, dict[str, Cost]] = {}
@@ -106,6 +108,7 @@ class Budgeting:
             self._latents_bytes,
             generation.cuda_graphs,
             self._follows,
+            self._seconds if between_ranks is None else {},  # the others measure something else
         )
         self._seen.add(looks)  # last, so that a call after an error is refused too
         if plan == before:
@@ -131,6 +134,17 @@ def _is_plain(model: nn.Module, name: str) -> bool:
     """Whether nothing runs around a block, and it is not compiled: its graphs would be more than one for all blocks."""
     module = model.get_submodule(name)
     return not has_hooks(module) and not compat.runs_compiled(module)
+
+
+def _seconds_of(generation: Generation) -> dict[str, float]:
+    """Seconds that a run of a sublayer took, by kind; empty if they were not measured."""
+    seconds, runs = Counter[str](), Counter[str]()
+    for context in generation.contexts.values() if generation.timed else ():
+        for kind, tally in context.tallies().items():
+            if tally.seconds is not None:
+                seconds[kind] += tally.seconds  # type: ignore[assignment]
+                runs[kind] += tally.computed
+    return {kind: seconds[kind] / runs[kind] for kind in runs if runs[kind]}
 
 
 def _bytes_of(budget: Any, device: torch.device, between_ranks: Any) -> int:

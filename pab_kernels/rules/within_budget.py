@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -21,11 +20,12 @@ def within(
     latents_bytes: int = 0,
     fixed: bool = False,
     follows: Mapping[str, str] | None = None,
+    seconds: Mapping[str, float] | None = None,
 ) -> Plan:
     """The plan, or one that keeps less of it, whose slots fit a budget.
 
-    It is a function of its arguments alone. A sublayer is worth the FLOPs that its reuses save over the generation,
-    divided by the bytes that it holds:
+    It is a function of its arguments alone. A sublayer is worth the FLOPs that its reuses save over the generation, or
+    the seconds where they are known, divided by the bytes that it holds:
 
         1. If all slots fit as they are, the plan stays as it is.
         2. Else blocks in a row that are reused at the same steps share a slot, and so do sublayers in a row on the
@@ -46,6 +46,7 @@ def within(
         contexts: calls of the model in a step.
         latents_bytes: see `Plan.forecast`.
         fixed: whether a slot's memory is kept for the whole generation, as in CUDA graphs.
+        seconds: of one run of a sublayer, by kind, as measured; used if all kinds that are reused are there.
         follows: for blocks, the block that gets their output unchanged and unseen by anything else; for sublayers on a
             residual stream, the next one in the block.
 
@@ -57,7 +58,7 @@ def within(
     if whole_peak <= budget:
         return replace(plan, given_up=GivenUp(budget, whole_peak))
     follows = follows or {}
-    order = _least_worth_first(plan, costs, _spans(plan, follows, ()))
+    order = _least_worth_first(plan, costs, _spans(plan, follows, ()), seconds or {})
     smaller = order if plan.config.cache_dtype is None else []
     movable = [] if plan.config.cache_device is None else _least_copied_first(plan, order)
 
@@ -115,22 +116,27 @@ def _spans(plan: Plan, follows: Mapping[str, str], computed: Sequence[str]) -> t
 
 
 def _least_worth_first(
-    plan: Plan, costs: Mapping[str | None, Mapping[str, Cost]], spans: Sequence[tuple[str, ...]]
+    plan: Plan,
+    costs: Mapping[str | None, Mapping[str, Cost]],
+    spans: Sequence[tuple[str, ...]],
+    seconds: Mapping[str, float],
 ) -> list[str]:
-    """The sublayers that are reused, by FLOPs saved over bytes held; those that share a slot count together."""
+    """The sublayers that are reused, by what is saved over bytes held; those that share a slot count together."""
     sharing = {name: span for span in spans for name in span}
     own = costs[plan.config.cache_dtype]
-    inside: Counter[str] = Counter()
+    measured = all(s.kind in seconds for s in plan.sublayers if s.name in plan.decided)
+    takes = {s.name: seconds.get(s.kind, 0.0) if measured else own[s.name].flops for s in plan.sublayers}
+    inside: dict[str, float] = dict.fromkeys(takes, 0)
     for s in plan.sublayers:
-        if s.block is not None:
-            inside[s.block] += own[s.name].flops
+        if s.block in inside:
+            inside[s.block] += takes[s.name]
     worth = {}
     for s in plan.sublayers:
         row, together = plan.rows[s.name], sharing.get(s.name, (s.name,))
         reused = sum(bool(decision.reads) for decision in row)
         held = max(decision.held for decision in row) * own[together[-1]].slot_bytes
         if reused and s.kind != "model":
-            worth[s.name] = reused * sum(own[name].flops + inside[name] for name in together) / max(1, held)
+            worth[s.name] = reused * sum(takes[name] + inside[name] for name in together) / max(1, held)
     return sorted(worth, key=lambda name: worth[name])
 
 

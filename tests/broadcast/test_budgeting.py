@@ -12,6 +12,7 @@ from torch import Tensor
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.broadcast.budgeting import free_bytes
+from pab_kernels.broadcast.stopwatch import Stopwatch
 from pab_kernels.rules.budget import BudgetTooSmall
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.adapters.tiny_pipes import named
@@ -239,3 +240,19 @@ def test_requests_that_run_in_turn_have_a_budget_each() -> None:
         assert all(isinstance(x, Tensor) for x in pair)
         assert pab.summary(model).cache_bytes <= 400
     assert given_up(model).computed and given_up(model).peak <= 200
+
+
+def test_after_a_timed_generation_seconds_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rules = toy(), PABConfig(spatial=Broadcast(2, (0, 1)), mlp=Broadcast(2, (0, 1)))
+    pipe, seconds = Pipe(model), {"spatial": 1.0, "mlp": 100.0, "cross": 0.0}
+    for slowest in ("mlp", "spatial"):
+        monkeypatch.setattr(Stopwatch, "seconds", lambda watch: seconds)
+        pab.enable(pipe, rules, timed=True)
+        pipe.sample()
+        pab.enable(pipe, budget=150)  # two of four slots, in 8 bits
+        pipe.sample()
+        plan = pab.summary(model).plan
+        assert plan is not None
+        assert {s.kind for s in plan.sublayers if s.name in given_up(model).computed} == {"mlp", "spatial"} - {slowest}
+        pab.disable(pipe)
+        seconds["spatial"] = 1000.0

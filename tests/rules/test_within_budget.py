@@ -124,6 +124,15 @@ def test_what_saves_least_for_its_bytes_goes_first(budget: int, fewer_bits: list
     assert (kinds(PLAN, found.fewer_bits), kinds(PLAN, found.computed)) == (fewer_bits, computed)
 
 
+def test_measured_seconds_count_in_place_of_flops() -> None:
+    seconds = {"cross": 9.0, "mlp": 1.0, "spatial": 5.0}
+    found = within(PLAN, COSTS, 899, seconds=seconds).given_up
+    assert found is not None
+    assert (kinds(PLAN, found.computed), set(kinds(PLAN, found.fewer_bits))) == (["mlp"], {"cross", "mlp", "spatial"})
+    del seconds["cross"]  # which is reused
+    assert within(PLAN, COSTS, 899, seconds=seconds) == within(PLAN, COSTS, 899)
+
+
 def test_what_is_left_free_makes_slots_whole_again() -> None:
     plan = replace(PLAN, config=PABConfig(EVERY_SECOND, cross=Broadcast(4, (0, 1))))
     costs = costs_of(plan, SIZES | {f"blocks.{i}.cross": 1000 for i in range(3)}, FLOPS)
