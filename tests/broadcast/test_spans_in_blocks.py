@@ -135,6 +135,15 @@ def test_sublayers_that_share_a_slot_add_what_they_add_with_slots_of_their_own(
     assert f"{sum(map(len, spans))} sublayers share {len(spans)} slot(s)" in str(summary)
 
 
+@pytest.mark.parametrize(("build", "blocks"), [(latte, 0), (stdit3, 1)])
+def test_sublayers_of_blocks_that_are_reused_too(build: Callable[[], tuple[Any, Call]], blocks: int) -> None:
+    config = rules(ALL, reach=4, block=Broadcast(2, (0.5, 0.9)))
+    found, wanted, summary, whole = with_and_without(build, config, names=BOTH[:1])
+    assert difference(found, wanted) < (1e-12 if wanted[0].dtype == torch.float64 else 1e-5)
+    assert len(given_up(summary).spans) == 4 + blocks and summary.peak_cache_bytes == given_up(summary).peak
+    assert summary.flops == whole.flops and not summary.forced
+
+
 def test_the_oracle_says_the_same() -> None:
     kinds, steps = ("spatial", "cross", "mlp"), [900.0 - step for step in range(STEPS)]
     model, call = latte()
@@ -223,8 +232,8 @@ def test_in_half_precision_a_sum_rounds_like_the_stream() -> None:
     ids=["gates of every step", "projected at every step", "one in between", "other steps", "other weights"],
 )
 def test_sublayers_whose_sum_is_not_enough_have_slots_of_their_own(config: PABConfig) -> None:
-    _, whole = under(config, *stdit3())
-    _, summary = under(replace(config, budget=whole.peak_cache_bytes - 1), *stdit3())
+    _, whole = under(config, *stdit3(), names=BOTH[:1])
+    _, summary = under(replace(config, budget=whole.peak_cache_bytes - 1), *stdit3(), names=BOTH[:1])
     assert not given_up(summary).spans and given_up(summary).fewer_bits
 
 

@@ -188,7 +188,9 @@ def test_sublayers_that_share_a_slot_are_given_up_together() -> None:
     sublayers = tuple(replace(s, block=f"blocks.{s.layer}", how="fused") for s in SUBLAYERS)
     plan = Plan(PABConfig(**rules, cache_point="post_gate"), Schedule(8), sublayers)
     costs, follows = costs_of(plan, SIZES, FLOPS), in_rows(plan)
-    shared = within(plan, costs, 1799, follows=follows).given_up
+    found = within(plan, costs, 1799, follows=follows)
+    shared, moved = found.given_up, found.forecast(costs[None]).moved_bytes
+    assert 3 * moved == plan.forecast(costs[None]).moved_bytes  # one slot is read instead of three
     assert shared is not None and [len(span) for span in shared.spans] == [3, 3, 3]
     assert (shared.peak, shared.fewer_bits, shared.computed) == (600, (), ())
     eight = within(plan, costs, 599, follows=follows)
