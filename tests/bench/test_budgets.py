@@ -26,8 +26,10 @@ def test_the_page_has_the_table_of_the_file_and_every_row_fits(capsys: pytest.Ca
 
 
 def test_rows_of_a_model_on_small_devices() -> None:
-    whole, nothing, some, all_of_it = list(budgets.rows("latte", (16, 256, 256), (3, 5, 24)))
+    whole, nothing, some, moved, all_of_it = list(budgets.rows("latte", (16, 256, 256), (3, 5, 24)))
     assert nothing["share"] is None and not all_of_it["fewer_bits"] and not all_of_it["computed"]
     assert whole["peak_cache_bytes"] == all_of_it["peak_cache_bytes"] > some["peak_cache_bytes"]
     given: dict[str, Any] = some["fewer_bits"] | some["computed"]
     assert given and whole["share"] <= some["share"] <= 1
+    assert moved["cache_device"] == "cpu" and moved["share"] == whole["share"] and not moved["computed"]
+    assert moved["peak_host_bytes"] > 0 < moved["least_step_seconds"]
