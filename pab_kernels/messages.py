@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 _REPR = reprlib.Repr()
@@ -45,3 +46,18 @@ def one_line(error: object) -> str:
         text = joined(name + error.strerror)
     escaped = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
     return shortened("".join(escaped), 1000)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Rising numbers as text, with those in a row as their first and last.
+
+    >>> ranges([0, 1, 2, 5])
+    '0-2,5'
+    """
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pab_kernels.messages import first_line, joined, one_line, shown
+from pab_kernels.messages import first_line, joined, one_line, ranges, shown
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,8 @@ def test_long_things_are_shown_cut() -> None:
     itself.append(itself)
     assert shown(itself) == "[[[[[[...]]]]]]" and shown(10**9999) == "a number of very many digits"
     assert len(shown(list(range(10**6)))) < 200 and len(one_line(ValueError("x" * 10**6))) < 1000
+
+
+@pytest.mark.parametrize(("numbers", "text"), [([], ""), ([3], "3"), ([0, 1, 2, 5, 7, 8], "0-2,5,7-8")])
+def test_numbers_in_a_row_are_joined(numbers: list[int], text: str) -> None:
+    assert ranges(numbers) == text

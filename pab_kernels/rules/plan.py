@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..messages import ranges
 from .budget import FEWER_BITS, GivenUp, in_words
 from .config import KINDS, Broadcast, PABConfig
 from .costs import Cost, Forecast
@@ -225,7 +226,7 @@ class Plan:
             if kind not in present:
                 notes.append(f"{kind}: this model has no such sublayers")
             elif not any(s.kind == kind and rule.applies_to(s.layer) for s in self.sublayers):
-                notes.append(f"{kind}: this model has no layers {_spans(rule.layers or ())}")
+                notes.append(f"{kind}: this model has no layers {ranges(rule.layers or ())}")
             elif (kind, rule) not in in_effect:  # a later rule wins
                 continue
             elif rule.at is not None:
@@ -402,7 +403,7 @@ class Plan:
         labelled = []
         for kind, row in sorted(groups, key=lambda g: KINDS.index(g[0])):
             layers = sorted(set(groups[kind, row]))
-            labelled.append((f"{kind} {_spans(layers)}" if kind in several else kind, row))
+            labelled.append((f"{kind} {ranges(layers)}" if kind in several else kind, row))
         return labelled
 
     def __str__(self) -> str:
@@ -427,16 +428,6 @@ class Plan:
         from .plot import plot_plan
 
         return plot_plan(self, path, cost)
-
-
-def _spans(layers: Sequence[int]) -> str:
-    spans: list[list[int]] = []
-    for layer in layers:
-        if spans and layer == spans[-1][1] + 1:
-            spans[-1][1] = layer
-        else:
-            spans.append([layer, layer])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def plan(config: PABConfig, *, num_steps: int | None = None, timesteps: Sequence[float] | None = None) -> Plan:
