@@ -81,8 +81,9 @@ class Tally:
         forced: number of runs that the plan had as a reuse, but whose source was not there.
         flops: FLOPs of the runs; 0 if they are not known.
         flops_without: FLOPs of the same calls without reuse.
-        cache_bytes: bytes of slots held now, on the device or in host memory.
-        peak_cache_bytes: the most bytes held at once.
+        cache_bytes: bytes of slots held now on the device.
+        peak_cache_bytes: the most bytes held at once on the device.
+        host_bytes, peak_host_bytes: the same in host memory.
         seconds: time from a sublayer's turn to the next one or to its block's end, see `pab.enable`; None if it was not
             measured.
     """
@@ -95,6 +96,8 @@ class Tally:
     flops_without: int = 0
     cache_bytes: int = 0
     peak_cache_bytes: int = 0
+    host_bytes: int = 0
+    peak_host_bytes: int = 0
     seconds: float | None = None
 
     @property
@@ -177,15 +180,18 @@ class Context:
             for name in ("computed", "stored", "reused", "forced"):
                 setattr(tally, name, getattr(tally, name) + getattr(counted, name))
 
+    @property
+    def meters(self) -> dict[str, Meters]:
+        """Counts the bytes of its slots, by kind."""
+        return self.arena.meters | self.outputs.meters
+
     def tallies(self) -> dict[str, Tally]:
         """A copy of all counts by kind, with bytes and seconds; if seconds are measured, this waits for the device."""
-        meters = self.arena.meters | self.outputs.meters
-        found = {
-            kind: replace(tally, cache_bytes=meters[kind].now, peak_cache_bytes=meters[kind].peak)
-            if kind in meters
-            else replace(tally)
-            for kind, tally in tuple(self._tallies.items())
-        }
+        found = {}
+        for kind, tally in tuple(self._tallies.items()):
+            meter = self.meters.get(kind, Meters())
+            host = {"host_bytes": meter.host.now, "peak_host_bytes": meter.host.peak}
+            found[kind] = replace(tally, cache_bytes=meter.now, peak_cache_bytes=meter.peak, **host)
         if self.stopwatch is not None:
             seconds = self.stopwatch.seconds()
             found = {kind: replace(tally, seconds=seconds.get(kind, 0.0)) for kind, tally in found.items()}

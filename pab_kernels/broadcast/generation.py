@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..rules.config import PABConfig
+from ..rules.forecast import PREDICTIONS
 from ..rules.plan import Action, Plan, Sublayer
 from ..rules.presets import FEWEST_STEPS, LEAST_SKIPPED
 from ..rules.schedule import Schedule
@@ -82,6 +83,8 @@ class Generation:
         self.step = 0
         self.contexts: dict[str, Context] = {}
         self.meter = Meters()
+        self.held_after: dict[int, dict[str, Meters]] = {}
+        """Bytes held after each step that has ended, by kind."""
         self.plain_calls = 0
         self.steps_seen = 0
         """Number of steps of its scheduler."""
@@ -247,6 +250,7 @@ class Generation:
                     return None
                 raise RuntimeError(self._beyond(at))
             if at != self.step:
+                self.held_after[self.step] = self.held_now()
                 self._called.clear()
                 self._entered.clear()
                 self.step = at
@@ -318,6 +322,7 @@ class Generation:
             to: the step that begins; default the next one.
         """
         with self.lock:
+            self.held_after[self.step] = self.held_now()
             self.step, self.skips = self.step + 1 if to is None else to, None
             self._called.clear()
             self._entered.clear()
@@ -325,6 +330,18 @@ class Generation:
                 self._finish()
                 if self.scheduler is not None:  # a bare model stays, so that a call too many is an error
                     self.over = True
+
+    def held_now(self) -> dict[str, Meters]:
+        """Bytes held now by kind, over all contexts; their peaks are not filled in."""
+        found: dict[str, Meters] = {}
+        for context in tuple(self.contexts.values()):
+            for kind, meter in tuple(context.meters.items()):
+                held = found.setdefault(kind, Meters())
+                held.now += meter.now
+                held.host.now += meter.host.now
+        if self.forecaster is not None:
+            found[PREDICTIONS] = Meters(self.forecaster.nbytes)
+        return found
 
     def stepped(self) -> None:
         """Handle a step of its scheduler."""

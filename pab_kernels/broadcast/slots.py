@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -129,12 +129,12 @@ def slot_bytes(shape: tuple[int, ...], dtype: torch.dtype, cache_dtype: str | No
     return rows * (width_of(kept, channels) * used.data.itemsize + -(-channels // used.group) * used.scale.itemsize)
 
 
+@dataclass
 class Meter:
     """Counts the bytes held now and at the peak."""
 
-    def __init__(self) -> None:
-        self.now = 0
-        self.peak = 0
+    now: int = 0
+    peak: int = 0
 
     def add(self, count: int) -> None:
         """Add `count` bytes, which may be negative."""
@@ -143,12 +143,11 @@ class Meter:
             self.peak = self.now
 
 
+@dataclass
 class Meters(Meter):
     """Counts the bytes on the device, and beside them those in host memory."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.host = Meter()
+    host: Meter = field(default_factory=Meter)
 
     def of(self, slot: Slot) -> Meter:
         """The meter of the place where a slot is."""
@@ -172,7 +171,7 @@ class Arena:
 
     def __init__(self, meter: Meters) -> None:
         self.closed = False
-        self.meters: dict[str, Meter] = {}  # bytes of this arena, by kind
+        self.meters: dict[str, Meters] = {}  # bytes of this arena, by kind
         # Weights of the extrapolations by place, if the arena is `fixed`.
         self.weights: Mapping[str, tuple[torch.Tensor, ...]] = {}
         self._meter = meter
@@ -203,10 +202,10 @@ class Arena:
         self.release(name, most - 1)
         slot = Slot(value, key, source, nbytes(value), dtype, on_host)
         self._kinds[name] = kind
-        meter = self.meters.setdefault(kind, Meter())  # before the slot, as `release` of the slot needs it
+        meter = self.meters.setdefault(kind, Meters())  # before the slot, as `release` of the slot needs it
         self._slots[name] = (slot, *self._slots.get(name, ()))
         self._meter.of(slot).add(slot.nbytes)
-        meter.add(slot.nbytes)
+        meter.of(slot).add(slot.nbytes)
 
     def held(self, name: str) -> tuple[Slot, ...]:
         """The slots of sublayer `name`, newest first."""
@@ -229,7 +228,7 @@ class Arena:
         meter = self.meters[self._kinds[name]]
         for slot in slots[most:]:
             self._meter.of(slot).now -= slot.nbytes
-            meter.now -= slot.nbytes
+            meter.of(slot).now -= slot.nbytes
 
     def places_held(self) -> list[str]:
         """The names under which slots are kept."""
@@ -240,10 +239,11 @@ class Arena:
         meter = self.meters[self._kinds[name]]
         for slot in self.held(name):
             value, on_host = changed(slot)
-            self._meter.of(slot).add(-slot.nbytes)
-            meter.add(nbytes(value) - slot.nbytes)
+            for of_all in (self._meter, meter):
+                of_all.of(slot).add(-slot.nbytes)
             slot.value, slot.nbytes, slot.on_host = value, nbytes(value), on_host
-            self._meter.of(slot).add(slot.nbytes)
+            for of_all in (self._meter, meter):
+                of_all.of(slot).add(slot.nbytes)
 
     def clear(self) -> None:
         """Release every slot."""

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..rules.config import KINDS
+from ..rules.forecast import PREDICTIONS
 from ..rules.plan import WHOLE, Plan
+from ..rules.schedule import MOST_STEPS
 from ..rules.traffic import Traffic
 from .context import Tally
 from .costs import CallCosts
 from .generation import Generation
 from .whole import shared
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Summary:
             sent.
         host_bytes: bytes of slots held now in host memory, by all generations of the model.
         peak_host_bytes: the most bytes that the generation held at once in host memory.
+        cache_bytes_by_kind: bytes held on the device after each step of the plan, by kind; 0 after those to come.
+        host_bytes_by_kind: the same in host memory.
         models: for a pipeline with several models, the summary of each by its name in the pipeline. The other fields
             are then sums (also of the peaks, although these may be reached at different times), contexts are named
             "model: context", and `plan` is None.
@@ -57,6 +64,8 @@ class Summary:
     traffic: Traffic | None = None
     host_bytes: int = 0
     peak_host_bytes: int = 0
+    cache_bytes_by_kind: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    host_bytes_by_kind: dict[str, tuple[int, ...]] = field(default_factory=dict)
     models: dict[str, Summary] = field(default_factory=dict)
 
     @property
@@ -68,6 +77,19 @@ class Summary:
     def forced(self) -> int:
         """Number of planned reuses that had to compute."""
         return sum(t.forced for kinds in self.contexts.values() for t in kinds.values())
+
+    def plot(self, path: str | None = None) -> Figure:
+        """Draw the plan and, below it, the bytes held after each step, by kind and place; save it to `path` if given.
+
+        Raises:
+            ValueError: there is no plan, or one for each of several models: draw those in `models`.
+        """
+        if self.plan is None:
+            raise ValueError(
+                f"got a summary of {len(self.models) or 'no'} models' plans; one is drawn: call the model first, or "
+                "draw each of summary.models"
+            )
+        return self.plan.plot(path, self)
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as values for JSON, without the plan, which follows from the config."""
@@ -111,12 +133,15 @@ class Summary:
 
     def _table(self, title: str, kinds: dict[str, Tally]) -> list[str]:
         rows = [[title, "computed", "stored", "reused", "forced", "MiB now", "MiB at the peak"]]
+        rows[0] += ["on the host now", "at the peak"] if self.peak_host_bytes else []
         rows[0] += ["FLOPs saved"] if self.flops_without else []
         rows[0] += ["seconds"] if self.rest_seconds is not None else []
         for kind in sorted(kinds, key=KINDS.index):
             t = kinds[kind]
             rows.append([f"  {kind}", str(t.computed), str(t.stored), str(t.reused), str(t.forced)])
-            rows[-1] += [f"{nbytes / 2**20:.1f}" for nbytes in (t.cache_bytes, t.peak_cache_bytes)]
+            held = [t.cache_bytes, t.peak_cache_bytes]
+            held += [t.host_bytes, t.peak_host_bytes] if self.peak_host_bytes else []
+            rows[-1] += [f"{nbytes / 2**20:.1f}" for nbytes in held]
             rows[-1] += [f"{t.flops_saved:.2e}" if t.flops_saved else "0"] if self.flops_without else []
             rows[-1] += ["" if t.seconds is None else f"{t.seconds:.3f}"] if self.rest_seconds is not None else []
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -129,12 +154,16 @@ def with_held(found: Summary, generations: Iterable[Generation]) -> Summary:
     return replace(found, cache_bytes=sum(m.now for m in meters), host_bytes=sum(m.host.now for m in meters))
 
 
+NOT_SUMMED = ("plan", "contexts", "traffic", "cache_bytes_by_kind", "host_bytes_by_kind", "models")
+"""The fields of a summary that are those of one model."""
+
+
 def together(models: Mapping[str, Summary]) -> Summary:
     """One summary for all models of a pipeline."""
     if len(models) == 1:
         return next(iter(models.values()))
     sums: dict[str, Any] = {}
-    for name in (f.name for f in fields(Summary) if f.name not in ("plan", "contexts", "traffic", "models")):
+    for name in (f.name for f in fields(Summary) if f.name not in NOT_SUMMED):
         known = [value for s in models.values() if (value := getattr(s, name)) is not None]
         sums[name] = sum(known) if known else None
     # A model was called and its FLOPs are not known: the sum is not known either.
@@ -192,6 +221,18 @@ def _without_turns(
     return found
 
 
+def _by_step(generation: Generation) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Bytes after each step by kind, on the device and in host memory."""
+    if generation.plan is None or generation.schedule.num_steps == MOST_STEPS:  # or its end is not known
+        return {}, {}
+    held = generation.held_after | ({} if generation.over else {generation.step: generation.held_now()})
+    rows = [held.get(step, {}) for step in generation.plan.steps]
+    kinds = [kind for kind in (*KINDS, PREDICTIONS) if any(kind in row for row in rows)]
+    device = {kind: tuple(row[kind].now if kind in row else 0 for row in rows) for kind in kinds}
+    host = {kind: tuple(row[kind].host.now if kind in row else 0 for row in rows) for kind in kinds}
+    return device, {kind: found for kind, found in host.items() if any(found)}
+
+
 def summarise(generation: Generation | None, model: nn.Module) -> Summary:
     """The summary of a generation of `model`; an empty one for None."""
     if generation is None:
@@ -231,4 +272,5 @@ def summarise(generation: Generation | None, model: nn.Module) -> Summary:
         None if between_ranks is None else between_ranks.traffic(generation),
         generation.meter.host.now,
         generation.meter.host.peak,
+        *_by_step(generation),
     )

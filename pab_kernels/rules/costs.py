@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,19 @@ class Cost:
     output_bytes: int = 0
     kept_flops: int = 0
     kept_bytes: int = 0
+
+
+class HeldBytes(Protocol):
+    """Bytes held after each step, by kind and place, and their peaks: a `Forecast`, or the summary of a run."""
+
+    @property
+    def cache_bytes_by_kind(self) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def host_bytes_by_kind(self) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def peak_cache_bytes(self) -> int: ...
+    @property
+    def peak_host_bytes(self) -> int: ...
 
 
 @dataclass(frozen=True)

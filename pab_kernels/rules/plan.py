@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..messages import ranges
 from .budget import FEWER_BITS, GivenUp, in_words
 from .config import KINDS, Broadcast, PABConfig
-from .costs import Cost, Forecast
+from .costs import Cost, Forecast, HeldBytes
 from .fitted import FittedWeights, fitted_notes
 from .reuse import REUSES, Reuse
 from .schedule import Schedule
@@ -423,7 +423,7 @@ class Plan:
             lines.append(in_words(self))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
-    def plot(self, path: str | None = None, cost: Forecast | None = None) -> Figure:
+    def plot(self, path: str | None = None, cost: HeldBytes | None = None) -> Figure:
         """Draw the plan as a pyramid, steps by kind, and save it to `path` if given: see `plot_plan`."""
         from .plot import plot_plan
 

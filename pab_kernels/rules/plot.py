@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..extras import require
 from ..figures import new_figure, saved, whole_numbers
-from .costs import Forecast
+from .costs import HeldBytes
 from .plan import Action, Decision, Plan
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _draw_row(ax: Axes, y: float, label: str, row: tuple[Decision, ...], begin: 
         ax.annotate("", (end + 0.36, y), (source + 0.5, y), arrowprops=_ARROW)
 
 
-def _draw_bytes(ax: Axes, plan: Plan, cost: Forecast) -> None:
+def _draw_bytes(ax: Axes, plan: Plan, cost: HeldBytes) -> None:
     """The bytes held after each step, by kind and place, and the budget of the device."""
     scale = 2**30 if cost.peak_cache_bytes + cost.peak_host_bytes >= 2**29 else 2**20
     below = [0.0] * len(plan.steps)
@@ -86,16 +86,17 @@ def _draw_bytes(ax: Axes, plan: Plan, cost: Forecast) -> None:
     ax.tick_params(length=0, labelsize=8.5, labelcolor=_FAINT)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[:].set_color("#c4c8ce")
-    ax.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 0.9), handlelength=1.1)
+    if ax.containers:
+        ax.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 0.9), handlelength=1.1)
 
 
-def plot_plan(plan: Plan, path: str | Path | None = None, cost: Forecast | None = None) -> Figure:
+def plot_plan(plan: Plan, path: str | Path | None = None, cost: HeldBytes | None = None) -> Figure:
     """Draw a plan as a pyramid with a row for each kind and a column for each step.
 
     Args:
         plan: the plan.
         path: where to save the picture, in the format of its ending.
-        cost: its forecast, for a second panel with the bytes held after each step.
+        cost: its forecast, or the summary of a run, for a second panel with the bytes held after each step.
 
     Returns:
         The figure, which pyplot does not know. Each cell is a rectangle with the fill `COLOURS[action]`, and an arrow

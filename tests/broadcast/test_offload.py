@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,6 +128,15 @@ def test_results_are_those_of_slots_on_the_device_and_bytes_are_as_forecast(
     assert sum(said.fetched_bytes) == sum(copies.nbytes for copies in fetched) > 0
     assert sum(said.sent_bytes) == sum(copies.nbytes for copies in sent) > 0
     assert 0 < bus.most_present <= said.peak_cache_bytes
+    assert there.host_bytes_by_kind == said.host_bytes_by_kind
+    kinds = {kind: held for kind, held in here.cache_bytes_by_kind.items() if any(held)}
+    assert kinds.keys() >= there.host_bytes_by_kind.keys()
+    for kind, held in there.host_bytes_by_kind.items():
+        on_device = there.cache_bytes_by_kind[kind]
+        assert [a + b for a, b in zip(held, on_device, strict=True)] == list(kinds[kind])
+        peaks = [tallies[kind] for tallies in there.contexts.values()]
+        assert sum(t.peak_host_bytes for t in peaks) >= max(held) and not any(t.host_bytes for t in peaks)
+    assert "on the host now" in str(there) and "on the host now" not in str(here)
 
 
 @pytest.mark.parametrize("name", ["WanPipeline", "CogVideoXPipeline", "FluxPipeline"])
@@ -310,6 +320,15 @@ def test_slots_held_when_a_context_comes_are_moved(bus: BusRecorder) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)) and not summary.forced
     assert summary.peak_cache_bytes <= whole * 3 // 4 and summary.peak_host_bytes > 0
     assert not (bus.pending or bus.present)
+
+
+def test_a_summary_draws_what_was_held_where(bus: BusRecorder, tmp_path: Path) -> None:
+    model = tiny_latte()
+    with pytest.raises(ValueError, match="call the model first"):
+        pab.summary(pab.enable(model, RULES["hold"], cache_device="cpu")).plot()
+    run(model, on_latte)
+    pab.summary(model).plot(str(tmp_path / "run.svg"))
+    assert "spatial in host memory" in (tmp_path / "run.svg").read_text()
 
 
 # Where it does nothing, and where it is refused

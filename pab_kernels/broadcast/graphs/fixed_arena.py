@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..signature import copy_into, like, signature
-from ..slots import Arena, Key, Meter, Meters, Slot
+from ..slots import Arena, Key, Meters, Slot
 
 
 class FixedPlace:
@@ -84,7 +84,7 @@ class FixedArena(Arena):
             writes: whether outputs are written to their places.
         """
         copy = FixedArena(Meters(), self.places, self._outputs, writes=writes)
-        copy.meters = {kind: Meter() for kind in self.meters}
+        copy.meters = {kind: Meters() for kind in self.meters}
         copy.weights, copy._kinds, copy._slots = self.weights, dict(self._kinds), dict(self._slots)
         copy._rehearsed = True
         return copy

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pab_kernels.broadcast.graphs.fixed_arena import FixedArena
 from pab_kernels.broadcast.signature import copy_into, like, signature, tensors_of
-from pab_kernels.broadcast.slots import Arena, Key, Meter, pack, unpack
+from pab_kernels.broadcast.slots import Arena, Key, Meters, pack, unpack
 
 KEY = Key((2, 4), torch.float32, torch.device("cpu"))
 
@@ -26,7 +26,7 @@ def held(arena: Arena, name: str) -> list[tuple[float, int]]:
 
 
 def test_the_newest_output_stays_where_it_is_and_the_one_before_it_moves() -> None:
-    arena = FixedArena(Meter(), {}, lambda name: 2)
+    arena = FixedArena(Meters(), {}, lambda name: 2)
     arena.put("a", "mlp", value(1), KEY, 0, most=2)
     lies = tensors_of(arena.get("a").value)[0].data_ptr()  # type: ignore[union-attr]
     for step in (1, 2):
@@ -43,7 +43,7 @@ def test_the_newest_output_stays_where_it_is_and_the_one_before_it_moves() -> No
 
 
 def test_an_output_that_looks_another_way_has_a_place_of_its_own() -> None:
-    arena = FixedArena(Meter(), {}, lambda name: 2)
+    arena = FixedArena(Meters(), {}, lambda name: 2)
     arena.put("a", "mlp", value(1), KEY, 0, most=2)
     arena.put("a", "mlp", value(2).half(), KEY, 1, most=2)
     assert held(arena, "a") == [(2, 1), (1, 0)] and len(arena.places) == 2
@@ -67,11 +67,11 @@ def test_changes_are_repeated_with_the_counts_of_the_call_itself() -> None:
         arena.put("a", "block", value(4), KEY, 1)
         return arena
 
-    plain, captured = second(first(Arena(Meter()))), FixedArena(Meter(), {}, lambda name: 1)
+    plain, captured = second(first(Arena(Meters()))), FixedArena(Meters(), {}, lambda name: 1)
     first(captured)
     captured.changes.clear()
     second(captured)
-    repeated = FixedArena(Meter(), captured.places, lambda name: 1)
+    repeated = FixedArena(Meters(), captured.places, lambda name: 1)
     first(repeated)
     captured.places["a", signature(value(0), "a test")].write(value(4))  # the device has made its own
     repeated.repeat(captured.changes, 1, {"a": 1, "b": 1, "d": 0}.__getitem__)
@@ -87,7 +87,7 @@ KEY_BYTES = value(0).nbytes
 
 
 def test_a_rehearsal_leaves_the_arena_alone_and_may_do_nothing_else() -> None:
-    arena = FixedArena(Meter(), {}, lambda name: 1)
+    arena = FixedArena(Meters(), {}, lambda name: 1)
     arena.put("a", "mlp", value(1), KEY, 0)
     dry = arena.rehearsal(writes=False)
     dry.put("a", "mlp", value(2), KEY, 1)
