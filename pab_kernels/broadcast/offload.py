@@ -110,12 +110,10 @@ class Offload:
 
     def _slots_of(self, turn: Turn) -> list[Slot]:
         """All slots that the runs of a sublayer read in the call."""
-        if turn.slot is None:
-            return []
-        first = turn.slot.slots if isinstance(turn.slot, Extrapolation) else (turn.slot,)
-        found, run = list(first), 1
-        while again := self._call.arena.held(place_of(turn.sublayer.name, run))[: len(first)]:
-            found += again
+        found: list[Slot] = []
+        name, run = turn.sublayer.name, 0
+        while turn.decision.reads and self._call.arena.held(place := place_of(name, run)):
+            found += self._call.sources(place, turn.decision)
             run += 1
         return found
 
@@ -129,7 +127,7 @@ class Offload:
             self._present = block
             self._fetch(block)
             self._fetch(block + 1)
-        copy = self._coming.get(block, {}).pop(slot, None) or self._fetched(slot, block)
+        copy = self._coming.setdefault(block, {}).pop(slot, None) or self._fetched(slot, block)
         copy.wait()
         return replace(slot, value=copy.value, on_host=False)
 

@@ -1,0 +1,40 @@
+"""Slots in host memory in runs that a plan does not foresee."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pab_kernels as pab
+from pab_kernels import Broadcast, PABConfig
+from tests.broadcast.bus_recorder import BusRecorder, record
+from tests.broadcast.chained import Model, X
+
+ALL = (0.0, 1.0)
+
+
+@pytest.fixture(params=["early", "late"])
+def bus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BusRecorder:
+    return record(monkeypatch, request.param == "early")
+
+
+def test_runs_that_reuse_after_one_that_cannot_leave_no_bytes_counted(bus: BusRecorder) -> None:
+    def in_parts(model: Model, x: Tensor) -> Any:
+        parts = [x[:, : lengths[0]], x]
+        for block in model.blocks:
+            parts = [block(part) for part in parts]
+        return torch.cat(parts, 1)
+
+    lengths = [3]
+    model, twin, rules = Model(in_parts), Model(in_parts), PABConfig(spatial=Broadcast(3, ALL, reuse="linear"))
+    pab.enable(model, rules, cache_device="cpu")
+    pab.enable(twin, rules)
+    with torch.no_grad(), pab.generation(model, num_steps=9) as request, pab.generation(twin, num_steps=9):
+        for step in range(9):
+            lengths[0] = 3 if step < 3 else 4  # the first run alone has outputs of two shapes at step 4
+            assert torch.equal(model(X + step), twin(X + step))
+            assert request.summary().cache_bytes == 0 and not (bus.pending or bus.present)
+    assert pab.summary(model).forced == pab.summary(twin).forced > 0
