@@ -107,6 +107,8 @@ class Offload:
             self._drop(block)
         for owner in tuple(self._leaving):
             self._leave(owner)
+        self._blocks.clear()  # an exception that is kept holds this object, and would hold host memory
+        self._block_of.clear()
 
     def _slots_of(self, turn: Turn) -> list[Slot]:
         """All slots that the runs of a sublayer read in the call."""

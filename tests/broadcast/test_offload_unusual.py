@@ -38,3 +38,21 @@ def test_runs_that_reuse_after_one_that_cannot_leave_no_bytes_counted(bus: BusRe
             assert torch.equal(model(X + step), twin(X + step))
             assert request.summary().cache_bytes == 0 and not (bus.pending or bus.present)
     assert pab.summary(model).forced == pab.summary(twin).forced > 0
+
+
+def test_an_error_that_is_kept_holds_no_host_memory(bus: BusRecorder) -> None:
+    def fails(model: Model, x: Tensor) -> Any:
+        for block in model.blocks[: number[0]]:
+            x = block(x)
+        if number[0] < 4:
+            raise RuntimeError("once")
+        return x
+
+    number, model = [4], Model(fails)
+    pab.enable(model, PABConfig(spatial=Broadcast(8, ALL)), cache_device="cpu")
+    with pytest.raises(RuntimeError, match="once") as caught, torch.no_grad(), pab.generation(model, num_steps=8):
+        model(X)
+        number[0] = 2
+        model(X)
+    kept = [copy for copies in bus.queued("to host") for copy in copies.copies]
+    assert caught.tb and len(kept) == 4 and not any(copy() is not None for copy in kept)
