@@ -235,6 +235,8 @@ def place_again(arena: Arena, place: str, dtype: torch.dtype | None, on_host: bo
     """Quantise the slots of a place to `dtype`, if it is not None, and move them to host memory or to the device."""
 
     def changed(slot: Slot) -> tuple[Any, bool]:
+        if not (on_host or slot.on_host):
+            return pack(slot.value, dtype), False
         bus, value = bus_of(slot.key.device), slot.value
         if slot.on_host:
             copy = _to_device(slot)

@@ -10,8 +10,11 @@ from torch import Tensor
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
+from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.broadcast.bus_recorder import BusRecorder, record
 from tests.broadcast.chained import Model, X
+
+pytestmark = pytest.mark.flops
 
 ALL = (0.0, 1.0)
 
@@ -56,3 +59,16 @@ def test_an_error_that_is_kept_holds_no_host_memory(bus: BusRecorder) -> None:
         model(X)
     kept = [copy for copies in bus.queued("to host") for copy in copies.copies]
     assert caught.tb and len(kept) == 4 and not any(copy() is not None for copy in kept)
+
+
+def test_slots_are_made_smaller_on_devices_without_a_bus() -> None:
+    model, given = tiny_latte(num_layers=4).to("meta"), noise(0).to("meta")
+    text, timestep = prompt(0).to("meta"), torch.zeros(1, dtype=torch.int64, device="meta")
+    pab.enable(model, PABConfig(spatial=Broadcast(8, ALL)), budget=96 * 1024)
+    with torch.no_grad(), pab.generation(model, num_steps=8):
+        for name in ("cond", "uncond"):  # all fits before the second one comes
+            with pab.context(model, name):
+                model(given, timestep=timestep, encoder_hidden_states=text)
+    plan = pab.summary(model).plan
+    assert plan is not None and plan.given_up is not None and plan.given_up.fewer_bits
+    assert pab.summary(model).cache_bytes <= plan.given_up.budget
