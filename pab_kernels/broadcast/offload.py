@@ -231,6 +231,15 @@ def refuse_whole(model: str, config: PABConfig) -> None:
         )
 
 
+def moves_from(device: torch.device) -> bool:
+    """Whether slots of a device can be moved to host memory; not from a CPU, whose memory that is.
+
+    Raises:
+        ValueError: the device is not supported.
+    """
+    return bus_of(device) is not None
+
+
 def place_again(arena: Arena, place: str, dtype: torch.dtype | None, on_host: bool) -> None:
     """Quantise the slots of a place to `dtype`, if it is not None, and move them to host memory or to the device."""
 

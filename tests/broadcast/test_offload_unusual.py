@@ -12,7 +12,7 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.broadcast.bus_recorder import BusRecorder, record
-from tests.broadcast.chained import Model, X
+from tests.broadcast.chained import Model, X, directly
 
 pytestmark = pytest.mark.flops
 
@@ -72,3 +72,16 @@ def test_slots_are_made_smaller_on_devices_without_a_bus() -> None:
     plan = pab.summary(model).plan
     assert plan is not None and plan.given_up is not None and plan.given_up.fewer_bits
     assert pab.summary(model).cache_bytes <= plan.given_up.budget
+
+
+def test_on_a_cpu_a_budget_is_kept_without_host_memory() -> None:
+    found = []
+    for cache_device in (None, "cpu"):
+        model = Model(directly)
+        pab.enable(model, PABConfig(spatial=Broadcast(4, ALL)), budget=2 * X.nbytes, cache_device=cache_device)
+        with torch.no_grad(), pab.generation(model, num_steps=4):
+            outputs = [model(X + step) for step in range(4)]
+        found.append((outputs, pab.summary(model).peak_cache_bytes, str(pab.summary(model).plan)))
+    (wanted, peak, plan), (outputs, same_peak, same_plan) = found
+    assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
+    assert same_peak == peak <= 2 * X.nbytes and same_plan == plan
