@@ -85,3 +85,25 @@ def test_on_a_cpu_a_budget_is_kept_without_host_memory() -> None:
     (wanted, peak, plan), (outputs, same_peak, same_plan) = found
     assert all(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
     assert same_peak == peak <= 2 * X.nbytes and same_plan == plan
+
+
+def test_a_context_that_comes_while_outputs_are_on_their_way_moves_what_has_arrived(bus: BusRecorder) -> None:
+    def within_itself(model: Model, x: Tensor) -> Any:
+        for number, block in enumerate(model.blocks):
+            x = block(x)
+            if number == 1 and not inside:
+                inside.append(1)
+                x = x + model(x)
+                inside.clear()
+        return x
+
+    inside: list[int] = []
+    model, twin, rules = Model(within_itself), Model(within_itself), PABConfig(spatial=Broadcast(4, ALL))
+    pab.enable(twin, rules)
+    pab.enable(model, rules, cache_device="cpu", budget=6 * X.nbytes)
+    with torch.no_grad(), pab.generation(model, num_steps=4), pab.generation(twin, num_steps=4):
+        for step in range(4):
+            with pab.context(model, "outer", step), pab.context(twin, "outer", step):
+                assert torch.equal(model(X + step), twin(X + step))
+    summary = pab.summary(model)
+    assert len(summary.contexts) == 2 and summary.peak_host_bytes > 0 and not (bus.pending or bus.present)
