@@ -17,7 +17,7 @@ from ..rules.budget import FEWER_BITS, in_words
 from ..rules.costs import Cost
 from ..rules.within_budget import within
 from .fusing import has_hooks
-from .offload import place_again
+from .offload import moves_from, place_again
 from .slots import CACHE_DTYPES
 from .whole import shared
 
@@ -100,8 +100,11 @@ class Budgeting:
         self._contexts = max(self._contexts, len(generation.contexts))
         if self._budget is None:
             self._budget = _bytes_of(before.config.budget, x.device, between_ranks)
+        config = before.config
+        if config.cache_device is not None and not moves_from(x.device):
+            config = replace(config, cache_device=None)
         plan = within(
-            replace(before, given_up=None),
+            replace(before, config=config, given_up=None),
             self._costs,
             self._budget,
             self._contexts,

@@ -34,13 +34,13 @@ _COMPILED = "_compiled_call_impl"
 """Name of the attribute of a module that was compiled by its `compile`."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Copy:
     """A value that is copied.
 
     Args:
-        value: that is on the device, and counted there.
-        done: what to wait for.
+        value: that is on the device, and counted there; None after it has left.
+        done: what to wait for; None after it has left.
         bus: that copies.
     """
 
@@ -49,7 +49,8 @@ class _Copy:
     bus: Bus
 
     def wait(self) -> None:
-        self.bus.wait(self.done)
+        if self.done is not None:
+            self.bus.wait(self.done)
 
 
 class Offload:
@@ -88,18 +89,19 @@ class Offload:
             return self._arrived(found)
         return replace(found, slots=tuple(map(self._arrived, found.slots)))
 
-    def send(self, turn: Turn, value: Any, device: torch.device) -> tuple[Any, bool]:
-        """An output that a turn keeps, and whether that is a copy of it in host memory."""
+    def send(self, turn: Turn, value: Any, device: torch.device) -> tuple[Any, _Copy | None]:
+        """An output that a turn keeps: itself, or a copy in host memory and what is on its way there."""
         bus = bus_of(device)
         if bus is None or not self._call.plan.on_host(turn.sublayer.name) or not _is_on(value, device):
-            return value, False
+            return value, None
         owner = turn.sublayer.owner
         if owner not in self._leaving and len(self._leaving) == 2:
             self._leave(next(iter(self._leaving)))
         copies, done = bus.to_host(tensors_of(value))
-        self._leaving.setdefault(owner, []).append(_Copy(value, done, bus))
+        leaving = _Copy(value, done, bus)
+        self._leaving.setdefault(owner, []).append(leaving)
         self._call.generation.meter.add(nbytes(value))
-        return with_tensors(value, copies), True
+        return with_tensors(value, copies), leaving
 
     def finish(self) -> None:
         """Let all further work wait for what is on its way, and drop it: the call has ended, or failed."""
@@ -107,15 +109,15 @@ class Offload:
             self._drop(block)
         for owner in tuple(self._leaving):
             self._leave(owner)
+        self._blocks.clear()  # an exception that is kept holds this object, and would hold host memory
+        self._block_of.clear()
 
     def _slots_of(self, turn: Turn) -> list[Slot]:
         """All slots that the runs of a sublayer read in the call."""
-        if turn.slot is None:
-            return []
-        first = turn.slot.slots if isinstance(turn.slot, Extrapolation) else (turn.slot,)
-        found, run = list(first), 1
-        while again := self._call.arena.held(place_of(turn.sublayer.name, run))[: len(first)]:
-            found += again
+        found: list[Slot] = []
+        name, run = turn.sublayer.name, 0
+        while turn.decision.reads and self._call.arena.held(place := place_of(name, run)):
+            found += self._call.sources(place, turn.decision)
             run += 1
         return found
 
@@ -129,9 +131,9 @@ class Offload:
             self._present = block
             self._fetch(block)
             self._fetch(block + 1)
-        copy = self._coming.get(block, {}).pop(slot, None) or self._fetched(slot, block)
+        copy = self._coming.setdefault(block, {}).pop(slot, None) or self._fetched(slot, block)
         copy.wait()
-        return replace(slot, value=copy.value, on_host=False)
+        return replace(slot, value=copy.value, on_host=False, sent=None)
 
     def _fetch(self, block: int) -> None:
         if block not in self._coming and 0 <= block < len(self._blocks):
@@ -153,6 +155,7 @@ class Offload:
         for copy in self._leaving.pop(owner):
             copy.wait()
             self._call.generation.meter.add(-nbytes(copy.value))
+            copy.value = copy.done = None
 
 
 def offloading(call: Call, model: nn.Module, device: torch.device, compute: Callable[[], Any]) -> Callable[[], Any]:
@@ -231,10 +234,21 @@ def refuse_whole(model: str, config: PABConfig) -> None:
         )
 
 
+def moves_from(device: torch.device) -> bool:
+    """Whether slots of a device can be moved to host memory; not from a CPU, whose memory that is.
+
+    Raises:
+        ValueError: the device is not supported.
+    """
+    return bus_of(device) is not None
+
+
 def place_again(arena: Arena, place: str, dtype: torch.dtype | None, on_host: bool) -> None:
     """Quantise the slots of a place to `dtype`, if it is not None, and move them to host memory or to the device."""
 
     def changed(slot: Slot) -> tuple[Any, bool]:
+        if not (on_host or slot.on_host):
+            return pack(slot.value, dtype), False
         bus, value = bus_of(slot.key.device), slot.value
         if slot.on_host:
             copy = _to_device(slot)
@@ -253,6 +267,8 @@ def place_again(arena: Arena, place: str, dtype: torch.dtype | None, on_host: bo
 def _to_device(slot: Slot) -> _Copy:
     bus = bus_of(slot.key.device)
     assert bus is not None, "it was moved from there"
+    if slot.sent is not None:
+        slot.sent.wait()
     copies, done = bus.to_device(tensors_of(slot.value))
     return _Copy(with_tensors(slot.value, copies), done, bus)
 

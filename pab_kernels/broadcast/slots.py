@@ -45,6 +45,7 @@ class Slot:
         nbytes: its size in bytes.
         dtype: dtype of the tensor before it was quantised; None if `value` is a pytree.
         on_host: whether `value` is in host memory, although the sublayer runs on a device.
+        sent: the copy that brings `value` to host memory; None if it came there in another way.
     """
 
     value: Any
@@ -53,6 +54,7 @@ class Slot:
     nbytes: int
     dtype: torch.dtype | None = None
     on_host: bool = False
+    sent: Any = None
 
 
 @dataclass(eq=False)
@@ -187,20 +189,21 @@ class Arena:
         source: int,
         dtype: torch.dtype | None = None,
         most: int = 1,
-        on_host: bool = False,
+        sent: Any = None,
     ) -> None:
         """Keep `value` as the newest of at most `most` outputs of sublayer `name`; older ones are released first.
 
         Args:
             name: of the sublayer, with a number from its second run in a call on.
             kind: of the sublayer.
-            value, key, source, dtype, on_host: of the slot; see `Slot`.
+            value, key, source, dtype: of the slot; see `Slot`.
             most: the most outputs held after it.
+            sent: the copy that brings `value` to host memory; None on the device.
         """
         if self.closed:
             return
         self.release(name, most - 1)
-        slot = Slot(value, key, source, nbytes(value), dtype, on_host)
+        slot = Slot(value, key, source, nbytes(value), dtype, sent is not None, sent)
         self._kinds[name] = kind
         meter = self.meters.setdefault(kind, Meters())  # before the slot, as `release` of the slot needs it
         self._slots[name] = (slot, *self._slots.get(name, ()))
@@ -241,7 +244,7 @@ class Arena:
             value, on_host = changed(slot)
             for of_all in (self._meter, meter):
                 of_all.of(slot).add(-slot.nbytes)
-            slot.value, slot.nbytes, slot.on_host = value, nbytes(value), on_host
+            slot.value, slot.nbytes, slot.on_host, slot.sent = value, nbytes(value), on_host, None
             for of_all in (self._meter, meter):
                 of_all.of(slot).add(slot.nbytes)
 

@@ -248,10 +248,10 @@ class Turn:
     def _keep(self, value: Any, key: Key, own: torch.dtype | None) -> None:
         self.stored += 1
         own = key.dtype if own is None and isinstance(value, Quantized) else own
-        call, on_host = self.call, False
+        call, sent = self.call, None
         if call.offload is not None:
-            value, on_host = call.offload.send(self, value, key.device)
-        call.arena.put(self._place, self.sublayer.kind, value, key, call.step, own, self.decision.held, on_host)
+            value, sent = call.offload.send(self, value, key.device)
+        call.arena.put(self._place, self.sublayer.kind, value, key, call.step, own, self.decision.held, sent)
 
     # In a compiled graph
 

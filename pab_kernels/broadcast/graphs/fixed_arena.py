@@ -98,7 +98,7 @@ class FixedArena(Arena):
         source: int,
         dtype: torch.dtype | None = None,
         most: int = 1,
-        on_host: bool = False,
+        sent: Any = None,
     ) -> None:
         """See `Arena.put`; `value` is copied to its place.
 
@@ -106,7 +106,7 @@ class FixedArena(Arena):
             TypeError: `value` contains an object that is neither a tensor nor a plain value.
             RuntimeError: in a rehearsal, the output has no place.
         """
-        assert not on_host, "refused with CUDA graphs"
+        assert sent is None, "refused with CUDA graphs"
         looks = name, signature(value, f"the output of {name}")
         if looks not in self.places:
             if self._rehearsed:
