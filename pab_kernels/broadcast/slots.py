@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ class Slot:
         source: the step that wrote it.
         nbytes: its size in bytes.
         dtype: dtype of the tensor before it was quantised; None if `value` is a pytree.
+        versions: tensors of `value` that others may hold too, with their versions when they were kept.
     """
 
     value: Any
@@ -51,6 +52,12 @@ class Slot:
     source: int
     nbytes: int
     dtype: torch.dtype | None = None
+    versions: Sequence[tuple[torch.Tensor, int]] = ()
+
+    @property
+    def written(self) -> bool:
+        """Whether somebody wrote to its tensors."""
+        return bool(self.versions) and any(tensor._version != version for tensor, version in self.versions)
 
 
 @dataclass(eq=False)
@@ -71,6 +78,11 @@ class Extrapolation:
     def key(self) -> Key:
         """The key of the inputs that they were computed from."""
         return self.slots[0].key
+
+    @property
+    def written(self) -> bool:
+        """Whether somebody wrote to one of the outputs."""
+        return any(slot.written for slot in self.slots)
 
 
 def _is_leaf(value: Any) -> bool:
@@ -208,10 +220,13 @@ class Arena:
         return list(self._slots)
 
     def shrink(self, name: str, dtype: torch.dtype | None) -> None:
-        """Quantise the slots of `name` to `dtype`, unless they are or it is None."""
+        """Quantise the slots of `name` to `dtype`, unless they are, or were written to, or it is None."""
         for slot in self.held(name):
+            if dtype is None or slot.written:
+                continue
             before = slot.nbytes
             slot.value = pack(slot.value, dtype)
+            slot.versions = ()
             slot.nbytes = nbytes(slot.value)
             for meter in (self._meter, self.meters[self._kinds[name]]):
                 meter.add(slot.nbytes - before)
