@@ -134,9 +134,9 @@ class Lending:
 
     def __init__(self, name: str, alike: Lending | None) -> None:
         self.name = name
-        self.computed = Receiver(Comparison() if alike is None else alike.computed.comparison)
+        self.computed: Receiver = Receiver(Comparison() if alike is None else alike.computed.comparison)
         """Gets computed outputs; of a block, the block itself, which gets its inputs."""
-        self.reused = Receiver(Comparison() if alike is None else alike.reused.comparison)
+        self.reused: Receiver = Receiver(Comparison() if alike is None else alike.reused.comparison)
         """Gets reused outputs."""
         self._all: list[Lending] = [] if alike is None else alike._all
         self._all.append(self)
@@ -176,9 +176,9 @@ class Lendings(dict[str, Lending]):
 
 def lendable(tensor: torch.Tensor) -> bool:
     """Whether a tensor can be lent: torch counts the writes to it, and it has memory of torch's for itself."""
-    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or torch.is_inference_mode_enabled():
+    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_inference():
         return False
-    if tensor.is_inference() or _among_ranks() or _among_graphs():
+    if _among_ranks() or _among_graphs():
         return False
     memory = tensor.untyped_storage()
     return memory.nbytes() == tensor.nbytes and memory.resizable()

@@ -81,14 +81,15 @@ def _keep(turn: Turn, out: Any) -> None:
     elif turn.call.arena.fixed:
         turn.put(kept(out, _as_it_is))  # it is copied to its place
     else:
-        tensors = tensors_of(out)
+        tensors = [out] if isinstance(out, torch.Tensor) else tensors_of(out)
         receiver = turn.lending.computed if turn.lending is not None and all(map(lendable, tensors)) else None
         lends = receiver is not None and receiver.lends
         value = kept(out, _as_it_is if lends else None)
-        shared = tensors_of(value)
-        turn.put(value, shared)
-        if receiver is not None and not lends and not receiver.refused:
-            turn.call.watch(receiver, list(zip(tensors, shared, strict=True)))
+        own = tensors if lends else tensors_of(value[0])
+        counted = lends or all(map(lendable, own))
+        turn.put(value, own if counted else ())
+        if receiver is not None and counted and not (lends or receiver.refused):
+            turn.call.watch(receiver, list(zip(tensors, own, strict=True)))
 
 
 def _watch(turn: Turn, out: Any, slot: Slot | Extrapolation) -> None:
@@ -128,7 +129,9 @@ def broadcast_unprojected(
     else:
         out, stored = module.attend(x, *args, store=turn.store, **kwargs)
         if turn.stores:
-            turn.put((stored, [out.dtype]), [stored])
+            turn.put(
+                (stored, [out.dtype]), [stored] if not torch.compiler.is_dynamo_compiling() and lendable(stored) else ()
+            )
     if around is not None:
         turn.call.mark(around)
     return module.finish(out, x)

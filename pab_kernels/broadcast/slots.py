@@ -57,7 +57,10 @@ class Slot:
     @property
     def written(self) -> bool:
         """Whether somebody wrote to its tensors."""
-        return bool(self.versions) and any(tensor._version != version for tensor, version in self.versions)
+        found = False
+        for tensor, version in self.versions:  # a loop: a comprehension costs more, and most values are one tensor
+            found = found or tensor._version != version
+        return found
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ import torch
 from ..ops.quantized import Quantized
 from ..rules.plan import Action, Decision, Plan, Sublayer
 from .costs import place as place_of
-from .lending import Lending, Receiver, lendable
+from .lending import Lending, Receiver
 from .slots import CACHE_DTYPES, Extrapolation, Key, Slot, pack
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class Turn:
 
         Args:
             value: the output.
-            shared: its tensors that others get too, now or when it is reused.
+            shared: its tensors, if others get them, now or when it is reused, and torch counts the writes to them.
         """
         kept, own = pack(value, self.dtype), value.dtype if isinstance(value, torch.Tensor) else None
         if torch.compiler.is_dynamo_compiling():
@@ -243,7 +243,7 @@ class Turn:
             assert self._key is not None
             self._keep(kept, self._key, own)
             slot = self.call.arena.get(self._place) if shared and not self.call.arena.fixed else None
-            if slot is not None and all(map(lendable, shared)):
+            if slot is not None:
                 slot.versions = [(tensor, tensor._version) for tensor in shared]
 
     def _again(self) -> None:
