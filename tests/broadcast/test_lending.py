@@ -207,6 +207,20 @@ def test_a_write_by_somebody_who_keeps_an_output_is_seen_in_the_same_call(caplog
     assert pab.summary(model).forced == 1 and "blocks.1.attn" in caplog.text
 
 
+@torch.no_grad()
+def test_one_block_that_writes_does_not_keep_the_others_from_being_lent_to(caplog: pytest.LogCaptureFixture) -> None:
+    model, found = Model(), []
+    plain = model(X)
+    model.blocks[1].use = in_place
+    with warned(caplog, 0):
+        for _ in generations(model):
+            with Copies() as copies:
+                assert all(torch.equal(model(X), plain) for _ in range(STEPS))
+            found.append(copies.count)
+            assert pab.summary(model).forced == 0
+    assert found == [2 + 8, 8], "of the one that writes, all but the last reads of four outputs"
+
+
 MEMORY = ["its input", "a part", "its buffer", "a buffer written past torch", "two outputs"]
 
 
@@ -250,6 +264,17 @@ def test_nothing_is_copied_once_it_is_known_that_nobody_writes(tensors: int) -> 
         found.append(copies.count)
         assert pab.summary(model).contexts["#0"]["spatial"].reused == 2 * STEPS * 2 // 3
     assert found == [2 * 2 * tensors, 0], "of each sublayer the first output that is stored, and the first that is read"
+
+
+@torch.no_grad()
+def test_a_part_of_a_larger_tensor_is_copied_when_it_is_kept() -> None:
+    model, found = Model(Block("a part")), []
+    for _ in generations(model):
+        with Copies() as copies:
+            for _ in range(STEPS):
+                model(X)
+        found.append(copies.count)
+    assert found == [STEPS // 3 + 1, STEPS // 3], "the slot would hold all of its memory"
 
 
 @torch.no_grad()
