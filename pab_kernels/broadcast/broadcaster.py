@@ -23,6 +23,7 @@ from .following import Following
 from .generation import Generation
 from .graphs.pool import GraphPool
 from .inputs import Inputs, Signature, is_transformed, records_gradients
+from .lending import Lendings
 from .names import Naming, named
 from .offload import around_compiled, refuse_whole
 from .open_generation import OpenGeneration
@@ -72,6 +73,7 @@ class Broadcaster:
         self._runs = Runs(self._following, weakref.WeakMethod(self._generation))
         self._thread = CurrentCall()
         self._graphs = GraphPool()
+        self._lending = Lendings()
         self._logged: set[str] = set()
         self._attached: list[Detachable] = []
         self._sublayers: set[str] = set()  # those with a stand-in
@@ -181,12 +183,9 @@ class Broadcaster:
         """Install the stand-ins again around methods that were replaced since."""
         again = [a.name for a in tuple(self._attached) if isinstance(a, Attached) and a.attach_again()]
         if again:
-            logger.info(
-                "%s: %s of %d modules was replaced since pab.enable; PAB is attached to it again",
-                self._name,
-                again[0],
-                len(again),
-            )
+            self._lending = Lendings()
+            replaced = f"{again[0]} of {len(again)} modules was replaced since pab.enable"
+            logger.info("%s: %s; PAB is attached to it again", self._name, replaced)
 
     @property
     def _name(self) -> str:
@@ -354,6 +353,7 @@ class Broadcaster:
         generation = self._find(inputs, name)
         if generation is None:
             return self._plainly(forward, args, kwargs, *(NOT_FOLLOWED if self._following.pipes else NOT_BEGUN))
+        generation.lending = self._lending
         if not generation.started:
             self._start(generation, inputs)
         call = generation.open(name, step, inputs)

@@ -12,6 +12,7 @@ from torch import nn
 from ..rules.plan import Action, Decision
 from .context import Context
 from .inputs import NO_INPUTS, Inputs
+from .lending import Comparison, Pairs, Receiver, Watch
 from .slots import Arena, Extrapolation, Slot
 from .turn import NO_TURNS, Turns
 
@@ -49,6 +50,8 @@ class Call:
         """FLOPs saved inside sublayers that did run, by kind."""
         self.offload: Offload | None = None
         """During the call, what moves slots to host memory and back, if any are there."""
+        self._watches: list[Watch] = []
+        self._compared: set[Comparison] = set()
         self._spans: dict[tuple[str, ...], bool] = {}
         self.turns = NO_TURNS
         """One turn for each sublayer of the plan, after `prepare`."""
@@ -150,8 +153,17 @@ class Call:
         """Count FLOPs that were saved inside a sublayer of this kind that ran."""
         self.spared[kind] += flops
 
+    def watch(self, receiver: Receiver, pairs: Pairs) -> None:
+        """Watch what a receiver got until the call ends; see `Watch`."""
+        comparison = receiver.comparison
+        compares = not comparison.begun and comparison not in self._compared
+        self._compared.add(comparison)
+        self._watches.append(Watch(receiver, pairs, compares))
+
     def finish(self) -> None:
         """Count the call after the model has run."""
+        for watch in self._watches:
+            watch.end()
         self.count()
         self.context.calls[self.arguments, tuple(self.reused), tuple(self.spared.items())] += 1
 

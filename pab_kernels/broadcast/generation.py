@@ -23,6 +23,7 @@ from .context import Context
 from .costs import Arguments, CallCosts, NotCounted, call_costs
 from .forecaster import Forecaster, refusal
 from .inputs import NO_INPUTS, Inputs
+from .lending import Lendings
 from .slots import Meters
 from .timesteps import Moment, Timesteps
 
@@ -104,6 +105,8 @@ class Generation:
         self.forecaster = self._forecaster()
         """What predicts the outputs of steps at which the model does not run, where a rule asks for it."""
         self.budgeting = budgeting
+        self.lending: Lendings | None = None
+        """What is lent of each sublayer; None if every output is copied."""
         self.several_outputs = False
         """Whether the model returned several floating-point tensors, of which a scheduler's `step` is given one."""
         self.skips: bool | None = None

@@ -18,6 +18,8 @@ from ..ops.dequantize import dequantize
 from ..ops.quantized import Quantized
 from ..rules.plan import Sublayer
 from .fusing import autocasts
+from .lending import lendable
+from .signature import tensors_of
 from .slots import Extrapolation, Slot, is_quantised, unpack
 from .turn import CurrentTurn, Turn
 
@@ -54,7 +56,9 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     first = args[0] if args and type(args[0]) is torch.Tensor else _first_tensor(turn.sublayer, args, kwargs)
     slot = turn.take(first)
     if slot is not None:
-        out = read(slot, turn.reads_last)
+        out = read(slot, turn.lends)
+        if turn.receiver is not None:
+            _watch(turn, out, slot)
     else:
         out = compute(*args, **kwargs)
         if turn.stores and turn.span is not None:  # on the stream of a block, which has changed since the plan was made
@@ -65,10 +69,38 @@ def broadcast_output(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
                 turn.put((out, [first.dtype]))
             out = dequantize(out, first.dtype)
         elif turn.stores:
-            turn.put(kept(out, None if turn.dtype is None else _cloned_unless_quantised))
+            _keep(turn, out)
     if around is not None:
         call.mark(around)
     return out
+
+
+def _keep(turn: Turn, out: Any) -> None:
+    """Keep an output: a copy, or the output itself where nobody writes to it."""
+    if turn.dtype is not None:
+        turn.put(kept(out, _cloned_unless_quantised))
+    elif torch.compiler.is_dynamo_compiling():
+        turn.put(kept(out))  # the compiler leaves out the copy
+    elif turn.call.arena.fixed:
+        turn.put(kept(out, _as_it_is))  # it is copied to its place
+    else:
+        tensors = [out] if isinstance(out, torch.Tensor) else tensors_of(out)
+        receiver = turn.lending.computed if turn.lending is not None and all(map(lendable, tensors)) else None
+        lends = receiver is not None and receiver.lends
+        value = kept(out, _as_it_is if lends else None)
+        own = tensors if lends else tensors_of(value[0])
+        counted = lends or all(map(lendable, own))
+        turn.put(value, own if counted else ())
+        if receiver is not None and counted and not (lends or receiver.refused):
+            turn.call.watch(receiver, list(zip(tensors, own, strict=True)))
+
+
+def _watch(turn: Turn, out: Any, slot: Slot | Extrapolation) -> None:
+    """Watch the receiver of a copy of a slot."""
+    assert isinstance(slot, Slot) and turn.receiver is not None
+    tensors = tensors_of(out)
+    if all(map(lendable, tensors)):
+        turn.call.watch(turn.receiver, list(zip(tensors, tensors_of(slot.value), strict=True)))
 
 
 class Unprojected(Protocol):
@@ -92,13 +124,17 @@ def broadcast_unprojected(
     slot = turn.take(x)
     if slot is not None:
         # A projection may write to its input, or return it.
-        out: torch.Tensor = _read(slot, _as_it_is if turn.reads_last else _cloned)
+        out: torch.Tensor = _read(slot, _as_it_is if turn.lends else _cloned)
+        if turn.receiver is not None:
+            _watch(turn, out, slot)
         if out.dtype != x.dtype and not autocasts(x):  # it was kept under autocast
             out = out.to(x.dtype)
     else:
         out, stored = module.attend(x, *args, store=turn.store, **kwargs)
         if turn.stores:
-            turn.put((stored, [out.dtype]))
+            turn.put(
+                (stored, [out.dtype]), [stored] if not torch.compiler.is_dynamo_compiling() and lendable(stored) else ()
+            )
     if around is not None:
         turn.call.mark(around)
     return module.finish(out, x)
@@ -129,9 +165,9 @@ def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
             nest,
         )
     else:
-        before = _before(turn, inputs) if turn.stores else inputs
+        before, versions = _before(turn, inputs) if turn.stores else (inputs, None)
         out = compute(*args, **kwargs)
-        if turn.stores:
+        if turn.stores and (versions is None or _is_known(turn, inputs, before, versions)):
             leaves, nest = pytree.tree_flatten(out)
             pairs = _continued(turn.sublayer, inputs, leaves)
             changes = _changes(turn, leaves, [None if k is None else before[k] for k in pairs], pairs)
@@ -142,11 +178,46 @@ def broadcast_change(turn: Turn, compute: Callable[..., Any], args: Sequence[Any
     return out
 
 
-def _before(turn: Turn, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
-    """What a change is from, for each input of a block; None if that is not known."""
+def _before(turn: Turn, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor | None], Sequence[int] | None]:
+    """What a change is from, for each input of a block; None if that is not known.
+
+    Also the versions of the inputs if writes to them are watched: a block may write to its stream in place.
+    """
     if turn.span is not None and turn.span.before is not None:
-        return [turn.span.begin(x) for x in inputs]
-    return [x.clone() if x.is_floating_point() else x for x in inputs]  # a block may write to its stream in place
+        return [turn.span.begin(x) for x in inputs], None
+    versions = _versions(turn, inputs)
+    if versions is not None and turn.lending is not None and turn.lending.computed.lends:
+        return inputs, versions
+    return [x.clone() if x.is_floating_point() else x for x in inputs], versions
+
+
+def _versions(turn: Turn, inputs: Sequence[torch.Tensor]) -> Sequence[int] | None:
+    """The versions of the inputs of a block; None if they stay copies, or if the compiler leaves out the copies."""
+    if torch.compiler.is_dynamo_compiling() or turn.span is not None or turn.call.arena.fixed:
+        return None
+    if turn.lending is None or turn.lending.computed.refused:
+        return None
+    if any(type(x) is not torch.Tensor or x.is_inference() for x in inputs):
+        return None
+    return [x._version for x in inputs]
+
+
+def _is_known(
+    turn: Turn, inputs: Sequence[torch.Tensor], before: Sequence[torch.Tensor | None], versions: Sequence[int]
+) -> bool:
+    """Whether `before` is still what a block got; where it is copies, decide whether the next call needs them."""
+    assert turn.lending is not None
+    receiver, unwritten = turn.lending.computed, [x._version for x in inputs] == versions
+    if before is inputs:
+        if not unwritten:
+            turn.lending.lost("the block wrote to its input, so the change that it made is not known")
+        return unwritten
+    if unwritten and not receiver.comparison.begun:
+        receiver.comparison.compare(
+            [(x, copy) for x, copy in zip(inputs, before, strict=True) if copy is not None and copy is not x]
+        )
+    receiver.judge(unwritten)
+    return True
 
 
 def _changes(

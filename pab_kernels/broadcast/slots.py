@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ class Slot:
         dtype: dtype of the tensor before it was quantised; None if `value` is a pytree.
         on_host: whether `value` is in host memory, although the sublayer runs on a device.
         sent: the copy that brings `value` to host memory; None if it came there in another way.
+        versions: tensors of `value` that others may hold too, with their versions when they were kept.
     """
 
     value: Any
@@ -55,6 +56,15 @@ class Slot:
     dtype: torch.dtype | None = None
     on_host: bool = False
     sent: Any = None
+    versions: Sequence[tuple[torch.Tensor, int]] = ()
+
+    @property
+    def written(self) -> bool:
+        """Whether somebody wrote to its tensors."""
+        found = False
+        for tensor, version in self.versions:  # a loop: a comprehension costs more, and most values are one tensor
+            found = found or tensor._version != version
+        return found
 
 
 @dataclass(eq=False)
@@ -75,6 +85,11 @@ class Extrapolation:
     def key(self) -> Key:
         """The key of the inputs that they were computed from."""
         return self.slots[0].key
+
+    @property
+    def written(self) -> bool:
+        """Whether somebody wrote to one of the outputs."""
+        return any(slot.written for slot in self.slots)
 
 
 def _is_leaf(value: Any) -> bool:
@@ -238,13 +253,17 @@ class Arena:
         return list(self._slots)
 
     def change(self, name: str, changed: Callable[[Slot], tuple[Any, bool]]) -> None:
-        """Give the slots of `name` other values, each with whether it is in host memory."""
+        """Give the slots of `name` other values, each with whether it is in host memory; not those that are lost."""
         meter = self.meters[self._kinds[name]]
         for slot in self.held(name):
+            if slot.written:
+                continue
             value, on_host = changed(slot)
             for of_all in (self._meter, meter):
                 of_all.of(slot).add(-slot.nbytes)
-            slot.value, slot.nbytes, slot.on_host, slot.sent = value, nbytes(value), on_host, None
+            if value is not slot.value:
+                slot.value, slot.versions = value, ()
+            slot.nbytes, slot.on_host, slot.sent = nbytes(value), on_host, None
             for of_all in (self._meter, meter):
                 of_all.of(slot).add(slot.nbytes)
 

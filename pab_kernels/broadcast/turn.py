@@ -16,6 +16,7 @@ import torch
 from ..ops.quantized import Quantized
 from ..rules.plan import Action, Decision, Plan, Sublayer
 from .costs import place as place_of
+from .lending import Lending, Receiver
 from .slots import CACHE_DTYPES, Extrapolation, Key, Slot, pack
 
 if TYPE_CHECKING:
@@ -142,8 +143,13 @@ class Turn:
         self.stores = False
         self.dtype: torch.dtype | None = None
         """The dtype of 8 or 4 bits that outputs are kept in, or None for their own."""
-        self.reads_last = False
-        """Whether nothing else reads the result of `take`; always False in a graph, which serves other steps too."""
+        self.lends = False
+        """Whether the result of `take` is handed out itself: nothing else reads it, or its receiver does not write to
+        it; always False in a graph, which serves other steps too."""
+        self.receiver: Receiver | None = None
+        """Who gets a copy of the result of `take` and is watched, or None."""
+        self.lending: Lending | None = None
+        """What is lent of the sublayer; None if nothing is."""
         self.runs = self.reused = self.stored = 0
         self._place = sublayer.name
         self._key: Key | None = None
@@ -161,13 +167,18 @@ class Turn:
         if self._plan is not call.plan:
             self._plan, self.dtype = call.plan, CACHE_DTYPES[call.plan.cache_dtype(self.sublayer.name)]
             self.span = Span.of(call.plan, self.sublayer.name, call.turns.by_name)
+            lending, moves = call.generation.lending, call.offload is not None and call.plan.on_host(self.sublayer.name)
+            self.lending = None if lending is None or moves else lending[self.sublayer.name]
+        if slot is not None and slot.written:
+            self._lost()
+            self.slot = slot = None
         self.stores = _stores(decision, slot)
 
     def end(self) -> None:
         """Reset it after the call."""
         self.call, self.decision, self.slot, self.stores = None, _COMPUTE, None, False
         self.runs = self.reused = self.stored = 0
-        self.reads_last, self._place, self._kept = False, self.sublayer.name, None
+        self.lends, self.receiver, self._place, self._kept = False, None, self.sublayer.name, None
         if self.span is not None:
             self.span.passed = ()
 
@@ -188,11 +199,13 @@ class Turn:
         slot = self.slot
         if slot is not None:
             self.slot = None
-            if slot.key.matches(x):
-                self._reuse(held)
+            if slot.written:
+                self._lost()
+            elif slot.key.matches(x):
+                self._reuse(held, slot)
                 if call.offload is not None:
                     slot, own = call.offload.take(slot), slot
-                    self.reads_last |= slot is not own
+                    self.lends |= slot is not own
                 return slot
             self.stores = held > 0
         # If the plan skips this sublayer but its block was forced to run, the slots held are still needed later.
@@ -221,14 +234,22 @@ class Turn:
         """The turn itself if the output is to be kept, else None."""
         return self if self.stores else None
 
-    def put(self, value: Any) -> None:
-        """Keep an output, quantised to `dtype` unless it already is."""
+    def put(self, value: Any, shared: Sequence[torch.Tensor] = ()) -> None:
+        """Keep an output, quantised to `dtype` unless it already is.
+
+        Args:
+            value: the output.
+            shared: its tensors, if others get them, now or when it is reused, and torch counts the writes to them.
+        """
         kept, own = pack(value, self.dtype), value.dtype if isinstance(value, torch.Tensor) else None
         if torch.compiler.is_dynamo_compiling():
             self._kept, self._own_dtype = kept, own
         else:
             assert self._key is not None
             self._keep(kept, self._key, own)
+            slot = self.call.arena.get(self._place) if shared and not self.call.arena.fixed else None
+            if slot is not None and not slot.on_host:
+                slot.versions = [(tensor, tensor._version) for tensor in shared]
 
     def _again(self) -> None:
         """Prepare for another run of the sublayer in the same call."""
@@ -237,13 +258,23 @@ class Turn:
         self.slot = self.call.read(self.sublayer.name, self.decision, self._place)
         self.stores = _stores(self.decision, self.slot)
 
-    def _reuse(self, held: int) -> None:
+    def _lost(self) -> None:
+        """Release the outputs, as somebody wrote to one of them."""
+        self.call.arena.release(self._place)
+        if self.lending is not None:
+            self.lending.lost("an output that was kept for later steps was written to; it is computed again")
+
+    def _reuse(self, held: int, slot: Slot | Extrapolation) -> None:
         """Count a reuse, and release the outputs that no later step reads."""
         call, arena = self.call, self.call.arena
         self.reused += 1
         call.reused.append(self._place)
         arena.release(self._place, held)
-        self.reads_last = not (held or arena.fixed)
+        self.lends, self.receiver = not (held or arena.fixed), None
+        if not self.lends and self.lending is not None and isinstance(slot, Slot) and slot.versions:
+            receiver = self.lending.reused
+            self.lends = receiver.lends
+            self.receiver = None if receiver.lends or receiver.refused else receiver
 
     def _keep(self, value: Any, key: Key, own: torch.dtype | None) -> None:
         self.stored += 1
@@ -273,10 +304,11 @@ class Turn:
         """Do the bookkeeping of a turn that was taken in a compiled graph."""
         if self._traced is None:  # taken in eager mode
             return
-        key, self._traced, self.slot = Key(*self._traced), None, None
+        key, slot, self._traced, self.slot = Key(*self._traced), self.slot, None, None
         if self.reused:
+            assert slot is not None
             self.reused = 0
-            self._reuse(self.decision.held)
+            self._reuse(self.decision.held, slot)
             return
         stores = self._kept is not None
         self.call.arena.release(self._place, self.decision.held - stores)
