@@ -61,6 +61,8 @@ class Attention(nn.Module):
             return torch.from_numpy(self.buffer.numpy())  # type: ignore[operator]
         if self.memory == "two outputs":
             return y, {"more": 2 * y, "number": 3}
+        if self.memory == "two parts":
+            return torch.stack([y, y]).unbind()
         return y
 
 
@@ -221,7 +223,7 @@ def test_one_block_that_writes_does_not_keep_the_others_from_being_lent_to(caplo
     assert found == [2 + 8, 8], "of the one that writes, all but the last reads of four outputs"
 
 
-MEMORY = ["its input", "a part", "its buffer", "a buffer written past torch", "two outputs"]
+MEMORY = ["its input", "a part", "its buffer", "a buffer written past torch", "two outputs", "two parts"]
 
 
 @pytest.mark.parametrize("config", [HOLD, LINEAR], ids=["hold", "linear"])
@@ -253,9 +255,8 @@ def test_it_does_not_matter_where_an_output_lies(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tensors", [1, 2])
-def test_nothing_is_copied_once_it_is_known_that_nobody_writes(tensors: int) -> None:
-    memory = "two outputs" if tensors == 2 else ""
+@pytest.mark.parametrize(("memory", "tensors"), [("", 1), ("two outputs", 2), ("two parts", 2)])
+def test_nothing_is_copied_once_it_is_known_that_nobody_writes(memory: str, tensors: int) -> None:
     model, found = Model(Block(memory), Block(memory)), []
     for _ in generations(model):
         with Copies() as copies:
