@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -276,6 +278,22 @@ def test_a_part_of_a_larger_tensor_is_copied_when_it_is_kept() -> None:
                 model(X)
         found.append(copies.count)
     assert found == [STEPS // 3 + 1, STEPS // 3], "the slot would hold all of its memory"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("among", ["ranks", "graphs of the compiler"])
+def test_nothing_is_lent_among(among: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if among == "ranks":
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    else:
+        monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", types.ModuleType("cudagraph_trees"))
+    model = Model()
+    for _ in generations(model):
+        with Copies() as copies:
+            for _ in range(STEPS):
+                model(X)
+        assert copies.count == 2 * STEPS - 2 * 4, "all but the reads of the last reuses"
 
 
 @torch.no_grad()
