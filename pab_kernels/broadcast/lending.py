@@ -174,14 +174,23 @@ class Lendings(dict[str, Lending]):
             return self[name]
 
 
-def lendable(tensor: torch.Tensor) -> bool:
-    """Whether a tensor can be lent: torch counts the writes to it, and it has memory of torch's for itself."""
-    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_inference():
-        return False
+def lendable(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether an output can be lent: torch counts the writes to its tensors, and they fill memory of torch's.
+
+    Args:
+        tensors: of the output.
+    """
     if _among_ranks() or _among_graphs():
         return False
-    memory = tensor.untyped_storage()
-    return memory.nbytes() == tensor.nbytes and memory.resizable()
+    rest: dict[int, int] = {}
+    for tensor in tensors:
+        if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_inference():
+            return False
+        memory = tensor.untyped_storage()
+        if not memory.resizable():
+            return False
+        rest[memory._cdata] = rest.get(memory._cdata, memory.nbytes()) - tensor.nbytes
+    return not any(rest.values())
 
 
 def _among_ranks() -> bool:

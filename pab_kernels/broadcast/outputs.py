@@ -85,11 +85,11 @@ def _keep(turn: Turn, out: Any) -> None:
         turn.put(kept(out, _as_it_is))  # it is copied to its place
     else:
         tensors = [out] if isinstance(out, torch.Tensor) else tensors_of(out)
-        receiver = turn.lending.computed if turn.lending is not None and all(map(lendable, tensors)) else None
+        receiver = turn.lending.computed if turn.lending is not None and lendable(tensors) else None
         lends = receiver is not None and receiver.lends
         value = kept(out, _as_it_is if lends else None)
         own = tensors if lends else tensors_of(value[0])
-        counted = lends or all(map(lendable, own))
+        counted = lends or lendable(own)
         turn.put(value, own if counted else ())
         if receiver is not None and counted and not (lends or receiver.refused):
             turn.call.watch(receiver, list(zip(tensors, own, strict=True)))
@@ -99,7 +99,7 @@ def _watch(turn: Turn, out: Any, slot: Slot | Extrapolation) -> None:
     """Watch the receiver of a copy of a slot."""
     assert isinstance(slot, Slot) and turn.receiver is not None
     tensors = tensors_of(out)
-    if all(map(lendable, tensors)):
+    if lendable(tensors):
         turn.call.watch(turn.receiver, list(zip(tensors, tensors_of(slot.value), strict=True)))
 
 
@@ -132,9 +132,8 @@ def broadcast_unprojected(
     else:
         out, stored = module.attend(x, *args, store=turn.store, **kwargs)
         if turn.stores:
-            turn.put(
-                (stored, [out.dtype]), [stored] if not torch.compiler.is_dynamo_compiling() and lendable(stored) else ()
-            )
+            counted = not torch.compiler.is_dynamo_compiling() and lendable([stored])
+            turn.put((stored, [out.dtype]), [stored] if counted else ())
     if around is not None:
         turn.call.mark(around)
     return module.finish(out, x)

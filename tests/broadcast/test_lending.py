@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,6 +63,8 @@ class Attention(nn.Module):
             return torch.from_numpy(self.buffer.numpy())  # type: ignore[operator]
         if self.memory == "two outputs":
             return y, {"more": 2 * y, "number": 3}
+        if self.memory == "two parts":
+            return torch.stack([y, y]).unbind()
         return y
 
 
@@ -221,7 +225,7 @@ def test_one_block_that_writes_does_not_keep_the_others_from_being_lent_to(caplo
     assert found == [2 + 8, 8], "of the one that writes, all but the last reads of four outputs"
 
 
-MEMORY = ["its input", "a part", "its buffer", "a buffer written past torch", "two outputs"]
+MEMORY = ["its input", "a part", "its buffer", "a buffer written past torch", "two outputs", "two parts"]
 
 
 @pytest.mark.parametrize("config", [HOLD, LINEAR], ids=["hold", "linear"])
@@ -253,9 +257,8 @@ def test_it_does_not_matter_where_an_output_lies(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tensors", [1, 2])
-def test_nothing_is_copied_once_it_is_known_that_nobody_writes(tensors: int) -> None:
-    memory = "two outputs" if tensors == 2 else ""
+@pytest.mark.parametrize(("memory", "tensors"), [("", 1), ("two outputs", 2), ("two parts", 2)])
+def test_nothing_is_copied_once_it_is_known_that_nobody_writes(memory: str, tensors: int) -> None:
     model, found = Model(Block(memory), Block(memory)), []
     for _ in generations(model):
         with Copies() as copies:
@@ -275,6 +278,22 @@ def test_a_part_of_a_larger_tensor_is_copied_when_it_is_kept() -> None:
                 model(X)
         found.append(copies.count)
     assert found == [STEPS // 3 + 1, STEPS // 3], "the slot would hold all of its memory"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("among", ["ranks", "graphs of the compiler"])
+def test_nothing_is_lent_among(among: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if among == "ranks":
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    else:
+        monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", types.ModuleType("cudagraph_trees"))
+    model = Model()
+    for _ in generations(model):
+        with Copies() as copies:
+            for _ in range(STEPS):
+                model(X)
+        assert copies.count == 2 * STEPS - 2 * 4, "all but the reads of the last reuses"
 
 
 @torch.no_grad()
