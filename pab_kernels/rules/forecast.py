@@ -133,7 +133,7 @@ class _Held:
         here = iter([*fetches, nothing])
         coming, present = next(here), nothing
         self.add(ON_ITS_WAY, coming[1], DEVICE)
-        leaving: list[tuple[str, int]] = []  # of two blocks at most
+        leaving: dict[str, int] = {}  # by block, of two at most
         for s in plan.sublayers:
             decision, cost, on_host = plan.rows[s.name][column], costs[s.name], plan.on_host(s.name)
             before = plan.rows[s.name][column - 1].held if column else 0
@@ -145,12 +145,10 @@ class _Held:
             if has_slot and decision.held != before:
                 self.add(s.kind, (decision.held - before) * cost.slot_bytes, HOST if on_host else DEVICE)
             if on_host and has_slot and decision.action is Action.STORE:
-                if not leaving or leaving[-1][0] != s.owner:
-                    if len(leaving) == 2:
-                        self.add(ON_ITS_WAY, -leaving.pop(0)[1], DEVICE)
-                    leaving.append((s.owner, 0))
+                if s.owner not in leaving and len(leaving) == 2:
+                    self.add(ON_ITS_WAY, -leaving.pop(next(iter(leaving))), DEVICE)
                 self.add(ON_ITS_WAY, cost.slot_bytes, DEVICE)
-                leaving[-1] = s.owner, leaving[-1][1] + cost.slot_bytes
+                leaving[s.owner] = leaving.get(s.owner, 0) + cost.slot_bytes
                 self.sent[column] += cost.slot_bytes
             if s.name in plan.keeping:
                 runs = plan.runs[s.name]

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
+from pab_kernels.rules.costs import Cost
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.broadcast.bus_recorder import BusRecorder, record
 from tests.broadcast.chained import Model, X, directly
+from tests.broadcast.toy import Attention
 
 pytestmark = pytest.mark.flops
 
@@ -107,3 +109,33 @@ def test_a_context_that_comes_while_outputs_are_on_their_way_moves_what_has_arri
                 assert torch.equal(model(X + step), twin(X + step))
     summary = pab.summary(model)
     assert len(summary.contexts) == 2 and summary.peak_host_bytes > 0 and not (bus.pending or bus.present)
+
+
+def test_bytes_are_as_forecast_where_one_block_lies_between_the_sublayers_of_another(bus: BusRecorder) -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.attn(x)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.inner, self.attn_after = Attention(), Inner(), Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner(x + self.attn(x))
+            return x + self.attn_after(x)
+
+    model = Outer().eval().requires_grad_(False)
+    pab.enable(model, PABConfig(spatial=Broadcast(2, ALL)), cache_device="cpu")
+    with torch.no_grad(), pab.generation(model, num_steps=4):
+        for step in range(4):
+            model(X.float() + step)
+    summary = pab.summary(model)
+    assert summary.plan is not None
+    said = summary.plan.forecast({s.name: Cost(0, X.nbytes // 2) for s in summary.plan.sublayers})
+    assert [s.owner for s in summary.plan.sublayers] == ["", "inner", ""]
+    assert summary.peak_cache_bytes == said.peak_cache_bytes == 3 * X.nbytes // 2
