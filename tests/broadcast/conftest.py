@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from pab_kernels.broadcast import stream as stream_module
+from tests.broadcast.bus_recorder import BusRecorder, recorded
 
 
 @pytest.fixture
@@ -22,6 +24,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(stream_module, "run_checked", run)
     return calls
+
+
+@pytest.fixture(params=["early", "late"])
+def bus(request: pytest.FixtureRequest) -> Iterator[BusRecorder]:
+    """A stand-in for the bus of a device, whose copies read early or late."""
+    with recorded(request.param == "early") as bus:
+        yield bus
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from pab_kernels.rules.costs import Forecast
 from tests.adapters import tiny_stdit3
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.adapters.tiny_pipes import named
-from tests.broadcast.bus_recorder import BusRecorder, recorded
+from tests.broadcast.bus_recorder import BusRecorder
 from tests.broadcast.chained import Model, X, directly
 from tests.broadcast.toy import CONFIG, Pipe, toy
 from tests.works_with.group_offloading import grouped, offloading
@@ -42,12 +42,6 @@ RULES = {
     "4 bits": PABConfig(spatial=Broadcast(3, ALL), cross=Broadcast(2, ALL), cache_dtype="int4"),
     "unprojected": PABConfig(spatial=Broadcast(3, ALL), cross=Broadcast(2, ALL), cache_point="unprojected"),
 }
-
-
-@pytest.fixture(params=["early", "late"])
-def bus(request: pytest.FixtureRequest) -> Iterator[BusRecorder]:
-    with recorded(request.param == "early") as bus:
-        yield bus
 
 
 def on_latte(model: Any, step: int, i: int) -> Tensor:

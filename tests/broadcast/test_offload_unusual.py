@@ -12,18 +12,13 @@ import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
 from pab_kernels.rules.costs import Cost
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
-from tests.broadcast.bus_recorder import BusRecorder, record
+from tests.broadcast.bus_recorder import BusRecorder
 from tests.broadcast.chained import Model, X, directly
 from tests.broadcast.toy import Attention
 
 pytestmark = pytest.mark.flops
 
 ALL = (0.0, 1.0)
-
-
-@pytest.fixture(params=["early", "late"])
-def bus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BusRecorder:
-    return record(monkeypatch, request.param == "early")
 
 
 def test_runs_that_reuse_after_one_that_cannot_leave_no_bytes_counted(bus: BusRecorder) -> None:
