@@ -11,7 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from pab_kernels.broadcast.generation import Generation
-from pab_kernels.broadcast.slots import CACHE_DTYPES, Arena, Key, Meter, nbytes, pack, slot_bytes, unpack
+from pab_kernels.broadcast.slots import CACHE_DTYPES, Arena, Key, Meters, nbytes, pack, slot_bytes, unpack
 from pab_kernels.ops import Quantized, quantize
 from pab_kernels.ops.quantized import FORMATS
 from pab_kernels.rules.config import CacheDtype, PABConfig
@@ -111,7 +111,7 @@ def test_keys_are_equal_where_only_values_and_strides_differ() -> None:
 
 
 def test_the_meter_counts_what_is_held_and_its_peak_over_all_contexts() -> None:
-    meter = Meter()
+    meter = Meters()
     first, second = Arena(meter), Arena(meter)
     first.put("a", "spatial", torch.zeros(10), KEY, 0)
     second.put("a", "spatial", torch.zeros(5), KEY, 0)
@@ -131,7 +131,7 @@ def test_the_meter_counts_what_is_held_and_its_peak_over_all_contexts() -> None:
 
 
 def test_a_put_is_read_back_until_it_is_released() -> None:
-    arena, value = Arena(Meter()), torch.zeros(4)
+    arena, value = Arena(Meters()), torch.zeros(4)
     assert arena.get("a") is None
     arena.put("a", "spatial", value, KEY, 3)
     slot = arena.get("a")
@@ -142,7 +142,7 @@ def test_a_put_is_read_back_until_it_is_released() -> None:
 
 
 def test_the_newest_outputs_are_kept_as_many_as_are_asked_for() -> None:
-    meter = Meter()
+    meter = Meters()
     arena = Arena(meter)
     arena.put("a", "spatial", torch.zeros(1), KEY, 0, most=2)
     arena.put("a", "spatial", torch.zeros(2), KEY, 3, most=2)
@@ -169,7 +169,7 @@ def _put(arena: Arena, name: str) -> weakref.ref[torch.Tensor]:
 
 
 def test_memory_is_freed_on_release_overwrite_and_clear() -> None:
-    arena = Arena(Meter())
+    arena = Arena(Meters())
     refs = {name: _put(arena, name) for name in ("released", "overwritten", "cleared")}
     assert all(ref() is not None for ref in refs.values())
     arena.release("released")
