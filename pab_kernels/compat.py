@@ -96,6 +96,12 @@ def runs_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or uncompiled(module) is not module
 
 
+def forward_compiled(module: nn.Module) -> bool:
+    """Whether the `forward` of a module is a result of `torch.compile`."""
+    forward: Any = module.forward
+    return hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
+
+
 def uncompiled(model: Any) -> Any:
     """The model inside the result of `torch.compile`; any other model itself."""
     return getattr(model, "_orig_mod", model)

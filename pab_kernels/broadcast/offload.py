@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..compat import runs_compiled
+from ..compat import forward_compiled, runs_compiled
 from ..rules.config import PABConfig
 from ..rules.plan import Sublayer
 from .attach import Attached, is_stand_in
@@ -167,13 +167,9 @@ def offloading(call: Call, model: nn.Module, device: torch.device, compute: Call
     """
     if bus_of(device) is None:
         return compute
-    for name in {s.owner for s in call.plan.sublayers if call.plan.on_host(s.name)}:
-        block = model.get_submodule(name)
-        if runs_compiled(block) and not is_stand_in(vars(block).get(_COMPILED)):
-            raise RuntimeError(
-                f"cache_device: {name or type(model).__name__} is compiled, and PAB does not know when it begins: "
-                "compile blocks by block.compile() before pab.enable, or leave out cache_device"
-            )
+    moved = [s for s in call.plan.sublayers if call.plan.on_host(s.name)]
+    compiled = [name for name in {s.owner for s in moved} if runs_compiled(model.get_submodule(name))]
+    call.generation.once(_refuse_compiled, (model, frozenset(s.name for s in moved), frozenset(compiled)))
 
     def offloaded() -> Any:
         offload = call.offload = Offload(call)
@@ -184,6 +180,36 @@ def offloading(call: Call, model: nn.Module, device: torch.device, compute: Call
             offload.finish()
 
     return offloaded
+
+
+def _refuse_compiled(what: tuple[nn.Module, frozenset[str], frozenset[str]]) -> bool:
+    """Refuse graphs that would read what nothing fetched, given the model and the sublayers with slots in host memory.
+
+    The third part, the blocks that are compiled, only lets `Generation.once` look again after it has changed.
+    """
+    model, names, _ = what
+    for name in sorted(names):
+        compiled = _compiled_around(model, name)
+        if compiled is not None:
+            raise RuntimeError(
+                f"cache_device: {compiled or type(model).__name__} is compiled, and PAB does not know when it begins: "
+                "compile blocks by block.compile() before pab.enable, or leave out cache_device"
+            )
+    return True
+
+
+def _compiled_around(model: nn.Module, sublayer: str) -> str | None:
+    """The outermost module whose graph reads the slots of a sublayer where nothing fetches them; None without one."""
+    parts = sublayer.split(".")
+    for name in (".".join(parts[:n]) for n in range(len(parts) + 1)):
+        module = model.get_submodule(name)
+        own = vars(module).get(_COMPILED)
+        if own is not None:
+            return None if is_stand_in(own) else name
+        # The stand-in of a sublayer is around a `forward` that is compiled.
+        if name != sublayer and (runs_compiled(module) or forward_compiled(module)):
+            return name
+    return None
 
 
 def around_compiled(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -134,3 +135,29 @@ def test_bytes_are_as_forecast_where_one_block_lies_between_the_sublayers_of_ano
     said = summary.plan.forecast({s.name: Cost(0, X.nbytes // 2) for s in summary.plan.sublayers})
     assert [s.owner for s in summary.plan.sublayers] == ["", "inner", ""]
     assert summary.peak_cache_bytes == said.peak_cache_bytes == 3 * X.nbytes // 2
+
+
+def compile_attention(model: Model) -> None:
+    model.blocks[1].attn.compile(backend="eager")
+
+
+def compile_forward(model: Model) -> None:
+    model.blocks[1].forward = torch.compile(model.blocks[1].forward, backend="eager")  # type: ignore[method-assign]
+
+
+def compile_forward_of_model(model: Model) -> None:
+    model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("compiles", "name"),
+    [(compile_attention, r"blocks\.1\.attn"), (compile_forward, r"blocks\.1"), (compile_forward_of_model, "Model")],
+)
+def test_what_is_compiled_in_another_way_than_by_blocks_is_refused(
+    bus: BusRecorder, compiles: Callable[[Model], None], name: str
+) -> None:
+    model = Model(directly)
+    compiles(model)
+    pab.enable(model, PABConfig(spatial=Broadcast(2, ALL)), num_steps=4, cache_device="cpu")
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"{name} is compiled, and PAB does not know"):
+        model(X)
