@@ -55,7 +55,8 @@ class Comparison:
     @property
     def equal(self) -> bool | None:
         """Whether they were equal; None if that is not known yet."""
-        if self._event is not None and not torch.cuda.is_current_stream_capturing() and self._event.query():
+        event = self._event  # another thread may take it away
+        if event is not None and not torch.cuda.is_current_stream_capturing() and event.query():
             self._equal, self._event = bool(self._same), None
         return self._equal
 
