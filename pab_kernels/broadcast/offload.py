@@ -124,13 +124,16 @@ class Offload:
     def _arrived(self, slot: Slot) -> Slot:
         if not slot.on_host:
             return slot
-        block = self._block_of.get(slot, self._present)  # or what no block was to read
+        foreseen = self._block_of.pop(slot, None)
+        block = self._present if foreseen is None else foreseen
         if block != self._present:
             for other in [other for other in self._coming if other != block]:
                 self._drop(other)
             self._present = block
             self._fetch(block)
             self._fetch(block + 1)
+        if foreseen is not None:
+            self._blocks[block].remove(slot)  # it is read once, and perhaps released from now on
         copy = self._coming.setdefault(block, {}).pop(slot, None) or self._fetched(slot, block)
         copy.wait()
         return replace(slot, value=copy.value, on_host=False, sent=None)

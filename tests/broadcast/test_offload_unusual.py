@@ -161,3 +161,20 @@ def test_what_is_compiled_in_another_way_than_by_blocks_is_refused(
     pab.enable(model, PABConfig(spatial=Broadcast(2, ALL)), num_steps=4, cache_device="cpu")
     with torch.no_grad(), pytest.raises(RuntimeError, match=f"{name} is compiled, and PAB does not know"):
         model(X)
+
+
+def test_what_was_read_for_the_last_time_leaves_host_memory_in_the_middle_of_the_call(bus: BusRecorder) -> None:
+    model, held = Model(directly), []
+    pab.enable(model, PABConfig(spatial=Broadcast(2, ALL)), cache_device="cpu")
+
+    def note(*_: Any) -> None:
+        copies = [copy for queued in bus.queued("to host") for copy in queued.copies]
+        held.append(sum(copy() is not None for copy in copies))
+
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(note)
+    with torch.no_grad(), pab.generation(model, num_steps=2):
+        model(X)
+        held.clear()
+        model(X + 1)
+    assert held == [3, 2, 1, 0]
