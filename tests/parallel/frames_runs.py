@@ -19,6 +19,7 @@ from pab_kernels.rules.plan import Plan
 from pab_kernels.rules.schedule import Schedule
 from pab_kernels.rules.traffic import EightBits, Layout, Shapes, Traffic, returned, traffic
 from tests.adapters import tiny_latte, tiny_stdit3
+from tests.broadcast.bus_recorder import recorded
 
 STEPS = 6
 FP8 = torch.float8_e4m3fn
@@ -32,6 +33,7 @@ PLANS = {
     "after the gate": PABConfig(temporal=2, cache_point="post_gate"),
     "blocks": PABConfig(block=2),
     "the model": PABConfig(model=2, temporal=2),
+    "in host memory": PABConfig(spatial=3, temporal=2, cross=2, cache_device="cpu"),
 }
 
 
@@ -115,9 +117,11 @@ def compare(rank: int, cases: list[Case], cfg: int, ranks: int, mesh: Any = None
     found = []
     for case in cases:
         model, config = case.build(), PLANS[case.plan]
-        alone = _run(model, config, lambda m=model, c=case: c.sample(m))
-        pab.parallelize(model, mesh, **case.options | ({} if mesh else {"cfg": cfg}))
-        together = _run(model, config, lambda m=model, c=case: c.sample(m))
+        with recorded() as bus:  # between the CPU as a device and as a host
+            alone = _run(model, config, lambda m=model, c=case: c.sample(m))
+            pab.parallelize(model, mesh, **case.options | ({} if mesh else {"cfg": cfg}))
+            together = _run(model, config, lambda m=model, c=case: c.sample(m))
+        assert bool(bus.log) == (config is not None and config.cache_device is not None) and not bus.pending
         parallel = parallel_of(model)
         assert parallel is not None
         sent, expected = parallel.traffic(), case.expected(pab.sublayers(model), config, cfg, ranks)
