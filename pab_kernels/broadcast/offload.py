@@ -22,7 +22,7 @@ from .attach import Attached, is_stand_in
 from .bus import Bus, bus_of
 from .costs import place as place_of
 from .signature import tensors_of, with_tensors
-from .slots import Arena, Extrapolation, Slot, nbytes, pack
+from .slots import Arena, Extrapolation, Key, Slot, nbytes, pack
 
 if TYPE_CHECKING:
     from torch import nn
@@ -161,14 +161,16 @@ class Offload:
             copy.value = copy.done = None
 
 
-def offloading(call: Call, model: nn.Module, device: torch.device, compute: Callable[[], Any]) -> Callable[[], Any]:
-    """`compute`, a call of a model on a device, with slots in host memory.
+def offloading(call: Call, model: nn.Module, compute: Callable[[], Any]) -> Callable[[], Any]:
+    """`compute`, a call of a model, with slots in host memory.
 
     Raises:
         RuntimeError: a block was compiled after PAB was enabled.
         ValueError: the device is not supported.
     """
-    if bus_of(device) is None:
+    given = () if call.arguments is None else call.arguments.leaves
+    devices = {leaf.device for leaf in given if isinstance(leaf, Key)}
+    if devices and not any(bus_of(device) for device in devices):  # a timestep may be on the CPU
         return compute
     moved = [s for s in call.plan.sublayers if call.plan.on_host(s.name)]
     compiled = [name for name in {s.owner for s in moved} if runs_compiled(model.get_submodule(name))]

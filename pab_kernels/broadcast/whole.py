@@ -66,7 +66,7 @@ def broadcast_model(model: nn.Module | None, call: Call, x: torch.Tensor | None,
     if between_ranks is not None:
         between_ranks.agree(call)
     if call.plan.config.cache_device is not None and model is not None and x is not None:
-        compute = offloading(call, model, x.device, compute)
+        compute = offloading(call, model, compute)
     name, generation = call.plan.whole, call.generation
     if name is None or x is None:
         return compute()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import pab_kernels as pab
 from pab_kernels import Broadcast, PABConfig
+from pab_kernels.broadcast import offload
 from pab_kernels.rules.costs import Cost
 from tests.adapters.tiny_latte import noise, prompt, tiny_latte
 from tests.broadcast.bus_recorder import BusRecorder
@@ -178,3 +179,20 @@ def test_what_was_read_for_the_last_time_leaves_host_memory_in_the_middle_of_the
         held.clear()
         model(X + 1)
     assert held == [3, 2, 1, 0]
+
+
+def test_an_argument_elsewhere_does_not_keep_outputs_on_the_device(
+    bus: BusRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Timed(Model):
+        def forward(self, t: Tensor, x: Tensor) -> Any:  # type: ignore[override]
+            return self.run(self, x)
+
+    # The CPU is the device here, and another place is where the timestep is.
+    monkeypatch.setattr(offload, "bus_of", lambda device: None if device.type == "meta" else bus)
+    model, elsewhere = Timed(directly), torch.ones(1, device="meta")
+    pab.enable(model, PABConfig(spatial=Broadcast(2, ALL)), cache_device="cpu", num_steps=2)
+    with torch.no_grad():
+        for step in range(2):
+            model(elsewhere, X + step)
+    assert len(bus.queued("to host")) == len(bus.queued("to device")) == 4
