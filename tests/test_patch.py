@@ -317,8 +317,9 @@ def test_a_config_that_cannot_be_served_leaves_the_model_plain() -> None:
 def test_what_enable_cache_switched_on_takes_no_other_rules_and_no_graphs() -> None:
     model = CACHING[0].build()
     model.enable_cache(config())
-    message = "by enable_cache, which sets its rules and excludes CUDA graphs, budgets and host memory; call disable_cache first"
-    for options in ({"config": PABConfig(spatial=2)}, {"cuda_graphs": True}, {"budget": "1GiB"}):
+    message = "by enable_cache, which sets its rules and excludes CUDA graphs, budgets and host memory; call disable"
+    rules = {"config": PABConfig(spatial=2)}
+    for options in (rules, {"cuda_graphs": True}, {"budget": "1GiB"}, {"cache_device": "cpu"}):
         with pytest.raises(ValueError, match=message):
             pab.enable(model, **options)
     pab.enable(model, timed=True)
