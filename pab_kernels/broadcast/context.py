@@ -187,9 +187,9 @@ class Context:
 
     def tallies(self) -> dict[str, Tally]:
         """A copy of all counts by kind, with bytes and seconds; if seconds are measured, this waits for the device."""
-        found = {}
+        found, meters = {}, self.meters
         for kind, tally in tuple(self._tallies.items()):
-            meter = self.meters.get(kind, Meters())
+            meter = meters.get(kind, Meters())
             host = {"host_bytes": meter.host.now, "peak_host_bytes": meter.host.peak}
             found[kind] = replace(tally, cache_bytes=meter.now, peak_cache_bytes=meter.peak, **host)
         if self.stopwatch is not None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..rules.costs import Forecast
 
 BANDWIDTH = 25.0
-"""Of the bus to host memory, in GB a second each way: about what PCIe 4.0 with 16 lanes carries of its 31.5."""
+"""Of the bus to host memory, in GB a second each way: assumed, for PCIe 4.0 with 16 lanes, whose limit is 31.5."""
 WIDE = 126
 """Columns of the table if it is not printed to a terminal."""
 

@@ -46,9 +46,9 @@ def within(
         contexts: calls of the model in a step.
         latents_bytes: see `Plan.forecast`.
         fixed: whether a slot's memory is kept for the whole generation, as in CUDA graphs.
-        seconds: of one run of a sublayer, by kind, as measured; used if all kinds that are reused are there.
         follows: for blocks, the block that gets their output unchanged and unseen by anything else; for sublayers on a
             residual stream, the next one in the block.
+        seconds: of one run of a sublayer, by kind, as measured; used if all kinds that are reused are there.
 
     Raises:
         BudgetTooSmall: no plan that reuses an output fits.

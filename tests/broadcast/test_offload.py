@@ -66,17 +66,6 @@ def run(model: Any, call: Callable[[Any, int, int], Tensor], contexts: int = 2) 
     return outputs
 
 
-def compared(build: Callable[[], Any], rules: PABConfig, call: Callable[[Any, int, int], Tensor]) -> tuple[Any, Any]:
-    """Summaries of equal runs with slots in host memory and on the device."""
-    model, twin = build(), build()
-    pab.enable(twin, rules)
-    pab.enable(model, rules, cache_device="cpu")
-    wanted = run(twin, call)
-    for _ in range(2):
-        assert all(torch.equal(a, b) for a, b in zip(run(model, call), wanted, strict=True))
-    return pab.summary(model), pab.summary(twin)
-
-
 def forecast(model: Any, inputs: dict[str, Any]) -> Forecast:
     """Of the latest run, from shapes alone."""
     plan = pab.summary(model).plan
